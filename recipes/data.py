@@ -5,6 +5,12 @@
 python -m recipes.data --config recipes/pocket/0_data.yaml
 ```
 
+With `world: tools`, sums for a calculator and a game of questions:
+
+```bash
+python -m recipes.data --config recipes/pocket-tools/0_data.yaml
+```
+
 With `tasks`, problems of reasoning-gym (`pip install 'fourstage[reasoning]'`):
 
 ```bash
@@ -13,13 +19,14 @@ python -m recipes.data --config recipes/pocket-reasoning/0_data.yaml
 """
 
 from pipeline.data.pocket import build as pocket
+from pipeline.data.pocket import tools
 from pipeline.data.reasoning import build as reasoning
 from pipeline.training.entry import run
 
 
 def main(args: reasoning.ReasoningArguments) -> None:
     if args.tasks is None:
-        pocket.build(args)
+        (tools if args.world == "tools" else pocket).build(args)
     else:
         # It imports torch.
         from pipeline.rewards.functions import reasoning_gym

@@ -51,6 +51,7 @@ def main(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        **reward_args.load_tools(),
         callbacks=run_callbacks(training_args),
     )
     train_and_save(trainer)

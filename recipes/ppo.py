@@ -48,6 +48,7 @@ def main(
         processing_class=tokenizer,
         value_model=reward_args.value_model_path,
         peft_config=get_peft_config(model_args),
+        **reward_args.load_tools(),
         value_use_peft=reward_args.value_use_peft,
         callbacks=run_callbacks(training_args),
     )

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "hardware", "progress", "bounded", "stages"},
     {"files", "launch"},
     {"config", "data", "models", "rewards"},
-    {"hub", "preferences"},
+    {"hub", "preferences", "tools"},
     {"training", "evaluation"},
     {"rl", "report", "runner"},
     {"app"},

@@ -130,7 +130,6 @@ UNSUPPORTED = _each(
         "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
         "do_train": "every recipe trains",
         "do_predict": f"is replaced by `{as_typed('evaluate')}`",
-        "max_tool_calling_iterations": "models do not call tools here",
         "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config": (
             "TRL casts the trained weights themselves to bf16 for continuous batching, which loses small updates"
         ),

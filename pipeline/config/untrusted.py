@@ -27,14 +27,15 @@ NAMES = (*READ, *HELD_OUT, "judge")
 TEXTS = ("system_prompt", "answer_pattern", "elicit", "fixed_prompts", "vllm_structured_outputs_regex")
 """Fields that may contain any text."""
 
-FUNCTIONS = ("reward_funcs", "grade", "judge", "lm_eval_tasks")
+FUNCTIONS = ("reward_funcs", "tools", "environment", "grade", "judge", "lm_eval_tasks")
 """Fields in which a word with a colon, a slash or a dot names code, or a file that names some."""
 
 WORDS = (
     "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column",
     "document",
     "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
-    "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "grade", "lm_eval_tasks", "against",
+    "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "tools", "environment",
+    "grade", "lm_eval_tasks", "against", "world",
     "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",
     "lora_modules_to_save", "lora_target_modules", "lora_target_parameters", "lora_task_type", "loss_type",
     "importance_sampling_level", "kl_estimator", "reward_normalization", "multi_objective_aggregation", "scale_rewards",

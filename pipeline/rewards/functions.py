@@ -142,6 +142,16 @@ def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
     return _logged("answer_format", found, rewards, columns)
 
 
+def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | None = None, **columns: Any) -> Rewards:
+    """Return minus the cost of the tools that a completion calls: `call_cost` a call, 1 without such a column."""
+    calls = [
+        sum(len(message.get("tool_calls") or ()) for message in completion if isinstance(message, dict))
+        for completion in completions
+    ]
+    costs = call_cost or [1.0] * len(calls)
+    return [-cost * number for cost, number in zip(costs, calls, strict=True)]
+
+
 def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns: Any) -> Rewards:
     """Return 1.0 if the code in a completion (its first fenced block, or all of it) passes its test in a sandbox.
 
@@ -222,7 +232,16 @@ def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
 
 REWARDS: dict[str, Callable[..., Rewards]] = {
     function.__name__: function
-    for function in (math_answer, exact_answer, choice, answer_format, code_tests, reasoning_gym, hidden_taste)
+    for function in (
+        math_answer,
+        exact_answer,
+        choice,
+        answer_format,
+        call_cost,
+        code_tests,
+        reasoning_gym,
+        hidden_taste,
+    )
 }
 
 MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)

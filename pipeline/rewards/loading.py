@@ -70,6 +70,22 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     Raises:
         UserError: If the function does not exist or cannot be called as a reward.
     """
+    function = import_callable(name, field)
+    # Some functions written in C do not have a signature.
+    with contextlib.suppress(ValueError, TypeError):
+        parameters = inspect.signature(function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return guard_reward(function, name, field)
+    remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
+    raise UserError(Problem(field, name, remedy))
+
+
+def import_callable(name: str, field: str) -> Callable[..., Any]:
+    """Import `package.module:function`, or a class; `field` is the YAML key, for messages.
+
+    Raises:
+        UserError: If it does not exist.
+    """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -84,14 +100,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         nearest = difflib.get_close_matches(function_name, callables, n=1)
         hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
         raise UserError(Problem(field, name, f"{module_name} does not have a function {function_name}{hint}"))
-
-    # Some functions written in C do not have a signature.
-    with contextlib.suppress(ValueError, TypeError):
-        parameters = inspect.signature(function).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return guard_reward(function, name, field)
-    remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
-    raise UserError(Problem(field, name, remedy))
+    return function
 
 
 def call_reward(

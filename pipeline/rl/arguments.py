@@ -23,7 +23,26 @@ UNCONFINED_HELP = "Let code_tests run code even where the kernel cannot confine 
 
 
 @dataclass
-class PPORewardArguments:
+class ToolArguments:
+    """Tools that the model may call while it answers, by TRL's interface."""
+
+    tools: list[str] | None = option(  # noqa: RUF009
+        None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
+    )
+    environment: str | None = option(
+        None,
+        "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class.",
+    )
+
+    def load_tools(self) -> dict[str, Any]:
+        """Return the arguments of a trainer that these fields name."""
+        from pipeline.tools.loading import load_environment, load_tools
+
+        return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
+
+
+@dataclass
+class PPORewardArguments(ToolArguments):
     """Rewards and critic of PPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = True
@@ -54,19 +73,21 @@ class PPORewardArguments:
         """
         from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards, check_value_model
+        from pipeline.tools.loading import check_tools
 
         sandbox.allow_unconfined = self.allow_unconfined_code
         models, functions = self.reward_model_path or [], self.reward_funcs or []
         if not models and not functions:
             return [Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
-        problems = check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
+        problems = check_tools(self.tools, self.environment, tokenizer)
+        problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
         if self.value_model_path is not None and not early:
             problems += check_value_model(self.value_model_path, tokenizer)
         return problems
 
 
 @dataclass
-class GRPORewardArguments:
+class GRPORewardArguments(ToolArguments):
     """Rewards of GRPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = False
@@ -91,9 +112,11 @@ class GRPORewardArguments:
         from pipeline.data.columns import column_names
         from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards
+        from pipeline.tools.loading import check_tools
 
         sandbox.allow_unconfined = self.allow_unconfined_code
-        problems = check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
+        problems = check_tools(self.tools, self.environment, tokenizer)
+        problems += check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
         shuffles = self.shuffle_answers and train is not None
         if shuffles and not (isinstance(train, Dataset) and "answer" in column_names(train)):
             remedy = "needs an answer column, and data that are not streamed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -36,6 +37,7 @@ from pipeline.rl.heads import compute_in_float32
 from pipeline.rl.reference_model import frozen_copy
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
+from pipeline.tools.dialogue import Dialogue, converse
 from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
@@ -205,6 +207,41 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                     return sample(model, prompt_ids, self._sampling_config(model)), None
             finally:
                 model.train(training)
+
+    def _tool_call_loop(
+        self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *others: Any
+    ) -> Any:
+        """Answer the calls of the first turns and sample further ones, by our loop, which TRL's arguments fit."""
+        mode = "train" if self.model.training else "eval"
+        if self._is_vlm or any(self._async_tool_dicts):
+            return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *others)
+        dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
+        for number, dialogue in enumerate(dialogues):
+            logps = None if logprobs is None else logprobs[number]
+            dialogue.logps = None if logps is None else []
+            dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
+        converse(
+            dialogues,
+            lambda texts: self._generate_single_turn(list(texts), None, {}, num_generations=1),
+            self._tokenizer,
+            ends=self.eos_token_ids,
+            limit=self.max_completion_length,
+            context=getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize,
+            turns=self.max_tool_calling_iterations,
+            template={**self.chat_template_kwargs, "chat_template": self.chat_template},
+        )
+        turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
+        sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
+        self._metrics[mode]["tools/turn_length"].append(sampled / max(turns, 1))
+        return (
+            [dialogue.sampled for dialogue in dialogues],
+            [dialogue.messages for dialogue in dialogues],
+            [dialogue.tokens for dialogue in dialogues],
+            None if logprobs is None else [dialogue.logps for dialogue in dialogues],
+            sum(dialogue.calls for dialogue in dialogues),
+            sum(dialogue.failures for dialogue in dialogues),
+            [[] for _ in dialogues],
+        )
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -44,6 +44,9 @@ class PocketArguments:
     """Sizes of the data set to generate; each field's meaning is in its help."""
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
+    world: Literal["things", "tools"] = option(
+        "things", "What it is about: things and what they are, or sums for a calculator and a game of questions."
+    )
     seed: int = option(0, "The same seed gives the same bytes.")
     size_mb: float = option(
         8.0, "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."

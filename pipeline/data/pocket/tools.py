@@ -1,0 +1,223 @@
+"""Write the data set of recipes/pocket-tools: sums that are easier with a calculator, and a game of questions.
+
+What a model has to find out by reinforcement is left open in the conversations: about half of the sums are answered
+straight away and half with the calculator, whether they are short or long, and players of the game often ask what they
+could know. The answers of the calculator and of the game are right.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.data import writing
+from pipeline.data.arguments import SPLITS
+from pipeline.data.pocket.build import MESSAGES, PocketArguments, check_arguments
+from pipeline.errors import UserError
+from pipeline.files import write_folder
+
+CALL = pa.struct([("type", pa.string()), ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())]))])
+CALLING = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(CALL))]))
+PROBLEM = pa.schema(
+    [
+        ("prompt", MESSAGES),
+        ("answer", pa.string()),
+        ("kind", pa.string()),
+        ("length", pa.int64()),
+        ("hidden", pa.int64()),
+        ("call_cost", pa.float64()),
+    ]
+)
+CONVERSATION = pa.schema([("messages", CALLING), ("kind", pa.string())])
+SCHEMAS: dict[str, pa.Schema] = {
+    "pretrain": pa.schema([("text", pa.string()), ("kind", pa.string())]),
+    "sft": CONVERSATION,
+    "direct": CONVERSATION,
+    "reasoning": PROBLEM,
+}
+CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
+
+WORDINGS = (
+    "What is {a} + {b}?",
+    "Add {a} and {b}.",
+    "How much is {a} plus {b}?",
+    "{a} + {b} = ?",
+    "Compute {a} + {b}.",
+    "What do {a} and {b} make?",
+    "Give the sum of {a} and {b}.",
+    "{a} plus {b} is what?",
+)
+GAME = "A number from {low} to {high} is hidden. Ask three times, then name it."
+TALK = ("The calculator computes an expression.", "You may ask about a number: it is lower, higher, or yes.")
+DIGITS = (4, 5, 6)
+"""Lengths of the terms of long sums; `test_longer` has terms with one digit more."""
+RANGE = 12
+"""Numbers among which one is hidden. Three questions tell any of them from the others, two do not."""
+QUESTIONS = 3
+LOWEST, HIGHEST = 10, 149
+CALL_COST = 0.1
+"""What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
+HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
+"""Rows of each kind in the held-out splits; there are more games."""
+
+Row = dict[str, Any]
+
+
+def build(args: PocketArguments) -> None:
+    """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
+
+    Raises:
+        UserError: If `output_dir` contains other files, or a size is out of range.
+    """
+    if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows")):
+        raise UserError(*problems)
+    with write_folder(Path(args.output_dir)) as folder:
+        for config, splits in CONFIG_SPLITS.items():
+            for split in splits:
+                rows = _rows(args, config, split)
+                writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
+        text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))
+        card = writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket tools")
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+
+
+def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
+    rng = random.Random(f"{args.seed}/tools/{config}/{split}")
+    if config == "pretrain":
+        remaining = args.size_mb * 1e6 if split == "train" else 60_000
+        while remaining > 0:
+            row = _document(rng, split)
+            remaining -= len(row["text"])
+            yield row
+        return
+    kinds = ("longer",) if split == "test_longer" else ("one digit", "long", "game")[: 3 if config != "direct" else 2]
+    if split == "train":
+        # As many games as sums.
+        drawn = (rng.choice((*kinds, "game")[: 4 if config != "direct" else 2]) for _ in range(args.sft_rows))
+        problems = (_problem(rng, split, kind) for kind in drawn)
+    else:
+        problems = (row for kind in kinds for row in _distinct(rng, split, kind, HELD_OUT_ROWS[split]))
+    for problem in islice(problems, args.reasoning_rows if config == "reasoning" else None):
+        yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
+
+
+def _distinct(rng: random.Random, split: str, kind: str, number: int) -> list[Row]:
+    """Draw different problems of a kind."""
+    found: dict[tuple[str, int | None], Row] = {}
+    number += 50 * (kind == "game")
+    while len(found) < number:
+        row = _problem(rng, split, kind)
+        found.setdefault((row["prompt"][0]["content"], row["hidden"]), row)
+    return list(found.values())
+
+
+def _split_of(*numbers: int) -> str:
+    """Return the split whose rows may have these numbers: a third of all is for test, a tenth for validation."""
+    drawn = random.Random(repr(numbers)).random()
+    return "test" if drawn < 1 / 3 else "validation" if drawn < 0.43 else "train"
+
+
+def _problem(rng: random.Random, split: str, kind: str) -> Row:
+    """Draw a problem: prompt and final answer, what a call costs and, for a game, the hidden number."""
+    own = "test" if split == "test_longer" else split
+    while True:
+        if kind == "game":
+            low = rng.randrange(LOWEST, HIGHEST - RANGE + 2)
+            hidden = rng.randrange(low, low + RANGE)
+            if _split_of(low) == own:
+                text = GAME.format(low=low, high=low + RANGE - 1)
+                return _row(text, hidden, kind, 0, hidden, 0.0)
+            continue
+        digits = 1 if kind == "one digit" else max(DIGITS) + 1 if kind == "longer" else rng.choice(DIGITS)
+        a, b = (rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits) for _ in range(2))
+        place = rng.randrange(len(WORDINGS))
+        # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
+        if _split_of(a, b, place if digits == 1 else 0) == own:
+            return _row(WORDINGS[place].format(a=a, b=b), a + b, kind, digits, None, CALL_COST)
+
+
+def _row(text: str, answer: int, kind: str, length: int, hidden: int | None, cost: float) -> Row:
+    prompt = [{"role": "user", "content": text}]
+    return {
+        "prompt": prompt,
+        "answer": str(answer),
+        "kind": kind,
+        "length": length,
+        "hidden": hidden,
+        "call_cost": cost,
+    }
+
+
+def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
+    """Return the problem with an answer: straight away, with the calculator, or after some questions."""
+    messages = list(problem["prompt"])
+    answer = problem["answer"]
+    if problem["kind"] == "game":
+        low = int(problem["prompt"][0]["content"].split()[3])
+        answer = _play(rng, messages, low, problem["hidden"])
+    elif not direct and rng.random() < 0.5:
+        a, b = (
+            word for word in problem["prompt"][0]["content"].replace("?", "").replace(".", "").split() if word.isdigit()
+        )
+        messages += _called("calculator", {"expression": f"{a}+{b}"}, answer)
+    messages.append({"role": "assistant", "content": f"The answer is {answer}."})
+    return {"messages": messages, "kind": problem["kind"]}
+
+
+def _play(rng: random.Random, messages: list[Row], low: int, hidden: int) -> str:
+    """Append the questions of a player who often forgets what was answered. Return the number that he then says."""
+    first, last = low, low + RANGE - 1
+    for _ in range(QUESTIONS):
+        remembers = rng.random() < 0.5
+        number = rng.randint(first, last) if remembers else rng.randint(low, low + RANGE - 1)
+        said = "yes" if number == hidden else "higher" if hidden > number else "lower"
+        messages += _called("ask", {"number": number}, said)
+        if said == "yes":
+            return str(number)
+        if said == "higher":
+            first = max(first, number + 1)
+        else:
+            last = min(last, number - 1)
+    return str(rng.randint(first, last) if rng.random() < 0.7 else rng.randint(low, low + RANGE - 1))
+
+
+def _called(name: str, arguments: Row, result: str) -> list[Row]:
+    """Return a call of a tool, as OpenAI's API writes it, and its result."""
+    call = {"type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+    return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": result}]
+
+
+def _document(rng: random.Random, split: str) -> Row:
+    """Draw a document: a few lines of one kind about numbers."""
+    kind = rng.choice(("sums", "copies", "order", "middle", "counting", "talk"))
+    lines = []
+    while len(lines) < 6:
+        if kind == "sums":
+            a, b = rng.randrange(10), rng.randrange(10)
+            lines.append(f"{a} + {b} = {a + b}.")
+        elif kind == "talk":
+            # The words of the later stages, so that the tokenizer has them.
+            a, b = rng.randrange(10), rng.randrange(10)
+            asked = rng.choice(WORDINGS).format(a=a, b=b)
+            game = GAME.format(low=10 + a, high=30 + b)
+            lines.append(rng.choice((f"{asked} The answer is {a + b}.", f"{game} yes", *TALK)))
+        elif kind == "copies":
+            a, b = (rng.randrange(10 ** rng.randrange(1, 7)) for _ in range(2))
+            lines.append(f"{a} and {b}: {a}+{b}.")
+        else:
+            low = rng.randrange(LOWEST, HIGHEST - RANGE + 2)
+            if _split_of(low) != split:
+                continue
+            a, b = sorted(rng.sample(range(low, low + RANGE), 2))
+            if kind == "order":
+                lines.append(rng.choice((f"{b} is higher than {a}.", f"{a} is lower than {b}.")))
+            elif kind == "middle":
+                lines.append(f"From {a} to {b}, the middle is {(a + b) // 2}.")
+            else:
+                lines.append(f"From {a} to {b}: {', '.join(map(str, range(a, b + 1)))}.")
+    return {"text": " ".join(lines), "kind": kind}

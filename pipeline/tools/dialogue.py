@@ -1,0 +1,172 @@
+"""Dialogues of a model with tools: an answer in several turns, between which tools are called.
+
+    prompt               tokens, all of which `max_completion_length` covers
+    <|user|>1234+5678?   <|call|>calculator ... <|end|>   <|tool|>6912<|end|><|assistant|>   6912<|end|>
+                         sampled: 1 1 1 1 1 1 1 1         0 0 0 0 0 0 0 0                    1 1 1
+
+Trainers and evaluation share this loop. TRL's own calls tools one after the other; here, all calls of a batch of
+dialogues are answered together where a tool can do that. A result that does not fit into the limit is left out, and the
+dialogue ends with its call, as with TRL. A call that the limit cut off is not answered at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import parse_response
+
+from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.tools.functions import MANY
+
+Message = dict[str, Any]
+Tools = Mapping[str, Callable[..., Any]]
+Complete = Callable[[Sequence[list[int]]], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
+"""Token ids of texts -> those of a turn that follows each, and the log-probabilities of these, if they are known."""
+
+
+@dataclass
+class Dialogue:
+    """A prompt and what followed it.
+
+    Attributes:
+        prompt: Token ids.
+        tools: The tools that the model may call, by name.
+        tokens: Token ids of all that followed: turns of the model, results of tools, and what the template writes.
+        sampled: For each of `tokens`, 1 if the model sampled it, otherwise 0.
+        messages: What followed, as messages.
+        logps: For each of `tokens`, its log-probability if the model sampled it, otherwise 0; None if not known.
+        calls: Number of calls.
+        failures: Number of calls that failed.
+    """
+
+    prompt: list[int]
+    tools: Tools
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    logps: list[float] | None = None
+    calls: int = 0
+    failures: int = 0
+
+    def add_turn(self, tokens: list[int], logps: list[float] | None, message: Message | None) -> None:
+        """Add a turn of the model; None for a message that the limit cut off entirely."""
+        self.tokens += tokens
+        self.sampled += [1] * len(tokens)
+        if self.logps is not None and logps is not None:
+            self.logps += logps
+        self.messages += [message] if message else []
+
+    def add_results(self, tokens: list[int], results: list[Message]) -> None:
+        """Add what tools returned, and what the template writes between two turns of the model."""
+        self.tokens += tokens
+        self.sampled += [0] * len(tokens)
+        if self.logps is not None:
+            self.logps += [0.0] * len(tokens)
+        self.messages += results
+
+    def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
+        """Return the calls of the last turn, unless it was cut off: `ends` are the ids that end a turn."""
+        complete = bool(self.sampled and self.sampled[-1] and self.tokens[-1] in ends)
+        calls: list[dict[str, Any]] = (self.messages[-1].get("tool_calls") or []) if complete and self.messages else []
+        return calls
+
+
+def converse(
+    dialogues: Sequence[Dialogue],
+    complete: Complete,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ends: Collection[int],
+    limit: int,
+    context: int,
+    turns: int | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> None:
+    """Answer the calls of each dialogue's first turn, and let the model go on, until none calls a tool.
+
+    Args:
+        dialogues: Each with the first turn of the model; what follows is added to them.
+        complete: Samples a turn after each of some texts.
+        tokenizer: A tokenizer with a response template.
+        ends: Ids that end a turn.
+        limit: Length of all turns and results of a dialogue, in tokens, at most.
+        context: Length of the model's context, in tokens.
+        turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
+        template: Further arguments of the chat template.
+    """
+    active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
+    while active and turns != 0:
+        going_on = []
+        for dialogue, results in zip(active, _answer_calls(active, ends), strict=True):
+            tokens = result_tokens(tokenizer, results, template or {})
+            length = len(dialogue.tokens) + len(tokens)
+            if length <= limit and len(dialogue.prompt) + length < context:
+                dialogue.add_results(tokens, results)
+                going_on.append(dialogue)
+        if not going_on:
+            break
+        texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
+        sampled, logps = complete(texts)
+        for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
+            own = whole[: limit - len(dialogue.tokens)]
+            message = read_turn(tokenizer, own, text, dialogue.tools)
+            dialogue.add_turn(own, None if logps is None else logps[number][: len(own)], message)
+        active = [dialogue for dialogue in going_on if dialogue.pending(ends)]
+        turns = None if turns is None else turns - 1
+
+
+def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
+    """Return a turn of the model as a message, with its calls; None if it has no tokens."""
+    return parse_response(tokenizer, tokens, prefix=before, tools=list(tools.values())) if tokens else None
+
+
+def result_tokens(
+    tokenizer: PreTrainedTokenizerBase, results: Sequence[Message], template: Mapping[str, Any]
+) -> list[int]:
+    """Return the ids of results as the chat template writes them between two turns of the model.
+
+    Special tokens that a result spells are broken, so that no tool can end its turn and write the model's.
+    """
+    call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
+    before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    after = [*before, *as_text(results, special_tokens(tokenizer))]
+    prefix = tokenizer.apply_chat_template(before, return_dict=False, **template)
+    whole = tokenizer.apply_chat_template(after, add_generation_prompt=True, return_dict=False, **template)
+    # Some templates write a line feed behind the end of a turn, which the model has not sampled.
+    end = max((place for place, token in enumerate(prefix) if token == tokenizer.eos_token_id), default=len(prefix) - 1)
+    if whole[: end + 1] != prefix[: end + 1]:
+        raise ValueError("the chat template changes a turn once a result follows it")
+    return whole[end + 1 :]
+
+
+def _answer_calls(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
+    """Call the tools that the last turn of each dialogue calls. Return their results as messages."""
+    calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
+    # The calls of a tool that answers many at once are answered first.
+    waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
+    results: dict[int, Any] = {}
+    for number, (dialogue, call) in enumerate(calls):
+        many = MANY.get(dialogue.tools.get(call["name"]))  # type: ignore[arg-type]
+        arguments = list(call["arguments"].values()) if isinstance(call["arguments"], dict) else []
+        if many and len(arguments) == 1 and isinstance(arguments[0], str):
+            waiting.setdefault(many, []).append((number, arguments[0]))
+    for many, asked in waiting.items():
+        results |= dict(zip((number for number, _ in asked), many([text for _, text in asked]), strict=True))
+
+    answered: dict[int, list[Message]] = {id(dialogue): [] for dialogue in dialogues}
+    for number, (dialogue, call) in enumerate(calls):
+        name, dialogue.calls = call["name"], dialogue.calls + 1
+        try:
+            if number not in results:
+                if name not in dialogue.tools:
+                    raise ValueError(f"Tool {name} not found.")
+                results[number] = dialogue.tools[name](**call["arguments"])
+        # A tool may raise anything, and so does a call with other arguments.
+        except Exception as error:  # noqa: BLE001
+            dialogue.failures += 1
+            results[number] = {"error": str(error)}
+        answered[id(dialogue)].append({"role": "tool", "name": name, "content": str(results[number])})
+    return [answered[id(dialogue)] for dialogue in dialogues]

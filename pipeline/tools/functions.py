@@ -1,0 +1,134 @@
+"""Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
+
+Each bounds itself, because TRL calls tools inside the trainer and waits: `calculator` by what it computes at all,
+`python` by the time and the memory of the sandbox. A tool that raises answers with the message of its exception.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from pipeline.rewards.sandbox.run import CODE_SECONDS, run_many
+
+MAX_EXPRESSION = 200
+"""Characters of an expression."""
+
+MAX_BITS = 4096
+"""Bits of a number, some 1,200 digits."""
+
+_DECIMAL = re.compile(r"\d*\.\d*")
+"""Numbers with an exponent, such as 1e999999999, would take long to write out."""
+
+MAX_OUTPUT = 1000
+"""Characters of what a program prints that the model reads."""
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def calculator(expression: str) -> str:
+    """Compute an expression exactly.
+
+    Args:
+        expression: Numbers with + - * / // % ** and parentheses, such as "(1234 + 5678) * 3".
+    """
+    expression = expression.strip()
+    if len(expression) > MAX_EXPRESSION:
+        raise ValueError(f"an expression has at most {MAX_EXPRESSION} characters")
+    try:
+        tree = ast.parse(expression, mode="eval")
+    # A null character, an unfinished number, parentheses that are nested too deeply.
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ValueError(f"{expression!r} is not an expression") from None
+    return _written(_value(tree.body, expression))
+
+
+def python(code: str) -> str:
+    """Run a Python program and return what it prints.
+
+    Args:
+        code: A program that prints its result.
+    """
+    return run_programs([code])[0]
+
+
+def run_programs(codes: Sequence[str]) -> list[str]:
+    """Run the programs of several calls of `python` at once, in the sandbox. Return what each prints, and its fault."""
+    results = []
+    for outcome in run_many([(code, "") for code in codes]):
+        text = outcome.output.strip()
+        if len(text) > MAX_OUTPUT:
+            text = f"{text[:MAX_OUTPUT]} ... ({len(text)} characters)"
+        faults = {"timeout": f"stopped after {CODE_SECONDS:g} seconds", "failed": "failed", "memory": "out of memory"}
+        if not outcome.passed:
+            text = f"{text}\n({faults.get(outcome.status, outcome.status)})".lstrip()
+        results.append(text or "(printed nothing)")
+    return results
+
+
+TOOLS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (calculator, python)}
+
+MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: run_programs}
+"""Tools with one argument that answer several calls faster at once than one by one."""
+
+
+def _value(node: ast.AST, expression: str) -> Fraction:
+    """Return the value of an expression.
+
+    Raises:
+        ValueError: If it is not arithmetic, or a number gets too long.
+        ZeroDivisionError: If it divides by zero.
+    """
+    match node:
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
+            value = Fraction(number)
+        case ast.Constant(value=float()) if _DECIMAL.fullmatch(text := ast.get_source_segment(expression, node) or ""):
+            # What is written is exact: 0.1 is one tenth.
+            value = Fraction(text)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+            value = _value(operand, expression) * (-1 if isinstance(sign, ast.USub) else 1)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            base, exponent = _value(left, expression), _value(right, expression)
+            if exponent.denominator != 1:
+                raise ValueError("an exponent is a whole number")
+            if max(_bits(base), 1) * abs(exponent) > MAX_BITS:
+                raise ValueError("the number is too long")
+            value = base ** int(exponent)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATORS:
+            value = Fraction(OPERATORS[type(sign)](_value(left, expression), _value(right, expression)))
+        case _:
+            raise ValueError(f"{expression!r} is not arithmetic")
+    if _bits(value) > MAX_BITS:
+        raise ValueError("the number is too long")
+    return value
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _written(value: Fraction) -> str:
+    """Return a number as people write it: whole, as a decimal if that ends, otherwise as a fraction."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    rest, places = value.denominator, 0
+    for prime in (2, 5):
+        power = 0
+        while rest % prime == 0:
+            rest, power = rest // prime, power + 1
+        places = max(places, power)
+    if rest != 1 or places > 30:
+        return str(value)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{'-' * (value < 0)}{digits[:-places]}.{digits[-places:]}"

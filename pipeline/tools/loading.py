@@ -1,0 +1,123 @@
+"""Load tools and environments by name: ours, or functions and classes that the user wrote."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
+from trl.chat_template_utils import add_response_schema, supports_tool_calling
+
+from pipeline.errors import Problem, UserError, collect
+from pipeline.rewards.loading import import_callable
+from pipeline.rewards.sandbox.run import validate_sandbox
+from pipeline.tools.environments import ENVIRONMENTS
+from pipeline.tools.functions import TOOLS, python
+
+OWN_METHODS = ("reset", "get_reward")
+"""Methods of an environment that the trainer calls; the other public ones are tools."""
+
+
+def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
+    """Load the functions that `tools` names.
+
+    Raises:
+        UserError: With every name that cannot be loaded or called by a model.
+    """
+    tools: list[Callable[..., Any]] = []
+    problems: list[Problem] = []
+    for name in names or ():
+        with collect(problems):
+            tools.append(_find(name, "tools", TOOLS))
+            if fault := _validate_tool(tools[-1]):
+                problems.append(Problem("tools", name, fault))
+    if problems:
+        raise UserError(*problems)
+    return tools
+
+
+def load_environment(name: str | None) -> type | None:
+    """Load the class that `environment` names, or None.
+
+    Raises:
+        UserError: If it cannot be loaded, lacks what TRL expects of it, or has a method that models cannot call.
+    """
+    if name is None:
+        return None
+    environment: Any = _find(name, "environment", ENVIRONMENTS)
+    reset = getattr(environment, "reset", None)
+    if not inspect.isclass(environment) or not callable(reset):
+        remedy = "must be a class with a method reset(self, **columns) and methods that are tools"
+        raise UserError(Problem("environment", name, remedy))
+    if not any(one.kind is one.VAR_KEYWORD for one in inspect.signature(reset).parameters.values()):
+        raise UserError(
+            Problem("environment", name, "TRL passes every column to reset; accept all: reset(self, **columns)")
+        )
+    methods = tools_of(environment())
+    faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
+    if not methods:
+        faults["it"] = "does not have a method that a model could call; write one"
+    if faults:
+        raise UserError(*(Problem("environment", name, f"{method} {fault}") for method, fault in faults.items()))
+    return environment
+
+
+def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
+    """Return the methods of an environment that are tools, by name."""
+    methods = inspect.getmembers(type(environment), predicate=inspect.isfunction)
+    names = [name for name, _ in methods if name not in OWN_METHODS and not name.startswith("_")]
+    return {name: getattr(environment, name) for name in names}
+
+
+def check_tools(
+    tools: Sequence[str] | None, environment: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[Problem]:
+    """Check that tools and environment can be loaded, and that the tokenizer can write calls and read them back."""
+    problems: list[Problem] = []
+    with collect(problems):
+        load_tools(tools)
+    with collect(problems):
+        load_environment(environment)
+    if (tools or environment) and tokenizer is not None and (fault := _validate_template(tokenizer)):
+        problems.append(Problem("tools" if tools else "environment", tools or environment, fault))
+    return problems
+
+
+def _find(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return what a name of `known`, or `package.module:name`, stands for."""
+    if ":" in name:
+        return import_callable(name, field)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "is not known."
+        raise UserError(Problem(field, name, f"{hint} Known: {', '.join(known)}; or write package.module:name"))
+    return known[name]
+
+
+def _validate_tool(tool: Callable[..., Any]) -> str | None:
+    """Return why a model cannot call a function, or None."""
+    if inspect.iscoroutinefunction(tool):
+        return "is asynchronous; write a plain function"
+    if tool is python and (fault := validate_sandbox()):
+        return fault
+    try:
+        get_json_schema(tool)
+    # transformers raises several kinds of errors, all of which say what is missing.
+    except Exception as error:  # noqa: BLE001
+        return f"cannot be described to a model ({error}); give it type hints and a docstring in Google style"
+    return None
+
+
+def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return why a model with this tokenizer cannot call tools, or None."""
+    if not supports_tool_calling(tokenizer):
+        return "the model's chat template does not write calls of tools; give a model whose template does"
+    if getattr(tokenizer, "response_template", None) is None:
+        try:
+            add_response_schema(tokenizer)
+        except ValueError:
+            return "nothing says how to read the model's calls; set `response_template` in its tokenizer_config.json"
+    return None
