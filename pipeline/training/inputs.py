@@ -19,12 +19,13 @@ from transformers import (
     TrainingArguments,
 )
 from trl import ModelConfig, RewardConfig, unpair_preference_dataset
+from trl.chat_template_utils import supports_tool_calling
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Kind, Split, column_names
 from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import has_calls, load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
@@ -121,6 +122,10 @@ def load_inputs(
         with collect(problems), _user_error_for_template(words_from):
             if kind == "prompt":
                 splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
+            elif kind == "conversation" and has_calls(splits[0]) and not supports_tool_calling(tokenizer):
+                remedy = "its chat template does not write the calls of tools and their results that the data have; "
+                remedy += "give a model whose template does, or such a template (chat_template_path)"
+                problems.append(Problem(words_from[0], words_from[1], remedy))
             else:
                 for split in splits if kind in ("preference", "unpaired") else splits[:1]:
                     problems += _check_tokens(kind, split, tokenizer, training_args) if split is not None else []
