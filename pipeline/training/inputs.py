@@ -122,10 +122,6 @@ def load_inputs(
         with collect(problems), _user_error_for_template(words_from):
             if kind == "prompt":
                 splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
-            elif kind == "conversation" and has_calls(splits[0]) and not supports_tool_calling(tokenizer):
-                remedy = "its chat template does not write the calls of tools and their results that the data have; "
-                remedy += "give a model whose template does, or such a template (chat_template_path)"
-                problems.append(Problem(words_from[0], words_from[1], remedy))
             else:
                 for split in splits if kind in ("preference", "unpaired") else splits[:1]:
                     problems += _check_tokens(kind, split, tokenizer, training_args) if split is not None else []
@@ -317,7 +313,15 @@ def check_weights(
 
 
 def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
-    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch."""
+    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch.
+
+    Raises:
+        ValueError: If the chat template drops calls of tools that the rows have, or their results.
+    """
+    if kind == "conversation" and has_calls(split) and not supports_tool_calling(tokenizer):
+        raise ValueError(
+            "it does not write calls of tools and their results, chat_template_path can name one that does"
+        )
     number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
     rows = list(split.take(number))
 
