@@ -184,19 +184,10 @@ def standardise(
                 logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
             return {"text": ""}
         texts += 1
-        if is_stream:
-            return converted
-        if calls:
-            # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-            return {"messages": [*map(json.dumps, converted["messages"])], FAULT: None}
-        if kind == "conversation" and any("tool_calls" in message for message in converted["messages"]):
-            return {**dict.fromkeys(made), FAULT: HAS_CALLS}
-        return {**converted, FAULT: None}
+        return converted if is_stream else _with_fault(converted, calls)
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
-    features = {name: FEATURES[name] for name in made}
-    if kind == "conversation" and (calls or is_stream):
-        features["messages"] = CALLING
+    features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
     # Rewards read the other columns.
     others = [name for name in columns if kind == "prompt" and name not in (*made, *RESERVED)]
     if others:
@@ -211,6 +202,16 @@ def standardise(
             return standardise(split, args, kind, tokens, calls=True)
         standard = _drop_faults(standard, place, args)
     return _drop_uninformative(standard, place) if "chosen" in made else standard
+
+
+def _with_fault(converted: dict[str, Any], calls: bool) -> dict[str, Any]:
+    """Return a row with the column `FAULT`, where one that calls tools has a fault unless that is known."""
+    messages = converted.get("messages", ())
+    if calls:
+        # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
+        return {"messages": [*map(json.dumps, messages)], FAULT: None}
+    has_calls = any("tool_calls" in message for message in messages)
+    return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:

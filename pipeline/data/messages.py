@@ -18,8 +18,7 @@ AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
 
-CALLS = ("tool_calls", "function_call")
-"""Keys of OpenAI's messages that call tools, the second one of its first release."""
+NOT_READ = "calls a tool, which is not read; write the call into the content"
 
 EXACT = 2.0**53
 """From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
@@ -48,9 +47,9 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
     messages: Messages = []
     for message in value:
         called = {}
-        if isinstance(message, Mapping) and (found := [message[key] for key in CALLS if message.get(key)]):
+        if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
             if not calls:
-                raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
+                raise ShapeError(f"{column} {NOT_READ}")
             called = {"tool_calls": read} if (read := _read_calls(_without_none(found), column)) else {}
             message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -108,20 +107,19 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
     Raises:
         ShapeError: If one has no name, or its arguments are not an object that JSON can hold.
     """
-    value = _parse(value)
-    if isinstance(value, list):
-        return [call for one in value for call in _read_calls(one, column)]
-    if value is None:
-        return []
-    function = value.get("function") or value if isinstance(value, Mapping) else {}
-    name, arguments = (function.get(key) for key in ("name", "arguments")) if isinstance(function, Mapping) else (0, 0)
-    arguments = _parse(arguments)
-    if not isinstance(name, str) or not name.strip() or not isinstance(arguments, Mapping):
-        raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
-    for one in leaves(arguments):
-        if isinstance(one, int | float) and not (math.isfinite(one) and (isinstance(one, float) or abs(one) < 2**63)):
-            raise ShapeError(f"{column} calls {name} with the number {shorten(one)}, which JSON cannot hold")
-    return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    match _parse(value):
+        case None:
+            return []
+        case list(several):
+            return [call for one in several for call in _read_calls(one, column)]
+        case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
+            arguments = _parse(arguments)
+            numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
+            if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
+                raise ShapeError(f"{column} has a number that JSON cannot hold in the arguments {shorten(arguments)}")
+            if name.strip() and isinstance(arguments, Mapping):
+                return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
 
 
 def _parse(value: object) -> object:
@@ -303,6 +301,8 @@ def _read_answer(value: object, prompt: Messages, column: str, system_prompt: st
     role, content = value[0].get("role"), value[0].get("content")
     if role != "assistant":
         raise ShapeError(f"{column} has the role {shorten(role)}, not assistant")
+    if value[0].get("tool_calls"):
+        raise ShapeError(f"{column} {NOT_READ}")
     if not isinstance(content, str):
         raise ShapeError(f"{column} is {shorten(content)}, not text")
     return {"role": "assistant", "content": content}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from datasets import (
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import (
-    ROWS_LOGGED,
     Kind,
     Split,
     column_names,
@@ -95,11 +94,11 @@ def load_splits(
     return train, test
 
 
-def has_calls(conversations: Split) -> bool:
-    """Return whether the assistant calls tools in standardised conversations; of a stream, in its first rows."""
+def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the assistant calls tools in conversations of `load_splits`; of a stream, give the first rows."""
     if isinstance(conversations, Dataset):
         return bool(conversations.features["messages"] == CALLING)
-    return any("tool_calls" in message for row in conversations.take(ROWS_LOGGED) for message in row["messages"])
+    return any("tool_calls" in message for row in conversations for message in row["messages"])
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:

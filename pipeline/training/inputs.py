@@ -318,12 +318,11 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ValueError: If the chat template drops calls of tools that the rows have, or their results.
     """
-    if kind == "conversation" and has_calls(split) and not supports_tool_calling(tokenizer):
-        raise ValueError(
-            "it does not write calls of tools and their results, chat_template_path can name one that does"
-        )
     number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
     rows = list(split.take(number))
+    calls = kind == "conversation" and has_calls(split if isinstance(split, Dataset) else rows)
+    if calls and not supports_tool_calling(tokenizer):
+        raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
 
     def count(messages: Any, add_generation_prompt: bool = False) -> int:
         encoded = tokenizer.apply_chat_template(
