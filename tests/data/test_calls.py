@@ -98,7 +98,8 @@ def test_calls_are_read_in_the_shapes_that_data_have(tmp_path: Path, name: str, 
         # A column has one type, so that all arguments are text.
         rows[2]["messages"][1] = calling(as_json(WAIT))
     pq.write_table(pa.Table.from_pylist(rows), table)
-    for source in (path, table):
+    # `datasets` waits five seconds at the end of a stream of Parquet; one is read in the next test.
+    for source in (path,) if streaming else (path, table):
         found = load(source, streaming=streaming)
         assert has_calls([*found])
         by_length = sorted((row["messages"] for row in found), key=lambda one: one != expected)
