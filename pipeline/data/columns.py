@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ from pipeline.data.messages import (
     refuse_special_tokens,
     shorten,
 )
-from pipeline.data.writing import MESSAGES
+from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
 
@@ -81,10 +82,13 @@ DROP = "rows count from 0, and drop_bad_rows drops such rows"
 FAULT = "_fault"
 """Column that says why a row cannot be converted, while rows are converted."""
 
+HAS_CALLS = "calls a tool"
+"""The fault of a row of the type `MESSAGES`, with which all rows are converted to `CALLING`."""
+
 MOST_NAMED = 20
 """Columns that an error message names, at most."""
 
-MESSAGE_KEYS = ("role", "content", "from", "value")
+MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 """What is read of a message of a conversation."""
 
 ROWS_LOGGED = 100
@@ -119,7 +123,9 @@ def place_of(split: Split, args: DataArguments) -> str:
     return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
 
 
-def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None) -> Split:
+def standardise(
+    split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None, calls: bool = False
+) -> Split:
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
     A row without the expected shape is an error, unless `drop_bad_rows` is set, or the data come from the Hub, whose
@@ -130,6 +136,7 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     Args:
         args: Names of the columns, and of this data set alone.
         kind, tokens: As for `pipeline.data.splits.load_splits`.
+        calls: Whether rows are known to call tools; otherwise they are converted again if one does.
 
     Returns:
         The rows with the columns of `kind`, without pairs that do not say which answer is better.
@@ -177,10 +184,10 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
                 logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
             return {"text": ""}
         texts += 1
-        return converted if is_stream else {**converted, FAULT: None}
+        return converted if is_stream else _with_fault(converted, calls)
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
-    features = {name: FEATURES[name] for name in made}
+    features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
     # Rewards read the other columns.
     others = [name for name in columns if kind == "prompt" and name not in (*made, *RESERVED)]
     if others:
@@ -191,8 +198,20 @@ def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Patter
     types = Features(features) if features else None
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
     if not is_stream and len(split):
+        if HAS_CALLS in standard.unique(FAULT):
+            return standardise(split, args, kind, tokens, calls=True)
         standard = _drop_faults(standard, place, args)
     return _drop_uninformative(standard, place) if "chosen" in made else standard
+
+
+def _with_fault(converted: dict[str, Any], calls: bool) -> dict[str, Any]:
+    """Return a row with the column `FAULT`, where one that calls tools has a fault unless that is known."""
+    messages = converted.get("messages", ())
+    if calls:
+        # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
+        return {"messages": [*map(json.dumps, messages)], FAULT: None}
+    has_calls = any("tool_calls" in message for message in messages)
+    return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
@@ -381,7 +400,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
 
     def from_messages(row: Row) -> dict[str, Any]:
-        messages = read_messages(row[messages_column], messages_column, args.system_prompt)
+        messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
         if messages[-1]["role"] != "assistant":
             raise ShapeError(f"{messages_column} ends with the role {messages[-1]['role']}, not assistant")
         if next(message["role"] for message in messages if message["role"] != "system") == "assistant":

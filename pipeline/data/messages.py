@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
 
 AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
@@ -15,6 +17,8 @@ AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
+
+NOT_READ = "calls a tool, which is not read; write the call into the content"
 
 EXACT = 2.0**53
 """From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
@@ -24,10 +28,11 @@ class ShapeError(ValueError):
     """A row does not have the expected shape; the message says how."""
 
 
-def read_messages(value: object, column: str, system_prompt: str | None = None) -> Messages:
+def read_messages(value: object, column: str, system_prompt: str | None = None, calls: bool = False) -> Messages:
     """Read a conversation: a list of messages, or the text of a single message of the user.
 
-    A conversation without a system message gets `system_prompt`.
+    A conversation without a system message gets `system_prompt`. With `calls`, messages of the assistant may call tools
+    and be empty apart from that. They get the key `tool_calls`, in OpenAI's form with arguments as a dict.
 
     Raises:
         ShapeError: If it is neither, or not a conversation that a model can learn from.
@@ -41,19 +46,25 @@ def read_messages(value: object, column: str, system_prompt: str | None = None) 
         raise ShapeError(f"{column} is {shorten(value)}, not a list of messages")
     messages: Messages = []
     for message in value:
+        called = {}
+        if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
+            if not calls:
+                raise ShapeError(f"{column} {NOT_READ}")
+            called = {"tool_calls": read} if (read := _read_calls(_without_none(found), column)) else {}
+            message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ShapeError(f"{column} contains {shorten(message)}, not {{role, content}}")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
         if message["role"] not in ("system", "user", "assistant", "tool"):
             raise ShapeError(f"{column} has the role {shorten(message['role'])}, not system, user or assistant")
         if not isinstance(message["content"], str):
             raise ShapeError(f"{column} has the content {shorten(message['content'])}, not text")
-        if not message["content"].strip() and message["role"] in ("user", "assistant"):
+        if called and message["role"] != "assistant":
+            raise ShapeError(f"{column} calls a tool in a message of the {message['role']}, not of the assistant")
+        if not called and not message["content"].strip() and message["role"] in ("user", "assistant"):
             raise ShapeError(f"{column} has an empty message of the {message['role']}")
         if messages and message["role"] == messages[-1]["role"] == "assistant":
             raise ShapeError(f"{column} has two messages of the assistant in a row")
-        messages.append({"role": message["role"], "content": message["content"]})
+        messages.append({"role": message["role"], "content": message["content"], **called})
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
@@ -67,16 +78,74 @@ def _as_text(value: str, column: str) -> str:
 
 
 def _with_roles(value: object) -> object:
-    """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`; a single message as a list."""
+    """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`; a single message as a list.
+
+    Calls of tools, which are messages of their own there, join the assistant's message before them.
+    """
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list):
         return value
-    return [
-        {"role": ROLES.get(one["from"], one["from"]), "content": one["value"]}
-        if isinstance(one, Mapping) and {"from", "value"} <= set(one) and one.get("role") is None
-        else one
-        for one in value
-    ]
+    messages: list[Any] = []
+    for one in value:
+        if isinstance(one, Mapping) and one.get("role") == "function":
+            one = {**one, "role": "tool"}
+        elif isinstance(one, Mapping) and {"from", "value"} <= set(one) and one.get("role") is None:
+            role, content = one["from"], one["value"]
+            one = {"role": ROLES.get(role, role), "content": content}
+            if role == "function_call":
+                last = messages[-1] if messages else None
+                is_joined = isinstance(last, Mapping) and last.get("role") == "assistant"
+                before = messages.pop() if is_joined else {"role": "assistant", "content": ""}
+                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), content]}
+        messages.append(one)
+    return messages
+
+
+def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
+    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text.
+
+    Raises:
+        ShapeError: If one has no name, or its arguments are not an object that JSON can hold.
+    """
+    match _parse(value):
+        case None:
+            return []
+        case list(several):
+            return [call for one in several for call in _read_calls(one, column)]
+        case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
+            arguments = _parse(arguments)
+            numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
+            if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
+                raise ShapeError(f"{column} has a number that JSON cannot hold in the arguments {shorten(arguments)}")
+            if name.strip() and isinstance(arguments, Mapping):
+                return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
+
+
+def _parse(value: object) -> object:
+    """Return what a text of JSON says; anything else as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _without_none(value: object) -> Any:
+    """Return a value without the keys that are None: in a table, all calls have the arguments of every other one."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Yield the keys and values of mappings and the items of lists, at any depth."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for one in value:
+            yield from leaves(one)
+    else:
+        yield value
 
 
 def read_prompt(value: object, column: str, system_prompt: str | None = None) -> Messages:
@@ -95,8 +164,9 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
-            if found := tokens.search(message["content"]):
-                raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
+            for text in leaves([message["content"], message.get("tool_calls")]):
+                if isinstance(text, str) and (found := tokens.search(text)):
+                    raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
 
 
 def as_answer(value: object) -> object:
@@ -231,6 +301,8 @@ def _read_answer(value: object, prompt: Messages, column: str, system_prompt: st
     role, content = value[0].get("role"), value[0].get("content")
     if role != "assistant":
         raise ShapeError(f"{column} has the role {shorten(role)}, not assistant")
+    if value[0].get("tool_calls"):
+        raise ShapeError(f"{column} {NOT_READ}")
     if not isinstance(content, str):
         raise ShapeError(f"{column} is {shorten(content)}, not text")
     return {"role": "assistant", "content": content}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     IterableDataset,
     IterableDatasetDict,
     concatenate_datasets,
@@ -19,8 +20,18 @@ from datasets import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, column_names, converter, drops_rows, find_column, place_of, standardise
+from pipeline.data.columns import (
+    Kind,
+    Split,
+    column_names,
+    converter,
+    drops_rows,
+    find_column,
+    place_of,
+    standardise,
+)
 from pipeline.data.sources import locate_error, open_source
+from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +92,13 @@ def load_splits(
         # Trainers shuffle only data with a length. The order of a stream depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test
+
+
+def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the assistant calls tools in conversations of `load_splits`; of a stream, give the first rows."""
+    if isinstance(conversations, Dataset):
+        return bool(conversations.features["messages"] == CALLING)
+    return any("tool_calls" in message for row in conversations for message in row["messages"])
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
@@ -233,5 +251,8 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
 
 def _join(parts: list[Split], most: int | None) -> Split:
     """Put the rows of several data sets one after the other, at most `most` of them."""
+    types = [part.features for part in parts]
+    if any(one != types[0] for one in types) and {"messages": CALLING} in types:
+        parts = [part.cast(Features({"messages": CALLING})) for part in parts]
     joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     return joined if most is None else joined.take(most)

@@ -131,7 +131,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **opti
 
 
 def _label_by_prefixes(
-    rows: list[list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase
+    rows: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[list[int]]]:
     """Return tokens and labels of conversations under a chat template without marks around what the assistant says.
 
@@ -139,7 +139,7 @@ def _label_by_prefixes(
     """
     # One text per answer: the conversation up to and including it, and the number of its row.
     numbers: list[int] = []
-    texts: list[list[dict[str, str]]] = []
+    texts: list[list[dict[str, Any]]] = []
     for number, messages in enumerate(rows):
         for end, message in enumerate(messages, start=1):
             if message["role"] == "assistant":

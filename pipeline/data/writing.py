@@ -9,10 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, List, Value
+from datasets import Features, Json, List, Value
 from huggingface_hub import DatasetCardData
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+CALLING = List(Json())
+"""Type of messages that call tools: a struct would give each call the arguments of all others."""
 
 PREFERENCES = Features(
     {

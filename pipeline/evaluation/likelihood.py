@@ -81,7 +81,8 @@ def answer_losses(
         shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
         first = max(1, next(shared, min(len(ids), len(prompt))))
         scored = ids[first:context]
-        whole_answer = scored and len(ids) <= context
+        # A call of a tool is text only as the template writes it.
+        whole_answer = scored and len(ids) <= context and not conversation[-1].get("tool_calls")
         texts.append(conversation[-1]["content"] if whole_answer else tokenizer.decode(scored))
         sequences.append((ids[:context], first))
     return list(zip(sequence_losses(model, tokenizer, sequences), texts, strict=True))

@@ -154,13 +154,18 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
     (`apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.)
 
     Args:
-        messages: Messages with a content.
+        messages: Messages with a content or with `tool_calls`, whose names and arguments are texts as well.
         tokens: From `special_tokens`.
     """
-    return [
-        {**m, "content": tokens.sub(lambda spelled: f"{spelled[0][0]} {spelled[0][1:]}", m["content"])}
-        for m in messages
-    ]
+
+    def broken(value: Any) -> Any:
+        if isinstance(value, str):
+            return tokens.sub(lambda spelled: f"{spelled[0][0]} {spelled[0][1:]}", value)
+        if isinstance(value, Mapping):
+            return {broken(key): broken(one) for key, one in value.items()}
+        return [broken(one) for one in value] if isinstance(value, list) else value
+
+    return [{**m, **{key: broken(m[key]) for key in ("content", "tool_calls") if key in m}} for m in messages]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:

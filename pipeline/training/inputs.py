@@ -19,12 +19,13 @@ from transformers import (
     TrainingArguments,
 )
 from trl import ModelConfig, RewardConfig, unpair_preference_dataset
+from trl.chat_template_utils import supports_tool_calling
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS, Kind, Split, column_names
 from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
-from pipeline.data.splits import load_splits
+from pipeline.data.splits import has_calls, load_splits
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
@@ -312,9 +313,16 @@ def check_weights(
 
 
 def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
-    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch."""
+    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch.
+
+    Raises:
+        ValueError: If the chat template drops calls of tools that the rows have, or their results.
+    """
     number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
     rows = list(split.take(number))
+    calls = kind == "conversation" and has_calls(split if isinstance(split, Dataset) else rows)
+    if calls and not supports_tool_calling(tokenizer):
+        raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
 
     def count(messages: Any, add_generation_prompt: bool = False) -> int:
         encoded = tokenizer.apply_chat_template(

@@ -273,7 +273,11 @@ def test_shapes_of_rows_are_found(
         ),
         ("conversation", {"question": "Why?", "answer": float("nan")}, "answer is empty"),
         ("conversation", {"question": "Why?", "answer": 2**70}, r"1.18\d*e\+21 is not exact; write it as text"),
-        ("conversation", {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]}, "messages calls a tool"),
+        (
+            "conversation",
+            {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]},
+            "has the call {'id': '1'}, not",
+        ),
         ("prompt", {"question": "Who?", "answer": ["I", "me"]}, r"answer is \['I', 'me'\], not one answer"),
         ("prompt", {"question": "Who?", "answer": {"value": "I"}}, r"answer is {'value': 'I'}, not one answer"),
         ("unpaired", {"prompt": "Who?", "completion": ["I"], "label": True}, r"completion is \['I'\], not text"),

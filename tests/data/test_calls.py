@@ -1,0 +1,258 @@
+"""Conversations in which the assistant calls tools, from any form and file, up to the labels that are learned from."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from small_model import CHATML, conversation, save_model, tokenizer, write_lines
+from trl import ModelConfig, SFTConfig
+
+from pipeline.data.arguments import DataArguments
+from pipeline.data.messages import ShapeError, read_messages, read_pair, refuse_special_tokens
+from pipeline.data.splits import has_calls, load_splits
+from pipeline.data.writing import CALLING, MESSAGES
+from pipeline.errors import UserError
+from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.training.inputs import load_inputs
+
+LOOK = {"name": "look", "arguments": {"place": "a box", "seconds": 7}}
+WAIT = {"name": "wait", "arguments": {}}
+HUMAN = {"from": "human", "value": "Where is it?"}
+SEEN = {"from": "observation", "value": '{"seen": 0}'}
+GPT = {"from": "gpt", "value": "Nowhere."}
+USER, RESULT, ANSWER = (
+    {"role": role, "content": one["value"]} for role, one in {"user": HUMAN, "tool": SEEN, "assistant": GPT}.items()
+)
+
+
+def calling(*functions: dict[str, Any], content: str = "") -> dict[str, Any]:
+    calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": content, "tool_calls": calls}
+
+
+def as_json(function: dict[str, Any]) -> dict[str, Any]:
+    """Return a function with its arguments as OpenAI's API returns them."""
+    return {**function, "arguments": json.dumps(function["arguments"])}
+
+
+def called(value: object) -> dict[str, object]:
+    return {"from": "function_call", "value": value if isinstance(value, str) else json.dumps(value)}
+
+
+def load(*paths: str, streaming: bool = False, **options: Any) -> Any:
+    args = DataArguments([*paths], dataset_streaming=streaming, validation_share=0.0, **options)
+    return load_splits(args, "conversation", evaluation=False)[0]
+
+
+EMPTY = {"role": "assistant", "content": None}
+WHOLE = [USER, calling(LOOK), RESULT, ANSWER]
+SHAPES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "OpenAI's": (
+        [USER, {**calling(as_json(LOOK)), "content": None}, {**RESULT, "tool_call_id": "1", "name": "look"}, ANSWER],
+        WHOLE,
+    ),
+    "OpenAI's without a content": ([USER, {"role": "assistant", "tool_calls": [{"function": LOOK}]}], WHOLE[:2]),
+    "OpenAI's first": (
+        [USER, {**EMPTY, "function_call": as_json(LOOK)}, {**RESULT, "role": "function"}, ANSWER],
+        WHOLE,
+    ),
+    "calls as text": (
+        [
+            {**USER, "tool_calls": "[]"},
+            {"role": "assistant", "content": "", "tool_calls": json.dumps([{"function": as_json(LOOK)}])},
+            ANSWER | {"role": "tool"},
+            ANSWER | {"tool_calls": "null"},
+        ],
+        [*WHOLE[:2], ANSWER | {"role": "tool"}, ANSWER],
+    ),
+    "ShareGPT's": ([HUMAN, called(LOOK), SEEN, GPT], WHOLE),
+    "ShareGPT's with calls in a row": (
+        [HUMAN, GPT, called(LOOK), called([as_json(WAIT), LOOK]), SEEN, SEEN, GPT],
+        [USER, calling(LOOK, WAIT, LOOK, content="Nowhere."), RESULT, RESULT, ANSWER],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_calls_are_read_in_the_shapes_that_data_have(tmp_path: Path, name: str, streaming: bool) -> None:
+    """In JSON Lines and in Parquet, where a struct gives each call the arguments of all."""
+    messages, expected = SHAPES[name]
+    rows = [{"messages": messages}, {"messages": [USER, ANSWER]}, {"messages": [USER, calling(WAIT), RESULT, ANSWER]}]
+    if "from" in messages[0]:
+        rows[1:] = [{"messages": [HUMAN, GPT]}, {"messages": [HUMAN, called(WAIT), SEEN, GPT]}]
+    if name in ("OpenAI's first", "calls as text"):
+        rows = rows[:2]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    table = str(tmp_path / "a.parquet")
+    if name == "OpenAI's":
+        # A column has one type, so that all arguments are text.
+        rows[2]["messages"][1] = calling(as_json(WAIT))
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    # `datasets` waits five seconds at the end of a stream of Parquet; one is read in the next test.
+    for source in (path,) if streaming else (path, table):
+        found = load(source, streaming=streaming)
+        assert has_calls([*found])
+        by_length = sorted((row["messages"] for row in found), key=lambda one: one != expected)
+        assert by_length[0] == expected and [USER, ANSWER] in by_length and len(by_length) == len(rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arguments_that_a_table_lacks_are_left_out(tmp_path: Path, streaming: bool) -> None:
+    other = {"name": "ask", "arguments": {"who": {"name": "Ann"}, "seconds": 0.5}}
+    nested = {"name": "ask", "arguments": {"who": {"age": 7}, "place": "here"}}
+    rows = [{"messages": [USER, calling(function), RESULT, ANSWER]} for function in (LOOK, other, nested)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert "null" in json.dumps(pq.read_table(tmp_path / "a.parquet").to_pylist())
+    found = list(load(str(tmp_path / "a.parquet"), streaming=streaming))
+    assert all(row in found for row in rows)
+
+
+NAMELESS = "not a name with an object of arguments"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([USER, calling({"name": " ", "arguments": {}})], NAMELESS),
+        ([USER, calling({"name": "look"})], NAMELESS),
+        ([USER, calling({"name": "look", "arguments": "{place"})], NAMELESS),
+        ([USER, calling({"name": "look", "arguments": "[1]"})], NAMELESS),
+        ([USER, {**ANSWER, "tool_calls": [{"id": "1"}]}], NAMELESS),
+        ([USER, {**ANSWER, "tool_calls": [{"function": "look"}]}], NAMELESS),
+        ([USER, {**ANSWER, "function_call": 7}], NAMELESS),
+        ([HUMAN, called("look at it")], "has the call 'look at it', not a name"),
+        ([HUMAN, called("")], NAMELESS),
+        ([HUMAN, called("[]")], "has an empty message of the assistant"),
+        ([HUMAN, called(as_json(LOOK)), GPT], "two messages of the assistant in a row"),
+        ([USER, ANSWER, calling(LOOK)], "two messages of the assistant in a row"),
+        ([{**USER, "tool_calls": [{"function": LOOK}]}, ANSWER], "calls a tool in a message of the user"),
+        ([USER, {**calling(LOOK), "content": ["Hello"]}], r"has the content \['Hello'\], not text"),
+        ([USER, calling(LOOK), {"role": "tool", "content": None}], "has the content None, not text"),
+        (
+            [HUMAN, called('{"name": "look", "arguments": {"a": [NaN]}}')],
+            r"has a number that JSON cannot hold in the arguments {'a': \[nan\]}",
+        ),
+        (
+            [HUMAN, called({"name": "look", "arguments": {"a": 2**70}})],
+            "has a number that JSON cannot hold in the arguments {'a': 1180",
+        ),
+    ],
+)
+def test_calls_that_cannot_be_read_are_refused(messages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        read_messages(messages, "messages", calls=True)
+
+
+def test_calls_are_read_in_conversations_alone() -> None:
+    for messages in ([USER, calling(LOOK), RESULT], [HUMAN, called(LOOK), SEEN]):
+        with pytest.raises(ShapeError, match="calls a tool, which is not read"):
+            read_messages(messages, "prompt")
+        with pytest.raises(ShapeError, match="chosen calls a tool, which is not read"):
+            read_pair({"prompt": "Where?", "chosen": messages[1:2], "rejected": [ANSWER]})
+
+
+JSON = st.recursive(
+    st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(arguments=st.dictionaries(st.text(), JSON, max_size=3), name=st.text(min_size=1).filter(str.strip))
+def test_all_forms_of_a_call_mean_the_same(arguments: dict[str, Any], name: str) -> None:
+    function = {"name": name, "arguments": arguments}
+    expected = [USER, calling(function)]
+    for form in (
+        calling(function),
+        calling(as_json(function)),
+        {"role": "assistant", "function_call": as_json(function)},
+        {"role": "assistant", "tool_calls": json.dumps([{"type": "function", "function": function}])},
+        called(function),
+        called([as_json(function)]),
+    ):
+        assert read_messages([USER, form], "messages", calls=True) == expected
+    assert read_messages(expected, "messages", calls=True) == expected
+
+
+def test_data_without_calls_have_the_type_that_they_had_and_join_those_with_calls(tmp_path: Path) -> None:
+    plain = write_lines(
+        tmp_path / "plain.jsonl", [{"messages": [{**one, "tool_calls": None} for one in (USER, ANSWER)]}]
+    )
+    found = load(plain)
+    assert found.features == {"messages": MESSAGES} and not has_calls(found)
+    assert found[0] == {"messages": [USER, ANSWER]}
+    mixed = write_lines(tmp_path / "mixed.jsonl", [{"messages": WHOLE}])
+    for streaming in (False, True):
+        for paths in ((plain, mixed), (mixed, plain)):
+            rows = load(*paths, streaming=streaming)
+            assert rows.features == {"messages": CALLING} and has_calls([*rows] if streaming else rows)
+            assert sorted((row["messages"] for row in rows), key=len) == [[USER, ANSWER], WHOLE]
+
+
+def test_rows_with_faults_and_calls_are_dropped_and_kept(tmp_path: Path) -> None:
+    function = {"name": "add", "arguments": {"a": 3.141592653589793, "b": "0.1", "c": [None, "\u2028é"]}}
+    rows = [[HUMAN], [HUMAN, called(function)], [HUMAN, GPT], [HUMAN, called("?")]]
+    path = write_lines(tmp_path / "a.jsonl", [{"conversations": row} for row in rows])
+    with pytest.raises(UserError, match=r"row 0: .* and 1 more of 4 \(3\)"):
+        load(path)
+    kept = load(path, drop_bad_rows=True)
+    assert [row["messages"] for row in kept] == [[USER, calling(function)], [USER, ANSWER]]
+
+
+@pytest.mark.parametrize(
+    "function", [{"name": "a<|end|>", "arguments": {}}, {"name": "a", "arguments": {"<|end|>": 1}}]
+)
+def test_names_and_arguments_may_not_spell_special_tokens(function: dict[str, Any]) -> None:
+    tokens = special_tokens(tokenizer())
+    for one in (function, {"name": "a", "arguments": {"b": [{"c": "of <|user|>"}]}}):
+        messages = [USER, {**calling(one), "content": None}]
+        with pytest.raises(ShapeError, match=r"messages contains <\|(end|user)\|>, which the tokenizer reads"):
+            refuse_special_tokens({"messages": messages}, tokens)
+        (broken,) = as_text(messages[1:], tokens)
+        refuse_special_tokens({"messages": [broken]}, tokens)
+        assert json.loads(json.dumps(broken).replace("< |", "<|")) == messages[1]
+    refuse_special_tokens({"messages": WHOLE}, tokens)
+    assert as_text(WHOLE, tokens) == WHOLE
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_calls_are_learned_and_results_are_not(tmp_path: Path, marked: bool) -> None:
+    """By the template's marks around what the assistant says, or by the prefixes of a template without them."""
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    if not marked:
+        words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+        words.save_pretrained(model)
+    data = write_lines(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": conversation("Why?", "Because.")}] * 9)
+    args = SFTConfig(
+        str(tmp_path / "output"), assistant_only_loss=True, max_length=128, use_cpu=True, bf16=False, report_to="none"
+    )
+    tokenizer_, train, _ = load_inputs("conversation", DataArguments(data), args, ModelConfig(model))
+    row = next(row for row in train if row["messages"] == WHOLE)
+    learned = tokenizer_.decode([token for token in row["labels"] if token >= 0])
+    assert learned == "<|call|>look<|argument|>place=a box<|argument|>seconds=7<|end|>Nowhere.<|end|>"
+    assert RESULT["content"] in tokenizer_.decode(row["input_ids"])
+
+
+def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) -> None:
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    words.chat_template = CHATML
+    words.save_pretrained(model)
+    args = SFTConfig(str(tmp_path / "output"), max_length=128, max_steps=1, use_cpu=True, bf16=False, report_to="none")
+    data = write_lines(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": [USER, ANSWER]}] * 9)
+    for streaming in (False, True):
+        with pytest.raises(
+            UserError, match=r"^model_name_or_path: \S+: its chat template .* \(it leaves out calls of tools"
+        ):
+            load_inputs("conversation", DataArguments(data, dataset_streaming=streaming), args, ModelConfig(model))
+    plain = write_lines(tmp_path / "b.jsonl", [{"messages": [USER, ANSWER]}] * 18)
+    assert isinstance(load_inputs("conversation", DataArguments(plain), args, ModelConfig(model))[1], Dataset)
