@@ -195,7 +195,7 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers."""
     kind = rng.choice(("sums", "copies", "order", "middle", "counting", "talk"))
-    lines = []
+    lines: list[str] = []
     while len(lines) < 6:
         if kind == "sums":
             a, b = rng.randrange(10), rng.randrange(10)
