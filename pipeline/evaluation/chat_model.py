@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.generation import Completion, encode_prompts, generate
+from pipeline.models.generation import Completion, encode_prompts, end_tokens, generate
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.progress import Tally
+from pipeline.tools.dialogue import Dialogue, converse, read_turn
+from pipeline.tools.loading import Toolbox
 
 BATCH = 256
 """Answers generated at once, fewer if they are long."""
@@ -25,7 +29,7 @@ class ChatModel:
 
     `vllm` samples in the place of the model if it is given. `counts` are of the answers so far and, under `"cut off"`,
     of those that the limit or the context cut off. `template` are further arguments of the chat template. `tally`
-    reports the answers of an evaluation.
+    reports the answers of an evaluation. `toolbox` is what the model may call while it answers rows.
     """
 
     model: PreTrainedModel
@@ -35,6 +39,7 @@ class ChatModel:
     counts: Counter[str] = field(default_factory=Counter)
     template: Mapping[str, Any] = field(default_factory=dict)
     tally: Tally = field(default_factory=lambda: Tally("answers"))
+    toolbox: Toolbox | None = None
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return the completions of each conversation; `options` as for `generate`."""
@@ -47,6 +52,32 @@ class ChatModel:
     def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
         """Return the greedy completion of each conversation."""
         return [completion for (completion,) in self.sample(prompts)]
+
+    def answer(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[list[Completion]]:
+        """Return the completions of the prompt of each row: dialogues with tools, if the model may call any."""
+        if self.toolbox is None:
+            return self.sample([row["prompt"] for row in rows], **options)
+        samples = options.pop("samples", 1)
+        opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
+        encoded = self.encode([prompt for prompt, _ in opened])
+        dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
+        single = replace(self, counts=Counter(), tally=Tally("turns"))
+        turns = count(options.pop("seed", 0))
+
+        def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
+            found = single.complete(texts, self.max_new_tokens, seed=next(turns), **options)
+            return [completion.tokens for (completion,) in found], None
+
+        for dialogue, tokens in zip(dialogues, complete(encoded)[0], strict=True):
+            dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
+        ends = end_tokens(self.model, self.tokenizer)
+        limit, context = self.max_new_tokens, self.positions or sys.maxsize
+        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=self.template)
+        completions = [_as_completion(dialogue, ends) for dialogue in dialogues]
+        self.tally.add(len(completions))
+        self.counts["answers"] += len(completions)
+        self.counts["cut off"] += sum(not completion.stopped for completion in completions)
+        return [completions[start : start + samples] for start in range(0, len(completions), samples)]
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""
@@ -78,3 +109,17 @@ class ChatModel:
     def positions(self) -> int:
         """The length of the context in tokens, 0 if it is not limited."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+
+
+def _as_completion(dialogue: Dialogue, ends: Collection[int]) -> Completion:
+    """Return a dialogue as one completion, whose text is the last message and whose tokens are those of the model.
+
+    A dialogue that ends with a call, for whose result there is no room, was cut off.
+    """
+    last = dialogue.messages[-1] if dialogue.messages else {}
+    answered = last.get("role") == "assistant" and not last.get("tool_calls")
+    own = [token for token, sampled in zip(dialogue.tokens, dialogue.sampled, strict=True) if sampled]
+    stopped = bool(answered and own and own[-1] in ends)
+    # The ends of earlier turns, which did not end the answer, are left out.
+    tokens = [token for token in own if token not in ends] + (own[-1:] if stopped else [])
+    return Completion(str(last.get("content") or "") if answered else "", tokens, stopped, tuple(dialogue.messages))

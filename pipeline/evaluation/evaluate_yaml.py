@@ -37,13 +37,17 @@ GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "c
 """Short names of rewards that grade answers."""
 ADDED = "chat_template_kwargs"
 """The key of completed settings that runs of earlier releases do not record."""
-DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED)
+CALLED = "called"
+"""The key of completed settings that says what models may call, in answers to which data."""
+DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
 IDENTITY = ("dataset_name", "dataset_config")
 """Fields by which two sources are the same data set."""
 DIVISION = ("validation_share", "dataset_train_split", "document")
 """Fields that determine which rows of a single split are held out."""
+TOOLS = ("tools", "environment")
+"""Fields that say what a model may call."""
 MAX_SAMPLES = 1000
 
 Values = Mapping[str, Any]
@@ -134,7 +138,9 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         # The first reward model is the one that PPO is trained with; another one is a judge.
         if kind not in last or kind not in STAGES or STAGES[kind].generates:
             last[kind] = (name, values)
-    trained_on, lengths = {}, {}
+    trained_on: dict[str, Any] = {}
+    lengths: dict[str, Any] = {}
+    called: dict[str, Any] = {}
     templates = {name: given for name, _, values in stages if (given := _template(values))}
     for key, held_out in HELD_OUT.items():
         values = next((last[kind][1] for kind in kinds_with_data(key) if kind in last), {})
@@ -143,6 +149,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
             if held_out.length:
                 lengths[key] = values.get(held_out.length)
                 templates |= {key: given} if (given := _template(values)) else {}
+                called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
 
     # The run starts from the first model that a stage names, unless another stage makes it.
     outputs = {str(home / name) for name, _, _ in stages}
@@ -162,6 +169,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
             for model in as_list(values.get("reward_model_path") or [])
         ],
         ADDED: templates or None,
+        CALLED: called or None,
     }
 
 

@@ -61,6 +61,10 @@ METRICS: dict[str, MetricInfo] = {
     "pass@8": MetricInfo("pass@8", "at least one of eight samples is right (unbiased estimate)"),
     "maj@8": MetricInfo("maj@8", "the most frequent answer of eight samples is right (ties: the first drawn)"),
     "step_rate": MetricInfo("Step rate", "greedy answers that show worked steps", ""),
+    "tool_score": MetricInfo(
+        "Score with tools", "1 for a right greedy answer to a problem, minus what its calls cost", share=False
+    ),
+    "tool_calls": MetricInfo("Calls of tools", "per greedy answer to a problem", "", 2, share=False),
     "mean_length": MetricInfo("Answer length", "tokens per answer to an instruction", "", 1, share=False),
     "reasoning_length": MetricInfo("Reasoning length", "tokens per greedy answer to a problem", "", 1, share=False),
     "reward_margin": MetricInfo("Reward margin", "score of the preferred answer minus the other's", "", share=False),

@@ -10,7 +10,7 @@ The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -246,11 +246,13 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     """
     rows, grader = held_out.problems, held_out.graders["problems"]
     # One greedy answer to every problem.
-    completions = chat.greedy([row["prompt"] for row in rows])
+    completions = [completion for (completion,) in chat.answer(rows)]
     answers = [completion.text for completion in completions]
     values = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
+    if chat.toolbox is not None:
+        record_calls(result, completions, values, rows)
     for row, completion, value in zip(rows, completions, values, strict=True):
         # The report shows the first problem of each kind.
         if all(trace["kind"] != row["kind"] for trace in result.traces):
@@ -259,7 +261,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
     # Several sampled answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
-    sampled = chat.sample([row["prompt"] for row in some], samples=samples, temperature=1.0, seed=result.seed)
+    sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
     answered: dict[str, Any] = {
         "predictions": [[completion.text for completion in completions] for completions in sampled],
         "references": [str(row.get("answer") or "") for row in some],
@@ -271,6 +273,21 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         result.record(f"pass@{samples}", PassAtK().compute(k=samples, seed=result.seed, **answered), some)
     if samples > 1 and held_out.can_vote:
         result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
+
+
+def record_calls(
+    result: StageResult, completions: Sequence[Completion], values: Sequence[float], rows: Sequence[Example]
+) -> None:
+    """Record `tool_calls` of greedy answers, and `tool_score`: 1 if one is right, minus what its calls cost.
+
+    A call costs the `call_cost` of its row. Without this column, there is no score.
+    """
+    calls = [float(sum(len(one.get("tool_calls") or ()) for one in completion.messages)) for completion in completions]
+    result.record("tool_calls", output(intervals.mean(calls, result.seed), calls), rows, by_kind=intervals.mean)
+    if all("call_cost" in row for row in rows):
+        costs = [number * row["call_cost"] for number, row in zip(calls, rows, strict=True)]
+        scores = [value - cost for value, cost in zip(values, costs, strict=True)]
+        result.record("tool_score", output(intervals.mean(scores, result.seed), scores), rows, by_kind=intervals.mean)
 
 
 def record_greedy(
@@ -291,12 +308,26 @@ def record_greedy(
 
 
 def readable(completion: Completion) -> str:
-    """Return an answer as reports show it; why there is nothing to read, if there is not."""
+    """Return an answer as reports show it, with calls and results; why there is nothing to read, if there is not."""
+    if completion.messages:
+        return "\n".join(line for message in completion.messages for line in _lines(message))
     if completion.text.strip():
         return completion.text
     # The text is without special tokens; white space is text.
     tokens = f"{len(completion.tokens)} tokens that are not shown: white space, or special ones"
     return f"(nothing: {tokens})" if len(completion.tokens) > 1 else "(nothing: it ended at once)"
+
+
+def _lines(message: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that show a message of a dialogue with tools."""
+    if message["role"] == "tool":
+        yield f"<- {message['content']}"
+    elif message.get("content"):
+        yield message["content"]
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or call
+        arguments = ", ".join(f"{name}={value}" for name, value in function["arguments"].items())
+        yield f"-> {function['name']}({arguments})"
 
 
 def record_ends(

@@ -18,7 +18,7 @@ from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.evaluate_yaml import BASE, DEFAULT_LENGTH, VOTES, template_arguments
+from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.evaluation.held_out import Example, HeldOut, subsample
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
@@ -34,6 +34,7 @@ from pipeline.preferences.people import load_votes
 from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
 from pipeline.stages import HELD_OUT, STAGES
+from pipeline.tools.loading import load_toolbox
 
 Settings = Mapping[str, Any]
 
@@ -185,7 +186,7 @@ def _measure_language_model(
     if held_out.problems:
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
     if held_out.longer:
-        longer = [answer.text for answer in chats["problems"].greedy([row["prompt"] for row in held_out.longer])]
+        longer = [answer.text for (answer,) in chats["problems"].answer(held_out.longer)]
         metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
@@ -297,7 +298,15 @@ def _load_chats(
     vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
     tally = Tally("answers")
     return {
-        key: ChatModel(model, tokenizer, limit, vllm, template=template_arguments(settings, stage, key), tally=tally)
+        key: ChatModel(
+            model,
+            tokenizer,
+            limit,
+            vllm,
+            template=template_arguments(settings, stage, key),
+            tally=tally,
+            toolbox=load_toolbox((settings[CALLED] or {}).get(key), tokenizer),
+        )
         for key, limit in answer_lengths(model, settings).items()
     }
 

@@ -23,11 +23,13 @@ class Completion:
         text: Decoded without special tokens, with white space at both ends removed.
         tokens: Generated ids, including the end-of-turn token if the model generated one.
         stopped: Whether the model ended its turn within the limit.
+        messages: The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
     """
 
     text: str
     tokens: list[int]
     stopped: bool
+    messages: Sequence[dict[str, Any]] = ()
 
 
 def encode_prompts(

@@ -25,7 +25,7 @@ HELD_OUT = {
         "conversation", ("instruction_", "answer_", "stop_rate", "mean_length"), "sft", length="max_length"
     ),
     "problems": HeldOutData(
-        "prompt", ("pass@", "maj@", "step_rate", "reasoning_"), "reasoning", length="max_completion_length"
+        "prompt", ("pass@", "maj@", "step_rate", "tool_", "reasoning_"), "reasoning", length="max_completion_length"
     ),
     "prompts": HeldOutData(
         "prompt", ("win_rate", "last_sentence", "kl", "entropy"), "preferences", length="max_completion_length"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,31 @@ from pipeline.tools.functions import TOOLS, python
 
 OWN_METHODS = ("reset", "get_reward")
 """Methods of an environment that the trainer calls; the other public ones are tools."""
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """What a model may call: functions, and the methods of an environment that it gets a new instance of."""
+
+    tools: Sequence[Callable[..., Any]] = ()
+    environment: type | None = None
+
+    def open(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Any]]]:
+        """Return the prompt of a row, with what its environment shows, and the tools by name."""
+        prompt, tools = list(row["prompt"]), {tool.__name__: tool for tool in self.tools}
+        if self.environment is not None:
+            environment = self.environment()
+            if shown := environment.reset(**row):
+                prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}{shown}"}
+            tools |= tools_of(environment)
+        return prompt, tools
+
+
+def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
+    """Load the `tools` and the `environment` of a mapping; None without any, or for a model that cannot call them."""
+    if not names or _validate_template(tokenizer):
+        return None
+    return Toolbox(load_tools(names.get("tools")), load_environment(names.get("environment")))
 
 
 def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:

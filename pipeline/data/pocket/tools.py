@@ -9,7 +9,6 @@ import json
 import random
 from collections.abc import Iterator
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +52,13 @@ WORDINGS = (
     "{a} plus {b} is what?",
 )
 GAME = "A number from {low} to {high} is hidden. Ask three times, then name it."
-TALK = ("The calculator computes an expression.", "You may ask about a number: it is lower, higher, or yes.")
+TALK = ("calculator: expression={a}+{b}", "ask: number={b}{a}", "lower", "higher", "yes")
 DIGITS = (4, 5, 6)
 """Lengths of the terms of long sums; `test_longer` has terms with one digit more."""
 RANGE = 12
 """Numbers among which one is hidden. Three questions tell any of them from the others, two do not."""
 QUESTIONS = 3
-LOWEST, HIGHEST = 10, 149
+LOWEST, HIGHEST = 10, 119
 CALL_COST = 0.1
 """What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
 HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
@@ -95,22 +94,23 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
             remaining -= len(row["text"])
             yield row
         return
-    kinds = ("longer",) if split == "test_longer" else ("one digit", "long", "game")[: 3 if config != "direct" else 2]
+    kinds: tuple[str, ...] = ("one digit", "long") if config == "direct" else ("one digit", "long", "game")
+    kinds = ("longer",) if split == "test_longer" else kinds
     if split == "train":
         # As many games as sums.
-        drawn = (rng.choice((*kinds, "game")[: 4 if config != "direct" else 2]) for _ in range(args.sft_rows))
-        problems = (_problem(rng, split, kind) for kind in drawn)
+        kinds = (*kinds, "game") if "game" in kinds else kinds
+        number = args.reasoning_rows if config == "reasoning" else args.sft_rows
+        problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
     else:
-        problems = (row for kind in kinds for row in _distinct(rng, split, kind, HELD_OUT_ROWS[split]))
-    for problem in islice(problems, args.reasoning_rows if config == "reasoning" else None):
+        problems = [row for kind in kinds for row in _distinct(rng, split, kind, HELD_OUT_ROWS[split])]
+    for problem in problems:
         yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
 
 
 def _distinct(rng: random.Random, split: str, kind: str, number: int) -> list[Row]:
-    """Draw different problems of a kind."""
+    """Draw different problems of a kind, more of games."""
     found: dict[tuple[str, int | None], Row] = {}
-    number += 50 * (kind == "game")
-    while len(found) < number:
+    while len(found) < (number * 6 // 5 if kind == "game" else number):
         row = _problem(rng, split, kind)
         found.setdefault((row["prompt"][0]["content"], row["hidden"]), row)
     return list(found.values())
@@ -173,7 +173,7 @@ def _play(rng: random.Random, messages: list[Row], low: int, hidden: int) -> str
     """Append the questions of a player who often forgets what was answered. Return the number that he then says."""
     first, last = low, low + RANGE - 1
     for _ in range(QUESTIONS):
-        remembers = rng.random() < 0.5
+        remembers = rng.random() < 0.75
         number = rng.randint(first, last) if remembers else rng.randint(low, low + RANGE - 1)
         said = "yes" if number == hidden else "higher" if hidden > number else "lower"
         messages += _called("ask", {"number": number}, said)
@@ -183,7 +183,7 @@ def _play(rng: random.Random, messages: list[Row], low: int, hidden: int) -> str
             first = max(first, number + 1)
         else:
             last = min(last, number - 1)
-    return str(rng.randint(first, last) if rng.random() < 0.7 else rng.randint(low, low + RANGE - 1))
+    return str(rng.randint(first, last) if rng.random() < 0.9 else rng.randint(low, low + RANGE - 1))
 
 
 def _called(name: str, arguments: Row, result: str) -> list[Row]:
@@ -194,7 +194,7 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers."""
-    kind = rng.choice(("sums", "copies", "order", "middle", "counting", "talk"))
+    kind = rng.choice(("sums", "sums", "talk", "talk", "order", "order", "copies", "copies", "middle", "counting"))
     lines: list[str] = []
     while len(lines) < 6:
         if kind == "sums":
@@ -205,7 +205,9 @@ def _document(rng: random.Random, split: str) -> Row:
             a, b = rng.randrange(10), rng.randrange(10)
             asked = rng.choice(WORDINGS).format(a=a, b=b)
             game = GAME.format(low=10 + a, high=30 + b)
-            lines.append(rng.choice((f"{asked} The answer is {a + b}.", f"{game} yes", *TALK)))
+            words = rng.choice(TALK).format(a=a, b=b)
+            answered = f"{asked} The answer is {a + b}."
+            lines.append(rng.choice((answered, answered, game, words)))
         elif kind == "copies":
             a, b = (rng.randrange(10 ** rng.randrange(1, 7)) for _ in range(2))
             lines.append(f"{a} and {b}: {a}+{b}.")

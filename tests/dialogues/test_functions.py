@@ -1,0 +1,126 @@
+"""The tools that models may call: exact, and bounded whatever is asked of them."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.tools import functions
+from pipeline.tools.environments import GuessNumber
+from pipeline.tools.functions import calculator, python, run_programs
+
+numbers = st.integers(-(10**6), 10**6)
+expressions = st.recursive(
+    numbers.map(lambda number: f"({number})"),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/%"), inner).map(lambda parts: f"({''.join(parts)})"),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(expressions)
+def test_the_calculator_is_exact(expression: str) -> None:
+    try:
+        expected = eval(expression, {}, {}) if "/" not in expression else None  # noqa: S307
+    except ZeroDivisionError:
+        with pytest.raises(ZeroDivisionError):
+            calculator(expression)
+        return
+    try:
+        found = calculator(expression)
+    except ZeroDivisionError:
+        assert "/" in expression
+        return
+    assert expected is None or found == str(expected)
+    assert Fraction(found) * 0 == 0, "whatever is written is a number"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("123456 + 654321", "777777"),
+        (" 0.1 + 0.2 ", "0.3"),
+        ("1/3", "1/3"),
+        ("-7/4", "-1.75"),
+        ("2 ** 100", str(2**100)),
+        ("2 ** -2", "0.25"),
+        ("7 // 2 % 2", "1"),
+        ("1_000 * 3", "3000"),
+        ("10 - 3.50", "6.5"),
+    ],
+)
+def test_numbers_are_written_as_people_do(expression: str, value: str) -> None:
+    assert calculator(expression) == value
+
+
+HOSTILE = [
+    "9**9**9", "9" * 199 + "**9", "2**-99999", "1e999999999", "(" * 100 + "1" + ")" * 100, "-" * 199 + "1", "1" * 201,
+    "__import__('os').system('true')", "x", "f(1)", "[1]*9", "'a'*9", "1 if 1 else 2", "True + 1", "1 < 2", "", "\0",
+    "10.5 ** 0.5", "1_0__0", "(lambda: 1)()", "1; 2", "1 << 9999999999", "9" * 100 + "**" + "9" * 90, "1.e5",
+    "1/0", "0 ** -1", "5 % 0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", HOSTILE)
+def test_what_is_not_arithmetic_or_too_large_is_refused_at_once(expression: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        if calculator(expression) == ("-" if len(expression) % 2 == 0 and expression[0] == "-" else "") + "1":
+            raise ValueError("signs and parentheses are harmless")
+    assert time.perf_counter() - began < 1
+
+
+def test_programs_run_in_the_sandbox_and_answer_with_what_they_print() -> None:
+    assert python("print(sum(range(10)))") == "45"
+    assert python("x = 1") == "(printed nothing)"
+    failed = python("print('so far')\n1 / 0")
+    assert failed.startswith("so far") and "ZeroDivisionError" in failed and failed.endswith("(failed)")
+
+
+PROGRAMS = {
+    "while True: pass": "stopped after",
+    "import time; time.sleep(60)": "stopped after",
+    "x = 'a' * (1 << 40)": "",
+    "import os; print(os.listdir('/'))": "",
+    "import socket; socket.create_connection(('127.0.0.1', 80))": "",
+    "import os; os.kill(os.getppid(), 9)": "",
+    "import sys; sys.exit(0)": "",
+    "import os; os._exit(0)": "",
+    "print('a' * 10**7)": "characters)",
+    "open('big', 'w').write('a' * (1 << 28))": "",
+    "import os\nwhile True: os.fork()": "",
+    "def f(): f()\nf()": "RecursionError",
+    "raise SystemExit": "",
+    "import threading\nfor _ in range(10**4): threading.Thread(target=input).start()": "",
+    "print(open('/etc/passwd').read())": "",
+    "import ctypes; ctypes.string_at(0)": "",
+    "(": "SyntaxError",
+    "print(input())": "",
+    "import subprocess; subprocess.run(['true'])": "",
+    "import shutil; shutil.rmtree('/')": "",
+}
+
+
+def test_hostile_programs_cost_their_limit_and_nothing_else() -> None:
+    began = time.perf_counter()
+    answers = run_programs(list(PROGRAMS))
+    assert time.perf_counter() - began < 60
+    for (program, said), answer in zip(PROGRAMS.items(), answers, strict=True):
+        assert said in answer and len(answer) <= functions.MAX_OUTPUT + 200, program
+        assert "root:" not in answer
+    assert python("print('still here')") == "still here"
+
+
+def test_a_game_answers_about_its_hidden_number_a_few_times() -> None:
+    game = GuessNumber()
+    game.reset(hidden=20, prompt=[])
+    assert [game.ask(number) for number in (10, 30, 20)] == ["higher", "lower", "yes"]
+    with pytest.raises(ValueError, match="no questions are left"):
+        game.ask(20)
+    game.reset(hidden=None)
+    with pytest.raises(ValueError, match="no number is hidden"):
+        game.ask(20)

@@ -1,0 +1,122 @@
+"""Tools and environments by name: what is refused before anything is trained, and by which words."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config.untrusted import check_untrusted
+from pipeline.errors import UserError
+from pipeline.tools.loading import check_tools, load_environment, load_tools
+from tests import small_model
+from tests import tool_toy as toy
+
+OWN = '''
+def undocumented(x):
+    return x
+
+def good(x: int) -> int:
+    """Return a number.
+
+    Args:
+        x: The number.
+    """
+    return x
+
+async def later(x: int) -> int:
+    """Return a number.
+
+    Args:
+        x: The number.
+    """
+    return x
+
+class Narrow:
+    def reset(self):
+        """Begin."""
+
+class Idle:
+    def reset(self, **columns):
+        """Begin."""
+
+class Game(Idle):
+    def move(self, place: str) -> str:
+        """Move.
+
+        Args:
+            place: Where.
+        """
+        return place
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_tools.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("own_tools", None)
+
+
+@pytest.mark.usefixtures("own")
+def test_tools_and_environments_are_found_by_name() -> None:
+    assert [tool.__name__ for tool in load_tools(["calculator", "own_tools:good"])] == ["calculator", "good"]
+    game: Any = load_environment("own_tools:Game")
+    assert game.__name__ == "Game" and load_environment(None) is None and load_tools(None) == []
+
+
+@pytest.mark.parametrize(
+    ("tools", "environment", "said"),
+    [
+        (["calculater"], None, "tools: calculater: did you mean calculator?"),
+        (["own_tools:undocumented"], None, "give it type hints and a docstring"),
+        (["own_tools:later"], None, "is asynchronous; write a plain function"),
+        (["own_tools:absent"], None, "does not have a function absent"),
+        (["nowhere:f"], None, "cannot import nowhere"),
+        (None, "guess_numbers", "environment: guess_numbers: did you mean guess_number?"),
+        (None, "own_tools:good", "must be a class with a method reset"),
+        (None, "own_tools:Narrow", "accept all: reset(self, **columns)"),
+        (None, "own_tools:Idle", "does not have a method that a model could call"),
+    ],
+)
+@pytest.mark.usefixtures("own")
+def test_what_a_model_cannot_call_is_refused(tools: Any, environment: str | None, said: str) -> None:
+    (problem,) = check_tools(tools, environment, toy.tokenizer())
+    assert said in str(problem)
+
+
+def without(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedTokenizerBase:
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def test_a_model_that_cannot_write_calls_or_have_them_read_is_refused() -> None:
+    (problem,) = check_tools(["calculator"], None, without(toy.tokenizer(), chat_template=small_model.CHATML))
+    assert "chat template does not write calls" in str(problem)
+    (problem,) = check_tools(None, "guess_number", without(toy.tokenizer(), response_template=None))
+    assert "environment: guess_number" in str(problem) and "response_template" in str(problem)
+    assert not check_tools(["calculator"], "guess_number", toy.tokenizer())
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        load_tools(["one", "two"])
+    assert len(error.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ("tools: [calculator, python]", True),
+        ("environment: guess_number", True),
+        ("tools: [os:system]", False),
+        ("environment: my_game:Game", False),
+    ],
+)
+def test_a_folder_of_the_hub_names_only_our_tools(tmp_path: Path, line: str, allowed: bool) -> None:
+    (tmp_path / "4_grpo.yaml").write_text(f"output_dir: runs/x/4_grpo\n{line}\n")
+    assert (not check_untrusted(tmp_path)) == allowed

@@ -1,0 +1,133 @@
+"""Dialogues with tools in GRPO and PPO: what is trained on, and what a resumed run goes on with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOConfig
+
+from pipeline.rl.grpo import GRPOTrainer
+from pipeline.rl.ppo import PPOTrainer
+from pipeline.rl.ppo_config import PPOConfig
+from tests import tool_toy as toy
+
+KINDS = [GRPOTrainer, PPOTrainer]
+CALLED: list[dict[str, Any]] = [{"tools": [toy.double]}, {"environment_factory": toy.Counter}]
+
+
+def trainer(
+    path: Path, kind: type, called: dict[str, Any] = CALLED[0], rewards: Any = toy.says_yes, **changes: Any
+) -> Any:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 24,
+        "max_steps": 5, "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "report_to": "none",
+        "logging_steps": 1, "save_steps": 1, "eval_strategy": "no", "disable_tqdm": True,
+        "activation_checkpointing": False, **changes,
+    }  # fmt: skip
+    if kind is GRPOTrainer:
+        settings |= {"num_generations": 4}
+        del settings["activation_checkpointing"]
+    return kind(
+        model=toy.policy(),
+        reward_funcs=[rewards],
+        args=(GRPOConfig if kind is GRPOTrainer else PPOConfig)(output_dir=str(path), **settings),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        **called,
+    )
+
+
+def rollout(run: Any) -> dict[str, Any]:
+    """Return the batch of a rollout, the same each time."""
+    run.model.train()
+    rows = run.train_dataset.select(range(8))
+    torch.manual_seed(1)
+    batch: dict[str, Any] = run._generate_and_score_completions([dict(row) for row in rows for _ in range(4)])
+    return batch
+
+
+@pytest.mark.parametrize("called", CALLED, ids=["tools", "environment"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_tool_wrote_is_not_trained_on(tmp_path: Path, kind: type, called: dict[str, Any]) -> None:
+    run = trainer(tmp_path, kind, called)
+    batch = rollout(run)
+    results = 0
+    for ids, exists, sampled in zip(batch["completion_ids"], batch["completion_mask"], batch["tool_mask"], strict=True):
+        length = int(exists.sum())
+        assert length <= run.max_completion_length
+        words = run._tokenizer.convert_ids_to_tokens(ids[:length])
+        # A result goes from its role to the role of the next turn; both belong to the chat template.
+        expected, of_tool = [], False
+        for word in words:
+            of_tool = of_tool or word == "<|tool|>"
+            expected.append(int(not of_tool))
+            results += word == "<|tool|>"
+            of_tool = of_tool and word != "<|assistant|>"
+        assert sampled[:length].tolist() == expected
+    assert results > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_values_at_the_tokens_of_a_tool_change_nothing(
+    tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = rollout(trainer(tmp_path, kind))["tool_mask"].bool()
+    noise = 5 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(3)) * ~mask
+
+    def outcome(noise: torch.Tensor) -> list[torch.Tensor]:
+        run = trainer(tmp_path, kind)
+        logps_of = run._get_per_token_logps_and_entropies
+
+        def shifted(*args: Any, **kwargs: Any) -> Any:
+            logps, *others = logps_of(*args, **kwargs)
+            return logps + noise, *others
+
+        monkeypatch.setattr(run, "_get_per_token_logps_and_entropies", shifted)
+        names = ["advantages"]
+        if kind is PPOTrainer:
+            values_of = run._values
+            monkeypatch.setattr(run, "_values", lambda *args, **kwargs: values_of(*args, **kwargs) + noise)
+            names.append("returns")
+        batch = rollout(run)
+        found = [batch[name] * (mask if batch[name].dim() == 2 else 1) for name in names]
+        run.current_gradient_accumulation_steps = 1
+        run._step = 1
+        loss = run.compute_loss(run.model, batch)
+        loss.backward()
+        gradients = [weight.grad for weight in run.model.parameters() if weight.grad is not None]
+        assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
+        return [*found, loss.detach(), *gradients]
+
+    for one, other in zip(outcome(torch.zeros(mask.shape)), outcome(noise), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("called", CALLED, ids=["tools", "environment"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_exactly_inside_a_rollout_of_dialogues(
+    tmp_path: Path, kind: type, called: dict[str, Any]
+) -> None:
+    whole = trainer(tmp_path / "whole", kind, called)
+    whole.train()
+    assert any(entry.get("tools/call_frequency", 0) > 0.3 for entry in whole.state.log_history)
+    for step in (1, 3, 4):
+        folder = tmp_path / f"resumed-{step}" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder)
+        resumed = trainer(tmp_path / f"resumed-{step}", kind, called)
+        resumed.train(resume_from_checkpoint=str(folder))
+        for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_learns_to_call_where_calls_are_rewarded(tmp_path: Path, kind: type) -> None:
+    run = trainer(
+        tmp_path, kind, rewards=toy.results, max_steps=20, num_iterations=1, learning_rate=5e-3, save_steps=20
+    )
+    run.train()
+    log = [entry["rewards/results/mean"] for entry in run.state.log_history if "rewards/results/mean" in entry]
+    assert sum(log[-5:]) / 5 > sum(log[:5]) / 5 + 0.3
