@@ -125,9 +125,11 @@ def test_a_run_resumes_exactly_inside_a_rollout_of_dialogues(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_learns_to_call_where_calls_are_rewarded(tmp_path: Path, kind: type) -> None:
-    run = trainer(
-        tmp_path, kind, rewards=toy.results, max_steps=20, num_iterations=1, learning_rate=5e-3, save_steps=20
-    )
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 16, "steps_per_generation": 1, "num_iterations": 1, "max_steps": 30,
+        "learning_rate": 5e-3, "lr_scheduler_type": "constant", "save_steps": 30,
+    }  # fmt: skip
+    run = trainer(tmp_path, kind, rewards=toy.results, **settings)
     run.train()
     log = [entry["rewards/results/mean"] for entry in run.state.log_history if "rewards/results/mean" in entry]
     assert sum(log[-5:]) / 5 > sum(log[:5]) / 5 + 0.3
