@@ -105,14 +105,16 @@ def check_arguments(
     args: PocketArguments,
     title: str = "# Pocket",
     sizes: Iterable[str] = ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"),
+    configs: Iterable[str] = (*SCHEMAS,),
 ) -> list[Problem]:
     """Check the sizes, the shares and the output directory.
 
     Args:
         title: Title of the card of such a data set, which may be replaced.
         sizes: Fields that must be above 0.
+        configs: Folders of such a data set.
     """
-    problems = check_replaceable(args.output_dir, {*SCHEMAS, "README.md"}, title)
+    problems = check_replaceable(args.output_dir, {*configs, "README.md"}, title)
     for name in sizes:
         if not getattr(args, name) > 0:
             problems.append(Problem(name, getattr(args, name), "must be more than 0"))

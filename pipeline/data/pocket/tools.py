@@ -73,7 +73,7 @@ def build(args: PocketArguments) -> None:
     Raises:
         UserError: If `output_dir` contains other files, or a size is out of range.
     """
-    if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows")):
+    if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS):
         raise UserError(*problems)
     with write_folder(Path(args.output_dir)) as folder:
         for config, splits in CONFIG_SPLITS.items():
