@@ -21,8 +21,8 @@ HEADING = "## What may I ask?"
 """Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
 
 GENERAL = (
-    "What is like the data of this run. It knows nothing else: a question about other things gets an answer that only "
-    "sounds like one."
+    "What is like the data of this run. A model that was trained from random weights knows nothing else: a question "
+    "about other things gets an answer that only sounds like one."
 )
 """Text for data whose card lacks this heading."""
 

@@ -21,8 +21,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PrinterCallback, TrainingArguments
-from trl import GRPOConfig
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from pipeline.app.models import Loaded
 from pipeline.errors import Problem, UserError
@@ -117,8 +117,12 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, pro
         row: The prompt, as messages, and the other columns of the data.
         prompt, group: The prompt's tokens, and completions of it.
     """
-    functions = load_rewards(settings["reward_funcs"])
-    with _trainer(GRPOTrainer, policy, settings, row, prompt, group, reward_funcs=functions) as trainer:
+    # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
+    model_args = ModelConfig(
+        **{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings}
+    )
+    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(model_args)}
+    with _trainer(GRPOTrainer, policy, settings, row, prompt, group, **options) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]
             trainer.ref_model = frozen_copy(reference.model, trainer.temperature, cast_lm_head_to_fp32=False)
@@ -218,8 +222,11 @@ def _trainer(
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
         # What the libraries deprecate is not for whoever looks at the page.
         warnings.simplefilter("ignore")
+        # A new adapter is random.
+        set_seed(settings.get("seed", 0))
+        # The weights that an adapter was merged into are frozen.
         trainer = kind(
-            model=copy.deepcopy(loaded.model),
+            model=copy.deepcopy(loaded.model).requires_grad_(True),
             args=config(**kept | fixed, output_dir=folder),
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
             # TRL gives it a padding token.
@@ -234,6 +241,7 @@ def _trainer(
 @torch.no_grad()
 def _log_probs(trainer: Any, prompt: Tokens, group: Group) -> Tensor:
     """Return the log-probability of each completion under the trainer's policy."""
+    trainer.model.eval()
     rows = [torch.tensor([*prompt, *completion.tokens]) for completion in group]
     length = max(map(len, rows)) - len(prompt)
     ids = pad_sequence(rows, batch_first=True).to(trainer.accelerator.device)

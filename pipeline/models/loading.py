@@ -203,11 +203,18 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def base_of(name: str, revision: str | None = None) -> str | None:
-    """Return the base model of a PEFT adapter, or None if `name`, a folder or Hub id, is not an adapter."""
+    """Return the base model of a PEFT adapter, or None if `name`, a folder or Hub id, is not an adapter.
+
+    Raises:
+        ValueError: If the base model is a folder that does not exist, for instance because the run was moved.
+    """
     name = local_copy(name)
     if find_adapter_config_file(name, revision=revision) is None:
         return None
-    return PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    if base and is_missing_path(base):
+        raise ValueError(f"there is no folder {base}; correct base_model_name_or_path in its adapter_config.json")
+    return base
 
 
 def check_config(name: str, revision: str | None = None) -> None:

@@ -53,9 +53,9 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     assert sum(view.rewards) == pytest.approx(view.score - view.penalty - 0.5 * sum(view.kl), abs=1e-3)
 
 
-def seen(run: Path, **changes: Any) -> watch.Update:
+def seen(run: Path, models: Models | None = None, **changes: Any) -> watch.Update:
     """Watch four answers, of which the second is right."""
-    models = Models(run)
+    models = models or Models(run)
     policy, reference = models.get("4_grpo"), models.get("3_ppo")
     settings = watch.stage_settings(run, "4_grpo") | changes
     tokenizer = policy.tokenizer
@@ -81,3 +81,14 @@ def test_grpo_shows_the_stages_own_settings(run: Path) -> None:
     assert seen(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
     free, held = seen(run, max_grad_norm=0.0), seen(run, max_grad_norm=0.0, beta=100.0)
     assert free.changes != pytest.approx(held.changes, rel=1e-3)
+
+
+def test_a_stage_that_trains_an_adapter_changes_what_its_page_shows(run: Path) -> None:
+    """Also from a model whose weights are frozen, as merging another adapter leaves them."""
+    options = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 4, "lora_dropout": 0.5}
+    frozen = Models(run)
+    frozen.get("4_grpo").model.requires_grad_(False)
+    for models in (Models(run), frozen):
+        update = seen(run, models, learning_rate=1e-2, **options)
+        assert update.changes[1] > 1.001 and update.changes[1] == max(update.changes)
+    assert seen(run, frozen).changes[1] > 1.001

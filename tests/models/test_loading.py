@@ -338,6 +338,13 @@ def test_an_index_that_names_a_pipe_is_refused(tmp_path: Path) -> None:
     assert "pipe.safetensors is damaged (is not a file)" in refusal(folder)
 
 
+def test_an_adapter_whose_base_model_is_gone_is_refused(tmp_path: Path) -> None:
+    """The paths in an adapter are absolute, so that they are wrong after the run was moved."""
+    folder, gone = save_model(tmp_path / "model", adapter=True), tmp_path / "gone"
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(gone))
+    assert f"there is no folder {gone}; correct base_model_name_or_path" in refusal(folder)
+
+
 def test_an_adapter_whose_pattern_of_modules_never_ends_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
