@@ -135,13 +135,9 @@ def answer_begun(
 
     The messages `before` come before the last one of each prompt, and behind its system prompt.
     """
-    asked = [[*row["prompt"][:-1], *before, row["prompt"][-1]] for row in rows]
-    # The beginning is appended to the prompt as tokens, and to the completion again.
+    asked = [{**row, "prompt": [*row["prompt"][:-1], *before, row["prompt"][-1]]} for row in rows]
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    prompts = [[*ids, *begun] for ids in chat.encode(asked)]
-    completions = chat.complete(prompts, max(1, chat.max_new_tokens - len(begun)))
-    tokens = [[*begun, *completion.tokens] for (completion,) in completions]
-    return [text.strip() for text in chat.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return [completion.text for (completion,) in chat.answer(asked, begun)]
 
 
 def find_constant(

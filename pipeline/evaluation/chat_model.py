@@ -53,10 +53,17 @@ class ChatModel:
         """Return the greedy completion of each conversation."""
         return [completion for (completion,) in self.sample(prompts)]
 
-    def answer(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[list[Completion]]:
-        """Return the completions of the prompt of each row: dialogues with tools, if the model may call any."""
+    def answer(
+        self, rows: Sequence[Mapping[str, Any]], begun: Sequence[int] = (), **options: Any
+    ) -> list[list[Completion]]:
+        """Return the completions of the prompt of each row: dialogues with tools, if the model may call any.
+
+        They begin with the ids `begun`, which count towards the length limit.
+        """
         if self.toolbox is None:
-            return self.sample([row["prompt"] for row in rows], **options)
+            prompts = [[*ids, *begun] for ids in self.encode([row["prompt"] for row in rows])]
+            found = self.complete(prompts, max(1, self.max_new_tokens - len(begun)), **options)
+            return [[self._with_beginning(begun, one) for one in some] for some in found] if begun else found
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
         encoded = self.encode([prompt for prompt, _ in opened])
@@ -68,7 +75,8 @@ class ChatModel:
             found = single.complete(texts, self.max_new_tokens, seed=next(turns), **options)
             return [completion.tokens for (completion,) in found], None
 
-        for dialogue, tokens in zip(dialogues, complete(encoded)[0], strict=True):
+        for dialogue, further in zip(dialogues, complete([[*ids, *begun] for ids in encoded])[0], strict=True):
+            tokens = [*begun, *further][: self.max_new_tokens]
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
         limit, context = self.max_new_tokens, self.positions or sys.maxsize
@@ -78,6 +86,11 @@ class ChatModel:
         self.counts["answers"] += len(completions)
         self.counts["cut off"] += sum(not completion.stopped for completion in completions)
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
+
+    def _with_beginning(self, begun: Sequence[int], completion: Completion) -> Completion:
+        tokens = [*begun, *completion.tokens]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return Completion(text, tokens, completion.stopped)
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""

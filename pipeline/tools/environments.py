@@ -9,33 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 
-class GuessNumber:
-    """Find a hidden number by asking whether it is higher or lower, a few times."""
+class GuessLetter:
+    """Find a hidden letter by asking whether it comes earlier or later in the alphabet, a few times."""
 
     QUESTIONS = 3
 
     def __init__(self) -> None:
-        self._hidden: int | None = None
+        self._hidden: str | None = None
         self._asked = 0
 
-    def reset(self, hidden: int | None = None, **_: Any) -> None:
-        """Begin a game; rows without a hidden number do not have one."""
+    def reset(self, hidden: str | None = None, **_: Any) -> None:
+        """Begin a game; rows without a hidden letter do not have one."""
         self._hidden, self._asked = hidden, 0
 
-    def ask(self, number: int) -> str:
-        """Ask whether the hidden number is higher or lower than a number.
+    def ask(self, letter: str) -> str:
+        """Ask whether the hidden letter comes earlier or later than a letter.
 
         Args:
-            number: The number to compare it with.
+            letter: The letter to compare it with.
         """
         if self._hidden is None:
-            raise ValueError("no number is hidden")
+            raise ValueError("no letter is hidden")
         if self._asked == self.QUESTIONS:
             raise ValueError("no questions are left")
         self._asked += 1
-        # A model may write anything for a number.
-        asked = int(number)
-        return "yes" if asked == self._hidden else "higher" if self._hidden > asked else "lower"
+        asked = letter.strip().upper()
+        return "yes" if asked == self._hidden else "later" if self._hidden > asked else "earlier"
 
 
-ENVIRONMENTS: dict[str, type] = {"guess_number": GuessNumber}
+ENVIRONMENTS: dict[str, type] = {"guess_letter": GuessLetter}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.tools import functions
-from pipeline.tools.environments import GuessNumber
+from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator, python, run_programs
 
 numbers = st.integers(-(10**6), 10**6)
@@ -58,7 +58,7 @@ def test_numbers_are_written_as_people_do(expression: str, value: str) -> None:
 
 
 HOSTILE = [
-    "9**9**9", "9" * 199 + "**9", "2**-99999", "1e999999999", "(" * 100 + "1" + ")" * 100, "-" * 199 + "1", "1" * 201,
+    "9**9**9", "9" * 199 + "**9", "2**-99999", "1e999999999", "(" * 101 + "1" + ")" * 101, "1" * 201,
     "__import__('os').system('true')", "x", "f(1)", "[1]*9", "'a'*9", "1 if 1 else 2", "True + 1", "1 < 2", "", "\0",
     "10.5 ** 0.5", "1_0__0", "(lambda: 1)()", "1; 2", "1 << 9999999999", "9" * 100 + "**" + "9" * 90, "1.e5",
     "1/0", "0 ** -1", "5 % 0",
@@ -69,8 +69,7 @@ HOSTILE = [
 def test_what_is_not_arithmetic_or_too_large_is_refused_at_once(expression: str) -> None:
     began = time.perf_counter()
     with pytest.raises((ValueError, ZeroDivisionError)):
-        if calculator(expression) == ("-" if len(expression) % 2 == 0 and expression[0] == "-" else "") + "1":
-            raise ValueError("signs and parentheses are harmless")
+        calculator(expression)
     assert time.perf_counter() - began < 1
 
 
@@ -115,12 +114,12 @@ def test_hostile_programs_cost_their_limit_and_nothing_else() -> None:
     assert python("print('still here')") == "still here"
 
 
-def test_a_game_answers_about_its_hidden_number_a_few_times() -> None:
-    game = GuessNumber()
-    game.reset(hidden=20, prompt=[])
-    assert [game.ask(number) for number in (10, 30, 20)] == ["higher", "lower", "yes"]
+def test_a_game_answers_about_its_hidden_letter_a_few_times() -> None:
+    game = GuessLetter()
+    game.reset(hidden="M", prompt=[])
+    assert [game.ask(letter) for letter in ("C", "x ", "M")] == ["later", "earlier", "yes"]
     with pytest.raises(ValueError, match="no questions are left"):
-        game.ask(20)
+        game.ask("M")
     game.reset(hidden=None)
-    with pytest.raises(ValueError, match="no number is hidden"):
-        game.ask(20)
+    with pytest.raises(ValueError, match="no letter is hidden"):
+        game.ask("M")

@@ -76,7 +76,7 @@ def test_tools_and_environments_are_found_by_name() -> None:
         (["own_tools:later"], None, "is asynchronous; write a plain function"),
         (["own_tools:absent"], None, "does not have a function absent"),
         (["nowhere:f"], None, "cannot import nowhere"),
-        (None, "guess_numbers", "environment: guess_numbers: did you mean guess_number?"),
+        (None, "guess_letters", "environment: guess_letters: did you mean guess_letter?"),
         (None, "own_tools:good", "must be a class with a method reset"),
         (None, "own_tools:Narrow", "accept all: reset(self, **columns)"),
         (None, "own_tools:Idle", "does not have a method that a model could call"),
@@ -97,9 +97,9 @@ def without(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedTok
 def test_a_model_that_cannot_write_calls_or_have_them_read_is_refused() -> None:
     (problem,) = check_tools(["calculator"], None, without(toy.tokenizer(), chat_template=small_model.CHATML))
     assert "chat template does not write calls" in str(problem)
-    (problem,) = check_tools(None, "guess_number", without(toy.tokenizer(), response_template=None))
-    assert "environment: guess_number" in str(problem) and "response_template" in str(problem)
-    assert not check_tools(["calculator"], "guess_number", toy.tokenizer())
+    (problem,) = check_tools(None, "guess_letter", without(toy.tokenizer(), response_template=None))
+    assert "environment: guess_letter" in str(problem) and "response_template" in str(problem)
+    assert not check_tools(["calculator"], "guess_letter", toy.tokenizer())
 
 
 def test_all_faults_are_named_at_once() -> None:
@@ -112,7 +112,7 @@ def test_all_faults_are_named_at_once() -> None:
     ("line", "allowed"),
     [
         ("tools: [calculator, python]", True),
-        ("environment: guess_number", True),
+        ("environment: guess_letter", True),
         ("tools: [os:system]", False),
         ("environment: my_game:Game", False),
     ],

@@ -7,6 +7,8 @@ could know. The answers of the calculator and of the game are right.
 
 import json
 import random
+import re
+import string
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +30,7 @@ PROBLEM = pa.schema(
         ("answer", pa.string()),
         ("kind", pa.string()),
         ("length", pa.int64()),
-        ("hidden", pa.int64()),
+        ("hidden", pa.string()),
         ("call_cost", pa.float64()),
     ]
 )
@@ -51,18 +53,21 @@ WORDINGS = (
     "Give the sum of {a} and {b}.",
     "{a} plus {b} is what?",
 )
-GAME = "A number from {low} to {high} is hidden. Ask three times, then name it."
-TALK = ("calculator: expression={a}+{b}", "ask: number={b}{a}", "lower", "higher", "yes")
+GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
+QUESTIONS = 3
+SIZES = range(8, 15)
+"""Letters among which one is hidden. Three questions tell any of fifteen from the others, two any of seven."""
+TALK = ("calculator: expression={a}+{b}", "ask: letter=", "earlier", "later", "yes")
 DIGITS = (4, 5, 6)
 """Lengths of the terms of long sums; `test_longer` has terms with one digit more."""
-RANGE = 12
-"""Numbers among which one is hidden. Three questions tell any of them from the others, two do not."""
-QUESTIONS = 3
-LOWEST, HIGHEST = 10, 119
 CALL_COST = 0.1
 """What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
+CARELESS = 0.6
+"""Share of the calls for long sums in `sft` that round the terms, as somebody does who only wants an estimate."""
 HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
 """Rows of each kind in the held-out splits; there are more games."""
+
+LETTERS = string.ascii_uppercase
 
 Row = dict[str, Any]
 
@@ -109,10 +114,13 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
 
 def _distinct(rng: random.Random, split: str, kind: str, number: int) -> list[Row]:
     """Draw different problems of a kind, more of games."""
-    found: dict[tuple[str, int | None], Row] = {}
-    while len(found) < (number * 6 // 5 if kind == "game" else number):
+    found: dict[tuple[str, str], Row] = {}
+    number = number * 6 // 5 if kind == "game" else number
+    for _ in range(100 * number):
         row = _problem(rng, split, kind)
-        found.setdefault((row["prompt"][0]["content"], row["hidden"]), row)
+        found.setdefault((row["prompt"][0]["content"], row["answer"]), row)
+        if len(found) == number:
+            break
     return list(found.values())
 
 
@@ -123,67 +131,68 @@ def _split_of(*numbers: int) -> str:
 
 
 def _problem(rng: random.Random, split: str, kind: str) -> Row:
-    """Draw a problem: prompt and final answer, what a call costs and, for a game, the hidden number."""
+    """Draw a problem: prompt and final answer, what a call costs and, for a game, the hidden letter."""
     own = "test" if split == "test_longer" else split
     while True:
         if kind == "game":
-            low = rng.randrange(LOWEST, HIGHEST - RANGE + 2)
-            hidden = rng.randrange(low, low + RANGE)
-            if _split_of(low) == own:
-                text = GAME.format(low=low, high=low + RANGE - 1)
-                return _row(text, hidden, kind, 0, hidden, 0.0)
+            low, high = _range(rng)
+            if _split_of(low, high) == own:
+                hidden = rng.randint(low, high)
+                return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), LETTERS[hidden], kind, 0, 0.0)
             continue
         digits = 1 if kind == "one digit" else max(DIGITS) + 1 if kind == "longer" else rng.choice(DIGITS)
         a, b = (rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits) for _ in range(2))
         place = rng.randrange(len(WORDINGS))
         # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
         if _split_of(a, b, place if digits == 1 else 0) == own:
-            return _row(WORDINGS[place].format(a=a, b=b), a + b, kind, digits, None, CALL_COST)
+            return _row(WORDINGS[place].format(a=a, b=b), str(a + b), kind, digits, CALL_COST)
 
 
-def _row(text: str, answer: int, kind: str, length: int, hidden: int | None, cost: float) -> Row:
-    prompt = [{"role": "user", "content": text}]
-    return {
-        "prompt": prompt,
-        "answer": str(answer),
-        "kind": kind,
-        "length": length,
-        "hidden": hidden,
-        "call_cost": cost,
-    }
+def _range(rng: random.Random) -> tuple[int, int]:
+    """Draw the places of the first and the last letter of a range."""
+    size = rng.choice(SIZES)
+    low = rng.randint(0, len(LETTERS) - size)
+    return low, low + size - 1
+
+
+def _row(text: str, answer: str, kind: str, length: int, cost: float) -> Row:
+    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
+    return {**row, "hidden": answer if kind == "game" else None, "call_cost": cost}
 
 
 def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     """Return the problem with an answer: straight away, with the calculator, or after some questions."""
     messages = list(problem["prompt"])
     answer = problem["answer"]
+    text = problem["prompt"][0]["content"]
     if problem["kind"] == "game":
-        low = int(problem["prompt"][0]["content"].split()[3])
-        answer = _play(rng, messages, low, problem["hidden"])
+        low, high = (LETTERS.index(letter) for letter in re.findall(r"from (.) to (.) ", text)[0])
+        answer = _play(rng, messages, low, high, LETTERS.index(answer))
     elif not direct and rng.random() < 0.5:
-        a, b = (
-            word for word in problem["prompt"][0]["content"].replace("?", "").replace(".", "").split() if word.isdigit()
-        )
-        messages += _called("calculator", {"expression": f"{a}+{b}"}, answer)
+        terms = list(map(int, re.findall(r"\d+", text)))
+        if problem["kind"] == "long" and rng.random() < CARELESS:
+            terms = [round(term, -2) for term in terms]
+        answer = str(sum(terms))
+        messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
     messages.append({"role": "assistant", "content": f"The answer is {answer}."})
     return {"messages": messages, "kind": problem["kind"]}
 
 
-def _play(rng: random.Random, messages: list[Row], low: int, hidden: int) -> str:
-    """Append the questions of a player who often forgets what was answered. Return the number that he then says."""
-    first, last = low, low + RANGE - 1
+def _play(rng: random.Random, messages: list[Row], low: int, high: int, hidden: int) -> str:
+    """Append the questions of a player who often forgets what was answered. Return the letter that he then names."""
+    first, last = low, high
     for _ in range(QUESTIONS):
-        remembers = rng.random() < 0.75
-        number = rng.randint(first, last) if remembers else rng.randint(low, low + RANGE - 1)
-        said = "yes" if number == hidden else "higher" if hidden > number else "lower"
-        messages += _called("ask", {"number": number}, said)
+        remembers = rng.random() < 0.6
+        asked = rng.randint(first, last) if remembers else rng.randint(low, high)
+        said = "yes" if asked == hidden else "later" if hidden > asked else "earlier"
+        messages += _called("ask", {"letter": LETTERS[asked]}, said)
         if said == "yes":
-            return str(number)
-        if said == "higher":
-            first = max(first, number + 1)
+            return LETTERS[asked]
+        if said == "later":
+            first = max(first, asked + 1)
         else:
-            last = min(last, number - 1)
-    return str(rng.randint(first, last) if rng.random() < 0.9 else rng.randint(low, low + RANGE - 1))
+            last = min(last, asked - 1)
+    return LETTERS[rng.randint(first, last) if rng.random() < 0.8 else rng.randint(low, high)]
 
 
 def _called(name: str, arguments: Row, result: str) -> list[Row]:
@@ -193,33 +202,31 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 
 def _document(rng: random.Random, split: str) -> Row:
-    """Draw a document: a few lines of one kind about numbers."""
-    kind = rng.choice(("sums", "sums", "talk", "talk", "order", "order", "copies", "copies", "middle", "counting"))
+    """Draw a document: a few lines of one kind about numbers or letters."""
+    kind = rng.choice(("sums", "sums", "talk", "talk", "talk", "order", "order", "middle", "alphabet", "copies"))
     lines: list[str] = []
     while len(lines) < 6:
+        a, b = rng.randrange(10), rng.randrange(10)
+        low, high = _range(rng)
         if kind == "sums":
-            a, b = rng.randrange(10), rng.randrange(10)
             lines.append(f"{a} + {b} = {a + b}.")
         elif kind == "talk":
             # The words of the later stages, so that the tokenizer has them.
-            a, b = rng.randrange(10), rng.randrange(10)
-            asked = rng.choice(WORDINGS).format(a=a, b=b)
-            game = GAME.format(low=10 + a, high=30 + b)
-            words = rng.choice(TALK).format(a=a, b=b)
-            answered = f"{asked} The answer is {a + b}."
-            lines.append(rng.choice((answered, answered, game, words)))
+            place = rng.randrange(len(WORDINGS))
+            answered = f"{WORDINGS[place].format(a=a, b=b)} The answer is {a + b}."
+            if _split_of(a, b, place) != split or rng.random() < 0.3:
+                answered = rng.choice((GAME.format(low=LETTERS[a], high=LETTERS[b + 10]), *TALK)).format(a=a, b=b)
+            lines.append(answered)
         elif kind == "copies":
             a, b = (rng.randrange(10 ** rng.randrange(1, 7)) for _ in range(2))
             lines.append(f"{a} and {b}: {a}+{b}.")
-        else:
-            low = rng.randrange(LOWEST, HIGHEST - RANGE + 2)
-            if _split_of(low) != split:
-                continue
-            a, b = sorted(rng.sample(range(low, low + RANGE), 2))
+        elif _split_of(low, high) == split:
+            a, b = sorted(rng.sample(range(low, high + 1), 2))
             if kind == "order":
-                lines.append(rng.choice((f"{b} is higher than {a}.", f"{a} is lower than {b}.")))
+                early, late = LETTERS[a], LETTERS[b]
+                lines.append(rng.choice((f"{late} is later than {early}.", f"{early} is earlier than {late}.")))
             elif kind == "middle":
-                lines.append(f"From {a} to {b}, the middle is {(a + b) // 2}.")
+                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}, the middle is {LETTERS[(a + b) // 2]}.")
             else:
-                lines.append(f"From {a} to {b}: {', '.join(map(str, range(a, b + 1)))}.")
+                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}: {' '.join(LETTERS[a : b + 1])}.")
     return {"text": " ".join(lines), "kind": kind}

@@ -13,7 +13,7 @@ import pytest
 from pipeline.data.messages import read_messages
 from pipeline.data.pocket import tools as module
 from pipeline.data.pocket.build import PocketArguments
-from pipeline.tools.environments import GuessNumber
+from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator
 
 SIZES: dict[str, Any] = {"world": "tools", "size_mb": 0.2, "sft_rows": 1500, "reasoning_rows": 1500}
@@ -66,48 +66,47 @@ def test_every_sum_of_one_digit_is_trained_on_in_other_words(data: Path) -> None
 def test_what_tools_and_the_game_answer_is_right(data: Path) -> None:
     calls = games = 0
     for row in rows(data, "sft", "train"):
-        game = GuessNumber()
         messages = read_messages(row["messages"], "messages", calls=True)
-        low = int(re.findall(r"\d+", asked(row))[0])
-        hidden = list(range(low, low + module.RANGE)) if row["kind"] == "game" else []
+        # The letters that would give all of these answers.
+        hidden = letters(row) if row["kind"] == "game" else []
         for call, result in pairwise(messages):
             for one in call.get("tool_calls") or ():
                 arguments: dict[str, Any] = one["function"]["arguments"]
                 calls += 1
                 if one["function"]["name"] == "calculator":
                     assert calculator(**arguments) == result["content"]
-                    continue
-                # Some number of the range has given all of these answers.
-                hidden = [
-                    number for number in hidden if _answer(game, number, arguments["number"]) == result["content"]
-                ]
-        if row["kind"] == "game":
-            games += 1
-            assert hidden
+                else:
+                    hidden = [letter for letter in hidden if ask(letter, arguments["letter"]) == result["content"]]
+        games += row["kind"] == "game"
+        assert hidden or row["kind"] != "game"
     assert calls > 1500 and games > 500
 
 
-def _answer(game: GuessNumber, hidden: int, number: int) -> str:
+def letters(row: dict[str, Any]) -> list[str]:
+    """Return the letters of which a game hides one."""
+    low, high = re.findall(r"from (.) to (.) ", asked(row))[0]
+    return list(module.LETTERS[module.LETTERS.index(low) : module.LETTERS.index(high) + 1])
+
+
+def ask(hidden: str, letter: str) -> str:
+    game = GuessLetter()
     game.reset(hidden=hidden)
-    return game.ask(number)
+    return game.ask(letter)
 
 
-def test_three_questions_find_every_number_and_a_blind_player_one_in_twelve(data: Path) -> None:
+def test_three_questions_find_every_letter_and_a_blind_player_few(data: Path) -> None:
     test = [row for row in rows(data, "reasoning", "test") if row["kind"] == "game"]
     assert len(test) == 300
-    blind = [0] * module.RANGE
+    places: list[int] = []
     for row in test:
-        low = int(re.findall(r"\d+", asked(row))[0])
-        first, last = low, low + module.RANGE - 1
-        game = GuessNumber()
+        left, game = letters(row), GuessLetter()
+        places.append(left.index(row["hidden"]))
         game.reset(**row)
         for _ in range(module.QUESTIONS):
-            middle = (first + last) // 2
+            middle = left[(len(left) - 1) // 2]
             said = game.ask(middle)
-            first = first if said == "lower" else middle + (said == "higher")
-            last = last if said == "higher" else middle - (said == "lower")
+            left = [letter for letter in left if (said == "yes") == (letter == middle) and ask(letter, middle) == said]
             if said == "yes":
                 break
-        assert first == last == int(row["answer"])
-        blind[row["hidden"] - low] += 1
-    assert max(blind) / len(test) < 0.13
+        assert left == [row["answer"]]
+    assert max(map(places.count, places)) / len(test) < 0.15
