@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 from trl.chat_template_utils import parse_response
 
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -97,11 +99,13 @@ def converse(
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
     """
+    # Tools often return the same few results.
+    written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
     while active and turns != 0:
         going_on = []
         for dialogue, results in zip(active, _answer_calls(active, ends), strict=True):
-            tokens = result_tokens(tokenizer, results, template or {})
+            tokens = written(*(tuple(result.items()) for result in results))
             length = len(dialogue.tokens) + len(tokens)
             if length <= limit and len(dialogue.prompt) + length < context:
                 dialogue.add_results(tokens, results)
@@ -120,7 +124,15 @@ def converse(
 
 def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
     """Return a turn of the model as a message, with its calls; None if it has no tokens."""
-    return parse_response(tokenizer, tokens, prefix=before, tools=list(tools.values())) if tokens else None
+    schemas = [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
+    return parse_response(tokenizer, tokens, prefix=before, tools=schemas) if tokens else None
+
+
+@lru_cache
+def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
+    """Return how a tool is described to models; transformers would read its docstring again for each turn."""
+    schema: dict[str, Any] = get_json_schema(tool)
+    return schema
 
 
 def result_tokens(

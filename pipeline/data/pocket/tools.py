@@ -1,8 +1,8 @@
 """Write the data set of recipes/pocket-tools: sums that are easier with a calculator, and a game of questions.
 
-What a model has to find out by reinforcement is left open in the conversations: about half of the sums are answered
-straight away and half with the calculator, whether they are short or long, and players of the game often ask what they
-could know. The answers of the calculator and of the game are right.
+What a model has to find out by reinforcement is left open in the conversations: half of the sums are answered straight
+away and half with the calculator, whether they are short or long, most calls for long sums are careless, and most
+players of the game ask about one letter after the other. What the calculator and the game answer is right.
 """
 
 import json
@@ -64,6 +64,8 @@ CALL_COST = 0.1
 """What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
 CARELESS = 0.6
 """Share of the calls for long sums in `sft` that round the terms, as somebody does who only wants an estimate."""
+HALVING = 0.35
+"""Share of the players in `sft` who halve what is left; the others ask about one letter after the other."""
 HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
 """Rows of each kind in the held-out splits; there are more games."""
 
@@ -179,20 +181,16 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
 
 
 def _play(rng: random.Random, messages: list[Row], low: int, high: int, hidden: int) -> str:
-    """Append the questions of a player who often forgets what was answered. Return the letter that he then names."""
-    first, last = low, high
+    """Append the questions of a player. Return the letter that he then names, one that is left."""
+    halves = rng.random() < HALVING
     for _ in range(QUESTIONS):
-        remembers = rng.random() < 0.6
-        asked = rng.randint(first, last) if remembers else rng.randint(low, high)
+        asked = (low + high) // 2 if halves else low
         said = "yes" if asked == hidden else "later" if hidden > asked else "earlier"
         messages += _called("ask", {"letter": LETTERS[asked]}, said)
         if said == "yes":
             return LETTERS[asked]
-        if said == "later":
-            first = max(first, asked + 1)
-        else:
-            last = min(last, asked - 1)
-    return LETTERS[rng.randint(first, last) if rng.random() < 0.8 else rng.randint(low, high)]
+        low, high = (asked + 1, high) if said == "later" else (low, asked - 1)
+    return LETTERS[rng.randint(low, high)]
 
 
 def _called(name: str, arguments: Row, result: str) -> list[Row]:
