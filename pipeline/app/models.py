@@ -201,8 +201,9 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
         token, log_probs = tokens.send(results)
         answer.seconds += time.perf_counter() - start
         answer.add(token, log_probs)
-        results = answer.end_turn(ends, limit) if token in ends else None
-        if not answer.stopped and len(answer.tokens) == limit:
+        cut_off = token not in ends and len(answer.tokens) == limit
+        results = answer.end_turn(ends, limit) if token in ends or cut_off else None
+        if cut_off or (results and len(answer.tokens) == limit):
             full = limit < sampling.max_new_tokens
             answer.stopped = f"the context of {loaded.context} tokens is full" if full else f"limit of {limit} tokens"
         yield answer

@@ -180,6 +180,8 @@ def shown(policy: Loaded, completion: Dialogue) -> dict[str, str]:
     # The trainers do not strip what the model wrote.
     text = readable(completion.messages) or str(policy.tokenizer.decode(completion.tokens, skip_special_tokens=True))
     own = sum(completion.sampled)
-    facts = [f"{own} tokens", *([f"{len(completion.tokens) - own} of tools"] if own < len(completion.tokens) else [])]
+    facts = [
+        f"{own} tokens" + (f" and {len(completion.tokens) - own} of tools" if own < len(completion.tokens) else "")
+    ]
     facts += [] if watch.has_ended(policy, completion) else ["cut off"]
     return {"text": visible(text, SHOWN) or "(nothing)", "facts": ", ".join(facts)}
