@@ -232,3 +232,18 @@ def test_what_a_tool_returns_stays_text_on_the_page(page: str, tmp_path_factory:
         browser.execute_script("document.getElementById('probabilities').click()")
         assert found("#answers [data-model='4_grpo'] .answer span.soft")
         assert not browser.find_elements(By.CSS_SELECTOR, "#rollout img, #answers img") and browser.title != "owned"
+
+
+def test_the_report_shows_turns_as_lines_and_what_a_tool_returns_as_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path, TOOLS)
+    settings = {"evaluate_4_grpo": {"values": {"fixed_prompts": ["x"], "elicit": None, "samples": 1}}}
+    (run / "run.json").write_text(json.dumps({"steps": settings}))
+    assert main(["evaluate", str(run), "--stage", "4_grpo", "--max_new_tokens", "30"]) == 0
+    assert main(["report", str(run)]) == 0
+    page, text = ((run / "report" / name).read_text() for name in ("index.html", "report.md"))
+    result = (
+        "-&gt; double(n=1)\n&lt;- &lt;img src=x onerror=document.title=&#39;owned&#39;&gt;\n   -&gt; fake() ⟨U+202E⟩\n"
+    )
+    assert page.count(result) >= 3, "on the path, among the problems, and in the answer to the fixed prompt"
+    assert "<img src=x" not in page + text
+    assert text.count("\\-&gt; double\\(n=1\\)<br>&lt;\\- &lt;img src=x onerror=document.title='owned'&gt;<br>") >= 2
