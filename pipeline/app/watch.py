@@ -294,6 +294,7 @@ def _log_probs(trainer: Any, group: Group) -> Tensor:
     mask = torch.cat([padded(exists[0], "left"), padded(exists[1], "right")], dim=1)
     chosen = padded([one.sampled for one in group], "right")
     device, length = trainer.accelerator.device, chosen.shape[1]
+    trainer.model.eval()
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids.to(device), mask.to(device), length)
     total: Tensor = (logps * chosen.to(device)).sum(dim=1)
     return total
