@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"errors", "hardware", "progress", "bounded", "stages"},
+    {"errors", "hardware", "progress", "stages"},
     {"files", "launch"},
     {"config", "data", "models", "rewards"},
     {"hub", "preferences", "tools"},

@@ -11,8 +11,9 @@ import contextlib
 import io
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.app.cli import check_limits
 from pipeline.errors import Problem, UserError
@@ -64,7 +65,7 @@ def main(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import held_out_prompts, what_may_be_asked
+    from pipeline.app.prompts import held_out_prompts, tools_of_run, what_may_be_asked
 
     logging.disable_progress_bar()
     loaded = load(args.path, "PATH")
@@ -77,10 +78,11 @@ def main(args: argparse.Namespace) -> int:
     if typed:
         about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
+    called = tools_of_run(run)
     prompts: list[HeldOutPrompt] = []
     asked: Counter[str] = Counter()
 
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -98,14 +100,13 @@ def main(args: argparse.Namespace) -> int:
             prompts = prompts or held_out_prompts(run)
             if example := next_example(prompts, rest.strip(), asked):
                 print(f"Asked: {example.text}")
-                *before, last = example.messages
-                messages = reply(loaded, before, last["content"], sampling)
+                messages = reply(loaded, example.messages[:-1], example.messages[-1:], sampling, called, example)
                 if example.result:
                     print(f"The right result is {example.result}.")
         elif command.startswith("/"):
             print(HELP)
         elif line:
-            messages = reply(loaded, messages, line, sampling)
+            messages = reply(loaded, messages, [{"role": "user", "content": line}], sampling, called)
 
 
 def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
@@ -146,21 +147,41 @@ def switch(loaded: Loaded, name: str, path: str) -> Loaded:
     return found
 
 
-def reply(loaded: Loaded, messages: list[dict[str, str]], line: str, sampling: Sampling) -> list[dict[str, str]]:
-    """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context."""
+def reply(
+    loaded: Loaded,
+    messages: list[dict[str, Any]],
+    question: list[dict[str, Any]],
+    sampling: Sampling,
+    called: Mapping[str, Any],
+    found: HeldOutPrompt | None = None,
+) -> list[dict[str, Any]]:
+    """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context.
+
+    Args:
+        loaded: The model.
+        messages: The conversation so far.
+        question: What is asked, as a message.
+        sampling: How the answer is sampled.
+        called: What the model may call, as for `open_prompt`.
+        found: The held-out prompt that is asked.
+    """
     from pipeline.app.models import ENDED, write
+    from pipeline.app.prompts import open_prompt
     from pipeline.report.text import visible
 
-    asked = [*messages, {"role": "user", "content": line}]
+    asked = [*messages, *question]
     try:
-        prompt = loaded.encode(asked)
+        opened = open_prompt(loaded, asked, called, found)
     except UserError as error:
         print(*error.problems, "; or /new" if messages else "", sep="")
         return messages
 
     shown, answer = "", None
     with contextlib.suppress(KeyboardInterrupt):
-        for answer in write(loaded, prompt, sampling):
+        for answer in write(loaded, opened.prompt, sampling, opened.tools):
+            # A turn that may be a call is shown when it is whole, because a call reads otherwise than its tokens.
+            if opened.tools and answer.turn and not answer.stopped:
+                continue
             text = visible(answer.text, len(answer.text))
             print(text[len(shown) :], end="", flush=True)
             shown = text
@@ -168,4 +189,5 @@ def reply(loaded: Loaded, messages: list[dict[str, str]], line: str, sampling: S
     stopped = answer.stopped if answer else ""
     # An answer without a reason to stop was ended by Ctrl-C.
     print("" if stopped == ENDED else f" [{stopped or 'stopped'}]")
-    return [*asked, {"role": "assistant", "content": answer.text.strip() if answer else ""}]
+    turns = answer.messages if answer else [{"role": "assistant", "content": ""}]
+    return [*asked, *({**turn, "content": str(turn.get("content") or "").strip()} for turn in turns)]

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Answer, Sampling, write
+from pipeline.app.prompts import open_prompt
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.evaluation.intervals import finite
@@ -107,7 +108,10 @@ def answer_one(site: Site, text: str, name: str, sampling: Sampling) -> Iterator
     """Yield a model's answer after each of its tokens, or why the model cannot answer."""
     try:
         loaded = site.models.get(name)
-        yield from write(loaded, loaded.encode([{"role": "user", "content": text}]), sampling)
+        found = site.find(text) if site.called else None
+        messages = found.messages if found else [{"role": "user", "content": text}]
+        dialogue = open_prompt(loaded, messages, site.called, found)
+        yield from write(loaded, dialogue.prompt, sampling, dialogue.tools)
     except UserError as error:
         yield "\n".join(map(str, error.problems))
     # The template or the code of one model must not end the answers of the others.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,6 +23,8 @@ from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument, logits_processors
 from pipeline.models.loading import load_model
 from pipeline.report.stage_order import stage_info, stage_order
+from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
+from pipeline.tools.loading import Toolbox
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept with the token that was chosen."""
@@ -42,12 +46,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn.
+    """A token that was drawn, or that a tool wrote.
 
     Attributes:
         text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
-        log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats.
-        alternatives: The texts of the most probable tokens at its place, with their log-probabilities.
+        log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats; NaN for a tool's.
+        alternatives: The texts of the most probable tokens at its place, with their log-probabilities; none for a
+            tool's.
     """
 
     id: int
@@ -93,6 +98,22 @@ class Loaded:
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
         return ids
 
+    def open(
+        self, row: Mapping[str, Any], toolbox: Toolbox | None, template: Mapping[str, Any] | None = None
+    ) -> Dialogue:
+        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it.
+
+        Args:
+            row: A prompt, as messages, and the other columns that an environment may need.
+            toolbox: What the model may call.
+            template: As for `encode`.
+        """
+        prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
+        template = self.template if template is None else template
+        # Templates may describe the tools to the model.
+        template = {**template, "tools": list(tools.values())} if tools else template
+        return Dialogue(self.encode(prompt, template), tools)
+
     def room(self, prompt: int, wanted: int) -> int:
         """Return how many of the `wanted` tokens an answer may have after so many tokens of the prompt."""
         return min(wanted, self.context - prompt) if self.context else wanted
@@ -103,55 +124,98 @@ class Answer:
     """An answer that a model is writing.
 
     Attributes:
+        dialogue: The turns so far that have ended, if there are tools.
         seconds: Time of the model's own forward passes.
         stopped: Why it stopped, "" while it writes.
     """
 
     loaded: Loaded
+    dialogue: Dialogue
     tokens: list[Token] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
     _decoded: str = ""
 
     @property
+    def turn(self) -> list[int]:
+        """The tokens of the turn that has not ended."""
+        return [token.id for token in self.tokens[len(self.dialogue.tokens) :]]
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turns so far."""
+        # Without special tokens, and without half of a character.
+        text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
+        last = [{"role": "assistant", "content": text}] if self.turn or not self.tokens else []
+        return [*self.dialogue.messages, *last]
+
+    @property
     def text(self) -> str:
-        """The text so far, without special tokens and without half of a character."""
-        ids = [token.id for token in self.tokens]
-        return str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd")
+        """The text so far, with calls of tools and their results as lines."""
+        return readable(self.messages)
 
     def add(self, token: int, log_probs: Tensor) -> None:
         """Append a token. `log_probs` are the log-probabilities of all tokens at its place."""
         decode = self.loaded.tokenizer.decode
-        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
-        added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
         best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
-        self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
+        self.tokens.append(Token(token, self._added(token), float(log_probs[token]), alternatives))
+
+    def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
+        """End a turn, and so the answer, unless it calls tools. Return what they return, as tokens, if it fits."""
+        loaded, dialogue, turn = self.loaded, self.dialogue, self.turn
+        self.stopped = ENDED
+        if not dialogue.tools:
+            return []
+        message = read_turn(loaded.tokenizer, turn, [*dialogue.prompt, *dialogue.tokens], dialogue.tools)
+        dialogue.add_turn(turn, None, message)
+        if dialogue.pending(ends):
+            sizes = {"limit": limit, "context": loaded.context or sys.maxsize}
+            going_on = answer_calls([dialogue], loaded.tokenizer, ends=ends, template=loaded.template, **sizes)
+            self.stopped = "" if going_on else f"no room for a result in {limit} tokens"
+        results = dialogue.tokens[len(self.tokens) :]
+        for token in results:
+            self.tokens.append(Token(token, self._added(token), math.nan, []))
+        return results
+
+    def _added(self, token: int) -> str:
+        """Return what a further token adds to the text."""
+        decode = self.loaded.tokenizer.decode
+        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
+        return self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
 
 
-def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling) -> Iterator[Answer]:
-    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens."""
-    answer = Answer(loaded)
+def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tools | None = None) -> Iterator[Answer]:
+    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens.
+
+    The model may call the tools, and goes on after their results, as often as these fit into the limit.
+    """
+    answer = Answer(loaded, Dialogue(list(prompt), tools or {}))
     ends = end_tokens(loaded.model, loaded.tokenizer)
     limit = loaded.room(len(prompt), sampling.max_new_tokens)
     tokens = stream(loaded.model, prompt, sampling)
+    results: list[int] | None = None
     while not answer.stopped:
         start = time.perf_counter()
-        token, log_probs = next(tokens)
+        token, log_probs = tokens.send(results)
         answer.seconds += time.perf_counter() - start
         answer.add(token, log_probs)
-        if token in ends:
-            answer.stopped = ENDED
-        elif len(answer.tokens) == limit:
+        cut_off = token not in ends and len(answer.tokens) == limit
+        results = answer.end_turn(ends, limit) if token in ends or cut_off else None
+        if cut_off or (results and len(answer.tokens) == limit):
             full = limit < sampling.max_new_tokens
             answer.stopped = f"the context of {loaded.context} tokens is full" if full else f"limit of {limit} tokens"
         yield answer
 
 
 @torch.inference_mode()
-def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) -> Iterator[tuple[int, Tensor]]:
+def stream(
+    model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
+) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
     """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
+
+    Tokens that are sent to it stand behind the token that it has yielded.
 
     `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
     """
@@ -169,9 +233,9 @@ def stream(model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling) ->
             chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
         else:
             chosen = logits[0].argmax().reshape(1)
-        yield int(chosen), logits.log_softmax(-1)[0]
-        # The cache holds what came before, so that the next pass needs the new token alone.
-        ids = chosen.reshape(1, 1)
+        further = yield int(chosen), logits.log_softmax(-1)[0]
+        # The cache holds what came before, so that the next pass needs the new tokens alone.
+        ids = torch.tensor([[int(chosen), *(further or ())]], device=model.device)
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.app.models import Loaded
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
+from pipeline.models.generation import Messages
 from pipeline.report.text import visible
+from pipeline.tools.dialogue import Dialogue
+from pipeline.tools.loading import load_toolbox
 
 HEADING = "## What may I ask?"
 """Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
@@ -96,3 +100,27 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
                 if [turn["role"] for turn in messages if turn["role"] != "system"] == ["user"]:
                     found.append(HeldOutPrompt(key, row["kind"] or key.removesuffix("s"), messages, answer, row))
     return [prompt for prompt in found if len(prompt.messages[-1]["content"]) <= LONGEST]
+
+
+def tools_of_run(run: Path) -> dict[str, Any]:
+    """Return what the models of a run may call, by the key of the data in answers to which they may."""
+    return settings_of(run).get(CALLED) or {}
+
+
+def open_prompt(
+    loaded: Loaded, messages: Messages, called: Mapping[str, Any], found: HeldOutPrompt | None = None
+) -> Dialogue:
+    """Return a conversation as the beginning of a dialogue.
+
+    Args:
+        loaded: The model that answers it.
+        messages: The conversation.
+        called: What models may call, from `tools_of_run`.
+        found: The held-out prompt that it ends with, if it does. Any other question has no row that an environment
+            could read, and so only gets functions.
+    """
+    row = found.row if found and found.key in called else None
+    toolbox = load_toolbox(called[found.key] if found and row else next(iter(called.values()), None), loaded.tokenizer)
+    if toolbox and row is None:
+        toolbox = replace(toolbox, environment=None)
+    return loaded.open({**(row or {}), "prompt": messages}, toolbox)

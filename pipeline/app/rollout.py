@@ -19,13 +19,13 @@ from starlette.responses import StreamingResponse
 from pipeline.app import watch
 from pipeline.app.models import Loaded
 from pipeline.app.site import Site, stream
-from pipeline.app.watch import Tokens, Values
+from pipeline.app.watch import Values
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
-from pipeline.models.generation import Completion
 from pipeline.report.load import load_run
 from pipeline.report.stage_order import stage_info
 from pipeline.report.text import number, visible
+from pipeline.tools.dialogue import Dialogue, readable
 
 SCALED = {
     "group": "The advantage is the reward less the mean, in standard deviations of the group.",
@@ -85,21 +85,23 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
     """Yield the steps of a rollout as they are made."""
     info = stage_info(asked.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
-    known = (prompt for prompt in site.prompts if prompt.key == info.held_out and prompt.text == asked.text)
-    found = next(known, None)
+    found = site.find(asked.text, info.held_out)
     row = dict(found.row) if found else {"prompt": [{"role": "user", "content": asked.text}]}
     row |= {"answer": asked.answer} if asked.answer else {}
     try:
         settings = watch.stage_settings(site.run, asked.stage)
         policy, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
-        ids = policy.encode(row["prompt"], settings.get("chat_template_kwargs") or {})
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
-        prompt = {"text": visible(text, SHOWN), "facts": f"{len(ids)} tokens"}
+        toolbox = watch.toolbox_of(settings, policy)
+        opened = policy.open(row, toolbox, settings.get("chat_template_kwargs") or {})
+        messages = toolbox.open(row)[0] if toolbox else row["prompt"]
+        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        facts = [f"{len(opened.prompt)} tokens", *([f"may call {', '.join(opened.tools)}"] if toolbox else [])]
+        prompt = {"text": visible(text, SHOWN), "facts": " · ".join(facts)}
         yield {"step": "prompt", "title": "Prompt", "about": info.watch, "completions": [prompt]}
         if info.has_critic:
-            yield from ppo(site, asked, settings, policy, reference, row, ids)
+            yield from ppo(site, asked, settings, policy, reference, row)
         else:
-            yield from grpo(asked, settings, policy, reference, row, ids)
+            yield from grpo(asked, settings, policy, reference, row)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -117,15 +119,14 @@ def before(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
-def grpo(
-    asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values, ids: Tokens
-) -> Iterator[Event]:
+def grpo(asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
     """Yield GRPO's steps after the prompt as they are made. The arguments are as for `watch.update`."""
-    group = watch.sample_group(policy, ids, settings, settings["num_generations"], asked.seed)
+    group = watch.sample_group(policy, row, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
-    yield {"step": "completions", "title": "Completions", "about": about, "completions": list(map(shown, group))}
+    completions = [shown(policy, one) for one in group]
+    yield {"step": "completions", "title": "Completions", "about": about, "completions": completions}
 
-    seen = watch.update(policy, reference, settings, row, ids, group)
+    seen = watch.update(policy, reference, settings, row, group)
     mean = sum(seen.totals) / len(seen.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
     if max(seen.totals) == min(seen.totals):
@@ -147,20 +148,20 @@ def grpo(
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
 
 
-def ppo(
-    site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values, ids: Tokens
-) -> Iterator[Event]:
+def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
     """Yield the completion, and what PPO computes for each of its tokens."""
-    group = watch.sample_group(policy, ids, settings, 1, asked.seed)
+    group = watch.sample_group(policy, row, settings, 1, asked.seed)
     about = f"One answer of {asked.policy}."
-    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(group[0])]}
-    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, ids, group[0])
+    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(policy, group[0])]}
+    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, group[0])
+    kl = number(sum(filter(None, view.kl)), 2)
     about = (
         f"Score of the reward model: {number(view.score, 2)}"
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
-        + f". KL from {reference.name}: {number(sum(view.kl), 2)} nats, each of which costs {settings['kl_coef']:g}. "
+        + f". KL from {reference.name}: {kl} nats, each of which costs {settings['kl_coef']:g}. "
         "PPO's update then makes tokens with an advantage above 0 more likely and the others less likely, and teaches "
         "the critic, a model that guesses the reward still to come, what came."
+        + (" What a tool wrote was not chosen, and is left out." if 0 in group[0].sampled else "")
     )
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
     yield {
@@ -168,12 +169,19 @@ def ppo(
         "title": "What PPO sees",
         "about": about,
         "tokens": [visible(str(policy.tokenizer.decode([token]))) for token in view.tokens],
+        "chosen": group[0].sampled,
         "logProbs": list(map(finite, view.log_probs)),
         "columns": {title: list(map(finite, values)) for title, values in columns.items()},
     }
 
 
-def shown(completion: Completion) -> dict[str, str]:
-    """Return the text of a completion, and how many tokens it has."""
-    facts = f"{len(completion.tokens)} tokens{'' if completion.stopped else ', cut off'}"
-    return {"text": visible(completion.text, SHOWN) or "(nothing)", "facts": facts}
+def shown(policy: Loaded, completion: Dialogue) -> dict[str, str]:
+    """Return the text of a completion, in turns if there are tools, and how many tokens it has."""
+    # The trainers do not strip what the model wrote.
+    text = readable(completion.messages) or str(policy.tokenizer.decode(completion.tokens, skip_special_tokens=True))
+    own = sum(completion.sampled)
+    facts = [
+        f"{own} tokens" + (f" and {len(completion.tokens) - own} of tools" if own < len(completion.tokens) else "")
+    ]
+    facts += [] if watch.has_ended(policy, completion) else ["cut off"]
+    return {"text": visible(text, SHOWN) or "(nothing)", "facts": ", ".join(facts)}

@@ -15,7 +15,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
-from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, what_may_be_asked
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, tools_of_run, what_may_be_asked
 from pipeline.report.page import make_environment
 
 TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
@@ -45,6 +45,15 @@ class Site:
     def prompts(self) -> list[HeldOutPrompt]:
         """Its held-out prompts, read when they are first asked for."""
         return held_out_prompts(self.run)
+
+    @cached_property
+    def called(self) -> dict[str, Any]:
+        """What its models may call, by the key of the data."""
+        return tools_of_run(self.run)
+
+    def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
+        """Return the held-out prompt with a text, perhaps of one key, or None."""
+        return next((one for one in self.prompts if one.text == text and key in ("", one.key)), None)
 
     @property
     def is_private(self) -> bool:

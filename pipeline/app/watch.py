@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from pipeline.app.models import Loaded
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import move
+from pipeline.evaluation.chat_model import ChatModel
+from pipeline.evaluation.evaluate_yaml import TOOLS, move
 from pipeline.files import read_json
-from pipeline.models.generation import Completion, generate
+from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
@@ -37,6 +40,8 @@ from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.reference_model import frozen_copy
+from pipeline.tools.dialogue import Dialogue, converse, read_turn
+from pipeline.tools.loading import Toolbox, load_toolbox
 from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
@@ -49,8 +54,8 @@ SWITCHED_OFF = (
 )  # fmt: skip
 
 Values = Mapping[str, Any]
-Tokens = Sequence[int]
-Group = Sequence[Completion]
+Group = Sequence[Dialogue]
+"""Attempts at one prompt. Without tools, each is a single turn, which is not read as messages."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,14 @@ class Update:
 
 @dataclass(frozen=True)
 class TokenView:
-    """What PPO sees of the completion, each list by token."""
+    """What PPO sees of the completion, each list by token; None for the tokens that a tool wrote."""
 
     tokens: list[int]
-    log_probs: list[float]
-    kl: list[float]
-    rewards: list[float]
-    values: list[float]
-    advantages: list[float]
+    log_probs: list[float | None]
+    kl: list[float | None]
+    rewards: list[float | None]
+    values: list[float | None]
+    advantages: list[float | None]
     score: float
     penalty: float
 
@@ -92,22 +97,43 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
     return move(values | {"home": str(Path(str(values.get("output_dir", run / stage))).parent)}, run)
 
 
-def sample_group(policy: Loaded, prompt: Tokens, settings: Values, number: int, seed: int) -> list[Completion]:
-    """Sample `number` completions of a prompt as the trainer does."""
-    (group,) = generate(
-        policy.model,
+def toolbox_of(settings: Values, policy: Loaded) -> Toolbox | None:
+    """Return what a model may call in a stage; None for a model that cannot."""
+    return load_toolbox({name: settings[name] for name in TOOLS if settings.get(name)}, policy.tokenizer)
+
+
+def sample_group(policy: Loaded, row: Values, settings: Values, number: int, seed: int) -> list[Dialogue]:
+    """Sample `number` completions of the prompt of a row as the trainer does, with the tools of the stage."""
+    toolbox, template = toolbox_of(settings, policy), settings.get("chat_template_kwargs") or {}
+    group = [policy.open(row, toolbox, template) for _ in range(number)]
+    limit, seeds = settings["max_completion_length"], count(seed)
+    chat = ChatModel(policy.model, policy.tokenizer, limit)
+
+    def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
+        found = chat.complete(texts, limit, temperature=settings["temperature"], seed=next(seeds))
+        return [completion.tokens for (completion,) in found], None
+
+    for one, tokens in zip(group, complete([one.prompt for one in group])[0], strict=True):
+        one.add_turn(tokens, None, read_turn(policy.tokenizer, tokens, one.prompt, one.tools) if toolbox else None)
+    converse(
+        group,
+        complete,
         policy.tokenizer,
-        [prompt],
-        max_new_tokens=policy.room(len(prompt), settings["max_completion_length"]),
-        samples=number,
-        temperature=settings["temperature"],
-        seed=seed,
+        ends=end_tokens(policy.model, policy.tokenizer),
+        limit=limit,
+        context=policy.context or sys.maxsize,
+        turns=settings.get("max_tool_calling_iterations"),
+        template=template,
     )
-    # The trainers do not strip what the model wrote.
-    return [replace(c, text=policy.tokenizer.decode(c.tokens, skip_special_tokens=True)) for c in group]
+    return group
 
 
-def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, prompt: Tokens, group: Group) -> Update:
+def has_ended(policy: Loaded, completion: Dialogue) -> bool:
+    """Return whether the model itself ended a completion."""
+    return completion.tokens[-1:] != [] and completion.tokens[-1] in end_tokens(policy.model, policy.tokenizer)
+
+
+def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> Update:
     """Take one optimizer step of GRPO on a copy of the policy.
 
     Args:
@@ -115,20 +141,20 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, pro
         reference: The model that the stage started from, for the KL penalty, if `beta` asks for one.
         settings: The stage's.
         row: The prompt, as messages, and the other columns of the data.
-        prompt, group: The prompt's tokens, and completions of it.
+        group: Completions of the prompt.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
     model_args = ModelConfig(
         **{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings}
     )
     options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(model_args)}
-    with _trainer(GRPOTrainer, policy, settings, row, prompt, group, **options) as trainer:
+    with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]
             trainer.ref_model = frozen_copy(reference.model, trainer.temperature, cast_lm_head_to_fp32=False)
-        before = _log_probs(trainer, prompt, group)
+        before = _log_probs(trainer, group)
         trainer.train()
-        after = _log_probs(trainer, prompt, group)
+        after = _log_probs(trainer, group)
         table = trainer.all_rewards
         columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
         return Update(
@@ -146,8 +172,7 @@ def token_view(
     stage: str,
     settings: Values,
     row: Values,
-    prompt: Tokens,
-    completion: Completion,
+    completion: Dialogue,
 ) -> TokenView:
     """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
     rewards: list[tuple[Any, Any]] = []
@@ -165,19 +190,20 @@ def token_view(
     }
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
     start = replace(policy, model=reference.model)
-    with _trainer(PPOTrainer, start, chosen, row, prompt, [completion] * 2, **options) as trainer, torch.no_grad():
+    with _trainer(PPOTrainer, start, chosen, row, [completion] * 2, **options) as trainer, torch.no_grad():
         trainer.model.load_state_dict(policy.model.state_dict())
         trainer.model.train()
         batch = trainer._generate_and_score_completions([dict(row)] * 2)
-        mask, logps = batch["completion_mask"], batch["old_per_token_logps"]
+        # What tools wrote is read, but the policy did not choose it.
+        mask, logps = batch["completion_mask"] * batch.get("tool_mask", 1), batch["old_per_token_logps"]
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], mask], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         kl = torch.zeros_like(logps)
         if trainer.args.kl_coef > 0:
             compared = trainer._reference_logps(ids, attention_mask, mask.shape[1], len(ids))
             kl = ppo_math.kl_estimate(logps, compared, trainer.args.kl_estimator) * mask
         score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
-        penalty = 0.0 if completion.stopped else settings.get("missing_eos_penalty") or 0.0
+        penalty = 0.0 if has_ended(policy, completion) else settings.get("missing_eos_penalty") or 0.0
         scores = torch.full((len(ids),), score - penalty, device=kl.device)
         columns = {
             "log_probs": logps,
@@ -186,13 +212,16 @@ def token_view(
             "values": batch["old_values"],
             "advantages": batch["advantages"],
         }
-        lists = {name: column[0].tolist() for name, column in columns.items()}
+        lists: dict[str, list[float | None]] = {
+            name: [value if own else None for value, own in zip(column[0].tolist(), completion.sampled, strict=True)]
+            for name, column in columns.items()
+        }
     return TokenView(completion.tokens, **lists, score=score, penalty=penalty)
 
 
 @contextmanager
 def _trainer(
-    kind: type[Any], loaded: Loaded, settings: Values, row: Values, prompt: Tokens, group: Group, **options: Any
+    kind: type[Any], loaded: Loaded, settings: Values, row: Values, group: Group, **options: Any
 ) -> Iterator[Any]:
     """Make a trainer of a copy of a model for one step on a prompt, whose completions are given."""
     config = PPOConfig if kind is PPOTrainer else GRPOConfig
@@ -215,9 +244,21 @@ def _trainer(
     }
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
 
+    tokens = [one.tokens for one in group]
+
     def sampled(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        ids = [completion.tokens for completion in group]
-        return {"prompt_ids": [list(prompt)] * len(group), "completion_ids": ids, "logprobs": None}
+        return {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
+
+    toolbox = toolbox_of(settings, loaded)
+    called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
+
+    def conversed(*_: Any) -> tuple[Any, ...]:
+        # Rewards may ask the environments, which know what happened.
+        if toolbox and toolbox.environment:
+            trainer.environments = [toolbox.environment_of(one.tools) for one in group]
+        messages = [one.messages for one in group]
+        counts = sum(one.calls for one in group), sum(one.failures for one in group)
+        return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
 
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
         # What the libraries deprecate is not for whoever looks at the page.
@@ -232,20 +273,28 @@ def _trainer(
             # TRL gives it a padding token.
             processing_class=copy.deepcopy(loaded.tokenizer),
             rollout_func=sampled,
+            **called,
             **options,
         )
+        trainer._tool_call_loop = conversed
         trainer.remove_callback(PrinterCallback)
         yield trainer
 
 
 @torch.no_grad()
-def _log_probs(trainer: Any, prompt: Tokens, group: Group) -> Tensor:
-    """Return the log-probability of each completion under the trainer's policy."""
+def _log_probs(trainer: Any, group: Group) -> Tensor:
+    """Return the log-probability of what the policy chose in each completion, under the trainer's policy."""
+
+    def padded(rows: list[list[int]], side: str) -> Tensor:
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_side=side)
+
+    prompts, completions = [one.prompt for one in group], [one.tokens for one in group]
+    exists = [[[1] * len(row) for row in rows] for rows in (prompts, completions)]
+    ids = torch.cat([padded(prompts, "left"), padded(completions, "right")], dim=1)
+    mask = torch.cat([padded(exists[0], "left"), padded(exists[1], "right")], dim=1)
+    chosen = padded([one.sampled for one in group], "right")
+    device, length = trainer.accelerator.device, chosen.shape[1]
     trainer.model.eval()
-    rows = [torch.tensor([*prompt, *completion.tokens]) for completion in group]
-    length = max(map(len, rows)) - len(prompt)
-    ids = pad_sequence(rows, batch_first=True).to(trainer.accelerator.device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids.device)
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
-    total: Tensor = (logps * mask[:, -length:]).sum(dim=1)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids.to(device), mask.to(device), length)
+    total: Tensor = (logps * chosen.to(device)).sum(dim=1)
     return total

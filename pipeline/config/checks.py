@@ -14,9 +14,9 @@ from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
-from pipeline.bounded import MAX_LAYERS
 from pipeline.errors import Problem, as_typed
 from pipeline.files import as_list, is_missing_path, read_json, split_revision
+from pipeline.files.bounded import MAX_LAYERS
 
 T = TypeVar("T")
 Range = tuple[Callable[[Any], bool], str]

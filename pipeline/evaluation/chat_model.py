@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Completion, encode_prompts, end_tokens, generate
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.progress import Tally
-from pipeline.tools.dialogue import Dialogue, converse, read_turn
+from pipeline.tools.dialogue import Dialogue, converse, read_turn, schemas
 from pipeline.tools.loading import Toolbox
 
 BATCH = 256
@@ -66,7 +66,11 @@ class ChatModel:
             return [[self._with_beginning(begun, one) for one in some] for some in found] if begun else found
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
-        encoded = self.encode([prompt for prompt, _ in opened])
+        # Templates that describe tools do so in training as well.
+        encoded = [
+            encode_prompts(self.tokenizer, [prompt], {**self.template, "tools": schemas(tools)})[0]
+            for prompt, tools in opened
+        ]
         dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
         single = replace(self, counts=Counter(), tally=Tally("turns"))
         turns = count(options.pop("seed", 0))

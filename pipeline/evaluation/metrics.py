@@ -10,7 +10,7 @@ The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion, end_tokens, stopped
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
+from pipeline.tools import dialogue
 
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
@@ -310,24 +311,12 @@ def record_greedy(
 def readable(completion: Completion) -> str:
     """Return an answer as reports show it, with calls and results; why there is nothing to read, if there is not."""
     if completion.messages:
-        return "\n".join(line for message in completion.messages for line in _lines(message))
+        return dialogue.readable(completion.messages)
     if completion.text.strip():
         return completion.text
     # The text is without special tokens; white space is text.
     tokens = f"{len(completion.tokens)} tokens that are not shown: white space, or special ones"
     return f"(nothing: {tokens})" if len(completion.tokens) > 1 else "(nothing: it ended at once)"
-
-
-def _lines(message: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines that show a message of a dialogue with tools."""
-    if message["role"] == "tool":
-        yield f"<- {message['content']}"
-    elif message.get("content"):
-        yield message["content"]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or call
-        arguments = ", ".join(f"{name}={value}" for name, value in function["arguments"].items())
-        yield f"-> {function['name']}({arguments})"
 
 
 def record_ends(

@@ -208,9 +208,13 @@ def _measure_language_model(
         if not isinstance(opponent, ChatModel):
             opponent = _load_chats(run, result.against, {**settings, "vllm": False}, "--against")["prompts"]
         win_rate.measure_distance(result, chats["prompts"], opponent, judged)
-    fixed = zip(held_out.fixed_prompts, chats["instructions"].greedy(held_out.fixed_prompts), strict=True)
+    # They have no row that an environment could read, but a model that has learned to call tools calls them here, too.
+    toolbox = chats["problems"].toolbox
+    chat = replace(chats["instructions"], toolbox=toolbox and replace(toolbox, environment=None))
+    answered = chat.answer([{"prompt": prompt} for prompt in held_out.fixed_prompts])
     result.answers = [
-        {"prompt": prompt[-1]["content"], "answer": metrics.readable(completion)} for prompt, completion in fixed
+        {"prompt": prompt[-1]["content"], "answer": metrics.readable(completion)}
+        for prompt, (completion,) in zip(held_out.fixed_prompts, answered, strict=True)
     ]
 
 

@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.bounded import MAX_LAYERS, check_files, exceeds
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_new_directory, write_folder
+from pipeline.files.bounded import MAX_LAYERS, check_files, exceeds
 from pipeline.launch import quiet_libraries
 
 if TYPE_CHECKING:

@@ -38,9 +38,9 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
-from pipeline.bounded import check_files, exceeds
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
+from pipeline.files.bounded import check_files, exceeds
 from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
 from pipeline.models.weights import (
     ADAPTER,

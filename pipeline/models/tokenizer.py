@@ -16,9 +16,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.bounded import TOO_LONG, exceeds, longest
 from pipeline.errors import Problem, UserError
 from pipeline.files import write_folder
+from pipeline.files.bounded import TOO_LONG, exceeds, longest
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer

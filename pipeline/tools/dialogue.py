@@ -11,7 +11,7 @@ dialogue ends with its call, as with TRL. A call that the limit cut off is not a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -99,17 +99,9 @@ def converse(
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
     """
-    # Tools often return the same few results.
-    written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
     while active and turns != 0:
-        going_on = []
-        for dialogue, results in zip(active, _answer_calls(active, ends), strict=True):
-            tokens = written(*(tuple(result.items()) for result in results))
-            length = len(dialogue.tokens) + len(tokens)
-            if length <= limit and len(dialogue.prompt) + length < context:
-                dialogue.add_results(tokens, results)
-                going_on.append(dialogue)
+        going_on = answer_calls(active, tokenizer, ends=ends, limit=limit, context=context, template=template)
         if not going_on:
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
@@ -122,17 +114,75 @@ def converse(
         turns = None if turns is None else turns - 1
 
 
+def answer_calls(
+    dialogues: Sequence[Dialogue],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ends: Collection[int],
+    limit: int,
+    context: int,
+    template: Mapping[str, Any] | None = None,
+) -> list[Dialogue]:
+    """Add the results of the calls of each dialogue's last turn, where they fit. The arguments are as for `converse`.
+
+    Returns:
+        The dialogues that have got results, and go on.
+    """
+    # Tools often return the same few results.
+    written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
+    going_on = []
+    for dialogue, results in zip(dialogues, _results(dialogues, ends), strict=True):
+        tokens = written(*(tuple(result.items()) for result in results))
+        length = len(dialogue.tokens) + len(tokens)
+        if length <= limit and len(dialogue.prompt) + length < context:
+            dialogue.add_results(tokens, results)
+            going_on.append(dialogue)
+    return going_on
+
+
 def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
     """Return a turn of the model as a message, with its calls; None if it has no tokens."""
-    schemas = [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
-    return parse_response(tokenizer, tokens, prefix=before, tools=schemas) if tokens else None
+    return parse_response(tokenizer, tokens, prefix=before, tools=schemas(tools)) if tokens else None
+
+
+def schemas(tools: Tools) -> list[dict[str, Any]]:
+    """Return how tools are described to models."""
+    return [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
 
 
 @lru_cache
 def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
-    """Return how a tool is described to models; transformers would read its docstring again for each turn."""
+    """Describe a tool; transformers would read its docstring again for each turn."""
     schema: dict[str, Any] = get_json_schema(tool)
     return schema
+
+
+def readable(messages: Iterable[Message]) -> str:
+    """Return messages as people read them: what the model says, its calls and their results, each on lines of its own.
+
+    -> calculator(expression=1234+5678)
+    <- 6912
+    The answer is 6912.
+    """
+    return "\n".join(line for message in messages for line in _lines(message))
+
+
+def _lines(message: Message) -> Iterator[str]:
+    if message["role"] == "tool":
+        yield _as_one(f"<- {message['content']}")
+    elif message.get("content"):
+        yield message["content"]
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        # A model may write anything for arguments.
+        named = [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else [arguments]
+        yield _as_one(f"-> {function['name']}({', '.join(map(str, named))})")
+
+
+def _as_one(text: str) -> str:
+    """Indent further lines of a call or a result, so that none of them passes for another message."""
+    return "\n   ".join(text.splitlines())
 
 
 def result_tokens(
@@ -154,7 +204,7 @@ def result_tokens(
     return whole[end + 1 :]
 
 
-def _answer_calls(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
+def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
     """Call the tools that the last turn of each dialogue calls. Return their results as messages."""
     calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
     # The calls of a tool that answers many at once are answered first.

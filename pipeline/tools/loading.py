@@ -39,6 +39,11 @@ class Toolbox:
             tools |= tools_of(environment)
         return prompt, tools
 
+    def environment_of(self, tools: Mapping[str, Callable[..., Any]]) -> Any:
+        """Return the environment whose methods are among the tools that `open` has returned, or None."""
+        owners = (getattr(tool, "__self__", None) for tool in tools.values())
+        return next((owner for owner in owners if type(owner) is self.environment), None)
+
 
 def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
     """Load the `tools` and the `environment` of a mapping; None without any, or for a model that cannot call them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ def test_it_answers_in_turns_and_switches_stages(
     asked: list[list[dict[str, str]]] = []
     encode = Loaded.encode
 
-    def remember(self: Loaded, messages: list[dict[str, str]]) -> list[int]:
+    def remember(self: Loaded, messages: list[dict[str, str]], *others: Any) -> list[int]:
         asked.append(list(messages))
-        return encode(self, messages)
+        return encode(self, messages, *others)
 
     monkeypatch.setattr(Loaded, "encode", remember)
     assert chat(run / "4_grpo", "What is 12?\nAnd 21?\n/stage 2_sft\nWho?\n/new\nA cat.\n/stage x\n", monkeypatch) == 0

@@ -14,6 +14,7 @@ from pipeline.app import watch
 from pipeline.app.models import Models
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.tools.dialogue import Dialogue
 
 PROMPT = [{"role": "user", "content": "What is 12?"}]
 ANSWERS = ("7", "12", "no", "5")
@@ -24,10 +25,9 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     assert settings["reward_model_path"] == [str(run / "3_reward")], "the run was moved"
     models = Models(run)
     policy, reference = models.get("3_ppo"), models.get("2_sft")
-    ids = policy.encode(PROMPT)
-    (completion,) = watch.sample_group(policy, ids, settings, 1, seed=3)
+    (completion,) = watch.sample_group(policy, {"prompt": PROMPT}, settings, 1, seed=3)
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    view = watch.token_view(policy, reference, run, "3_ppo", settings, {"prompt": PROMPT}, ids, completion)
+    view = watch.token_view(policy, reference, run, "3_ppo", settings, {"prompt": PROMPT}, completion)
     assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
 
     config = PPOConfig(
@@ -60,10 +60,11 @@ def seen(run: Path, models: Models | None = None, **changes: Any) -> watch.Updat
     settings = watch.stage_settings(run, "4_grpo") | changes
     tokenizer = policy.tokenizer
     texts = [f"The answer is {text}." for text in ANSWERS]
-    group = [watch.Completion(text, [*tokenizer(text)["input_ids"], tokenizer.eos_token_id], True) for text in texts]
+    tokens = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    group = [Dialogue(policy.encode(PROMPT), {}, ids, [1] * len(ids)) for ids in tokens]
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
     row = {"prompt": PROMPT, "answer": "12"}
-    found = watch.update(policy, reference, settings, row, policy.encode(PROMPT), group)
+    found = watch.update(policy, reference, settings, row, group)
     assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
     return found
 

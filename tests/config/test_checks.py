@@ -11,10 +11,10 @@ import pytest
 from trl import GRPOConfig, SFTConfig
 
 from pipeline import hardware
-from pipeline.bounded import MAX_LAYERS
 from pipeline.config.checks import HALF_PRECISION, MAY_BE_EMPTY, check_supported
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import REQUIRED, check_values
+from pipeline.files.bounded import MAX_LAYERS
 from pipeline.models.scratch import ScratchArguments
 from pipeline.rl.ppo_config import PPOConfig
 

@@ -28,8 +28,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import bounded, hardware
+from pipeline import hardware
 from pipeline.errors import UserError
+from pipeline.files import bounded
 from pipeline.models.adapters import merge_into_base
 from pipeline.models.loading import (
     is_reward_model,

@@ -50,7 +50,7 @@
     }
     column.text = one.text || (one.stopped ? "(nothing)" : "");
     column.tokens.push(...one.tokens);
-    const count = column.tokens.length, speed = one.seconds ? [`${Math.round(count / one.seconds)} tokens/s`] : [];
+    const count = written(column), speed = one.seconds ? [`${Math.round(count / one.seconds)} tokens/s`] : [];
     facts.textContent = [tokens(count), ...speed, one.stopped || "writing"].join(" · ");
     if (one.stopped) column.dataset.done = "1";
     if (byId("probabilities").checked) text.append(...one.tokens.map(shaded));
@@ -59,11 +59,13 @@
     first(text);
   }
 
+  // What tools returned is not the model's, and nothing else was probable there.
+  const written = (column) => column.tokens.filter((token) => token.others.length).length;
   const tokens = (count) => `${count} token${count === 1 ? "" : "s"}`;
 
   // Says why an answer has ended that the server did not end.
   function end(column, why) {
-    const facts = part(column, ".facts"), count = column.tokens.length;
+    const facts = part(column, ".facts"), count = written(column);
     facts.textContent = count ? `${tokens(count)} · ${why}` : why;
     column.dataset.done = "1";
   }
@@ -71,7 +73,9 @@
   // The tokens with a colour that says how probable each was, and the alternatives when one is pointed at or focused.
   // The shade is 0 for a probable token, and one more for each halving of the probability.
   const shade = (logProb) => Math.min(5, Math.floor(-(logProb ?? -9) / Math.LN2));
-  const shaded = (token) => make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text);
+  const shaded = (token) => (token.others.length
+    ? make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text)
+    : make("span", { className: "soft" }, token.text));
   // One stop for the tabulator in each column; arrow keys go on from there.
   const first = (text) => { if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0"); };
   byId("probabilities").addEventListener("change", ({ target }) => {
@@ -113,7 +117,8 @@
     if (event.key === "Escape") hide();
     const token = event.target.closest?.(".token");
     const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const next = token && step && token[step];
+    let next = token && step && token[step];
+    while (next && !next.matches(".token")) next = next[step];
     if (!next) return;
     event.preventDefault();
     token.tabIndex = -1;

@@ -73,13 +73,15 @@ if (byId("rollout-form")) {
     return values.map((value) => make(name, { className: "measure" }, bar(Math.abs(value) / largest, sign(value)), make("span", {}, label(value))));
   }
 
-  function table({ tokens, logProbs, columns }) {
+  // What a tool wrote has a row without figures.
+  function table({ tokens, chosen, logProbs, columns }) {
     // Soft hyphens, for a phone.
     const titles = ["Token", "Proba\u00adbility", ...Object.keys(columns).map((title) => title.replace("Advan", "Advan\u00ad"))];
     const head = make("tr", {}, ...titles.map((title) => make("th", { scope: "col" }, title)));
     const shares = logProbs.map((logProb) => make("td", { className: "measure" }, bar(Math.exp(logProb)), make("span", {}, percent(logProb))));
     const cells = [shares, ...Object.values(columns).map((values) => measures("td", values, signed))];
-    const rows = tokens.map((text, i) => make("tr", {}, make("th", { scope: "row" }, `“${text}”`), ...cells.map((column) => column[i])));
+    const rows = tokens.map((text, i) => make("tr", { className: chosen[i] ? "" : "soft" },
+      make("th", { scope: "row" }, `“${text}”`), ...cells.map((column) => (chosen[i] ? column[i] : make("td")))));
     return make("table", { className: "tokens" }, make("thead", {}, head), make("tbody", {}, ...rows));
   }
 
