@@ -33,7 +33,7 @@ from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator
 from pipeline.tools.loading import Toolbox
 
-LENGTH = 96
+LENGTH = 112
 Row = dict[str, Any]
 
 

@@ -44,22 +44,23 @@ SCHEMAS: dict[str, pa.Schema] = {
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 
 WORDINGS = (
-    "What is {a} + {b}?",
-    "Add {a} and {b}.",
-    "How much is {a} plus {b}?",
-    "{a} + {b} = ?",
-    "Compute {a} + {b}.",
-    "What do {a} and {b} make?",
-    "Give the sum of {a} and {b}.",
-    "{a} plus {b} is what?",
+    "What is {sum}?",
+    "Add up {sum}.",
+    "How much is {sum}?",
+    "{sum} = ?",
+    "Compute {sum}.",
+    "What does {sum} make?",
+    "Give the value of {sum}.",
+    "{sum} is what?",
 )
 GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
 QUESTIONS = 3
 SIZES = range(8, 15)
 """Letters among which one is hidden. Three questions tell any of fifteen from the others, two any of seven."""
 TALK = ("calculator: expression={a}+{b}", "ask: letter=", "earlier", "later", "yes")
-DIGITS = (4, 5, 6)
-"""Lengths of the terms of long sums; `test_longer` has terms with one digit more."""
+DIGITS, TERMS = (4, 5, 6), (3, 4)
+"""Lengths of the terms of long sums, and their number; the terms of `test_longer` have one digit more. A model as small
+learns to add two such numbers without a calculator within minutes."""
 CALL_COST = 0.1
 """What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
 CARELESS = 0.6
@@ -142,12 +143,16 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
                 hidden = rng.randint(low, high)
                 return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), LETTERS[hidden], kind, 0, 0.0)
             continue
-        digits = 1 if kind == "one digit" else max(DIGITS) + 1 if kind == "longer" else rng.choice(DIGITS)
-        a, b = (rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits) for _ in range(2))
+        if kind == "one digit":
+            terms = [rng.randrange(10), rng.randrange(10)]
+        else:
+            lengths = [max(DIGITS) + 1 if kind == "longer" else rng.choice(DIGITS) for _ in range(rng.choice(TERMS))]
+            terms = [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
         place = rng.randrange(len(WORDINGS))
         # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
-        if _split_of(a, b, place if digits == 1 else 0) == own:
-            return _row(WORDINGS[place].format(a=a, b=b), str(a + b), kind, digits, CALL_COST)
+        if _split_of(*terms, place if kind == "one digit" else 0) == own:
+            text = WORDINGS[place].format(sum=" + ".join(map(str, terms)))
+            return _row(text, str(sum(terms)), kind, max(len(str(term)) for term in terms), CALL_COST)
 
 
 def _range(rng: random.Random) -> tuple[int, int]:
@@ -211,13 +216,13 @@ def _document(rng: random.Random, split: str) -> Row:
         elif kind == "talk":
             # The words of the later stages, so that the tokenizer has them.
             place = rng.randrange(len(WORDINGS))
-            answered = f"{WORDINGS[place].format(a=a, b=b)} The answer is {a + b}."
+            answered = f"{WORDINGS[place].format(sum=f'{a} + {b}')} The answer is {a + b}."
             if _split_of(a, b, place) != split or rng.random() < 0.3:
                 answered = rng.choice((GAME.format(low=LETTERS[a], high=LETTERS[b + 10]), *TALK)).format(a=a, b=b)
             lines.append(answered)
         elif kind == "copies":
-            a, b = (rng.randrange(10 ** rng.randrange(1, 7)) for _ in range(2))
-            lines.append(f"{a} and {b}: {a}+{b}.")
+            numbers = [str(rng.randrange(10 ** rng.randrange(1, 9))) for _ in range(rng.randint(2, 4))]
+            lines.append(f"{' + '.join(numbers)}: {'+'.join(numbers)}.")
         elif _split_of(low, high) == split:
             a, b = sorted(rng.sample(range(low, high + 1), 2))
             if kind == "order":
