@@ -80,6 +80,39 @@ def test_what_a_tool_returns_cannot_end_its_turn() -> None:
     assert dialogue.tokens.count(END) == 3 and dialogue.tokens.count(ids("<|assistant|>")[0]) == 1
 
 
+class Silent:
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+@pytest.mark.parametrize(("result", "shown"), [(SystemExit("gone"), "gone"), (Silent(), "nothing"), ("\ud83d", "?")])
+def test_a_tool_cannot_end_the_run(result: Any, shown: str) -> None:
+    def nothing() -> Any:
+        """Fail."""
+        if isinstance(result, SystemExit):
+            raise result
+        return result
+
+    dialogue = talk(["<|call|>nothing<|end|>", "no<|end|>"], tools={"nothing": nothing})
+    assert shown in dialogue.messages[1]["content"] and dialogue.messages[-1]["content"] == "no"
+
+
+def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:
+    dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1])
+    call = {"type": "function", "function": {"name": "\ud83d", "arguments": {"\ud83d": ["\ud83d"]}}}
+    dialogue.add_turn([5, END], None, {"role": "assistant", "content": "", "tool_calls": [call]})
+    converse([dialogue], lambda texts: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    assert dialogue.messages[0]["tool_calls"][0]["function"] == {"name": "?", "arguments": {"?": ["?"]}}
+    assert dialogue.messages[1]["name"] == "?" and dialogue.failures == 1
+
+
+def test_an_argument_of_another_name_is_an_error_for_tools_that_answer_many_calls_at_once() -> None:
+    call = {"type": "function", "function": {"name": "python", "arguments": {"program": "print(1)"}}}
+    dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1], [{"role": "assistant", "tool_calls": [call]}])
+    converse([dialogue], lambda texts: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    assert "unexpected keyword argument" in dialogue.messages[1]["content"] and dialogue.failures == 1
+
+
 def test_the_calls_of_a_batch_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[list[str]] = []
 
