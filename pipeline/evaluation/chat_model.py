@@ -59,7 +59,8 @@ class ChatModel:
             return self.sample([row["prompt"] for row in rows], **options)
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
-        encoded = self.encode([prompt for prompt, _ in opened])
+        template = {**self.template, **self.toolbox.template(self.tokenizer)}
+        encoded = encode_prompts(self.tokenizer, [prompt for prompt, _ in opened], template)
         dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
         single = replace(self, counts=Counter(), tally=Tally("turns"))
         turns = count(options.pop("seed", 0))
@@ -72,7 +73,9 @@ class ChatModel:
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
         limit, context = self.max_new_tokens, self.positions or sys.maxsize
-        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=self.template)
+        # Results are written as in training, where no tools are listed before them.
+        del template["tools"]
+        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=template)
         completions = [_as_completion(dialogue, ends) for dialogue in dialogues]
         self.tally.add(len(completions))
         self.counts["answers"] += len(completions)

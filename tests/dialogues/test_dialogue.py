@@ -11,8 +11,10 @@ from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import encode_prompts
 from pipeline.rewards.functions import call_cost
 from pipeline.tools import dialogue as module
+from pipeline.tools import loading
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.functions import python
 from pipeline.tools.loading import Toolbox
@@ -150,6 +152,20 @@ def test_evaluation_answers_in_dialogues(toolbox: Toolbox) -> None:
     assert chat.counts == {"answers": 60, "cut off": sum(not completion.stopped for completion in flat)}
     again = ChatModel(toy.policy(), TOKENIZER, 24, toolbox=toolbox)
     assert again.answer(rows(20, most=1), samples=3, temperature=1.0, seed=1) == sampled
+
+
+def test_evaluation_lists_the_tools_in_the_prompt_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = toy.tokenizer()
+    own = tokenizer.chat_template
+    tokenizer.chat_template = "{%- for tool in tools or [] -%}{{ tool.function.name }}{%- endfor -%}" + own
+    monkeypatch.setattr(loading, "is_chat_template_prefix_preserving", lambda _: False)
+    monkeypatch.setattr(loading, "get_training_chat_template", lambda _: tokenizer.chat_template + "{# TRL's #}")
+    for toolbox in (Toolbox([toy.double]), Toolbox(environment=toy.Counter)):
+        template = toolbox.template(tokenizer)
+        assert template["chat_template"].endswith("{# TRL's #}")
+        prompt = [{"role": "user", "content": "1"}]
+        (encoded,) = encode_prompts(tokenizer, [prompt], template)
+        assert encoded[0] == ids("double")[0]
 
 
 def test_calls_and_what_they_cost_are_measured() -> None:
