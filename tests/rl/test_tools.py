@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,34 @@ def test_a_run_resumes_exactly_inside_a_rollout_of_dialogues(
         resumed.train(resume_from_checkpoint=str(folder))
         for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_environment_gives_the_only_rewards(tmp_path: Path, kind: type) -> None:
+    config: Any = GRPOConfig if kind is GRPOTrainer else PPOConfig
+    groups = {"num_generations": 4} if kind is GRPOTrainer else {}
+    run: Any = kind(
+        model=toy.policy(),
+        args=config(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_completion_length=24, **groups
+        ),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        environment_factory=toy.Counter,
+    )
+    assert run.reward_func_names == ["Counter"]
+    rollout(run)
+    given = set(run.all_rewards[:, 0].tolist())
+    assert len(given) > 1 and given <= {float(asked) for asked in range(8)}
+
+
+def test_no_result_makes_a_text_longer_than_vllm_has_memory_for(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GRPOTrainer)
+    assert run._context() == 64
+    config = SimpleNamespace(max_model_len=32)
+    run.use_vllm, run.vllm_mode = True, "colocate"
+    run.vllm_generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)))
+    assert run._context() == 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
