@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from trl import GRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.chat_template_utils import parse_response
 
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
@@ -124,6 +128,34 @@ def test_a_run_resumes_exactly_inside_a_rollout_of_dialogues(
             assert torch.equal(one, other)
 
 
+def test_the_loop_is_trls_but_for_calls_that_were_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, random = trainer(tmp_path, GRPOTrainer), Random(0)
+    encode = partial(run._tokenizer.encode, add_special_tokens=False)
+    two = "<|call|>double<|argument|>n=2<|call|>double<|argument|>n=1<|end|>"
+    said = ["<|call|>double<|argument|>n=2<|end|>", two, "<|call|>nothing<|end|>", "yes<|end|>", "<|end|>"]
+    turns, prompt = list(map(encode, said)), encode("<|bos|><|user|>1<|end|><|assistant|>")
+    monkeypatch.setattr(run, "_async_tool_dicts", [{}] * 4, raising=False)
+    monkeypatch.setattr(run, "_sync_tool_dicts", [{"double": toy.double}] * 4, raising=False)
+    for trial in range(60):
+        run.max_completion_length, run.max_tool_calling_iterations = random.choice([10, 20, 60]), random.choice([1, 9])
+        found = []
+        for kind in (GRPOTrainer, TRLGRPOTrainer):
+            draw = Random(trial)
+
+            def single(texts: list[Any], *_: Any, draw: Random = draw, **__: Any) -> Any:
+                sampled = [draw.choice(turns)[: run.max_completion_length] for _ in texts]
+                return sampled, [[-float(place) for place in range(len(ids))] for ids in sampled]
+
+            monkeypatch.setattr(run, "_generate_single_turn", single)
+            ids, logps = single([prompt] * 4)
+            parsed = [[parse_response(run._tokenizer, one, prefix=prompt, tools=run.tools)] for one in ids]
+            prompts = [[{"role": "user", "content": "1"}] for _ in ids]
+            found.append(kind._tool_call_loop(run, prompts, [prompt] * 4, ids, parsed, logps, None, {}))
+        own, trls = found
+        assert own[:4] == trls[:4]
+        assert own[4] == trls[4] or not all(one[-1] == run._tokenizer.eos_token_id for one in own[2])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_environment_gives_the_only_rewards(tmp_path: Path, kind: type) -> None:
     config: Any = GRPOConfig if kind is GRPOTrainer else PPOConfig
@@ -140,6 +172,7 @@ def test_an_environment_gives_the_only_rewards(tmp_path: Path, kind: type) -> No
     assert run.reward_func_names == ["Counter"]
     rollout(run)
     given = set(run.all_rewards[:, 0].tolist())
+    assert run.reward_funcs[0](environments=run.environments) == run.all_rewards[:, 0].tolist()
     assert len(given) > 1 and given <= {float(asked) for asked in range(8)}
 
 
