@@ -65,11 +65,11 @@ class ChatModel:
         single = replace(self, counts=Counter(), tally=Tally("turns"))
         turns = count(options.pop("seed", 0))
 
-        def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
-            found = single.complete(texts, self.max_new_tokens, seed=next(turns), **options)
+        def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+            found = single.complete(texts, room, seed=next(turns), **options)
             return [completion.tokens for (completion,) in found], None
 
-        for dialogue, tokens in zip(dialogues, complete(encoded)[0], strict=True):
+        for dialogue, tokens in zip(dialogues, complete(encoded, self.max_new_tokens)[0], strict=True):
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
         limit, context = self.max_new_tokens, self.positions or sys.maxsize

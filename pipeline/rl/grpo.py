@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -227,7 +227,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
         converse(
             dialogues,
-            lambda texts: self._generate_single_turn(list(texts), None, {}, num_generations=1),
+            self._sample_turn,
             self._tokenizer,
             ends=self.eos_token_ids,
             limit=self.max_completion_length,
@@ -249,6 +249,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             sum(dialogue.failures for dialogue in dialogues),
             [[] for _ in dialogues],
         )
+
+    def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
+        """Sample a turn of at most `room` tokens after each text, and at least one. vLLM keeps its own limit."""
+        config = self.generation_config
+        config.max_new_tokens = max(room, 1)
+        try:
+            return self._generate_single_turn(list(texts), None, {}, num_generations=1)
+        finally:
+            config.max_new_tokens = self.max_completion_length
 
     def _context(self) -> int:
         """Return how long a text may be, in tokens: vLLM may have memory for fewer than the model has positions."""

@@ -24,8 +24,9 @@ from pipeline.tools.functions import MANY
 
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
-Complete = Callable[[Sequence[list[int]]], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
-"""Token ids of texts -> those of a turn that follows each, and the log-probabilities of these, if they are known."""
+Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
+"""Token ids of texts, and the most that any turn may have -> those of a turn that follows each, and the
+log-probabilities of these, if they are known."""
 
 
 @dataclass
@@ -110,7 +111,8 @@ def converse(
         if not going_on:
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
-        sampled, logps = complete(texts)
+        # No turn is longer than what is kept of it, and positions end where the limit ends.
+        sampled, logps = complete(texts, limit - min(len(dialogue.tokens) for dialogue in going_on))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)

@@ -35,7 +35,8 @@ def talk(said: Sequence[str], limit: int = 60, tools: Any = None, **options: Any
     dialogue = Dialogue(ids("<|bos|><|user|>1<|end|><|assistant|>"), {"double": toy.double} if tools is None else tools)
     waiting = list(map(ids, said))
 
-    def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
+    def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+        assert room == limit - len(dialogue.tokens)
         assert all(text[-1] == ids("<|assistant|>")[0] for text in texts)
         return [waiting.pop(0)], None
 
@@ -103,7 +104,7 @@ def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:
     dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1])
     call = {"type": "function", "function": {"name": "\ud83d", "arguments": {"\ud83d": ["\ud83d"]}}}
     dialogue.add_turn([5, END], None, {"role": "assistant", "content": "", "tool_calls": [call]})
-    converse([dialogue], lambda texts: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    converse([dialogue], lambda texts, room: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
     assert dialogue.messages[0]["tool_calls"][0]["function"] == {"name": "?", "arguments": {"?": ["?"]}}
     assert dialogue.messages[1]["name"] == "?" and dialogue.failures == 1
 
@@ -111,7 +112,7 @@ def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:
 def test_an_argument_of_another_name_is_an_error_for_tools_that_answer_many_calls_at_once() -> None:
     call = {"type": "function", "function": {"name": "python", "arguments": {"program": "print(1)"}}}
     dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1], [{"role": "assistant", "tool_calls": [call]}])
-    converse([dialogue], lambda texts: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    converse([dialogue], lambda texts, room: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
     assert "unexpected keyword argument" in dialogue.messages[1]["content"] and dialogue.failures == 1
 
 
@@ -127,7 +128,9 @@ def test_the_calls_of_a_batch_are_answered_at_once(monkeypatch: pytest.MonkeyPat
     for number, dialogue in enumerate(dialogues):
         call = {"type": "function", "function": {"name": "python", "arguments": {"code": f"x{number}"}}}
         dialogue.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    converse(dialogues, lambda texts: ([ids("yes<|end|>")] * 3, None), TOKENIZER, ends=[END], limit=60, context=64)
+    converse(
+        dialogues, lambda texts, room: ([ids("yes<|end|>")] * 3, None), TOKENIZER, ends=[END], limit=60, context=64
+    )
     assert batches == [["x0", "x1", "x2"]]
     assert [dialogue.messages[1]["content"] for dialogue in dialogues] == ["X0", "X1", "X2"]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.chat_template_utils import parse_response
@@ -174,6 +175,18 @@ def test_an_environment_gives_the_only_rewards(tmp_path: Path, kind: type) -> No
     given = set(run.all_rewards[:, 0].tolist())
     assert run.reward_funcs[0](environments=run.environments) == run.all_rewards[:, 0].tolist()
     assert len(given) > 1 and given <= {float(asked) for asked in range(8)}
+
+
+def test_later_turns_stay_within_learned_positions(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GRPOTrainer)
+    sizes = {"n_positions": 28, "n_embd": 32, "n_layer": 1, "n_head": 1, "eos_token_id": 2, "pad_token_id": 0}
+    run.model = GPT2LMHeadModel(GPT2Config(vocab_size=len(toy.VOCABULARY), **sizes))
+    run.accelerator.unwrap_model = lambda model, **_: model
+    prompt = run._tokenizer.encode("<|bos|><|user|>1<|end|>", add_special_tokens=False)
+    text = prompt + run._tokenizer.encode("<|call|>double<|argument|>n=2<|end|>", add_special_tokens=False)
+    sampled, _ = run._sample_turn([text] * 8, 28 - len(text))
+    assert max(map(len, sampled)) == 28 - len(text)
+    assert run.generation_config.max_new_tokens == 24
 
 
 def test_no_result_makes_a_text_longer_than_vllm_has_memory_for(tmp_path: Path) -> None:
