@@ -109,11 +109,11 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
     limit, seeds = settings["max_completion_length"], count(seed)
     chat = ChatModel(policy.model, policy.tokenizer, limit)
 
-    def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
-        found = chat.complete(texts, limit, temperature=settings["temperature"], seed=next(seeds))
+    def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+        found = chat.complete(texts, room, temperature=settings["temperature"], seed=next(seeds))
         return [completion.tokens for (completion,) in found], None
 
-    for one, tokens in zip(group, complete([one.prompt for one in group])[0], strict=True):
+    for one, tokens in zip(group, complete([one.prompt for one in group], limit)[0], strict=True):
         one.add_turn(tokens, None, read_turn(policy.tokenizer, tokens, one.prompt, one.tools) if toolbox else None)
     converse(
         group,

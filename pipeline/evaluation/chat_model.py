@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Completion, encode_prompts, end_tokens, generate
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.progress import Tally
-from pipeline.tools.dialogue import Dialogue, converse, read_turn, schemas
+from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox
 
 BATCH = 256
@@ -66,25 +66,25 @@ class ChatModel:
             return [[self._with_beginning(begun, one) for one in some] for some in found] if begun else found
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
-        # Templates that describe tools do so in training as well.
-        encoded = [
-            encode_prompts(self.tokenizer, [prompt], {**self.template, "tools": schemas(tools)})[0]
-            for prompt, tools in opened
-        ]
+        template = {**self.template, **self.toolbox.template(self.tokenizer)}
+        encoded = encode_prompts(self.tokenizer, [prompt for prompt, _ in opened], template)
         dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
         single = replace(self, counts=Counter(), tally=Tally("turns"))
         turns = count(options.pop("seed", 0))
 
-        def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
-            found = single.complete(texts, self.max_new_tokens, seed=next(turns), **options)
+        def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+            found = single.complete(texts, room, seed=next(turns), **options)
             return [completion.tokens for (completion,) in found], None
 
-        for dialogue, further in zip(dialogues, complete([[*ids, *begun] for ids in encoded])[0], strict=True):
-            tokens = [*begun, *further][: self.max_new_tokens]
+        started = complete([[*ids, *begun] for ids in encoded], max(1, self.max_new_tokens - len(begun)))[0]
+        for dialogue, further in zip(dialogues, started, strict=True):
+            tokens = [*begun, *further]
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
         limit, context = self.max_new_tokens, self.positions or sys.maxsize
-        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=self.template)
+        # Results are written as in training, where no tools are listed before them.
+        del template["tools"]
+        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=template)
         completions = [_as_completion(dialogue, ends) for dialogue in dialogues]
         self.tally.add(len(completions))
         self.counts["answers"] += len(completions)

@@ -154,7 +154,7 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
     (`apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.)
 
     Args:
-        messages: Messages with a content or with `tool_calls`, whose names and arguments are texts as well.
+        messages: Messages with a content, the name of a tool, or `tool_calls`, whose names and arguments are texts.
         tokens: From `special_tokens`.
     """
 
@@ -165,7 +165,7 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
             return {broken(key): broken(one) for key, one in value.items()}
         return [broken(one) for one in value] if isinstance(value, list) else value
 
-    return [{**m, **{key: broken(m[key]) for key in ("content", "tool_calls") if key in m}} for m in messages]
+    return [{**m, **{key: broken(m[key]) for key in ("content", "name", "tool_calls") if key in m}} for m in messages]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:

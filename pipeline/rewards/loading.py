@@ -132,8 +132,10 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     def copied(columns: dict[str, Any]) -> dict[str, Any]:
         return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
 
-    def checked(rewards: Any, completions: Sequence[Any]) -> Any:
-        if fault := _find_fault(rewards, len(completions)):
+    def checked(rewards: Any, columns: dict[str, Any]) -> Any:
+        # The reward that an environment gives needs no completions.
+        rows = columns["completions" if "completions" in columns else "environments"]
+        if fault := _find_fault(rewards, len(rows)):
             expected = "return a list with a number, or None for no opinion, for each completion"
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
         return rewards
@@ -143,18 +145,18 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     if is_async_callable(function):
 
         @functools.wraps(function)
-        async def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+        async def guarded(**columns: Any) -> Any:
             with _named(name, field):
-                rewards = await function(**copied({"completions": completions, **columns}))
-            return checked(rewards, completions)
+                rewards = await function(**copied(columns))
+            return checked(rewards, columns)
 
     else:
 
         @functools.wraps(function)
-        def guarded(completions: Sequence[Any], **columns: Any) -> Any:
+        def guarded(**columns: Any) -> Any:
             with _named(name, field):
-                rewards = function(**copied({"completions": completions, **columns}))
-            return checked(rewards, completions)
+                rewards = function(**copied(columns))
+            return checked(rewards, columns)
 
     # TRL logs the reward under this name.
     guarded.__name__ = get_callable_name(function)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, SyncRefModelCallback
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.extras.profiling import profiling_context
+from trl.trainer.utils import is_async_callable
 
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
@@ -90,7 +91,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
     """
 
-    def __init__(self, model: Any, reward_funcs: Any, args: GRPOConfig, *others: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
+    ) -> None:
+        # Without reward functions, the environment gives rewards.
+        args = args or GRPOConfig()
         launch.use_one_gpu(args)
         if isinstance(model, str):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
@@ -213,7 +218,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     ) -> Any:
         """Answer the calls of the first turns and sample further ones, by our loop, which TRL's arguments fit."""
         mode = "train" if self.model.training else "eval"
-        if self._is_vlm or any(self._async_tool_dicts):
+        if self._is_vlm or any(map(is_async_callable, self.tools)):
             return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *others)
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
@@ -222,16 +227,18 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
         converse(
             dialogues,
-            lambda texts: self._generate_single_turn(list(texts), None, {}, num_generations=1),
+            self._sample_turn,
             self._tokenizer,
             ends=self.eos_token_ids,
             limit=self.max_completion_length,
-            context=getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize,
+            context=self._context(),
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
         )
         turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
+        counts = torch.tensor([sampled, turns], device=self.accelerator.device)
+        sampled, turns = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics[mode]["tools/turn_length"].append(sampled / max(turns, 1))
         return (
             [dialogue.sampled for dialogue in dialogues],
@@ -242,6 +249,22 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             sum(dialogue.failures for dialogue in dialogues),
             [[] for _ in dialogues],
         )
+
+    def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
+        """Sample a turn of at most `room` tokens after each text, and at least one. vLLM keeps its own limit."""
+        config = self.generation_config
+        config.max_new_tokens = max(room, 1)
+        try:
+            return self._generate_single_turn(list(texts), None, {}, num_generations=1)
+        finally:
+            config.max_new_tokens = self.max_completion_length
+
+    def _context(self) -> int:
+        """Return how long a text may be, in tokens: vLLM may have memory for fewer than the model has positions."""
+        if self.use_vllm and self.vllm_mode == "colocate":
+            length: int = self.vllm_generation.llm.llm_engine.model_config.max_model_len
+            return length
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -59,6 +59,7 @@ class PPOTrainer(GRPOTrainer):
             the reference. For a `PeftModel` with `peft_config`, the reference is the base model without the adapter;
             for one that already has an adapter, a frozen copy of that adapter.
         reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
+            None if an environment gives the rewards.
         args: The configuration.
         train_dataset: Rows with `prompt`, conversational or text; all other columns are passed to the reward functions.
         eval_dataset: The same, or a dictionary of such data sets.
@@ -86,13 +87,14 @@ class PPOTrainer(GRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any,
-        args: PPOConfig,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
         *others: Any,
         value_model: str | PreTrainedModel | PeftModel | None = None,
         value_use_peft: bool = True,
         **kwargs: Any,
     ) -> None:
+        args = args or PPOConfig()
         # TRL knows of no reference as long as beta is 0, so PPO makes its own: an adapter's is a frozen copy of it, a
         # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
         if args.kl_coef > 0 and isinstance(model, PeftModel):

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -25,8 +26,9 @@ from pipeline.tools.functions import MANY
 
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
-Complete = Callable[[Sequence[list[int]]], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
-"""Token ids of texts -> those of a turn that follows each, and the log-probabilities of these, if they are known."""
+Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
+"""Token ids of texts, and the most that any turn may have -> those of a turn that follows each, and the
+log-probabilities of these, if they are known."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Dialogue:
         self.sampled += [1] * len(tokens)
         if self.logps is not None and logps is not None:
             self.logps += logps
-        self.messages += [message] if message else []
+        self.messages += [_encodable(message)] if message else []
 
     def add_results(self, tokens: list[int], results: list[Message]) -> None:
         """Add what tools returned, and what the template writes between two turns of the model."""
@@ -105,7 +107,8 @@ def converse(
         if not going_on:
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
-        sampled, logps = complete(texts)
+        # No turn is longer than what is kept of it, and positions end where the limit ends.
+        sampled, logps = complete(texts, limit - min(len(dialogue.tokens) for dialogue in going_on))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)
@@ -211,10 +214,12 @@ def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[
     waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
     results: dict[int, Any] = {}
     for number, (dialogue, call) in enumerate(calls):
-        many = MANY.get(dialogue.tools.get(call["name"]))  # type: ignore[arg-type]
-        arguments = list(call["arguments"].values()) if isinstance(call["arguments"], dict) else []
-        if many and len(arguments) == 1 and isinstance(arguments[0], str):
-            waiting.setdefault(many, []).append((number, arguments[0]))
+        tool, arguments = dialogue.tools.get(call["name"]), call["arguments"]
+        if tool not in MANY or not isinstance(arguments, dict) or list(arguments) != list(signature(tool).parameters):
+            continue
+        (text,) = arguments.values()
+        if isinstance(text, str):
+            waiting.setdefault(MANY[tool], []).append((number, text))
     for many, asked in waiting.items():
         results |= dict(zip((number for number, _ in asked), many([text for _, text in asked]), strict=True))
 
@@ -226,9 +231,19 @@ def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[
                 if name not in dialogue.tools:
                     raise ValueError(f"Tool {name} not found.")
                 results[number] = dialogue.tools[name](**call["arguments"])
-        # A tool may raise anything, and so does a call with other arguments.
-        except Exception as error:  # noqa: BLE001
+            content = str(results[number])
+        # A tool may raise anything, exit, or return what has no text; a call with other arguments raises, too.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             dialogue.failures += 1
-            results[number] = {"error": str(error)}
-        answered[id(dialogue)].append({"role": "tool", "name": name, "content": str(results[number])})
+            content = str({"error": str(error)})
+        answered[id(dialogue)].append({"role": "tool", "name": name, "content": _encodable(content)})
     return [answered[id(dialogue)] for dialogue in dialogues]
+
+
+def _encodable(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which JSON's escapes can spell and no tokenizer takes, by question marks."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    return [_encodable(one) for one in value] if isinstance(value, list) else value

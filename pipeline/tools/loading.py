@@ -10,7 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
-from trl.chat_template_utils import add_response_schema, supports_tool_calling
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    is_chat_template_prefix_preserving,
+    supports_tool_calling,
+)
 
 from pipeline.errors import Problem, UserError, collect
 from pipeline.rewards.loading import import_callable
@@ -43,6 +48,17 @@ class Toolbox:
         """Return the environment whose methods are among the tools that `open` has returned, or None."""
         owners = (getattr(tool, "__self__", None) for tool in tools.values())
         return next((owner for owner in owners if type(owner) is self.environment), None)
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Return the arguments of the chat template with which TRL writes prompts: tools, and maybe another template.
+
+        Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL then trains with one of its own.
+        """
+        environment = [] if self.environment is None else list(tools_of(self.environment()).values())
+        arguments: dict[str, Any] = {"tools": [*self.tools, *environment]}
+        if not is_chat_template_prefix_preserving(tokenizer):
+            arguments["chat_template"] = get_training_chat_template(tokenizer)
+        return arguments
 
 
 def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:

@@ -11,8 +11,10 @@ from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
+from pipeline.models.generation import encode_prompts
 from pipeline.rewards.functions import call_cost
 from pipeline.tools import dialogue as module
+from pipeline.tools import loading
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.functions import python
 from pipeline.tools.loading import Toolbox
@@ -33,7 +35,8 @@ def talk(said: Sequence[str], limit: int = 60, tools: Any = None, **options: Any
     dialogue = Dialogue(ids("<|bos|><|user|>1<|end|><|assistant|>"), {"double": toy.double} if tools is None else tools)
     waiting = list(map(ids, said))
 
-    def complete(texts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
+    def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+        assert room == limit - len(dialogue.tokens)
         assert all(text[-1] == ids("<|assistant|>")[0] for text in texts)
         return [waiting.pop(0)], None
 
@@ -80,6 +83,39 @@ def test_what_a_tool_returns_cannot_end_its_turn() -> None:
     assert dialogue.tokens.count(END) == 3 and dialogue.tokens.count(ids("<|assistant|>")[0]) == 1
 
 
+class Silent:
+    def __str__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+@pytest.mark.parametrize(("result", "shown"), [(SystemExit("gone"), "gone"), (Silent(), "nothing"), ("\ud83d", "?")])
+def test_a_tool_cannot_end_the_run(result: Any, shown: str) -> None:
+    def nothing() -> Any:
+        """Fail."""
+        if isinstance(result, SystemExit):
+            raise result
+        return result
+
+    dialogue = talk(["<|call|>nothing<|end|>", "no<|end|>"], tools={"nothing": nothing})
+    assert shown in dialogue.messages[1]["content"] and dialogue.messages[-1]["content"] == "no"
+
+
+def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:
+    dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1])
+    call = {"type": "function", "function": {"name": "\ud83d", "arguments": {"\ud83d": ["\ud83d"]}}}
+    dialogue.add_turn([5, END], None, {"role": "assistant", "content": "", "tool_calls": [call]})
+    converse([dialogue], lambda texts, room: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    assert dialogue.messages[0]["tool_calls"][0]["function"] == {"name": "?", "arguments": {"?": ["?"]}}
+    assert dialogue.messages[1]["name"] == "?" and dialogue.failures == 1
+
+
+def test_an_argument_of_another_name_is_an_error_for_tools_that_answer_many_calls_at_once() -> None:
+    call = {"type": "function", "function": {"name": "python", "arguments": {"program": "print(1)"}}}
+    dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1], [{"role": "assistant", "tool_calls": [call]}])
+    converse([dialogue], lambda texts, room: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
+    assert "unexpected keyword argument" in dialogue.messages[1]["content"] and dialogue.failures == 1
+
+
 def test_the_calls_of_a_batch_are_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[list[str]] = []
 
@@ -92,7 +128,9 @@ def test_the_calls_of_a_batch_are_answered_at_once(monkeypatch: pytest.MonkeyPat
     for number, dialogue in enumerate(dialogues):
         call = {"type": "function", "function": {"name": "python", "arguments": {"code": f"x{number}"}}}
         dialogue.messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    converse(dialogues, lambda texts: ([ids("yes<|end|>")] * 3, None), TOKENIZER, ends=[END], limit=60, context=64)
+    converse(
+        dialogues, lambda texts, room: ([ids("yes<|end|>")] * 3, None), TOKENIZER, ends=[END], limit=60, context=64
+    )
     assert batches == [["x0", "x1", "x2"]]
     assert [dialogue.messages[1]["content"] for dialogue in dialogues] == ["X0", "X1", "X2"]
 
@@ -117,6 +155,20 @@ def test_evaluation_answers_in_dialogues(toolbox: Toolbox) -> None:
     assert chat.counts == {"answers": 60, "cut off": sum(not completion.stopped for completion in flat)}
     again = ChatModel(toy.policy(), TOKENIZER, 24, toolbox=toolbox)
     assert again.answer(rows(20, most=1), samples=3, temperature=1.0, seed=1) == sampled
+
+
+def test_evaluation_lists_the_tools_in_the_prompt_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = toy.tokenizer()
+    own = tokenizer.chat_template
+    tokenizer.chat_template = "{%- for tool in tools or [] -%}{{ tool.function.name }}{%- endfor -%}" + own
+    monkeypatch.setattr(loading, "is_chat_template_prefix_preserving", lambda _: False)
+    monkeypatch.setattr(loading, "get_training_chat_template", lambda _: tokenizer.chat_template + "{# TRL's #}")
+    for toolbox in (Toolbox([toy.double]), Toolbox(environment=toy.Counter)):
+        template = toolbox.template(tokenizer)
+        assert template["chat_template"].endswith("{# TRL's #}")
+        prompt = [{"role": "user", "content": "1"}]
+        (encoded,) = encode_prompts(tokenizer, [prompt], template)
+        assert encoded[0] == ids("double")[0]
 
 
 def test_calls_and_what_they_cost_are_measured() -> None:

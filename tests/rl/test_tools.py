@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl import GRPOConfig
+from trl import GRPOTrainer as TRLGRPOTrainer
+from trl.chat_template_utils import parse_response
 
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
@@ -121,6 +127,75 @@ def test_a_run_resumes_exactly_inside_a_rollout_of_dialogues(
         resumed.train(resume_from_checkpoint=str(folder))
         for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_loop_is_trls_but_for_calls_that_were_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, random = trainer(tmp_path, GRPOTrainer), Random(0)
+    encode = partial(run._tokenizer.encode, add_special_tokens=False)
+    two = "<|call|>double<|argument|>n=2<|call|>double<|argument|>n=1<|end|>"
+    said = ["<|call|>double<|argument|>n=2<|end|>", two, "<|call|>nothing<|end|>", "yes<|end|>", "<|end|>"]
+    turns, prompt = list(map(encode, said)), encode("<|bos|><|user|>1<|end|><|assistant|>")
+    monkeypatch.setattr(run, "_async_tool_dicts", [{}] * 4, raising=False)
+    monkeypatch.setattr(run, "_sync_tool_dicts", [{"double": toy.double}] * 4, raising=False)
+    for trial in range(60):
+        run.max_completion_length, run.max_tool_calling_iterations = random.choice([10, 20, 60]), random.choice([1, 9])
+        found = []
+        for kind in (GRPOTrainer, TRLGRPOTrainer):
+            draw = Random(trial)
+
+            def single(texts: list[Any], *_: Any, draw: Random = draw, **__: Any) -> Any:
+                sampled = [draw.choice(turns)[: run.max_completion_length] for _ in texts]
+                return sampled, [[-float(place) for place in range(len(ids))] for ids in sampled]
+
+            monkeypatch.setattr(run, "_generate_single_turn", single)
+            ids, logps = single([prompt] * 4)
+            parsed = [[parse_response(run._tokenizer, one, prefix=prompt, tools=run.tools)] for one in ids]
+            prompts = [[{"role": "user", "content": "1"}] for _ in ids]
+            found.append(kind._tool_call_loop(run, prompts, [prompt] * 4, ids, parsed, logps, None, {}))
+        own, trls = found
+        assert own[:4] == trls[:4]
+        assert own[4] == trls[4] or not all(one[-1] == run._tokenizer.eos_token_id for one in own[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_environment_gives_the_only_rewards(tmp_path: Path, kind: type) -> None:
+    config: Any = GRPOConfig if kind is GRPOTrainer else PPOConfig
+    groups = {"num_generations": 4} if kind is GRPOTrainer else {}
+    run: Any = kind(
+        model=toy.policy(),
+        args=config(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_completion_length=24, **groups
+        ),
+        train_dataset=toy.prompts(),
+        processing_class=toy.tokenizer(),
+        environment_factory=toy.Counter,
+    )
+    assert run.reward_func_names == ["Counter"]
+    rollout(run)
+    given = set(run.all_rewards[:, 0].tolist())
+    assert run.reward_funcs[0](environments=run.environments) == run.all_rewards[:, 0].tolist()
+    assert len(given) > 1 and given <= {float(asked) for asked in range(8)}
+
+
+def test_later_turns_stay_within_learned_positions(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GRPOTrainer)
+    sizes = {"n_positions": 28, "n_embd": 32, "n_layer": 1, "n_head": 1, "eos_token_id": 2, "pad_token_id": 0}
+    run.model = GPT2LMHeadModel(GPT2Config(vocab_size=len(toy.VOCABULARY), **sizes))
+    run.accelerator.unwrap_model = lambda model, **_: model
+    prompt = run._tokenizer.encode("<|bos|><|user|>1<|end|>", add_special_tokens=False)
+    text = prompt + run._tokenizer.encode("<|call|>double<|argument|>n=2<|end|>", add_special_tokens=False)
+    sampled, _ = run._sample_turn([text] * 8, 28 - len(text))
+    assert max(map(len, sampled)) == 28 - len(text)
+    assert run.generation_config.max_new_tokens == 24
+
+
+def test_no_result_makes_a_text_longer_than_vllm_has_memory_for(tmp_path: Path) -> None:
+    run = trainer(tmp_path, GRPOTrainer)
+    assert run._context() == 64
+    config = SimpleNamespace(max_model_len=32)
+    run.use_vllm, run.vllm_mode = True, "colocate"
+    run.vllm_generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)))
+    assert run._context() == 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
