@@ -33,6 +33,7 @@ OVERRIDDEN = {
     # The rollout
     f"{GRPO}._get_train_sampler": "the order of an epoch is that of its number",
     f"{GRPO}._generate_single_turn": "rollouts are sampled by our sampler",
+    f"{GRPO}._tool_call_loop": "dialogues with tools are those of evaluation",
     f"{GRPO}._calculate_rewards": "what rewards give is kept, and stops the run if it is unusable",
     f"{GRPO}._generate_and_score_completions": "PPO replaces the advantages it returns",
     f"{GRPO}._get_per_token_logps_and_entropies": "on CPUs, cheaper log-probabilities are returned",
@@ -96,6 +97,9 @@ TRAINER_ATTRIBUTES = {
     "ref_model": "None as long as beta is 0; PPO puts its own there",
     "current_gradient_accumulation_steps": "the value loss is normalised as the policy loss is",
 }
+
+# Attributes of one that has trained with tools.
+TOOL_ATTRIBUTES = {"_sync_tool_dicts": "the tools of each completion of a rollout"}
 
 # What a run logs, and the alarms or the report read.
 LOGGED = {
@@ -194,6 +198,7 @@ def moved_in_a_run(folder: Path) -> Iterator[str]:
     from pipeline.rl.grpo import GRPOTrainer
     from pipeline.rl.ppo import PPOTrainer
     from tests import ppo_toy as toy
+    from tests import tool_toy
 
     sampler = RepeatSampler([1, 2], mini_repeat_count=1, seed=3)
     for name in ("shuffle", "generator", "seed"):
@@ -227,6 +232,18 @@ def moved_in_a_run(folder: Path) -> Iterator[str]:
         processing_class=toy.tokenizer(),
     )
     grpo.train()
+    called = GRPOTrainer(
+        tool_toy.policy(),
+        tool_toy.says_yes,
+        GRPOConfig(str(folder / "called"), max_completion_length=24, **settings),
+        tool_toy.prompts(),
+        processing_class=tool_toy.tokenizer(),
+        tools=[tool_toy.double],
+    )
+    called.train()
+    for name, why in TOOL_ATTRIBUTES.items():
+        if not hasattr(called, name):
+            yield moved(f"GRPOTrainer.{name}", why)
     logged = {name for entry in grpo.state.log_history for name in entry}
     if missing := LOGGED - logged:
         yield moved(f"what GRPO logs: {sorted(missing)}", "alarms and report read it")
@@ -262,7 +279,7 @@ def private_attributes() -> Iterator[tuple[str, Path]]:
 
 def test_all_that_is_relied_on_is_listed() -> None:
     # The last one is a trainer's that samples with vLLM, see `tests/rl/test_vllm.py`.
-    listed = {*TRAINER_ATTRIBUTES, "_name_or_path", "_asdict", "_orig_mod", "_last_loaded_step"}
+    listed = {*TRAINER_ATTRIBUTES, *TOOL_ATTRIBUTES, "_name_or_path", "_asdict", "_orig_mod", "_last_loaded_step"}
     listed |= {name.rpartition(".")[2] for name in (*OVERRIDDEN, *CALLED, *ATTRIBUTES)}
     used = {(name, path) for name, path in private_attributes() if not str(path).startswith(OURS)}
     unlisted = sorted(f"{name} ({path})" for name, path in used if name not in listed)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl import GRPOConfig, ModelConfig
 
 from pipeline.data.arguments import DataArguments, option
-from pipeline.errors import Problem
+from pipeline.errors import Problem, UserError
 
 # These imports take seconds, which `--help` must not.
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 UNCONFINED_HELP = "Let code_tests run code even where the kernel cannot confine it to the sandbox."
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ToolArguments:
     """Tools that the model may call while it answers, by TRL's interface."""
 
@@ -39,6 +40,14 @@ class ToolArguments:
         from pipeline.tools.loading import load_environment, load_tools
 
         return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
+
+    def gives_rewards(self) -> bool:
+        """Return whether the environment, if it can be loaded, gives rewards itself."""
+        from pipeline.tools.loading import load_environment
+
+        with suppress(UserError):
+            return hasattr(load_environment(self.environment), "get_reward")
+        return False
 
 
 @dataclass
@@ -77,10 +86,11 @@ class PPORewardArguments(ToolArguments):
 
         sandbox.allow_unconfined = self.allow_unconfined_code
         models, functions = self.reward_model_path or [], self.reward_funcs or []
-        if not models and not functions:
-            return [Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
         problems = check_tools(self.tools, self.environment, tokenizer)
-        problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
+        if not models and not functions and not self.gives_rewards():
+            return [*problems, Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
+        if models or functions:
+            problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
         if self.value_model_path is not None and not early:
             problems += check_value_model(self.value_model_path, tokenizer)
         return problems
@@ -116,7 +126,8 @@ class GRPORewardArguments(ToolArguments):
 
         sandbox.allow_unconfined = self.allow_unconfined_code
         problems = check_tools(self.tools, self.environment, tokenizer)
-        problems += check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
+        if self.reward_funcs or not self.gives_rewards():
+            problems += check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
         shuffles = self.shuffle_answers and train is not None
         if shuffles and not (isinstance(train, Dataset) and "answer" in column_names(train)):
             remedy = "needs an answer column, and data that are not streamed"

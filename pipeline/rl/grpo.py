@@ -214,12 +214,21 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 model.train(training)
 
     def _tool_call_loop(
-        self, prompts: Any, prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *others: Any
+        self,
+        prompts: Any,
+        prompt_ids: Any,
+        completion_ids: Any,
+        completions: Any,
+        logprobs: Any,
+        images: Any,
+        multimodal_fields: Any,
     ) -> Any:
-        """Answer the calls of the first turns and sample further ones, by our loop, which TRL's arguments fit."""
+        """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
         mode = "train" if self.model.training else "eval"
         if self._is_vlm or any(map(is_async_callable, self.tools)):
-            return super()._tool_call_loop(prompts, prompt_ids, completion_ids, completions, logprobs, *others)
+            return super()._tool_call_loop(
+                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
+            )
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
             logps = None if logprobs is None else logprobs[number]
@@ -251,9 +260,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         )
 
     def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
-        """Sample a turn of at most `room` tokens after each text, and at least one. vLLM keeps its own limit."""
+        """Sample a turn of at most `room` tokens after each text. vLLM keeps its own limit."""
         config = self.generation_config
-        config.max_new_tokens = max(room, 1)
+        config.max_new_tokens = room
         try:
             return self._generate_single_turn(list(texts), None, {}, num_generations=1)
         finally:

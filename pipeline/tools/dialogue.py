@@ -107,8 +107,9 @@ def converse(
         if not going_on:
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
-        # No turn is longer than what is kept of it, and positions end where the limit ends.
-        sampled, logps = complete(texts, limit - min(len(dialogue.tokens) for dialogue in going_on))
+        # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
+        room = limit - min(len(dialogue.tokens) for dialogue in going_on)
+        sampled, logps = complete(texts, max(1, room))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)

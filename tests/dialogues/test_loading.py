@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.untrusted import check_untrusted
 from pipeline.errors import UserError
+from pipeline.rl.arguments import GRPORewardArguments, PPORewardArguments
 from pipeline.tools.loading import check_tools, load_environment, load_tools
 from tests import small_model
 from tests import tool_toy as toy
@@ -51,6 +52,11 @@ class Game(Idle):
             place: Where.
         """
         return place
+
+class Paid(Game):
+    def get_reward(self) -> float:
+        """Return the reward."""
+        return 1.0
 '''
 
 
@@ -106,6 +112,14 @@ def test_all_faults_are_named_at_once() -> None:
     with pytest.raises(UserError) as error:
         load_tools(["one", "two"])
     assert len(error.value.problems) == 2
+
+
+@pytest.mark.usefixtures("own")
+def test_an_environment_may_be_the_only_one_that_rewards() -> None:
+    for kind, arguments in ((GRPORewardArguments, {"reward_funcs": []}), (PPORewardArguments, {})):
+        for environment, refused in (("own_tools:Paid", 0), ("own_tools:Game", 1), (None, 1)):
+            problems = kind(**arguments, environment=environment).preflight(None, toy.tokenizer(), None)
+            assert len(problems) == refused, (kind, environment)
 
 
 @pytest.mark.parametrize(

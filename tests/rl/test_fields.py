@@ -48,7 +48,8 @@ USED = """
     skip_memory_metrics do_eval resume_from_checkpoint
 
     router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations num_generations_eval
-    max_completion_length ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size
+    max_completion_length max_tool_calling_iterations
+    ds3_gather_for_generation shuffle_dataset pad_to_multiple_of generation_batch_size
     steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs repetition_penalty
     cache_implementation beta num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos
     vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights
