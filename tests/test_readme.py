@@ -28,6 +28,10 @@ from pipeline.evaluation.evaluate_yaml import check, complete, derive
 from pipeline.preferences.judges import load_judge
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.loading import load_function
+from pipeline.tools.environments import ENVIRONMENTS
+from pipeline.tools.functions import TOOLS
+from pipeline.tools.loading import check_tools
+from recipes import grpo
 from tests.forked import run_forked
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
@@ -136,8 +140,9 @@ def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
 
 def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks(ROOT / "docs/data.md", "yaml")
-    settings = yaml.safe_load(block)
+    tools, settings = map(yaml.safe_load, blocks(ROOT / "docs/data.md", "yaml"))
+    assert not check_tools(tools["tools"], tools["environment"], None)
+    assert set(tools) <= {field for kind in argument_types(grpo.main) for field in kind.__dataclass_fields__}
     for name in (settings["text"], settings["problems"]["dataset_name"]):
         Path(name).touch()
     assert check(complete(settings, derive([], Path("runs/mine")))) == []
@@ -165,9 +170,9 @@ def test_rewards_and_judges_are_as_the_pages_write_them(tmp_path: Path, monkeypa
     assert judge.match(["2", "2", "It is 2."], ["It is 2.", "2", "2"], [row] * 3) == [1.0, 0.5, 0.0]
 
 
-def test_the_table_of_rewards_lists_all() -> None:
+def test_the_tables_of_rewards_and_of_tools_list_all() -> None:
     named = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name for name in named if not name[0].isdigit()} == set(REWARDS)
+    assert {name for name in named if not name[0].isdigit()} == {*REWARDS, *TOOLS, *ENVIRONMENTS}
 
 
 def test_the_readme_is_short() -> None:

@@ -5,9 +5,10 @@
 
 All answers are greedy, to the test split. Sums, half of them of one digit: the share of right answers of each policy,
 and its score, by which each call costs 0.1. `4_sft_direct` is the control, which was trained on direct answers to such
-sums and has no tool. `always` begins the answers of a model with the call, and `never` with "The answer is"; `lying` is
-a calculator that adds 1. Games: the best player who ignores what is answered names the same place of every range, which
-is found on the test games themselves; the scripted player halves the range.
+sums for as long and has no tool; the recipe's README has its command. `always` begins the answers of a model with the
+call, and `never` with "The answer is"; `lying` is a calculator that adds 1. Games: the best player who ignores what is
+answered names the same place of every range, which is found on the test games themselves; the scripted player halves
+the range.
 
 Differences are paired, with 95% intervals by the bootstrap over problems; over the seeds, by Student's.
 """

@@ -93,6 +93,14 @@ def test_every_method_of_preference_tuning_is_measured_beside_the_others(
 
 
 @pytest.mark.slow
+def test_a_model_with_tools_is_measured_in_dialogues(smoke: Callable[[str], dict[str, Any]]) -> None:
+    stages = smoke("pocket-tools")["stages"]
+    assert {"2_sft", "4_grpo"} < set(stages)
+    for stage in ("2_sft", "4_grpo"):
+        assert {"pass@1", "tool_calls", "tool_score"} < set(stages[stage]), stage
+
+
+@pytest.mark.slow
 def test_an_existing_model_goes_through_stages_2_to_4_with_lora(
     tmp_path: Path, smoke: Callable[[str], dict[str, Any]]
 ) -> None:
