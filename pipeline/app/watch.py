@@ -252,13 +252,16 @@ def _trainer(
     toolbox = toolbox_of(settings, loaded)
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
-    def conversed(*_: Any) -> tuple[Any, ...]:
-        # Rewards may ask the environments, which know what happened.
-        if toolbox and toolbox.environment:
-            trainer.environments = [toolbox.environment_of(one.tools) for one in group]
-        messages = [one.messages for one in group]
-        counts = sum(one.calls for one in group), sum(one.failures for one in group)
-        return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
+    class Shown(kind):  # type: ignore[valid-type, misc]
+        """The trainer, with the dialogues that are shown in place of new ones."""
+
+        def _tool_call_loop(self, *_: Any) -> tuple[Any, ...]:
+            # Rewards may ask the environments, which know what happened.
+            if toolbox and toolbox.environment:
+                self.environments = [toolbox.environment_of(one.tools) for one in group]
+            messages = [one.messages for one in group]
+            counts = sum(one.calls for one in group), sum(one.failures for one in group)
+            return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
 
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
         # What the libraries deprecate is not for whoever looks at the page.
@@ -266,7 +269,7 @@ def _trainer(
         # A new adapter is random.
         set_seed(settings.get("seed", 0))
         # The weights that an adapter was merged into are frozen.
-        trainer = kind(
+        trainer = Shown(
             model=copy.deepcopy(loaded.model).requires_grad_(True),
             args=config(**kept | fixed, output_dir=folder),
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
@@ -276,7 +279,6 @@ def _trainer(
             **called,
             **options,
         )
-        trainer._tool_call_loop = conversed
         trainer.remove_callback(PrinterCallback)
         yield trainer
 

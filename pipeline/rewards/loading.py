@@ -145,7 +145,8 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     if is_async_callable(function):
 
         @functools.wraps(function)
-        async def guarded(**columns: Any) -> Any:
+        async def guarded(completions: Any = None, **columns: Any) -> Any:
+            columns |= {} if completions is None else {"completions": completions}
             with _named(name, field):
                 rewards = await function(**copied(columns))
             return checked(rewards, columns)
@@ -153,7 +154,8 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     else:
 
         @functools.wraps(function)
-        def guarded(**columns: Any) -> Any:
+        def guarded(completions: Any = None, **columns: Any) -> Any:
+            columns |= {} if completions is None else {"completions": completions}
             with _named(name, field):
                 rewards = function(**copied(columns))
             return checked(rewards, columns)

@@ -161,8 +161,7 @@ def test_so_do_adapters_and_models_that_are_stored_in_half_precision(data: Path,
     assert "win_rate" in measured(tmp_path, "3_ppo", "--judge", str(tmp_path / "3_reward"))
     row = {"prompt": [{"role": "user", "content": "What?"}], "answer": "7"}
     policy, reference = (load(str(tmp_path / stage), "RUN", stage) for stage in ("3_ppo", "2_sft"))
-    ids = policy.encode(row["prompt"])
     settings = watch.stage_settings(tmp_path, "3_ppo")
-    group = watch.sample_group(policy, ids, settings, 2, seed=0)
-    watch.token_view(policy, reference, tmp_path, "3_ppo", settings, row, ids, group[0])
-    watch.update(policy, reference, watch.stage_settings(tmp_path, "4_grpo"), row, ids, group)
+    group = watch.sample_group(policy, row, settings, 2, seed=0)
+    watch.token_view(policy, reference, tmp_path, "3_ppo", settings, row, group[0])
+    watch.update(policy, reference, watch.stage_settings(tmp_path, "4_grpo"), row, group)
