@@ -110,8 +110,7 @@ class Loaded:
         """
         prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
         template = self.template if template is None else template
-        # Templates may describe the tools to the model.
-        template = {**template, "tools": list(tools.values())} if tools else template
+        template = {**template, **toolbox.template(self.tokenizer)} if toolbox else template
         return Dialogue(self.encode(prompt, template), tools)
 
     def room(self, prompt: int, wanted: int) -> int:

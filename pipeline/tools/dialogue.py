@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
-from trl.chat_template_utils import parse_response
+from trl.chat_template_utils import get_training_chat_template, parse_response
 
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.tools.functions import MANY
@@ -203,9 +203,12 @@ def result_tokens(
     whole = tokenizer.apply_chat_template(after, add_generation_prompt=True, return_dict=False, **template)
     # Some templates write a line feed behind the end of a turn, which the model has not sampled.
     end = max((place for place, token in enumerate(prefix) if token == tokenizer.eos_token_id), default=len(prefix) - 1)
-    if whole[: end + 1] != prefix[: end + 1]:
+    if whole[: end + 1] == prefix[: end + 1]:
+        return whole[end + 1 :]
+    # Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL has others to train with.
+    if template.get("chat_template"):
         raise ValueError("the chat template changes a turn once a result follows it")
-    return whole[end + 1 :]
+    return result_tokens(tokenizer, results, {**template, "chat_template": get_training_chat_template(tokenizer)})
 
 
 def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:

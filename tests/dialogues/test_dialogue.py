@@ -15,7 +15,7 @@ from pipeline.models.generation import encode_prompts
 from pipeline.rewards.functions import call_cost
 from pipeline.tools import dialogue as module
 from pipeline.tools import loading
-from pipeline.tools.dialogue import Dialogue, converse, read_turn
+from pipeline.tools.dialogue import Dialogue, converse, read_turn, result_tokens
 from pipeline.tools.functions import python
 from pipeline.tools.loading import Toolbox
 from tests import tool_toy as toy
@@ -169,6 +169,18 @@ def test_evaluation_lists_the_tools_in_the_prompt_as_training_does(monkeypatch: 
         prompt = [{"role": "user", "content": "1"}]
         (encoded,) = encode_prompts(tokenizer, [prompt], template)
         assert encoded[0] == ids("double")[0]
+
+
+def test_a_template_that_rewrites_a_turn_before_results_gives_way_to_the_one_for_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, results = toy.tokenizer(), [{"role": "tool", "name": "double", "content": "4"}]
+    own = str(tokenizer.chat_template)
+    tokenizer.chat_template = "{%- if messages[-1].role == 'tool' -%}no{%- endif -%}" + own
+    monkeypatch.setattr(module, "get_training_chat_template", lambda _: own)
+    assert result_tokens(tokenizer, results, {}) == result_tokens(toy.tokenizer(), results, {}) != []
+    with pytest.raises(ValueError, match="changes a turn"):
+        result_tokens(tokenizer, results, {"chat_template": tokenizer.chat_template})
 
 
 def test_calls_and_what_they_cost_are_measured() -> None:
