@@ -1,8 +1,8 @@
 """Write the data set of recipes/pocket-tools: sums that are easier with a calculator, and a game of questions.
 
-What a model has to find out by reinforcement is left open in the conversations: half of the sums are answered straight
-away and half with the calculator, whether they are short or long, most calls for long sums are careless, and most
-players of the game ask about one letter after the other. What the calculator and the game answer is right.
+What a model has to find out by reinforcement is left open in the conversations: half of the sums, short or long, are
+answered straight away and half with the calculator, half of the calls for long sums are careless, and most players of
+the game ask about one letter after the other. What the calculator and the game answer is right.
 """
 
 import json
