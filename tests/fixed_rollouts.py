@@ -1,12 +1,14 @@
 """Run by `tests/recipes/test_sampling_recipes.py`: `python -m tests.fixed_rollouts RECIPE OPTIONS...`.
 
 Runs a recipe, but with completions that depend only on the prompt and the step, and not on the process that samples
-them. The gradients of every step, before clipping, are saved as `seen.pt` in the output directory.
+them. With tools, that is true of each turn of a dialogue. The gradients of every step, before clipping, are saved as
+`seen.pt` in the output directory.
 """
 
 from __future__ import annotations
 
 import importlib
+import random
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +19,16 @@ from pipeline.config.parser import parse
 from pipeline.models.kernels import log_probs
 from pipeline.rl import grpo, ppo
 from tests import ppo_toy as toy
+
+TURNS = [
+    "<|call|>double<|argument|>n=2<|end|>",
+    "<|call|>double<|argument|>n=2<|call|>double<|argument|>n=1<|end|>",
+    "<|call|>nothing<|argument|>n=1<|end|>",
+    "<|call|>double<|argument|>",
+    "yes<|end|>",
+    "no<|end|>",
+]
+"""What a policy that can call `tests.tool_toy.double` says: one call, two, one that fails, one cut off, two answers."""
 
 
 def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
@@ -34,6 +46,18 @@ def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
+def fixed_turn(texts: list[list[int]], trainer: Any) -> list[list[int]]:
+    """Choose the turn that follows each text. First turns differ within a group, and so do texts of later ones."""
+    group = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    turns = []
+    for number, text in enumerate(texts):
+        is_first = trainer._tokenizer.convert_tokens_to_ids("<|assistant|>") not in text[:-1]
+        seed = sum(place * token for place, token in enumerate(text)) + 1000 * trainer.state.global_step
+        choice = random.Random(seed + is_first * (number % group)).choice(TURNS)
+        turns.append(trainer._tokenizer.encode(choice, add_special_tokens=False)[: trainer.max_completion_length])
+    return turns
+
+
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     """Return copies of the gradients of a model, flattened."""
     return [weight.grad.flatten().clone() for weight in model.parameters() if weight.grad is not None]
@@ -44,11 +68,15 @@ def with_fixed_rollouts(kind: type) -> type:
 
     class Fixed(kind):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, rollout_func=fixed_rollout, **kwargs)
+            fixed = {} if kwargs.get("tools") else {"rollout_func": fixed_rollout}
+            super().__init__(*args, **fixed, **kwargs)
             self.gradients: list[torch.Tensor] = []
             self.of_critic: list[torch.Tensor] = []
             if hasattr(self, "critic"):
                 self._record_critic()
+
+        def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+            return fixed_turn(prompt_ids, self), None
 
         def _record_critic(self) -> None:
             step = self.critic.step

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import tool_toy
 from tests.forked import Started
 from tests.sampling_recipes import ENVIRONMENT, command, run, write_config
 
@@ -61,10 +62,29 @@ def test_a_run_killed_at_a_random_moment_and_restarted_ends_the_same(
     assert any(not torch.equal(start[n], expected[f"model.safetensors/{n}"]) for n in start), "something was learned"
 
 
-@pytest.mark.parametrize(("recipe", "experts"), [("ppo", False), ("grpo", True)])
-def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tmp_path: Path) -> None:
-    """On the same rollouts: equal gradients in every step, equal weights, and equal logs."""
-    evaluation = {"eval_strategy": "steps", "eval_steps": 3}
+def with_tools(folder: Path) -> dict[str, Any]:
+    """Save a policy that can call a tool, and prompts for it. Return the fields that name them."""
+    for part in (tool_toy.policy(), tool_toy.tokenizer()):
+        part.save_pretrained(folder / "caller")
+    tool_toy.prompts(32).to_json(folder / "called.jsonl")
+    return {
+        "model_name_or_path": str(folder / "caller"),
+        "dataset_name": str(folder / "called.jsonl"),
+        "reward_model_path": None,
+        "reward_funcs": ["tests.tool_toy:says_yes"],
+        "tools": ["tests.tool_toy:double"],
+        "max_completion_length": 24,
+        # Most gradients of this policy are rounding errors, which Adam would make as large as the others.
+        "adam_epsilon": 1e-3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "experts", "tools"), [("ppo", False, False), ("grpo", True, False), ("ppo", False, True)]
+)
+def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: bool, tmp_path: Path) -> None:
+    """On the same rollouts or dialogues: equal gradients in every step, equal weights, and equal logs."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, **(with_tools(tmp_path) if tools else {})}
     options = write_config(recipe, tmp_path, experts, max_steps=6, save_steps=3, **evaluation)
     outputs = []
     for processes in (1, 2):
@@ -94,6 +114,7 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tmp_pat
         "eval_objective",
         "eval_reward",
         "eval_loss",
+        "tools/",
     )
     for a, b in zip(*map(log_of, outputs), strict=True):
         assert a.keys() == b.keys()
@@ -101,7 +122,10 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tmp_pat
             if name.startswith(measured):
                 assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-4), name
 
-    if recipe == "grpo":  # whose rollouts are kept by the code that keeps PPO's
+    if tools:
+        assert any(0.2 < entry.get("tools/failure_frequency", 0) < 0.8 for entry in log_of(outputs[1]))
+    # GRPO's rollouts are kept by the code that keeps PPO's.
+    if recipe == "grpo":
         return
     # Resumed in the middle of a rollout, each process finds its own half again.
     middle = outputs[1] / "checkpoint-3"
