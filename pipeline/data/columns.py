@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, Json, Value
+from datasets import Dataset, Features, IterableDataset, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
@@ -52,7 +51,7 @@ FEATURES = {
 """Types of the columns that converters make."""
 
 FEW = 50
-"""Number of the first documents of a stream of the Hub that may be without text. With more, it is the wrong column."""
+"""First documents of a stream of the Hub, one of which must be text. Otherwise, it is the wrong column."""
 
 MOST_LEFT_OUT = 0.1
 """Share of the rows of a data set of the Hub that may lack the expected shape. With more, it is the wrong column."""
@@ -96,6 +95,9 @@ ROWS_LOGGED = 100
 
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
+_log_once, _warn_once = cache(logger.info), cache(logger.warning)
+"""Log what is the same for several splits and stages of a process."""
+
 
 def column_names(split: Split) -> list[str]:
     """Return the columns of a split; a stream may not know them before its first row."""
@@ -116,6 +118,11 @@ def find_column(columns: Iterable[str], *names: str) -> str:
 def drops_rows(args: DataArguments) -> bool:
     """Return whether rows without the expected shape are dropped: on demand, or because they come from the Hub."""
     return args.drop_bad_rows or not Path(args.dataset_names[0]).expanduser().exists()
+
+
+def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
+    """Return whether so many of the rows of a data set may be dropped."""
+    return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
 def place_of(split: Split, args: DataArguments) -> str:
@@ -162,11 +169,10 @@ def standardise(
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
-
-    texts, faults = 0, 0
+    may_be_empty = is_stream and kind == "text" and drops_rows(args)
+    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(FEW))
 
     def convert(row: Row, index: int) -> dict[str, Any]:
-        nonlocal texts, faults
         try:
             converted = read(row)
             if tokens is not None:
@@ -174,17 +180,18 @@ def standardise(
         except ShapeError as error:
             if not is_stream:
                 return {**dict.fromkeys(made), FAULT: str(error)}
-            # The rows of a stream are not counted beforehand. A few documents that are not text are read as empty ones,
-            # also before any text, because a run may be resumed among such documents.
-            faults += 1
-            if kind != "text" or not drops_rows(args) or (not texts and faults > FEW):
+            if not may_be_empty:
                 remedy = f"{error}; {CORRECT}; {DROP}"
                 raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
-            if faults == 1:
-                logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
+            _warn_once("%s: %s; such documents are read as empty ones.", place, error)
             return {"text": ""}
-        texts += 1
-        return converted if is_stream else _with_fault(converted, calls)
+        if is_stream:
+            return converted
+        if calls:
+            # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
+            return {"messages": [*map(json.dumps, converted["messages"])], FAULT: None}
+        has_calls = any("tool_calls" in message for message in converted.get("messages", ()))
+        return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
@@ -201,115 +208,58 @@ def standardise(
         if HAS_CALLS in standard.unique(FAULT):
             return standardise(split, args, kind, tokens, calls=True)
         standard = _drop_faults(standard, place, args)
-    return _drop_uninformative(standard, place) if "chosen" in made else standard
+    if "chosen" not in made:
+        return standard
 
-
-def _with_fault(converted: dict[str, Any], calls: bool) -> dict[str, Any]:
-    """Return a row with the column `FAULT`, where one that calls tools has a fault unless that is known."""
-    messages = converted.get("messages", ())
-    if calls:
-        # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-        return {"messages": [*map(json.dumps, messages)], FAULT: None}
-    has_calls = any("tool_calls" in message for message in messages)
-    return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
-
-
-def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
-    """Return whether so many of the rows of a data set may be dropped."""
-    return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
-
-
-@cache
-def _log_once(line: str) -> None:
-    """Log a line that is the same for several splits and stages of a process."""
-    logger.info("%s", line)
+    # Machine-made collections contain pairs that do not say which answer is better.
+    kept = standard.filter(is_informative)
+    if not is_stream and len(kept) < len(standard):
+        if not len(kept):
+            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
+        what = "pairs are dropped, because an answer is empty or both are the same"
+        report_lost(len(standard) - len(kept), len(standard), what, f"correct {place}")
+    return kept
 
 
 def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
-    """Drop the rows that could not be converted, or refuse them with the numbers of the first five."""
+    """Drop the rows that could not be converted, or refuse them with the number of the first one."""
     found = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
     faults = {index: fault for index, fault in enumerate(found) if fault is not None}
     if not faults:
         return rows
-    first, *others = faults
+    first = min(faults)
     if not may_drop(args, len(faults), len(rows)):
-        shown = ", ".join(map(str, others[:4])) + (", ..." if len(others) > 4 else "")
-        more = f" and {len(others)} more of {len(rows)} ({shown})" if others else ""
+        more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
         raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
     what = f"rows are dropped; row {first}, for instance: {faults[first]}"
     report_lost(len(faults), len(rows), what, f"correct {place}")
     return rows.select([index for index in range(len(rows)) if index not in faults])
 
 
-def _drop_uninformative(pairs: Split, place: str) -> Split:
-    """Drop pairs that do not say which answer is better; machine-made collections contain some."""
-    kept = pairs.filter(is_informative)
-    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
-        if not len(kept):
-            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
-        what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(len(pairs) - len(kept), len(pairs), what, f"correct {place}")
-    return kept
-
-
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
     """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
     unread = [column for column in columns if column not in used]
-    read = [column for column in columns if column in used]
-    if kind not in ("text", "prompt") and read:
-        for row in split.select_columns(read).take(ROWS_LOGGED):
-            messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
-            keys = [
-                (name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None
-            ]
-            unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
+    read = [column for column in columns if column in used and kind not in ("text", "prompt")]
+    for row in split.select_columns(read).take(ROWS_LOGGED) if read else ():
+        messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
+        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
+        unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
     if unused := ", ".join(map(repr, dict.fromkeys(unread))):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
-        _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
+        _log_once("%-11s %s: the columns %s %s", "data", args.dataset_name, unused, use)
 
 
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
     """Return the columns that arguments name, and report the missing ones."""
     found = {field: find_column(columns, name) for field, name in expected.items()}
-    # Names with spaces around them are quoted, because the spaces would not be seen.
-    choices = ", ".join(
-        name if name == name.strip() and len(name) <= 60 else shorten(name) for name in columns[:MOST_NAMED]
-    )
-    choices += f" and {len(columns) - MOST_NAMED} more" if len(columns) > MOST_NAMED else ""
     # Only an argument can name another column.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
+    choices = ", ".join(columns[:MOST_NAMED])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
     if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
         raise UserError(*problems)
     return list(found.values())
-
-
-def common_features(files: Sequence[Path], features: Sequence[Features], is_json: bool = False) -> Features:
-    """Return types of columns that fit the values of several files, each of which has its own.
-
-    A column without values in one file has the type of the others. Texts and numbers become texts, except in JSON,
-    where any values can be in a column.
-
-    Raises:
-        UserError: If the types of a column do not fit each other.
-    """
-    common = Features(features[0])
-    for file, own in zip(files, features, strict=True):
-        for name, feature in own.items():
-            pair = [Features({name: one}) for one in (common.setdefault(name, feature), feature)]
-            if pair[0] == pair[1]:
-                continue
-            try:
-                schemas = [one.arrow_schema.remove_metadata() for one in pair]
-                common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
-                if not is_json and not all(isinstance(one[name], Value) for one in pair):
-                    remedy = f"the type of {name!r} does not fit {file}; give it the same type, or remove that column"
-                    raise UserError(Problem("dataset_name", files[0], remedy)) from None
-                common[name] = Json() if is_json else Value("string")
-    unknown = Json() if is_json else Value("null")
-    return Features({name: unknown if feature == Value("null") else feature for name, feature in common.items()})
 
 
 def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind) -> Converter:
@@ -329,34 +279,18 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         return _conversation_converter(args, columns)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
-    if kind == "text":
-        (text,) = _require(columns, text_column=args.text_column)
-
-        def from_text(row: Row) -> dict[str, Any]:
-            if not isinstance(row[text], str):
-                raise ShapeError(f"the text is {shorten(row[text])}")
-            return {"text": row[text]}
-
-        return from_text, ["text"], [text]
-
     if kind == "unpaired" and not find_column(columns, "chosen"):
         return _unpaired_converter(args, columns)
-    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
-    prompt = _find_prompt(args, columns, split)
-    # Answers that are conversations contain their prompt; texts do not.
-    if not prompt and isinstance(next(iter(split))[chosen], str):
-        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
-        remedy += "move what precedes the answers to a column of prompts"
-        raise UserError(Problem("prompt_column", args.prompt_column, remedy))
-    name = prompt or args.prompt_column
-    read, used = _prompt_reader(args, columns, name)
+    if kind != "text":
+        return _pair_converter(args, columns, split)
+    (text,) = _require(columns, text_column=args.text_column)
 
-    def from_pair(row: Row) -> dict[str, Any]:
-        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
-        return read_pair({**pair, name: read(row)} if prompt else pair, name, args.system_prompt)
+    def convert(row: Row) -> dict[str, Any]:
+        if not isinstance(row[text], str):
+            raise ShapeError(f"the text is {shorten(row[text])}")
+        return {"text": row[text]}
 
-    margin = ["margin"] if "margin" in columns else []
-    return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
+    return convert, ["text"], [text]
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
@@ -376,17 +310,19 @@ def _prompt_reader(
     """Return the function that returns a prompt with its context, and the columns that it reads."""
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
     if contexts:
-        _log_once(f"{'data':<11} {args.dataset_name}: prompts are made of the columns {prompt}, {', '.join(contexts)}")
+        _log_once(
+            "data        %s: prompts are made of the columns %s", args.dataset_name, ", ".join([prompt, *contexts])
+        )
 
     def read(row: Row) -> Any:
-        texts = [row[prompt], *(as_answer(row[name]) for name in contexts)]
         # A prompt that consists of messages is complete.
-        if not isinstance(texts[0], str) or not texts[0].strip():
-            return texts[0]
-        for name, text in zip(contexts, texts[1:], strict=True):
+        if not isinstance(row[prompt], str) or not row[prompt].strip():
+            return row[prompt]
+        texts = {name: as_answer(row[name]) for name in contexts}
+        for name, text in texts.items():
             if not isinstance(text, str | None):
                 raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(text)}, not text")
-        return "\n\n".join(text for text in texts if text and text.strip())
+        return "\n\n".join(text for text in (row[prompt], *texts.values()) if text and text.strip())
 
     return read, [prompt, *contexts]
 
@@ -407,18 +343,16 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
             raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
         return {"messages": messages}
 
+    if messages_column and args.completion_column is None:
+        return from_messages, ["messages"], [messages_column]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
         remedy = ""
-    elif messages_column:
-        return from_messages, ["messages"], [messages_column]
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
-        missing = {"messages_column": args.messages_column}
-        remedy = "name prompt_column and completion_column, or "
-    found = next((pair for pair in pairs if all(pair)), None)
-    prompt, completion = found or _require(columns, remedy, **missing)
+        missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
+    prompt, completion = next(filter(all, pairs), None) or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
@@ -426,6 +360,26 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return {"messages": [*messages, answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
+
+
+def _pair_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
+    """Return what reads pairs of answers."""
+    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
+    prompt = _find_prompt(args, columns, split)
+    # Answers that are conversations contain their prompt; texts do not.
+    if not prompt and isinstance(next(iter(split))[chosen], str):
+        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
+        remedy += "move what precedes the answers to a column of prompts"
+        raise UserError(Problem("prompt_column", args.prompt_column, remedy))
+    name = prompt or args.prompt_column
+    read, used = _prompt_reader(args, columns, name)
+
+    def convert(row: Row) -> dict[str, Any]:
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
+        return read_pair({**pair, name: read(row)} if prompt else pair, name, args.system_prompt)
+
+    margin = ["margin"] if "margin" in columns else []
+    return convert, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
 
 
 def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
@@ -457,41 +411,36 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
     answer = find_column(columns, args.answer_column, *(("answer", "a") if args.answer_column == "answer" else ()))
     if not answer and (args.answer_pattern is not None or args.answer_column != "answer"):
         _require(columns, answer_column=args.answer_column)
-    final_answer = _answer_finder(args)
-    read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
-
-    def convert(row: Row) -> dict[str, Any]:
-        if has_pairs:
-            row = {**row, "chosen": row[sides[0]], "rejected": row[sides[1]]}
-        if has_pairs and not (prompt and has_prompt(row, prompt)):
-            messages = read_pair(row, prompt or args.prompt_column, args.system_prompt)["prompt"]
-        else:
-            messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"prompt": messages, "answer": final_answer(row[answer])} if answer else {"prompt": messages}
-
-    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
-
-
-def _answer_finder(args: DataArguments) -> Callable[[object], str]:
-    """Return the function that finds the final answer in the content of `answer_column`, by `answer_pattern`."""
     try:
         pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
     except re.error as error:
         remedy = f"is not a regular expression ({error})"
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
+    name = prompt or args.prompt_column
+    read, used = _prompt_reader(args, columns, name, answer)
 
-    def find(value: object) -> str:
-        answer = as_answer(value)
-        if answer is None or isinstance(answer, list | dict):
-            raise ShapeError(f"{args.answer_column} is {shorten(value)}, not one answer as text or as a number")
-        answer = str(answer)
-        match = (pattern or GSM8K_ANSWER).search(answer)
-        if match:
-            answer = match.group(1) if match.re.groups else match.group(0)
-            if answer is None:
-                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
-        elif pattern is not None:
-            raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
-        return answer.strip()
+    def convert(row: Row) -> dict[str, Any]:
+        if has_pairs:
+            row = {**row, "chosen": row[sides[0]], "rejected": row[sides[1]]}
+        if has_pairs and not (prompt and has_prompt(row, prompt)):
+            messages = read_pair(row, name, args.system_prompt)["prompt"]
+        else:
+            messages = read_prompt(read(row), prompt, args.system_prompt)
+        return {"prompt": messages, **({"answer": _final_answer(row[answer], answer, pattern)} if answer else {})}
 
-    return find
+    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
+
+
+def _final_answer(value: object, column: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the final answer in the content of a column, by default what follows GSM8K's mark."""
+    answer = as_answer(value)
+    if answer is None or isinstance(answer, list | dict):
+        raise ShapeError(f"{column} is {shorten(value)}, not one answer as text or as a number")
+    answer = str(answer)
+    if match := (pattern or GSM8K_ANSWER).search(answer):
+        answer = match.group(1) if match.re.groups else match.group(0)
+        if answer is None:
+            raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
+    elif pattern is not None:
+        raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
+    return answer.strip()

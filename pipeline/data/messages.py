@@ -20,9 +20,6 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 
 NOT_READ = "calls a tool, which is not read; write the call into the content"
 
-EXACT = 2.0**53
-"""From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
-
 
 class ShapeError(ValueError):
     """A row does not have the expected shape; the message says how."""
@@ -87,16 +84,16 @@ def _with_roles(value: object) -> object:
         return value
     messages: list[Any] = []
     for one in value:
-        if isinstance(one, Mapping) and one.get("role") == "function":
-            one = {**one, "role": "tool"}
-        elif isinstance(one, Mapping) and {"from", "value"} <= set(one) and one.get("role") is None:
-            role, content = one["from"], one["value"]
-            one = {"role": ROLES.get(role, role), "content": content}
-            if role == "function_call":
-                last = messages[-1] if messages else None
-                is_joined = isinstance(last, Mapping) and last.get("role") == "assistant"
-                before = messages.pop() if is_joined else {"role": "assistant", "content": ""}
-                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), content]}
+        match one:
+            case {"role": "function"}:
+                one = {**one, "role": "tool"}
+            case {"from": "function_call", "value": call}:
+                before = {"role": "assistant", "content": ""}
+                if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+                    before = messages.pop()
+                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), call]}
+            case {"from": role, "value": content} if one.get("role") is None:
+                one = {"role": ROLES.get(role, role), "content": content}
         messages.append(one)
     return messages
 
@@ -105,7 +102,7 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
     """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text.
 
     Raises:
-        ShapeError: If one has no name, or its arguments are not an object that JSON can hold.
+        ShapeError: If one has no name, or its arguments are not an object.
     """
     match _parse(value):
         case None:
@@ -114,9 +111,6 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
             return [call for one in several for call in _read_calls(one, column)]
         case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
             arguments = _parse(arguments)
-            numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
-            if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
-                raise ShapeError(f"{column} has a number that JSON cannot hold in the arguments {shorten(arguments)}")
             if name.strip() and isinstance(arguments, Mapping):
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
     raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
@@ -174,23 +168,16 @@ def as_answer(value: object) -> object:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        if abs(value) >= EXACT:
-            raise ShapeError(f"the number {value} is not exact; write it as text")
         value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def answer_message(value: object, column: str) -> dict[str, str]:
     """Return the assistant's message with the text of a column, which may be that message."""
-    match value:
-        case [{"role": "assistant", "content": content}]:
-            value = content
-    value = as_answer(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    answer = {"content": ""} if as_answer(value) is None else _read_answer(value, column)
+    if not answer["content"].strip():
         raise ShapeError(f"{column} is empty")
-    if not isinstance(value, str):
-        raise ShapeError(f"{column} is {shorten(value)}, not text")
-    return {"role": "assistant", "content": _as_text(value, column)}
+    return answer
 
 
 def shorten(value: object) -> str:
@@ -211,14 +198,9 @@ def has_prompt(pair: Row, column: str) -> bool:
 def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None = None) -> dict[str, Any]:
     """Read a prompt with two answers; a prompt with which both conversations begin is taken out of them.
 
-    Args:
-        row: `chosen` and `rejected`, each the text of an answer, its message, or a whole conversation; the prompt,
-            unless they are conversations; optionally `margin`, how much better the chosen answer is.
-        prompt_column: Column of the prompt.
-        system_prompt: As for `read_messages`.
-
     Returns:
-        `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the row has it.
+        `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if the
+        row has it.
 
     Raises:
         ShapeError: If the row has a different shape.
@@ -241,11 +223,9 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
         if prompt != read_messages(rejected[:-1], "rejected", system_prompt):
             raise ShapeError("chosen and rejected do not answer the same prompt")
         chosen, rejected = chosen[-1:], rejected[-1:]
-    pair = {
-        "prompt": prompt,
-        "chosen": [_read_answer(chosen, prompt, "chosen", system_prompt)],
-        "rejected": [_read_answer(rejected, prompt, "rejected", system_prompt)],
-    }
+    pair: dict[str, Any] = {"prompt": prompt}
+    for side, answer in {"chosen": chosen, "rejected": rejected}.items():
+        pair[side] = [_read_answer(answer, side, prompt, system_prompt)]
     if "margin" not in row:
         return pair
     if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
@@ -269,13 +249,9 @@ def labelled_pair(
     kind: str = "",
     tastes: Sequence[float | None] = (None, None),
 ) -> dict[str, Any]:
-    """Return a pair of answers to a prompt, with a label, as a row of a preference data set that is made here.
+    """Return a pair of answers as a row of a preference data set that is made here.
 
-    Args:
-        annotator: Who prefers the chosen answer.
-        chosen_first: Whether the annotator was shown the chosen answer first.
-        kind: Kind of the prompt, if it has one.
-        tastes: The noise-free taste for both answers, where it is known and may be kept.
+    Its `annotator` prefers the chosen answer. `kind` is the prompt's, and `tastes` are noise-free, where known.
     """
     return {
         "prompt": prompt,
@@ -289,11 +265,12 @@ def labelled_pair(
     }
 
 
-def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:
-    """Return the assistant's message, which may be empty."""
+def _read_answer(
+    value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
+) -> dict[str, str]:
+    """Return the assistant's message, which may be empty, of a text, a message or a conversation with this prompt."""
     if isinstance(value := as_answer(value), str):
         return {"role": "assistant", "content": _as_text(value, column)}
-    # The answer may be a whole conversation, which repeats the prompt.
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
