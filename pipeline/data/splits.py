@@ -20,16 +20,7 @@ from datasets import (
 )
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import (
-    Kind,
-    Split,
-    column_names,
-    converter,
-    drops_rows,
-    find_column,
-    place_of,
-    standardise,
-)
+from pipeline.data.columns import Kind, Split, column_names, converter, drops_rows, find_column, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
@@ -42,14 +33,8 @@ SHUFFLE_BUFFER = 1000
 HELD_OUT_OF_STREAM = 1000
 """Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
 
-MEASURED = 200
-"""Rows whose characters are counted."""
-
-CHARACTERS = 4
-"""Characters of an average token."""
-
-SHOWN_COLUMNS = ("text", "messages", "prompt", "chosen")
-"""Columns that make one sequence of tokens."""
+MEASURED, CHARACTERS = 200, 4
+"""Rows whose characters are counted, and the characters of an average token."""
 
 
 def load_splits(
@@ -57,10 +42,11 @@ def load_splits(
 ) -> tuple[Split, Split | None]:
     """Load the training split of a data set and, if wanted, its evaluation split.
 
+    If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
+    whether or not the evaluation split is wanted: the finished model is measured on these rows as well.
+
     Args:
-        args: Names of the data set, its splits and its columns. If the data set has a single split (a plain file, for
-            instance), every `1 / validation_share`-th row is held out, whether or not the evaluation split is wanted:
-            the finished model is measured on these rows as well.
+        args: Names of the data set, its splits and its columns.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
@@ -117,7 +103,8 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
             first = rows.take(MEASURED)
-            shown = [column for column in SHOWN_COLUMNS if column in rows.column_names]
+            # Each of these columns, and an answer to a prompt, makes one sequence of tokens.
+            shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
             characters = sum(len(str(text)) for column in shown for text in first[column])
             return len(rows), characters / len(first) / CHARACTERS
         if args.max_train_samples or not needed:
@@ -140,18 +127,16 @@ def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) ->
     Raises:
         UserError: If it names a column that does not exist, or does not have the form COLUMN=VALUE.
     """
-    if not args.keep_rows:
-        return source
     kept: dict[str, set[str]] = {}
-    for condition in args.keep_rows:
+    for condition in args.keep_rows or ():
         column, sign, value = condition.partition("=")
-        if not sign:
-            raise UserError(Problem("keep_rows", condition, "must have the form COLUMN=VALUE"))
+        columns = column_names(next(iter(source.values())))
+        if not sign or column not in columns:
+            remedy = f"must be COLUMN=VALUE, with one of the columns {', '.join(columns)}"
+            raise UserError(Problem("keep_rows", condition, remedy))
         kept.setdefault(column, set()).add(value.casefold())
-    columns = column_names(next(iter(source.values())))
-    if unknown := sorted(set(kept) - set(columns)):
-        remedy = f"there is no such column; choose from: {', '.join(columns)}"
-        raise UserError(Problem("keep_rows", ", ".join(unknown), remedy))
+    if not kept:
+        return source
     return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
 
 
@@ -165,16 +150,31 @@ def _load_one(
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
-    is_single = list(source) == [train] and args.dataset_test_split != train and args.validation_share > 0
+    test = args.dataset_test_split
+    is_single = list(source) == [train] and test != train and args.validation_share > 0
     # A single row is trained on, if nothing is to be evaluated.
     can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
     if not (is_single and can_be_divided):
-        _check_splits(list(source), args, evaluation)
+        remedy = f"there is no such split; choose from: {', '.join(source)}"
+        problems = [] if train in source else [Problem("dataset_train_split", train, remedy)]
+        if evaluation and test not in source and (train in source or len(source) > 1):
+            problems.append(Problem("dataset_test_split", test, remedy))
+        if evaluation and train == test:
+            problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
+        if problems:
+            raise UserError(*problems)
         trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
-        held_out = _limit(source[args.dataset_test_split], args, "max_eval_samples")
-        _check_columns(source[train], held_out, args, kind)
+        held_out = _limit(source[test], args, "max_eval_samples")
+        # Report columns that are read of the training split, and that the evaluation split lacks, such as answers.
+        columns, others = column_names(source[train]), column_names(held_out)
+        used = [] if kind == "tokens" else converter(source[train], columns, args, kind)[2]
+        # Prompts may be read from the answers, and margins are optional.
+        read = [name for name in used if name != "margin" and find_column(columns, name)]
+        if lacking := [name for name in read if not find_column(others, name)]:
+            remedy = f"has no column {', '.join(lacking)}, as {train} has; add it, or remove this split"
+            raise UserError(Problem("dataset_test_split", test, remedy))
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):
@@ -197,8 +197,7 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     if isinstance(only, Dataset):
         rows = range(len(only))
         if len(rows) < 2:
-            remedy = "has 1 row" if rows else "does not have rows"
-            remedy += ", which leaves nothing to hold out; give more rows, or --eval_strategy no"
+            remedy = f"has {len(rows)} rows, which leaves nothing to hold out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
         held_out = rows[::period]
@@ -209,32 +208,6 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
     held_out = first.filter(lambda _, index: index % period == 0, with_indices=True)
     return concatenate_datasets([kept, *others]) if others else kept, held_out
-
-
-def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:
-    """Report splits that do not exist, and an evaluation on the training split."""
-    remedy = f"there is no such split; choose from: {', '.join(names)}"
-    train, test = args.dataset_train_split, args.dataset_test_split
-    problems = []
-    if train not in names:
-        problems.append(Problem("dataset_train_split", train, remedy))
-    if evaluation and test not in names and (train in names or len(names) > 1):
-        problems.append(Problem("dataset_test_split", test, remedy))
-    if evaluation and train == test:
-        problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
-    if problems:
-        raise UserError(*problems)
-
-
-def _check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
-    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
-    columns, others = column_names(train), column_names(test)
-    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
-    # Prompts may be read from the answers, and margins are optional.
-    read = [name for name in used if name != "margin" and find_column(columns, name)]
-    if lacking := [name for name in read if not find_column(others, name)]:
-        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
-        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _limit(split: Split, args: DataArguments, field: str) -> Split:

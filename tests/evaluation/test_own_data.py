@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
-from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import chat_model, metrics
@@ -488,11 +488,10 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "measured"), [({}, OLD), ({"document": None}, None), ({"document": "file"}, "file")])
+@pytest.mark.parametrize(("saved", "measured"), [({"document": None}, None), ({"document": "file"}, "file")])
 def test_text_is_cut_as_the_stage_that_trained_on_it_cut_it(
     tmp_path: Path, saved: dict[str, str | None], measured: str | None
 ) -> None:
-    """Stages of earlier releases did not save how; otherwise they would be measured on what they trained on."""
     (tmp_path / "1_pretrain").mkdir()
     values = {"dataset_name": "novel.txt", "output_dir": str(tmp_path / "1_pretrain"), **saved}
     (tmp_path / "1_pretrain" / "arguments.json").write_text(json.dumps(values))

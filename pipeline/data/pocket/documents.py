@@ -35,32 +35,18 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers, or words of problems, that somebody reads out and others repeat.
-
-    Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a sum.
-    Other documents require it of one token in fifty, recitals of every second one.
-    """
+    """Write numbers, or words of problems, that somebody reads out and others repeat."""
+    # Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a
+    # sum. Other documents require it of one token in fifty, recitals of every second one.
+    #
     # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
     # Ana reads out: buys 3, 2 red, left of north, gives away 5. Ben repeats: …
     reader, *repeaters = rng.sample(NAMES, 3)
     if rng.random() < 0.5:
-        row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))
+        row = " ".join(map(str, rng.sample(range(2, 26), rng.randint(3, 6))))
     else:
         row = ", ".join(problems.fragment(rng) for _ in range(rng.randint(3, 6)))
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
-
-
-def drill(rng: random.Random) -> str:
-    """Write sums and differences in a row, also ones that no problem of the training split begins with."""
-    # 7-3=4. 12+5=17. 9+2=11. …
-    sums = []
-    for _ in range(12):
-        value, change = rng.randint(0, 25), rng.randint(2, 5)
-        if value >= change and rng.random() < 0.5:
-            sums.append(f"{value}-{change}={value - change}.")
-        else:
-            sums.append(f"{value}+{change}={value + change}.")
-    return " ".join(sums)
 
 
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
@@ -80,7 +66,13 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     elif kind == "recital":
         text = recital(rng)
     elif kind == "drill":
-        text = drill(rng)
+        # 7-3=4. 12+5=17. 9+2=11. …, also sums that no problem of the training split begins with.
+        sums = []
+        for _ in range(12):
+            value, change = rng.randint(0, 25), rng.randint(2, 5)
+            falls = value >= change and rng.random() < 0.5
+            sums.append(f"{value}-{change}={value - change}." if falls else f"{value}+{change}={value + change}.")
+        text = " ".join(sums)
     else:
         text = snippets.commented(rng)
     return {"text": text, "kind": kind}

@@ -2,20 +2,14 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import ITEMS
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """A Python function with its description and test.
-
-    Attributes:
-        task: What it does, as a predicate: "adds 3 to a number".
-        test: Assertions about the function, with inputs that no prompt shows.
-    """
+class Snippet(NamedTuple):
+    """A Python function, what it does ("adds 3 to a number"), and assertions with inputs that no prompt shows."""
 
     name: str
     task: str

@@ -1,7 +1,7 @@
 """Short stories about a person and a thing, with one-sentence summaries."""
 
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import NAMES
@@ -37,15 +37,8 @@ AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then 
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
 
 
-@dataclass(frozen=True)
-class Story:
-    """A story and its summary.
-
-    Attributes:
-        text: The event, in a sentence near the beginning, and three remarks on it.
-        summary: One sentence: who did what, where.
-        keys: Words that a correct summary contains: the name, the deed, the thing and the place.
-    """
+class Story(NamedTuple):
+    """A story, its summary (who did what, where) and what a correct one contains: name, deed, thing and place."""
 
     text: str
     summary: str
@@ -75,7 +68,5 @@ def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
 
 def document(rng: random.Random, thing: Thing) -> str:
     """Write a story of the training split as a pretraining document; most end with a summary."""
-    written = story(rng, "train", thing)
-    if rng.random() < 0.3:
-        return written.text
-    return f"{written.text} {rng.choice(MORALS).format(summary=written.summary)}"
+    text, summary, _ = story(rng, "train", thing)
+    return text if rng.random() < 0.3 else f"{text} {rng.choice(MORALS).format(summary=summary)}"
