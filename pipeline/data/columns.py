@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
+    Messages,
     Row,
     ShapeError,
     answer_message,
@@ -38,8 +39,7 @@ TOKENS = "input_ids"
 
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
-Convert = Callable[[Row], dict[str, Any]]
-Converter: TypeAlias = tuple[Convert, list[str], list[str]]
+Converter: TypeAlias = tuple[Callable[[Row], dict[str, Any]], list[str], list[str]]
 """A function that converts a row, the columns that it makes, and the columns that it reads."""
 
 FEATURES = {
@@ -50,22 +50,17 @@ FEATURES = {
 }
 """Types of the columns that converters make."""
 
-FEW = 50
-"""First documents of a stream of the Hub, one of which must be text. Otherwise, it is the wrong column."""
-
-MOST_LEFT_OUT = 0.1
-"""Share of the rows of a data set of the Hub that may lack the expected shape. With more, it is the wrong column."""
+FEW, MOST_LEFT_OUT = 50, 0.1
+"""First documents of a stream of the Hub, one of which must be text, and the share of the rows of a data set of the Hub
+that may lack the expected shape. Otherwise, it is the wrong column."""
 
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
 PAIRS = (("question", "answer"), ("prompt", "completion"), *product(PROMPTS, ANSWERS))
 """Columns of a prompt and its answer, the most usual first; names are found in any case, and with spaces around."""
 
-CONTEXTS = ("input", "context")
-"""Columns of Alpaca and of Dolly that belong to the prompt, after the instruction."""
-
-CONVERSATIONS = ("messages", "conversations", "conversation")
-"""Columns of conversations, the second one ShareGPT's."""
+CONTEXTS, CONVERSATIONS = ("input", "context"), ("messages", "conversations", "conversation")
+"""Columns of Alpaca and Dolly that belong to the prompt, after the instruction; columns of conversations."""
 
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
 """Columns of a table that are text, whatever they look like."""
@@ -76,27 +71,23 @@ PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "l
 RESERVED = (*PASSED_BY_TRL, "image", "images")
 """Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
 
-CORRECT = "correct or remove that row"
-DROP = "rows count from 0, and drop_bad_rows drops such rows"
-FAULT = "_fault"
-"""Column that says why a row cannot be converted, while rows are converted."""
+CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 
-HAS_CALLS = "calls a tool"
-"""The fault of a row of the type `MESSAGES`, with which all rows are converted to `CALLING`."""
+FAULT, HAS_CALLS = "_fault", "calls a tool"
+"""Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 
-MOST_NAMED = 20
-"""Columns that an error message names, at most."""
+MOST_NAMED, ROWS_LOGGED = 20, 100
+"""Columns that an error message names, at most, and rows whose messages are searched for other keys than these."""
 
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-"""What is read of a message of a conversation."""
-
-ROWS_LOGGED = 100
-"""Rows at the beginning whose messages are searched for other keys."""
 
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
-_log_once, _warn_once = cache(logger.info), cache(logger.warning)
-"""Log what is the same for several splits and stages of a process."""
+
+@cache
+def _log_once(level: int, line: str) -> None:
+    """Log a line that is the same for several splits and stages of a process."""
+    logger.log(level, "%s", line)
 
 
 def column_names(split: Split) -> list[str]:
@@ -138,15 +129,12 @@ def standardise(
     A row without the expected shape is an error, unless `drop_bad_rows` is set, or the data come from the Hub, whose
     users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents that are
     not text become empty instead: dropping them would change the numbers of the rows after them, and with these which
-    rows are held out.
+    rows are held out. Pairs that do not say which answer is better are dropped.
 
     Args:
         args: Names of the columns, and of this data set alone.
         kind, tokens: As for `pipeline.data.splits.load_splits`.
         calls: Whether rows are known to call tools; otherwise they are converted again if one does.
-
-    Returns:
-        The rows with the columns of `kind`, without pairs that do not say which answer is better.
 
     Raises:
         UserError: If a column does not exist, or a row does not have the expected shape.
@@ -183,7 +171,7 @@ def standardise(
             if not may_be_empty:
                 remedy = f"{error}; {CORRECT}; {DROP}"
                 raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
-            _warn_once("%s: %s; such documents are read as empty ones.", place, error)
+            _log_once(logging.WARNING, f"{place}: some documents are not text, and are read as empty ones.")
             return {"text": ""}
         if is_stream:
             return converted
@@ -247,7 +235,7 @@ def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArg
         unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
     if unused := ", ".join(map(repr, dict.fromkeys(unread))):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
-        _log_once("%-11s %s: the columns %s %s", "data", args.dataset_name, unused, use)
+        _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
 
 
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
@@ -263,11 +251,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
 
 
 def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind) -> Converter:
-    """Return what converts the rows of a split.
-
-    Raises:
-        UserError: If a column that it needs does not exist.
-    """
+    """Return what converts the rows of a split. Raise a `UserError` if a column that it needs does not exist."""
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text
@@ -281,16 +265,31 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         return _prompt_converter(args, columns, split)
     if kind == "unpaired" and not find_column(columns, "chosen"):
         return _unpaired_converter(args, columns)
-    if kind != "text":
-        return _pair_converter(args, columns, split)
-    (text,) = _require(columns, text_column=args.text_column)
+    if kind == "text":
+        (text,) = _require(columns, text_column=args.text_column)
 
-    def convert(row: Row) -> dict[str, Any]:
-        if not isinstance(row[text], str):
-            raise ShapeError(f"the text is {shorten(row[text])}")
-        return {"text": row[text]}
+        def from_text(row: Row) -> dict[str, Any]:
+            if not isinstance(row[text], str):
+                raise ShapeError(f"the text is {shorten(row[text])}")
+            return {"text": row[text]}
 
-    return convert, ["text"], [text]
+        return from_text, ["text"], [text]
+
+    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
+    prompt = _find_prompt(args, columns, split)
+    # Answers that are conversations contain their prompt; texts do not.
+    if not prompt and isinstance(next(iter(split))[chosen], str):
+        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
+        remedy += "move what precedes the answers to a column of prompts"
+        raise UserError(Problem("prompt_column", args.prompt_column, remedy))
+    read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
+
+    def from_pair(row: Row) -> dict[str, Any]:
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
+        return read_pair(pair, read(row) if has_prompt(pair, prompt) else None, args.system_prompt)
+
+    margin = ["margin"] if "margin" in columns else []
+    return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
@@ -306,32 +305,29 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
 
 def _prompt_reader(
     args: DataArguments, columns: list[str], prompt: str, completion: str = ""
-) -> tuple[Callable[[Row], Any], list[str]]:
-    """Return the function that returns a prompt with its context, and the columns that it reads."""
+) -> tuple[Callable[[Row], Messages], list[str]]:
+    """Return the function that reads a prompt with its context, and the columns that it reads."""
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
+    used = [prompt, *contexts]
     if contexts:
-        _log_once(
-            "data        %s: prompts are made of the columns %s", args.dataset_name, ", ".join([prompt, *contexts])
-        )
+        line = f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}"
+        _log_once(logging.INFO, line)
 
-    def read(row: Row) -> Any:
+    def read(row: Row) -> Messages:
+        text = row[prompt]
         # A prompt that consists of messages is complete.
-        if not isinstance(row[prompt], str) or not row[prompt].strip():
-            return row[prompt]
-        texts = {name: as_answer(row[name]) for name in contexts}
-        for name, text in texts.items():
-            if not isinstance(text, str | None):
-                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(text)}, not text")
-        return "\n\n".join(text for text in (row[prompt], *texts.values()) if text and text.strip())
+        for name in contexts if isinstance(text, str) and text.strip() else ():
+            context = as_answer(row[name])
+            if not isinstance(context, str | None):
+                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(context)}, not text")
+            text += f"\n\n{context}" if context and context.strip() else ""
+        return read_prompt(text, prompt, args.system_prompt)
 
-    return read, [prompt, *contexts]
+    return read, used
 
 
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Converter:
-    """Return what reads conversations, or joins a prompt and its completion.
-
-    By default, the columns of `PAIRS` are joined if there are no messages.
-    """
+    """Return what reads conversations, or joins a prompt and its completion, by default the columns of `PAIRS`."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
 
@@ -356,34 +352,12 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"messages": [*messages, answer_message(row[completion], completion)]}
+        return {"messages": [*read(row), answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
 
 
-def _pair_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
-    """Return what reads pairs of answers."""
-    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
-    prompt = _find_prompt(args, columns, split)
-    # Answers that are conversations contain their prompt; texts do not.
-    if not prompt and isinstance(next(iter(split))[chosen], str):
-        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
-        remedy += "move what precedes the answers to a column of prompts"
-        raise UserError(Problem("prompt_column", args.prompt_column, remedy))
-    name = prompt or args.prompt_column
-    read, used = _prompt_reader(args, columns, name)
-
-    def convert(row: Row) -> dict[str, Any]:
-        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
-        return read_pair({**pair, name: read(row)} if prompt else pair, name, args.system_prompt)
-
-    margin = ["margin"] if "margin" in columns else []
-    return convert, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
-
-
 def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
-    """Return what reads single answers that are wanted or not."""
     prompt = _find_prompt(args, columns)
     completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
     names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
@@ -391,21 +365,19 @@ def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def convert(row: Row) -> dict[str, Any]:
-        answer, wanted = row[completion], row[label]
-        if wanted not in (True, False):
-            raise ShapeError(f"{label} is {shorten(wanted)}, not true or false")
-        messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"prompt": messages, "completion": [answer_message(answer, completion)], "label": bool(wanted)}
+        if row[label] not in (True, False):
+            raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
+        answer = answer_message(row[completion], completion)
+        return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
 
     return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
-    """Return what reads prompts, with their final answers if there is a column."""
     prompt = _find_prompt(args, columns, split)
     # Pairs of conversations are read as well: their prompt is what both begin with.
-    sides = [find_column(columns, side) for side in ("chosen", "rejected")]
-    has_pairs = all(sides) and args.prompt_column == "prompt"
+    chosen, rejected = (find_column(columns, side) for side in ("chosen", "rejected"))
+    has_pairs = chosen and rejected and args.prompt_column == "prompt"
     if not prompt and not has_pairs:
         _require(columns, prompt_column=args.prompt_column)
     answer = find_column(columns, args.answer_column, *(("answer", "a") if args.answer_column == "answer" else ()))
@@ -416,16 +388,12 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
     except re.error as error:
         remedy = f"is not a regular expression ({error})"
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
-    name = prompt or args.prompt_column
-    read, used = _prompt_reader(args, columns, name, answer)
+    read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
 
     def convert(row: Row) -> dict[str, Any]:
-        if has_pairs:
-            row = {**row, "chosen": row[sides[0]], "rejected": row[sides[1]]}
-        if has_pairs and not (prompt and has_prompt(row, prompt)):
-            messages = read_pair(row, name, args.system_prompt)["prompt"]
-        else:
-            messages = read_prompt(read(row), prompt, args.system_prompt)
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} if has_pairs else {}
+        is_pair = has_pairs and not has_prompt(pair, prompt)
+        messages = read_pair(pair, None, args.system_prompt)["prompt"] if is_pair else read(row)
         return {"prompt": messages, **({"answer": _final_answer(row[answer], answer, pattern)} if answer else {})}
 
     return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -195,8 +195,8 @@ def has_prompt(pair: Row, column: str) -> bool:
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
 
 
-def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None = None) -> dict[str, Any]:
-    """Read a prompt with two answers; a prompt with which both conversations begin is taken out of them.
+def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
+    """Read two answers to a prompt, which is taken out of them if it is None.
 
     Returns:
         `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if the
@@ -212,25 +212,24 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
     #   Q or [M]   [M]         [M]         one message each
     #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
     #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt
-    row = {**row, **{side: _with_roles(row[side]) for side in ("chosen", "rejected")}}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if has_prompt(row, prompt_column):
-        prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
-    else:
-        if not all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
-            raise ShapeError("there is no prompt")
-        prompt = read_prompt(chosen[:-1], "chosen", system_prompt)
-        if prompt != read_messages(rejected[:-1], "rejected", system_prompt):
+    sides = {side: _with_roles(row[side]) for side in ("chosen", "rejected")}
+    if prompt is None:
+        prompts = []
+        for side, turns in sides.items():
+            if not isinstance(turns, list) or len(turns) < 2:
+                raise ShapeError("there is no prompt")
+            prompts.append(read_prompt(turns[:-1], side, system_prompt))
+            sides[side] = turns[-1:]
+        prompt = prompts[0]
+        if prompts[1] != prompt:
             raise ShapeError("chosen and rejected do not answer the same prompt")
-        chosen, rejected = chosen[-1:], rejected[-1:]
-    pair: dict[str, Any] = {"prompt": prompt}
-    for side, answer in {"chosen": chosen, "rejected": rejected}.items():
-        pair[side] = [_read_answer(answer, side, prompt, system_prompt)]
-    if "margin" not in row:
-        return pair
-    if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
-        raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
-    return {**pair, "margin": float(row["margin"])}
+    answers = {side: [_read_answer(answer, side, prompt, system_prompt)] for side, answer in sides.items()}
+    pair: dict[str, Any] = {"prompt": prompt, **answers}
+    if "margin" in row:
+        if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
+            raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
+        pair["margin"] = float(row["margin"])
+    return pair
 
 
 def is_informative(pair: Row) -> bool:
@@ -240,29 +239,17 @@ def is_informative(pair: Row) -> bool:
 
 
 def labelled_pair(
-    prompt: Messages,
-    chosen: str,
-    rejected: str,
-    *,
-    annotator: str,
-    chosen_first: bool,
-    kind: str = "",
-    tastes: Sequence[float | None] = (None, None),
+    prompt: Messages, chosen: str, rejected: str, annotator: str, chosen_first: bool, kind: str = "", tastes: Any = ()
 ) -> dict[str, Any]:
     """Return a pair of answers as a row of a preference data set that is made here.
 
     Its `annotator` prefers the chosen answer. `kind` is the prompt's, and `tastes` are noise-free, where known.
     """
-    return {
-        "prompt": prompt,
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-        "annotator": annotator,
-        "first": "chosen" if chosen_first else "rejected",
-        "kind": kind,
-        "taste_chosen": tastes[0],
-        "taste_rejected": tastes[1],
-    }
+    answers = {"chosen": chosen, "rejected": rejected}
+    pair: dict[str, Any] = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    pair |= {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
+    taste_chosen, taste_rejected = tastes or (None, None)
+    return {"prompt": prompt, **pair, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
 
 
 def _read_answer(

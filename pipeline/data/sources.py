@@ -9,12 +9,14 @@ import logging
 import lzma
 import re
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import yaml
-from datasets import DatasetDict, IterableDatasetDict, concatenate_datasets
+from datasets import DatasetDict, Features, IterableDatasetDict, concatenate_datasets
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.metadata import MetadataConfigs
@@ -188,27 +190,15 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> DatasetDic
 
     joined: dict[str, Split] = {}
     for split in dict.fromkeys((*SPLITS, *sorted(filter(None, found.values())))):
-        own = [file for file in files if (found[file] or "train") == split]
-        # Files that are read in the same way are opened together.
-        groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
-        for file in own:
-            builder, options = _choose_reader(file)
-            groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
-        parts: list[tuple[Path, Split]] = []
-        for builder, options, some in groups.values():
-            if builder == "text":
-                parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(own) == 1)))
-            else:
-                parts += _load(builder, some, split, streaming, options)
-        if parts:
-            joined[split] = _join(parts)
+        if own := [file for file in files if (found[file] or "train") == split]:
+            joined[split] = _open_split(own, split, document, streaming)
             rows = "a stream" if streaming else f"{len(joined[split]):,} rows"
             logger.info("%-11s %s, split %s: read %d files, %s", "data", path, split, len(own), rows)
     return (IterableDatasetDict if streaming else DatasetDict)(joined)
 
 
 def _list_files(path: Path) -> list[Path]:
-    """Return the files to read: the file itself, or the ones in a folder and its folders, in order. Log the others."""
+    """Return the files to read: the file itself, or the ones in a folder, in order. Log the others."""
     kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
     if path.is_file() and _suffix(path) not in BUILDERS:
         remedy = f"files of this type are not supported; save it as one of {kinds}"
@@ -217,8 +207,10 @@ def _list_files(path: Path) -> list[Path]:
     is_data: dict[Path, bool] = {}
     for file in found:
         if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
-            is_about_data = file != path and NO_DATA.fullmatch(file.name)
-            is_data[file] = _suffix(file) in BUILDERS and not is_about_data and file.stat().st_size > 0
+            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
+            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
+            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
+            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
     files = [file for file in is_data if is_data[file]]
     others = [file.name for file in is_data if not is_data[file]]
     named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
@@ -257,45 +249,56 @@ def _choose_reader(file: Path) -> tuple[str, dict[str, Any]]:
     return (builder, choose_table(file)) if builder == "csv" else (builder, {})
 
 
-def _load(
-    builder: str, files: list[Path], split: str, streaming: bool, options: dict[str, Any]
-) -> list[tuple[Path, Split]]:
-    """Open files together or, if their types differ, each of them; return the first file of each part, and its rows."""
-
-    def load(*some: Path) -> Split:
-        # `datasets` reads paths as patterns.
-        names = [glob.escape(str(file)) for file in some]
+def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
+    """Open the files of a split, and join rows that have the same columns, or else their texts."""
+    # Files that are read in the same way are opened together.
+    groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
+    for file in files:
+        builder, options = _choose_reader(file)
+        groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
+    # The first file of each part, and its rows.
+    parts: list[tuple[Path, Split]] = []
+    for builder, options, some in groups.values():
+        if builder == "text":
+            parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
+            continue
+        load = partial(_load, builder, split=split, streaming=streaming, **options)
         try:
-            return datasets.load_dataset(
-                builder, data_files={split: names}, split=split, streaming=streaming, **options
-            )
-        except UNREADABLE as error:
-            if len(some) > 1:
-                raise
-            raise UserError(*locate_error(some[0], error)) from None
+            parts.append((some[0], load(some)))
+        except UNREADABLE:
+            # The types are those of the first file, where a column may be without values.
+            parts += [(file, load([file])) for file in some]
 
-    try:
-        return [(files[0], load(*files))]
-    except UNREADABLE:
-        # `datasets` takes the types of the first file, where a column may be without values.
-        return [(file, load(file)) for file in files]
-
-
-def _join(parts: list[tuple[Path, Split]]) -> Split:
-    """Join rows that have the same columns, or else their texts."""
     first, columns = parts[0][0], set(column_names(parts[0][1]))
     for file, part in parts:
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
-            remedy = (
-                f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; rename "
+            remedy = f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; "
+            remedy += (
+                "rename or remove columns, or put the files into folders of their own, and name both in dataset_name"
             )
-            remedy += "or remove columns, or put the files into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
         parts = [(file, part.select_columns("text")) for file, part in parts]
+    types = [part.features for _, part in parts]
+    if all(types) and any(one != types[0] for one in types):
+        # A column without values in one file has the type of the others.
+        schemas = [one.arrow_schema.remove_metadata() for one in types]
+        common = Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
+        parts = [(file, part.cast(common)) for file, part in parts]
     return concatenate_datasets([part for _, part in parts])
+
+
+def _load(builder: str, files: list[Path], split: str, streaming: bool, **options: Any) -> Split:
+    # `datasets` reads paths as patterns.
+    names = {split: [glob.escape(str(file)) for file in files]}
+    try:
+        return datasets.load_dataset(builder, data_files=names, split=split, streaming=streaming, **options)
+    except UNREADABLE as error:
+        if len(files) > 1:
+            raise
+        raise UserError(*locate_error(files[0], error)) from None
 
 
 def locate_error(path: Path, error: Exception) -> list[Problem]:

@@ -69,10 +69,8 @@ Vote = dict[str, Any]
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes in a log, each once; none if the file does not exist.
 
-    A last line that was not written whole is ignored: its vote was never confirmed.
-
-    Raises:
-        UserError: If another line is not a vote, or the file cannot be read.
+    A last line that was not written whole is ignored: its vote was never confirmed. Raise a `UserError` if another line
+    is not a vote, or the file cannot be read.
     """
     if not path.exists():
         return []
@@ -100,13 +98,10 @@ def _whole_lines(content: bytes) -> bytes:
 def parse_lines(
     content: bytes, check: Callable[[Any], Vote], path: Path, field: str, remedy: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of the lines of a file of votes; empty lines are skipped.
+    """Yield the votes in the lines of the file at `path`, which the argument `field` named; empty lines are skipped.
 
-    `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it. The
-    argument `field` named the file at `path`.
-
-    Raises:
-        UserError: If a line is not a vote, with the remedy.
+    `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it. This
+    becomes a `UserError` with the remedy.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -119,11 +114,7 @@ def parse_lines(
 
 
 def check_vote(vote: Any) -> Vote:
-    """Return a line of the log.
-
-    Raises:
-        ValueError, LookupError, TypeError: If it is not a vote.
-    """
+    """Return a line of the log; raise a `ValueError`, `LookupError` or `TypeError` if it is not a vote."""
     wrong = [name for name in TEXT if not isinstance(vote[name], str)]
     turns, undoes = vote["prompt"], vote.get("undoes")
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
@@ -151,8 +142,7 @@ class Conflict(Exception):
 class VoteLog:
     """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
 
-    Raises:
-        UserError: If another process appends to the same file, the folder cannot be written to, or a line is damaged.
+    A `UserError` says that another process appends to the file, it cannot be written, or a line is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -179,9 +169,7 @@ class VoteLog:
     def add(self, vote: Vote) -> bool:
         """Append a vote, and return whether it is new. One that is sent again, with the same `id`, counts once.
 
-        Raises:
-            Conflict: If it cannot count.
-            OSError: If it cannot be written; the file is as before.
+        Raise `Conflict` if it cannot count, and an `OSError` if it cannot be written; the file is then as before.
         """
         with self._mutex:
             key = vote["annotator"], vote["pair"]
@@ -229,9 +217,8 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     for vote in votes:
         choice = vote["choice"]
         if choice in OTHER and vote["a"].strip() != vote["b"].strip():
-            is_first = vote.get("shown_first") == choice
-            answers, prompt = (vote[choice], vote[OTHER[choice]]), _prompt_of(vote)
-            pairs.append(labelled_pair(prompt, *answers, annotator=vote["annotator"], chosen_first=is_first))
+            answers, is_first = (vote[choice], vote[OTHER[choice]]), vote.get("shown_first") == choice
+            pairs.append(labelled_pair(vote["prompt"], *answers, vote["annotator"], is_first))
     return pairs
 
 
@@ -240,26 +227,17 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     judgements = []
     for vote in votes:
         # That one of two equal answers is better says nothing.
-        if vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip():
-            continue
-        for side, wanted in zip("ab", WANTED.get(vote["choice"], ()), strict=False):
-            if vote[side].strip():
-                answer = [{"role": "assistant", "content": vote[side]}]
-                own = {"prompt": _prompt_of(vote), "completion": answer, "label": wanted}
-                judgements.append({**own, "annotator": vote["annotator"]})
+        says_nothing = vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip()
+        wanted = () if says_nothing else WANTED.get(vote["choice"], ())
+        for text, label in zip((vote["a"], vote["b"]), wanted, strict=False):
+            if text.strip():
+                row = {"prompt": vote["prompt"], "completion": [{"role": "assistant", "content": text}], "label": label}
+                judgements.append({**row, "annotator": vote["annotator"]})
     return judgements
 
 
-def _prompt_of(vote: Vote) -> list[dict[str, str]]:
-    return [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
-
-
 def update_data_set(folder: Path) -> int:
-    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows.
-
-    Raises:
-        UserError: If a line of the log is not a vote, or the folder cannot be written to.
-    """
+    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows."""
     # Imported here, because `datasets` takes a second, and the report only reads votes.
     from datasets import Features, Value
 

@@ -22,12 +22,7 @@ from pipeline.files import check_replaceable
 STRING = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", STRING), ("content", STRING)]))
 DOCUMENT = pa.schema({"text": STRING, "kind": STRING})
-GRADING = {
-    "require": pa.list_(pa.list_(STRING)),
-    "reject": pa.list_(STRING),
-    "max_words": pa.int64(),
-    "test": STRING,
-}
+GRADING = {"require": pa.list_(pa.list_(STRING)), "reject": pa.list_(STRING), "max_words": pa.int64(), "test": STRING}
 SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": pa.schema({"messages": MESSAGES, "kind": STRING, **GRADING}),
@@ -143,18 +138,11 @@ def card(args: PocketArguments) -> str:
     """Return the data set card."""
     # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
     lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
-    text = (
-        files(__package__)
-        .joinpath("card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            items=f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
-            names=len(NAMES),
-            some_names=", ".join(NAMES[:6]),
-            things=len(things()),
-            n=OVERLAP_N,
-            **vars(args),
-            **lengths,
-        )
-    )
+    words = {
+        "items": f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
+        "names": len(NAMES),
+        "some_names": ", ".join(NAMES[:6]),
+    }
+    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    text = text.format(**vars(args), **words, **lengths, things=len(things()), n=OVERLAP_N)
     return write_card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")

@@ -161,10 +161,10 @@ def reasoning_prompt(rng: random.Random, split: SplitName, longer: bool = False)
 
 
 def distinct(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Take the first `number` rows whose prompts differ."""
-    seen: dict[str, dict[str, Any]] = {}
+    """Take the first `number` rows whose prompts or answers differ."""
+    seen: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
-        seen.setdefault((row.get("messages") or row["prompt"])[0]["content"], row)
+        seen.setdefault(((row.get("messages") or row["prompt"])[0]["content"], row.get("answer")), row)
         if len(seen) == number:
             break
     return list(seen.values())

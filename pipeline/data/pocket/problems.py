@@ -66,17 +66,6 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value + change <= 20 and rng.random() < 0.5 else -change
 
 
-def fragment(rng: random.Random) -> str:
-    """Draw words that worked steps repeat from a problem: a change, a group or a turn."""
-    # buys 3 / 2 red / left of north
-    kind = rng.randrange(3)
-    if kind == 0:
-        return f"{rng.choice((*GAINS, *LOSSES))} {rng.randint(2, 5)}"
-    if kind == 1:
-        return f"{rng.randint(2, 5)} {rng.choice(COLOURS)}"
-    return f"{rng.choice(RELATIONS)} {rng.choice(DIRECTIONS)}"
-
-
 # Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
 # no problem of one split occurs in another one, whatever the names in it.
 

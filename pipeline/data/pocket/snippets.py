@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import ITEMS
 
 
 class Snippet(NamedTuple):
@@ -57,16 +56,3 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
     name, task, parameter, expression = (template.format(k=k) for template in templates)
     test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
     return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)
-
-
-def commented(rng: random.Random) -> str:
-    """Write a pretraining document of two or three functions with comments."""
-    # # add_3 adds 3 to a number.
-    # def add_3(x):
-    #     return x + 3
-    parts = []
-    for _ in range(rng.randint(2, 3)):
-        wanted = snippet(rng, "train")
-        comment = rng.choice(COMMENTS).format(name=wanted.name, task=wanted.task, item=rng.choice(ITEMS))
-        parts.append(f"{comment}\n{wanted.source}")
-    return "\n\n".join(parts)

@@ -7,7 +7,7 @@ from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import Thing
+from pipeline.data.pocket.things import Thing, core
 
 # With 12 places, 12 deeds and 40 people, no story can be told by heart: a summary has to be copied from the story.
 SPOTS = (
@@ -63,10 +63,4 @@ def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     before = rng.choice(("", f"{rng.choice(BEFORE)} ", f"{rng.choice(SAID)} So people say. "))
     text = f"{before}{rng.choice(LEADS)} {event} {' '.join(rest)}"
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
-    return Story(text, event, (name, deed, thing.name, spot))
-
-
-def document(rng: random.Random, thing: Thing) -> str:
-    """Write a story of the training split as a pretraining document; most end with a summary."""
-    text, summary, _ = story(rng, "train", thing)
-    return text if rng.random() < 0.3 else f"{text} {rng.choice(MORALS).format(summary=summary)}"
+    return Story(text, event, (name, deed, core(thing.noun), spot))

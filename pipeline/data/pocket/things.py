@@ -24,11 +24,6 @@ class Thing:
     split: SplitName
     index: int
 
-    @property
-    def name(self) -> str:
-        """Return the noun without its article: "fox"."""
-        return core(self.noun)
-
 
 def core(value: str) -> str:
     """Remove the preposition and the article at the beginning of a value: "in the forest" -> "forest"."""
