@@ -58,29 +58,23 @@ PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input"
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
 PAIRS = (("question", "answer"), ("prompt", "completion"), *product(PROMPTS, ANSWERS))
 """Columns of a prompt and its answer, the most usual first; names are found in any case, and with spaces around."""
-
 CONTEXTS, CONVERSATIONS = ("input", "context"), ("messages", "conversations", "conversation")
 """Columns of Alpaca and Dolly that belong to the prompt, after the instruction; columns of conversations."""
-
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
 """Columns of a table that are text, whatever they look like."""
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-
 RESERVED = (*PASSED_BY_TRL, "image", "images")
 """Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
 
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
-
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 
 MOST_NAMED, ROWS_LOGGED = 20, 100
 """Columns that an error message names, at most, and rows whose messages are searched for other keys than these."""
-
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
 
@@ -196,16 +190,17 @@ def standardise(
         if HAS_CALLS in standard.unique(FAULT):
             return standardise(split, args, kind, tokens, calls=True)
         standard = _drop_faults(standard, place, args)
-    if "chosen" not in made:
-        return standard
+    return _drop_uninformative(standard, place) if "chosen" in made else standard
 
-    # Machine-made collections contain pairs that do not say which answer is better.
-    kept = standard.filter(is_informative)
-    if not is_stream and len(kept) < len(standard):
+
+def _drop_uninformative(pairs: Split, place: str) -> Split:
+    """Drop pairs that do not say which answer is better; machine-made collections contain some."""
+    kept = pairs.filter(is_informative)
+    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
         if not len(kept):
             raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
         what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(len(standard) - len(kept), len(standard), what, f"correct {place}")
+        report_lost(len(pairs) - len(kept), len(pairs), what, f"correct {place}")
     return kept
 
 

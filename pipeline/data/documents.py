@@ -30,19 +30,15 @@ from pipeline.errors import Problem, UserError
 
 LONGEST = 4096
 """Characters of the longest document that is not cut, about a thousand tokens."""
-
-PARTS, SHORTEST = 40, 256
-"""The only file of a split is cut into so many documents at least, unless they had fewer characters than these."""
-
-PART_BYTES = 4 << 20
-"""Bytes of small files that make one file of a stream. Rows are held out of the first one."""
+PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
+"""The only file of a split is cut into so many documents at least, unless they had fewer characters than these. Small
+files with so many bytes make one file of a stream, the first of which rows are held out of."""
 
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
-
 QUOTED = 1 << 24
 """Characters of a table in which quotes are looked at."""
 
@@ -50,10 +46,9 @@ QUOTED = 1 << 24
 def open_documents(
     files: Sequence[Path], rule: str | None, streaming: bool, split: str, is_single: bool
 ) -> Dataset | IterableDataset:
-    """Open the documents of text files, as rows with the column `text`.
+    """Open the documents of a split's text files, as rows with the column `text`.
 
     Args:
-        files: The files of a split, in order; compressed if their names say so.
         rule: `file`, `blank_line` or `lines:N`; None for the default.
         is_single: Whether the split has no other file, of any type.
 
@@ -98,11 +93,7 @@ def open_bytes(path: Path) -> Any:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a text file in UTF-8, compressed or not.
-
-    Raises:
-        UserError: If it is not text, or damaged.
-    """
+    """Open a text file in UTF-8, compressed or not. Raise a `UserError` if it is not text, or damaged."""
     try:
         with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
             yield text

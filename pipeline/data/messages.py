@@ -14,10 +14,8 @@ Row = Mapping[str, Any]
 
 AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 """The beginning of messages that were written as text."""
-
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
-
 NOT_READ = "calls a tool, which is not read; write the call into the content"
 
 
@@ -26,13 +24,10 @@ class ShapeError(ValueError):
 
 
 def read_messages(value: object, column: str, system_prompt: str | None = None, calls: bool = False) -> Messages:
-    """Read a conversation: a list of messages, or the text of a single message of the user.
+    """Read a conversation: a list of messages, or the text of a single message of the user, or raise a `ShapeError`.
 
     A conversation without a system message gets `system_prompt`. With `calls`, messages of the assistant may call tools
     and be empty apart from that. They get the key `tool_calls`, in OpenAI's form with arguments as a dict.
-
-    Raises:
-        ShapeError: If it is neither, or not a conversation that a model can learn from.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -99,11 +94,7 @@ def _with_roles(value: object) -> object:
 
 
 def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
-    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text.
-
-    Raises:
-        ShapeError: If one has no name, or its arguments are not an object.
-    """
+    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text."""
     match _parse(value):
         case None:
             return []
@@ -151,11 +142,9 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
-    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
-
-    Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
-    tokens of the template.
-    """
+    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
+    # Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
+    # tokens of the template.
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):
@@ -187,23 +176,17 @@ def shorten(value: object) -> str:
 
 
 def has_prompt(pair: Row, column: str) -> bool:
-    """Return whether a pair has its prompt in a column of its own.
-
-    If the answers are whole conversations, a text in that column is only the last message of their prompt.
-    """
+    """Return whether a pair has its prompt in a column of its own."""
+    # If the answers are whole conversations, a text in that column is only the last message of their prompt.
     whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
-    """Read two answers to a prompt, which is taken out of them if it is None.
+    """Read two answers to a prompt, which is taken out of them if it is None, or raise a `ShapeError`.
 
-    Returns:
-        `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if the
-        row has it.
-
-    Raises:
-        ShapeError: If the row has a different shape.
+    Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if
+    the row has it.
     """
     # The shapes that data sets have, with M for a message and Q, A, B for texts:
     #

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 DOCUMENTS_PER_BATCH, DOCUMENTS_AT_ONCE = 10_000, 1000
 """Documents packed together, of which what does not fill a block is dropped (one block in about 10 MB), and documents
 tokenized at once, for each of whose tokens `tokenizers` takes some hundred bytes."""
-
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 

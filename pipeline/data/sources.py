@@ -43,9 +43,7 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 """The builder of `datasets` for each suffix; text is read by `pipeline.data.documents`."""
-
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-
 NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
     r"|cache-\w+\.arrow",
@@ -56,15 +54,11 @@ NO_DATA = re.compile(
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?", re.IGNORECASE)
 """Names of files and folders that belong to a split: `test.jsonl` and `my-train-1.csv`, but not `contest.txt`."""
-
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
 
-POINTER = b"version https://git-lfs"
-"""The beginning of a file that Git LFS has not fetched."""
-
-NAMED = 5
-"""Number of unread files that the log names."""
+POINTER, NAMED = b"version https://git-lfs", 5
+"""The beginning of a file that Git LFS has not fetched, and the number of unread files that the log names."""
 
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, ImportError, zlib.error, lzma.LZMAError,
@@ -76,16 +70,12 @@ UNREADABLE = (
 def open_source(
     name: str | None, config: str | None = None, streaming: bool = False, document: str | None = None
 ) -> DatasetDict | IterableDatasetDict:
-    """Open all splits of a data set.
+    """Open all splits of a data set, by name; a plain file is one split, `train`.
 
     Args:
         name: A Hub id, also with a revision (`NAME/repo@revision`), a file or a folder: the argument `dataset_name`.
         config: Configuration of a data set repository; plain files ignore it.
-        streaming: Whether to read the rows only when they are asked for.
         document: What is a document of a text file: see `pipeline.data.documents`.
-
-    Returns:
-        The splits by name; a plain file is one split, `train`.
 
     Raises:
         UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with the line).

@@ -27,11 +27,9 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_BUFFER = 1000
-"""Rows among which a stream is shuffled."""
-
-HELD_OUT_OF_STREAM = 1000
-"""Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
+SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
+"""Rows among which a stream is shuffled, and the default of `max_eval_samples` where rows of one are held out: each
+evaluation would read it to its end."""
 
 MEASURED, CHARACTERS = 200, 4
 """Rows whose characters are counted, and the characters of an average token."""
@@ -40,26 +38,21 @@ MEASURED, CHARACTERS = 200, 4
 def load_splits(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
 ) -> tuple[Split, Split | None]:
-    """Load the training split of a data set and, if wanted, its evaluation split.
+    """Load the training split of a data set and, if wanted, its evaluation split, or else None.
 
     If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
     whether or not the evaluation split is wanted: the finished model is measured on these rows as well.
 
     Args:
-        args: Names of the data set, its splits and its columns.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
-        evaluation: Whether the evaluation split is wanted.
         tokens: Special tokens of the tokenizer (`pipeline.models.tokenizer.special_tokens`), which no message may
             contain as text. Default: any text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
-
-    Returns:
-        The training split, and the evaluation split or None. Iterable data sets if `args.dataset_streaming`.
 
     Raises:
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
@@ -90,13 +83,8 @@ def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
     """Return the number of training rows, and about how many tokens an average one has; 0 for what is not known.
 
-    Args:
-        args: The data set, which is not downloaded.
-        planned: Rows of data sets that do not exist yet.
-        needed: Whether it is an error if the number is not known.
-
-    Raises:
-        UserError: If it is needed and not known.
+    The data set is not downloaded. `planned` has the rows of those that do not exist yet. If the number is `needed` and
+    not known, raise a `UserError`.
     """
     names = args.dataset_names
     try:
@@ -122,11 +110,7 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
 
 
 def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    """Return the rows of a data set that `args.keep_rows` asks for.
-
-    Raises:
-        UserError: If it names a column that does not exist, or does not have the form COLUMN=VALUE.
-    """
+    """Return the rows of a data set that `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
     kept: dict[str, set[str]] = {}
     for condition in args.keep_rows or ():
         column, sign, value = condition.partition("=")
@@ -143,7 +127,7 @@ def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) ->
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    """Load one data set. Arguments, results and errors are as for `load_splits`."""
+    """Load one data set, as `load_splits` does."""
     train = args.dataset_train_split
     opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
     source = keep_rows(opened, args)

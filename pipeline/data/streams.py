@@ -43,10 +43,8 @@ logger = logging.getLogger(__name__)
 
 LANES, DOCUMENTS = 16, 256
 """Most lanes, each of which has a file open, and the documents of a lane that are shuffled and tokenized together."""
-
 CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
 """Fields of the data arguments that choose the rows of a stream."""
-
 STATE = "stream.json"
 """File in a checkpoint."""
 

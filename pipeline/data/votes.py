@@ -36,7 +36,6 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import append_line, check_regular, hash_file, lock, write_text
 
 VOTES_FILE = "votes.jsonl"
-
 CHOICES = ("a", "b", "tie", "bad", "skip")
 OTHER = {"a": "b", "b": "a"}
 OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
@@ -44,10 +43,8 @@ OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 
 SINGLE = "judgements"
 """Configuration of the data set whose rows are single answers."""
-
 WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
 """Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
-
 TEXT = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
 """Fields of a vote that are text."""
 

@@ -65,7 +65,10 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
     rng = random.Random(f"{args.seed}/{config}/{split}")
     own: SplitName = "validation" if split == "validation" else "test"
     if config == "pretrain":
-        return documents.held_out_documents(rng, own)
+        # Facts about every thing, in the phrasings that are held out for that thing.
+        order = list(things())
+        rng.shuffle(order)
+        return [{"text": documents.facts(rng, own, thing), "kind": "facts"} for thing in order]
     if config == "sft":
         return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":

@@ -97,10 +97,3 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
             parts.append(f"{comment}\n{wanted.source}")
         text = "\n\n".join(parts)
     return {"text": text, "kind": kind}
-
-
-def held_out_documents(rng: random.Random, split: SplitName) -> list[dict[str, str]]:
-    """Write a document of facts about every thing, in the phrasings held out for that thing."""
-    order = list(things())
-    rng.shuffle(order)
-    return [{"text": facts(rng, split, thing), "kind": "facts"} for thing in order]
