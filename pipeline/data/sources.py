@@ -252,7 +252,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         if builder == "text":
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
-        load = partial(_load, builder, split=split, streaming=streaming, **options)
+        load = partial(_load, builder=builder, split=split, streaming=streaming, options=options)
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:
@@ -280,7 +280,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     return concatenate_datasets([part for _, part in parts])
 
 
-def _load(builder: str, files: list[Path], split: str, streaming: bool, **options: Any) -> Split:
+def _load(files: list[Path], builder: str, split: str, streaming: bool, options: dict[str, Any]) -> Split:
     # `datasets` reads paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:

@@ -271,11 +271,11 @@ def update_data_set(folder: Path) -> int:
 
         path = folder / "README.md"
         if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != content:
-            for name, part in rows.items():
-                file = folder / f"{name}.parquet"
+            for place, part in rows.items():
+                file = folder / f"{place}.parquet"
                 if part:
                     tmp_file = file.with_name(f".{file.stem}.tmp")
-                    write_rows(tmp_file, PREFERENCES if name in SPLITS else Features(single).arrow_schema, part)
+                    write_rows(tmp_file, PREFERENCES if place in SPLITS else Features(single).arrow_schema, part)
                     os.replace(tmp_file, file)
                 else:
                     # `load_dataset` refuses a split without rows.
