@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
@@ -39,6 +39,7 @@ TOKENS = "input_ids"
 
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
 Converter: TypeAlias = tuple[Callable[[Row], dict[str, Any]], list[str], list[str]]
 """A function that converts a row, the columns that it makes, and the columns that it reads."""
 
@@ -285,6 +286,17 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
     margin = ["margin"] if "margin" in columns else []
     return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
+
+
+def check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
+    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
+    columns, others = column_names(train), column_names(test)
+    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
+    # Prompts may be read from the answers, and margins are optional.
+    read = [name for name in used if name != "margin" and find_column(columns, name)]
+    if lacking := [name for name in read if not find_column(others, name)]:
+        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
+        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:

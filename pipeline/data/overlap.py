@@ -24,8 +24,8 @@ PROMPT_COLUMNS = (
 )  # fmt: skip
 ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output", "chosen", "rejected")
 
+# Kana and Chinese characters, each of which is a word, because these languages are written without spaces.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Kana and Chinese characters, each of which is a word, because these languages are written without spaces."""
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 EXAMPLES = 5
@@ -57,19 +57,18 @@ class Overlap:
 class NgramIndex:
     """The n-grams of a set of texts, as hashes, in which other texts are looked up.
 
-    `n` is at least 1. A text of fewer words is indexed as a whole, and overlaps with every text that contains it.
+    A text of fewer than `n` words is indexed as a whole, and overlaps with every text that contains it.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        # By length in words: texts of fewer than n words are indexed whole.
+        # By length in words.
         self._hashes: dict[int, set[int]] = {n: set()}
 
     def add(self, texts: Iterable[str]) -> list[int]:
         """Index the n-grams of texts, and return their hashes in order."""
         added: list[int] = []
-        for text in texts:
-            tokens = words(text)
+        for tokens in map(words, texts):
             # The whole text if it is shorter, nothing if it has no words.
             if size := min(self.n, len(tokens)):
                 hashes = list(map(hash, ngrams(tokens, size)))
@@ -104,10 +103,7 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Look for every test row in the training rows, both of which are read once.
-
-    `n` consecutive words must agree, at least 1. A test text of fewer words must occur as a whole.
-    """
+    """Look for every test row in the training rows, both of which are read once; `n` consecutive words must agree."""
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
 

@@ -24,7 +24,7 @@ from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.columns import Split, column_names
+from pipeline.data.columns import Split, Splits, column_names
 from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents
 from pipeline.data.messages import shorten
 from pipeline.data.shards import is_shards, open_shards
@@ -69,7 +69,7 @@ UNREADABLE = (
 
 def open_source(
     name: str | None, config: str | None = None, streaming: bool = False, document: str | None = None
-) -> DatasetDict | IterableDatasetDict:
+) -> Splits:
     """Open all splits of a data set, by name; a plain file is one split, `train`.
 
     Args:
@@ -122,7 +122,7 @@ def open_source(
         raise UserError(*locate_error(path, error)) from None
 
 
-def _open_of_hub(name: str, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
     """Open a data set of the Hub, or the files of it that `run --download` has fetched."""
     repo_id, revision = split_revision(name)
     options: dict[str, Any] = {"name": config, "revision": revision}
@@ -168,7 +168,7 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
     raise UserError(Problem("dataset_config", config or "nothing", f"there is no such configuration; {remedy}"))
 
 
-def _open_files(path: Path, document: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     """Open a file, or the files in a folder, each by its suffix, and join the files of a split."""
     files = _list_files(path)
     found = {file: _split_of(file.relative_to(path)) for file in files}

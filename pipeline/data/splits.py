@@ -9,18 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    concatenate_datasets,
-    load_dataset_builder,
-)
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, column_names, converter, drops_rows, find_column, place_of, standardise
+from pipeline.data.columns import Kind, Split, Splits, check_columns, column_names, drops_rows, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
@@ -109,7 +101,7 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
 
 
-def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
+def keep_rows(source: Splits, args: DataArguments) -> Splits:
     """Return the rows of a data set that `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
     kept: dict[str, set[str]] = {}
     for condition in args.keep_rows or ():
@@ -151,14 +143,7 @@ def _load_one(
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[test], args, "max_eval_samples")
-        # Report columns that are read of the training split, and that the evaluation split lacks, such as answers.
-        columns, others = column_names(source[train]), column_names(held_out)
-        used = [] if kind == "tokens" else converter(source[train], columns, args, kind)[2]
-        # Prompts may be read from the answers, and margins are optional.
-        read = [name for name in used if name != "margin" and find_column(columns, name)]
-        if lacking := [name for name in read if not find_column(others, name)]:
-            remedy = f"has no column {', '.join(lacking)}, as {train} has; add it, or remove this split"
-            raise UserError(Problem("dataset_test_split", test, remedy))
+        check_columns(source[train], held_out, args, kind)
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):

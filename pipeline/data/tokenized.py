@@ -121,10 +121,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **opti
 
 
 def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
-    """Return tokens and labels of conversations under a chat template without marks around what the assistant says.
-
-    An answer begins where the turns before it end, followed by the generation prompt, and it ends with the eos token.
-    """
+    """Return tokens and labels of conversations under a chat template without marks around what the assistant says."""
+    # An answer begins where the turns before it end, followed by the generation prompt, and ends with the eos token.
     # One text per answer: the conversation up to and including it, and the number of its row.
     ends = [
         (number, end)
