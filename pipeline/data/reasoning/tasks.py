@@ -6,7 +6,6 @@ their seeds lie further apart than they are long. Each pool of problems here has
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,14 +63,10 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
         return [], [Problem("tasks", ", ".join(map(str, tasks)), remedy)]
     if not isinstance(tasks, Mapping) or not tasks:
         return [], [Problem("tasks", tasks, "must be a mapping from the names of tasks to their settings")]
-    from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
+    from reasoning_gym.factory import create_curriculum, create_dataset
 
     grades, problems = [], []
     for task, settings in ((str(task), some or {}) for task, listed in tasks.items() for some in as_list(listed)):
-        if task not in DATASETS:
-            nearest = difflib.get_close_matches(task, DATASETS, n=1)
-            problems.append(Problem("tasks", task, f"unknown task{f'; did you mean {nearest[0]}?' if nearest else ''}"))
-            continue
         try:
             weight, levels = settings.get("weight", 1), as_list(settings.get("level"))
             if not weight > 0:
@@ -89,6 +84,6 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
                 grades.append(Grade(task, weight / len(levels), values))
         except Exception as error:  # noqa: BLE001
             # Each task checks its settings in its own way.
-            remedy = f"refuses its settings, {settings!r:.60} ({type(error).__name__}: {error})"
+            remedy = f"is unknown or refuses its settings, {settings!r:.60} ({type(error).__name__}: {error})"
             problems.append(Problem("tasks", task, remedy))
     return grades, problems
