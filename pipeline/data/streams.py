@@ -81,7 +81,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
         # A resumed run has to have the same of all these, or its place is one in another stream.
         self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
-        self.column = column_of(rows)
+        self.column = TOKENS if TOKENS in column_names(rows) else "text"
         if self.column == TOKENS:
             self.kind["column"] = TOKENS
         # The first block of the stream in this run, and how many this process has given since.
@@ -189,11 +189,6 @@ class PackedStream(torch.utils.data.IterableDataset):
         return reader, iter(reader)
 
 
-def column_of(documents: Split) -> str:
-    """Return the column of documents: their texts, or their tokens."""
-    return TOKENS if TOKENS in column_names(documents) else "text"
-
-
 def pack_splits(
     splits: Sequence[Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
 ) -> list[Dataset | PackedStream | None]:
@@ -226,8 +221,9 @@ def pack_splits(
         rows = Dataset.from_list(list(split)) if isinstance(split, IterableDataset) else split
         blocks = None
         if rows is not None:
+            column = TOKENS if TOKENS in rows.column_names else "text"
             with once_per_node(args):
-                blocks = pack_documents(rows, tokenizer, args.block_size, column_of(rows), args.dataset_num_proc)
+                blocks = pack_documents(rows, tokenizer, args.block_size, column, args.dataset_num_proc)
             if not len(blocks):
                 remedy = f"the {which} data do not fill a block; lower it or give more text"
                 raise UserError(Problem("block_size", args.block_size, remedy))
