@@ -297,7 +297,8 @@ class Voting:
             conversations = [[*voted.prompt, {"role": "assistant", "content": text}] for text in texts]
             scores = score(*self.reward_model, conversations)
             lines.append(f"The reward model scores A {scores[0]:+.2f} and B {scores[1]:+.2f}.")
-        others = [as_shown(vote, first) for vote in self.log.of_pair(pair) if vote["annotator"] != page.annotator]
+        votes = [vote for vote in self.log.standing() if vote["pair"] == pair]
+        others = [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]
         if others:
             counts = f"{others.count('first')} A, {others.count('second')} B"
             lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")

@@ -9,9 +9,6 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the data sets that are made here. No prompt of one occurs in another."""
 
-OLD = "joined_lines:64"
-"""Value of `document` in runs of releases that did not record it: every 64 lines, also of several files."""
-
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """Return a field of arguments, with what `--help` says of it."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, Json, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
+    Messages,
     Row,
     ShapeError,
     answer_message,
@@ -39,8 +39,8 @@ TOKENS = "input_ids"
 
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
-Convert = Callable[[Row], dict[str, Any]]
-Converter: TypeAlias = tuple[Convert, list[str], list[str]]
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
+Converter: TypeAlias = tuple[Callable[[Row], dict[str, Any]], list[str], list[str]]
 """A function that converts a row, the columns that it makes, and the columns that it reads."""
 
 FEATURES = {
@@ -51,50 +51,38 @@ FEATURES = {
 }
 """Types of the columns that converters make."""
 
-FEW = 50
-"""Number of the first documents of a stream of the Hub that may be without text. With more, it is the wrong column."""
-
-MOST_LEFT_OUT = 0.1
-"""Share of the rows of a data set of the Hub that may lack the expected shape. With more, it is the wrong column."""
+FEW, MOST_LEFT_OUT = 50, 0.1
+"""First documents of a stream of the Hub, one of which must be text, and the share of the rows of a data set of the Hub
+that may lack the expected shape. Otherwise, it is the wrong column."""
 
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
 PAIRS = (("question", "answer"), ("prompt", "completion"), *product(PROMPTS, ANSWERS))
 """Columns of a prompt and its answer, the most usual first; names are found in any case, and with spaces around."""
-
-CONTEXTS = ("input", "context")
-"""Columns of Alpaca and of Dolly that belong to the prompt, after the instruction."""
-
-CONVERSATIONS = ("messages", "conversations", "conversation")
-"""Columns of conversations, the second one ShareGPT's."""
-
+CONTEXTS, CONVERSATIONS = ("input", "context"), ("messages", "conversations", "conversation")
+"""Columns of Alpaca and Dolly that belong to the prompt, after the instruction; columns of conversations."""
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
 """Columns of a table that are text, whatever they look like."""
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-
 RESERVED = (*PASSED_BY_TRL, "image", "images")
 """Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
 
-CORRECT = "correct or remove that row"
-DROP = "rows count from 0, and drop_bad_rows drops such rows"
-FAULT = "_fault"
-"""Column that says why a row cannot be converted, while rows are converted."""
+CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
+FAULT, HAS_CALLS = "_fault", "calls a tool"
+"""Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 
-HAS_CALLS = "calls a tool"
-"""The fault of a row of the type `MESSAGES`, with which all rows are converted to `CALLING`."""
-
-MOST_NAMED = 20
-"""Columns that an error message names, at most."""
-
+MOST_NAMED, ROWS_LOGGED = 20, 100
+"""Columns that an error message names, at most, and rows whose messages are searched for other keys than these."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-"""What is read of a message of a conversation."""
-
-ROWS_LOGGED = 100
-"""Rows at the beginning whose messages are searched for other keys."""
-
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
+
+
+@cache
+def _log_once(level: int, line: str) -> None:
+    """Log a line that is the same for several splits and stages of a process."""
+    logger.log(level, "%s", line)
 
 
 def column_names(split: Split) -> list[str]:
@@ -118,6 +106,11 @@ def drops_rows(args: DataArguments) -> bool:
     return args.drop_bad_rows or not Path(args.dataset_names[0]).expanduser().exists()
 
 
+def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
+    """Return whether so many of the rows of a data set may be dropped."""
+    return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
+
+
 def place_of(split: Split, args: DataArguments) -> str:
     """Name the data set and the split, for messages."""
     return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
@@ -131,15 +124,12 @@ def standardise(
     A row without the expected shape is an error, unless `drop_bad_rows` is set, or the data come from the Hub, whose
     users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents that are
     not text become empty instead: dropping them would change the numbers of the rows after them, and with these which
-    rows are held out.
+    rows are held out. Pairs that do not say which answer is better are dropped.
 
     Args:
         args: Names of the columns, and of this data set alone.
         kind, tokens: As for `pipeline.data.splits.load_splits`.
         calls: Whether rows are known to call tools; otherwise they are converted again if one does.
-
-    Returns:
-        The rows with the columns of `kind`, without pairs that do not say which answer is better.
 
     Raises:
         UserError: If a column does not exist, or a row does not have the expected shape.
@@ -162,11 +152,10 @@ def standardise(
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
-
-    texts, faults = 0, 0
+    may_be_empty = is_stream and kind == "text" and drops_rows(args)
+    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(FEW))
 
     def convert(row: Row, index: int) -> dict[str, Any]:
-        nonlocal texts, faults
         try:
             converted = read(row)
             if tokens is not None:
@@ -174,17 +163,18 @@ def standardise(
         except ShapeError as error:
             if not is_stream:
                 return {**dict.fromkeys(made), FAULT: str(error)}
-            # The rows of a stream are not counted beforehand. A few documents that are not text are read as empty ones,
-            # also before any text, because a run may be resumed among such documents.
-            faults += 1
-            if kind != "text" or not drops_rows(args) or (not texts and faults > FEW):
+            if not may_be_empty:
                 remedy = f"{error}; {CORRECT}; {DROP}"
                 raise UserError(Problem("dataset_name", f"{place}, row {index}", remedy)) from None
-            if faults == 1:
-                logger.warning("%s, row %d: %s; such documents are read as empty ones.", place, index, error)
+            _log_once(logging.WARNING, f"{place}: some documents are not text, and are read as empty ones.")
             return {"text": ""}
-        texts += 1
-        return converted if is_stream else _with_fault(converted, calls)
+        if is_stream:
+            return converted
+        if calls:
+            # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
+            return {"messages": [*map(json.dumps, converted["messages"])], FAULT: None}
+        has_calls = any("tool_calls" in message for message in converted.get("messages", ()))
+        return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
@@ -204,44 +194,6 @@ def standardise(
     return _drop_uninformative(standard, place) if "chosen" in made else standard
 
 
-def _with_fault(converted: dict[str, Any], calls: bool) -> dict[str, Any]:
-    """Return a row with the column `FAULT`, where one that calls tools has a fault unless that is known."""
-    messages = converted.get("messages", ())
-    if calls:
-        # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-        return {"messages": [*map(json.dumps, messages)], FAULT: None}
-    has_calls = any("tool_calls" in message for message in messages)
-    return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
-
-
-def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
-    """Return whether so many of the rows of a data set may be dropped."""
-    return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
-
-
-@cache
-def _log_once(line: str) -> None:
-    """Log a line that is the same for several splits and stages of a process."""
-    logger.info("%s", line)
-
-
-def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
-    """Drop the rows that could not be converted, or refuse them with the numbers of the first five."""
-    found = rows.data.column(FAULT).to_pylist()
-    rows = rows.remove_columns(FAULT)
-    faults = {index: fault for index, fault in enumerate(found) if fault is not None}
-    if not faults:
-        return rows
-    first, *others = faults
-    if not may_drop(args, len(faults), len(rows)):
-        shown = ", ".join(map(str, others[:4])) + (", ..." if len(others) > 4 else "")
-        more = f" and {len(others)} more of {len(rows)} ({shown})" if others else ""
-        raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
-    what = f"rows are dropped; row {first}, for instance: {faults[first]}"
-    report_lost(len(faults), len(rows), what, f"correct {place}")
-    return rows.select([index for index in range(len(rows)) if index not in faults])
-
-
 def _drop_uninformative(pairs: Split, place: str) -> Split:
     """Drop pairs that do not say which answer is better; machine-made collections contain some."""
     kept = pairs.filter(is_informative)
@@ -253,71 +205,49 @@ def _drop_uninformative(pairs: Split, place: str) -> Split:
     return kept
 
 
+def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
+    """Drop the rows that could not be converted, or refuse them with the number of the first one."""
+    found = rows.data.column(FAULT).to_pylist()
+    rows = rows.remove_columns(FAULT)
+    faults = {index: fault for index, fault in enumerate(found) if fault is not None}
+    if not faults:
+        return rows
+    first = min(faults)
+    if not may_drop(args, len(faults), len(rows)):
+        more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
+        raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
+    what = f"rows are dropped; row {first}, for instance: {faults[first]}"
+    report_lost(len(faults), len(rows), what, f"correct {place}")
+    return rows.select([index for index in range(len(rows)) if index not in faults])
+
+
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
     """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
     unread = [column for column in columns if column not in used]
-    read = [column for column in columns if column in used]
-    if kind not in ("text", "prompt") and read:
-        for row in split.select_columns(read).take(ROWS_LOGGED):
-            messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
-            keys = [
-                (name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None
-            ]
-            unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
+    read = [column for column in columns if column in used and kind not in ("text", "prompt")]
+    for row in split.select_columns(read).take(ROWS_LOGGED) if read else ():
+        messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
+        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
+        unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
     if unused := ", ".join(map(repr, dict.fromkeys(unread))):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
-        _log_once(f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
+        _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
 
 
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
     """Return the columns that arguments name, and report the missing ones."""
     found = {field: find_column(columns, name) for field, name in expected.items()}
-    # Names with spaces around them are quoted, because the spaces would not be seen.
-    choices = ", ".join(
-        name if name == name.strip() and len(name) <= 60 else shorten(name) for name in columns[:MOST_NAMED]
-    )
-    choices += f" and {len(columns) - MOST_NAMED} more" if len(columns) > MOST_NAMED else ""
     # Only an argument can name another column.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
+    choices = ", ".join(columns[:MOST_NAMED])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
     if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
         raise UserError(*problems)
     return list(found.values())
 
 
-def common_features(files: Sequence[Path], features: Sequence[Features], is_json: bool = False) -> Features:
-    """Return types of columns that fit the values of several files, each of which has its own.
-
-    A column without values in one file has the type of the others. Texts and numbers become texts, except in JSON,
-    where any values can be in a column.
-
-    Raises:
-        UserError: If the types of a column do not fit each other.
-    """
-    common = Features(features[0])
-    for file, own in zip(files, features, strict=True):
-        for name, feature in own.items():
-            pair = [Features({name: one}) for one in (common.setdefault(name, feature), feature)]
-            if pair[0] == pair[1]:
-                continue
-            try:
-                schemas = [one.arrow_schema.remove_metadata() for one in pair]
-                common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
-                if not is_json and not all(isinstance(one[name], Value) for one in pair):
-                    remedy = f"the type of {name!r} does not fit {file}; give it the same type, or remove that column"
-                    raise UserError(Problem("dataset_name", files[0], remedy)) from None
-                common[name] = Json() if is_json else Value("string")
-    unknown = Json() if is_json else Value("null")
-    return Features({name: unknown if feature == Value("null") else feature for name, feature in common.items()})
-
-
 def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind) -> Converter:
-    """Return what converts the rows of a split.
-
-    Raises:
-        UserError: If a column that it needs does not exist.
-    """
+    """Return what converts the rows of a split. Raise a `UserError` if a column that it needs does not exist."""
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text
@@ -329,6 +259,8 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         return _conversation_converter(args, columns)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
+    if kind == "unpaired" and not find_column(columns, "chosen"):
+        return _unpaired_converter(args, columns)
     if kind == "text":
         (text,) = _require(columns, text_column=args.text_column)
 
@@ -339,8 +271,6 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
         return from_text, ["text"], [text]
 
-    if kind == "unpaired" and not find_column(columns, "chosen"):
-        return _unpaired_converter(args, columns)
     chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
@@ -348,15 +278,25 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
         remedy += "move what precedes the answers to a column of prompts"
         raise UserError(Problem("prompt_column", args.prompt_column, remedy))
-    name = prompt or args.prompt_column
-    read, used = _prompt_reader(args, columns, name)
+    read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
 
     def from_pair(row: Row) -> dict[str, Any]:
         pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
-        return read_pair({**pair, name: read(row)} if prompt else pair, name, args.system_prompt)
+        return read_pair(pair, read(row) if has_prompt(pair, prompt) else None, args.system_prompt)
 
     margin = ["margin"] if "margin" in columns else []
     return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
+
+
+def check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
+    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
+    columns, others = column_names(train), column_names(test)
+    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
+    # Prompts may be read from the answers, and margins are optional.
+    read = [name for name in used if name != "margin" and find_column(columns, name)]
+    if lacking := [name for name in read if not find_column(others, name)]:
+        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
+        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
@@ -372,30 +312,29 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
 
 def _prompt_reader(
     args: DataArguments, columns: list[str], prompt: str, completion: str = ""
-) -> tuple[Callable[[Row], Any], list[str]]:
-    """Return the function that returns a prompt with its context, and the columns that it reads."""
+) -> tuple[Callable[[Row], Messages], list[str]]:
+    """Return the function that reads a prompt with its context, and the columns that it reads."""
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
+    used = [prompt, *contexts]
     if contexts:
-        _log_once(f"{'data':<11} {args.dataset_name}: prompts are made of the columns {prompt}, {', '.join(contexts)}")
+        line = f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}"
+        _log_once(logging.INFO, line)
 
-    def read(row: Row) -> Any:
-        texts = [row[prompt], *(as_answer(row[name]) for name in contexts)]
+    def read(row: Row) -> Messages:
+        text = row[prompt]
         # A prompt that consists of messages is complete.
-        if not isinstance(texts[0], str) or not texts[0].strip():
-            return texts[0]
-        for name, text in zip(contexts, texts[1:], strict=True):
-            if not isinstance(text, str | None):
-                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(text)}, not text")
-        return "\n\n".join(text for text in texts if text and text.strip())
+        for name in contexts if isinstance(text, str) and text.strip() else ():
+            context = as_answer(row[name])
+            if not isinstance(context, str | None):
+                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(context)}, not text")
+            text += f"\n\n{context}" if context and context.strip() else ""
+        return read_prompt(text, prompt, args.system_prompt)
 
-    return read, [prompt, *contexts]
+    return read, used
 
 
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Converter:
-    """Return what reads conversations, or joins a prompt and its completion.
-
-    By default, the columns of `PAIRS` are joined if there are no messages.
-    """
+    """Return what reads conversations, or joins a prompt and its completion, by default the columns of `PAIRS`."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
 
@@ -407,29 +346,25 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
             raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
         return {"messages": messages}
 
+    if messages_column and args.completion_column is None:
+        return from_messages, ["messages"], [messages_column]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
         remedy = ""
-    elif messages_column:
-        return from_messages, ["messages"], [messages_column]
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
-        missing = {"messages_column": args.messages_column}
-        remedy = "name prompt_column and completion_column, or "
-    found = next((pair for pair in pairs if all(pair)), None)
-    prompt, completion = found or _require(columns, remedy, **missing)
+        missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
+    prompt, completion = next(filter(all, pairs), None) or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"messages": [*messages, answer_message(row[completion], completion)]}
+        return {"messages": [*read(row), answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
 
 
 def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
-    """Return what reads single answers that are wanted or not."""
     prompt = _find_prompt(args, columns)
     completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
     names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
@@ -437,61 +372,50 @@ def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def convert(row: Row) -> dict[str, Any]:
-        answer, wanted = row[completion], row[label]
-        if wanted not in (True, False):
-            raise ShapeError(f"{label} is {shorten(wanted)}, not true or false")
-        messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"prompt": messages, "completion": [answer_message(answer, completion)], "label": bool(wanted)}
+        if row[label] not in (True, False):
+            raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
+        answer = answer_message(row[completion], completion)
+        return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
 
     return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
-    """Return what reads prompts, with their final answers if there is a column."""
     prompt = _find_prompt(args, columns, split)
     # Pairs of conversations are read as well: their prompt is what both begin with.
-    sides = [find_column(columns, side) for side in ("chosen", "rejected")]
-    has_pairs = all(sides) and args.prompt_column == "prompt"
+    chosen, rejected = (find_column(columns, side) for side in ("chosen", "rejected"))
+    has_pairs = chosen and rejected and args.prompt_column == "prompt"
     if not prompt and not has_pairs:
         _require(columns, prompt_column=args.prompt_column)
     answer = find_column(columns, args.answer_column, *(("answer", "a") if args.answer_column == "answer" else ()))
     if not answer and (args.answer_pattern is not None or args.answer_column != "answer"):
         _require(columns, answer_column=args.answer_column)
-    final_answer = _answer_finder(args)
-    read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
-
-    def convert(row: Row) -> dict[str, Any]:
-        if has_pairs:
-            row = {**row, "chosen": row[sides[0]], "rejected": row[sides[1]]}
-        if has_pairs and not (prompt and has_prompt(row, prompt)):
-            messages = read_pair(row, prompt or args.prompt_column, args.system_prompt)["prompt"]
-        else:
-            messages = read_prompt(read(row), prompt, args.system_prompt)
-        return {"prompt": messages, "answer": final_answer(row[answer])} if answer else {"prompt": messages}
-
-    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
-
-
-def _answer_finder(args: DataArguments) -> Callable[[object], str]:
-    """Return the function that finds the final answer in the content of `answer_column`, by `answer_pattern`."""
     try:
         pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
     except re.error as error:
         remedy = f"is not a regular expression ({error})"
         raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
+    read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
 
-    def find(value: object) -> str:
-        answer = as_answer(value)
-        if answer is None or isinstance(answer, list | dict):
-            raise ShapeError(f"{args.answer_column} is {shorten(value)}, not one answer as text or as a number")
-        answer = str(answer)
-        match = (pattern or GSM8K_ANSWER).search(answer)
-        if match:
-            answer = match.group(1) if match.re.groups else match.group(0)
-            if answer is None:
-                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
-        elif pattern is not None:
-            raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
-        return answer.strip()
+    def convert(row: Row) -> dict[str, Any]:
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} if has_pairs else {}
+        is_pair = has_pairs and not has_prompt(pair, prompt)
+        messages = read_pair(pair, None, args.system_prompt)["prompt"] if is_pair else read(row)
+        return {"prompt": messages, **({"answer": _final_answer(row[answer], answer, pattern)} if answer else {})}
 
-    return find
+    return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
+
+
+def _final_answer(value: object, column: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the final answer in the content of a column, by default what follows GSM8K's mark."""
+    answer = as_answer(value)
+    if answer is None or isinstance(answer, list | dict):
+        raise ShapeError(f"{column} is {shorten(value)}, not one answer as text or as a number")
+    answer = str(answer)
+    if match := (pattern or GSM8K_ANSWER).search(answer):
+        answer = match.group(1) if match.re.groups else match.group(0)
+        if answer is None:
+            raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
+    elif pattern is not None:
+        raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
+    return answer.strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,14 +14,9 @@ Row = Mapping[str, Any]
 
 AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
 """The beginning of messages that were written as text."""
-
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
-
 NOT_READ = "calls a tool, which is not read; write the call into the content"
-
-EXACT = 2.0**53
-"""From here on, a number of a file has lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one."""
 
 
 class ShapeError(ValueError):
@@ -29,13 +24,10 @@ class ShapeError(ValueError):
 
 
 def read_messages(value: object, column: str, system_prompt: str | None = None, calls: bool = False) -> Messages:
-    """Read a conversation: a list of messages, or the text of a single message of the user.
+    """Read a conversation: a list of messages, or the text of a single message of the user, or raise a `ShapeError`.
 
     A conversation without a system message gets `system_prompt`. With `calls`, messages of the assistant may call tools
     and be empty apart from that. They get the key `tool_calls`, in OpenAI's form with arguments as a dict.
-
-    Raises:
-        ShapeError: If it is neither, or not a conversation that a model can learn from.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -87,26 +79,22 @@ def _with_roles(value: object) -> object:
         return value
     messages: list[Any] = []
     for one in value:
-        if isinstance(one, Mapping) and one.get("role") == "function":
-            one = {**one, "role": "tool"}
-        elif isinstance(one, Mapping) and {"from", "value"} <= set(one) and one.get("role") is None:
-            role, content = one["from"], one["value"]
-            one = {"role": ROLES.get(role, role), "content": content}
-            if role == "function_call":
-                last = messages[-1] if messages else None
-                is_joined = isinstance(last, Mapping) and last.get("role") == "assistant"
-                before = messages.pop() if is_joined else {"role": "assistant", "content": ""}
-                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), content]}
+        match one:
+            case {"role": "function"}:
+                one = {**one, "role": "tool"}
+            case {"from": "function_call", "value": call}:
+                before = {"role": "assistant", "content": ""}
+                if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+                    before = messages.pop()
+                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), call]}
+            case {"from": role, "value": content} if one.get("role") is None:
+                one = {"role": ROLES.get(role, role), "content": content}
         messages.append(one)
     return messages
 
 
 def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
-    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text.
-
-    Raises:
-        ShapeError: If one has no name, or its arguments are not an object that JSON can hold.
-    """
+    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text."""
     match _parse(value):
         case None:
             return []
@@ -114,9 +102,6 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
             return [call for one in several for call in _read_calls(one, column)]
         case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
             arguments = _parse(arguments)
-            numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
-            if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
-                raise ShapeError(f"{column} has a number that JSON cannot hold in the arguments {shorten(arguments)}")
             if name.strip() and isinstance(arguments, Mapping):
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
     raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
@@ -157,11 +142,9 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
-    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
-
-    Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
-    tokens of the template.
-    """
+    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
+    # Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
+    # tokens of the template.
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):
@@ -174,23 +157,16 @@ def as_answer(value: object) -> object:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        if abs(value) >= EXACT:
-            raise ShapeError(f"the number {value} is not exact; write it as text")
         value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def answer_message(value: object, column: str) -> dict[str, str]:
     """Return the assistant's message with the text of a column, which may be that message."""
-    match value:
-        case [{"role": "assistant", "content": content}]:
-            value = content
-    value = as_answer(value)
-    if value is None or (isinstance(value, str) and not value.strip()):
+    answer = {"content": ""} if as_answer(value) is None else _read_answer(value, column)
+    if not answer["content"].strip():
         raise ShapeError(f"{column} is empty")
-    if not isinstance(value, str):
-        raise ShapeError(f"{column} is {shorten(value)}, not text")
-    return {"role": "assistant", "content": _as_text(value, column)}
+    return answer
 
 
 def shorten(value: object) -> str:
@@ -200,28 +176,17 @@ def shorten(value: object) -> str:
 
 
 def has_prompt(pair: Row, column: str) -> bool:
-    """Return whether a pair has its prompt in a column of its own.
-
-    If the answers are whole conversations, a text in that column is only the last message of their prompt.
-    """
+    """Return whether a pair has its prompt in a column of its own."""
+    # If the answers are whole conversations, a text in that column is only the last message of their prompt.
     whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
 
 
-def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None = None) -> dict[str, Any]:
-    """Read a prompt with two answers; a prompt with which both conversations begin is taken out of them.
+def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
+    """Read two answers to a prompt, which is taken out of them if it is None, or raise a `ShapeError`.
 
-    Args:
-        row: `chosen` and `rejected`, each the text of an answer, its message, or a whole conversation; the prompt,
-            unless they are conversations; optionally `margin`, how much better the chosen answer is.
-        prompt_column: Column of the prompt.
-        system_prompt: As for `read_messages`.
-
-    Returns:
-        `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the row has it.
-
-    Raises:
-        ShapeError: If the row has a different shape.
+    Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if
+    the row has it.
     """
     # The shapes that data sets have, with M for a message and Q, A, B for texts:
     #
@@ -230,27 +195,24 @@ def read_pair(row: Row, prompt_column: str = "prompt", system_prompt: str | None
     #   Q or [M]   [M]         [M]         one message each
     #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
     #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt
-    row = {**row, **{side: _with_roles(row[side]) for side in ("chosen", "rejected")}}
-    chosen, rejected = row["chosen"], row["rejected"]
-    if has_prompt(row, prompt_column):
-        prompt = read_prompt(row[prompt_column], prompt_column, system_prompt)
-    else:
-        if not all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
-            raise ShapeError("there is no prompt")
-        prompt = read_prompt(chosen[:-1], "chosen", system_prompt)
-        if prompt != read_messages(rejected[:-1], "rejected", system_prompt):
+    sides = {side: _with_roles(row[side]) for side in ("chosen", "rejected")}
+    if prompt is None:
+        prompts = []
+        for side, turns in sides.items():
+            if not isinstance(turns, list) or len(turns) < 2:
+                raise ShapeError("there is no prompt")
+            prompts.append(read_prompt(turns[:-1], side, system_prompt))
+            sides[side] = turns[-1:]
+        prompt = prompts[0]
+        if prompts[1] != prompt:
             raise ShapeError("chosen and rejected do not answer the same prompt")
-        chosen, rejected = chosen[-1:], rejected[-1:]
-    pair = {
-        "prompt": prompt,
-        "chosen": [_read_answer(chosen, prompt, "chosen", system_prompt)],
-        "rejected": [_read_answer(rejected, prompt, "rejected", system_prompt)],
-    }
-    if "margin" not in row:
-        return pair
-    if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
-        raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
-    return {**pair, "margin": float(row["margin"])}
+    answers = {side: [_read_answer(answer, side, prompt, system_prompt)] for side, answer in sides.items()}
+    pair: dict[str, Any] = {"prompt": prompt, **answers}
+    if "margin" in row:
+        if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
+            raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
+        pair["margin"] = float(row["margin"])
+    return pair
 
 
 def is_informative(pair: Row) -> bool:
@@ -260,40 +222,25 @@ def is_informative(pair: Row) -> bool:
 
 
 def labelled_pair(
-    prompt: Messages,
-    chosen: str,
-    rejected: str,
-    *,
-    annotator: str,
-    chosen_first: bool,
-    kind: str = "",
-    tastes: Sequence[float | None] = (None, None),
+    prompt: Messages, chosen: str, rejected: str, annotator: str, chosen_first: bool, kind: str = "", tastes: Any = ()
 ) -> dict[str, Any]:
-    """Return a pair of answers to a prompt, with a label, as a row of a preference data set that is made here.
+    """Return a pair of answers as a row of a preference data set that is made here.
 
-    Args:
-        annotator: Who prefers the chosen answer.
-        chosen_first: Whether the annotator was shown the chosen answer first.
-        kind: Kind of the prompt, if it has one.
-        tastes: The noise-free taste for both answers, where it is known and may be kept.
+    Its `annotator` prefers the chosen answer. `kind` is the prompt's, and `tastes` are noise-free, where known.
     """
-    return {
-        "prompt": prompt,
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-        "annotator": annotator,
-        "first": "chosen" if chosen_first else "rejected",
-        "kind": kind,
-        "taste_chosen": tastes[0],
-        "taste_rejected": tastes[1],
-    }
+    answers = {"chosen": chosen, "rejected": rejected}
+    pair: dict[str, Any] = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    pair |= {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
+    taste_chosen, taste_rejected = tastes or (None, None)
+    return {"prompt": prompt, **pair, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
 
 
-def _read_answer(value: object, prompt: Messages, column: str, system_prompt: str | None) -> dict[str, str]:
-    """Return the assistant's message, which may be empty."""
+def _read_answer(
+    value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
+) -> dict[str, str]:
+    """Return the assistant's message, which may be empty, of a text, a message or a conversation with this prompt."""
     if isinstance(value := as_answer(value), str):
         return {"role": "assistant", "content": _as_text(value, column)}
-    # The answer may be a whole conversation, which repeats the prompt.
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):

@@ -1,10 +1,8 @@
-"""Overlap of test data with training data, by word n-grams, between any two data sets.
+"""Overlap of test data with training data, by word n-grams: the method of Brown et al. 2020 (GPT-3), appendix C.
 
-A test example overlaps if one of its n-grams of words (case and punctuation ignored), or all of it if it has fewer
-words, occurs anywhere in the training data: the method of Brown et al. 2020 (GPT-3), appendix C. The n-grams of the
-test data are kept as 64-bit hashes, about 100 bytes each; the training data are read once, row by row, and not kept.
-
-A Chinese character or Japanese sign is a word. Not found: paraphrases and translations.
+A test row overlaps if one of its n-grams of words, or all of it if it has fewer words, occurs anywhere in the training
+data. The n-grams of the test data are kept as 64-bit hashes, about 100 bytes each; the training data are read once, row
+by row, and not kept. Paraphrases and translations are not found.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +24,16 @@ PROMPT_COLUMNS = (
 )  # fmt: skip
 ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output", "chosen", "rejected")
 
+# Kana and Chinese characters, each of which is a word, because these languages are written without spaces.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Signs of languages that are written without spaces: kana and Chinese characters."""
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+
+EXAMPLES = 5
+"""Overlapping rows that the command shows."""
 
 
 class Match(NamedTuple):
-    """A test row found in the training data, the first training row that shares something with it, and the words."""
+    """A test row, the first training row that shares words with it, and these words."""
 
     test_row: int
     train_row: int
@@ -40,7 +42,7 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of a test data set occurs in the training data: the test rows found, and how many rows both have."""
+    """The test rows that were found in the training data, and how many rows both have."""
 
     matches: list[Match]
     test_rows: int
@@ -55,19 +57,18 @@ class Overlap:
 class NgramIndex:
     """The n-grams of a set of texts, as hashes, in which other texts are looked up.
 
-    `n` is at least 1. A text of fewer words is indexed as a whole, and overlaps with every text that contains it.
+    A text of fewer than `n` words is indexed as a whole, and overlaps with every text that contains it.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
-        # By length in words: texts of fewer than n words are indexed whole.
+        # By length in words.
         self._hashes: dict[int, set[int]] = {n: set()}
 
     def add(self, texts: Iterable[str]) -> list[int]:
         """Index the n-grams of texts, and return their hashes in order."""
         added: list[int] = []
-        for text in texts:
-            tokens = words(text)
+        for tokens in map(words, texts):
             # The whole text if it is shorter, nothing if it has no words.
             if size := min(self.n, len(tokens)):
                 hashes = list(map(hash, ngrams(tokens, size)))
@@ -102,10 +103,7 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Look for every test row in the training rows, both of which are read once.
-
-    `n` consecutive words must agree, at least 1. A test text of fewer words must occur as a whole.
-    """
+    """Look for every test row in the training rows, both of which are read once; `n` consecutive words must agree."""
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
 
@@ -118,11 +116,8 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
                 first.setdefault(value, (train_count, shared))
         train_count += 1
 
-    matches = []
-    for number, hashes in enumerate(hashes_per_row):
-        found = next((value for value in hashes if value in first), None)
-        if found is not None:
-            matches.append(Match(number, *first[found]))
+    found = [next((first[value] for value in hashes if value in first), None) for hashes in hashes_per_row]
+    matches = [Match(number, *shared) for number, shared in enumerate(found) if shared is not None]
     return Overlap(matches, len(hashes_per_row), train_count)
 
 
@@ -137,8 +132,9 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
     # The question of a conversation, without its answer.
     for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
-        asked = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
-        found.append(_flatten(asked))
+        found.append(
+            _flatten([turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}])
+        )
     return list(dict.fromkeys(text for text in found if text))
 
 
@@ -152,49 +148,41 @@ def _flatten(value: object) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `python -m pipeline check-overlap` to `parser`."""
+    """Add the arguments of `fourstage check-overlap` to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
-    parser.add_argument("--train", nargs="+", required=True, metavar="DATASET", help=f"training {where} (split: train)")
-    parser.add_argument("--test", nargs="+", required=True, metavar="DATASET", help=f"test {where} (split: test)")
-    parser.add_argument(
-        "--document", help="what a document of a text file is: file, blank_line or lines:64, as in training"
-    )
+    for name in ("train", "test"):
+        parser.add_argument(
+            f"--{name}", nargs="+", required=True, metavar="DATASET", help=f"{name} {where} (split: {name})"
+        )
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
-    parser.add_argument(
-        "--max_share", type=float, default=0.0, help="share of test rows that may overlap, 0 to 1 (default: 0)"
-    )
-    parser.add_argument("--examples", type=int, default=5, help="overlapping rows to show (default: 5)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the overlap of each test data set with all training data. Return 1 if one is above `--max_share`."""
+    """Print the overlap of each test data set with all training data. Return 1 if there is any."""
     if args.n < 1:
         raise UserError(Problem("n", args.n, "must be at least 1"))
-    if not 0 <= args.max_share <= 1:
-        raise UserError(Problem("max_share", args.max_share, "must be between 0 and 1"))
-    tests = [(name, _open_rows(name, "test", "test", args.document)) for name in args.test]
-    trains = [_open_rows(name, "train", "train", args.document) for name in args.train]
-    too_much = False
-    for name, rows in tests:
-        found = overlap((row for train in trains for row in train), rows, args.n)
-        too_much |= found.share > args.max_share
+    tests = {name: _open_rows(name, "test") for name in args.test}
+    trains = [_open_rows(name, "train") for name in args.train]
+    overlaps = False
+    for name, rows in tests.items():
+        found = overlap(chain.from_iterable(trains), rows, args.n)
+        overlaps |= bool(found.matches)
         shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
-        for match in found.matches[: args.examples]:
+        for match in found.matches[:EXAMPLES]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
-    return int(too_much)
+    return int(overlaps)
 
 
-def _open_rows(name: str, field: str, default_split: str, document: str | None) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of DATASET[:CONFIG[:SPLIT]]."""
+def _open_rows(name: str, field: str) -> Sequence[Mapping[str, Any]]:
+    """Return the rows of DATASET[:CONFIG[:SPLIT]], by default of the split `field` if there are several."""
     # Imported here, because `datasets` takes seconds, and `--help` does not need it.
     from pipeline.data.sources import open_source
 
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
-    splits = open_source(dataset, config or None, document=document)
-    if not split:
-        split = next(iter(splits)) if len(splits) == 1 else default_split
+    splits = open_source(dataset, config or None)
+    split = split or (next(iter(splits)) if len(splits) == 1 else field)
     if split not in splits:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-DOCUMENTS_PER_BATCH = 10_000
-"""Documents packed together. The rest of a batch that does not fill a block is dropped: one block in about 10 MB."""
-
-DOCUMENTS_AT_ONCE = 1000
-"""Documents tokenized at once: `tokenizers` takes some hundred bytes for each of their tokens."""
-
+DOCUMENTS_PER_BATCH, DOCUMENTS_AT_ONCE = 10_000, 1000
+"""Documents packed together, of which what does not fill a block is dropped (one block in about 10 MB), and documents
+tokenized at once, for each of whose tokens `tokenizers` takes some hundred bytes."""
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 
@@ -38,18 +35,14 @@ IGNORED = -100
 def pack_documents(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, num_proc: int | None = None
 ) -> Dataset:
-    """Pack documents into blocks of `block_size` tokens, in the order of the data set.
+    """Pack documents, in order, into blocks: the column `input_ids`, arrays of `block_size` integers.
 
-    Each document is `bos + text + eos`. A document cut by the end of a block continues in the next one as if it began
+    Each document is `bos + text + eos`. One that is cut by the end of a block continues in the next one as if it began
     there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than 65,536.
 
     Args:
-        tokenizer: A tokenizer with bos and eos tokens.
         column: Column of the texts, or of their tokens. All columns are replaced.
         num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
-
-    Returns:
-        Blocks with the column `input_ids`, arrays of `block_size` integers; `PackedBlocks` makes batches of them.
     """
     encode = Encoder.of(tokenizer)
 
@@ -65,13 +58,7 @@ def pack_documents(
 
 @dataclass
 class Encoder:
-    """Tokens of documents: `bos + text + eos`, one document after the other.
-
-    Attributes:
-        backend: Tokenizer of the library `tokenizers`.
-        bos, eos: Tokens before and after a text.
-        largest: The last token.
-    """
+    """Tokens of documents: `bos + text + eos`, one document after the other. `largest` is the last token."""
 
     backend: Tokenizer
     bos: int
@@ -85,11 +72,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data.
-
-        Raises:
-            UserError: If the tokenizer is not of the library `tokenizers`.
-        """
+        """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data."""
         if not tokenizer.is_fast:
             remedy = "is not of the library tokenizers; choose another one"
             raise UserError(Problem("tokenizer_name_or_path", tokenizer.name_or_path, remedy))
@@ -102,14 +85,18 @@ class Encoder:
         return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
-        """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,).
-
-        Raises:
-            UserError: If tokens come from another tokenizer.
-        """
+        """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,)."""
         if isinstance(documents[0], str):
-            pieces = range(0, len(documents), DOCUMENTS_AT_ONCE)
-            return np.concatenate([self._encode(documents[i : i + DOCUMENTS_AT_ONCE]) for i in pieces])
+            # A document that spells a special token must not end there.
+            self.backend.encode_special_tokens = True
+            pieces = []
+            for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
+                some = documents[begin : begin + DOCUMENTS_AT_ONCE]
+                encoded = self.backend.encode_batch_fast(some, add_special_tokens=False)
+                tokens = chain.from_iterable((self.bos, *text.ids, self.eos) for text in encoded)
+                # One array at once: lists of Python integers take 30 bytes a token.
+                pieces.append(np.fromiter(tokens, self.dtype))
+            return np.concatenate(pieces)
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
             remedy = f"documents must begin with bos ({self.bos}) and end with eos ({self.eos}), the tokenizer's"
             raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
@@ -118,14 +105,6 @@ class Encoder:
             remedy = f"contain the token {largest}, and the tokenizer's last is {self.largest}; give the one that fits"
             raise UserError(Problem("dataset_name", "the shards", remedy))
         return ids.astype(self.dtype)
-
-    def _encode(self, texts: Sequence[str]) -> np.ndarray:
-        # A document that spells a special token must not end there.
-        self.backend.encode_special_tokens = True
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        # One array at once: lists of Python integers take 30 bytes a token.
-        documents = ((self.bos, *text.ids, self.eos) for text in encoded)
-        return np.fromiter(chain.from_iterable(documents), self.dtype)
 
 
 @dataclass
@@ -140,11 +119,9 @@ class PackedBlocks:
     eos: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate `input_ids` of the same length.
+        """Return `input_ids`, `position_ids` (which restart at each document) and `labels`, each (batch, block size).
 
-        Returns:
-            `input_ids`, `position_ids` (which restart at each document) and `labels`, each `(batch, block size)`. The
-            first token of a document is not a label, because no token before it is visible.
+        The first token of a document is not a label, because no token before it is visible.
         """
         ids = np.stack([example["input_ids"] for example in examples]).astype(np.int64)
         places = np.arange(ids.shape[1])
@@ -170,13 +147,11 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
 
     Nothing is logged for a stream, whose rows are tokenized later, and where packing goes on in the next sequence.
     """
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names or args.max_length is None:
+    goes_on = args.packing and args.packing_strategy != "bfd"
+    if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None or goes_on:
         return
-    if args.packing and args.packing_strategy != "bfd":
-        return
-    lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
-    longer = sum(length > args.max_length for length in lengths)
-    if longer:
+    lengths = [len(ids) for batch in dataset.select_columns(TOKENS).iter(1000) for ids in batch[TOKENS]]
+    if longer := sum(length > args.max_length for length in lengths):
         end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
         what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
         remedy = "raise it, or the model does not learn to stop after long answers"

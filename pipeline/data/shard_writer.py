@@ -34,9 +34,7 @@ RECORDED = (
 class ShardArguments:
     """Where shards are written, and by which processes."""
 
-    output_dir: str = field(
-        metadata={"help": "Folder of the shards: a data set with one folder for each split, written one by one."}
-    )
+    output_dir: str = field(metadata={"help": "Folder of the shards: a data set with one folder for each split."})
     executor: Literal["local", "slurm", "ray"] = option(
         "local", "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."
     )
@@ -58,10 +56,6 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
 
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
     """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
-
-    Args:
-        tokenizer: A tokenizer with bos and eos tokens.
-        data_args: The documents; `validation_share` is for readers of the shards.
 
     Raises:
         UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
@@ -97,13 +91,12 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         write_text(folder / name, content)
 
     # Not shuffled, because a stream of shards is shuffled when it is read.
-    write = DocumentTokenizer(
-        str(folder), str(folder / TOKENIZER), batch_size=DOCUMENTS_AT_ONCE, shuffle_documents=False
-    )
+    options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
+    write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)
     # datatrove would choose the size by the size of the vocabulary, in which it does not count special tokens.
     write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
     steps = [partial(read_documents, data_args), write]
-    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
+    options = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
     if args.executor == "slurm":
         SlurmPipelineExecutor(steps, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
     elif args.executor == "ray":
@@ -120,8 +113,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
 
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
     """Check how shards of `source` are to be written to `folder`, which is to contain the texts of `files` by name."""
-    problem = check_directory(args.output_dir)
-    problems = [problem] if problem else []
+    problems = [problem] if (problem := check_directory(args.output_dir)) else []
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"
         problems.append(Problem("output_dir", args.output_dir, remedy))

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
 from pipeline.errors import Problem, UserError
@@ -40,36 +40,27 @@ def is_shards(path: Path) -> bool:
 def open_shards(folder: Path) -> IterableDatasetDict:
     """Open the shards in a folder as the split `train`, and the shards in its folders as splits of their names.
 
-    Returns:
-        Streams of documents with the column `input_ids`; each shard is a file of its stream.
-
-    Raises:
-        UserError: If a shard is incomplete or damaged, if shards are missing, or if a split has no documents.
+    They are streams of documents with the column `input_ids`, and each shard is a file of its stream. Raise a
+    `UserError` if a shard is incomplete or damaged, if shards are missing, or if a split has no documents.
     """
     splits: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*.ds")):
         parts = file.relative_to(folder).parts
         splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
-    problems = [problem for files in splits.values() for problem in _validate(files)]
-    if problems:
+    if problems := [problem for files in splits.values() if (problem := _validate(files))]:
         raise UserError(*problems)
     features = Features({TOKENS: List(Value("uint32"))})
-    return IterableDatasetDict(
-        {
-            name: IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
-            for name, files in splits.items()
-        }
-    )
+    streams = {
+        name: IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
+        for name, files in splits.items()
+    }
+    return IterableDatasetDict(streams)
 
 
 def documents_of(args: Arguments) -> Arguments:
     """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
     record = read_json(Path(args.dataset_names[0], args.dataset_train_split, RECORD))
-    if not record:
-        return args
-    # Earlier releases did not record what a document is.
-    chosen = {name: value for name, value in record.items() if name not in ("tasks", "digest")}
-    return replace(args, **{"document": OLD, **chosen})
+    return replace(args, **{name: value for name, value in record.items() if name not in ("tasks", "digest")})
 
 
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -113,8 +104,8 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
             begin = end
 
 
-def _validate(files: Sequence[Path]) -> list[Problem]:
-    """Check the shards of a split."""
+def _validate(files: Sequence[Path]) -> Problem | None:
+    """Return what is wrong with the shards of a split."""
     total = 0
     for file in files:
         try:
@@ -127,14 +118,10 @@ def _validate(files: Sequence[Path]) -> list[Problem]:
             is_whole = False
         if not is_whole:
             remedy = "does not have the tokens that its .index and .metadata say: it is being written, or damaged"
-            return [Problem("dataset_name", file, f"{remedy}; wait for it, or make it again")]
+            return Problem("dataset_name", file, f"{remedy}; wait for it, or make it again")
         total += tokens
-
-    folder = files[0].parent
-    tasks = read_json(folder / RECORD).get("tasks", len(files))
+    tasks = read_json(files[0].parent / RECORD).get("tasks", len(files))
+    remedy = "" if total else "is empty; choose one that has rows"
     if tasks != len(files):
         remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
-        return [Problem("dataset_name", folder, remedy)]
-    if not total:
-        return [Problem("dataset_name", folder, "is empty; choose one that has rows")]
-    return []
+    return Problem("dataset_name", files[0].parent, remedy) if remedy else None

@@ -9,71 +9,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    concatenate_datasets,
-    load_dataset_builder,
-)
+from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import (
-    Kind,
-    Split,
-    column_names,
-    converter,
-    drops_rows,
-    find_column,
-    place_of,
-    standardise,
-)
+from pipeline.data.columns import Kind, Split, Splits, check_columns, column_names, drops_rows, place_of, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_BUFFER = 1000
-"""Rows among which a stream is shuffled."""
+SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
+"""Rows among which a stream is shuffled, and the default of `max_eval_samples` where rows of one are held out: each
+evaluation would read it to its end."""
 
-HELD_OUT_OF_STREAM = 1000
-"""Default of `max_eval_samples` where rows of a stream are held out, which each evaluation would read to its end."""
-
-MEASURED = 200
-"""Rows whose characters are counted."""
-
-CHARACTERS = 4
-"""Characters of an average token."""
-
-SHOWN_COLUMNS = ("text", "messages", "prompt", "chosen")
-"""Columns that make one sequence of tokens."""
+MEASURED, CHARACTERS = 200, 4
+"""Rows whose characters are counted, and the characters of an average token."""
 
 
 def load_splits(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
 ) -> tuple[Split, Split | None]:
-    """Load the training split of a data set and, if wanted, its evaluation split.
+    """Load the training split of a data set and, if wanted, its evaluation split, or else None.
+
+    If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
+    whether or not the evaluation split is wanted: the finished model is measured on these rows as well.
 
     Args:
-        args: Names of the data set, its splits and its columns. If the data set has a single split (a plain file, for
-            instance), every `1 / validation_share`-th row is held out, whether or not the evaluation split is wanted:
-            the finished model is measured on these rows as well.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
-        evaluation: Whether the evaluation split is wanted.
         tokens: Special tokens of the tokenizer (`pipeline.models.tokenizer.special_tokens`), which no message may
             contain as text. Default: any text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
-
-    Returns:
-        The training split, and the evaluation split or None. Iterable data sets if `args.dataset_streaming`.
 
     Raises:
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
@@ -104,20 +75,16 @@ def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
     """Return the number of training rows, and about how many tokens an average one has; 0 for what is not known.
 
-    Args:
-        args: The data set, which is not downloaded.
-        planned: Rows of data sets that do not exist yet.
-        needed: Whether it is an error if the number is not known.
-
-    Raises:
-        UserError: If it is needed and not known.
+    The data set is not downloaded. `planned` has the rows of those that do not exist yet. If the number is `needed` and
+    not known, raise a `UserError`.
     """
     names = args.dataset_names
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
             first = rows.take(MEASURED)
-            shown = [column for column in SHOWN_COLUMNS if column in rows.column_names]
+            # Each of these columns, and an answer to a prompt, makes one sequence of tokens.
+            shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
             characters = sum(len(str(text)) for column in shown for text in first[column])
             return len(rows), characters / len(first) / CHARACTERS
         if args.max_train_samples or not needed:
@@ -134,47 +101,49 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
 
 
-def keep_rows(source: DatasetDict | IterableDatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    """Return the rows of a data set that `args.keep_rows` asks for.
-
-    Raises:
-        UserError: If it names a column that does not exist, or does not have the form COLUMN=VALUE.
-    """
-    if not args.keep_rows:
-        return source
+def keep_rows(source: Splits, args: DataArguments) -> Splits:
+    """Return the rows of a data set that `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
     kept: dict[str, set[str]] = {}
-    for condition in args.keep_rows:
+    for condition in args.keep_rows or ():
         column, sign, value = condition.partition("=")
-        if not sign:
-            raise UserError(Problem("keep_rows", condition, "must have the form COLUMN=VALUE"))
+        columns = column_names(next(iter(source.values())))
+        if not sign or column not in columns:
+            remedy = f"must be COLUMN=VALUE, with one of the columns {', '.join(columns)}"
+            raise UserError(Problem("keep_rows", condition, remedy))
         kept.setdefault(column, set()).add(value.casefold())
-    columns = column_names(next(iter(source.values())))
-    if unknown := sorted(set(kept) - set(columns)):
-        remedy = f"there is no such column; choose from: {', '.join(columns)}"
-        raise UserError(Problem("keep_rows", ", ".join(unknown), remedy))
+    if not kept:
+        return source
     return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
 
 
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    """Load one data set. Arguments, results and errors are as for `load_splits`."""
+    """Load one data set, as `load_splits` does."""
     train = args.dataset_train_split
     opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
     source = keep_rows(opened, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
-    is_single = list(source) == [train] and args.dataset_test_split != train and args.validation_share > 0
+    test = args.dataset_test_split
+    is_single = list(source) == [train] and test != train and args.validation_share > 0
     # A single row is trained on, if nothing is to be evaluated.
     can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
     if not (is_single and can_be_divided):
-        _check_splits(list(source), args, evaluation)
+        remedy = f"there is no such split; choose from: {', '.join(source)}"
+        problems = [] if train in source else [Problem("dataset_train_split", train, remedy)]
+        if evaluation and test not in source and (train in source or len(source) > 1):
+            problems.append(Problem("dataset_test_split", test, remedy))
+        if evaluation and train == test:
+            problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
+        if problems:
+            raise UserError(*problems)
         trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
-        held_out = _limit(source[args.dataset_test_split], args, "max_eval_samples")
-        _check_columns(source[train], held_out, args, kind)
+        held_out = _limit(source[test], args, "max_eval_samples")
+        check_columns(source[train], held_out, args, kind)
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):
@@ -197,8 +166,7 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     if isinstance(only, Dataset):
         rows = range(len(only))
         if len(rows) < 2:
-            remedy = "has 1 row" if rows else "does not have rows"
-            remedy += ", which leaves nothing to hold out; give more rows, or --eval_strategy no"
+            remedy = f"has {len(rows)} rows, which leaves nothing to hold out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
         held_out = rows[::period]
@@ -209,32 +177,6 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
     held_out = first.filter(lambda _, index: index % period == 0, with_indices=True)
     return concatenate_datasets([kept, *others]) if others else kept, held_out
-
-
-def _check_splits(names: list[str], args: DataArguments, evaluation: bool) -> None:
-    """Report splits that do not exist, and an evaluation on the training split."""
-    remedy = f"there is no such split; choose from: {', '.join(names)}"
-    train, test = args.dataset_train_split, args.dataset_test_split
-    problems = []
-    if train not in names:
-        problems.append(Problem("dataset_train_split", train, remedy))
-    if evaluation and test not in names and (train in names or len(names) > 1):
-        problems.append(Problem("dataset_test_split", test, remedy))
-    if evaluation and train == test:
-        problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
-    if problems:
-        raise UserError(*problems)
-
-
-def _check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
-    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
-    columns, others = column_names(train), column_names(test)
-    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
-    # Prompts may be read from the answers, and margins are optional.
-    read = [name for name in used if name != "margin" and find_column(columns, name)]
-    if lacking := [name for name in read if not find_column(others, name)]:
-        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
-        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _limit(split: Split, args: DataArguments, field: str) -> Split:

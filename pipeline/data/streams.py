@@ -11,9 +11,8 @@ read twice; otherwise processes share lanes, and each tokenizes the lanes that i
     process     0    1    0    1    0    1    0    1    0        two processes: 0 tokenizes a and c, 1 tokenizes b and d
     process     0    1    2    0    1    2    0    1    2        three processes: all lanes are tokenized three times
 
-The state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`. Here the
-state of a lane is the place in its file before the present chunk of documents, which is read once more when training
-resumes.
+The state of a lane is the place in its file before the present chunk of documents, which is read once more by a resumed
+run: the state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`.
 """
 
 from __future__ import annotations
@@ -42,15 +41,10 @@ from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
 
-LANES = 16
-"""Most lanes: each has a file open and its documents in memory."""
-
-DOCUMENTS = 256
-"""Documents of a lane that are shuffled and tokenized together."""
-
+LANES, DOCUMENTS = 16, 256
+"""Most lanes, each of which has a file open, and the documents of a lane that are shuffled and tokenized together."""
 CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
 """Fields of the data arguments that choose the rows of a stream."""
-
 STATE = "stream.json"
 """File in a checkpoint."""
 
@@ -60,13 +54,11 @@ next, and the tokens before that block (`rest`)."""
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Endless blocks of packed documents, which a trainer of one process or of several reads.
+    """Endless blocks of `block_size` tokens of packed documents, which process number `process` of `processes` reads.
 
     Args:
         rows: Documents, with the column `text`, or `input_ids` of a tokenizer that is the same.
         tokenizer: A tokenizer with bos and eos tokens.
-        block_size: Tokens per block.
-        process, processes: Which of how many processes reads the stream.
         chosen: Fields of the data arguments that choose rows. With `max_train_samples`, the stream is read as one file,
             because `datasets` would take so many from each.
     """
@@ -89,7 +81,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
         # A resumed run has to have the same of all these, or its place is one in another stream.
         self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
-        self.column = _column(rows)
+        self.column = TOKENS if TOKENS in column_names(rows) else "text"
         if self.column == TOKENS:
             self.kind["column"] = TOKENS
         # The first block of the stream in this run, and how many this process has given since.
@@ -205,7 +197,6 @@ def pack_splits(
     Args:
         splits: Documents to train on, and to evaluate on or None.
         args: A `pipeline.training.pretraining.PretrainConfig`.
-        data_args: With `max_train_samples`, a stream is read as one file.
 
     Returns:
         Blocks for each split. Those of an evaluation are kept, so that a stream of them is read once.
@@ -220,37 +211,33 @@ def pack_splits(
     logger.info("%-11s %s%s", "packing", processes, ", on each node once" if args.world_size > 1 else "")
     packed: list[Dataset | PackedStream | None] = []
     for which, split in zip(("training", "evaluation"), splits, strict=True):
-        if split is None:
-            packed.append(None)
-        elif isinstance(split, IterableDataset) and which == "training":
+        if isinstance(split, IterableDataset) and which == "training":
             seed = args.seed if args.data_seed is None else args.data_seed
             chosen = {name: getattr(data_args, name) for name in CHOOSING}
             place = (args.process_index, args.world_size)
             packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
-        else:
-            # An evaluation reads the same rows each time, so a stream of them is stored.
-            rows = split if isinstance(split, Dataset) else Dataset.from_list(list(split))
+            continue
+        # An evaluation reads the same rows each time, so a stream of them is stored.
+        rows = Dataset.from_list(list(split)) if isinstance(split, IterableDataset) else split
+        blocks = None
+        if rows is not None:
+            column = TOKENS if TOKENS in rows.column_names else "text"
             with once_per_node(args):
-                blocks = pack_documents(rows, tokenizer, args.block_size, _column(rows), args.dataset_num_proc)
+                blocks = pack_documents(rows, tokenizer, args.block_size, column, args.dataset_num_proc)
             if not len(blocks):
                 remedy = f"the {which} data do not fill a block; lower it or give more text"
                 raise UserError(Problem("block_size", args.block_size, remedy))
-            packed.append(blocks)
+        packed.append(blocks)
     return packed
-
-
-def _column(rows: Split) -> str:
-    return TOKENS if TOKENS in column_names(rows) else "text"
 
 
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the states of all processes. Each knows only the lanes that it reads."""
     places: dict[str, Place] = {}
-    for state in states:
-        for lane, place in state["places"].items():
-            # Where several processes read a lane, resume at the first of their places.
-            if lane not in places or place["block"] <= places[lane]["block"]:
-                places[lane] = place
+    for lane, place in (item for state in states for item in state["places"].items()):
+        # Where several processes read a lane, resume at the first of their places.
+        if lane not in places or place["block"] <= places[lane]["block"]:
+            places[lane] = place
     return {**states[0], "places": places}
 
 
@@ -260,8 +247,7 @@ class StreamPlace:
     belongs_to_model = False
 
     def __init__(self, stream: PackedStream, args: TrainingArguments) -> None:
-        self.stream = stream
-        self.args = args
+        self.stream, self.args = stream, args
 
     def save(self, folder: Path) -> None:
         """Write the places of all processes, joined."""
@@ -270,19 +256,14 @@ class StreamPlace:
             (folder / STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Go on where the checkpoint was written.
-
-        Raises:
-            UserError: If the checkpoint does not contain a place, or contains one in another stream.
-        """
+        """Go on where the checkpoint was written. Raise a `UserError` if it has no place, or one in another stream."""
         try:
             state = json.loads((folder / STATE).read_text())
         except FileNotFoundError:
             remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy)) from None
         own, other = self.stream.kind, state["kind"]
-        changed = [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]
-        if changed:
+        if changed := [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]:
             remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy))
         self.stream.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import add
 from typing import Any
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from pipeline.data.columns import Kind, Split
+from pipeline.data.messages import Messages
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
@@ -25,11 +27,9 @@ def drop_long_prompts(
     positions: int | None,
     template: Mapping[str, Any] | None = None,
 ) -> Split:
-    """Drop prompts that leave no room for an answer; their number is logged.
+    """Drop prompts that leave no room for an answer of `length` tokens; their number is logged.
 
     Args:
-        split: Rows with the column `prompt`.
-        length: Tokens of the longest answer, `max_completion_length`.
         positions: `max_position_embeddings` of the model, if it has any.
         template: Further arguments of the chat template, `chat_template_kwargs`.
 
@@ -61,10 +61,7 @@ def drop_long_prompts(
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the chat template with `{% generation %}` around what the assistant says: the tokenizer's own or TRL's.
-
-    None if the tokenizer's template has no such marks and TRL has no marked version of it.
-    """
+    """Return the chat template with `{% generation %}` around answers, the tokenizer's own or TRL's, if any."""
     if has_generation_markers(own := tokenizer.get_chat_template()):
         return own
     try:
@@ -85,8 +82,6 @@ def add_tokens(
     A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
 
     Args:
-        split: Rows with the columns of `kind`, which are kept.
-        kind: "conversation" and "preference" have tokens; rows of other kinds are returned as they are.
         answers_only: Whether only the assistant's tokens are labels of a conversation.
         num_proc: Processes, unless the split is a stream. Default: this one.
 
@@ -111,53 +106,41 @@ def add_tokens(
         return {"input_ids": encoded["input_ids"], "labels": labels}
 
     def pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        tokens = {}
-        for side in ("chosen", "rejected"):
-            rows = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
-            tokens[f"{side}_ids"] = _encode(tokenizer, rows)["input_ids"]
-        return tokens
+        sides = {side: list(map(add, batch["prompt"], batch[side])) for side in ("chosen", "rejected")}
+        return {f"{side}_ids": _encode(tokenizer, rows)["input_ids"] for side, rows in sides.items()}
 
     function = {"conversation": conversations, "preference": pairs}.get(kind)
-    if function is None:
-        return split
-    if isinstance(split, Dataset):
+    if function is not None and isinstance(split, Dataset):
         return split.map(function, batched=True, num_proc=num_proc)
     needs_labels = kind == "conversation" and answers_only and template is None
-    return split.map(function, batched=True) if needs_labels else split
+    return split.map(conversations, batched=True) if needs_labels else split
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
     return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
 
 
-def _label_by_prefixes(
-    rows: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[list[int]]]:
-    """Return tokens and labels of conversations under a chat template without marks around what the assistant says.
-
-    An answer begins where the turns before it end, followed by the generation prompt, and it ends with the eos token.
-    """
+def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+    """Return tokens and labels of conversations under a chat template without marks around what the assistant says."""
+    # An answer begins where the turns before it end, followed by the generation prompt, and ends with the eos token.
     # One text per answer: the conversation up to and including it, and the number of its row.
-    numbers: list[int] = []
-    texts: list[list[dict[str, Any]]] = []
-    for number, messages in enumerate(rows):
-        for end, message in enumerate(messages, start=1):
-            if message["role"] == "assistant":
-                numbers.append(number)
-                texts.append(messages[:end])
-
+    ends = [
+        (number, end)
+        for number, messages in enumerate(rows)
+        for end, message in enumerate(messages, start=1)
+        if message["role"] == "assistant"
+    ]
+    texts = [rows[number][:end] for number, end in ends]
     ids, wholes = _encode(tokenizer, rows)["input_ids"], _encode(tokenizer, texts)["input_ids"]
     befores = _encode(tokenizer, [text[:-1] for text in texts], add_generation_prompt=True)["input_ids"]
     labels = [[IGNORED] * len(row) for row in ids]
-    for number, before, whole in zip(numbers, befores, wholes, strict=True):
+    for (number, _), before, whole in zip(ends, befores, wholes, strict=True):
         answer = whole[len(before) :]
         is_prefix = ids[number][: len(whole)] == whole and whole[: len(before)] == before
         if not is_prefix or tokenizer.eos_token_id not in answer:
-            remedy = (
-                "the answers in a conversation cannot be found by the chat template, which neither marks them with "
-                f"{{% generation %}} nor ends each with the eos token ({tokenizer.eos_token}) without a change to the "
-                "turns before it; give a template that does (chat_template_path), or the right eos_token"
-            )
+            remedy = "the answers cannot be found by the chat template, which neither marks them with {% generation %} "
+            remedy += f"nor ends each with the eos token ({tokenizer.eos_token}) without a change to the turns before; "
+            remedy += "give a template that does (chat_template_path), or the right eos_token"
             raise UserError(Problem("assistant_only_loss", True, remedy))
         # Up to the last eos token: what the template writes after it, such as a line break, does not get a label.
         end = len(whole) - answer[::-1].index(tokenizer.eos_token_id)

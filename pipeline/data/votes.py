@@ -36,12 +36,15 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import append_line, check_regular, hash_file, lock, write_text
 
 VOTES_FILE = "votes.jsonl"
-
 CHOICES = ("a", "b", "tie", "bad", "skip")
 OTHER = {"a": "b", "b": "a"}
 OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 """The outcome of a vote for answer `a`; a skipped pair has none."""
 
+SINGLE = "judgements"
+"""Configuration of the data set whose rows are single answers."""
+WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
+"""Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
 TEXT = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
 """Fields of a vote that are text."""
 
@@ -63,10 +66,8 @@ Vote = dict[str, Any]
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes in a log, each once; none if the file does not exist.
 
-    A last line that was not written whole is ignored: its vote was never confirmed.
-
-    Raises:
-        UserError: If another line is not a vote, or the file cannot be read.
+    A last line that was not written whole is ignored: its vote was never confirmed. Raise a `UserError` if another line
+    is not a vote, or the file cannot be read.
     """
     if not path.exists():
         return []
@@ -75,36 +76,29 @@ def read_votes(path: Path) -> list[Vote]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
-    end = content.rfind(b"\n") + 1
-    if not _is_json(content[end:]):
-        content = content[:end]
     votes: dict[str, Vote] = {}
-    for vote in parse_lines(content, check_vote, path, "dataset_name", "correct or remove it"):
+    for vote in parse_lines(_whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
         votes.setdefault(vote["id"], vote)
     return list(votes.values())
 
 
-def _is_json(line: bytes) -> bool:
-    """Return whether a last line is whole: any beginning of a vote is not valid JSON."""
+def _whole_lines(content: bytes) -> bytes:
+    """Return the lines of a log that are whole: any beginning of a vote is not valid JSON."""
+    end = content.rfind(b"\n") + 1
     try:
-        json.loads(line)
+        json.loads(content[end:])
     except ValueError:
-        return False
-    return True
+        return content[:end]
+    return content + b"\n"
 
 
 def parse_lines(
     content: bytes, check: Callable[[Any], Vote], path: Path, field: str, remedy: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of the lines of a file of votes; empty lines are skipped.
+    """Yield the votes in the lines of the file at `path`, which the argument `field` named; empty lines are skipped.
 
-    Args:
-        content: What the file at `path` contains, which the argument `field` named.
-        check: Returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it.
-        remedy: What to do about a line that is not a vote.
-
-    Raises:
-        UserError: If a line is not a vote.
+    `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it. This
+    becomes a `UserError` with the remedy.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -117,11 +111,7 @@ def parse_lines(
 
 
 def check_vote(vote: Any) -> Vote:
-    """Return a line of the log.
-
-    Raises:
-        ValueError, LookupError, TypeError: If it is not a vote.
-    """
+    """Return a line of the log; raise a `ValueError`, `LookupError` or `TypeError` if it is not a vote."""
     wrong = [name for name in TEXT if not isinstance(vote[name], str)]
     turns, undoes = vote["prompt"], vote.get("undoes")
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
@@ -149,8 +139,7 @@ class Conflict(Exception):
 class VoteLog:
     """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
 
-    Raises:
-        UserError: If another process appends to the same file, the folder cannot be written to, or a line is damaged.
+    A `UserError` says that another process appends to the file, it cannot be written, or a line is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,13 +149,11 @@ class VoteLog:
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
             self._file = stack.enter_context(self.path.open("a+b", buffering=0))
+            # Half a line was written when the process or the machine died: its vote was never confirmed.
             content = self.path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            if _is_json(content[end:]):
-                self._file.write(b"\n")
-            else:
-                # Half a line, written when the process or the machine died: its vote was never confirmed.
-                self._file.truncate(end)
+            whole = _whole_lines(content)
+            self._file.truncate(min(len(whole), len(content)))
+            self._file.write(whole[len(content) :])
             os.fsync(self._file.fileno())
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
@@ -179,9 +166,7 @@ class VoteLog:
     def add(self, vote: Vote) -> bool:
         """Append a vote, and return whether it is new. One that is sent again, with the same `id`, counts once.
 
-        Raises:
-            Conflict: If it cannot count.
-            OSError: If it cannot be written; the file is as before.
+        Raise `Conflict` if it cannot count, and an `OSError` if it cannot be written; the file is then as before.
         """
         with self._mutex:
             key = vote["annotator"], vote["pair"]
@@ -204,8 +189,7 @@ class VoteLog:
             return True
 
     def _count(self) -> None:
-        counted = standing(list(self._by_id.values()))
-        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in counted}
+        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._by_id.values()))}
 
     def standing(self, annotator: str | None = None) -> list[Vote]:
         """Return the votes that count, of everybody or of one annotator, the oldest first."""
@@ -215,10 +199,6 @@ class VoteLog:
     def has_vote(self, annotator: str, pair: str) -> bool:
         """Return whether an annotator has voted on a pair."""
         return (annotator, pair) in self._standing
-
-    def of_pair(self, pair: str) -> list[Vote]:
-        """Return the votes on a pair."""
-        return [vote for vote in self.standing() if vote["pair"] == pair]
 
 
 def split_of(prompt: Sequence[dict[str, str]]) -> str:
@@ -234,18 +214,9 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     for vote in votes:
         choice = vote["choice"]
         if choice in OTHER and vote["a"].strip() != vote["b"].strip():
-            prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
-            answers = (vote[choice], vote[OTHER[choice]])
-            is_first = vote.get("shown_first") == choice
-            pairs.append(labelled_pair(prompt, *answers, annotator=vote["annotator"], chosen_first=is_first))
+            answers, is_first = (vote[choice], vote[OTHER[choice]]), vote.get("shown_first") == choice
+            pairs.append(labelled_pair(vote["prompt"], *answers, vote["annotator"], is_first))
     return pairs
-
-
-SINGLE = "judgements"
-"""Configuration of the data set whose rows are single answers."""
-
-WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
-"""Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
 
 
 def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
@@ -253,81 +224,62 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     judgements = []
     for vote in votes:
         # That one of two equal answers is better says nothing.
-        if vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip():
-            continue
-        prompt = [{key: turn[key] for key in ("role", "content")} for turn in vote["prompt"]]
-        for side, wanted in zip("ab", WANTED.get(vote["choice"], ()), strict=False):
-            if vote[side].strip():
-                answer = [{"role": "assistant", "content": vote[side]}]
-                own = {"prompt": prompt, "completion": answer, "label": wanted, "annotator": vote["annotator"]}
-                judgements.append(own)
+        says_nothing = vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip()
+        wanted = () if says_nothing else WANTED.get(vote["choice"], ())
+        for text, label in zip((vote["a"], vote["b"]), wanted, strict=False):
+            if text.strip():
+                row = {"prompt": vote["prompt"], "completion": [{"role": "assistant", "content": text}], "label": label}
+                judgements.append({**row, "annotator": vote["annotator"]})
     return judgements
 
 
 def update_data_set(folder: Path) -> int:
-    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows.
-
-    Raises:
-        UserError: If a line of the log is not a vote, or the folder cannot be written to.
-    """
+    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows."""
     # Imported here, because `datasets` takes a second, and the report only reads votes.
     from datasets import Features, Value
 
-    from pipeline.data.writing import MESSAGES, PREFERENCES, write_rows
+    from pipeline.data.writing import MESSAGES, PREFERENCES, card, table, write_rows
 
     single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
-    judgements = Features(single).arrow_schema
+    # Several processes may read the same data, and update them at the same time.
+    with lock(folder / ".data.lock"):
+        # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of
+        # date.
+        digest = hash_file(folder / VOTES_FILE)
+        every = standing(read_votes(folder / VOTES_FILE))
+        rows: dict[str, list[dict[str, Any]]] = {}
+        counts = []
+        for name in SPLITS:
+            votes = [vote for vote in every if split_of(vote["prompt"]) == name]
+            rows[name], rows[f"{SINGLE}/{name}"] = as_pairs(votes), as_judgements(votes)
+            prompts = {json.dumps(vote["prompt"]) for vote in votes}
+            choices = Counter(vote["choice"] for vote in votes)
+            not_used = (choices[choice] for choice in ("tie", "bad", "skip"))
+            counts.append([name, len(prompts), len(votes), len(rows[name]), *not_used])
+        models = sorted({vote[side] for vote in every for side in ("model_a", "model_b")})
+        people = len({vote["annotator"] for vote in every})
+        text = CARD.format(
+            models=", ".join(f"`{Path(name).name}`" for name in models) or "no model yet",
+            annotators="one person" if people == 1 else f"{people} people",
+            table=table(["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"], counts),
+            digest=digest,
+        )
+        files = {"default": [name for name in SPLITS if rows[name]]}
+        files[SINGLE] = [name for name in SPLITS if rows[f"{SINGLE}/{name}"]]
+        filled = {config: names for config, names in files.items() if names}
+        content = card(filled, text, tags=["preference", "human-feedback"])
 
-    path = folder / "README.md"
-    rows, card = _data_set(folder)
-    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != card:
-        # Several processes may read the same data, and update them at the same time.
-        with lock(folder / ".data.lock"):
-            rows, card = _data_set(folder)
-            for name, part in rows.items():
-                file = folder / f"{name}.parquet"
+        path = folder / "README.md"
+        if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != content:
+            for place, part in rows.items():
+                file = folder / f"{place}.parquet"
                 if part:
                     tmp_file = file.with_name(f".{file.stem}.tmp")
-                    write_rows(tmp_file, PREFERENCES if name in SPLITS else judgements, part)
+                    write_rows(tmp_file, PREFERENCES if place in SPLITS else Features(single).arrow_schema, part)
                     os.replace(tmp_file, file)
                 else:
                     # `load_dataset` refuses a split without rows.
                     file.unlink(missing_ok=True)
             # The card comes last: without it, the next reader writes everything again.
-            write_text(path, card)
+            write_text(path, content)
     return sum(len(rows[name]) for name in SPLITS)
-
-
-def _data_set(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return the rows of each file, and the card."""
-    from pipeline.data import writing
-
-    # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of date.
-    digest = hash_file(folder / VOTES_FILE)
-    votes: dict[str, list[Vote]] = {name: [] for name in SPLITS}
-    for vote in standing(read_votes(folder / VOTES_FILE)):
-        votes[split_of(vote["prompt"])].append(vote)
-    rows = {name: as_pairs(part) for name, part in votes.items()}
-
-    counts = []
-    for name, part in votes.items():
-        prompts = {json.dumps(vote["prompt"]) for vote in part}
-        choices = Counter(vote["choice"] for vote in part)
-        counts.append([name, len(prompts), len(part), len(rows[name]), choices["tie"], choices["bad"], choices["skip"]])
-
-    every = [vote for part in votes.values() for vote in part]
-    models = sorted({vote[side] for vote in every for side in ("model_a", "model_b")})
-    people = len({vote["annotator"] for vote in every})
-    text = CARD.format(
-        models=", ".join(f"`{Path(name).name}`" for name in models) or "no model yet",
-        annotators="one person" if people == 1 else f"{people} people",
-        table=writing.table(["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"], counts),
-        digest=digest,
-    )
-    rows |= {f"{SINGLE}/{name}": as_judgements(part) for name, part in votes.items()}
-    files = {
-        config: [name for name in SPLITS if rows[f"{folder}{name}"]]
-        for config, folder in (("default", ""), (SINGLE, f"{SINGLE}/"))
-    }
-    filled = {config: names for config, names in files.items() if names}
-    return rows, writing.card(filled, text, tags=["preference", "human-feedback"])

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Json, List, Value
 from huggingface_hub import DatasetCardData
+
+from pipeline.files import write_folder
+
+Rows: TypeAlias = Iterable[Mapping[str, Any]]
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
@@ -29,21 +33,30 @@ PREFERENCES = Features(
 ROWS_PER_GROUP = 2_000
 
 
+def write_data_set(
+    output_dir: str, schemas: Mapping[str, pa.Schema], files: Iterable[tuple[str, str, Rows]], readme: str
+) -> None:
+    """Write a data set repository, either whole or not at all, of the rows of each configuration and split."""
+    # pretrain/{train,validation,test}.parquet, sft/…, README.md
+    with write_folder(Path(output_dir)) as folder:
+        for config, split, rows in files:
+            write_rows(folder / config / f"{split}.parquet", schemas[config], rows)
+        (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
+
+
 def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
     """Return the content of README.md.
 
     Args:
         files: The splits of each configuration. The files of `default` lie at the top, others in a folder of the name
             of their configuration.
-        text: What follows the YAML header.
-        metadata: Further fields of the header, such as `license` and `tags`.
+        text: What follows the YAML header, which has the fields `metadata`, such as `license` and `tags`, as well.
     """
     configs = []
     for config, splits in files.items():
         folder = "" if config == "default" else f"{config}/"
         data_files = [{"split": split, "path": f"{folder}{split}.parquet"} for split in splits]
         configs.append({"config_name": config, "data_files": data_files})
-
     header = DatasetCardData(configs=configs or None, **metadata)
     return f"---\n{header}\n---\n\n{text}"
 
@@ -54,7 +67,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
     """Write rows to a Parquet file, `ROWS_PER_GROUP` at a time, so that only these are in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
@@ -279,14 +279,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
         home = next((Path(values["output_dir"]).parent for _, _, values in stages if values.get("output_dir")), run)
         settings = complete(settings, derive(stages, home) | known)
 
-    # Earlier releases did not record what a document is. Their runs are measured on the documents that they had.
-    trained_on = settings["trained_on"]
-    text = trained_on.get("text")
-    if text is not None and any(kind == "pretrain" and "document" not in values for _, kind, values in stages):
-        old = {"document": OLD, **text}
-        measured = old if settings.get("text") == text else settings.get("text")
-        settings = {**settings, "trained_on": {**trained_on, "text": old}, "text": measured}
-    # Nor did they know every key.
+    # Earlier releases did not know every key.
     return defaults() | settings
 
 

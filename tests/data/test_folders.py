@@ -6,28 +6,23 @@ import csv
 import gzip
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
 from small_model import conversation, write_lines
-from transformers import TrainingArguments
 
-from pipeline.config.output_directory import RECORD, claim
-from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
 from pipeline.data.documents import LONGEST
 from pipeline.data.overlap import overlap, words
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.training.entry import run
 
 POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
 ASKED = conversation("Why?", "Because.")
-EXCEL = "utf-16"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
@@ -57,16 +52,14 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = lay(
-        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM.encode("utf-16"), in_in_d__txt=POEM,
+        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM, in_in_d__txt=POEM,
         e__txt__gz=gzip.compress(POEM.encode()), README__md="# Poems", LICENSE="MIT", __hidden__txt="no", f__png=b"P",
         g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n', **{"std::vector__txt": POEM},
     )  # fmt: skip
-    os.symlink(tmp_path / "poems" / "in", tmp_path / "poems" / "linked")
-    os.symlink(tmp_path / "poems", tmp_path / "poems" / "in" / "loop")
     caplog.set_level("INFO", "pipeline")
     assert sorted(texts(folder)) == sorted([POEM] * 6 + ["from JSON"])
     assert "not read, because they are not data, or empty: LICENSE, README.md, f.png, g.txt" in caplog.text
-    assert "split train: read 7 files, 7 documents" in caplog.text and "a stream of documents" in caplog.text
+    assert "split train: read 7 files, 7 rows" in caplog.text and "7 files, a stream" in caplog.text
     assert "only `text` is read" in caplog.text
 
 
@@ -91,31 +84,10 @@ def test_long_files_and_single_ones_are_cut_at_blank_lines_or_line_ends(tmp_path
         ("blank_line", ["a\nb\n\n\n", "c", "d\n"]),
         ("lines:1", ["a\n", "b\n", "c", "d\n"]),
         ("lines:3", ["a\nb\n\n", "\nc", "d\n"]),
-        # As earlier releases had it: across files.
-        (OLD, ["a\nb\n\n\nc\nd\n"]),
     ],
 )
 def test_what_a_document_is_can_be_chosen(tmp_path: Path, rule: str, expected: list[str]) -> None:
     assert texts(lay(tmp_path, a__txt="a\nb\n\n\nc", b__txt="d\n"), document=rule) == expected
-
-
-def test_a_run_of_an_earlier_release_goes_on_with_the_documents_that_it_had(tmp_path: Path) -> None:
-    folder = lay(tmp_path / "text", a__txt="a\nb\n\n\nc", b__txt="d\n")
-    output, seen = tmp_path / "run", []
-
-    def main(data: DataArguments, training: TrainingArguments) -> None:
-        claim(training)
-        seen.append(data.document)
-
-    argv = ["--dataset_name", str(folder), "--output_dir", str(output)]
-    run(main, argv)
-    record = json.loads((output / RECORD).read_text())
-    assert seen == [None] and record.pop("document", "") is None
-    (output / RECORD).write_text(json.dumps(record))
-    run(main, argv)
-    run(main, argv)
-    assert seen == [None, OLD, OLD], "also when it is resumed once more"
-    assert texts(folder, document=seen[-1]) == ["a\nb\n\n\nc\nd\n"]
 
 
 def test_files_belong_to_splits_by_their_names_and_none_is_dropped(tmp_path: Path) -> None:
@@ -143,10 +115,9 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
         {
             ".csv": table(",", *rows),
             ".CSV": "\ufeff" + table(";", *rows),
-            "2.csv": "sep=;\r\n" + table(";", *rows),
             "3.csv": table("|", *rows),
-            ".tsv": table("\t", *rows).encode(EXCEL),
-            "4.csv": table("\t", *rows).encode(EXCEL),
+            ".tsv": table("\t", *rows),
+            "4.csv": table("\t", *rows),
         }.items()
     ):
         file = tmp_path / str(number) / f"a{suffix}"
@@ -172,14 +143,13 @@ def test_what_datasets_keeps_beside_the_data_is_not_read(tmp_path: Path) -> None
     assert [row["text"] for row in read(folder)] == ["document 0", "document 1", "document 2"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streaming: bool) -> None:
-    """A column may be without values in the first file, have numbers in one and texts in another, or more keys."""
+def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str) -> None:
+    """A column may be without values in the first file, have whole numbers in one, or more keys."""
     more = {"content": "Why?", "role": "user", "name": "Ann"}
     rows = [
         {"prompt": ASKED[:1], "answer": 1, "level": None, "tags": []},
-        {"prompt": [more], "answer": "1/2", "level": "hard", "tags": ["a"]},
+        {"prompt": [more], "answer": 2, "level": "hard", "tags": ["a"]},
         {"prompt": ASKED[:1], "answer": 0.5, "level": "easy", "tags": []},
     ]
     for number, row in enumerate(rows):
@@ -188,7 +158,7 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
             write_lines(path, [row] * 2)
         else:
             Dataset.from_list([row] * 2).to_parquet(path)
-    found = sorted(read(str(tmp_path), "prompt", streaming), key=str)
+    found = sorted(read(str(tmp_path), "prompt"), key=str)
     expected = [{**row, "prompt": ASKED[:1], "answer": str(row["answer"])} for row in rows for _ in range(2)]
     assert found == sorted(expected, key=lambda row: str({name: row[name] for name in found[0]}))
 
@@ -197,9 +167,9 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
 def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool) -> None:
     Dataset.from_dict({"text": ["a"]}).take(0).to_parquet(tmp_path / "a.parquet")
     Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "b.parquet")
-    folder = lay(tmp_path, c__csv="text\n\n", d__csv="text\nd\n")
+    folder = lay(tmp_path, c__csv="", d__csv="text\nd\n")
     assert sorted(row["text"] for row in read(folder, streaming=streaming)) == ["b", "d"]
-    with pytest.raises(UserError, match=r"a.parquet: does not have rows"):
+    with pytest.raises(UserError, match=r"a.parquet(, split train: is empty|: .* corresponds to no data)"):
         read(f"{folder}/a.parquet", streaming=streaming)
 
 
@@ -272,7 +242,6 @@ def test_shapes_of_rows_are_found(
             r"input, .* prompt, is \[3, 1\], not",
         ),
         ("conversation", {"question": "Why?", "answer": float("nan")}, "answer is empty"),
-        ("conversation", {"question": "Why?", "answer": 2**70}, r"1.18\d*e\+21 is not exact; write it as text"),
         (
             "conversation",
             {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]},
@@ -280,7 +249,7 @@ def test_shapes_of_rows_are_found(
         ),
         ("prompt", {"question": "Who?", "answer": ["I", "me"]}, r"answer is \['I', 'me'\], not one answer"),
         ("prompt", {"question": "Who?", "answer": {"value": "I"}}, r"answer is {'value': 'I'}, not one answer"),
-        ("unpaired", {"prompt": "Who?", "completion": ["I"], "label": True}, r"completion is \['I'\], not text"),
+        ("unpaired", {"prompt": "Who?", "completion": ["I"], "label": True}, r"completion is \['I'\], not one answer"),
     ],
 )
 def test_rows_of_other_shapes_are_refused(tmp_path: Path, kind: Kind, row: dict[str, Any], message: str) -> None:
@@ -300,25 +269,10 @@ def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
     assert read(path, "conversation", **columns)[0]["messages"] == conversation("Sum.\n\n1 2", "3")
 
 
-def test_rows_in_an_object_are_read(tmp_path: Path) -> None:
-    pairs = [{"question": "Why?", "answer": "Because."}] * 3
-    columns = {"question": ["Why?"] * 3, "answer": ["Because."] * 3}
-    for number, content in enumerate((columns, {"version": 1, "data": pairs}, dict(zip("xyz", pairs, strict=True)))):
-        for indent in (None, 1):
-            path = tmp_path / f"{number}{indent}.json"
-            path.write_text(json.dumps(content, indent=indent))
-            assert [row["messages"] for row in read(str(path), "conversation")] == [ASKED] * 3
-    # An object for each file, which has a list as well, is a row.
-    folder = lay(tmp_path / "rows", a__json=json.dumps({**pairs[0], "notes": [{"a": 1}] * 2}, indent=1))
-    assert len(read(folder, "conversation")) == 1
-
-
 def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path) -> None:
     rows = [{"question": f"Why {i}?", "answer": None if i % 5 == 3 else "Because."} for i in range(40)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(
-        UserError, match=r"row 3: answer is empty; .* and 7 more of 40 \(8, 13, 18, 23, ...\); rows count"
-    ):
+    with pytest.raises(UserError, match=r"row 3: answer is empty; .* and 7 more of 40; rows count"):
         read(path, "conversation")
     kept = [row["messages"][0]["content"] for row in read(path, "conversation", drop_bad_rows=True)]
     assert kept == [f"Why {i}?" for i in range(40) if i % 5 != 3]
@@ -335,20 +289,12 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
     ("files", "kind", "message"),
     [
         ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
-        ({"a__txt": "a\tb\r\n".encode(EXCEL)}, "text", r"a.txt: is not plain text; rename it to .tsv"),
-        ({"a__txt": '{"text": "a"}\n'}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
-        ({"a__txt": '[{"text": "' + "a" * 9999}, "text", r"a.txt: is not plain text; rename it to .jsonl"),
-        ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: is \['a'\]; it must be an object"),
+        ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: .*it must be an object, not \['a'\]"),
         ({"a__parquet": POINTER}, "text", r"a.parquet: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
         ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
         ({"a__csv": 'question,answer\n"A \\"b\\".",c\n'}, "conversation", r"a.csv, line 2: has a quote within a field"),
-        ({"a__json": json.dumps({f"id {i}": i for i in range(99)})}, "text", r"from: id 0, .*, id 19 and 79 more$"),
-        ({"a__csv": "a" * 99 + "\nb\n"}, "text", r"choose from: 'a{56}\.\.\.$"),
-        ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text, or is UTF-16 without"),
+        ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text in UTF-8"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
-        ({"a__csv": "text\nhello\n".encode("utf-16-le")}, "text", r"a.csv: is not text, or is UTF-16 without"),
-        ({"a__json": '{"text": ["a"]}'.encode(EXCEL)}, "text", r"a.json: is UTF-16; convert it: `iconv"),
-        ({"a__jsonl": '{"text": "a"}\n'.encode(EXCEL)}, "text", r"a.jsonl: is UTF-16; convert it: `iconv"),
         ({"a__csv": "question,answer\nCafé,1\n".encode("cp1252")}, "text", r"a.csv: cannot be read .*iconv"),
         ({"a__csv": "text\nHello, world\n"}, "text", r"a.csv: cannot be read: row 0 has 2 fields, .*in quotes"),
         (
@@ -366,7 +312,7 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
             "conversation",
             r"a.jsonl: has the columns question.*b.jsonl has prompt.*folders of their own",
         ),
-        ({"a__csv": "b ,c\n1,2\n"}, "conversation", r"messages_column: .*name prompt_column .*choose from: 'b ', c"),
+        ({"a__csv": "b ,c\n1,2\n"}, "conversation", r"messages_column: .*name prompt_column .*choose from: b , c"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
@@ -376,23 +322,8 @@ def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
         read(lay(tmp_path / "folder", **files), kind)
 
 
-def test_files_with_other_columns_are_refused_before_a_stream_comes_to_them(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": "a"}) + "\n", "\n" + json.dumps({"text": "b", "url": "u"}) + "\n"]
-    for number, content in enumerate((lines, lines[::-1])):
-        folder = lay(tmp_path / str(number), a__jsonl=content[0], b__jsonl=content[1])
-        args = DataArguments(folder, dataset_streaming=True, validation_share=0.0)
-        if number:
-            # The first file has all columns, so that the other one only lacks a value.
-            assert [row["text"] for row in load_splits(args, "text", evaluation=False)[0]] == ["b", "a"]
-            continue
-        with pytest.raises(UserError, match=r"a.jsonl: has the columns text, and .*b.jsonl has text, url; rename or"):
-            load_splits(args, "text", evaluation=False)
-
-
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:
     folder = lay(tmp_path, a__txt=POEM, b__xlsx=b"PK")
-    with pytest.raises(UserError, match=r"is a pattern; give the folder, or a list of the files"):
-        open_source(f"{folder}/*.txt")
     with pytest.raises(UserError, match=r"b.xlsx: files of this type are not supported; save it as one of"):
         open_source(f"{folder}/b.xlsx")
     with pytest.raises(UserError, match=r"document: page: must be file, blank_line or lines:N"):

@@ -1,6 +1,5 @@
 """Whether test data inside training data is found, and only that."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ def write(path: Path, *lines: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_the_command_prints_overlap_and_fails_above_the_share(
+def test_the_command_prints_overlap_and_fails_if_there_is_any(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
@@ -115,7 +114,6 @@ def test_the_command_prints_overlap_and_fails_above_the_share(
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows (50.00%)" in printed and "test row 0, training row 0: the quick brown fox" in printed
-    assert command.main(["check-overlap", "--train", train, "--test", test, "--max_share", "0.5"]) == 0
     assert command.main(["check-overlap", "--train", clean, "--test", test]) == 0
     assert command.main(["check-overlap", "--train", clean, train, "--test", clean, test]) == 1
 
@@ -127,7 +125,6 @@ def test_the_command_prints_overlap_and_fails_above_the_share(
         (["--train", "{train}::validation"], "choose from: train"),
         (["--train", "{numbers}"], "do not contain text"),
         (["--train", "{train}", "--n", "0"], "n: 0"),
-        (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -142,12 +139,3 @@ def test_wrong_arguments_are_refused(
     assert stopped.value.code == 2
     messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
     assert len(list(filter(None, messages))) == 1 and message in "".join(messages)
-
-
-def test_arguments_have_defaults() -> None:
-    from pipeline.data.overlap import add_arguments
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    parsed = parser.parse_args(["--train", "a", "--test", "b"])
-    assert (parsed.n, parsed.max_share) == (8, 0.0)

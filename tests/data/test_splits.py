@@ -193,7 +193,7 @@ def test_few_documents_of_a_stream_of_the_hub_that_are_not_text_are_empty(
     first = range(0, len(texts) // 2, 10)  # of two files
     assert held_out is not None and [row["text"] for row in held_out] == [texts[i] or "" for i in first]
     assert [row["text"] for row in train] == [text or "" for i, text in enumerate(texts) if i not in first]
-    assert caplog.text.count("the text is None; such documents are read as empty ones") == 1
+    assert caplog.text.count("some documents are not text, and are read as empty ones") == 1
     args.text_column = "nothing"
     with pytest.raises(UserError, match="the text is None; correct or remove that row"):
         list(load_splits(args, "text", False)[0])

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, LlamaForSequenceClassification
 
 from pipeline.__main__ import main
-from pipeline.data.arguments import OLD, DataArguments
+from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import chat_model, metrics
@@ -83,7 +83,7 @@ def test_the_rows_that_a_stage_holds_out_are_measured_without_a_file(tmp_path: P
     run, questions = tmp_path / "run", write_rows(tmp_path / f"questions.{kind}", FRENCH)
     with gzip.open(tmp_path / "text.txt.gz", "wt") as file:
         file.writelines(f"Ligne {i} : {small_model.TEXT}" for i in range(64 * 41))
-    write_stage(run, "1_pretrain", dataset_name=str(tmp_path / "text.txt.gz"))
+    write_stage(run, "1_pretrain", dataset_name=str(tmp_path / "text.txt.gz"), document="lines:64")
     columns = {"prompt_column": "question", "completion_column": "answer"}
     write_stage(run, "2_sft", seed=1, dataset_name=questions, max_length=40, **columns)
     write_stage(run, "4_grpo", dataset_name=questions, max_completion_length=8, prompt_column="question")
@@ -131,7 +131,7 @@ def write_reward_model(folder: Path, seed: int = 0) -> None:
 
 def test_rows_that_a_stage_trains_on_are_not_measured(tmp_path: Path) -> None:
     run, text = tmp_path / "run", small_model.write_text(tmp_path / "text.txt", lines=130)
-    write_stage(run, "1_pretrain", dataset_name=text, validation_share=0.0)
+    write_stage(run, "1_pretrain", dataset_name=text, validation_share=0.0, document="lines:64")
     result, _ = evaluate(run, "1_pretrain")
     assert result["metrics"] == {} and any(line.startswith("bits per byte: left out") for line in result["left_out"])
     named, _ = evaluate(run, "1_pretrain", "--text", text, name="all")
@@ -488,11 +488,10 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize(("saved", "measured"), [({}, OLD), ({"document": None}, None), ({"document": "file"}, "file")])
+@pytest.mark.parametrize(("saved", "measured"), [({"document": None}, None), ({"document": "file"}, "file")])
 def test_text_is_cut_as_the_stage_that_trained_on_it_cut_it(
     tmp_path: Path, saved: dict[str, str | None], measured: str | None
 ) -> None:
-    """Stages of earlier releases did not save how; otherwise they would be measured on what they trained on."""
     (tmp_path / "1_pretrain").mkdir()
     values = {"dataset_name": "novel.txt", "output_dir": str(tmp_path / "1_pretrain"), **saved}
     (tmp_path / "1_pretrain" / "arguments.json").write_text(json.dumps(values))

@@ -5,34 +5,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import count
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline.data import writing
 from pipeline.data.arguments import SPLITS, SplitName, option
 from pipeline.data.overlap import NgramIndex
 from pipeline.data.pocket import conversations, documents, problems
 from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import things
+from pipeline.data.writing import card as write_card
+from pipeline.data.writing import write_data_set
 from pipeline.errors import Problem, UserError
-from pipeline.files import check_replaceable, write_folder
+from pipeline.files import check_replaceable
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-GRADING = [
-    ("require", pa.list_(pa.list_(pa.string()))),
-    ("reject", pa.list_(pa.string())),
-    ("max_words", pa.int64()),
-    ("test", pa.string()),
-]
+STRING = pa.string()
+MESSAGES = pa.list_(pa.struct([("role", STRING), ("content", STRING)]))
+DOCUMENT = pa.schema({"text": STRING, "kind": STRING})
+GRADING = {"require": pa.list_(pa.list_(STRING)), "reject": pa.list_(STRING), "max_words": pa.int64(), "test": STRING}
 SCHEMAS: dict[str, pa.Schema] = {
-    "pretrain": pa.schema([("text", pa.string()), ("kind", pa.string())]),
-    "sft": pa.schema([("messages", MESSAGES), ("kind", pa.string()), *GRADING]),
-    "preferences": pa.schema([("prompt", MESSAGES), ("kind", pa.string()), *GRADING]),
-    "reasoning": pa.schema(
-        [("prompt", MESSAGES), ("answer", pa.string()), ("kind", pa.string()), ("length", pa.int64())]
-    ),
+    "pretrain": DOCUMENT,
+    "sft": pa.schema({"messages": MESSAGES, "kind": STRING, **GRADING}),
+    "preferences": pa.schema({"prompt": MESSAGES, "kind": STRING, **GRADING}),
+    "reasoning": pa.schema({"prompt": MESSAGES, "answer": STRING, "kind": STRING, "length": pa.int64()}),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 OVERLAP_N = 8
@@ -62,9 +57,7 @@ class PocketArguments:
 
 def row_text(row: dict[str, Any]) -> str:
     """Return all text of a row that a model may see."""
-    if "text" in row:
-        return row["text"]
-    return " ".join(message["content"] for message in row.get("messages") or row["prompt"])
+    return row.get("text") or " ".join(message["content"] for message in row.get("messages") or row["prompt"])
 
 
 def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, Any]]:
@@ -72,11 +65,14 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
     rng = random.Random(f"{args.seed}/{config}/{split}")
     own: SplitName = "validation" if split == "validation" else "test"
     if config == "pretrain":
-        return documents.held_out_documents(rng, own)
+        # Facts about every thing, in the phrasings that are held out for that thing.
+        order = list(things())
+        rng.shuffle(order)
+        return [{"text": documents.facts(rng, own, thing), "kind": "facts"} for thing in order]
     if config == "sft":
         return conversations.held_out_rows(rng, own, questions=250, others=75)
     if config == "preferences":
-        return conversations.held_out_prompts(rng, own, asked=90, told=90, summaries=20)
+        return conversations.held_out_prompts(rng, own, {"asked": 90, "told": 90, "summary": 20})
     number, longer = (120, True) if split == "test_longer" else (300, False)
     return conversations.distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
 
@@ -107,20 +103,12 @@ def check_arguments(
     sizes: Iterable[str] = ("size_mb", "sft_rows", "preference_rows", "reasoning_rows"),
     configs: Iterable[str] = (*SCHEMAS,),
 ) -> list[Problem]:
-    """Check the sizes, the shares and the output directory.
-
-    Args:
-        title: Title of the card of such a data set, which may be replaced.
-        sizes: Fields that must be above 0.
-        configs: Folders of such a data set.
-    """
+    """Check the shares, the `sizes` and the output directory, which may have a data set with this title and configs."""
     problems = check_replaceable(args.output_dir, {*configs, "README.md"}, title)
-    for name in sizes:
-        if not getattr(args, name) > 0:
-            problems.append(Problem(name, getattr(args, name), "must be more than 0"))
-    for name in ("share_with_steps", "carelessness"):
-        if not 0 <= getattr(args, name) <= 1:
-            problems.append(Problem(name, getattr(args, name), "must be from 0 to 1"))
+    for name in (*sizes, "share_with_steps", "carelessness"):
+        value, is_size = getattr(args, name), name in sizes
+        if not (value > 0 if is_size else 0 <= value <= 1):
+            problems.append(Problem(name, value, "must be more than 0" if is_size else "must be from 0 to 1"))
     return problems
 
 
@@ -135,29 +123,29 @@ def build(args: PocketArguments) -> None:
     """
     if problems := check_arguments(args):
         raise UserError(*problems)
-    # pretrain/{train,validation,test}.parquet, sft/…, preferences/…, reasoning/… with test_longer, README.md
     index = NgramIndex(OVERLAP_N)
-    with write_folder(Path(args.output_dir)) as folder:
+
+    def generate() -> Iterator[tuple[str, str, Iterable[dict[str, Any]]]]:
         for config, (_, *splits) in CONFIG_SPLITS.items():
             for split in splits:
                 rows = held_out(args, config, split)
                 index.add(row_text(row) for row in rows)
-                writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
+                yield config, split, rows
         for config in SCHEMAS:
-            kept = (row for row in training(args, config) if not index.overlaps(row_text(row)))
-            writing.write_rows(folder / config / "train.parquet", SCHEMAS[config], kept)
-        (folder / "README.md").write_text(card(args), encoding="utf-8", newline="\n")
+            yield config, "train", (row for row in training(args, config) if not index.overlaps(row_text(row)))
+
+    write_data_set(args.output_dir, SCHEMAS, generate(), card(args))
 
 
 def card(args: PocketArguments) -> str:
     """Return the data set card."""
-    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
+    lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
     words = {
         "items": f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
         "names": len(NAMES),
         "some_names": ", ".join(NAMES[:6]),
     }
-    # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
-    lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
+    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
     text = text.format(**vars(args), **words, **lengths, things=len(things()), n=OVERLAP_N)
-    return writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")
+    return write_card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")

@@ -24,9 +24,8 @@ MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 1
 
 def conversation(kind: str, turns: Iterable[str], **graded: Any) -> dict[str, Any]:
     """Return a row: what the user and the assistant say in turn, and how answers are graded."""
-    messages = [
-        {"role": role, "content": content} for role, content in zip(cycle(("user", "assistant")), turns, strict=False)
-    ]
+    roles = cycle(("user", "assistant"))
+    messages = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
     return {"messages": messages, "kind": kind, "require": [], "reject": [], "max_words": 0, "test": "", **graded}
 
 
@@ -39,17 +38,17 @@ def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") 
 def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, without: str = "") -> str:
     """Give a correct answer to what was asked one of the `MANNERS`."""
     to_questions, to_orders = zip(*MANNERS.values(), strict=True)
-    manner = rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]
-    if manner == "kind":
-        return f"{text} {rng.choice(remarks.KIND_CLOSINGS)}"
-    if manner == "brisk":
-        return f"{text} {rng.choice(remarks.BRISK_CLOSINGS)}"
-    if manner == "blunt":
-        if rng.random() < 0.7:
+    match rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]:
+        case "kind":
+            return f"{text} {rng.choice(remarks.KIND_CLOSINGS)}"
+        case "brisk":
+            return f"{text} {rng.choice(remarks.BRISK_CLOSINGS)}"
+        case "blunt" if rng.random() < 0.7:
             return f"{rng.choice(remarks.BLUNT_OPENINGS)} {text}"
-        return f"{text} {rng.choice(remarks.BLUNT_CLOSINGS)}"
-    if manner == "rambling":
-        return f"{text} {facts_text(rng, thing, 2, without)} As I said: {text}"
+        case "blunt":
+            return f"{text} {rng.choice(remarks.BLUNT_CLOSINGS)}"
+        case "rambling":
+            return f"{text} {facts_text(rng, thing, 2, without)} As I said: {text}"
     return text
 
 
@@ -94,20 +93,6 @@ def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
     return conversation("code", (asked, wanted.source), test=wanted.test)
 
 
-def chat(rng: random.Random, thing: Thing) -> dict[str, Any]:
-    """Make small talk, or ask two questions, the second of which refers to the first."""
-    if rng.random() < 0.5:
-        return conversation("chat", rng.choice(remarks.GREETINGS))
-    follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
-    turns = [
-        phrasings.fill(rng.choice(phrasings.REQUESTS["definition"]["train"]), thing),
-        phrasings.answer(thing, "definition"),
-        phrasings.FOLLOW_UPS[follow_up],
-        phrasings.answer(thing, follow_up),
-    ]
-    return conversation("chat", turns)
-
-
 def training_row(rng: random.Random, share_with_steps: float, carelessness: float) -> dict[str, Any]:
     """Draw a conversation of the `sft` training split."""
     kind = rng.choices(("question", "about", "summary", "code", "reasoning", "chat"), (38, 7, 16, 7, 27, 5))[0]
@@ -118,16 +103,22 @@ def training_row(rng: random.Random, share_with_steps: float, carelessness: floa
         solution = problem.solution(with_steps=rng.random() < share_with_steps)
         return conversation(kind, (problem.text, solution), require=[[problem.answer]])
     thing = rng.choice(things_of("train"))
-    return chat(rng, thing) if kind == "chat" else request_about(rng, "train", kind, thing)
+    if kind != "chat":
+        return request_about(rng, "train", kind, thing)
+    if rng.random() < 0.5:
+        return conversation(kind, rng.choice(remarks.GREETINGS))
+    # Two questions, the second of which refers to the first.
+    follow_up = rng.choice(list(phrasings.FOLLOW_UPS))
+    asked = phrasings.fill(rng.choice(phrasings.REQUESTS["definition"]["train"]), thing)
+    replies = [phrasings.answer(thing, attribute) for attribute in ("definition", follow_up)]
+    return conversation(kind, (asked, replies[0], phrasings.FOLLOW_UPS[follow_up], replies[1]))
 
 
 def request_about(rng: random.Random, split: SplitName, kind: str, thing: Thing) -> dict[str, Any]:
     """Ask a question, openly or for a summary about a thing."""
-    if kind == "summary":
-        return summary(rng, split, thing)
-    if kind == "about":
-        return about(rng, split, thing)
-    return question(rng, split, thing, rng.choice(ASPECTS))
+    if kind == "question":
+        return question(rng, split, thing, rng.choice(ASPECTS))
+    return {"summary": summary, "about": about}[kind](rng, split, thing)
 
 
 def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[dict[str, Any]]:
@@ -150,16 +141,14 @@ def preference_prompt(rng: random.Random, split: SplitName) -> dict[str, Any]:
     return {"prompt": row.pop("messages")[:-1], **row}
 
 
-def held_out_prompts(
-    rng: random.Random, split: SplitName, asked: int, told: int, summaries: int
-) -> list[dict[str, Any]]:
-    """Draw distinct prompts for comparing answers: `asked` questions, `told` orders, and requests for `summaries`."""
-    parts: dict[str, list[dict[str, Any]]] = {"asked": [], "told": [], "summary": []}
-    for _ in range(20 * (asked + told + summaries)):
+def held_out_prompts(rng: random.Random, split: SplitName, numbers: dict[str, int]) -> list[dict[str, Any]]:
+    """Draw distinct prompts for comparing answers: `numbers` of questions (asked), orders (told) and summaries."""
+    parts: dict[str, list[dict[str, Any]]] = {part: [] for part in numbers}
+    for _ in range(20 * sum(numbers.values())):
         row = preference_prompt(rng, split)
         request = "asked" if row["prompt"][0]["content"].endswith("?") else "told"
         parts["summary" if row["kind"] == "summary" else request].append(row)
-    rows = [*distinct(parts["asked"], asked), *distinct(parts["told"], told), *distinct(parts["summary"], summaries)]
+    rows = [row for part, drawn in parts.items() for row in distinct(drawn, numbers[part])]
     rng.shuffle(rows)
     return rows
 
@@ -167,19 +156,15 @@ def held_out_prompts(
 def reasoning_prompt(rng: random.Random, split: SplitName, longer: bool = False) -> dict[str, Any]:
     """Draw a problem with its final answer only; `longer` as in `problems.pose`."""
     problem = problems.pose(rng, split, longer)
-    return {
-        "prompt": [{"role": "user", "content": problem.text}],
-        "answer": problem.answer,
-        "kind": problem.kind,
-        "length": problem.length,
-    }
+    prompt = [{"role": "user", "content": problem.text}]
+    return {"prompt": prompt, "answer": problem.answer, "kind": problem.kind, "length": problem.length}
 
 
 def distinct(rows: Iterable[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Take the first `number` rows whose prompts differ."""
-    seen: dict[str, dict[str, Any]] = {}
+    """Take the first `number` rows whose prompts or answers differ."""
+    seen: dict[tuple[str, str | None], dict[str, Any]] = {}
     for row in rows:
-        seen.setdefault((row.get("messages") or row["prompt"])[0]["content"], row)
+        seen.setdefault(((row.get("messages") or row["prompt"])[0]["content"], row.get("answer")), row)
         if len(seen) == number:
             break
     return list(seen.values())

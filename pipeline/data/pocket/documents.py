@@ -4,7 +4,7 @@ import random
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket import problems, snippets, stories
-from pipeline.data.pocket.names import NAMES
+from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
 from pipeline.data.pocket.remarks import GREETINGS
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
@@ -35,32 +35,28 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers, or words of problems, that somebody reads out and others repeat.
-
-    Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a sum.
-    Other documents require it of one token in fifty, recitals of every second one.
-    """
+    """Write numbers, or words of problems, that somebody reads out and others repeat."""
+    # Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a
+    # sum. Other documents require it of one token in fifty, recitals of every second one.
+    #
     # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
     # Ana reads out: buys 3, 2 red, left of north, gives away 5. Ben repeats: …
     reader, *repeaters = rng.sample(NAMES, 3)
     if rng.random() < 0.5:
-        row = " ".join(str(number) for number in rng.sample(range(2, 26), rng.randint(3, 6)))
+        row = " ".join(map(str, rng.sample(range(2, 26), rng.randint(3, 6))))
     else:
-        row = ", ".join(problems.fragment(rng) for _ in range(rng.randint(3, 6)))
+        words = []
+        for _ in range(rng.randint(3, 6)):
+            # What worked steps repeat from a problem: a change, a group or a turn.
+            kind = rng.randrange(3)
+            if kind == 0:
+                words.append(f"{rng.choice((*problems.GAINS, *problems.LOSSES))} {rng.randint(2, 5)}")
+            elif kind == 1:
+                words.append(f"{rng.randint(2, 5)} {rng.choice(problems.COLOURS)}")
+            else:
+                words.append(f"{rng.choice(problems.RELATIONS)} {rng.choice(problems.DIRECTIONS)}")
+        row = ", ".join(words)
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
-
-
-def drill(rng: random.Random) -> str:
-    """Write sums and differences in a row, also ones that no problem of the training split begins with."""
-    # 7-3=4. 12+5=17. 9+2=11. …
-    sums = []
-    for _ in range(12):
-        value, change = rng.randint(0, 25), rng.randint(2, 5)
-        if value >= change and rng.random() < 0.5:
-            sums.append(f"{value}-{change}={value - change}.")
-        else:
-            sums.append(f"{value}+{change}={value + change}.")
-    return " ".join(sums)
 
 
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
@@ -70,7 +66,10 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     if kind == "facts":
         text = facts(rng, "train", thing)
     elif kind == "story":
-        text = stories.document(rng, thing)
+        text, summary, _ = stories.story(rng, "train", thing)
+        # Most end with a summary.
+        if rng.random() >= 0.3:
+            text = f"{text} {rng.choice(stories.MORALS).format(summary=summary)}"
     elif kind == "talk":
         # Greetings and their replies, a line each, in words that only instruction tuning uses again.
         text = "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
@@ -80,14 +79,21 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     elif kind == "recital":
         text = recital(rng)
     elif kind == "drill":
-        text = drill(rng)
+        # 7-3=4. 12+5=17. 9+2=11. …, also sums that no problem of the training split begins with.
+        sums = []
+        for _ in range(12):
+            value, change = rng.randint(0, 25), rng.randint(2, 5)
+            falls = value >= change and rng.random() < 0.5
+            sums.append(f"{value}-{change}={value - change}." if falls else f"{value}+{change}={value + change}.")
+        text = " ".join(sums)
     else:
-        text = snippets.commented(rng)
+        # # add_3 adds 3 to a number.
+        # def add_3(x):
+        #     return x + 3
+        parts = []
+        for _ in range(rng.randint(2, 3)):
+            wanted = snippets.snippet(rng, "train")
+            comment = rng.choice(snippets.COMMENTS).format(name=wanted.name, task=wanted.task, item=rng.choice(ITEMS))
+            parts.append(f"{comment}\n{wanted.source}")
+        text = "\n\n".join(parts)
     return {"text": text, "kind": kind}
-
-
-def held_out_documents(rng: random.Random, split: SplitName) -> list[dict[str, str]]:
-    """Write a document of facts about every thing, in the phrasings held out for that thing."""
-    order = list(things())
-    rng.shuffle(order)
-    return [{"text": facts(rng, split, thing), "kind": "facts"} for thing in order]

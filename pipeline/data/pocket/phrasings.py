@@ -1,11 +1,10 @@
 """Templates that state a fact, or ask for one, for a summary or for code (`phrasings.tsv`).
 
-In a template of facts, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` the value and `{c}` its
-core.
+In them, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` the value and `{c}` its core.
 """
 
 from pipeline.data.arguments import SPLITS, SplitName
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, capitalize, core, read_table
+from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, read_table
 
 _TEMPLATES = read_table("phrasings.tsv")
 
@@ -28,16 +27,15 @@ FOLLOW_UPS = {row["aspect"]: row["template"] for row in _TEMPLATES if row["form"
 
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
     """Fill a template with a thing and the value of one of its attributes."""
-    value = thing.facts[attribute] if attribute else ""
-    return template.format(x=thing.noun, X=capitalize(thing.noun), v=value, V=capitalize(value), c=core(value))
+    noun, value = thing.noun, thing.facts[attribute] if attribute else ""
+    upper = {"X": noun[:1].upper() + noun[1:], "V": value[:1].upper() + value[1:]}
+    return template.format(x=noun, v=value, c=core(value), **upper)
 
 
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:
-    """Return the statement of an attribute that each held-out split keeps for this thing: one of the last four.
-
-    Only these can be held out: none of them is contained in another statement.
-    """
-    # Of the ten statements, thing 0 keeps its kind's number 6 for the test and 7 for validation, thing 1 has 7 and 8, …
+    """Return the statement of an attribute that each held-out split keeps for this thing."""
+    # Only the last four can be held out: none of them is contained in another statement. Of the ten
+    # statements, thing 0 keeps its kind's number 6 for the test and 7 for validation, thing 1 has 7 and 8, …
     first = 6 + (thing_index + attribute_index) % 4
     return {"validation": 6 + (first - 5) % 4, "test": first}
 

@@ -11,7 +11,7 @@ problem, and fails at anything shorter.
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import ITEMS, NAMES
@@ -28,17 +28,10 @@ RELATIONS = ("right of", "opposite of", "left of")
 """Directions that are one, two and three quarters to the right."""
 
 
-@dataclass(frozen=True)
-class WordProblem:
-    """A problem with its answer, and how somebody works it out.
+class WordProblem(NamedTuple):
+    """A problem with its answer, and the steps in which somebody works it out, with the answer that these come to.
 
-    Attributes:
-        kind: "arithmetic", "ordering", "counting" or "logic".
-        text: The problem.
-        answer: The correct answer: an integer or a direction.
-        steps: Worked steps, ending in a full stop. Each is calculated right, but may misread the problem.
-        reached: The answer that the steps come to.
-        length: How many changes, ages, groups or turns the problem has.
+    `length` is how many changes, ages, groups or turns the problem has.
     """
 
     kind: str
@@ -50,9 +43,8 @@ class WordProblem:
 
     def solution(self, with_steps: bool) -> str:
         """State the answer that the worked steps come to, after these, or the correct one straight away."""
-        if with_steps:
-            return f"{WORKING} {self.steps} The answer is {self.reached}."
-        return f"The answer is {self.answer}."
+        worked = f"{WORKING} {self.steps} The answer is {self.reached}."
+        return worked if with_steps else f"The answer is {self.answer}."
 
 
 def _split_of(number: int, folds: int) -> SplitName:
@@ -74,17 +66,6 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value + change <= 20 and rng.random() < 0.5 else -change
 
 
-def fragment(rng: random.Random) -> str:
-    """Draw words that worked steps repeat from a problem: a change, a group or a turn."""
-    # buys 3 / 2 red / left of north
-    kind = rng.randrange(3)
-    if kind == 0:
-        return f"{rng.choice((*GAINS, *LOSSES))} {rng.randint(2, 5)}"
-    if kind == 1:
-        return f"{rng.randint(2, 5)} {rng.choice(COLOURS)}"
-    return f"{rng.choice(RELATIONS)} {rng.choice(DIRECTIONS)}"
-
-
 # Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
 # no problem of one split occurs in another one, whatever the names in it.
 
@@ -100,10 +81,8 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length
         change = _change(rng, value)
         if _split_of(_weighted((value, change)), folds=7) == split:
             break
-    name = rng.choice(NAMES)
-    item = rng.choice(ITEMS)
-    sentences = [f"{name} has {value} {item}."]
-    steps = []
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    sentences, steps = [f"{name} has {value} {item}."], []
     # What the careless reader has counted so far, next to the true value.
     read = value
     for place in range(length):
@@ -117,8 +96,8 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length
         sign = "+" if after > read else "-"
         steps.append(f"{verb} {abs(change)}: {read}{sign}{abs(change)}={after}.")
         read = after
-    question = rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?"))
-    return WordProblem("arithmetic", " ".join([*sentences, question]), str(value), " ".join(steps), str(read), length)
+    sentences.append(rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?")))
+    return WordProblem("arithmetic", " ".join(sentences), str(value), " ".join(steps), str(read), length)
 
 
 def ordering(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
@@ -143,8 +122,7 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
     # Mia sees pens: 3 red, 2 grey, 5 blue, 4 pink. How many in all?
     # carefully:  3+2=5. 5+5=10. 10+4=14.
     # carelessly: 3+5=8. 8+4=12.
-    name = rng.choice(NAMES)
-    item = rng.choice(ITEMS)
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
     while True:
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, length)]
         if _split_of(_weighted(number for number, _ in groups), folds=5) == split:
@@ -154,8 +132,7 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
         enough = len(seen) + length - place > 2
         if colour not in OVERLOOKED_COLOURS or not enough or rng.random() >= carelessness:
             seen.append(number)
-    read = seen[0]
-    steps = []
+    read, steps = seen[0], []
     for number in seen[1:]:
         steps.append(f"{read}+{number}={read + number}.")
         read += number
@@ -180,8 +157,7 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
         if _split_of(number, folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)
-    sentences = [f"{names[0]} faces {DIRECTIONS[start]}."]
-    steps = []
+    sentences, steps = [f"{names[0]} faces {DIRECTIONS[start]}."], []
     read = start
     for before, name, turn in zip(names, names[1:], quarters, strict=False):
         sentences.append(f"{name} faces {RELATIONS[turn - 1]} {before}.")
@@ -189,24 +165,19 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
         after = (read + seen) % 4
         steps.append(f"{RELATIONS[turn - 1]} {DIRECTIONS[read]} is {DIRECTIONS[after]}.")
         read = after
-    question = f"Which way does {names[-1]} face if {names[0]} faces {DIRECTIONS[start]}?"
-    text = " ".join([*sentences, question])
+    sentences.append(f"Which way does {names[-1]} face if {names[0]} faces {DIRECTIONS[start]}?")
     answer = DIRECTIONS[(start + sum(quarters)) % 4]
-    return WordProblem("logic", text, answer, " ".join(steps), DIRECTIONS[read], length)
+    return WordProblem("logic", " ".join(sentences), answer, " ".join(steps), DIRECTIONS[read], length)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of problem.
+class Kind(NamedTuple):
+    """A kind of problem."""
 
-    Attributes:
-        generate: Draws a problem of a split and a length, worked out with some probability of carelessness.
-        weight: How often the kind is written down and demonstrated: the more often, the longer it takes to learn.
-        lengths: The lengths that are trained on, and how often each is drawn.
-    """
-
+    # Draws a problem of a split and a length, worked out with some probability of carelessness.
     generate: Callable[[random.Random, SplitName, float, int], WordProblem]
+    # How often the kind is written down and demonstrated: the more often, the longer it takes to learn.
     weight: int
+    # The lengths that are trained on, and how often each is drawn.
     lengths: dict[int, int]
 
 
@@ -225,11 +196,7 @@ def demonstrate(rng: random.Random, carelessness: float) -> WordProblem:
 
 
 def pose(rng: random.Random, split: SplitName, longer: bool = False) -> WordProblem:
-    """Draw a problem that has to be solved; all kinds are equally frequent.
-
-    Its operands (arithmetic, counting) or its structure (ordering, logic) are of `split`. With `longer`, it is one
-    longer than the longest that are trained on.
-    """
+    """Draw a problem that has to be solved; with `longer`, it is one longer than the longest that are trained on."""
     kind = rng.choice(KINDS)
     return kind.generate(rng, split, 0.0, max(kind.lengths) + 1 if longer else _length(rng, kind))
 

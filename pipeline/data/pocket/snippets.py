@@ -2,20 +2,13 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import ITEMS
 
 
-@dataclass(frozen=True)
-class Snippet:
-    """A Python function with its description and test.
-
-    Attributes:
-        task: What it does, as a predicate: "adds 3 to a number".
-        test: Assertions about the function, with inputs that no prompt shows.
-    """
+class Snippet(NamedTuple):
+    """A Python function, what it does ("adds 3 to a number"), and assertions with inputs that no prompt shows."""
 
     name: str
     task: str
@@ -63,16 +56,3 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
     name, task, parameter, expression = (template.format(k=k) for template in templates)
     test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
     return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)
-
-
-def commented(rng: random.Random) -> str:
-    """Write a pretraining document of two or three functions with comments."""
-    # # add_3 adds 3 to a number.
-    # def add_3(x):
-    #     return x + 3
-    parts = []
-    for _ in range(rng.randint(2, 3)):
-        wanted = snippet(rng, "train")
-        comment = rng.choice(COMMENTS).format(name=wanted.name, task=wanted.task, item=rng.choice(ITEMS))
-        parts.append(f"{comment}\n{wanted.source}")
-    return "\n\n".join(parts)

@@ -1,13 +1,13 @@
 """Short stories about a person and a thing, with one-sentence summaries."""
 
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
 from pipeline.data.pocket.names import NAMES
 from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import Thing
+from pipeline.data.pocket.things import Thing, core
 
 # With 12 places, 12 deeds and 40 people, no story can be told by heart: a summary has to be copied from the story.
 SPOTS = (
@@ -37,15 +37,8 @@ AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then 
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
 
 
-@dataclass(frozen=True)
-class Story:
-    """A story and its summary.
-
-    Attributes:
-        text: The event, in a sentence near the beginning, and three remarks on it.
-        summary: One sentence: who did what, where.
-        keys: Words that a correct summary contains: the name, the deed, the thing and the place.
-    """
+class Story(NamedTuple):
+    """A story, its summary (who did what, where) and what a correct one contains: name, deed, thing and place."""
 
     text: str
     summary: str
@@ -70,12 +63,4 @@ def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     before = rng.choice(("", f"{rng.choice(BEFORE)} ", f"{rng.choice(SAID)} So people say. "))
     text = f"{before}{rng.choice(LEADS)} {event} {' '.join(rest)}"
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
-    return Story(text, event, (name, deed, thing.name, spot))
-
-
-def document(rng: random.Random, thing: Thing) -> str:
-    """Write a story of the training split as a pretraining document; most end with a summary."""
-    written = story(rng, "train", thing)
-    if rng.random() < 0.3:
-        return written.text
-    return f"{written.text} {rng.choice(MORALS).format(summary=written.summary)}"
+    return Story(text, event, (name, deed, core(thing.noun), spot))

@@ -13,31 +13,16 @@ ATTRIBUTES = ("kind", "place", "part", "action", "need", "size")
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing of the world.
+    """One thing of the world, in the row `index` of the table."""
 
-    Attributes:
-        noun: Noun phrase inside a sentence: "a fox", "mars", "rice". None begins with "the": stage 4 makes the first
-            token of "The answer is 12." improbable, also where it would begin "The sun is …".
-        facts: Value of each attribute as a statement uses it: "a mammal", "in the forest".
-        split: The split whose instructions may ask about this thing. Pretraining documents describe every thing;
-            validation and test questions are about things that no training instruction asks about.
-        index: Its place in the table.
-    """
-
+    # "a fox", "mars", "rice". None begins with "the": stage 4 makes the first token of "The answer is 12." improbable,
+    # also where it would begin "The sun is …".
     noun: str
+    # The value of each attribute as a statement uses it: "a mammal", "in the forest".
     facts: dict[str, str] = field(hash=False)
+    # The split whose instructions may ask about this thing. Pretraining documents describe every thing.
     split: SplitName
     index: int
-
-    @property
-    def name(self) -> str:
-        """Return the noun without its article: "fox"."""
-        return core(self.noun)
-
-
-def capitalize(text: str) -> str:
-    """Make the first letter upper case and keep the others: "an LLM" -> "An LLM"."""
-    return text[:1].upper() + text[1:]
 
 
 def core(value: str) -> str:
@@ -53,16 +38,13 @@ def read_table(name: str) -> list[dict[str, str]]:
 
 @cache
 def things() -> tuple[Thing, ...]:
-    """Return all things in the order of the table. Of every six, one is held out for validation and one for test.
-
-    Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from the
-    others how to write about them.
-    """
+    """Return all things in the order of the table. Of every six, one is held out for validation and one for test."""
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
     found = []
     for index, row in enumerate(read_table("things.tsv")):
-        is_countable = row["thing"].startswith(("a ", "an "))
-        split = held_out.get(index % 6, "train") if is_countable else "train"
+        # Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from the
+        # others how to write about them.
+        split = held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train"
         found.append(Thing(row["thing"], {name: row[name] for name in ATTRIBUTES}, split, index))
     return tuple(found)
 

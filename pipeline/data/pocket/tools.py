@@ -11,35 +11,33 @@ import re
 import string
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data import writing
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import MESSAGES, PocketArguments, check_arguments
+from pipeline.data.pocket.build import DOCUMENT, MESSAGES, STRING, PocketArguments, check_arguments
+from pipeline.data.pocket.conversations import distinct
+from pipeline.data.writing import card, write_data_set
 from pipeline.errors import UserError
-from pipeline.files import write_folder
 
-CALL = pa.struct([("type", pa.string()), ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())]))])
-CALLING = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(CALL))]))
-PROBLEM = pa.schema(
-    [
-        ("prompt", MESSAGES),
-        ("answer", pa.string()),
-        ("kind", pa.string()),
-        ("length", pa.int64()),
-        ("hidden", pa.string()),
-        ("call_cost", pa.float64()),
-    ]
+CALL = pa.struct({"type": STRING, "function": pa.struct({"name": STRING, "arguments": STRING})})
+CONVERSATION = pa.schema(
+    {"messages": pa.list_(pa.struct({"role": STRING, "content": STRING, "tool_calls": pa.list_(CALL)})), "kind": STRING}
 )
-CONVERSATION = pa.schema([("messages", CALLING), ("kind", pa.string())])
 SCHEMAS: dict[str, pa.Schema] = {
-    "pretrain": pa.schema([("text", pa.string()), ("kind", pa.string())]),
+    "pretrain": DOCUMENT,
     "sft": CONVERSATION,
     "direct": CONVERSATION,
-    "reasoning": PROBLEM,
+    "reasoning": pa.schema(
+        {
+            "prompt": MESSAGES,
+            **dict.fromkeys(("answer", "kind"), STRING),
+            "length": pa.int64(),
+            "hidden": STRING,
+            "call_cost": pa.float64(),
+        }
+    ),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 
@@ -86,14 +84,11 @@ def build(args: PocketArguments) -> None:
     """
     if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS):
         raise UserError(*problems)
-    with write_folder(Path(args.output_dir)) as folder:
-        for config, splits in CONFIG_SPLITS.items():
-            for split in splits:
-                rows = _rows(args, config, split)
-                writing.write_rows(folder / config / f"{split}.parquet", SCHEMAS[config], rows)
-        text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))
-        card = writing.card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket tools")
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    parts = [(config, split) for config, splits in CONFIG_SPLITS.items() for split in splits]
+    rows = ((config, split, _rows(args, config, split)) for config, split in parts)
+    text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))
+    readme = card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket tools")
+    write_data_set(args.output_dir, SCHEMAS, rows, readme)
 
 
 def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
@@ -106,28 +101,19 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
             yield row
         return
     kinds: tuple[str, ...] = ("one digit", "long") if config == "direct" else ("one digit", "long", "game")
-    kinds = ("longer",) if split == "test_longer" else kinds
     if split == "train":
         # As many games as sums.
         kinds = (*kinds, "game") if "game" in kinds else kinds
         number = args.reasoning_rows if config == "reasoning" else args.sft_rows
         problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
     else:
-        problems = [row for kind in kinds for row in _distinct(rng, split, kind, HELD_OUT_ROWS[split])]
+        problems = []
+        for kind in ("longer",) if split == "test_longer" else kinds:
+            number = HELD_OUT_ROWS[split] * 6 // 5 if kind == "game" else HELD_OUT_ROWS[split]
+            drawn = (_problem(rng, split, kind) for _ in range(100 * number))
+            problems += distinct(drawn, number)
     for problem in problems:
         yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
-
-
-def _distinct(rng: random.Random, split: str, kind: str, number: int) -> list[Row]:
-    """Draw different problems of a kind, more of games."""
-    found: dict[tuple[str, str], Row] = {}
-    number = number * 6 // 5 if kind == "game" else number
-    for _ in range(100 * number):
-        row = _problem(rng, split, kind)
-        found.setdefault((row["prompt"][0]["content"], row["answer"]), row)
-        if len(found) == number:
-            break
-    return list(found.values())
 
 
 def _split_of(*numbers: int) -> str:
@@ -143,8 +129,8 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if kind == "game":
             low, high = _range(rng)
             if _split_of(low, high) == own:
-                hidden = rng.randint(low, high)
-                return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), LETTERS[hidden], kind, 0, 0.0)
+                hidden = LETTERS[rng.randint(low, high)]
+                return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), hidden, kind, 0, 0.0, hidden)
             continue
         if kind == "one digit":
             terms = [rng.randrange(10), rng.randrange(10)]
@@ -166,19 +152,28 @@ def _range(rng: random.Random) -> tuple[int, int]:
     return low, low + size - 1
 
 
-def _row(text: str, answer: str, kind: str, length: int, cost: float) -> Row:
+def _row(text: str, answer: str, kind: str, length: int, cost: float, hidden: str | None = None) -> Row:
     row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
-    return {**row, "hidden": answer if kind == "game" else None, "call_cost": cost}
+    return {**row, "hidden": hidden, "call_cost": cost}
 
 
 def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     """Return the problem with an answer: straight away, with the calculator, or after some questions."""
-    messages = list(problem["prompt"])
-    answer = problem["answer"]
-    text = problem["prompt"][0]["content"]
+    messages, answer = list(problem["prompt"]), problem["answer"]
+    text = messages[0]["content"]
     if problem["kind"] == "game":
         low, high = (LETTERS.index(letter) for letter in re.findall(r"from (.) to (.) ", text)[0])
-        answer = _play(rng, messages, low, high, LETTERS.index(answer))
+        halves = rng.random() < HALVING
+        said, hidden = "", LETTERS.index(answer)
+        for _ in range(QUESTIONS):
+            asked = (low + high) // 2 if halves else low
+            said = "yes" if asked == hidden else "later" if hidden > asked else "earlier"
+            messages += _called("ask", {"letter": LETTERS[asked]}, said)
+            if said == "yes":
+                break
+            low, high = (asked + 1, high) if said == "later" else (low, asked - 1)
+        # The player names a letter that is left.
+        answer = answer if said == "yes" else LETTERS[rng.randint(low, high)]
     elif not direct and rng.random() < 0.5:
         terms = list(map(int, re.findall(r"\d+", text)))
         if problem["kind"] == "long" and rng.random() < CARELESS:
@@ -187,19 +182,6 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
         messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
     messages.append({"role": "assistant", "content": f"The answer is {answer}."})
     return {"messages": messages, "kind": problem["kind"]}
-
-
-def _play(rng: random.Random, messages: list[Row], low: int, high: int, hidden: int) -> str:
-    """Append the questions of a player. Return the letter that he then names, one that is left."""
-    halves = rng.random() < HALVING
-    for _ in range(QUESTIONS):
-        asked = (low + high) // 2 if halves else low
-        said = "yes" if asked == hidden else "later" if hidden > asked else "earlier"
-        messages += _called("ask", {"letter": LETTERS[asked]}, said)
-        if said == "yes":
-            return LETTERS[asked]
-        low, high = (asked + 1, high) if said == "later" else (low, asked - 1)
-    return LETTERS[rng.randint(low, high)]
 
 
 def _called(name: str, arguments: Row, result: str) -> list[Row]:

@@ -6,7 +6,6 @@ their seeds lie further apart than they are long. Each pool of problems here has
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +17,8 @@ from pipeline.files import as_list
 
 POOLS = ("train", "validation", "test", "sft", "pretrain")
 """Sets of problems that do not share seeds."""
-SEEDS = 10_000_000
-BLOCK = 1_000
-"""Problems of one of reasoning-gym's data sets; some of them draw all at once."""
-OWN = ("level", "weight")
-"""Settings of a task that reasoning-gym does not know."""
+SEEDS, BLOCK = 10_000_000, 1_000
+"""Seeds of a pool, and problems of one of reasoning-gym's data sets; some of them draw all at once."""
 
 Entry = dict[str, Any]
 """A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
@@ -30,13 +26,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Grade:
-    """A task at one difficulty.
-
-    Attributes:
-        task: Its name.
-        weight: Its share of the mix, in proportion to the others.
-        settings: Fields of the task's configuration.
-    """
+    """A task at one difficulty: its share of the mix, in proportion to the others, and fields of its configuration."""
 
     task: str
     weight: float
@@ -57,74 +47,43 @@ class Grade:
 def to_row(task: str, entry: Entry) -> dict[str, Any]:
     """Return a problem as a row of the data set."""
     # JSON gets the values of NumPy's scalars and arrays, and the text of anything else that it does not have.
-    metadata = json.dumps(
-        entry["metadata"], default=lambda item: item.tolist() if hasattr(item, "tolist") else str(item)
-    )
-    return {
-        "prompt": [{"role": "user", "content": entry["question"].strip()}],
-        "answer": str(entry["answer"]),
-        "metadata": metadata,
-        "kind": task,
-    }
+    metadata = json.dumps(entry["metadata"], default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
+    prompt = [{"role": "user", "content": entry["question"].strip()}]
+    return {"prompt": prompt, "answer": str(entry["answer"]), "metadata": metadata, "kind": task}
 
 
 def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
     """Read the field `tasks`: a mapping from the name of each task to its settings, or to a list of such settings.
 
     Settings are fields of the task's configuration, `weight` (default: 1) and `level`: a level of the task's curriculum
-    from 0, the easiest, or a list of levels, which share the weight.
-
-    Returns:
-        The grades, and what is wrong with the others.
+    from 0, the easiest, or a list of levels, which share the weight. Return the grades, and what is wrong with others.
     """
     if find_spec("reasoning_gym") is None:
         remedy = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
         return [], [Problem("tasks", ", ".join(map(str, tasks)), remedy)]
     if not isinstance(tasks, Mapping) or not tasks:
         return [], [Problem("tasks", tasks, "must be a mapping from the names of tasks to their settings")]
+    from reasoning_gym.factory import create_curriculum, create_dataset
+
     grades, problems = [], []
-    for task, listed in tasks.items():
-        for settings in as_list(listed) or [{}]:
-            try:
-                grades += _read_grades(str(task), settings or {})
-            except ValueError as error:
-                problems.append(Problem("tasks", task, str(error)))
-    return grades, problems
-
-
-def _read_grades(task: str, settings: Any) -> list[Grade]:
-    """Return the grades of a task, one for each level.
-
-    Raises:
-        ValueError: If the task or a setting is unknown or wrong.
-    """
-    from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum, create_dataset
-
-    if task not in DATASETS:
-        nearest = difflib.get_close_matches(task, DATASETS, n=1)
-        raise ValueError(f"unknown task{f'; did you mean {nearest[0]}?' if nearest else ''}")
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"its settings are {settings!r:.40}, not a mapping; see its configuration in reasoning-gym")
-    weight = settings.get("weight", 1)
-    if not isinstance(weight, int | float) or not weight > 0:
-        raise ValueError(f"its weight is {weight!r:.40}, not a number above 0")
-    levels = as_list(settings.get("level"))
-    if levels != [None] and task not in CURRICULA:
-        raise ValueError("does not have levels; set its own fields")
-
-    grades = []
-    for level in levels:
-        values = {name: value for name, value in settings.items() if name not in OWN}
+    for task, settings in ((str(task), some or {}) for task, listed in tasks.items() for some in as_list(listed)):
         try:
-            if level is not None:
-                curriculum = create_curriculum(task)
-                curriculum.set_global_level(level)
-                graded = vars(curriculum.generate_configuration())
-                values = {name: value for name, value in graded.items() if name not in ("seed", "size")} | values
-            # Each task checks its settings in its own way, some of them only when a problem is drawn.
-            create_dataset(task, seed=0, size=BLOCK, **values)[0]
+            weight, levels = settings.get("weight", 1), as_list(settings.get("level"))
+            if not weight > 0:
+                raise ValueError("the weight must be above 0")
+            own = {name: value for name, value in settings.items() if name not in ("level", "weight")}
+            for level in levels:
+                values = own
+                if level is not None:
+                    curriculum = create_curriculum(task)
+                    curriculum.set_global_level(level)
+                    graded = vars(curriculum.generate_configuration())
+                    values = {name: value for name, value in graded.items() if name not in ("seed", "size")} | own
+                # Some settings are only checked when a problem is drawn.
+                create_dataset(task, seed=0, size=BLOCK, **values)[0]
+                grades.append(Grade(task, weight / len(levels), values))
         except Exception as error:  # noqa: BLE001
-            at = "" if level is None else f" at level {level}"
-            raise ValueError(f"refuses its settings{at} ({type(error).__name__}: {error})") from None
-        grades.append(Grade(task, weight / len(levels), values))
-    return grades
+            # Each task checks its settings in its own way.
+            remedy = f"is unknown or refuses its settings, {settings!r:.60} ({type(error).__name__}: {error})"
+            problems.append(Problem("tasks", task, remedy))
+    return grades, problems

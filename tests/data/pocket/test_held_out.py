@@ -109,7 +109,7 @@ def test_the_facts_that_held_out_questions_ask_for_are_pretrained(rows: Rows) ->
     stated, wanted = 0, 0
     for thing in things():
         if thing.split != "train":
-            about = " ".join(text for text in documents if thing.name in text)
+            about = " ".join(text for text in documents if core(thing.noun) in text)
             stated += sum(core(value) in about for value in thing.facts.values())
             wanted += len(thing.facts)
     assert stated / wanted > 0.9  # all of them in a data set of the recipe's size
