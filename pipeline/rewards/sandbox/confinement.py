@@ -34,19 +34,9 @@ import errno
 import math
 import os
 import platform
+import resource
 import struct
 import sys
-
-# Importing `typing` would take a tenth of the time in which the process starts.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-# Windows lacks it, and imports this module all the same.
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
@@ -228,46 +218,6 @@ def confine_calls(files_confined: bool) -> bool:
     described = struct.pack("HP", len(packed) // 8, ctypes.addressof(program))
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
-
-
-def prepare_asyncio() -> None:
-    """Let asyncio run without the sockets and the epoll that are refused: nothing wakes its loop from outside."""
-    import asyncio.selector_events
-    import selectors
-
-    loops: Any = asyncio.selector_events.BaseSelectorEventLoop
-    loops._make_self_pipe = lambda loop: loop.__dict__.update(_ssock=None, _csock=None)
-    loops._close_self_pipe = lambda loop: None
-    vars(selectors)["DefaultSelector"] = selectors.SelectSelector
-
-
-def prepare_threads() -> None:
-    """Let threads, which are refused, do their work when they are started."""
-    import threading
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-    def start(thread: Any) -> None:
-        # An exception ends the thread, not the program.
-        try:
-            thread.run()
-        except Exception:  # noqa: BLE001
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-
-    def submit(pool: Any, function: Any, /, *args: Any, **named: Any) -> Any:
-        future: Future[Any] = Future()
-        # Whoever asks for the result gets the exception.
-        try:
-            future.set_result(function(*args, **named))
-        except Exception as error:  # noqa: BLE001
-            future.set_exception(error)
-        return future
-
-    thread: Any = threading.Thread
-    thread.start = start
-    thread.join = lambda thread, timeout=None: None
-    thread.is_alive = lambda thread: False
-    pool: Any = ThreadPoolExecutor
-    pool.submit = submit
 
 
 def watch(directory: str) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import secrets
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -41,6 +41,7 @@ DIRECTORY_FILES = 64
 PATIENCE_SECONDS = 30.0
 """Wall-clock time for a loaded machine to start Python, and then again to run the code."""
 LOOK_SECONDS = 0.05
+
 RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
 PROBE = """
 import os, socket
@@ -143,6 +144,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
+    status: Status
     try:
         reader, writer = os.pipe()
         with (
@@ -150,13 +152,16 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             open(writer, "wb", buffering=0) as verdict,
             tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
             tempfile.TemporaryFile() as work,
+            tempfile.NamedTemporaryFile() as output,
+            # The code must neither read nor overwrite what its test prints.
+            open(output.name, "ab") as printed,
         ):
             work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
             work.seek(0)
             process = subprocess.Popen(
                 [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
                 stdin=work,
-                stdout=subprocess.PIPE,
+                stdout=printed,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
                 cwd=directory,
@@ -164,84 +169,56 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
                 start_new_session=True,
             )
             verdict.close()
-            candidate: int | None = None
-            assert process.stdout is not None
             try:
-                descriptors = process.stdout.fileno(), reader
-                status, candidate, output = _wait(process.pid, descriptors, token.encode(), directory, seconds)
+                status = _wait(process.pid, reader, token.encode(), directory, seconds)
             finally:
-                # The child's session, and its candidate by id where seccomp does not keep it in the session.
+                # The child's session, in which seccomp keeps the candidate, too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                if candidate is not None and sys.platform != "linux":
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(candidate, signal.SIGKILL)
                 process.wait()
-                process.stdout.close()
+            return Outcome(status, output.read(OUTPUT_BYTES).decode(errors="replace"))
     # Descriptors, processes, memory or space on the disk ran out.
     except OSError as error:
-        status, output = "busy", str(error).encode()
-    return Outcome(status, output.decode(errors="replace"))
+        return Outcome("busy", str(error))
 
 
-def _wait(
-    examiner: int, descriptors: tuple[int, int], token: bytes, directory: str, seconds: float
-) -> tuple[Status, int | None, bytes]:
-    """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory.
+def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: float) -> Status:
+    """Wait for the child's verdict, end or timeout; meanwhile watch its directory.
 
-    The child writes these lines to the descriptor of the verdict. The time limit begins with the first one:
+    The child writes two lines to the descriptor of the verdict. The time limit begins with the first one:
 
         TOKEN 4711          process id of the candidate
-        TOKEN talking       only if the code and its test have exchanged many messages
         TOKEN passed        status
     """
-    output_fd = descriptors[0]
-    os.set_blocking(output_fd, False)
-    output = verdict = b""
+    verdict = b""
     candidate: int | None = None
-    talking = False
-    began, looked, waited = time.monotonic(), 0.0, 0.0
-    with selectors.DefaultSelector() as selector:
-        for descriptor in descriptors:
-            selector.register(descriptor, selectors.EVENT_READ)
-        while (now := time.monotonic()) < began + PATIENCE_SECONDS + seconds:
-            if now - looked > LOOK_SECONDS:
-                looked = now
-                # The code may be deleting files, or have locked its directory.
-                sizes: list[int] = []
-                with contextlib.suppress(OSError), os.scandir(directory) as entries:
-                    sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-                if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
-                    return "refused", candidate, output
-                elapsed = now - began
-                if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
-                    return "timeout", candidate, output
+    ready = select.poll()
+    ready.register(reader)
+    began, waited = time.monotonic(), 0.0
+    while (elapsed := time.monotonic() - began) < PATIENCE_SECONDS + seconds:
+        # The code may be deleting files, or have locked its directory.
+        sizes: list[int] = []
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
+        if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
+            return "refused"
+        if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
+            return "timeout"
+        if not ready.poll(1000 * LOOK_SECONDS):
+            continue
 
-            for key, _ in selector.select(LOOK_SECONDS):
-                data = os.read(key.fd, 1 << 16)
-                if key.fd == output_fd:
-                    output = (output + data)[:OUTPUT_BYTES]
-                    if not data:
-                        selector.unregister(output_fd)
-                    continue
-                verdict += data
-                lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
-                if any(line[0] != token for line in lines):
-                    return "crashed", candidate, output
-                if lines and candidate is None:
-                    candidate = int(lines[0][2])
-                    began = time.monotonic()
-                    waited = _waited(examiner, candidate, 0.0)
-                statuses = [line[2].decode() for line in lines[1:]]
-                talking = "talking" in statuses
-                if statuses[talking:] or not data:
-                    status: Any = statuses[-1] if statuses[talking:] else "crashed"
-                    # The candidate may hold the pipe of the output open forever.
-                    with contextlib.suppress(BlockingIOError):
-                        output += os.read(output_fd, OUTPUT_BYTES)
-                    return status, candidate, output[:OUTPUT_BYTES]
-    # Code that has talked with its test for so long had a core, if never for long.
-    return "timeout" if talking else "busy", candidate, output
+        data = os.read(reader, 1 << 16)
+        verdict += data
+        lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
+        if any(line[0] != token for line in lines) or (len(lines) < 2 and not data):
+            return "crashed"
+        if len(lines) > 1:
+            status: Any = lines[1][2].decode()
+            return status
+        if lines and candidate is None:
+            candidate = int(lines[0][2])
+            began, waited = time.monotonic(), _waited(examiner, candidate, 0.0)
+    return "busy"
 
 
 def _waited(examiner: int, candidate: int, elapsed: float) -> float:
