@@ -11,7 +11,7 @@ dialogue ends with its call, as with TRL. A call that the limit cut off is not a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from inspect import signature
@@ -23,6 +23,9 @@ from trl.chat_template_utils import get_training_chat_template, parse_response
 
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.tools.functions import MANY
+
+# transformers would read a tool's docstring again for each turn.
+_schema = lru_cache(get_json_schema)
 
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
@@ -146,19 +149,8 @@ def answer_calls(
 
 def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
     """Return a turn of the model as a message, with its calls; None if it has no tokens."""
-    return parse_response(tokenizer, tokens, prefix=before, tools=schemas(tools)) if tokens else None
-
-
-def schemas(tools: Tools) -> list[dict[str, Any]]:
-    """Return how tools are described to models."""
-    return [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
-
-
-@lru_cache
-def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
-    """Describe a tool; transformers would read its docstring again for each turn."""
-    schema: dict[str, Any] = get_json_schema(tool)
-    return schema
+    schemas = [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
+    return parse_response(tokenizer, tokens, prefix=before, tools=schemas) if tokens else None
 
 
 def readable(messages: Iterable[Message]) -> str:
@@ -168,25 +160,21 @@ def readable(messages: Iterable[Message]) -> str:
     <- 6912
     The answer is 6912.
     """
-    return "\n".join(line for message in messages for line in _lines(message))
-
-
-def _lines(message: Message) -> Iterator[str]:
-    if message["role"] == "tool":
-        yield _as_one(f"<- {message['content']}")
-    elif message.get("content"):
-        yield message["content"]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or call
-        arguments = function["arguments"]
-        # A model may write anything for arguments.
-        named = [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else [arguments]
-        yield _as_one(f"-> {function['name']}({', '.join(map(str, named))})")
-
-
-def _as_one(text: str) -> str:
-    """Indent further lines of a call or a result, so that none of them passes for another message."""
-    return "\n   ".join(text.splitlines())
+    lines: list[str] = []
+    for message in messages:
+        is_result = message["role"] == "tool"
+        marked = [f"<- {message['content']}"] if is_result else []
+        if not is_result and message.get("content"):
+            lines.append(message["content"])
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or call
+            given = function["arguments"]
+            # A model may write anything for arguments.
+            named = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else [str(given)]
+            marked.append(f"-> {function['name']}({', '.join(named)})")
+        # Their further lines are indented, so that none of them passes for another message.
+        lines += ["\n   ".join(text.splitlines()) for text in marked]
+    return "\n".join(lines)
 
 
 def result_tokens(

@@ -10,6 +10,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -20,6 +21,9 @@ MAX_EXPRESSION = 200
 
 MAX_BITS = 4096
 """Bits of a number, some 1,200 digits."""
+
+MAX_PLACES = 30
+"""Decimal places; a number with more is written as a fraction."""
 
 _DECIMAL = re.compile(r"\d*\.\d*")
 """Numbers with an exponent, such as 1e999999999, would take long to write out."""
@@ -51,7 +55,12 @@ def calculator(expression: str) -> str:
     # A null character, an unfinished number, parentheses that are nested too deeply.
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"{expression!r} is not an expression") from None
-    return _written(_value(tree.body, expression))
+    value = _value(tree.body, expression)
+    # As people write numbers: whole, as a decimal if that ends soon, otherwise as a fraction.
+    if (value * 10**MAX_PLACES).denominator != 1:
+        return str(value)
+    with localcontext(prec=MAX_BITS):
+        return format(Decimal(value.numerator) / value.denominator, "f")
 
 
 def python(code: str) -> str:
@@ -116,19 +125,3 @@ def _value(node: ast.AST, expression: str) -> Fraction:
 
 def _bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def _written(value: Fraction) -> str:
-    """Return a number as people write it: whole, as a decimal if that ends, otherwise as a fraction."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    rest, places = value.denominator, 0
-    for prime in (2, 5):
-        power = 0
-        while rest % prime == 0:
-            rest, power = rest // prime, power + 1
-        places = max(places, power)
-    if rest != 1 or places > 30:
-        return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' * (value < 0)}{digits[:-places]}.{digits[-places:]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from trl.chat_template_utils import (
 )
 
 from pipeline.errors import Problem, UserError, collect
-from pipeline.rewards.loading import import_callable
+from pipeline.rewards.loading import find_named
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python
@@ -78,7 +77,7 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
     problems: list[Problem] = []
     for name in names or ():
         with collect(problems):
-            tools.append(_find(name, "tools", TOOLS))
+            tools.append(find_named(name, "tools", TOOLS))
             if fault := _validate_tool(tools[-1]):
                 problems.append(Problem("tools", name, fault))
     if problems:
@@ -94,15 +93,13 @@ def load_environment(name: str | None) -> type | None:
     """
     if name is None:
         return None
-    environment: Any = _find(name, "environment", ENVIRONMENTS)
+    environment: Any = find_named(name, "environment", ENVIRONMENTS)
     reset = getattr(environment, "reset", None)
-    if not inspect.isclass(environment) or not callable(reset):
-        remedy = "must be a class with a method reset(self, **columns) and methods that are tools"
+    is_game = inspect.isclass(environment) and callable(reset)
+    parameters = inspect.signature(reset).parameters.values() if is_game else ()
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        remedy = "must be a class with a method reset(self, **columns), which takes every column, as TRL passes them"
         raise UserError(Problem("environment", name, remedy))
-    if not any(one.kind is one.VAR_KEYWORD for one in inspect.signature(reset).parameters.values()):
-        raise UserError(
-            Problem("environment", name, "TRL passes every column to reset; accept all: reset(self, **columns)")
-        )
     methods = tools_of(environment())
     faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
     if not methods:
@@ -131,17 +128,6 @@ def check_tools(
     if (tools or environment) and tokenizer is not None and (fault := _validate_template(tokenizer)):
         problems.append(Problem("tools" if tools else "environment", tools or environment, fault))
     return problems
-
-
-def _find(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return what a name of `known`, or `package.module:name`, stands for."""
-    if ":" in name:
-        return import_callable(name, field)
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "is not known."
-        raise UserError(Problem(field, name, f"{hint} Known: {', '.join(known)}; or write package.module:name"))
-    return known[name]
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:
