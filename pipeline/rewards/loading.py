@@ -28,14 +28,10 @@ MAX_REWARD = 1e30
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """Load rewards by name.
-
-    Args:
-        names: At least one; names of `REWARDS`, or any importable `package.module:function`.
-        field: The YAML key, for messages.
+    """Load rewards by name: at least one of `REWARDS`, or any importable `package.module:function`.
 
     Raises:
-        UserError: With every name that cannot be loaded and the nearest one that can.
+        UserError: With every name that cannot be loaded and the nearest one that can; `field` is the YAML key.
     """
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
@@ -101,10 +97,7 @@ def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -
 def call_reward(
     function: Callable[..., Any], answers: Sequence[str], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
-    """Call a reward function as trainers do: with answers as messages, and every column of their rows by name.
-
-    `more` are further arguments, in place of columns of the same names.
-    """
+    """Call a reward function as trainers do: with answers as messages, and with columns and `more` by name."""
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
@@ -114,12 +107,8 @@ def call_reward(
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
     """Give a reward function its own copy of all data, and raise a `UserError` if it fails or returns no rewards.
 
-    TRL passes the same lists to every function, so that one that edits them would change what the next one judges.
-
-    Args:
-        function: A reward function, which may be asynchronous, or a callable object. If it is one of `REWARDS`, which
-            edit nothing, or already guarded, it is returned as it is.
-        name, field: Its name and the YAML key, for messages.
+    TRL passes the same lists to every function, so that one that edits them would change what the next one judges. The
+    function may be asynchronous, or a callable object. One of `REWARDS`, which edit nothing, is returned as it is.
     """
     if function in REWARDS.values() or hasattr(function, "is_guarded"):
         return function

@@ -58,6 +58,8 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)\s+(?=[A-Za-z](?![A-Za-z]))", ""),
     (r"[−–]", "-"),
 ]
+MAX_CHARACTERS = 300
+"""Longer expressions are not looked at."""
 _UNITS = re.compile(r"(?<=[\w})])\s+(?:[A-Za-z]{2,}\s*){1,3}(?:\^\{?[23]\}?)?$")
 _OPENING, _CLOSING = "([{⦃", ")]}⦄"
 _UNION = re.compile("∪")
@@ -79,6 +81,8 @@ def judge(question: tuple[str, str | None, bool]) -> bool:
     then have the form of the reference.
     """
     reference, answer, literal = question
+    if max(len(reference), len(answer or "")) > MAX_CHARACTERS:
+        return False
     if answer is None:
         return _is_readable(_spell(reference))
     return _is_same(_spell(reference), _spell(answer), literal, ordered=literal)

@@ -11,11 +11,7 @@ Each of these layers stops most attacks on its own:
 5. an audit hook that refuses the same with a message that says what was refused.
 
 Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
-`nobody`; the sandbox runs there only if the user allows it. Side channels and the wall-clock time are not covered; the
-parent kills a process that takes too long.
-
-The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
-library.
+`nobody`; the sandbox runs there only if the user allows it. Side channels and the wall-clock time are not covered.
 """
 
 # In the child of the sandbox, from left to right:
@@ -91,10 +87,6 @@ REFUSED_EVENTS = (
 )  # fmt: skip
 
 
-class Refused(PermissionError):
-    """The confined code tried something that it may not do."""
-
-
 def die_with_parent() -> None:
     """Let the kernel kill this process when the thread that forked it ends (Linux)."""
     if sys.platform == "linux":
@@ -105,19 +97,16 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
     """Set hard limits: `seconds` of CPU time (rounded up, plus one) and `memory_mb` MiB of address space."""
     cpu = math.ceil(seconds) + 1
     wanted = {
-        "RLIMIT_CPU": (cpu, cpu + 1),
-        "RLIMIT_AS": (memory_mb << 20,) * 2,
-        "RLIMIT_FSIZE": (FILE_BYTES,) * 2,
-        "RLIMIT_NOFILE": (OPEN_FILES,) * 2,
-        "RLIMIT_CORE": (0, 0),
+        resource.RLIMIT_CPU: (cpu, cpu + 1),
+        resource.RLIMIT_AS: (memory_mb << 20,) * 2,
+        resource.RLIMIT_FSIZE: (FILE_BYTES,) * 2,
+        resource.RLIMIT_NOFILE: (OPEN_FILES,) * 2,
+        resource.RLIMIT_CORE: (0, 0),
     }
-    for name, (soft, hard) in wanted.items():
-        ceiling = resource.getrlimit(getattr(resource, name))[1]
-        if ceiling != resource.RLIM_INFINITY:
-            soft, hard = min(soft, ceiling), min(hard, ceiling)
-        # macOS cannot limit the address space.
+    for limit, values in wanted.items():
+        # A limit that is lower already stays; macOS cannot limit the address space.
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (soft, hard))
+            resource.setrlimit(limit, values)
 
 
 def landlock_abi(libc: ctypes.CDLL) -> int:
@@ -229,12 +218,12 @@ def watch(directory: str) -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(REFUSED_EVENTS):
-            raise Refused(errno.EPERM, f"the sandbox refuses {event}")
+            raise PermissionError(errno.EPERM, f"the sandbox refuses {event}")
         if event == "open" and isinstance(arguments[0], str | bytes):
             flags = arguments[2] if isinstance(arguments[2], int) else 0
             path = realpath(fsdecode(arguments[0])) + separator
             if not path.startswith(writable if flags & changing else readable):
-                raise Refused(errno.EPERM, f"the sandbox refuses to open {path[:-1]}")
+                raise PermissionError(errno.EPERM, f"the sandbox refuses to open {path[:-1]}")
 
     sys.addaudithook(hook)
 

@@ -1,10 +1,8 @@
 """Run code that a model wrote against a test, without trusting it.
 
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
-directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
-`pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
-verdicts are repeatable. The sandbox runs code that the kernel cannot confine only where `allow_unconfined` is set:
-`validate_sandbox` reports what is missing on this machine.
+directory. `confinement.py` lists what the process may not do, and `child.py` explains why wrong code cannot pass its
+test. String hashes are not randomised, so that verdicts are repeatable.
 """
 
 import contextlib
@@ -32,7 +30,6 @@ Status = Literal["passed", "failed", "timeout", "memory", "refused", "crashed", 
 allow_unconfined = False
 """Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
 CHILD = Path(__file__).with_name("child.py")
-
 CODE_CHARACTERS = 200_000
 CODE_SECONDS = 2.0
 OUTPUT_BYTES = 16_384
@@ -61,14 +58,12 @@ for promise, attempt in {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one run.
+    """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
-    Attributes:
-        status: "passed" (the code and the whole test ran without an exception); "failed" (an assertion, an exception,
-            `sys.exit`); "timeout"; "memory"; "refused" (an attempt to use the network, a process or a file outside; too
-            many files); "crashed" (the process ended without a verdict); "busy" (the machine was too busy to start the
-            code, or to give it its time).
-        output: What the code and the test printed, including errors, cut off at 16 KiB.
+    `status` is "passed" (the code and the whole test ran without an exception); "failed" (an assertion, an exception,
+    `sys.exit`); "timeout"; "memory"; "refused" (an attempt to use the network, a process or a file outside; too many
+    files); "crashed" (the process ended without a verdict); or "busy" (the machine was too busy to start the code, or
+    to give it its time).
     """
 
     status: Status
@@ -104,8 +99,7 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
 
     Args:
         code: Python source of at most 200,000 characters.
-        test: Python source that raises if the code is wrong: assertions about what the code defines. An empty test
-            passes if the code runs.
+        test: Python assertions about what the code defines; an empty test passes if the code runs.
         seconds: Time limit from the moment the code starts, without the time in which it waits for a core.
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
@@ -125,11 +119,7 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
 def run_many(
     pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256, workers: int | None = None
 ) -> list[Outcome]:
-    """Call `run_code` on pairs of code and test, in order, `workers` at a time (default: this rank's share of cores).
-
-    Raises:
-        RunStopped: As in `run_code`.
-    """
+    """Call `run_code` on pairs of code and test, `workers` at a time (default: this rank's share of the cores)."""
     if not pairs:
         return []
     # Once, not in every thread.
