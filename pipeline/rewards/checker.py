@@ -76,7 +76,7 @@ class Checker:
         return [replies[question] for question in questions]
 
     def ask(self, question: Any) -> Any:
-        """Return the child's reply, or raise a `TimeoutError` if the machine is too busy, an `OSError` if the child is."""
+        """Return the child's reply, or raise a `TimeoutError` on a busy machine and an `EOFError` at a slow answer."""
         with self.lock:
             if self.process is None:
                 self.start()

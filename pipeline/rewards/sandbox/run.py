@@ -184,7 +184,7 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
     candidate: int | None = None
     ready = select.poll()
     ready.register(reader)
-    began, waited = time.monotonic(), 0.0
+    began, before = time.monotonic(), (0.0, 0.0)
     while (elapsed := time.monotonic() - began) < PATIENCE_SECONDS + seconds:
         # The code may be deleting files, or have locked its directory.
         sizes: list[int] = []
@@ -192,8 +192,12 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
             sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
         if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
             return "refused"
-        if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
-            return "timeout"
+        if candidate:
+            times = zip(_times(examiner, candidate, elapsed), before, strict=True)
+            ran, waited = (now - then for now, then in times)
+            # If they talk, one may run while the other one waits.
+            if max(ran, elapsed - waited) > seconds:
+                return "timeout"
         if not ready.poll(1000 * LOOK_SECONDS):
             continue
 
@@ -207,15 +211,16 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
             return status
         if lines and candidate is None:
             candidate = int(lines[0][2])
-            began, waited = time.monotonic(), _waited(examiner, candidate, 0.0)
+            began, before = time.monotonic(), _times(examiner, candidate, 0.0)
     return "busy"
 
 
-def _waited(examiner: int, candidate: int, elapsed: float) -> float:
-    """Return how long both processes, which run by turns, waited for a core; elsewhere than on Linux an estimate."""
+def _times(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
+    """Return how long both processes ran, and waited for a core; elsewhere than on Linux an estimate."""
     # The file does not exist except on Linux, nor for processes that have just ended.
     with contextlib.suppress(OSError, ValueError):
         found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
         if all(int(slices) for _, _, slices in found):
-            return sum(int(nanoseconds) for _, nanoseconds, _ in found) / 1e9
-    return elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
+            ran, waited = (sum(int(one[column]) / 1e9 for one in found) for column in (0, 1))
+            return ran, waited
+    return 0.0, elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
