@@ -274,8 +274,7 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     "1.5 \times 10^6" and "10^3" are plain, but not other powers, nor "12e1". A number with more than 1,000 digits is
     not plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
     """
-    value, _ = _quantity(answer, reduced)
-    return value
+    return _quantity(answer, reduced)[0]
 
 
 def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
@@ -348,9 +347,8 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A unit is ignored, unless both have one and they differ. A per cent sign is not ignored, because 36% is 0.36: the
-    reference must have one as well. A fraction must be in lowest terms, as graders of MATH demand: any other one is an
-    unsolved division.
+    A unit is ignored, unless both have one and they differ, or it is a per cent sign that the reference lacks. A
+    fraction must be in lowest terms, as graders of MATH demand: any other one is an unsolved division.
     """
     if normalise_answer(given) == normalise_answer(reference):
         return True

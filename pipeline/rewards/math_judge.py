@@ -2,8 +2,6 @@ r"""Judge whether expressions, sets and intervals are equal: the child process t
 
 math-verify computes: to it, `\sqrt{50}+\sqrt{18}` is `8\sqrt{2}`, and the time 1:10 is 3:30. So it only compares single
 expressions, and an answer must be as simple as its reference and have its form: the problem itself is not its solution.
-
-math-verify's own limit, `signal.alarm`, works only in the main thread, and not against one long multiplication.
 """
 
 # From two texts to a verdict:
@@ -19,12 +17,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
@@ -77,8 +74,7 @@ _COMMON = {
 def judge(question: tuple[str, str | None, bool]) -> bool:
     """Return whether an answer is its reference, or without an answer, whether the reference can be read.
 
-    A question is a reference, the answer to judge or None, and whether the answer is a part of the prompt, which must
-    then have the form of the reference.
+    The third part of a question: whether the answer, a part of the prompt, must have the form of the reference.
     """
     reference, answer, literal = question
     if max(len(reference), len(answer or "")) > MAX_CHARACTERS:
@@ -205,7 +201,6 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
 
 @lru_cache(maxsize=4096)
 def _read(expression: str) -> list[Any]:
-    """Parse an expression without evaluating it."""
     expression = expression.translate(_COMMANDS)
     # Without spaces, math-verify would read 2ab as 2 of some unit.
     if "\\int" not in expression:
@@ -261,8 +256,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
     return bool(verify([expected], [given], timeout_seconds=0))
 
 
-@dataclass
-class Form:
+class Form(NamedTuple):
     """What an expression is made of; it distinguishes two forms of the same value.
 
     Attributes:
@@ -275,7 +269,7 @@ class Form:
     size: int
     magnitude: int
     sums: int
-    functions: frozenset[str]
+    functions: set[str]
 
 
 def form(expression: sympy.Basic) -> Form:
@@ -309,7 +303,7 @@ def form(expression: sympy.Basic) -> Form:
             size += 1
             functions.add(getattr(node, "name", type(node).__name__))
             todo += [(argument, False) for argument in node.args]
-    return Form(size, magnitude, sums, frozenset(functions))
+    return Form(size, magnitude, sums, functions)
 
 
 def _factors(node: Any) -> list[Any]:

@@ -4,9 +4,8 @@
     <|user|>1234+5678?   <|call|>calculator ... <|end|>   <|tool|>6912<|end|><|assistant|>   6912<|end|>
                          sampled: 1 1 1 1 1 1 1 1         0 0 0 0 0 0 0 0                    1 1 1
 
-Trainers and evaluation share this loop. TRL's own calls tools one after the other; here, all calls of a batch of
-dialogues are answered together where a tool can do that. A result that does not fit into the limit is left out, and the
-dialogue ends with its call, as with TRL. A call that the limit cut off is not answered at all.
+Trainers and evaluation share this loop. Unlike TRL's own, it answers all calls of a batch of dialogues together where a
+tool can do that. A result that does not fit into the limit is left out, and the dialogue ends with its call.
 """
 
 from __future__ import annotations
@@ -36,17 +35,13 @@ log-probabilities of these, if they are known."""
 
 @dataclass
 class Dialogue:
-    """A prompt and what followed it.
+    """A prompt and what followed it, as token ids and as messages.
 
     Attributes:
-        prompt: Token ids.
-        tools: The tools that the model may call, by name.
-        tokens: Token ids of all that followed: turns of the model, results of tools, and what the template writes.
+        tokens: Turns of the model, results of tools, and what the template writes between them.
         sampled: For each of `tokens`, 1 if the model sampled it, otherwise 0.
-        messages: What followed, as messages.
         logps: For each of `tokens`, its log-probability if the model sampled it, otherwise 0; None if not known.
-        calls: Number of calls.
-        failures: Number of calls that failed.
+        calls, failures: Numbers of calls, and of those that failed.
     """
 
     prompt: list[int]
@@ -65,14 +60,6 @@ class Dialogue:
         if self.logps is not None and logps is not None:
             self.logps += logps
         self.messages += [_encodable(message)] if message else []
-
-    def add_results(self, tokens: list[int], results: list[Message]) -> None:
-        """Add what tools returned, and what the template writes between two turns of the model."""
-        self.tokens += tokens
-        self.sampled += [0] * len(tokens)
-        if self.logps is not None:
-            self.logps += [0.0] * len(tokens)
-        self.messages += results
 
     def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
         """Return the calls of the last turn, unless it was cut off: `ends` are the ids that end a turn."""
@@ -99,8 +86,7 @@ def converse(
         complete: Samples a turn after each of some texts.
         tokenizer: A tokenizer with a response template.
         ends: Ids that end a turn.
-        limit: Length of all turns and results of a dialogue, in tokens, at most.
-        context: Length of the model's context, in tokens.
+        limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
     """
@@ -130,11 +116,7 @@ def answer_calls(
     context: int,
     template: Mapping[str, Any] | None = None,
 ) -> list[Dialogue]:
-    """Add the results of the calls of each dialogue's last turn, where they fit. The arguments are as for `converse`.
-
-    Returns:
-        The dialogues that have got results, and go on.
-    """
+    """Add the results of each dialogue's last calls, where they fit, and return the dialogues that go on."""
     # Tools often return the same few results.
     written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
     going_on = []
@@ -142,7 +124,11 @@ def answer_calls(
         tokens = written(*(tuple(result.items()) for result in results))
         length = len(dialogue.tokens) + len(tokens)
         if length <= limit and len(dialogue.prompt) + length < context:
-            dialogue.add_results(tokens, results)
+            dialogue.tokens += tokens
+            dialogue.sampled += [0] * len(tokens)
+            if dialogue.logps is not None:
+                dialogue.logps += [0.0] * len(tokens)
+            dialogue.messages += results
             going_on.append(dialogue)
     return going_on
 
@@ -200,7 +186,7 @@ def result_tokens(
 
 
 def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
-    """Call the tools that the last turn of each dialogue calls. Return their results as messages."""
+    """Call the tools that the last turn of each dialogue calls, and return their results as messages."""
     calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
     # The calls of a tool that answers many at once are answered first.
     waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}

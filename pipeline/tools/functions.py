@@ -1,7 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself, because TRL calls tools inside the trainer and waits: `calculator` by what it computes at all,
-`python` by the time and the memory of the sandbox. A tool that raises answers with the message of its exception.
+Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
 """
 
 from __future__ import annotations
@@ -93,12 +92,7 @@ MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: 
 
 
 def _value(node: ast.AST, expression: str) -> Fraction:
-    """Return the value of an expression.
-
-    Raises:
-        ValueError: If it is not arithmetic, or a number gets too long.
-        ZeroDivisionError: If it divides by zero.
-    """
+    """Return the value of an expression, or raise a `ValueError` or a `ZeroDivisionError`."""
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             value = Fraction(number)
@@ -111,17 +105,13 @@ def _value(node: ast.AST, expression: str) -> Fraction:
             base, exponent = _value(left, expression), _value(right, expression)
             if exponent.denominator != 1:
                 raise ValueError("an exponent is a whole number")
-            if max(_bits(base), 1) * abs(exponent) > MAX_BITS:
+            if max(base.numerator.bit_length(), base.denominator.bit_length(), 1) * abs(exponent) > MAX_BITS:
                 raise ValueError("the number is too long")
             value = base ** int(exponent)
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATORS:
             value = Fraction(OPERATORS[type(sign)](_value(left, expression), _value(right, expression)))
         case _:
             raise ValueError(f"{expression!r} is not arithmetic")
-    if _bits(value) > MAX_BITS:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise ValueError("the number is too long")
     return value
-
-
-def _bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())

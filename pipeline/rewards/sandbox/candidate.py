@@ -131,7 +131,7 @@ class Candidate(Peer):
             while "operation" in (reply := self.receive()):
                 self.answer(reply)
             if "error" in reply:
-                raise self.make_exception(reply["error"], self.decode(reply["args"]), {})
+                raise self.find_exception(reply["error"])(*self.decode(reply["args"]))
             return self.decode(reply["value"])
 
         return call

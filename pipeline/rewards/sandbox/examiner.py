@@ -93,8 +93,10 @@ class Examiner(Peer):
             return reply
         if reply["status"] in ("memory", "refused"):
             self.status = reply["status"]
-        error = self.make_exception(reply["error"], self.decode(reply["args"]), self.decode(reply["attributes"]))
-        vars(error)["__message__"] = reply["message"]
+        kind, args = self.find_exception(reply["error"]), self.decode(reply["args"])
+        # Python's own have fields, and the `__init__` of others is the code's.
+        error: Any = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
+        vars(error).update(self.decode(reply["attributes"]), __message__=reply["message"])
         # As in a generator: it would end a loop of the test.
         if isinstance(error, StopIteration) and message.get("operation") != "__next__":
             error = RuntimeError(reply["message"])

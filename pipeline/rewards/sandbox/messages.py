@@ -191,10 +191,3 @@ class Peer:
             base = self.find_exception(bases) if bases else Exception
             kind = self.exceptions[name] = type(name.rpartition(".")[2], (base,), dict(self.members))
         return kind
-
-    def make_exception(self, lineage: list[list[str]], args: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
-        """Make an exception without its class's `__init__`, which is the other process's; Python's own have fields."""
-        kind = self.find_exception(lineage)
-        error = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
-        vars(error).update(attributes)
-        return error

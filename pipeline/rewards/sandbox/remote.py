@@ -53,7 +53,7 @@ class Remote:
     # its plain value is compared. Until the test has shown that it takes it for an object (UNKNOWN, …), `in` compares
     # its items, it is neither true nor false, and arithmetic with a plain value must result in an object (`mixed`),
     # which no operator turns into a plain value. Methods and attributes are the code's own, and its class compares two
-    # objects. (It has no docstring, because `__doc__` is the code's own.)
+    # objects.
 
     __slots__ = ("state__",)
 
@@ -118,10 +118,6 @@ class Remote:
     def __class__(self) -> Any:
         # `isinstance(stand_in, int)` looks here, too.
         return self.state__.base or Remote
-
-    @property
-    def __doc__(self) -> Any:  # type: ignore[override]
-        return self.ask__("get", "__doc__")
 
 
 # What an operator of a stand-in does, by the other operand. What extends int, list, … compares, calculates and converts
