@@ -1,13 +1,10 @@
 """Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
 
-Several verifiers evaluate what the model wrote as Python, by `eval` or by SymPy's `parse_expr`. An answer such as
-`entry['answer']` would be paid in full, and one that calls functions could change how later ones are judged. So the
-child refuses to evaluate anything but literals and formulas: no attributes, and no names but SymPy's functions and
-variables of one letter.
+Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child refuses to evaluate
+anything but literals and formulas: no attributes, and no names but SymPy's functions and variables of one letter.
 
 Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for any text, `puzzle24` for
-the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). What they pay is therefore
-checked, in ways that no task's name decides.
+the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So what they pay is checked.
 """
 
 # An answer is paid in full only if, in this order,

@@ -17,16 +17,12 @@ from pipeline.rewards.sandbox.run import CODE_SECONDS, run_many
 
 MAX_EXPRESSION = 200
 """Characters of an expression."""
-
 MAX_BITS = 4096
 """Bits of a number, some 1,200 digits."""
-
 MAX_PLACES = 30
 """Decimal places; a number with more is written as a fraction."""
-
 _DECIMAL = re.compile(r"\d*\.\d*")
 """Numbers with an exponent, such as 1e999999999, would take long to write out."""
-
 MAX_OUTPUT = 1000
 """Characters of what a program prints that the model reads."""
 

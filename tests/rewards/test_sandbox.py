@@ -66,7 +66,7 @@ ORDINARY = {
     "tree": ("class Tree:\n    def __init__(self):\n        self.keys = set()\n    def add(self, k):\n        self.keys.add(k)\n    def __contains__(self, k):\n        return k in self.keys\n    def find(self, k):\n        return self if k in self.keys else None\n    def startswith(self, k):\n        return any(key.startswith(k) for key in self.keys)", "t = Tree()\nt.add('ab')\nassert 'ab' in t and 'b' not in t and t.find('ab') and not t.find('b') and t.startswith('a')", "return k in self.keys", "return True"),
     "functions of the test": ("def f(g, xs):\n    return [g(x) for x in xs]", "assert f(str, [1]) == ['1'] and f(len, ['ab']) == [2] and f(lambda x: -x, [1]) == [-1]", "g(x)", "x"),
     "a callback that raises": ("def f(g):\n    for _ in range(3):\n        try:\n            return g()\n        except ValueError:\n            pass", "calls = []\ndef g():\n    calls.append(1)\n    if len(calls) < 3:\n        raise ValueError\n    return 'ok'\nassert f(g) == 'ok'", "range(3)", "range(2)"),
-    "inheritance": ("class Animal:\n    pass\nclass Dog(Animal):\n    pass\ndef f():\n    return Dog()", "assert isinstance(f(), Animal) and isinstance(f(), Dog) and issubclass(Dog, Animal) and not isinstance(1, Dog)", "Dog(Animal)", "Dog"),
+    "inheritance": ("class Animal:\n    pass\nclass Dog(Animal):\n    pass\ndef f():\n    return Dog()", "assert isinstance(f(), Animal) and isinstance(f(), Dog) and not isinstance(1, Dog)", "Dog(Animal)", "Dog"),
     "enum": ("from enum import Enum, IntEnum\nclass Color(Enum):\n    RED = 1\n    BLUE = 2\nclass Level(IntEnum):\n    HIGH = 3\ndef f(x):\n    return Color(x)", "assert f(1) is Color.RED and f(2) == Color['BLUE'] and [c.name for c in Color] == ['RED', 'BLUE'] and Level.HIGH == 3 and Level.HIGH.name == 'HIGH'", "Color(x)", "x"),
     "named tuple": ("from typing import NamedTuple\nclass P(NamedTuple):\n    x: int\n    y: int\n    def __add__(self, o):\n        return P(self.x + o.x, self.y + o.y)", "x, y = P(1, 2) + P(3, 4)\nassert (x, y) == (4, 6) and P(1, 2).y == 2 and P(1, 2) == (1, 2)", "self.y + o.y", "self.y"),
     "a class of lists": ("class Stack(list):\n    def push(self, x):\n        self.append(x)", "s = Stack()\ns.push(1)\ns.push(2)\nassert s == [1, 2] and s and len(s) == 2 and 2 in s and s.pop() == 2", "append(x)", "insert(0, x)"),
@@ -214,7 +214,7 @@ def test_limits_are_enforced() -> None:
     assert run_code("x = []\nwhile True:\n    x.append(' ' * 1000000)", TEST).status == "memory"
     assert run_code("x = 'a' * (1 << 40)", TEST).status == "memory"
     assert run_code("open('big', 'w').write('x' * (64 << 20))", TEST).status == "failed"
-    assert run_code("x" * 300_000, TEST).status == "refused"
+    assert not run_code("x = '" + "x" * (9 << 20) + "'", TEST).passed
     assert not run_code("(" * 50_000, TEST).passed
     assert not run_code("def f(x):\n    return f(x)", TEST).passed
 

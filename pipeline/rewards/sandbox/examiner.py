@@ -7,11 +7,9 @@ import importlib
 import re
 import sys
 
-from pipeline.rewards.sandbox.messages import BASES, CHANGEABLE, Gone, Peer, base_of
+from pipeline.rewards.sandbox.messages import BASES, CHANGEABLE, TYPE_CHECKING, Gone, Peer, base_of
 from pipeline.rewards.sandbox.remote import CLASS, PLAIN_NAMES, USED, Remote
 
-# Importing `typing` would take a tenth of the time in which the process starts.
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

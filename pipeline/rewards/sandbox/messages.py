@@ -164,8 +164,9 @@ class Peer:
                 return own
             args, items, pairs = map(self.decode, content[1:])
             value = own(*args)
-            if isinstance(value, complex) and value != value:
-                raise ValueError("the sandbox does not compare NaN")
+            # NaN again, such as `complex("nan")`.
+            if value != value:
+                raise ValueError("not a value that the sandbox compares")
             if items:
                 value.extend(items)
             for key, item in pairs:
