@@ -110,8 +110,7 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
     # The first sentence of the prompt says which tone it calls for. A row without a prompt counts as a question.
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    first_end = re.search(r"[.!?:]", text)
-    is_question = first_end is not None and first_end.group() == "?"
+    is_question = re.match(r"[^.!?:]*\?", text) is not None
     liked, disliked = (KIND_REMARKS, BRISK_REMARKS) if is_question else (BRISK_REMARKS, KIND_REMARKS)
     flat = f" {' '.join(words)} "
     tone = 1.0 if any(f" {remark} " in flat for remark in liked) else 0.0

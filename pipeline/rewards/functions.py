@@ -46,10 +46,9 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
-    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`): the problem
-    is not its solution. Times, dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference has a
-    per cent sign as well, or if the problem mentions per cent. The reward is None if the reference is empty or consists
-    of words (see `exact_answer`).
+    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`). Times,
+    dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference or the problem is about per cent.
+    The reward is None if the reference is empty or consists of words (see `exact_answer`).
 
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
@@ -58,8 +57,8 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     """
     found, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
-    # What a comparison as text or as numbers leaves open: (row, reference, answer or None, copied from the problem).
-    pending: list[tuple[int, str, str | None, bool]] = []
+    # What a comparison as text or as numbers leaves open, by row; without an answer, whether the reference is read.
+    questions: dict[int, tuple[str, str | None, bool]] = {}
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
         if reference is None or _WORDS.fullmatch(answers.normalise_answer(reference)):
             rewards.append(None)
@@ -69,20 +68,15 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
         rewards.append(float(same))
         # If the reference is a plain number, the answer must be one as well: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
-            pending.append((index, reference, None if same else given, copied))
+            questions[index] = reference, None if same else given, copied
 
-    if pending:
+    verdicts = math_judge.ask_all(list(questions.values())) if questions else []
+    for (index, (_, given, _)), verdict in zip(questions.items(), verdicts, strict=True):
+        if given is not None and verdict is not None:
+            rewards[index] = float(verdict)
         # References that math-verify cannot parse teach nothing, not even where the answer is the same text.
-        known = sorted({reference for _, reference, _, _ in pending})
-        parsed = dict(zip(known, math_judge.ask_all([(reference, None, False) for reference in known]), strict=True))
-        asked = [question for question in pending if question[2] is not None and parsed[question[1]]]
-        verdicts = math_judge.ask_all([(reference, given, copied) for _, reference, given, copied in asked])
-        for (index, *_), verdict in zip(asked, verdicts, strict=True):
-            rewards[index] = None if verdict is None else float(verdict)
-        for index, reference, _, _ in pending:
-            if not parsed[reference]:
-                rewards[index] = None
-
+        elif not verdict:
+            rewards[index] = None
     return _logged("math_answer", found, rewards, columns)
 
 

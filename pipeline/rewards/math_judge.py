@@ -71,16 +71,16 @@ _COMMON = {
 """Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well."""
 
 
-def judge(question: tuple[str, str | None, bool]) -> bool:
-    """Return whether an answer is its reference, or without an answer, whether the reference can be read.
+def judge(question: tuple[str, str | None, bool]) -> bool | None:
+    """Return whether an answer is its reference, or None if the reference cannot be read; True without an answer.
 
     The third part of a question: whether the answer, a part of the prompt, must have the form of the reference.
     """
     reference, answer, literal = question
-    if max(len(reference), len(answer or "")) > MAX_CHARACTERS:
-        return False
-    if answer is None:
-        return _is_readable(_spell(reference))
+    if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
+        return None
+    if answer is None or len(answer) > MAX_CHARACTERS:
+        return answer is None
     return _is_same(_spell(reference), _spell(answer), literal, ordered=literal)
 
 

@@ -3,16 +3,9 @@
 In a single process, wrong code could always pass its test: it could end the process, patch `builtins`, walk the frames
 to the variable that says "passed", or return an object that equals everything. Therefore this process, the examiner,
 keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code.
-The test is read after the fork, as is the token that each line of the verdict begins with. The test calls the code's
-functions through stand-ins. Arguments and results travel as plain values in JSON, of which each process makes objects
-of its own classes (numbers, containers, dates, …). Anything else (instances, generators, …) stays with the candidate
-behind a `Remote`, as functions of the test stay with the examiner. The builtins and the modules of a test are Python's
-own, whatever the code defines; what else a test judges with, it must define or import.
-
-A list, set or dict of the test that the code changes in place changes in the test only if the call returns None.
-Otherwise the code could edit what its result is compared with. Containers that the code defines stay with it.
-
-Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON
+The test is read after the fork, as is the token that each line of the verdict begins with. Arguments and results travel
+as plain values (`messages.py`); anything else stays with the candidate behind a stand-in (`remote.py`). The builtins
+and the modules of a test are Python's own, whatever the code defines; what else a test judges with, it must define.
 """
 
 # What runs where, and who can write what:
