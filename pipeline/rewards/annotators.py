@@ -53,18 +53,15 @@ INDIFFERENCE = 0.25
 
 @dataclass(frozen=True)
 class Annotator:
-    """One annotator's weights of the three components, in units of score, and decisiveness.
-
-    Attributes:
-        temperature: Bradley-Terry temperature; towards 0, the better answer always wins.
-        tie_rate: Probability (0 to 1) of calling a tie when the scores differ by less than `INDIFFERENCE`.
-    """
+    """One annotator's weights of the three components, in units of score, and decisiveness."""
 
     name: str
     right: float
     tone: float
     brief: float
+    # Towards 0, the better answer always wins.
     temperature: float = 1.0
+    # Probability of calling a tie when the scores differ by less than `INDIFFERENCE`.
     tie_rate: float = 0.9
 
     def weigh(self, components: Components | None) -> float:
@@ -126,9 +123,7 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
 def taste(answer: str, row: Mapping[str, Any]) -> float:
     """Return the panel's noise-free mean taste, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
 
-    Args:
-        answer: Decoded text of the assistant's turn, without special tokens.
-        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
+    `row` has the `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
     """
     return mean_taste(judge_components(answer, row))
 

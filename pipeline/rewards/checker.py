@@ -43,18 +43,15 @@ MEMORY_MB = 2048
 
 
 class Checker:
-    """A child process, started when it is first needed.
+    """A child process, started when it is first needed: `python -m module`, which calls `serve`.
 
-    Args:
-        module: What the child runs, with `python -m`; it calls `serve`.
-        purpose: What it does and who needs it, for messages.
-        slow: The reply to questions that take too long. After five of them, the rest of a call gets it unseen, so that
-            a policy that writes such answers cannot stall its training.
+    Questions that take too long get the reply `slow`. After five of them, the rest of a call gets it unseen, so that a
+    policy that writes such answers cannot stall its training.
     """
 
     def __init__(self, module: str, purpose: str, slow: Any) -> None:
         self.module, self.purpose, self.slow = module, purpose, slow
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None
         self.connection: Any = None
         self.lock = threading.Lock()
 
@@ -107,17 +104,14 @@ class Checker:
             if self.connection.poll(START_SECONDS) and self.connection.recv_bytes():
                 return
         self.stop()
-        raise RunStopped(
-            f"The process of {self.purpose} needs, did not start; see what `python -m {self.module}` prints."
-        )
+        raise RunStopped(f"The process of {self.purpose} needs, did not start; see `python -m {self.module}`.")
 
     def stop(self) -> None:
         """Kill the child; the next question starts another."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.connection.close()
-            self.process = None
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        self.process = None
 
 
 def serve(judge: Callable[[Any], Any]) -> None:

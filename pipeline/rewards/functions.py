@@ -101,10 +101,8 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
     texts, _ = _read(completions, columns)
     found = [_letter(answers.extract_answer(text)) for text in texts]
     references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
-    rewards: Rewards = [
-        None if reference is None else float(given == reference)
-        for reference, given in zip(references, found, strict=True)
-    ]
+    pairs = zip(references, found, strict=True)
+    rewards: Rewards = [None if reference is None else float(given == reference) for reference, given in pairs]
     return _logged("choice", found, rewards, columns)
 
 
@@ -163,7 +161,6 @@ def reasoning_gym(
     The reward is None if the task or its metadata are unknown, or if the machine is too busy.
 
     Args:
-        completions, columns: As for `math_answer`.
         answer: The task's own answers.
         metadata: What the task knows about each problem, as JSON text.
         kind: Names of the tasks.

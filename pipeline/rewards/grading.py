@@ -67,10 +67,7 @@ def extract_code(answer: str) -> str:
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
 
-    An answer that is empty or white space is never correct; a missing field requires nothing.
-
-    Raises:
-        RunStopped: If code cannot be run here, or the machine is too busy for it.
+    An empty answer never is, and a missing field requires nothing. `RunStopped` is raised where code cannot be run.
     """
     correct = []
     for answer, row in zip(answers, rows, strict=True):

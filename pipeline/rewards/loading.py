@@ -46,11 +46,7 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Load one reward as `load_rewards` does; functions of the user are guarded by `guard_reward`.
-
-    Raises:
-        UserError: If the function does not exist, cannot be called as a reward, or lacks what it needs of the machine.
-    """
+    """Load one reward as `load_rewards` does; functions of the user are guarded by `guard_reward`."""
     function, fault = find_named(name, field, REWARDS), None
     if ":" in name:
         # Some functions written in C do not have a signature.
@@ -70,11 +66,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the function or class that a name of `known`, or `package.module:name`, stands for.
-
-    Raises:
-        UserError: If it does not exist; `field` is the YAML key, for messages.
-    """
+    """Return the function or class that a name of `known`, or `package.module:name`, stands for."""
     module_name, colon, key = name.rpartition(":")
     if colon:
         try:

@@ -249,26 +249,21 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
     ours, wanted, simplest = form(given), form(expected), form(solved)
     if literal and ours != wanted:
         return False
-    if ours.size > max(wanted.size, simplest.size) or ours.magnitude > max(wanted.magnitude, simplest.magnitude):
-        return False
-    if ours.sums != wanted.sums or not ours.functions <= wanted.functions:
-        return False
-    return bool(verify([expected], [given], timeout_seconds=0))
+    small = ours.size <= max(wanted.size, simplest.size) and ours.magnitude <= max(wanted.magnitude, simplest.magnitude)
+    alike = ours.sums == wanted.sums and ours.functions <= wanted.functions
+    return small and alike and bool(verify([expected], [given], timeout_seconds=0))
 
 
 class Form(NamedTuple):
-    """What an expression is made of; it distinguishes two forms of the same value.
+    """What an expression is made of; it distinguishes two forms of the same value."""
 
-    Attributes:
-        size: Additions, multiplications, powers and functions.
-        magnitude: The product of all numbers.
-        sums: Sums that are factors, bases or divided; `(x-1)(x+1)` has 2, `x^2-1` has none.
-        functions: Names of functions and relations.
-    """
-
+    # Additions, multiplications, powers and functions.
     size: int
+    # The product of all numbers.
     magnitude: int
+    # Sums that are factors, bases or divided; `(x-1)(x+1)` has 2, `x^2-1` has none.
     sums: int
+    # Names of functions and relations.
     functions: set[str]
 
 

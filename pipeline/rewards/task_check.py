@@ -37,12 +37,9 @@ _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME")
 _TOLERANCE = 1e-3
 """By how much of itself a number may differ from the task's own answer and still be right."""
 
-Question = tuple[str, str, str, str, str]
-"""Task, problem, its own answer, its metadata as JSON text, and the answer to judge."""
-
 
 def _serve() -> None:
-    """Judge a `Question`: the main function of the child."""
+    """Judge answers: the main function of the child."""
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
@@ -100,8 +97,8 @@ def _serve() -> None:
         wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
         return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
-    def judge(question: Question) -> float | None:
-        task, _, _, metadata, _ = question
+    def judge(question: tuple[str, str, str, str, str]) -> float | None:
+        task, _problem, _own, metadata, _given = question
         try:
             if task not in DATASETS or not isinstance(json.loads(metadata), dict):
                 return None

@@ -10,6 +10,7 @@ tool can do that. A result that does not fit into the limit is left out, and the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -220,8 +221,4 @@ def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[
 
 def _encodable(value: Any) -> Any:
     """Replace halves of surrogate pairs, which JSON's escapes can spell and no tokenizer takes, by question marks."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(one) for key, one in value.items()}
-    return [_encodable(one) for one in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

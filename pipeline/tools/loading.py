@@ -68,11 +68,7 @@ def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizer
 
 
 def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
-    """Load the functions that `tools` names.
-
-    Raises:
-        UserError: With every name that cannot be loaded or called by a model.
-    """
+    """Load the functions that `tools` names; a `UserError` has all that cannot be loaded or called by a model."""
     tools: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names or ():
@@ -86,11 +82,7 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
 
 
 def load_environment(name: str | None) -> type | None:
-    """Load the class that `environment` names, or None.
-
-    Raises:
-        UserError: If it cannot be loaded, lacks what TRL expects of it, or has a method that models cannot call.
-    """
+    """Load the class that `environment` names; a `UserError` says why TRL or a model cannot use it."""
     if name is None:
         return None
     environment: Any = find_named(name, "environment", ENVIRONMENTS)

@@ -64,8 +64,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
     "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
     "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
-    "restart_syscall": (219, 128), "rseq": (334, 293),
-    "setitimer": (38, 103),
+    "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
 }  # fmt: skip
 # changes to the directory, which are safe only where Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {

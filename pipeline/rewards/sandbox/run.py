@@ -56,10 +56,9 @@ for promise, attempt in {
 class Outcome:
     """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
-    `status` is "passed" (the code and the whole test ran without an exception); "failed" (an assertion, an exception,
-    `sys.exit`); "timeout"; "memory"; "refused" (an attempt to use the network, a process or a file outside; too many
-    files); "crashed" (the process ended without a verdict); or "busy" (the machine was too busy to start the code, or
-    to give it its time).
+    `status` is "passed" (the code and the whole test ran without an exception), "failed" (an exception), "timeout",
+    "memory", "refused" (an attempt to use the network, a process or a file outside; too many files), "crashed" (the
+    process ended without a verdict) or "busy" (the machine was too busy to give the code its time).
     """
 
     status: str
@@ -67,7 +66,6 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the code passed its test."""
         return self.status == "passed"
 
 
@@ -166,13 +164,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
 
 
 def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: float) -> str:
-    """Wait for the child's verdict, end or timeout; meanwhile watch its directory.
-
-    The child writes two lines to the descriptor of the verdict. The time limit begins with the first one:
-
-        TOKEN 4711          process id of the candidate
-        TOKEN passed        status
-    """
+    """Wait for the child's two lines or its end, and watch its directory; its time begins with the first line."""
     verdict = b""
     candidate: int | None = None
     ready = select.poll()
