@@ -1,16 +1,8 @@
 """Simulated annotators, who have a hidden taste and choose the better of two answers.
 
-Their taste is the sum of three bounded components. Each annotator weights them differently:
-
-- `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
-- `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
-  or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
-  brisk one, so that no remark suits every prompt.
-- `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word.
-
-An empty, unfinished or degenerate answer is worse than any other. Choices follow Bradley and Terry (1952): an annotator
-prefers A to B with probability `sigmoid((score(A) - score(B)) / temperature)`, and mostly calls it a tie if the scores
-differ by less than `INDIFFERENCE`. No model may be trained on anything in this module, except through the labels.
+An annotator prefers A to B with probability `sigmoid((score(A) - score(B)) / temperature)` (Bradley and Terry, 1952),
+and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`. The scores weigh three `Components`. No model
+may be trained on anything in this module, except through the labels.
 """
 
 from __future__ import annotations
@@ -83,10 +75,14 @@ PANEL: tuple[Annotator, ...] = (
 
 @dataclass(frozen=True)
 class Components:
-    """The properties of an answer that annotators judge; the module's docstring has the ranges."""
+    """The properties of an answer that annotators judge."""
 
+    # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).
     right: float
+    # 1 with a remark in the tone that the prompt calls for, kind for a question and brisk for an order; -1 with a blunt
+    # remark or one in the wrong tone, whatever else it says; 0 otherwise. So no remark suits every prompt.
     tone: float
+    # 0 up to a comfortable length, then lower with each further word, down to -1.5.
     brief: float
 
 

@@ -3,10 +3,8 @@ r"""Find the final answer in a text, and compare final answers without algebra.
 The final answer is the content of `\boxed{…}` or `<answer>…</answer>`, the rest of the line after "####", the line
 below a heading "Answer", or the rest of the sentence after "The answer is" ("The correct answer is", "Final answer:",
 "**Answer:**", "A:"), or what "is the answer". An explanation is cut off ("20 (4 times 5)"). If there are several, the
-last one counts, so that a correction counts and listing many answers gains nothing. A number elsewhere in the text is
-not an answer, and neither is anything inside an unclosed `<think>`.
-
-A number must be given as a value: "20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
+last one counts, so that a correction counts and listing many answers gains nothing. A number must be given as a value:
+"20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
 """
 
 # How a completion becomes an answer, and the answer a value:

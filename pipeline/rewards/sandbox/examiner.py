@@ -119,9 +119,11 @@ class Examiner(Peer):
             return self.encode(BASES[base](value))
         if not callable(value):
             raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
-        number = next((number for number, known in enumerate(self.functions) if known is value), len(self.functions))
-        self.functions += [value] if number == len(self.functions) else []
-        return {"function": number}
+        for number, known in enumerate(self.functions):
+            if known is value:
+                return {"function": number}
+        self.functions.append(value)
+        return {"function": len(self.functions) - 1}
 
     def resolve(self, kind: str, content: Any, named: bool) -> Any:
         """Return a function of the test, or a stand-in for an object of the code."""

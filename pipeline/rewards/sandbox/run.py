@@ -108,15 +108,13 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
     return outcome
 
 
-def run_many(
-    pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256, workers: int | None = None
-) -> list[Outcome]:
-    """Call `run_code` on pairs of code and test, `workers` at a time (default: this rank's share of the cores)."""
+def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> list[Outcome]:
+    """Call `run_code` on pairs of code and test, on all cores that are this rank's."""
     if not pairs:
         return []
     # Once, not in every thread.
     validate_sandbox()
-    workers = workers or hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
 
