@@ -1,8 +1,8 @@
 """Simulated annotators, who have a hidden taste and choose the better of two answers.
 
-An annotator prefers A to B with probability `sigmoid((score(A) - score(B)) / temperature)` (Bradley and Terry, 1952),
-and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`. The scores weigh three `Components`. No model
-may be trained on anything in this module, except through the labels.
+A score weighs three `Components`. An annotator prefers A to B with probability `sigmoid((score(A) - score(B)) /
+temperature)` (Bradley and Terry, 1952), and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`. No
+model may be trained on anything in this module, except through the labels.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def _serve() -> None:
 
     def refuse_programs(event: str, arguments: tuple[Any, ...]) -> None:
         # Code that was not read from a file is what a verifier evaluates.
-        if event != "exec" or not arguments[0].co_filename.startswith("<") or arguments[0] == by_sympy:
-            return
-        if arguments[0].co_filename.startswith("<frozen "):
+        if event != "exec" or arguments[0] == by_sympy or not re.match("<(?!frozen )", arguments[0].co_filename):
             return
         # A lambda or a comprehension is a constant of the code around it.
         code = arguments[0]

@@ -10,8 +10,8 @@ Each of these layers stops most attacks on its own:
    (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
 5. an audit hook that refuses the same with a message that says what was refused.
 
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it. The other layers
-remain, and without Landlock root becomes `nobody`. Side channels and the wall-clock time are not covered.
+Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without
+Landlock root becomes `nobody`. Side channels and the wall-clock time are not covered.
 """
 
 # In the child of the sandbox, from left to right:

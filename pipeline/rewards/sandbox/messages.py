@@ -33,15 +33,10 @@ MESSAGE_BYTES = 8 << 20
 
 # Classes whose instances travel as plain values, and their modules: each process builds them with its own class.
 VALUES = {
-    name: module
-    for module, names in {
-        "builtins": "bytearray complex range slice",
-        "collections": "Counter OrderedDict defaultdict deque",
-        "datetime": "date datetime time timedelta timezone",
-        "decimal": "Decimal",
-        "fractions": "Fraction",
-    }.items()
-    for name in names.split()
+    **dict.fromkeys(("bytearray", "complex", "range", "slice"), "builtins"),
+    **dict.fromkeys(("Counter", "OrderedDict", "defaultdict", "deque"), "collections"),
+    **dict.fromkeys(("date", "datetime", "time", "timedelta", "timezone"), "datetime"),
+    **{"Decimal": "decimal", "Fraction": "fractions"},
 }
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 CHANGEABLE = (list, dict, set)

@@ -89,11 +89,9 @@ def _validate_sandbox(allowed: bool) -> str | None:
 
 
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
-    """Run `code`, then `test`. Whatever the code does, this function returns.
+    """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
     Args:
-        code: Python source.
-        test: Python assertions about what the code defines; an empty test passes if the code runs.
         seconds: Time limit from the moment the code starts, without the time in which it waits for a core.
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
