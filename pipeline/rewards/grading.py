@@ -87,10 +87,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
 
 def has_steps(answer: str) -> bool:
-    """Return whether an answer shows worked steps, which are sentences or equations, before its final answer.
-
-    "So the answer is 3." does not have one, "1 + 2 = 3. The answer is 3." does.
-    """
+    """Return whether an answer shows steps, sentences or equations, before its final one: "1 + 2 = 3. Answer: 3"."""
     final = ANNOUNCEMENT.search(answer)
     if final is None:
         return False

@@ -28,11 +28,7 @@ MAX_REWARD = 1e30
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """Load rewards by name: at least one of `REWARDS`, or any importable `package.module:function`.
-
-    Raises:
-        UserError: With every name that cannot be loaded and the nearest one that can; `field` is the YAML key.
-    """
+    """Load rewards by name: at least one of `REWARDS`, or of any importable `package.module:function`."""
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names:

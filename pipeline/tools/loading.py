@@ -49,10 +49,7 @@ class Toolbox:
         return next((owner for owner in owners if type(owner) is self.environment), None)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the arguments of the chat template with which TRL writes prompts: tools, and maybe another template.
-
-        Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL then trains with one of its own.
-        """
+        """Return the arguments of the chat template with which TRL writes prompts: tools, perhaps another template."""
         environment = [] if self.environment is None else list(tools_of(self.environment()).values())
         arguments: dict[str, Any] = {"tools": [*self.tools, *environment]}
         if not is_chat_template_prefix_preserving(tokenizer):

@@ -72,8 +72,7 @@ class Examiner(Peer):
         """Do an operation on an object of the candidate and return the result."""
         message = {"operation": operation, "target": target, "args": self.encode(args), "named": self.encode(named)}
         reply = self.request(message)
-        # What the code has changed must not be what its result is compared with. So a call changes its arguments only
-        # if it does not return anything.
+        # A call changes its arguments only if it returns nothing: what its result is compared with must stay as it is.
         if reply["value"] is None:
             before: Any
             for before, after in zip(args, self.decode(reply["args"]), strict=True):

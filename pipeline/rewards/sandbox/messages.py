@@ -121,8 +121,7 @@ class Peer:
         if kind is bytes:
             return {"bytes": value.hex()}
         if VALUES.get(kind.__name__) == kind.__module__:
-            # What pickle would write: a class, its arguments, its state (None for all of these), items of a list, items
-            # of a dict.
+            # What pickle would write: class, arguments, state (None for all of these), items of a list and of a dict.
             _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
             args = args[1:] if args[:1] == (kind,) else args
             parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
