@@ -83,7 +83,7 @@ def load_environment(name: str | None) -> type | None:
     if name is None:
         return None
     environment: Any = find_named(name, "environment", ENVIRONMENTS)
-    reset = getattr(environment, "reset", None)
+    reset: Any = getattr(environment, "reset", None)
     is_game = inspect.isclass(environment) and callable(reset)
     parameters = inspect.signature(reset).parameters.values() if is_game else ()
     if not any(one.kind is one.VAR_KEYWORD for one in parameters):

@@ -111,7 +111,7 @@ class Remote:
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Remote) and self.ask__("isinstance", instance) is True
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # `isinstance(stand_in, int)` looks here, too.
         return self.state__.base or Remote
