@@ -16,7 +16,7 @@ Landlock root becomes `nobody`. Side channels and the wall-clock time are not co
 
 # In the child of the sandbox, from left to right:
 #
-#     limit_resources -> confine_files -> drop_privileges -> fork -+-> candidate: die_with_parent, confine_calls, watch
+#     limit_resources -> confine_files -> drop_privileges -> fork -+-> candidate: confine_calls, watch
 #                                                                  +-> examiner:  confine_calls
 #
 # `pipeline.rewards.checker.serve` does the same without the fork. The order matters: Landlock opens the folders that it
@@ -84,12 +84,6 @@ REFUSED_EVENTS = (
     "os.utime", "os.setxattr", "pty.", "shutil.", "syslog.", "signal.pthread_kill",
     "_thread.start_new_thread", "resource.",
 )  # fmt: skip
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when the thread that forked it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
 
 
 def limit_resources(seconds: float, memory_mb: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partialmethod
 from types import SimpleNamespace
 
-from pipeline.rewards.sandbox.messages import TYPE_CHECKING
+from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import Any
@@ -59,7 +59,7 @@ class Remote:
 
     def __init__(self, examiner: Any, number: int, base: type | None, is_class: bool) -> None:
         known = {"examiner": examiner, "number": number, "base": base, "is_class": is_class}
-        object.__setattr__(self, "state__", SimpleNamespace(**known, shown=UNKNOWN, mixed=False))
+        object.__setattr__(self, "state__", SimpleNamespace(**known, value=None, shown=UNKNOWN, mixed=False))
 
     def ask__(self, operation: str, *args: object, **named: object) -> Any:
         state = self.state__
@@ -68,6 +68,15 @@ class Remote:
         if isinstance(result, Remote) and result.state__.shown < USED <= shown:
             result.state__.shown = USED
         return result
+
+    def plain__(self) -> Any:
+        # A value that cannot change is asked for once: the code could give each comparison another one.
+        state = self.state__
+        if state.value is None or state.base in CHANGEABLE:
+            state.value = self.ask__("plain")
+        if type(state.value) is not state.base:
+            raise refusal("its value")
+        return state.value
 
     def __call__(self, *args: object, **named: object) -> Any:
         result = self.ask__("call", *args, **named)
@@ -79,7 +88,7 @@ class Remote:
         state, plain = self.state__, name in PLAIN_NAMES
         guarded = state.shown < OBJECT and name.startswith(("is", "starts", "ends"))
         if plain and state.base and (guarded or state.shown < USED):
-            return getattr(self.ask__("plain"), name)
+            return getattr(self.plain__(), name)
         if plain and (state.mixed or guarded):
             raise refusal(name)
         if not plain and not name.startswith("__"):
@@ -91,13 +100,13 @@ class Remote:
     def __contains__(self, value: object) -> bool:
         if self.state__.shown >= OBJECT:
             return self.ask__("__contains__", value) is True
-        return value in (self.ask__("plain") if self.state__.base else list(self))  # type: ignore[call-overload]
+        return value in (self.plain__() if self.state__.base else list(self))  # type: ignore[call-overload]
 
     def __bool__(self) -> bool:
         state = self.state__
         if state.shown < USED:
             if state.base:
-                return bool(self.ask__("plain"))
+                return bool(self.plain__())
             # An object has an attribute that the test uses, and plain values lack.
             if not (state.examiner.attributes and self.ask__("has", *state.examiner.attributes) is True):
                 raise refusal("__bool__")
@@ -106,7 +115,7 @@ class Remote:
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote):
             return self is other or self.ask__("__eq__", other) is True
-        return bool(self.state__.base and self.ask__("plain") == other)
+        return bool(self.state__.base and self.plain__() == other)
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Remote) and self.ask__("isinstance", instance) is True
@@ -131,10 +140,14 @@ def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     def operate(self: Remote, *args: Any) -> Any:
         state = self.state__
         with_plain = not any(isinstance(operand, Remote) for operand in args)
-        as_plain = kind is _COMPARISONS or (kind is not _OPERATORS and state.shown < OBJECT)
+        fixed = name == "__getitem__" and state.base not in CHANGEABLE
+        as_plain = kind is _COMPARISONS or (state.shown < OBJECT and (kind is not _OPERATORS or fixed))
         if state.base and with_plain and as_plain:
-            method = getattr(self.ask__("plain"), name, None)
-            return method(*args) if method else NotImplemented
+            plain = self.plain__()
+            # Python then tries the operator of the other operand.
+            if kind is _ARITHMETIC and not hasattr(plain, name):
+                return NotImplemented
+            return getattr(plain, name)(*args)
         if (kind is _COMPARISONS and with_plain) or (kind is _CONVERSIONS and state.mixed):
             raise refusal(name)
         result = self.ask__(name, *args)
