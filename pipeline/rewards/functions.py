@@ -161,9 +161,8 @@ def reasoning_gym(
     The reward is None if the task or its metadata are unknown, or if the machine is too busy.
 
     Args:
-        answer: The task's own answers.
+        kind: Names of the tasks, whose own answers are in `answer`.
         metadata: What the task knows about each problem, as JSON text.
-        kind: Names of the tasks.
     """
     texts, problems = _read(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
@@ -184,9 +183,8 @@ def reasoning_gym(
 def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """Return the simulated annotators' noise-free taste, which a reward model tries to learn.
 
-    Logged with weight 0, it shows whether the taste rises with the reward model's score. The recipes refuse any other
-    weight: the taste is hidden from everything that is trained (see `pipeline.rewards.annotators`). The score is None
-    if there is a `test`, because running code at every step would take longer than the training.
+    Logged with weight 0, it shows whether the taste rises with the reward model's score; the recipes refuse any other
+    weight. The score is None if there is a `test`, because running code would take longer than the training.
     """
     texts, _ = _read(completions, columns)
     columns["prompt"] = columns.get("prompts")
@@ -207,15 +205,13 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 
 
 def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem.
-
-    A prompt that a text repeats at its beginning is cut off: what the prompt says is not the model's answer.
-    """
+    """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem."""
     texts, problems = [], []
     prompts = columns.get("prompts") or [""] * len(completions)
     for completion, prompt in zip(completions, prompts, strict=True):
         asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
         problems.append(str(asked.get("content") or ""))
+        # A prompt that is repeated is cut off: what it says is not the model's answer.
         if isinstance(completion, str):
             texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)
             continue

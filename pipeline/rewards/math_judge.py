@@ -72,10 +72,7 @@ _COMMON = {
 
 
 def judge(question: tuple[str, str | None, bool]) -> bool | None:
-    """Return whether an answer is its reference, or None if the reference cannot be read; True without an answer.
-
-    The third part of a question: whether the answer, a part of the prompt, must have the form of the reference.
-    """
+    """Return whether an answer is its reference, or None if the reference cannot be read; True without an answer."""
     reference, answer, literal = question
     if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
         return None

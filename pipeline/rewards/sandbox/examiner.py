@@ -36,8 +36,8 @@ class Examiner(Peer):
         """Run the code and its test, and raise whatever stops the test."""
         # `stack.push` shows that the test takes a value for an object: plain values and modules have no `push`.
         used = re.findall(r"(\w*)\s*\.\s*([A-Za-z_]\w*)", test)
-        objects = {name for owner, name in used if owner not in sys.stdlib_module_names and name not in PLAIN_NAMES}
-        self.attributes = sorted(objects)
+        modules = sys.stdlib_module_names
+        self.attributes = [name for owner, name in used if owner not in modules and name not in PLAIN_NAMES]
 
         # Only what the test names, because the code's names may hold anything.
         defined = self.request({"code": code})["names"]

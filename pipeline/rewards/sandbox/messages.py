@@ -70,7 +70,7 @@ class Peer:
     """One of the two processes: how it sends values to the other one, and reads what it receives.
 
     A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel, and in `members`
-    what the classes of exceptions have that it makes, because the other process has defined them.
+    what the classes of exceptions have that it makes for those of the other process.
     """
 
     describe: Callable[[Any], Any]
@@ -131,10 +131,7 @@ class Peer:
         return self.describe(value)
 
     def decode(self, data: Any, named: bool = False) -> Any:
-        """Decode what `encode` returned; every value has exactly a class of this process's own.
-
-        What was found by its name in the code (`named`) may also be a module or an exception class.
-        """
+        """Decode what `encode` returned; also a module or a class of exceptions, if it was `named` in the code."""
         # `not nan > 8` is true.
         if isinstance(data, list) or data != data:
             raise ValueError("not a value that the sandbox compares")
