@@ -1,21 +1,8 @@
 """Simulated annotators, who have a hidden taste and choose the better of two answers.
 
-Their taste is the sum of three bounded components. Each annotator weights them differently:
-
-- `right`, 0 or 1: whether the answer is correct by the rule of its row (`require`, `reject`, `test`).
-- `tone`, -1 to 1: 1 for an answer with a remark in the tone that the prompt calls for, -1 for one with a blunt remark
-  or one in the wrong tone, whatever else it says, and 0 otherwise. A question calls for a kind remark, an order for a
-  brisk one, so that no remark suits every prompt. More than one remark adds nothing but length.
-- `brief`, -1.5 to 0: 0 up to a comfortable length, then lower with each further word. A repeated sentence costs as much
-  as `REPEAT_WORDS` further words.
-
-An empty, unfinished or degenerate answer is worse than any other, for every annotator.
-
-Choices follow Bradley and Terry (1952): an annotator prefers A to B with probability
-`sigmoid((score(A) - score(B)) / temperature)`. If the two scores differ by less than `INDIFFERENCE`, the annotator
-mostly calls it a tie. The order in which the answers are shown does not matter.
-
-No model may be trained on anything in this module, except through the labels.
+A score weighs three `Components`. An annotator prefers A to B with probability `sigmoid((score(A) - score(B)) /
+temperature)` (Bradley and Terry, 1952), and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`. No
+model may be trained on anything in this module, except through the labels.
 """
 
 from __future__ import annotations
@@ -58,21 +45,15 @@ INDIFFERENCE = 0.25
 
 @dataclass(frozen=True)
 class Annotator:
-    """One annotator's weights, in units of score, and decisiveness.
-
-    Attributes:
-        right: Score of a correct answer over a wrong one.
-        tone: Score of an answer in the right tone over a plain one, and of a plain one over one in the wrong tone.
-        brief: Score of a comfortable answer over one that is longer by `RAMBLING_WORDS`.
-        temperature: Bradley-Terry temperature; towards 0, the better answer always wins.
-        tie_rate: Probability (0 to 1) of calling a tie when the scores differ by less than `INDIFFERENCE`.
-    """
+    """One annotator's weights of the three components, in units of score, and decisiveness."""
 
     name: str
     right: float
     tone: float
     brief: float
+    # Towards 0, the better answer always wins.
     temperature: float = 1.0
+    # Probability of calling a tie when the scores differ by less than `INDIFFERENCE`.
     tie_rate: float = 0.9
 
     def weigh(self, components: Components | None) -> float:
@@ -94,10 +75,14 @@ PANEL: tuple[Annotator, ...] = (
 
 @dataclass(frozen=True)
 class Components:
-    """The properties of an answer that annotators judge; the module's docstring has the ranges."""
+    """The properties of an answer that annotators judge."""
 
+    # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).
     right: float
+    # 1 with a remark in the tone that the prompt calls for, kind for a question and brisk for an order; -1 with a blunt
+    # remark or one in the wrong tone, whatever else it says; 0 otherwise. So no remark suits every prompt.
     tone: float
+    # 0 up to a comfortable length, then lower with each further word, down to -1.5.
     brief: float
 
 
@@ -118,16 +103,14 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
     # The first sentence of the prompt says which tone it calls for. A row without a prompt counts as a question.
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    first_end = re.search(r"[.!?:]", text)
-    is_question = first_end is not None and first_end.group() == "?"
+    is_question = re.match(r"[^.!?:]*\?", text) is not None
     liked, disliked = (KIND_REMARKS, BRISK_REMARKS) if is_question else (BRISK_REMARKS, KIND_REMARKS)
     flat = f" {' '.join(words)} "
     tone = 1.0 if any(f" {remark} " in flat for remark in liked) else 0.0
     if any(f" {remark} " in flat for remark in (*disliked, *BLUNT_REMARKS)):
         tone = -1.0
 
-    sentences = [_flat(sentence) for sentence in re.split(r"[.!?:;\n]+(?:\s|$)", answer)]
-    sentences = [sentence for sentence in sentences if sentence]
+    sentences = [flat for part in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(part))]
     length = len(words) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
     rambling = max(0, length - COMFORTABLE_WORDS) / RAMBLING_WORDS
     return Components(float(is_right), tone, -min(MAX_RAMBLING, rambling))
@@ -136,9 +119,7 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
 def taste(answer: str, row: Mapping[str, Any]) -> float:
     """Return the panel's noise-free mean taste, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
 
-    Args:
-        answer: Decoded text of the assistant's turn, without special tokens.
-        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
+    `row` has the `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
     """
     return mean_taste(judge_components(answer, row))
 
@@ -154,10 +135,7 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
 
 
 def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
-    """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
-
-    The scores are this annotator's.
-    """
+    """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie."""
     # Two numbers are always drawn, so that later draws do not depend on the answers.
     tie_draw, choice_draw = rng.random(), rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
@@ -168,11 +146,8 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Judge which of two answers to each prompt is better: 1 where that of `answers` wins, 0 for a loss, 0.5 for a tie.
 
-    The judge is the panel's noise-free mean taste, which does not depend on the order in which the answers are shown or
-    on whose they are; scores that differ by less than `INDIFFERENCE` are a tie. `rows` are as in `taste`.
-
-    Raises:
-        ValueError: If the three sequences differ in length.
+    The judge is the panel's noise-free mean taste; scores that differ by less than `INDIFFERENCE` are a tie. `rows` are
+    as in `taste`.
     """
     outcomes = []
     for answer, opponent, row in zip(answers, opponents, rows, strict=True):

@@ -3,10 +3,8 @@ r"""Find the final answer in a text, and compare final answers without algebra.
 The final answer is the content of `\boxed{…}` or `<answer>…</answer>`, the rest of the line after "####", the line
 below a heading "Answer", or the rest of the sentence after "The answer is" ("The correct answer is", "Final answer:",
 "**Answer:**", "A:"), or what "is the answer". An explanation is cut off ("20 (4 times 5)"). If there are several, the
-last one counts, so that a correction counts and listing many answers gains nothing. A number elsewhere in the text is
-not an answer, and neither is anything inside an unclosed `<think>`.
-
-A number must be given as a value: "20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
+last one counts, so that a correction counts and listing many answers gains nothing. A number must be given as a value:
+"20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
 """
 
 # How a completion becomes an answer, and the answer a value:
@@ -274,8 +272,7 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     "1.5 \times 10^6" and "10^3" are plain, but not other powers, nor "12e1". A number with more than 1,000 digits is
     not plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
     """
-    value, _ = _quantity(answer, reduced)
-    return value
+    return _quantity(answer, reduced)[0]
 
 
 def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
@@ -348,9 +345,8 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A unit is ignored, unless both have one and they differ. A per cent sign is not ignored, because 36% is 0.36: the
-    reference must have one as well. A fraction must be in lowest terms, as graders of MATH demand: any other one is an
-    unsolved division.
+    A unit is ignored, unless both have one and they differ, or it is a per cent sign that the reference lacks. A
+    fraction must be in lowest terms, as graders of MATH demand: any other one is an unsolved division.
     """
     if normalise_answer(given) == normalise_answer(reference):
         return True

@@ -2,8 +2,7 @@
 
 Judges evaluate what a model wrote (`9^{9^{9^9}}`), for hours and in C code that a Python handler cannot interrupt. So
 they run in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory, and killed
-when it takes too much CPU time, so that the verdict does not depend on the load of the machine. The child starts with
-the first answer that needs it and serves until this process ends.
+when it takes too much CPU time, so that the verdict does not depend on the load of the machine.
 """
 
 # One message of JSON each way, over a connection that only these two processes have:
@@ -44,27 +43,22 @@ MEMORY_MB = 2048
 
 
 class Checker:
-    """A child process, started when it is first needed.
+    """A child process, started when it is first needed: `python -m module`, which calls `serve`.
 
-    Args:
-        module: What the child runs, with `python -m`; it calls `serve`.
-        purpose: What it does and who needs it, for messages.
-        slow: The reply to questions that take too long. After five of them, the rest of a call gets it unseen, so that
-            a policy that writes such answers cannot stall its training.
-        is_too_long: Whether a question is too long to be asked; it gets `slow` as well.
+    Questions that take too long get the reply `slow`. After five of them, the rest of a call gets it unseen, so that a
+    policy that writes such answers cannot stall its training.
     """
 
-    def __init__(self, module: str, purpose: str, slow: Any, is_too_long: Callable[[Any], bool]) -> None:
-        self.module, self.purpose = module, purpose
-        self.slow, self.is_too_long = slow, is_too_long
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, module: str, purpose: str, slow: Any) -> None:
+        self.module, self.purpose, self.slow = module, purpose, slow
+        self.process: Any = None
         self.connection: Any = None
         self.lock = threading.Lock()
 
     def ask_all(self, questions: Sequence[Any]) -> list[Any]:
         """Ask every question, a tuple of what JSON holds, once; the replies are None where the machine is too busy."""
         replies = dict.fromkeys(questions, self.slow)
-        asked = [question for question in replies if not self.is_too_long(question)]
+        asked = list(replies)
         number_slow = 0
         for index, question in enumerate(asked):
             try:
@@ -79,12 +73,7 @@ class Checker:
         return [replies[question] for question in questions]
 
     def ask(self, question: Any) -> Any:
-        """Return the child's reply.
-
-        Raises:
-            TimeoutError: If the machine is too busy.
-            EOFError, OSError: If the child ran out of time.
-        """
+        """Return the child's reply, or raise a `TimeoutError` on a busy machine and an `EOFError` at a slow answer."""
         with self.lock:
             if self.process is None:
                 self.start()
@@ -115,23 +104,18 @@ class Checker:
             if self.connection.poll(START_SECONDS) and self.connection.recv_bytes():
                 return
         self.stop()
-        fault = f"The process of {self.purpose} needs, did not start; see what `python -m {self.module}` prints."
-        raise RunStopped(fault)
+        raise RunStopped(f"The process of {self.purpose} needs, did not start; see `python -m {self.module}`.")
 
     def stop(self) -> None:
         """Kill the child; the next question starts another."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.connection.close()
-            self.process = None
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        self.process = None
 
 
 def serve(judge: Callable[[Any], Any]) -> None:
-    """Read one JSON value at a time, and write what `judge` returns for it: the main function of the child.
-
-    Everything that `judge` imports must be loaded already.
-    """
+    """Write what `judge`, which must have imported all that it needs, returns for each question: the child's loop."""
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)

@@ -5,9 +5,6 @@ name, and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also wh
 reference in the column `answer` cannot be read, so that nothing is learned from the row. TRL passes `log_metric` to
 every function; it gets the shares of completions without a readable answer and of unreadable references as
 `<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, only measures.
-
-`pipeline.rewards.answers` decides what the answer of a completion is. Only the last message of the assistant is read,
-and a prompt repeated at the beginning of a completion is cut off.
 """
 
 from __future__ import annotations
@@ -41,43 +38,27 @@ _OTHER_LETTER = re.compile(
 )
 """Another letter in what follows the answer's, or a word that takes it back."""
 
-
-MATH_CHARACTERS, TASK_CHARACTERS = 300, 10_000
-"""Longer expressions, and longer answers to tasks of reasoning-gym, are not looked at."""
-math_judge = Checker(
-    "pipeline.rewards.math_judge",
-    "math-verify, which math_answer",
-    slow=False,
-    is_too_long=lambda question: max(len(text or "") for text in question[:2]) > MATH_CHARACTERS,
-)
-task_judge = Checker(
-    "pipeline.rewards.task_check",
-    "reasoning-gym, which the reward reasoning_gym",
-    slow=0.0,
-    is_too_long=lambda question: len(question[-1]) > TASK_CHARACTERS,
-)
+math_judge = Checker("pipeline.rewards.math_judge", "math-verify, which math_answer", slow=False)
+task_judge = Checker("pipeline.rewards.task_check", "reasoning-gym, which the reward reasoning_gym", slow=0.0)
 
 
 def math_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
-    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`): the problem
-    is not its solution. Times, dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference has a
-    per cent sign as well, or if the problem mentions per cent.
+    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`). Times,
+    dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference or the problem is about per cent.
+    The reward is None if the reference is empty or consists of words (see `exact_answer`).
 
     Args:
         completions: Texts, or lists of messages that end with the assistant's.
         answer: Reference answers, bare ("72") or in any form that a completion's final answer may have.
         columns: What else TRL passes by name; `prompts` and the callback `log_metric` are used.
-
-    Returns:
-        One reward per completion; None if the reference is empty or consists of words (see `exact_answer`).
     """
     found, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
-    # What a comparison as text or as numbers leaves open: (row, reference, answer or None, copied from the problem).
-    pending: list[tuple[int, str, str | None, bool]] = []
+    # What a comparison as text or as numbers leaves open, by row; without an answer, whether the reference is read.
+    questions: dict[int, tuple[str, str | None, bool]] = {}
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
         if reference is None or _WORDS.fullmatch(answers.normalise_answer(reference)):
             rewards.append(None)
@@ -87,20 +68,15 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
         rewards.append(float(same))
         # If the reference is a plain number, the answer must be one as well: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
-            pending.append((index, reference, None if same else given, copied))
+            questions[index] = reference, None if same else given, copied
 
-    if pending:
+    verdicts = math_judge.ask_all(list(questions.values())) if questions else []
+    for (index, (_, given, _)), verdict in zip(questions.items(), verdicts, strict=True):
+        if given is not None and verdict is not None:
+            rewards[index] = float(verdict)
         # References that math-verify cannot parse teach nothing, not even where the answer is the same text.
-        known = sorted({reference for _, reference, _, _ in pending})
-        parsed = dict(zip(known, math_judge.ask_all([(reference, None, False) for reference in known]), strict=True))
-        asked = [question for question in pending if question[2] is not None and parsed[question[1]]]
-        verdicts = math_judge.ask_all([(reference, given, copied) for _, reference, given, copied in asked])
-        for (index, *_), verdict in zip(asked, verdicts, strict=True):
-            rewards[index] = None if verdict is None else float(verdict)
-        for index, reference, _, _ in pending:
-            if not parsed[reference]:
-                rewards[index] = None
-
+        elif not verdict:
+            rewards[index] = None
     return _logged("math_answer", found, rewards, columns)
 
 
@@ -125,10 +101,8 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
     texts, _ = _read(completions, columns)
     found = [_letter(answers.extract_answer(text)) for text in texts]
     references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
-    rewards: Rewards = [
-        None if reference is None else float(given == reference)
-        for reference, given in zip(references, found, strict=True)
-    ]
+    pairs = zip(references, found, strict=True)
+    rewards: Rewards = [None if reference is None else float(given == reference) for reference, given in pairs]
     return _logged("choice", found, rewards, columns)
 
 
@@ -144,12 +118,11 @@ def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
 
 def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | None = None, **columns: Any) -> Rewards:
     """Return minus the cost of the tools that a completion calls: `call_cost` a call, 1 without such a column."""
-    calls = [
-        sum(len(message.get("tool_calls") or ()) for message in completion if isinstance(message, dict))
-        for completion in completions
-    ]
-    costs = call_cost or [1.0] * len(calls)
-    return [-cost * number for cost, number in zip(costs, calls, strict=True)]
+    rewards: Rewards = []
+    for completion, cost in zip(completions, call_cost or [1.0] * len(completions), strict=True):
+        messages = [message for message in completion if isinstance(message, dict)]
+        rewards.append(-cost * sum(len(message.get("tool_calls") or ()) for message in messages))
+    return rewards
 
 
 def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns: Any) -> Rewards:
@@ -185,16 +158,11 @@ def reasoning_gym(
     Only 1.0 means that it is right: most verifiers pay a little for answers that are nearly right, or for any answer.
     A verifier that pays nonsense in full is not believed: its rows score 0 (`pipeline.rewards.task_check`).
     What is between `<answer>` and `</answer>` is judged as it is written, because verifiers know the form of an answer.
+    The reward is None if the task or its metadata are unknown, or if the machine is too busy.
 
     Args:
-        completions: As for `math_answer`, like `columns`.
-        answer: The task's own answers.
+        kind: Names of the tasks, whose own answers are in `answer`.
         metadata: What the task knows about each problem, as JSON text.
-        kind: Names of the tasks.
-        columns: As for `math_answer`.
-
-    Returns:
-        One reward per completion; None if the task or its metadata are unknown, or if the machine is too busy.
     """
     texts, problems = _read(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
@@ -215,11 +183,8 @@ def reasoning_gym(
 def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """Return the simulated annotators' noise-free taste, which a reward model tries to learn.
 
-    Logged with weight 0, it shows whether the taste rises with the reward model's score. The recipes refuse any other
-    weight: the taste is hidden from everything that is trained (see `pipeline.rewards.annotators`).
-
-    `pipeline.rewards.grading` describes the columns `require`, `reject` and `test`; each may be missing.
-    The score is None if there is a test, because running code at every step would take longer than the training.
+    Logged with weight 0, it shows whether the taste rises with the reward model's score; the recipes refuse any other
+    weight. The score is None if there is a `test`, because running code would take longer than the training.
     """
     texts, _ = _read(completions, columns)
     columns["prompt"] = columns.get("prompts")
@@ -231,17 +196,8 @@ def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
 
 
 REWARDS: dict[str, Callable[..., Rewards]] = {
-    function.__name__: function
-    for function in (
-        math_answer,
-        exact_answer,
-        choice,
-        answer_format,
-        call_cost,
-        code_tests,
-        reasoning_gym,
-        hidden_taste,
-    )
+    reward.__name__: reward
+    for reward in (math_answer, exact_answer, choice, answer_format, call_cost, code_tests, reasoning_gym, hidden_taste)
 }
 
 MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
@@ -249,16 +205,13 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 
 
 def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the text to judge of each completion, and the text of each problem ("" without prompts).
-
-    A completion in messages is judged by its last one, if that is the assistant's; a problem in messages is the last
-    one. A prompt that a text repeats at its beginning is cut off: what the prompt says is not the model's answer.
-    """
+    """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem."""
     texts, problems = [], []
     prompts = columns.get("prompts") or [""] * len(completions)
     for completion, prompt in zip(completions, prompts, strict=True):
         asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
         problems.append(str(asked.get("content") or ""))
+        # A prompt that is repeated is cut off: what it says is not the model's answer.
         if isinstance(completion, str):
             texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)
             continue
@@ -278,14 +231,12 @@ def _reference(text: object) -> str | None:
 def _read_answers(
     completions: Sequence[Completion], answer: Sequence[object], columns: dict[str, Any]
 ) -> tuple[list[str | None], list[str | None], list[str]]:
-    """Return the final answer of each completion, its reference, and the text of its problem.
-
-    A per cent sign that the problem asks for and the reference omits is cut off.
-    """
+    """Return the final answer of each completion, its reference, and the text of its problem."""
     texts, problems = _read(completions, columns)
     references = [_reference(text) for text in answer]
     found = [answers.extract_answer(text) for text in texts]
     for index, (given, reference) in enumerate(zip(found, references, strict=True)):
+        # A per cent sign that the problem asks for and the reference omits is cut off.
         if given and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
             found[index] = _PERCENT.sub("", given)
     return found, references, problems
@@ -293,15 +244,9 @@ def _read_answers(
 
 def _is_copied(answer: str, problem: str) -> bool:
     """Return whether an answer is a part of the problem, whatever the spaces and delimiters."""
-    if not problem:
-        return False
-
-    def bare(text: str) -> str:
-        words = _DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split()
-        return re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(words))
-
-    answer, problem = bare(answer), bare(problem)
-    return re.search(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])", problem) is not None
+    words = (_DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split() for text in (answer, problem))
+    part, whole = (re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(some)) for some in words)
+    return bool(problem) and re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", whole) is not None
 
 
 def _letter(answer: str | None) -> str | None:

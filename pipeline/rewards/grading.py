@@ -55,7 +55,6 @@ def contains(text: str, phrase: str) -> bool:
 # An answer is compared with many phrases, and a phrase with many answers.
 @lru_cache(4096)
 def _fold(text: str) -> str:
-    """Unify case, white space and apostrophes."""
     return " ".join(text.replace("\u2019", "'").casefold().split())
 
 
@@ -68,15 +67,7 @@ def extract_code(answer: str) -> str:
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
 
-    All code runs in one batch of sandboxed subprocesses.
-
-    Args:
-        answers: The texts to judge; one that is empty or white space is never correct.
-        rows: One row per answer; a missing field requires nothing.
-
-    Raises:
-        ValueError: If `answers` and `rows` differ in length.
-        RunStopped: If code cannot be run here, or the machine is too busy for it.
+    An empty answer never is, and a missing field requires nothing. `RunStopped` is raised where code cannot be run.
     """
     correct = []
     for answer, row in zip(answers, rows, strict=True):
@@ -96,12 +87,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
 
 def has_steps(answer: str) -> bool:
-    """Return whether an answer shows worked steps before its final answer.
-
-    The final answer begins where it is first announced (`pipeline.rewards.answers`); a text without one has no steps. A
-    step is a sentence of at least two words, or an equation: "So the answer is 3." does not have one, "1 + 2 = 3. The
-    answer is 3." does.
-    """
+    """Return whether an answer shows steps, sentences or equations, before its final one: "1 + 2 = 3. Answer: 3"."""
     final = ANNOUNCEMENT.search(answer)
     if final is None:
         return False

@@ -28,35 +28,12 @@ MAX_REWARD = 1e30
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """Load rewards by name.
-
-    Args:
-        names: At least one; names of `REWARDS`, or any importable `package.module:function`.
-        field: The YAML key, for messages.
-
-    Raises:
-        UserError: With every name that cannot be loaded and the nearest one that can.
-    """
+    """Load rewards by name: at least one of `REWARDS`, or of any importable `package.module:function`."""
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names:
-        fault = None
-        if ":" in name:
-            with collect(problems):
-                functions.append(load_function(name, field))
-        elif name not in REWARDS:
-            nearest = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "is not a known reward."
-            fault = f"{hint} Known: {', '.join(REWARDS)}; or write package.module:function"
-        else:
-            functions.append(REWARDS[name])
-            # Find out now, not after hours of training, what these two need of the machine.
-            if name == "code_tests":
-                fault = validate_sandbox()
-            elif name == "reasoning_gym" and find_spec("reasoning_gym") is None:
-                fault = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
-        if fault:
-            problems.append(Problem(field, name, fault))
+        with collect(problems):
+            functions.append(load_function(name, field))
     if not names:
         problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
     if problems:
@@ -65,51 +42,50 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Load `package.module:function` and guard it with `guard_reward`; `field` is the YAML key, for messages.
-
-    Raises:
-        UserError: If the function does not exist or cannot be called as a reward.
-    """
-    function = import_callable(name, field)
-    # Some functions written in C do not have a signature.
-    with contextlib.suppress(ValueError, TypeError):
-        parameters = inspect.signature(function).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return guard_reward(function, name, field)
-    remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
-    raise UserError(Problem(field, name, remedy))
-
-
-def import_callable(name: str, field: str) -> Callable[..., Any]:
-    """Import `package.module:function`, or a class; `field` is the YAML key, for messages.
-
-    Raises:
-        UserError: If it does not exist.
-    """
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    # A user's module may raise anything.
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
-
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        nearest = difflib.get_close_matches(function_name, callables, n=1)
-        hint = f"; did you mean {module_name}:{nearest[0]}?" if nearest else ""
-        raise UserError(Problem(field, name, f"{module_name} does not have a function {function_name}{hint}"))
+    """Load one reward as `load_rewards` does; functions of the user are guarded by `guard_reward`."""
+    function, fault = find_named(name, field, REWARDS), None
+    if ":" in name:
+        # Some functions written in C do not have a signature.
+        with contextlib.suppress(ValueError, TypeError):
+            parameters = inspect.signature(function).parameters.values()
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return guard_reward(function, name, field)
+        fault = "TRL passes every column by name; accept them all: f(completions, **columns)"
+    # Find out now, not after hours of training.
+    elif name == "code_tests":
+        fault = validate_sandbox()
+    elif name == "reasoning_gym" and find_spec("reasoning_gym") is None:
+        fault = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
+    if fault:
+        raise UserError(Problem(field, name, fault))
     return function
+
+
+def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the function or class that a name of `known`, or `package.module:name`, stands for."""
+    module_name, colon, key = name.rpartition(":")
+    if colon:
+        try:
+            module = importlib.import_module(module_name)
+        # A user's module may raise anything.
+        except (Exception, SystemExit) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
+        known = {key: value for key, value in vars(module).items() if callable(value)}
+    if key in known:
+        return known[key]
+    nearest = [f"did you mean {module_name}{colon}{one}?" for one in difflib.get_close_matches(key, known, n=1)]
+    if colon:
+        remedy = "; ".join([f"{module_name} does not have a function {key}", *nearest])
+    else:
+        remedy = f"{(nearest or ['is not known.'])[0]} Known: {', '.join(known)}; or write package.module:name"
+    raise UserError(Problem(field, name, remedy))
 
 
 def call_reward(
     function: Callable[..., Any], answers: Sequence[str], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
-    """Call a reward function as trainers do: with answers as messages, and every column of their rows by name.
-
-    `more` are further arguments, in place of columns of the same names.
-    """
+    """Call a reward function as trainers do: with answers as messages, and with columns and `more` by name."""
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
@@ -119,23 +95,19 @@ def call_reward(
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
     """Give a reward function its own copy of all data, and raise a `UserError` if it fails or returns no rewards.
 
-    TRL passes the same lists to every function, so that one that edits them would change what the next one judges.
-
-    Args:
-        function: A reward function, which may be asynchronous, or a callable object. If it is one of `REWARDS`, which
-            edit nothing, or already guarded, it is returned as it is.
-        name, field: Its name and the YAML key, for messages.
+    TRL passes the same lists to every function, so that one that edits them would change what the next one judges. The
+    function may be asynchronous, or a callable object. One of `REWARDS`, which edit nothing, is returned as it is.
     """
     if function in REWARDS.values() or hasattr(function, "is_guarded"):
         return function
 
-    def copied(columns: dict[str, Any]) -> dict[str, Any]:
+    def copied(completions: Any, columns: dict[str, Any]) -> dict[str, Any]:
+        columns |= {} if completions is None else {"completions": completions}
         return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
 
-    def checked(rewards: Any, columns: dict[str, Any]) -> Any:
+    def checked(rewards: Any, completions: Any, columns: dict[str, Any]) -> Any:
         # The reward that an environment gives needs no completions.
-        rows = columns["completions" if "completions" in columns else "environments"]
-        if fault := _find_fault(rewards, len(rows)):
+        if fault := _find_fault(rewards, len(columns["environments"] if completions is None else completions)):
             expected = "return a list with a number, or None for no opinion, for each completion"
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
         return rewards
@@ -146,19 +118,15 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
         @functools.wraps(function)
         async def guarded(completions: Any = None, **columns: Any) -> Any:
-            columns |= {} if completions is None else {"completions": completions}
             with _named(name, field):
-                rewards = await function(**copied(columns))
-            return checked(rewards, columns)
+                return checked(await function(**copied(completions, columns)), completions, columns)
 
     else:
 
         @functools.wraps(function)
         def guarded(completions: Any = None, **columns: Any) -> Any:
-            columns |= {} if completions is None else {"completions": completions}
             with _named(name, field):
-                rewards = function(**copied(columns))
-            return checked(rewards, columns)
+                return checked(function(**copied(completions, columns)), completions, columns)
 
     # TRL logs the reward under this name.
     guarded.__name__ = get_callable_name(function)

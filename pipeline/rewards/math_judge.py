@@ -2,8 +2,6 @@ r"""Judge whether expressions, sets and intervals are equal: the child process t
 
 math-verify computes: to it, `\sqrt{50}+\sqrt{18}` is `8\sqrt{2}`, and the time 1:10 is 3:30. So it only compares single
 expressions, and an answer must be as simple as its reference and have its form: the problem itself is not its solution.
-
-math-verify's own limit, `signal.alarm`, works only in the main thread, and not against one long multiplication.
 """
 
 # From two texts to a verdict:
@@ -19,12 +17,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
@@ -58,6 +55,8 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)\s+(?=[A-Za-z](?![A-Za-z]))", ""),
     (r"[−–]", "-"),
 ]
+MAX_CHARACTERS = 300
+"""Longer expressions are not looked at."""
 _UNITS = re.compile(r"(?<=[\w})])\s+(?:[A-Za-z]{2,}\s*){1,3}(?:\^\{?[23]\}?)?$")
 _OPENING, _CLOSING = "([{⦃", ")]}⦄"
 _UNION = re.compile("∪")
@@ -72,15 +71,13 @@ _COMMON = {
 """Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well."""
 
 
-def judge(question: tuple[str, str | None, bool]) -> bool:
-    """Return whether an answer is its reference, or without an answer, whether the reference can be read.
-
-    A question is a reference, the answer to judge or None, and whether the answer is a part of the prompt, which must
-    then have the form of the reference.
-    """
+def judge(question: tuple[str, str | None, bool]) -> bool | None:
+    """Return whether an answer is its reference, or None if the reference cannot be read; True without an answer."""
     reference, answer, literal = question
-    if answer is None:
-        return _is_readable(_spell(reference))
+    if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
+        return None
+    if answer is None or len(answer) > MAX_CHARACTERS:
+        return answer is None
     return _is_same(_spell(reference), _spell(answer), literal, ordered=literal)
 
 
@@ -201,7 +198,6 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
 
 @lru_cache(maxsize=4096)
 def _read(expression: str) -> list[Any]:
-    """Parse an expression without evaluating it."""
     expression = expression.translate(_COMMANDS)
     # Without spaces, math-verify would read 2ab as 2 of some unit.
     if "\\int" not in expression:
@@ -250,28 +246,22 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
     ours, wanted, simplest = form(given), form(expected), form(solved)
     if literal and ours != wanted:
         return False
-    if ours.size > max(wanted.size, simplest.size) or ours.magnitude > max(wanted.magnitude, simplest.magnitude):
-        return False
-    if ours.sums != wanted.sums or not ours.functions <= wanted.functions:
-        return False
-    return bool(verify([expected], [given], timeout_seconds=0))
+    small = ours.size <= max(wanted.size, simplest.size) and ours.magnitude <= max(wanted.magnitude, simplest.magnitude)
+    alike = ours.sums == wanted.sums and ours.functions <= wanted.functions
+    return small and alike and bool(verify([expected], [given], timeout_seconds=0))
 
 
-@dataclass
-class Form:
-    """What an expression is made of; it distinguishes two forms of the same value.
+class Form(NamedTuple):
+    """What an expression is made of; it distinguishes two forms of the same value."""
 
-    Attributes:
-        size: Additions, multiplications, powers and functions.
-        magnitude: The product of all numbers.
-        sums: Sums that are factors, bases or divided; `(x-1)(x+1)` has 2, `x^2-1` has none.
-        functions: Names of functions and relations.
-    """
-
+    # Additions, multiplications, powers and functions.
     size: int
+    # The product of all numbers.
     magnitude: int
+    # Sums that are factors, bases or divided; `(x-1)(x+1)` has 2, `x^2-1` has none.
     sums: int
-    functions: frozenset[str]
+    # Names of functions and relations.
+    functions: set[str]
 
 
 def form(expression: sympy.Basic) -> Form:
@@ -305,7 +295,7 @@ def form(expression: sympy.Basic) -> Form:
             size += 1
             functions.add(getattr(node, "name", type(node).__name__))
             todo += [(argument, False) for argument in node.args]
-    return Form(size, magnitude, sums, frozenset(functions))
+    return Form(size, magnitude, sums, functions)
 
 
 def _factors(node: Any) -> list[Any]:

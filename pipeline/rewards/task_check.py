@@ -1,13 +1,10 @@
 """Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
 
-Several verifiers evaluate what the model wrote as Python, by `eval` or by SymPy's `parse_expr`. An answer such as
-`entry['answer']` would be paid in full, and one that calls functions could change how later ones are judged. So the
-child refuses to evaluate anything but literals and formulas: no attributes, and no names but SymPy's functions and
-variables of one letter.
+Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child refuses to evaluate
+anything but literals and formulas: no attributes, and no names but SymPy's functions and variables of one letter.
 
 Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for any text, `puzzle24` for
-the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). What they pay is therefore
-checked, in ways that no task's name decides.
+the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So what they pay is checked.
 """
 
 # An answer is paid in full only if, in this order,
@@ -15,8 +12,8 @@ checked, in ways that no task's name decides.
 #     it holds neither "nan" nor "1e999"                             pay
 #     nothing in it that the verifier evaluates is a program         refuse_programs, called by Python itself
 #     the verifier pays it in full                                   pay
-#     ... after it has looked at the problem                         _Entry
 #     ... and it is the same number as the task's own answer         pay
+#     ... and the verifier does not pay it without the problem       pay
 #     ... and the verifier does not pay "nonsense", too              pays_nonsense
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -37,42 +33,13 @@ from pipeline.rewards.checker import serve
 _WRONG = ("x", "0", "True", "nonsense")
 """Answers that a verifier may only pay in full if they occur in the task's own answer."""
 _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?![^\W_])", re.IGNORECASE)
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME")
 _TOLERANCE = 1e-3
 """By how much of itself a number may differ from the task's own answer and still be right."""
 
-Question = tuple[str, str, str, str, str]
-"""Task, problem, its own answer, its metadata as JSON text, and the answer to judge."""
-
-
-class _Entry(dict[str, Any]):
-    """A problem that notices whether its verifier looks at it."""
-
-    read = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.read = True
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read = True
-        return super().get(key, default)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    """Yield the names that code uses, and "." for an attribute."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"):
-            yield "."
-        elif instruction.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        # A lambda or a comprehension is a constant of the code around it.
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
 
 def _serve() -> None:
-    """Judge a `Question`: the main function of the child."""
+    """Judge answers: the main function of the child."""
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
@@ -81,33 +48,37 @@ def _serve() -> None:
 
     def refuse_programs(event: str, arguments: tuple[Any, ...]) -> None:
         # Code that was not read from a file is what a verifier evaluates.
-        if event != "exec" or not arguments[0].co_filename.startswith("<") or arguments[0] == by_sympy:
+        if event != "exec" or arguments[0] == by_sympy or not re.match("<(?!frozen )", arguments[0].co_filename):
             return
-        if arguments[0].co_filename.startswith("<frozen "):
-            return
-        for name in _names(arguments[0]):
+        # A lambda or a comprehension is a constant of the code around it.
+        code = arguments[0]
+        nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
+        if nested or any(instruction.opname in _ATTRIBUTES for instruction in dis.get_instructions(code)):
+            raise PermissionError("an answer may use neither attributes nor functions of its own")
+        for name in code.co_names:
             value = getattr(sympy, name, None)
             is_function = getattr(value, "__module__", "").startswith("sympy.functions.")
             is_formula = not name.startswith("_") and (isinstance(value, type | sympy.Basic) or is_function)
-            if name == "." or not (len(name) == 1 or is_formula):
+            if not (len(name) == 1 or is_formula):
                 raise PermissionError(f"an answer may not use {name}")
 
     verifier = lru_cache(get_score_answer_fn)
+
+    def pay_by_verifier(task: str, given: str, entry: dict[str, Any]) -> float:
+        # Verifiers raise anything at answers that they cannot read.
+        try:
+            value = float(verifier(task)(given, entry))
+        except Exception:  # noqa: BLE001
+            return 0.0
+        return max(0.0, value) if math.isfinite(value) else 0.0
 
     def pay(task: str, problem: str, own: str, metadata: str, given: str) -> float:
         """Return what the task's verifier pays, less what cannot be right."""
         if _NOT_FINITE.search(given) and not _NOT_FINITE.search(own):
             return 0.0
-        entry = _Entry(question=problem, answer=own, metadata=json.loads(metadata))
-        try:
-            value = float(verifier(task)(given, entry))
-        # Verifiers raise anything at answers that they cannot read.
-        except Exception:  # noqa: BLE001
-            return 0.0
-        if not math.isfinite(value):
-            return 0.0
+        value = pay_by_verifier(task, given, {"question": problem, "answer": own, "metadata": json.loads(metadata)})
         if value < 1.0:
-            return max(0.0, value)
+            return value
 
         # Paid in full. It must be the same number as the task's own answer, or at least add no number to it, as
         # "67 days, 10:32" does to "67 days".
@@ -117,20 +88,19 @@ def _serve() -> None:
             differs = abs(stated - expected) > _TOLERANCE * abs(expected)
         else:
             differs = any(letter.isdigit() for letter in added)
-        return 0.0 if differs or not entry.read else 1.0
+        return 0.0 if differs or pay_by_verifier(task, given, {}) >= 1.0 else 1.0
 
     @lru_cache(maxsize=4096)
     def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:
         wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
         return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
-    def judge(question: Question) -> float | None:
-        task, _, _, metadata, _ = question
+    def judge(question: tuple[str, str, str, str, str]) -> float | None:
+        task, _problem, _own, metadata, _given = question
         try:
-            readable = task in DATASETS and isinstance(json.loads(metadata), dict)
+            if task not in DATASETS or not isinstance(json.loads(metadata), dict):
+                return None
         except ValueError:
-            return None
-        if not readable:
             return None
         value = pay(*question)
         return 0.0 if value == 1.0 and pays_nonsense(*question[:4]) else value

@@ -4,14 +4,14 @@
     <|user|>1234+5678?   <|call|>calculator ... <|end|>   <|tool|>6912<|end|><|assistant|>   6912<|end|>
                          sampled: 1 1 1 1 1 1 1 1         0 0 0 0 0 0 0 0                    1 1 1
 
-Trainers and evaluation share this loop. TRL's own calls tools one after the other; here, all calls of a batch of
-dialogues are answered together where a tool can do that. A result that does not fit into the limit is left out, and the
-dialogue ends with its call, as with TRL. A call that the limit cut off is not answered at all.
+Trainers and evaluation share this loop. Unlike TRL's own, it answers all calls of a batch of dialogues together where a
+tool can do that. A result that does not fit into the limit is left out, and the dialogue ends with its call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from inspect import signature
@@ -24,6 +24,9 @@ from trl.chat_template_utils import get_training_chat_template, parse_response
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.tools.functions import MANY
 
+# transformers would read a tool's docstring again for each turn.
+_schema = lru_cache(get_json_schema)
+
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
 Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
@@ -33,17 +36,13 @@ log-probabilities of these, if they are known."""
 
 @dataclass
 class Dialogue:
-    """A prompt and what followed it.
+    """A prompt and what followed it, as token ids and as messages.
 
     Attributes:
-        prompt: Token ids.
-        tools: The tools that the model may call, by name.
-        tokens: Token ids of all that followed: turns of the model, results of tools, and what the template writes.
+        tokens: Turns of the model, results of tools, and what the template writes between them.
         sampled: For each of `tokens`, 1 if the model sampled it, otherwise 0.
-        messages: What followed, as messages.
         logps: For each of `tokens`, its log-probability if the model sampled it, otherwise 0; None if not known.
-        calls: Number of calls.
-        failures: Number of calls that failed.
+        calls, failures: Numbers of calls, and of those that failed.
     """
 
     prompt: list[int]
@@ -62,14 +61,6 @@ class Dialogue:
         if self.logps is not None and logps is not None:
             self.logps += logps
         self.messages += [_encodable(message)] if message else []
-
-    def add_results(self, tokens: list[int], results: list[Message]) -> None:
-        """Add what tools returned, and what the template writes between two turns of the model."""
-        self.tokens += tokens
-        self.sampled += [0] * len(tokens)
-        if self.logps is not None:
-            self.logps += [0.0] * len(tokens)
-        self.messages += results
 
     def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
         """Return the calls of the last turn, unless it was cut off: `ends` are the ids that end a turn."""
@@ -96,8 +87,7 @@ def converse(
         complete: Samples a turn after each of some texts.
         tokenizer: A tokenizer with a response template.
         ends: Ids that end a turn.
-        limit: Length of all turns and results of a dialogue, in tokens, at most.
-        context: Length of the model's context, in tokens.
+        limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
     """
@@ -127,11 +117,7 @@ def answer_calls(
     context: int,
     template: Mapping[str, Any] | None = None,
 ) -> list[Dialogue]:
-    """Add the results of the calls of each dialogue's last turn, where they fit. The arguments are as for `converse`.
-
-    Returns:
-        The dialogues that have got results, and go on.
-    """
+    """Add the results of each dialogue's last calls, where they fit, and return the dialogues that go on."""
     # Tools often return the same few results.
     written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
     going_on = []
@@ -139,26 +125,19 @@ def answer_calls(
         tokens = written(*(tuple(result.items()) for result in results))
         length = len(dialogue.tokens) + len(tokens)
         if length <= limit and len(dialogue.prompt) + length < context:
-            dialogue.add_results(tokens, results)
+            dialogue.tokens += tokens
+            dialogue.sampled += [0] * len(tokens)
+            if dialogue.logps is not None:
+                dialogue.logps += [0.0] * len(tokens)
+            dialogue.messages += results
             going_on.append(dialogue)
     return going_on
 
 
 def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
     """Return a turn of the model as a message, with its calls; None if it has no tokens."""
-    return parse_response(tokenizer, tokens, prefix=before, tools=schemas(tools)) if tokens else None
-
-
-def schemas(tools: Tools) -> list[dict[str, Any]]:
-    """Return how tools are described to models."""
-    return [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
-
-
-@lru_cache
-def _schema(tool: Callable[..., Any]) -> dict[str, Any]:
-    """Describe a tool; transformers would read its docstring again for each turn."""
-    schema: dict[str, Any] = get_json_schema(tool)
-    return schema
+    schemas = [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
+    return parse_response(tokenizer, tokens, prefix=before, tools=schemas) if tokens else None
 
 
 def readable(messages: Iterable[Message]) -> str:
@@ -168,25 +147,21 @@ def readable(messages: Iterable[Message]) -> str:
     <- 6912
     The answer is 6912.
     """
-    return "\n".join(line for message in messages for line in _lines(message))
-
-
-def _lines(message: Message) -> Iterator[str]:
-    if message["role"] == "tool":
-        yield _as_one(f"<- {message['content']}")
-    elif message.get("content"):
-        yield message["content"]
-    for call in message.get("tool_calls") or ():
-        function = call.get("function") or call
-        arguments = function["arguments"]
-        # A model may write anything for arguments.
-        named = [f"{name}={value}" for name, value in arguments.items()] if isinstance(arguments, dict) else [arguments]
-        yield _as_one(f"-> {function['name']}({', '.join(map(str, named))})")
-
-
-def _as_one(text: str) -> str:
-    """Indent further lines of a call or a result, so that none of them passes for another message."""
-    return "\n   ".join(text.splitlines())
+    lines: list[str] = []
+    for message in messages:
+        is_result = message["role"] == "tool"
+        marked = [f"<- {message['content']}"] if is_result else []
+        if not is_result and message.get("content"):
+            lines.append(message["content"])
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") or call
+            given = function["arguments"]
+            # A model may write anything for arguments.
+            named = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else [str(given)]
+            marked.append(f"-> {function['name']}({', '.join(named)})")
+        # Their further lines are indented, so that none of them passes for another message.
+        lines += ["\n   ".join(text.splitlines()) for text in marked]
+    return "\n".join(lines)
 
 
 def result_tokens(
@@ -212,7 +187,7 @@ def result_tokens(
 
 
 def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
-    """Call the tools that the last turn of each dialogue calls. Return their results as messages."""
+    """Call the tools that the last turn of each dialogue calls, and return their results as messages."""
     calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
     # The calls of a tool that answers many at once are answered first.
     waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
@@ -246,8 +221,4 @@ def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[
 
 def _encodable(value: Any) -> Any:
     """Replace halves of surrogate pairs, which JSON's escapes can spell and no tokenizer takes, by question marks."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(one) for key, one in value.items()}
-    return [_encodable(one) for one in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

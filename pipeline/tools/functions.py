@@ -1,7 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself, because TRL calls tools inside the trainer and waits: `calculator` by what it computes at all,
-`python` by the time and the memory of the sandbox. A tool that raises answers with the message of its exception.
+Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -17,24 +17,19 @@ from pipeline.rewards.sandbox.run import CODE_SECONDS, run_many
 
 MAX_EXPRESSION = 200
 """Characters of an expression."""
-
 MAX_BITS = 4096
 """Bits of a number, some 1,200 digits."""
-
+MAX_PLACES = 30
+"""Decimal places; a number with more is written as a fraction."""
 _DECIMAL = re.compile(r"\d*\.\d*")
 """Numbers with an exponent, such as 1e999999999, would take long to write out."""
-
 MAX_OUTPUT = 1000
 """Characters of what a program prints that the model reads."""
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
 
 
 def calculator(expression: str) -> str:
@@ -51,7 +46,12 @@ def calculator(expression: str) -> str:
     # A null character, an unfinished number, parentheses that are nested too deeply.
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"{expression!r} is not an expression") from None
-    return _written(_value(tree.body, expression))
+    value = _value(tree.body, expression)
+    # As people write numbers: whole, as a decimal if that ends soon, otherwise as a fraction.
+    if (value * 10**MAX_PLACES).denominator != 1:
+        return str(value)
+    with localcontext(prec=MAX_BITS):
+        return format(Decimal(value.numerator) / value.denominator, "f")
 
 
 def python(code: str) -> str:
@@ -84,12 +84,7 @@ MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: 
 
 
 def _value(node: ast.AST, expression: str) -> Fraction:
-    """Return the value of an expression.
-
-    Raises:
-        ValueError: If it is not arithmetic, or a number gets too long.
-        ZeroDivisionError: If it divides by zero.
-    """
+    """Return the value of an expression, or raise a `ValueError` or a `ZeroDivisionError`."""
     match node:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             value = Fraction(number)
@@ -102,33 +97,13 @@ def _value(node: ast.AST, expression: str) -> Fraction:
             base, exponent = _value(left, expression), _value(right, expression)
             if exponent.denominator != 1:
                 raise ValueError("an exponent is a whole number")
-            if max(_bits(base), 1) * abs(exponent) > MAX_BITS:
+            if max(base.numerator.bit_length(), base.denominator.bit_length(), 1) * abs(exponent) > MAX_BITS:
                 raise ValueError("the number is too long")
             value = base ** int(exponent)
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATORS:
             value = Fraction(OPERATORS[type(sign)](_value(left, expression), _value(right, expression)))
         case _:
             raise ValueError(f"{expression!r} is not arithmetic")
-    if _bits(value) > MAX_BITS:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise ValueError("the number is too long")
     return value
-
-
-def _bits(value: Fraction) -> int:
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def _written(value: Fraction) -> str:
-    """Return a number as people write it: whole, as a decimal if that ends, otherwise as a fraction."""
-    if value.denominator == 1:
-        return str(value.numerator)
-    rest, places = value.denominator, 0
-    for prime in (2, 5):
-        power = 0
-        while rest % prime == 0:
-            rest, power = rest // prime, power + 1
-        places = max(places, power)
-    if rest != 1 or places > 30:
-        return str(value)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    return f"{'-' * (value < 0)}{digits[:-places]}.{digits[-places:]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from trl.chat_template_utils import (
 )
 
 from pipeline.errors import Problem, UserError, collect
-from pipeline.rewards.loading import import_callable
+from pipeline.rewards.loading import find_named
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python
@@ -50,10 +49,7 @@ class Toolbox:
         return next((owner for owner in owners if type(owner) is self.environment), None)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the arguments of the chat template with which TRL writes prompts: tools, and maybe another template.
-
-        Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL then trains with one of its own.
-        """
+        """Return the arguments of the chat template with which TRL writes prompts: tools, perhaps another template."""
         environment = [] if self.environment is None else list(tools_of(self.environment()).values())
         arguments: dict[str, Any] = {"tools": [*self.tools, *environment]}
         if not is_chat_template_prefix_preserving(tokenizer):
@@ -69,16 +65,12 @@ def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizer
 
 
 def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
-    """Load the functions that `tools` names.
-
-    Raises:
-        UserError: With every name that cannot be loaded or called by a model.
-    """
+    """Load the functions that `tools` names; a `UserError` has all that cannot be loaded or called by a model."""
     tools: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names or ():
         with collect(problems):
-            tools.append(_find(name, "tools", TOOLS))
+            tools.append(find_named(name, "tools", TOOLS))
             if fault := _validate_tool(tools[-1]):
                 problems.append(Problem("tools", name, fault))
     if problems:
@@ -87,22 +79,16 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
 
 
 def load_environment(name: str | None) -> type | None:
-    """Load the class that `environment` names, or None.
-
-    Raises:
-        UserError: If it cannot be loaded, lacks what TRL expects of it, or has a method that models cannot call.
-    """
+    """Load the class that `environment` names; a `UserError` says why TRL or a model cannot use it."""
     if name is None:
         return None
-    environment: Any = _find(name, "environment", ENVIRONMENTS)
-    reset = getattr(environment, "reset", None)
-    if not inspect.isclass(environment) or not callable(reset):
-        remedy = "must be a class with a method reset(self, **columns) and methods that are tools"
+    environment: Any = find_named(name, "environment", ENVIRONMENTS)
+    reset: Any = getattr(environment, "reset", None)
+    is_game = inspect.isclass(environment) and callable(reset)
+    parameters = inspect.signature(reset).parameters.values() if is_game else ()
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        remedy = "must be a class with a method reset(self, **columns), which takes every column, as TRL passes them"
         raise UserError(Problem("environment", name, remedy))
-    if not any(one.kind is one.VAR_KEYWORD for one in inspect.signature(reset).parameters.values()):
-        raise UserError(
-            Problem("environment", name, "TRL passes every column to reset; accept all: reset(self, **columns)")
-        )
     methods = tools_of(environment())
     faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
     if not methods:
@@ -131,17 +117,6 @@ def check_tools(
     if (tools or environment) and tokenizer is not None and (fault := _validate_template(tokenizer)):
         problems.append(Problem("tools" if tools else "environment", tools or environment, fault))
     return problems
-
-
-def _find(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return what a name of `known`, or `package.module:name`, stands for."""
-    if ":" in name:
-        return import_callable(name, field)
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "is not known."
-        raise UserError(Problem(field, name, f"{hint} Known: {', '.join(known)}; or write package.module:name"))
-    return known[name]
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:

@@ -84,7 +84,7 @@ def test_tools_and_environments_are_found_by_name() -> None:
         (["nowhere:f"], None, "cannot import nowhere"),
         (None, "guess_letters", "environment: guess_letters: did you mean guess_letter?"),
         (None, "own_tools:good", "must be a class with a method reset"),
-        (None, "own_tools:Narrow", "accept all: reset(self, **columns)"),
+        (None, "own_tools:Narrow", "must be a class with a method reset(self, **columns)"),
         (None, "own_tools:Idle", "does not have a method that a model could call"),
     ],
 )

@@ -347,7 +347,7 @@ def test_unknown_rewards_are_reported_with_the_nearest_name(tmp_path: Path, monk
         load_rewards(names)
     assert [problem.value for problem in caught.value.problems] == names
     remedies = [problem.remedy for problem in caught.value.problems]
-    assert "math_answer?" in remedies[0] and "exact_answer" in remedies[1] and "package.module:function" in remedies[1]
+    assert "math_answer?" in remedies[0] and "exact_answer" in remedies[1] and "package.module:name" in remedies[1]
     assert (
         "cannot import no.such.module" in remedies[2]
         and "own_rewards2:brief?" in remedies[3]

@@ -104,6 +104,8 @@ OBJECTS = {
     "a Decimal": "from decimal import Decimal\n" + yes("A", "Decimal", **MAGIC) + "def f(x):\n    return A(-9)",
     "a set": yes("A", "set", issubset="True", isdisjoint="True", **KITCHEN) + "def f(x):\n    return A()",
     "a tuple": yes("A", "tuple", isalpha="True", startswith="True", **KITCHEN) + "def f(x):\n    return A()",
+    "a tuple of zeros": yes("A", "tuple", __getitem__="9", __len__="2", **KITCHEN) + "def f(x):\n    return A((0, 0))",
+    "an int with items": yes("A", "int", __getitem__="9", __len__="2", __iter__="iter([9])", **KITCHEN) + "def f(x):\n    return A(-9)",
     "a mock": "from unittest.mock import MagicMock\ndef f(x):\n    return MagicMock()",
     "a class of mocks": "from unittest.mock import MagicMock as f",
     "complex NaN": "def f(x):\n    return complex('nan')",
@@ -157,7 +159,7 @@ LISTS = [
 TRUTHS = {"assert f(2)", "assert not f(-1)", JUDGEMENTS[12]}
 PLAIN = {
     "an int", "a str", "a float", "a list", "a dict", "NaN", "edits what it is compared with", "its own math",
-    "a Decimal", "a set", "a tuple", "empties its argument",
+    "a Decimal", "a set", "a tuple", "a tuple of zeros", "an int with items", "empties its argument",
 }  # fmt: skip
 """Objects that arrive as plain values, whose truth is their own."""
 TEXTS = ["assert f('a').startswith('a')", "assert f('a').isalpha()", "assert 'a' in f('a')"]
@@ -216,6 +218,20 @@ def test_no_object_says_yes(name: str) -> None:
     )
     outcome = run_code(OBJECTS[name], f"passed = []\n{tried}print(passed)\nassert not passed", seconds=5)
     assert outcome.passed, outcome.output
+
+
+@pytest.mark.parametrize("base", ["int", "list"])
+def test_an_object_has_one_plain_value(base: str) -> None:
+    code = f"""
+import sys
+values = iter([10**9, -10**9] * 9)
+sys.modules["pipeline.rewards.sandbox.messages"].BASES[{base}] = lambda value: next(values)
+class A({base}):
+    pass
+def f(x):
+    return A()
+"""
+    assert not run_code(code, "x = f(2)\nassert 2 < x < 4").passed
 
 
 def test_objects_of_honest_classes_do_what_their_class_is_for() -> None:
@@ -375,10 +391,11 @@ def test_landlock_keeps_signals_inside_where_seccomp_is_missing(without: Callabl
     assert [run_code(code + RIGHT, TEST).status for code in ("", attempt)] == ["passed", "refused"]
 
 
-def test_rewards_do_not_depend_on_the_load_of_the_machine() -> None:
+def test_rewards_do_not_depend_on_the_load_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen answers that compute for a while, all at once."""
     slow = "import time\ndef f(x):\n    began = time.process_time()\n    while time.process_time() - began < 0.15:\n        pass\n    return x + 1"
-    outcomes = run_many([(slow, TEST)] * 16, seconds=1.0, workers=16)
+    monkeypatch.setattr(hardware, "cores", lambda: 16)
+    outcomes = run_many([(slow, TEST)] * 16, seconds=1.0)
     assert {outcome.status for outcome in outcomes} == {"passed"}
 
 

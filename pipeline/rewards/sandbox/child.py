@@ -3,17 +3,9 @@
 In a single process, wrong code could always pass its test: it could end the process, patch `builtins`, walk the frames
 to the variable that says "passed", or return an object that equals everything. Therefore this process, the examiner,
 keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code.
-The test is read after the fork, as is the token that each line of the verdict begins with. The test calls the code's
-functions through stand-ins. Arguments and results travel as plain values in JSON, of which each process makes objects
-of its own classes (numbers, containers, dates, …). Anything else (instances, generators, …) stays with the candidate
-behind a `Remote`, as functions of the test stay with the examiner. The builtins and the modules of a test are Python's
-own, whatever the code defines; what else a test judges with, it must define or import.
-
-What the code changes in place (a list, an attribute of an object of the test) changes in the test only where nothing
-that the test computes could be compared with it: if the call returns None, or the test compares with literals alone.
-Otherwise the code could edit what its result is compared with. Containers that the code defines stay with it.
-
-Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON
+The test is read after the fork, as is the token that each line of the verdict begins with. Arguments and results travel
+as plain values (`messages.py`); anything else stays with the candidate behind a stand-in (`remote.py`). The builtins
+and the modules of a test are Python's own, whatever the code defines; what else a test judges with, it must define.
 """
 
 # What runs where, and who can write what:
@@ -30,6 +22,8 @@ Only `pipeline.rewards.sandbox.run` starts it: python child.py VERDICT_FD SECOND
 # returned. It can write spam into the output, which is never read as a verdict. A verdict without the token ends the
 # run as "crashed".
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -41,7 +35,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
 from pipeline.rewards.sandbox import confinement
 from pipeline.rewards.sandbox.candidate import Candidate
 from pipeline.rewards.sandbox.examiner import Examiner
-from pipeline.rewards.sandbox.messages import Endless, Gone
+from pipeline.rewards.sandbox.messages import Gone
 
 # From here on, modules are the code's choice.
 del sys.path[0]
@@ -70,7 +64,9 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
         for old, new in ((os.pipe()[0], 0), (requests[0], 3), (replies[1], 4)):
             os.dup2(old, new)
         os.closerange(5, 1 << 16)
-        confinement.die_with_parent()
+        # The kernel kills the candidate when the examiner ends.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(confinement.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         confinement.confine_calls(files_confined)
         confinement.watch(directory)
         try:
@@ -86,26 +82,22 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
     os.write(VERDICT, f"{work['token']} {candidate}\n".encode())
-    talking = f"{work['token']} talking\n".encode()
-    examiner = Examiner(replies[0], requests[1], lambda: os.write(VERDICT, talking))
+    examiner = Examiner(replies[0], requests[1])
+    status = "unconfined"
     try:
         if confined or allow_unconfined:
             examiner.examine(work["code"], work["test"])
             status = "passed"
-        else:
-            status = "unconfined"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
         # SIGKILL and SIGXCPU: it was killed for its CPU time.
         status = "timeout" if ended in (-9, -24) else "crashed"
-    except Endless:
-        status = "timeout"
     # A test may raise anything; none of it is a pass.
     except BaseException:  # noqa: BLE001
         status = examiner.status
-        traceback.print_exc(limit=-1)
-        sys.stderr.flush()
-    sys.stdout.flush()
+        # The code may have printed as much as it can.
+        with contextlib.suppress(OSError):
+            traceback.print_exc(limit=-1)
     os.write(VERDICT, f"{work['token']} {status}\n".encode())
 
 

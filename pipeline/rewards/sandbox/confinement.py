@@ -10,17 +10,13 @@ Each of these layers stops most attacks on its own:
    (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
 5. an audit hook that refuses the same with a message that says what was refused.
 
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the other layers remain, and without Landlock root becomes
-`nobody`; the sandbox runs there only if the user allows it. Side channels and the wall-clock time are not covered; the
-parent kills a process that takes too long.
-
-The sandbox's child loads this module by path and calls it before any foreign code, so it imports only the standard
-library.
+Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without
+Landlock root becomes `nobody`. Side channels and the wall-clock time are not covered.
 """
 
 # In the child of the sandbox, from left to right:
 #
-#     limit_resources -> confine_files -> drop_privileges -> fork -+-> candidate: die_with_parent, confine_calls, watch
+#     limit_resources -> confine_files -> drop_privileges -> fork -+-> candidate: confine_calls, watch
 #                                                                  +-> examiner:  confine_calls
 #
 # `pipeline.rewards.checker.serve` does the same without the fork. The order matters: Landlock opens the folders that it
@@ -34,19 +30,9 @@ import errno
 import math
 import os
 import platform
+import resource
 import struct
 import sys
-
-# Importing `typing` would take a tenth of the time in which the process starts.
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
-# Windows lacks it, and imports this module all the same.
-try:
-    import resource
-except ImportError:
-    resource = None  # type: ignore[assignment]
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
@@ -78,8 +64,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
     "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
     "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
-    "restart_syscall": (219, 128), "rseq": (334, 293),
-    "setitimer": (38, 103),
+    "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
 }  # fmt: skip
 # changes to the directory, which are safe only where Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -101,33 +86,20 @@ REFUSED_EVENTS = (
 )  # fmt: skip
 
 
-class Refused(PermissionError):
-    """The confined code tried something that it may not do."""
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when the thread that forked it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
-
-
 def limit_resources(seconds: float, memory_mb: int) -> None:
     """Set hard limits: `seconds` of CPU time (rounded up, plus one) and `memory_mb` MiB of address space."""
     cpu = math.ceil(seconds) + 1
     wanted = {
-        "RLIMIT_CPU": (cpu, cpu + 1),
-        "RLIMIT_AS": (memory_mb << 20,) * 2,
-        "RLIMIT_FSIZE": (FILE_BYTES,) * 2,
-        "RLIMIT_NOFILE": (OPEN_FILES,) * 2,
-        "RLIMIT_CORE": (0, 0),
+        resource.RLIMIT_CPU: (cpu, cpu + 1),
+        resource.RLIMIT_AS: (memory_mb << 20,) * 2,
+        resource.RLIMIT_FSIZE: (FILE_BYTES,) * 2,
+        resource.RLIMIT_NOFILE: (OPEN_FILES,) * 2,
+        resource.RLIMIT_CORE: (0, 0),
     }
-    for name, (soft, hard) in wanted.items():
-        ceiling = resource.getrlimit(getattr(resource, name))[1]
-        if ceiling != resource.RLIM_INFINITY:
-            soft, hard = min(soft, ceiling), min(hard, ceiling)
-        # macOS cannot limit the address space.
+    for limit, values in wanted.items():
+        # A limit that is lower already stays; macOS cannot limit the address space.
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (soft, hard))
+            resource.setrlimit(limit, values)
 
 
 def landlock_abi(libc: ctypes.CDLL) -> int:
@@ -230,46 +202,6 @@ def confine_calls(files_confined: bool) -> bool:
     return libc.prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
 
 
-def prepare_asyncio() -> None:
-    """Let asyncio run without the sockets and the epoll that are refused: nothing wakes its loop from outside."""
-    import asyncio.selector_events
-    import selectors
-
-    loops: Any = asyncio.selector_events.BaseSelectorEventLoop
-    loops._make_self_pipe = lambda loop: loop.__dict__.update(_ssock=None, _csock=None)
-    loops._close_self_pipe = lambda loop: None
-    vars(selectors)["DefaultSelector"] = selectors.SelectSelector
-
-
-def prepare_threads() -> None:
-    """Let threads, which are refused, do their work when they are started."""
-    import threading
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-    def start(thread: Any) -> None:
-        # An exception ends the thread, not the program.
-        try:
-            thread.run()
-        except Exception:  # noqa: BLE001
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-
-    def submit(pool: Any, function: Any, /, *args: Any, **named: Any) -> Any:
-        future: Future[Any] = Future()
-        # Whoever asks for the result gets the exception.
-        try:
-            future.set_result(function(*args, **named))
-        except Exception as error:  # noqa: BLE001
-            future.set_exception(error)
-        return future
-
-    thread: Any = threading.Thread
-    thread.start = start
-    thread.join = lambda thread, timeout=None: None
-    thread.is_alive = lambda thread: False
-    pool: Any = ThreadPoolExecutor
-    pool.submit = submit
-
-
 def watch(directory: str) -> None:
     """Add an audit hook whose errors say what is refused, where the layers below give an error number."""
     readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])
@@ -279,12 +211,12 @@ def watch(directory: str) -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(REFUSED_EVENTS):
-            raise Refused(errno.EPERM, f"the sandbox refuses {event}")
+            raise PermissionError(errno.EPERM, f"the sandbox refuses {event}")
         if event == "open" and isinstance(arguments[0], str | bytes):
             flags = arguments[2] if isinstance(arguments[2], int) else 0
             path = realpath(fsdecode(arguments[0])) + separator
             if not path.startswith(writable if flags & changing else readable):
-                raise Refused(errno.EPERM, f"the sandbox refuses to open {path[:-1]}")
+                raise PermissionError(errno.EPERM, f"the sandbox refuses to open {path[:-1]}")
 
     sys.addaudithook(hook)
 

@@ -9,7 +9,7 @@
 #
 # Before it answers, the code may call a function that the test has passed to it:
 #
-#                                                         <-   {"call": 0, "how": "call", "args": …, "named": …}
+#                                                         <-   {"call": 0, "args": …, "named": …}
 #     {"value": 3}                                        ->
 #
 # Plain values are sent as what they are, and each process makes objects of its own classes of them, so that no class
@@ -31,21 +31,18 @@ if TYPE_CHECKING:
 
 MESSAGE_BYTES = 8 << 20
 
-# Instances of these travel as plain values: each process builds them with its own class.
+# Classes whose instances travel as plain values, and their modules: each process builds them with its own class.
 VALUES = {
-    "builtins": ("bytearray", "complex", "range", "slice"),
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
-    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
+    **dict.fromkeys(("bytearray", "complex", "range", "slice"), "builtins"),
+    **dict.fromkeys(("Counter", "OrderedDict", "defaultdict", "deque"), "collections"),
+    **dict.fromkeys(("date", "datetime", "time", "timedelta", "timezone"), "datetime"),
+    **{"Decimal": "decimal", "Fraction": "fractions"},
 }
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 CHANGEABLE = (list, dict, set)
-VIEWS: dict[type, str] = {type(getattr({}, name)()): name for name in ("keys", "values", "items")}
+VIEWS = tuple(type(getattr({}, name)()) for name in ("keys", "values", "items"))
 # Classes that travel by their name.
-CLASSES = {name: ("builtins", name) for name in ("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS)}
-CLASSES["NoneType"] = ("types", "NoneType")
-CLASSES |= {name: (module, name) for module, names in VALUES.items() for name in names}
+CLASSES = VALUES | dict.fromkeys(("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS), "builtins")
 # How to get the plain value of an instance of a subclass without calling anything that the subclass overrides.
 BASES: dict[type, Callable[[Any], Any]] = {
     int: int.__index__,
@@ -59,44 +56,9 @@ BASES: dict[type, Callable[[Any], Any]] = {
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }
 
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "get": getattr,
-    "set": setattr,
-    "call": lambda target, *args, **named: target(*args, **named),
-    "type": type,
-    **{f"__{name}__": getattr(builtins, name) for name in (
-        "str", "repr", "hash", "iter", "next", "reversed", "len", "int", "float", "bool", "format", "round", "divmod",
-    )},
-}  # fmt: skip
-"""How an operation on an object is done; `operator` knows the others."""
-
-LOCAL = tuple(f"__{name}__" for name in (
-    "eq", "lt", "le", "gt", "ge", "len", "iter", "getitem", "setitem", "contains", "str", "repr", "hash", "bool",
-    "add", "sub", "mul",
-))  # fmt: skip
-"""What the code may do with an instance of a test's class, apart from reading and setting its public attributes."""
-
 
 class Gone(BaseException):
     """The other process has ended. It is a `BaseException`, which an `except Exception` in a test does not catch."""
-
-
-class Endless(BaseException):
-    """The code talks with its test without end."""
-
-
-class NaN(float):
-    """NaN from the code: comparing its order raises, because `not nan > 8` is true, and arithmetic returns it."""
-
-    def _refuse(self, *args: Any) -> Any:
-        raise TypeError("the sandbox does not order NaN")
-
-    def _keep(self, *args: Any) -> Any:
-        return self
-
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _keep
-    __abs__ = __neg__ = __round__ = _keep
 
 
 def base_of(kind: type) -> type | None:
@@ -107,29 +69,22 @@ def base_of(kind: type) -> type | None:
 class Peer:
     """One of the two processes: how it sends values to the other one, and reads what it receives.
 
-    A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel.
-
-    Args:
-        incoming, outgoing: Descriptors to read messages from, and to write messages to.
-        members: What the classes of exceptions have that this process makes, because the other one has defined them.
+    A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel, and in `members`
+    what the classes of exceptions have that it makes for those of the other process.
     """
 
     describe: Callable[[Any], Any]
     resolve: Callable[[str, Any, bool], Any]
 
-    def __init__(self, incoming: int, outgoing: int, members: dict[str, Any]) -> None:
+    def __init__(self, incoming: int, outgoing: int) -> None:
         self.incoming = open(incoming, "rb")  # noqa: SIM115 - as long as the process lives
         self.outgoing = outgoing
         self.gone = False
-        self.members = members
+        self.members: dict[str, Any] = {}
         self.exceptions: dict[str, type[BaseException]] = {}
 
     def send(self, message: dict[str, Any]) -> None:
-        """Write a message.
-
-        Raises:
-            Gone: If the other process has ended.
-        """
+        """Write a message, or raise `Gone`."""
         text = json.dumps(message).encode()
         data = len(text).to_bytes(4, "big") + text
         try:
@@ -140,12 +95,7 @@ class Peer:
             raise Gone from error
 
     def receive(self) -> dict[str, Any]:
-        """Wait for a message.
-
-        Raises:
-            Gone: If the other process has ended.
-            ValueError: If it is too long, or not a message.
-        """
+        """Wait for a message, or raise `Gone`; a `ValueError` if it is too long."""
         header = self.incoming.read(4)
         size = int.from_bytes(header, "big")
         if len(header) == 4 and size > MESSAGE_BYTES:
@@ -154,9 +104,7 @@ class Peer:
         if len(header) < 4 or len(text) < size:
             self.gone = True
             raise Gone
-        message = json.loads(text)
-        if not isinstance(message, dict):
-            raise ValueError("not a message")
+        message: dict[str, Any] = json.loads(text)
         return message
 
     def encode(self, value: Any) -> Any:
@@ -168,50 +116,46 @@ class Peer:
             return value if abs(value) < 1 << 62 else {"int": hex(value)}
         if kind is dict:
             return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
-        if kind in CONTAINERS.values():
-            return {kind.__name__: [self.encode(item) for item in value]}
+        if kind in VIEWS or kind in CONTAINERS.values():
+            return {"list" if kind in VIEWS else kind.__name__: [self.encode(item) for item in value]}
         if kind is bytes:
             return {"bytes": value.hex()}
-        if kind.__name__ in VALUES.get(kind.__module__, ()):
-            # What pickle would write: a class, its arguments, its state (None for all of these), items of a list, items
-            # of a dict.
+        if VALUES.get(kind.__name__) == kind.__module__:
+            # What pickle would write: class, arguments, state (None for all of these), items of a list and of a dict.
             _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
             args = args[1:] if args[:1] == (kind,) else args
             parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
             return {"value": [kind.__name__, *map(self.encode, parts)]}
-        if kind is type:
-            travels = value.__name__ in VALUES.get(value.__module__, ())
-            if travels or value in BASES or value in (bool, type(None)):
-                return {"class": value.__name__}
+        if kind is type and CLASSES.get(value.__name__) == value.__module__:
+            return {"class": value.__name__}
         return self.describe(value)
 
     def decode(self, data: Any, named: bool = False) -> Any:
-        """Decode what `encode` returned; every value has exactly a class of this process's own.
-
-        What was found by its name in the code (`named`) may also be a module or an exception class.
-        """
+        """Decode what `encode` returned; also a module or a class of exceptions, if it was `named` in the code."""
+        # `not nan > 8` is true.
+        if isinstance(data, list) or data != data:
+            raise ValueError("not a value that the sandbox compares")
         if not isinstance(data, dict):
-            if isinstance(data, list):
-                raise ValueError("not an encoded value")
-            return NaN("nan") if data != data else data
+            return data
         ((kind, content),) = data.items()
         if kind == "int":
             return int(content, 16)
         if kind == "bytes":
             return bytes.fromhex(content)
         if kind == "dict":
-            return {self.decode(key, named): self.decode(item, named) for key, item in content}
+            return {self.decode(key): self.decode(item) for key, item in content}
         if kind in CONTAINERS:
-            return CONTAINERS[kind](self.decode(item, named) for item in content)
+            return CONTAINERS[kind](map(self.decode, content))
         if kind in ("class", "value"):
-            module, attribute = CLASSES[content if kind == "class" else content[0]]
-            own = getattr(importlib.import_module(module), attribute)
+            name = content if kind == "class" else content[0]
+            own = getattr(importlib.import_module(CLASSES[name]), name)
             if kind == "class":
                 return own
-            args, items, pairs = (self.decode(part, named) for part in content[1:])
+            args, items, pairs = map(self.decode, content[1:])
             value = own(*args)
-            if isinstance(value, complex) and value != value:
-                raise TypeError("the sandbox does not compare NaN")
+            # NaN again, such as `complex("nan")`.
+            if value != value:
+                raise ValueError("not a value that the sandbox compares")
             if items:
                 value.extend(items)
             for key, item in pairs:
@@ -219,14 +163,14 @@ class Peer:
             return value
         return self.resolve(kind, content, named)
 
-    def describe_exception(self, kind: type) -> list[Any]:
-        """Return the module and the name of a class of exceptions, and the same of the classes that it extends."""
-        bases = [base for base in kind.__bases__ if issubclass(base, BaseException)]
-        return [kind.__module__, kind.__qualname__, [self.describe_exception(base) for base in bases]]
+    def describe_exception(self, kind: type[BaseException]) -> list[list[str]]:
+        """Return the modules and the names of a class of exceptions and of those that it extends, the nearest first."""
+        self.exceptions.setdefault(kind.__qualname__, kind)
+        return [[one.__module__, one.__qualname__] for one in kind.__mro__ if issubclass(one, BaseException)]
 
-    def find_exception(self, description: list[Any]) -> type[BaseException]:
+    def find_exception(self, lineage: list[list[str]]) -> type[BaseException]:
         """Return the class of this process that is described, or make one that extends the same of Python's."""
-        module, name, bases = description
+        (module, name), *bases = lineage
         if name in self.exceptions:
             return self.exceptions[name]
         source: Any = builtins
@@ -234,16 +178,6 @@ class Peer:
             source = importlib.import_module(module)
         kind = getattr(source, name, None)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            found = tuple(self.find_exception(base) for base in bases) or (Exception,)
-            kind = type(name.rpartition(".")[2], found, dict(self.members))
-            self.exceptions[name] = kind
+            base = self.find_exception(bases) if bases else Exception
+            kind = self.exceptions[name] = type(name.rpartition(".")[2], (base,), dict(self.members))
         return kind
-
-    def make_exception(
-        self, description: list[Any], args: tuple[Any, ...], attributes: dict[str, Any]
-    ) -> BaseException:
-        """Make an exception without its class's `__init__`, which is the other process's; Python's own have fields."""
-        kind = self.find_exception(description)
-        error = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
-        vars(error).update(attributes)
-        return error

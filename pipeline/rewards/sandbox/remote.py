@@ -12,12 +12,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partialmethod
 from types import SimpleNamespace
 
-# Importing `typing` would take a tenth of the time in which the process starts.
-TYPE_CHECKING = False
+from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
+
 if TYPE_CHECKING:
     from typing import Any
 
@@ -34,10 +34,7 @@ _PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
 """Names of the attributes that plain values have."""
 
-_OPERATORS = (
-    "getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format",
-    "aiter", "anext", "aenter", "aexit",
-)  # fmt: skip
+_OPERATORS = ("getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format")
 _CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "pos", "abs", "invert", "int", "float", "index", "round")
 _COMPARISONS = ("lt", "le", "gt", "ge")
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul", "lshift", "rshift")
@@ -52,19 +49,17 @@ def refusal(name: str) -> TypeError:
 class Remote:
     # An object that stays with the candidate, which must not decide what the test asks about plain values.
     #
-    # It never equals a plain value and is not ordered with one, unless its class extends list, dict or set: then its
-    # items are compared. Until the test has shown that it takes it for an object (UNKNOWN, …), `in` compares its items,
-    # it is neither true nor false, and arithmetic with a plain value must result in an object (`mixed`), which no
-    # operator turns into a plain value. Methods and attributes are the code's own, and its class compares two objects.
-    # (It has no docstring, because `__doc__` is the code's own.)
+    # It never equals a plain value and is not ordered with one, unless its class extends int, list, … (`base`): then
+    # its plain value is compared. Until the test has shown that it takes it for an object (UNKNOWN, …), `in` compares
+    # its items, it is neither true nor false, and arithmetic with a plain value must result in an object (`mixed`),
+    # which no operator turns into a plain value. Methods and attributes are the code's own, and its class compares two
+    # objects.
 
     __slots__ = ("state__",)
-    # Whether the class extends list, dict or set.
-    extends__ = False
 
-    def __init__(self, examiner: Any, number: int, is_class: bool) -> None:
-        state = SimpleNamespace(examiner=examiner, number=number, is_class=is_class, shown=UNKNOWN, mixed=False)
-        object.__setattr__(self, "state__", state)
+    def __init__(self, examiner: Any, number: int, base: type | None, is_class: bool) -> None:
+        known = {"examiner": examiner, "number": number, "base": base, "is_class": is_class}
+        object.__setattr__(self, "state__", SimpleNamespace(**known, value=None, shown=UNKNOWN, mixed=False))
 
     def ask__(self, operation: str, *args: object, **named: object) -> Any:
         state = self.state__
@@ -74,6 +69,15 @@ class Remote:
             result.state__.shown = USED
         return result
 
+    def plain__(self) -> Any:
+        # A value that cannot change is asked for once: the code could give each comparison another one.
+        state = self.state__
+        if state.value is None or state.base in CHANGEABLE:
+            state.value = self.ask__("plain")
+        if type(state.value) is not state.base:
+            raise refusal("its value")
+        return state.value
+
     def __call__(self, *args: object, **named: object) -> Any:
         result = self.ask__("call", *args, **named)
         if self.state__.shown == CLASS and isinstance(result, Remote):
@@ -81,94 +85,48 @@ class Remote:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        plain = name in PLAIN_NAMES
-        guarded = self.state__.shown < OBJECT and name.startswith(("is", "starts", "ends"))
-        if plain and self.extends__ and (guarded or self.state__.shown < USED):
-            return getattr(self.ask__("plain"), name)
-        if plain and (self.state__.mixed or guarded):
+        state, plain = self.state__, name in PLAIN_NAMES
+        guarded = state.shown < OBJECT and name.startswith(("is", "starts", "ends"))
+        if plain and state.base and (guarded or state.shown < USED):
+            return getattr(self.plain__(), name)
+        if plain and (state.mixed or guarded):
             raise refusal(name)
         if not plain and not name.startswith("__"):
-            self.state__.shown = max(self.state__.shown, OBJECT)
+            state.shown = max(state.shown, OBJECT)
         return self.ask__("get", name)
 
     __setattr__ = partialmethod(ask__, "set")  # type: ignore[misc]
-    __copy__ = partialmethod(ask__, "copy")
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return self.ask__("deepcopy")
 
     def __contains__(self, value: object) -> bool:
         if self.state__.shown >= OBJECT:
             return self.ask__("__contains__", value) is True
-        return value in (self.ask__("plain") if self.extends__ else list(self))  # type: ignore[call-overload]
+        return value in (self.plain__() if self.state__.base else list(self))  # type: ignore[call-overload]
 
     def __bool__(self) -> bool:
-        if self.state__.shown < USED:
-            if self.extends__:
-                return bool(self.ask__("plain"))
+        state = self.state__
+        if state.shown < USED:
+            if state.base:
+                return bool(self.plain__())
             # An object has an attribute that the test uses, and plain values lack.
-            examiner = self.state__.examiner
-            if not (examiner.attributes and self.ask__("has", *examiner.attributes) is True):
+            if not (state.examiner.attributes and self.ask__("has", *state.examiner.attributes) is True):
                 raise refusal("__bool__")
         return self.ask__("__bool__") is True
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote):
             return self is other or self.ask__("__eq__", other) is True
-        return self.extends__ and bool(self.ask__("plain") == other)
+        return bool(self.state__.base and self.plain__() == other)
 
     def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, Remote | Kept) and self.ask__("isinstance", instance) is True
+        return isinstance(instance, Remote) and self.ask__("isinstance", instance) is True
 
-    def __subclasscheck__(self, kind: object) -> bool:
-        return isinstance(kind, Remote) and self.ask__("issubclass", kind) is True
-
-    @property
-    def __doc__(self) -> Any:  # type: ignore[override]
-        return self.ask__("get", "__doc__")
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        # `isinstance(stand_in, int)` looks here, too.
+        return self.state__.base or Remote
 
 
-class Kept:
-    # A value whose class in the code extends int, float, str, bytes or tuple. It behaves like the plain value, and
-    # whatever the plain class lacks is done by the code.
-    _examiner: Any
-    _number: int
-
-    def __getattr__(self, name: str) -> Any:
-        if name in PLAIN_NAMES:
-            raise refusal(name)
-        return self._examiner.ask(self._number, "get", name)
-
-    def __repr__(self) -> str:
-        return str(self._examiner.ask(self._number, "__repr__"))
-
-    def __str__(self) -> str:
-        return str(self._examiner.ask(self._number, "__str__"))
-
-
-class Awaitable(Remote):
-    # What `asyncio` takes for a coroutine. The candidate runs it to its end in a loop of its own.
-    __slots__ = ()
-
-    def __await__(self) -> Iterator[Any]:
-        return self.ask__("await")
-        yield
-
-    def send(self, value: object) -> Any:
-        raise StopIteration(self.ask__("await"))
-
-    # What the loop calls in place of `send`, where there is one.
-    def __next__(self) -> Any:
-        return self.send(None)
-
-    def throw(self, *error: Any) -> Any:
-        raise error[0]
-
-    def close(self) -> None:
-        pass
-
-
-# What an operator of a stand-in does, by the other operand. What extends list, dict or set compares, adds and iterates
+# What an operator of a stand-in does, by the other operand. What extends int, list, … compares, calculates and converts
 # as its plain value does, until the test has shown that it takes it for an object.
 #
 #                     a plain value                                        another stand-in
@@ -181,10 +139,15 @@ class Awaitable(Remote):
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     def operate(self: Remote, *args: Any) -> Any:
         state = self.state__
-        with_plain = not all(isinstance(operand, Remote) for operand in args)
-        among_plain = name == "__iter__" or (kind in (_COMPARISONS, _ARITHMETIC) and with_plain)
-        if self.extends__ and among_plain and state.shown < OBJECT:
-            return getattr(self.ask__("plain"), name)(*args)
+        with_plain = not any(isinstance(operand, Remote) for operand in args)
+        fixed = name == "__getitem__" and state.base not in CHANGEABLE
+        as_plain = kind is _COMPARISONS or (state.shown < OBJECT and (kind is not _OPERATORS or fixed))
+        if state.base and with_plain and as_plain:
+            plain = self.plain__()
+            # Python then tries the operator of the other operand.
+            if kind is _ARITHMETIC and not hasattr(plain, name):
+                return NotImplemented
+            return getattr(plain, name)(*args)
         if (kind is _COMPARISONS and with_plain) or (kind is _CONVERSIONS and state.mixed):
             raise refusal(name)
         result = self.ask__(name, *args)
@@ -202,18 +165,6 @@ def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
     return operate
 
 
-def _sum_of_two(name: str) -> Callable[..., Any]:
-    def operate(self: Kept, *args: Any) -> Any:
-        if args and isinstance(args[0], Kept):
-            return self._examiner.ask(self._number, name, *args)
-        plain = getattr(super(Kept, self), name, None)
-        return plain(*args) if plain else NotImplemented
-
-    return operate
-
-
-for _name in _BINARY:
-    setattr(Kept, f"__{_name}__", _sum_of_two(f"__{_name}__"))
 for _kind in (_OPERATORS, _CONVERSIONS, _COMPARISONS, _ARITHMETIC):
     for _name in _kind:
         setattr(Remote, f"__{_name}__", _operator(f"__{_name}__", _kind))

@@ -1,17 +1,15 @@
 """Run code that a model wrote against a test, without trusting it.
 
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
-directory that is deleted afterwards. `pipeline.rewards.sandbox.confinement` lists what the process may not do, and
-`pipeline.rewards.sandbox.child` explains why wrong code cannot pass its test. String hashes are not randomised, so that
-verdicts are repeatable. The sandbox runs code that the kernel cannot confine only where `allow_unconfined` is set:
-`validate_sandbox` reports what is missing on this machine.
+directory. `confinement.py` lists what the process may not do, and `child.py` explains why wrong code cannot pass its
+test. String hashes are not randomised, so that verdicts are repeatable.
 """
 
 import contextlib
 import json
 import os
 import secrets
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -22,18 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
 
-Status = Literal["passed", "failed", "timeout", "memory", "refused", "crashed", "busy", "unconfined"]
-
 allow_unconfined = False
 """Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
 CHILD = Path(__file__).with_name("child.py")
-
-CODE_CHARACTERS = 200_000
 CODE_SECONDS = 2.0
 OUTPUT_BYTES = 16_384
 DIRECTORY_BYTES = 8 << 20
@@ -41,6 +34,7 @@ DIRECTORY_FILES = 64
 PATIENCE_SECONDS = 30.0
 """Wall-clock time for a loaded machine to start Python, and then again to run the code."""
 LOOK_SECONDS = 0.05
+
 RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
 PROBE = """
 import os, socket
@@ -60,22 +54,18 @@ for promise, attempt in {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one run.
+    """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
-    Attributes:
-        status: "passed" (the code and the whole test ran without an exception); "failed" (an assertion, an exception,
-            `sys.exit`); "timeout"; "memory"; "refused" (an attempt to use the network, a process or a file outside; too
-            many files); "crashed" (the process ended without a verdict); "busy" (the machine was too busy to start the
-            code, or to give it its time).
-        output: What the code and the test printed, including errors, cut off at 16 KiB.
+    `status` is "passed" (the code and the whole test ran without an exception), "failed" (an exception), "timeout",
+    "memory", "refused" (an attempt to use the network, a process or a file outside; too many files), "crashed" (the
+    process ended without a verdict) or "busy" (the machine was too busy to give the code its time).
     """
 
-    status: Status
+    status: str
     output: str
 
     @property
     def passed(self) -> bool:
-        """Whether the code passed its test."""
         return self.status == "passed"
 
 
@@ -99,12 +89,9 @@ def _validate_sandbox(allowed: bool) -> str | None:
 
 
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
-    """Run `code`, then `test`. Whatever the code does, this function returns.
+    """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
     Args:
-        code: Python source of at most 200,000 characters.
-        test: Python source that raises if the code is wrong: assertions about what the code defines. An empty test
-            passes if the code runs.
         seconds: Time limit from the moment the code starts, without the time in which it waits for a core.
         memory_mb: Limit of the address space in MiB; Python itself takes about 40.
 
@@ -113,27 +100,19 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
-    if len(code) > CODE_CHARACTERS:
-        return Outcome("refused", f"more than {CODE_CHARACTERS} characters of code")
     outcome = _run(code, test, seconds, memory_mb, unconfined=allow_unconfined)
     if outcome.status == "unconfined":
         raise RunStopped("code_tests: the kernel does not confine code here")
     return outcome
 
 
-def run_many(
-    pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256, workers: int | None = None
-) -> list[Outcome]:
-    """Call `run_code` on pairs of code and test, in order, `workers` at a time (default: this rank's share of cores).
-
-    Raises:
-        RunStopped: As in `run_code`.
-    """
+def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> list[Outcome]:
+    """Call `run_code` on pairs of code and test, on all cores that are this rank's."""
     if not pairs:
         return []
     # Once, not in every thread.
     validate_sandbox()
-    workers = workers or hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
         return list(pool.map(lambda pair: run_code(*pair, seconds=seconds, memory_mb=memory_mb), pairs))
 
@@ -150,13 +129,16 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             open(writer, "wb", buffering=0) as verdict,
             tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
             tempfile.TemporaryFile() as work,
+            tempfile.NamedTemporaryFile() as output,
+            # The code must neither read nor overwrite what its test prints.
+            open(output.name, "ab") as printed,
         ):
             work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
             work.seek(0)
             process = subprocess.Popen(
                 [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
                 stdin=work,
-                stdout=subprocess.PIPE,
+                stdout=printed,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
                 cwd=directory,
@@ -164,91 +146,61 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
                 start_new_session=True,
             )
             verdict.close()
-            candidate: int | None = None
-            assert process.stdout is not None
             try:
-                descriptors = process.stdout.fileno(), reader
-                status, candidate, output = _wait(process.pid, descriptors, token.encode(), directory, seconds)
+                status = _wait(process.pid, reader, token.encode(), directory, seconds)
             finally:
-                # The child's session, and its candidate by id where seccomp does not keep it in the session.
+                # The child's session, in which seccomp keeps the candidate, too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                if candidate is not None and sys.platform != "linux":
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(candidate, signal.SIGKILL)
                 process.wait()
-                process.stdout.close()
+            return Outcome(status, output.read(OUTPUT_BYTES).decode(errors="replace"))
     # Descriptors, processes, memory or space on the disk ran out.
     except OSError as error:
-        status, output = "busy", str(error).encode()
-    return Outcome(status, output.decode(errors="replace"))
+        return Outcome("busy", str(error))
 
 
-def _wait(
-    examiner: int, descriptors: tuple[int, int], token: bytes, directory: str, seconds: float
-) -> tuple[Status, int | None, bytes]:
-    """Wait for the child's verdict, end or timeout; meanwhile drain its output and watch its directory.
-
-    The child writes these lines to the descriptor of the verdict. The time limit begins with the first one:
-
-        TOKEN 4711          process id of the candidate
-        TOKEN talking       only if the code and its test have exchanged many messages
-        TOKEN passed        status
-    """
-    output_fd = descriptors[0]
-    os.set_blocking(output_fd, False)
-    output = verdict = b""
+def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: float) -> str:
+    """Wait for the child's two lines or its end, and watch its directory; its time begins with the first line."""
+    verdict = b""
     candidate: int | None = None
-    talking = False
-    began, looked, waited = time.monotonic(), 0.0, 0.0
-    with selectors.DefaultSelector() as selector:
-        for descriptor in descriptors:
-            selector.register(descriptor, selectors.EVENT_READ)
-        while (now := time.monotonic()) < began + PATIENCE_SECONDS + seconds:
-            if now - looked > LOOK_SECONDS:
-                looked = now
-                # The code may be deleting files, or have locked its directory.
-                sizes: list[int] = []
-                with contextlib.suppress(OSError), os.scandir(directory) as entries:
-                    sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-                if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
-                    return "refused", candidate, output
-                elapsed = now - began
-                if candidate and elapsed > seconds + _waited(examiner, candidate, elapsed) - waited:
-                    return "timeout", candidate, output
+    ready = select.poll()
+    ready.register(reader)
+    began, before = time.monotonic(), (0.0, 0.0)
+    while (elapsed := time.monotonic() - began) < PATIENCE_SECONDS + seconds:
+        # The code may be deleting files, or have locked its directory.
+        sizes: list[int] = []
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
+        if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
+            return "refused"
+        if candidate:
+            times = zip(_times(examiner, candidate, elapsed), before, strict=True)
+            ran, waited = (now - then for now, then in times)
+            # If they talk, one may run while the other one waits.
+            if max(ran, elapsed - waited) > seconds:
+                return "timeout"
+        if not ready.poll(1000 * LOOK_SECONDS):
+            continue
 
-            for key, _ in selector.select(LOOK_SECONDS):
-                data = os.read(key.fd, 1 << 16)
-                if key.fd == output_fd:
-                    output = (output + data)[:OUTPUT_BYTES]
-                    if not data:
-                        selector.unregister(output_fd)
-                    continue
-                verdict += data
-                lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
-                if any(line[0] != token for line in lines):
-                    return "crashed", candidate, output
-                if lines and candidate is None:
-                    candidate = int(lines[0][2])
-                    began = time.monotonic()
-                    waited = _waited(examiner, candidate, 0.0)
-                statuses = [line[2].decode() for line in lines[1:]]
-                talking = "talking" in statuses
-                if statuses[talking:] or not data:
-                    status: Any = statuses[-1] if statuses[talking:] else "crashed"
-                    # The candidate may hold the pipe of the output open forever.
-                    with contextlib.suppress(BlockingIOError):
-                        output += os.read(output_fd, OUTPUT_BYTES)
-                    return status, candidate, output[:OUTPUT_BYTES]
-    # Code that has talked with its test for so long had a core, if never for long.
-    return "timeout" if talking else "busy", candidate, output
+        data = os.read(reader, 1 << 16)
+        verdict += data
+        lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
+        if any(line[0] != token for line in lines) or (len(lines) < 2 and not data):
+            return "crashed"
+        if len(lines) > 1:
+            return lines[1][2].decode()
+        if lines and candidate is None:
+            candidate = int(lines[0][2])
+            began, before = time.monotonic(), _times(examiner, candidate, 0.0)
+    return "busy"
 
 
-def _waited(examiner: int, candidate: int, elapsed: float) -> float:
-    """Return how long both processes, which run by turns, waited for a core; elsewhere than on Linux an estimate."""
+def _times(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
+    """Return how long both processes ran, and waited for a core; elsewhere than on Linux an estimate."""
     # The file does not exist except on Linux, nor for processes that have just ended.
     with contextlib.suppress(OSError, ValueError):
         found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
         if all(int(slices) for _, _, slices in found):
-            return sum(int(nanoseconds) for _, nanoseconds, _ in found) / 1e9
-    return elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
+            ran, waited = (sum(int(one[column]) / 1e9 for one in found) for column in (0, 1))
+            return ran, waited
+    return 0.0, elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
