@@ -98,7 +98,7 @@ def generate(
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0)
     if config.do_sample:
-        config.update(temperature=temperature, min_p=min_p)
+        config.update(temperature=temperature, min_p=min_p or None)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]

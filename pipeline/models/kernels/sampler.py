@@ -26,54 +26,23 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.models.kernels.attention import BLOCKWISE, SINGLE, autocast_dtype
 
-PROCESSORS: dict[str, tuple[Any, Any]] = {
-    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
-    "suppress_tokens": (SuppressTokensLogitsProcessor, None),
-    "temperature": (TemperatureLogitsWarper, 1.0),
-    "top_k": (TopKLogitsWarper, 0),
-    "top_p": (TopPLogitsWarper, 1.0),
-    "min_p": (MinPLogitsWarper, 0.0),
-}
-"""Settings that change logits, in the order in which `model.generate` applies them, and the value that is neutral."""
-
-ALSO_WHEN_GREEDY = ("repetition_penalty", "suppress_tokens")
-
-OTHER_SETTINGS = (
-    "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "disable_compile"
+SETTINGS = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens", "max_new_tokens",
+    "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "disable_compile",
 )  # fmt: skip
-"""Settings that `sample` honours as well, or that cannot change what it returns."""
-
+"""Settings that `sample` honours, or that cannot change what it returns."""
 
 GENERATE = GenerationMixin.generate
 """The method that `sample` stands in for, as it is before anything replaces it."""
 
 
-def unsupported_settings(
-    config: GenerationConfig, supported: Sequence[str] = (*PROCESSORS, *OTHER_SETTINGS)
-) -> dict[str, Any]:
-    """Return the settings, with their values, that `model.generate` honours and `sample` does not.
-
-    Args:
-        config: The settings of a model or of a trainer.
-        supported: Names of settings to ignore.
-    """
+def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SETTINGS) -> dict[str, Any]:
+    """Return the settings other than `supported`, with their values, that change what `model.generate` does."""
     defaults = config._get_default_generation_params()
     known = (*supported, "transformers_version", "_from_model_config")
     saved = {name: value for name, value in config.to_diff_dict().items() if name not in known and value}
@@ -82,9 +51,7 @@ def unsupported_settings(
 
 def overrides_generate(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
-    bare = _unwrap(extract_model_from_parallel(model, keep_torch_compile=False))
-    own = any("generate" in vars(module) for module in (model, bare))
-    return own or getattr(type(bare), "generate", GENERATE) is not GENERATE
+    return getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
@@ -107,8 +74,7 @@ def sample(
     Args:
         model: A causal language model in evaluation mode, on its device.
         prompts: Token ids, at least one each.
-        config: `max_new_tokens`, `eos_token_id` (one or several, or None), `do_sample` and the settings of
-            `PROCESSORS`. Others have no effect (`unsupported_settings`), and what is unset is off.
+        config: The settings, of `SETTINGS` alone (`unsupported_settings`); what is unset is off.
         generator: Random numbers, one for each token. Default: the global ones of the model's device.
 
     Returns:
@@ -116,7 +82,6 @@ def sample(
     """
     device, limit = model.device, config.max_new_tokens
     ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
-    process = logits_processors(config, device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
     width = max(map(len, distinct))
@@ -124,7 +89,13 @@ def sample(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
-    cache, room = _cache(model)
+    # What changes the logits, as `model.generate` does it.
+    process = _unwrap(model)._get_logits_processor(config, width, device=device)
+    cache, room = DynamicCache(config=model.config), 1
+    # Only these models know caches that have room.
+    if _unwrap(model)._can_compile_fullgraph:
+        room = GrowingLayer.room
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -175,18 +146,6 @@ def as_token_ids(tokens: int | Sequence[int] | None) -> list[int]:
     return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
-def logits_processors(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """Return what changes the logits under the settings of `PROCESSORS`, as `model.generate` applies it."""
-    processors = LogitsProcessorList()
-    for name, (kind, neutral) in PROCESSORS.items():
-        value = getattr(config, name)
-        if value is None or value == neutral or not (config.do_sample or name in ALSO_WHEN_GREEDY):
-            continue
-        on_device = {"device": device} if "device" in inspect.signature(kind).parameters else {}
-        processors.append(kind(value, **on_device))
-    return processors
-
-
 def _unwrap(model: nn.Module) -> Any:
     """Return the model itself, where it is wrapped for several processes or for an adapter."""
     model = extract_model_from_parallel(model)
@@ -217,7 +176,6 @@ def _contiguous_head(model: nn.Module) -> AbstractContextManager[Any]:
     head = _unwrap(model).get_output_embeddings()
     if head is None:
         return nullcontext()
-    # As a context manager, a hook is removed at the end.
     return head.register_forward_pre_hook(lambda _, inputs: tuple(states.contiguous() for states in inputs))
 
 
@@ -232,19 +190,6 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     # Above 0 and at most 1, so that no token of probability 0 is ever the first to reach it.
     share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
     return torch.searchsorted(cumulative, share * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-# ---- The cache
-
-
-def _cache(model: nn.Module) -> tuple[DynamicCache, int]:
-    """Return an empty cache, and the multiple of tokens that its memory grows by."""
-    cache = DynamicCache(config=model.config)
-    # Only these models know caches that have room.
-    if not _unwrap(model)._can_compile_fullgraph:
-        return cache, 1
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache, GrowingLayer.room
 
 
 class GrowingLayer(DynamicLayer):
@@ -278,20 +223,19 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
         # Rotary embeddings leave keys in float32 under autocast, which would cast all of them again for each token.
-        new = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
+        keys, values = (x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
         start = self.length
-        self.length = stop = start + key_states.shape[-2]
-        if start == 0 or stop > self.keys.shape[-2]:
-            size = round_up(stop, self.room)
-            grown = [states.new_zeros(*states.shape[:-2], size, states.shape[-1]) for states in new]
-            if start > 0:
-                for memory, states in zip(grown, (self.keys, self.values), strict=True):
-                    memory[..., :start, :] = states[..., :start, :]
-            self.keys, self.values = grown
-            self.device, self.is_initialized = key_states.device, True
-        for memory, states in zip((self.keys, self.values), new, strict=True):
-            memory[..., start:stop, :] = states
-        return (self.keys, self.values) if start > 0 else new
+        self.length = stop = start + keys.shape[-2]
+        size = round_up(stop, self.room)
+        if start == 0:
+            self.keys, self.values = (pad(states, (0, 0, 0, size - stop)) for states in (keys, values))
+            self.device, self.is_initialized = keys.device, True
+            return keys, values
+        if (missing := size - self.keys.shape[-2]) > 0:
+            self.keys, self.values = (pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
+        self.keys[..., start:stop, :] = keys
+        self.values[..., start:stop, :] = values
+        return self.keys, self.values
 
 
 def round_up(length: int, multiple: int) -> int:
