@@ -42,14 +42,7 @@ from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError,
 from pipeline.files import describe_folder, is_missing_path, split_revision
 from pipeline.files.bounded import check_files, exceeds
 from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
-from pipeline.models.weights import (
-    ADAPTER,
-    stored_weights,
-    validate_complete,
-    validate_file,
-    validate_files,
-    validate_rank,
-)
+from pipeline.models.weights import stored_weights, validate_adapter, validate_complete, validate_files
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +93,11 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         is_expected = isinstance(error, REJECTIONS)
         if checked and not is_expected:
             raise
-        reason = shorten(str(error) if is_expected else repr(error), 250)
-        if isinstance(error, MemoryError):
-            reason = "the memory does not suffice"
+        reason = "the memory does not suffice"
         if is_missing_path(str(name)):
             reason = "there is no such folder"
+        elif not isinstance(error, MemoryError):
+            reason = shorten(str(error) if is_expected else repr(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
@@ -157,7 +150,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
             if (base := base_of(name, revision)) is None:
                 raise
             check_config(base)
-            tokenizer = _load_tokenizer(base)
+            tokenizer = _load_tokenizer(base, None)
         if fault := validate_tokenizer(tokenizer):
             raise ValueError(fault)
         # Encode a word, which fails if a setting in its files has the wrong type.
@@ -168,7 +161,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     return tokenizer
 
 
-def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load a tokenizer, in a child process first if that may take long."""
     load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
     if (count := added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
@@ -177,13 +170,9 @@ def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokeniz
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer a pad token that is not its eos token, which would otherwise be taken for padding.
+    """Let a tokenizer that has no pad token or pads with its eos token pad with a special token that is not used.
 
-    Args:
-        tokenizer: Changed in place if it has no pad token or pads with its eos token. The new pad token is a special
-            token that the chat template does not use. Without one, the tokenizer pads with eos: the trainers here know
-            the lengths of rows.
-        name: Its name, for the log.
+    Without one, it pads with eos: the trainers here know the lengths of rows. `name` is for the log.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if eos is None or pad not in (None, eos):
@@ -218,11 +207,7 @@ def base_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_config(name: str, revision: str | None = None) -> None:
-    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it; arguments as `load_config`.
-
-    Raises:
-        ValueError: If it is more than a model can have.
-    """
+    """Raise a `ValueError` if a model's files ask for more than a model can have; arguments as for `load_config`."""
     if Path(name).is_dir():
         check_files(Path(name))
         return
@@ -230,12 +215,6 @@ def check_config(name: str, revision: str | None = None) -> None:
     with contextlib.suppress(OSError):
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
-
-
-def _adapt(model: PreTrainedModel, name: str) -> None:
-    """Add an adapter to a model on the meta device, without its weights as well."""
-    with torch.device("meta"):
-        get_peft_model(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -306,7 +285,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
     if base is not None:
-        if fault := validate_file(folder / ADAPTER) or validate_rank(folder):
+        if fault := validate_adapter(folder):
             return fault
         folder, model_class = Path(base), AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -322,17 +301,18 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
     # A pattern of modules may take for ever.
-    if base is not None and (fault := exceeds(lambda: _adapt(model, name))):
-        return f"to add what its adapter_config.json asks for {fault}"
+    with torch.device("meta"):
+        adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
+        if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
+            return f"to add what its adapter_config.json asks for {fault}"
     # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
         return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"
-    fault = None
-    if folder.is_dir():
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        fault = validate_files(folder, model)
-        if fault is None and size <= MAX_READ_BYTES:
-            fault = validate_finite(stored_weights(folder))
+    if not folder.is_dir():
+        return None
+    fault = validate_files(folder, model)
+    if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= MAX_READ_BYTES:
+        fault = validate_finite(stored_weights(folder))
     return f"its base model {base}: {fault}" if base and fault else fault
 
 
@@ -398,28 +378,21 @@ def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = Fal
 
     Args:
         model: A `PeftModel`, or a model into which transformers has loaded adapters.
-        in_place: Whether to merge them in the model itself, in place of a copy.
+        in_place: Merge them in the model itself, in place of a copy.
     """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = BaseTunerLayer | AuxiliaryTrainingWrapper
+    if not any(isinstance(module, adapters) for module in model.modules()):
         return model
     merged = model if in_place else copy.deepcopy(model)
-    # Names of the layers that were replaced so far. Their inner modules went with them.
-    adapted: list[str] = []
-    for name, module in list(merged.named_modules()):
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
-            continue
-        adapted.append(f"{name}.")
+    # Adapters of several parameters of one layer wrap each other: the inner ones come first.
+    for name, module in reversed(list(merged.named_modules())):
         if isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            plain = module
-            # Adapters of several parameters of one layer wrap each other.
-            while isinstance(plain, BaseTunerLayer):
-                plain.merge()
-                plain = plain.base_layer
-        merged.set_submodule(name, plain)
+            merged.set_submodule(name, plain)
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            merged.set_submodule(name, module.base_layer)
     # By what it noted while it loaded the adapters, transformers would save these alone, under the names of their file.
     merged._hf_peft_config_loaded = False
     merged._weight_conversions = None
