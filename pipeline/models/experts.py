@@ -28,15 +28,13 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Return the floating-point operations that training spends on one token, forward and backward.
+    """Return the floating-point operations that training a decoder spends on one token, forward and backward.
 
-    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
-    twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B), halved because
-    attention is causal.
+    Six for each weight of a matrix that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language
+    Models", section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM",
+    appendix B), halved because attention is causal.
 
     Args:
-        model: A decoder. Its input embeddings count only if they are also its output matrix, and of its experts those
-            that a token is routed to.
         length: Tokens per sequence; 0 for the operations without attention.
     """
     config = model.config.get_text_config()
@@ -67,9 +65,8 @@ def choices(router: Llama4Router, logits: Tensor) -> Tensor:
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    The loss is computed for each row and averaged. Experts that are balanced over a whole batch may each take one kind
-    of text, and are then not balanced on text of another mixture. Means over rows are also the same on any number of
-    processes. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
+    It is the mean over rows: experts that are balanced over a whole batch may each take one kind of text. Layers are
+    not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
 
     Args:
         logits: The logits of the router, shape (tokens, experts).
@@ -110,17 +107,17 @@ class RouteCounter:
             router.register_forward_hook(lambda *call, layer=layer: self._count(layer, call[0], call[2][1]))
             for layer, router in enumerate(self.routers)
         ]
-        self._hooks += [
-            module.register_forward_pre_hook(self._find_padding, with_kwargs=True)
-            for module in model.modules()
-            if self.routers and isinstance(module, Llama4TextModel)
-        ]
+        bodies = [module for module in model.modules() if self.routers and isinstance(module, Llama4TextModel)]
+        self._hooks += [body.register_forward_pre_hook(self._find_padding, with_kwargs=True) for body in bodies]
 
     def clear(self) -> None:
         """Start again from 0."""
         experts = self.routers[0].num_experts if self.routers else 0
-        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.float64)
-        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
+        device = self.routers[0].weight.device if self.routers else torch.device("cpu")
+        # MPS does not have float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.counts = torch.zeros(len(self.routers), experts, dtype=dtype, device=device)
+        self.entropy = torch.zeros(len(self.routers), dtype=dtype, device=device)
 
     def __enter__(self) -> RouteCounter:
         return self
@@ -132,31 +129,22 @@ class RouteCounter:
     @property
     def shares(self) -> list[list[float]]:
         """For each layer, the tokens of each expert over the fair number of tokens."""
-        fair = self.counts.mean(1, keepdim=True)
-        return (self.counts / fair).tolist() if self.counts.any() else []
+        return (self.counts / self.counts.mean(1, keepdim=True)).tolist() if self.counts.any() else []
 
     def _find_padding(self, model: Llama4TextModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
         self._real = None
-        if ids is None:
-            return
-        real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
-        # Other masks tell documents apart.
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            real = real & mask.bool()
-        self._real = real.flatten()
+        if ids is not None:
+            real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
+            # Other masks tell documents apart.
+            is_padding = isinstance(mask, Tensor) and mask.shape == ids.shape
+            self._real = (real & mask.bool() if is_padding else real).flatten()
 
     @torch.no_grad()
     def _count(self, layer: int, router: Llama4Router, logits: Tensor) -> None:
         if self.training and not router.training:
             return
-        logits = logits.float()
-        # The totals move to the device with the first batch.
-        if self.counts.device != logits.device:
-            # MPS does not have float64.
-            dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-            self.counts, self.entropy = (total.to(logits.device, dtype) for total in (self.counts, self.entropy))
-        log_probs = logits.log_softmax(-1)
+        log_probs = logits.float().log_softmax(-1)
         taken, negative_entropy = choices(router, logits), log_probs.exp() * log_probs
         if self._real is not None and len(self._real) == len(logits):
             # Selecting the rows instead, or moving the sums to the CPU, would make the CPU wait for a GPU.
