@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import logging
 import os
 import socket
@@ -40,8 +41,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
-from pipeline.files.bounded import check_files, exceeds
-from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
+from pipeline.files.bounded import check_files, exceeds, longest
+from pipeline.models.tokenizer import validate_tokenizer
 from pipeline.models.weights import stored_weights, validate_adapter, validate_complete, validate_files
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ MAX_READ_BYTES = 4 << 30
 
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
+
+MANY_TOKENS = 20_000
+"""Added tokens above which a tokenizer is first tried."""
 
 REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
 """Exceptions by which the libraries reject files."""
@@ -162,10 +166,16 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, in a child process first if that may take long."""
+    """Load a tokenizer, in a child process first if its files add many tokens, which are compared with each other."""
     load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
-    if (count := added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
-        raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+    # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+    for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
+        path = Path(name) / file
+        if path.is_file() and path.stat().st_size >= size * MANY_TOKENS:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            count = longest(content.get("added_tokens") if file == "tokenizer.json" else content)
+            if count > MANY_TOKENS and (fault := exceeds(load)):
+                raise RuntimeError(f"loading its {count:,} added tokens {fault}")
     return load()
 
 
