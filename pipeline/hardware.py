@@ -240,12 +240,6 @@ def training_defaults() -> dict[str, Choice]:
     return defaults
 
 
-# Options of `mallopt`, from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-NEVER_TRIM = 2**31 - 1
-"""Bytes that must be free at the end of the heap before they are returned: the maximum that `mallopt` accepts."""
-KEPT_BLOCK_SIZES = (2**30, 2**25)
-"""Bytes above which blocks come from the kernel and go back to it; the second is for releases that reject the first."""
 OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables with which users configure the allocator themselves."""
 
@@ -262,5 +256,8 @@ def keep_freed_memory() -> Choice:
     if configured := [name for name in OWN_SETTINGS if name in os.environ]:
         return Choice(False, f"{configured[0]} is set")
     mallopt = ctypes.CDLL(None).mallopt
-    kept = mallopt(M_TRIM_THRESHOLD, NEVER_TRIM) and any(mallopt(M_MMAP_THRESHOLD, size) for size in KEPT_BLOCK_SIZES)
+    # M_TRIM_THRESHOLD of malloc.h: so much must be free at the end of the heap before the kernel gets it back.
+    kept = mallopt(-1, 2**31 - 1)
+    # M_MMAP_THRESHOLD: larger blocks come from the kernel and go back to it. Some releases reject the first size.
+    kept = kept and any(mallopt(-3, size) for size in (2**30, 2**25))
     return Choice(bool(kept), "glibc would clear new pages in every step" if kept else "the allocator refused")

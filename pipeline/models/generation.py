@@ -37,9 +37,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each conversation, followed by the generation prompt.
 
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
+    `template` are further arguments of the chat template, `chat_template_kwargs`.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     return [
@@ -75,10 +73,7 @@ def generate(
     batch_size: int = 256,
     on_batch: Callable[[int], None] = lambda answers: None,
 ) -> list[list[Completion]]:
-    """Complete each prompt `samples` times.
-
-    Prompts are sorted by length, so that batches contain little padding. The same arguments on the same machine give
-    the same result.
+    """Complete each prompt `samples` times. The same arguments on the same machine give the same result.
 
     Args:
         model: A causal language model, on its device and in its dtype.
@@ -90,15 +85,13 @@ def generate(
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         batch_size: Sequences in a batch (prompts times samples).
         on_batch: Called with the size of each batch that is done.
-
-    Returns:
-        `samples` completions for each prompt, in the order of `prompts`.
     """
     model.eval()
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0)
     if config.do_sample:
         config.update(temperature=temperature, min_p=min_p or None)
+    # Batches of prompts of similar length contain little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]

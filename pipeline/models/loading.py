@@ -114,7 +114,7 @@ def local_copy(name: str, inner: str | None = None) -> str:
         inner: A folder of the repository to return if it exists. The repository is then always downloaded.
 
     Raises:
-        OSError: If the repository or the revision does not exist, or cannot be downloaded.
+        OSError: If it does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
@@ -133,11 +133,7 @@ def _download(repo_id: str, revision: str | None) -> str:
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, which the argument `field` named.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
+    """Load a tokenizer from a folder or the Hub (by default, of the branch "main"), which the argument `field` named.
 
     Raises:
         UserError: If the tokenizer cannot be loaded.
@@ -228,13 +224,9 @@ def check_config(name: str, revision: str | None = None) -> None:
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a model, or of an adapter's base model.
+    """Load the configuration of a model, or of an adapter's base model; arguments as for `load_tokenizer`.
 
     If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
         OSError, ValueError: If there is none, or no model can have it.
@@ -282,15 +274,14 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Compare the weights of a local model, or of an adapter and its base model, with what their classes expect.
-
-    A model on the Hub is checked by its configuration alone, which comes from `load_config`.
+    """Report how the weights of a local model, or of an adapter and its base model, differ from what their classes
+    expect. A model on the Hub is checked by its configuration alone, which comes from `load_config`.
 
     Args:
         model_class: The class of transformers that will load it, `AutoModelForCausalLM` for instance.
 
     Returns:
-        What is wrong and what to do, as the remedy of a `Problem`, or None.
+        The remedy of a `Problem`, or None.
     """
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None

@@ -81,12 +81,11 @@ class VLLMSampler:
             )
             for _ in prompts
         ]
-        outputs = self._engine.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling_params=settings, use_tqdm=False
-        )
-        tokens = [[list(output.token_ids) for output in request.outputs] for request in outputs]
-        texts = [self.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
-        return [
-            [Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in zip(*both, strict=True)]
-            for both in zip(texts, tokens, strict=True)
-        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        completions = []
+        for request in self._engine.generate(inputs, sampling_params=settings, use_tqdm=False):
+            tokens = [list(output.token_ids) for output in request.outputs]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers = zip(texts, tokens, strict=True)
+            completions.append([Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in answers])
+        return completions

@@ -44,7 +44,7 @@ def _validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Return how a local model's files differ from what a model on the meta device expects and what to do, or None.
+    """Report how a local model's files differ from what a model on the meta device expects; None if they do not.
 
     transformers would fill missing weights with random numbers and log a table.
     """
