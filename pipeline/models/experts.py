@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -51,12 +53,6 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     return 6 * weights + attention
 
 
-def expert_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of all experts, each a stack of matrices of shape (experts, in, out)."""
-    experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
-    return [parameter for module in experts for parameter in module.parameters()]
-
-
 def choices(router: Llama4Router, logits: Tensor) -> Tensor:
     """Return, for router logits (tokens, experts), 1 where a token goes to an expert and 0 elsewhere."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
@@ -83,7 +79,7 @@ def z_loss(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1).square().mean()
 
 
-class RouteCounter:
+class RouteCounter(ExitStack):
     """Counts how many tokens each expert of a model, if any, takes. As a context manager, it stops at the end.
 
     Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
@@ -98,17 +94,17 @@ class RouteCounter:
     """
 
     def __init__(self, model: nn.Module, *, training: bool = False) -> None:
+        super().__init__()
         self.routers = routers(model)
         self.training = training
         # The tokens of the present forward pass that are not padding, shape (tokens,); None if that is not known.
         self._real: Tensor | None = None
         self.clear()
-        self._hooks = [
-            router.register_forward_hook(lambda *call, layer=layer: self._count(layer, call[0], call[2][1]))
-            for layer, router in enumerate(self.routers)
-        ]
-        bodies = [module for module in model.modules() if self.routers and isinstance(module, Llama4TextModel)]
-        self._hooks += [body.register_forward_pre_hook(self._find_padding, with_kwargs=True) for body in bodies]
+        for layer, router in enumerate(self.routers):
+            self.enter_context(router.register_forward_hook(functools.partial(self._count, layer)))
+        for module in model.modules():
+            if self.routers and isinstance(module, Llama4TextModel):
+                self.enter_context(module.register_forward_pre_hook(self._find_padding, with_kwargs=True))
 
     def clear(self) -> None:
         """Start again from 0."""
@@ -118,13 +114,6 @@ class RouteCounter:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.counts = torch.zeros(len(self.routers), experts, dtype=dtype, device=device)
         self.entropy = torch.zeros(len(self.routers), dtype=dtype, device=device)
-
-    def __enter__(self) -> RouteCounter:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     @property
     def shares(self) -> list[list[float]]:
@@ -141,9 +130,10 @@ class RouteCounter:
             self._real = (real & mask.bool() if is_padding else real).flatten()
 
     @torch.no_grad()
-    def _count(self, layer: int, router: Llama4Router, logits: Tensor) -> None:
+    def _count(self, layer: int, router: Llama4Router, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
         if self.training and not router.training:
             return
+        logits = outputs[1]
         log_probs = logits.float().log_softmax(-1)
         taken, negative_entropy = choices(router, logits), log_probs.exp() * log_probs
         if self._real is not None and len(self._real) == len(logits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +35,7 @@ def validate_vllm() -> str | None:
     return None
 
 
+@dataclass
 class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
@@ -41,8 +43,8 @@ class VLLMSampler:
     the model, which has no adapters, is written to a temporary one.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
     @cached_property
     def _engine(self) -> Any:

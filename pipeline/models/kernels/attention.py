@@ -11,9 +11,6 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
 
 `varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
 where it cannot do what is asked.
-
-`single` is for sampling on CPUs, where each text has one query: plain products are faster than torch's kernel then, and
-the query heads that share a key head are multiplied with it together. transformers' own would copy the keys for them.
 """
 
 from __future__ import annotations
@@ -26,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN, SINGLE = "blockwise", "varlen", "single"
+BLOCKWISE, VARLEN = "blockwise", "varlen"
 BLOCK = 64
 """Queries, and keys, of a block."""
 
@@ -106,30 +103,6 @@ def blockwise_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
-def single_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute attention of one query for each text, with arguments and result as for `blockwise_attention`.
-
-    `attention_mask` is added to the scores, and has the shape (batch, 1, 1, keys).
-    """
-    batch, heads, _, channels = query.shape
-    # The query heads of a key head take the place of its queries.
-    query = query.reshape(batch, key.shape[1], -1, channels)
-    scores = query @ key.mT * (channels**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).reshape(batch, 1, heads, channels), None
-
-
 @dataclass(frozen=True)
 class Documents:
     """The documents of a batch whose rows are put one after the other.
@@ -193,13 +166,10 @@ def varlen_attention(
     return output.unflatten(0, (rows, -1)), None
 
 
-for name, attend, mask in (
-    (BLOCKWISE, blockwise_attention, blockwise_mask),
-    (VARLEN, varlen_attention, varlen_mask),
-    (SINGLE, single_attention, eager_mask),
-):
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask)
+AttentionInterface.register(BLOCKWISE, blockwise_attention)
+AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:

@@ -12,7 +12,7 @@ f f f f f f . .
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,26 +29,22 @@ def group_by_length(model: nn.Module) -> None:
 
     It returns logits alone, the same apart from rounding. On an accelerator, a pass of its own costs more than padding.
     """
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def in_groups(**inputs: Any) -> Any:
-        return call_by_length(forward, inputs)
-
     if next(model.parameters()).device.type == "cpu":
-        replace_forward(model, in_groups)
+        # Trainers look at the signature of a model.
+        grouped = functools.update_wrapper(functools.partial(call_by_length, model.forward), model.forward)
+        replace_forward(model, grouped)
 
 
-def call_by_length(classify: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
+def call_by_length(classify: Callable[..., Any], *, attention_mask: Tensor, **others: Any) -> Any:
     """Call a sequence classifier with texts of similar length together.
 
     Args:
-        inputs: The classifier's arguments, among them `attention_mask`; tensors are (B, L).
+        attention_mask, **others: The classifier's arguments; tensors are (B, L).
 
     Returns:
         Its output, with logits (B, labels) alone.
     """
-    mask = inputs["attention_mask"]
+    mask, inputs = attention_mask, {"attention_mask": attention_mask, **others}
     # The place after the last token of each text. Padding on the left stays.
     ends = mask.shape[1] - mask.flip(1).argmax(1)
     order = ends.argsort(stable=True)

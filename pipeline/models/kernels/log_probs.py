@@ -89,11 +89,8 @@ def token_log_probs(
     kept = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
 
     def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
-        def drop_prompts(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            return (inputs[0].flatten(0, 1).index_select(0, batch.before).unsqueeze(0),)
-
         # The head is the largest matrix of a small model, and most tokens are the prompts'.
-        with head.register_forward_pre_hook(drop_prompts):
+        with head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1).index_select(0, batch.before)[None],)):
             logits = model(**batch.inputs).logits[0].float()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         # With a large vocabulary, each of these takes more memory than the rest of the model.
@@ -213,8 +210,8 @@ def forward_passes(
     for (prompt, _), completions in by_prompt.items():
         size, row = len(prompt), None
         for completion, place in sorted(completions, key=lambda completion: len(completion[0])):
-            added = len(completion)
-            if row is None or _cost(len(row.ids) + added) > _cost(len(row.ids)) + _cost(size + added):
+            # Behind others, a completion also attends to them. In a row of its own, the prompt is computed again.
+            if row is None or 2 * len(completion) * (len(row.ids) - size) > size * (size + ATTENTION_COSTS):
                 row = Row(list(prompt), size, list(range(size)), [0] * size)
                 rows.append(row)
             row.append(completion, place)
@@ -229,11 +226,6 @@ def forward_passes(
         group.append(row)
     positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
     return [_forward_pass(group, positioned, dtype, ids.device) for group in groups]
-
-
-def _cost(length: int) -> int:
-    """Return what a row costs, in any unit."""
-    return length * (length + ATTENTION_COSTS)
 
 
 def shares_prompts(model: nn.Module) -> bool:

@@ -72,13 +72,6 @@ def labelled_log_probs(head: nn.Module, hidden: Tensor, labels: Tensor) -> Fused
     with torch.no_grad():
         entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
         is_top1 = logits.argmax(-1, keepdim=True) == targets
-
-    def placed(scores: Tensor) -> Tensor:
-        return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
-
-    return FusedCausalLMOutput(
-        log_probs=placed(all_log_probs.gather(-1, targets)),
-        entropy=placed(entropy),
-        is_top1=placed(is_top1),
-        label_mask=mask,
-    )
+    scores = {"log_probs": all_log_probs.gather(-1, targets), "entropy": entropy, "is_top1": is_top1}
+    placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
+    return FusedCausalLMOutput(**placed, label_mask=mask)

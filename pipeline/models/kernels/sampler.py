@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from pipeline.models.kernels.attention import BLOCKWISE, SINGLE, autocast_dtype
+from pipeline.models.kernels.attention import BLOCKWISE, autocast_dtype
 
 SETTINGS = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens", "max_new_tokens",
@@ -154,13 +154,17 @@ def _unwrap(model: nn.Module) -> Any:
 
 @contextmanager
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute attention by plain products while each text has a single query."""
+    """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query.
+
+    They would copy the keys that several query heads share.
+    """
     model = _unwrap(model)
-    kept = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
+    kept, heads = config._attn_implementation, config.num_attention_heads
     if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
         yield
         return
-    model.set_attn_implementation(SINGLE)
+    model.set_attn_implementation("eager" if getattr(config, "num_key_value_heads", heads) == heads else "sdpa")
     try:
         yield
     finally:

@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_model import tokenizer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from pipeline.data.packing import PackedBlocks
 from pipeline.errors import UserError
@@ -28,7 +25,6 @@ from pipeline.models.kernels.attention import (
     BlockMask,
     blockwise_mask,
     choose_attention,
-    single_attention,
 )
 from pipeline.models.scratch import ScratchArguments, build_model
 
@@ -224,28 +220,3 @@ def test_flash_attention_that_fails_is_found_before_it_is_used(
 
     monkeypatch.setattr(VARLEN_ATTN, fails)
     assert attention.validate_varlen(model(), "cpu") == "FlashAttention fails here: no kernel image is available"
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 4),
-    key_heads=st.integers(1, 3),
-    groups=st.integers(1, 4),
-    keys=st.integers(1, 40),
-    seed=st.integers(0, 99),
-)
-def test_single_queries_see_what_they_see_in_transformers_own_attention(
-    rows: int, key_heads: int, groups: int, keys: int, seed: int
-) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    query = torch.randn(rows, key_heads * groups, 1, 8, generator=draw)
-    key, value = torch.randn(2, rows, key_heads, keys, 8, generator=draw)
-    # Each text sees its last key at least.
-    hidden = torch.rand(rows, 1, 1, keys, generator=draw) < 0.5
-    hidden[..., -1] = False
-    mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
-    module = torch.nn.Module().eval()
-    module.num_key_value_groups = groups
-    output, _ = single_attention(module, query, key, value, mask, scaling=0.3)
-    expected, _ = eager_attention_forward(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(output, expected)
