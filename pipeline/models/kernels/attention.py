@@ -173,39 +173,40 @@ AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Use the attention that suits the machine and the model, or the requested one; log which one, and why.
-
-    Args:
-        model: The model to train, changed in place.
-        requested: `attn_implementation` of the arguments.
+    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why.
 
     Raises:
         UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
     """
-    config, choice, reason = model.config.get_text_config(), hardware.attention(), "requested"
-    if requested is None:
-        reason = "transformers' choice for this model"
-        # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask,
-        # such as sinks or soft caps.
-        fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
-        if choice.value and fits:
-            fault = validate_varlen(model, hardware.accelerator()) if choice.value == VARLEN else None
-            reason = fault or choice.reason
-            if not fault:
-                model.set_attn_implementation(choice.value)
-    elif requested == "flex_attention" and hardware.accelerator() is None:
+    config, device = model.config.get_text_config(), hardware.accelerator()
+    if requested == "flex_attention" and device is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
-    else:
-        model.set_attn_implementation(requested)
+    chosen, reason = (requested, "requested") if requested else hardware.attention()
+    # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask, such as
+    # sinks or soft caps.
+    if not requested and config._attn_implementation != "sdpa":
+        chosen, reason = None, "transformers' choice for this model"
+    elif not requested and chosen == VARLEN and (fault := validate_varlen(model, device)):
+        chosen, reason = None, fault
+    if chosen:
+        model.set_attn_implementation(chosen)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention cannot be used on a device, or None, by trying it on two documents.
+    """Return why FlashAttention cannot compute what a model asks for on a device, or None.
 
-    Its kernels are not in every build of torch, and not for every GPU. The model need not be on that device yet.
+    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU. The model need not
+    be on that device yet.
     """
     config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
+    dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    drops = any(getattr(config, name, 0.0) for name in dropouts)
+    # Multi-head latent attention has values of another size than queries.
+    others = drops or hasattr(config, "v_head_dim") or windows not in (set(), {"full_attention"})
+    if others or not model._supports_flash_attn:
+        return "FlashAttention does not compute what this model asks for"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
@@ -218,16 +219,3 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return f"FlashAttention fails here: {str(error).splitlines()[0]}"
     return None
-
-
-def _fits_varlen(model: PreTrainedModel) -> bool:
-    """Return whether FlashAttention computes what a model asks for: causal attention to all of a document."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
-    whole = not windows or windows == {"full_attention"}
-    dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    drops = any(getattr(config, name, 0.0) for name in dropouts)
-    # Multi-head latent attention has values of another size than queries.
-    alike = not hasattr(config, "v_head_dim")
-    return bool(model._supports_flash_attn and whole and alike and not drops and size % 8 == 0 and size <= 256)

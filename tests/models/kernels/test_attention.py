@@ -185,10 +185,12 @@ def test_it_is_used_on_a_cpu_unless_another_was_requested(monkeypatch: pytest.Mo
     assert LlamaForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.hardware, "accelerator", lambda: "cuda")
-    monkeypatch.setattr(attention.hardware, "precision", lambda: Choice("bf16", ""))
-    monkeypatch.setattr(attention, "validate_varlen", lambda model, device: None)
+def test_flash_attention_is_used_on_a_gpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], int]]
+) -> None:
+    # What the kernels of a GPU compute is computed on the CPU.
+    monkeypatch.setattr(attention.hardware, "accelerator", lambda: "cpu")
+    monkeypatch.setattr(attention.hardware, "attention", lambda: Choice(VARLEN, ""))
 
     def chosen(requested: str | None = None, **changes: object) -> str | None:
         trained = model()
@@ -197,11 +199,11 @@ def test_flash_attention_is_used_on_a_gpu_that_has_it(monkeypatch: pytest.Monkey
         found: str | None = trained.config._attn_implementation
         return found
 
-    assert chosen() == VARLEN
-    assert chosen(attention_dropout=0.1) == chosen(head_dim=12) == chosen(sliding_window=64) == "sdpa"
+    assert chosen() == VARLEN and calls
+    assert chosen(attention_dropout=0.1) == chosen(sliding_window=64) == "sdpa"
     assert chosen(v_head_dim=16) == "sdpa", "queries and values differ in size"
     assert chosen(requested="flex_attention") == "flex_attention"
-    monkeypatch.setattr(attention, "validate_varlen", lambda model, device: "it fails")
+    monkeypatch.setattr(VARLEN_ATTN, None)
     assert chosen() == "sdpa"
     monkeypatch.setattr(attention.hardware, "accelerator", lambda: None)
     with pytest.raises(UserError, match="no gradients on a CPU"):
@@ -212,7 +214,8 @@ def test_flash_attention_that_fails_is_found_before_it_is_used(
     monkeypatch: pytest.MonkeyPatch, calls: list[tuple[list[int], int]]
 ) -> None:
     assert attention.validate_varlen(model(), "cpu") is None
-    assert attention.validate_varlen(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), "cpu") is None
+    small = GPT2Config(n_embd=32, n_layer=1, n_head=2, attn_pdrop=0.0)
+    assert attention.validate_varlen(GPT2LMHeadModel(small), "cpu") is None
     assert calls == [([0, 5, 12], 7)] * 2
 
     def fails(*states: torch.Tensor, **options: Any) -> torch.Tensor:
