@@ -203,13 +203,9 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Measure the speed of large matrix multiplications, in FLOP/s of one process with its present number of threads.
+    """Measure the FLOP/s of large matrix multiplications in "bf16", "fp16" or "fp32" with the process's threads.
 
-    Utilisation refers to it, because the peak of a data sheet is out of reach on most machines (clocks, power, shared
-    cores).
-
-    Args:
-        dtype: "bf16", "fp16" or "fp32".
+    Utilisation refers to it, because the peak of a data sheet is out of reach on most machines.
     """
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192

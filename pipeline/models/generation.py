@@ -17,7 +17,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated completion.
+    """A completion.
 
     Attributes:
         text: Decoded without special tokens, with white space at both ends removed.

@@ -135,11 +135,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that the metadata of a GGUF file describe.
-
-    Raises:
-        ValueError: If llama.cpp splits texts in a way that is not known here.
-    """
+    """Return the tokenizer that the metadata of a GGUF file describe."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import read_gguf_metadata
@@ -177,11 +173,7 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 
 def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file.
-
-    Raises:
-        ValueError: If it is another kind of model, or has a setting that is not known here.
-    """
+    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file."""
     import numpy as np
     import torch
     from transformers import AutoConfig
@@ -243,11 +235,7 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights in a GGUF file, by the names of a model on the meta device, in float32.
-
-    Raises:
-        ValueError: If the file holds other weights than the model has.
-    """
+    """Return the weights in a GGUF file, which must be those of a model on the meta device, by its names in float32."""
     from transformers.integrations.gguf import load_gguf_state_dict
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 

@@ -274,14 +274,9 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Report how the weights of a local model, or of an adapter and its base model, differ from what their classes
-    expect. A model on the Hub is checked by its configuration alone, which comes from `load_config`.
+    """Report how the weights of a local model or adapter differ from what `model_class`, which will load it, expects.
 
-    Args:
-        model_class: The class of transformers that will load it, `AutoModelForCausalLM` for instance.
-
-    Returns:
-        The remedy of a `Problem`, or None.
+    A model on the Hub is checked by its configuration alone, which comes from `load_config`.
     """
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
@@ -377,9 +372,7 @@ def load_model(
 def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
     """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
 
-    Args:
-        model: A `PeftModel`, or a model into which transformers has loaded adapters.
-        in_place: Merge them in the model itself, in place of a copy.
+    It is a `PeftModel`, or transformers has loaded adapters into it. With `in_place`, it is not copied.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = BaseTunerLayer | AuxiliaryTrainingWrapper

@@ -112,12 +112,9 @@ LLAMA4: dict[str, Any] = {
 
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model with random weights in float32.
+    """Build the model with random weights in float32; the global random state does not change.
 
-    Args:
-        tokenizer: Its tokenizer, which sets the vocabulary size and the ids of pad, bos and eos in the configuration
-            and in the generation configuration.
-        seed: The same seed gives the same weights; the global random state does not change.
+    The tokenizer sets the vocabulary size, and the ids of pad, bos and eos in both configurations.
     """
     import torch
     from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM

@@ -36,10 +36,7 @@ def group_by_length(model: nn.Module) -> None:
 
 
 def call_by_length(classify: Callable[..., Any], *, attention_mask: Tensor, **others: Any) -> Any:
-    """Call a sequence classifier with texts of similar length together.
-
-    Args:
-        attention_mask, **others: The classifier's arguments; tensors are (B, L).
+    """Call a sequence classifier with texts of similar length together; its tensors are (B, L).
 
     Returns:
         Its output, with logits (B, labels) alone.

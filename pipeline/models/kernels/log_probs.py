@@ -8,8 +8,7 @@ padding), is a rectangle as wide as the longest prompt and the longest completio
     q q q | c c c c                                                 (padded to the longest row of its pass)
 
 Completions of one prompt follow it in one row. Each of them sees the prompt and itself, and its positions go on from
-the prompt's. On a CPU, rows are grouped by length into passes of about `CPU_TOKENS` tokens. None of this changes what
-is computed for a token, apart from rounding.
+the prompt's. On a CPU, rows are grouped by length. Nothing changes for a token, apart from rounding.
 """
 
 from __future__ import annotations

@@ -9,16 +9,13 @@ samples follow the same distribution. With two prompts, the first of which is sa
     . . a b c    ->   . . a b c            d        END                 d END
                       . . a b c            e        f        END        e f END
     p q r s t    ->   p q r s t            u        v        w          u v w
-
-Prompts are padded on the left. Rows whose completion has ended leave the batch, and the cache with it, as soon as they
-are an eighth of it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,8 +103,8 @@ def sample(
 
     # Encode each distinct prompt once, then give every completion a row of its own. With frozen weights, torch would
     # multiply the last place of each text by a copy of the head: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB.
-    head = _unwrap(model).get_output_embeddings()
-    with head.register_forward_pre_hook(lambda _, x: tuple(map(Tensor.contiguous, x))) if head is not None else nullcontext():
+    head = _unwrap(model).get_output_embeddings() or nn.Identity()
+    with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
         logits = last_logits(ids, mask, positions)
     rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     cache.reorder_cache(rows)
@@ -189,12 +186,8 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 class GrowingLayer(DynamicLayer):
     """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token.
 
-    With 5 tokens in use, the 16 columns of the memory are
-
-        k k k k k . . . . . . . . . . .
-
-    Attention gets all of them, as from a static cache, and the mask hides those that are not in use: kernels that need
-    contiguous inputs would otherwise copy the used part for each token.
+    Attention gets the room as well, as from a static cache, and the mask hides it: kernels that need contiguous inputs
+    would otherwise copy the used part for each token.
     """
 
     keys: Tensor
@@ -202,7 +195,6 @@ class GrowingLayer(DynamicLayer):
 
     room = 16
     """Number of tokens that the memory grows by."""
-
     length = 0
     """Tokens in use."""
 
