@@ -126,8 +126,9 @@ class RouteCounter(ExitStack):
         if ids is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
             # Other masks tell documents apart.
-            is_padding = isinstance(mask, Tensor) and mask.shape == ids.shape
-            self._real = (real & mask.bool() if is_padding else real).flatten()
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                real = real & mask.bool()
+            self._real = real.flatten()
 
     @torch.no_grad()
     def _count(self, layer: int, router: Llama4Router, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:

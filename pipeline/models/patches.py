@@ -33,8 +33,8 @@ def record_rows(train_dataloader: Any) -> deque[list[int]]:
     where the numbers are known is the data set's `__getitems__`. There must not be worker processes.
     """
     fetched: deque[list[int]] = deque()
-    dataset = getattr(train_dataloader, "dataset", None)
-    fetch = getattr(dataset, "__getitems__", None)
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    fetch: Any = getattr(dataset, "__getitems__", None)
 
     def fetch_and_record(indices: Sequence[int]) -> Any:
         fetched.append([int(index) for index in indices])

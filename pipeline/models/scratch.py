@@ -86,11 +86,12 @@ class ScratchArguments:
         if self.model_type == "llama":
             problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
         else:
-            vars(self).update(LLAMA4 | given)
-            experts, layers = self.num_local_experts, self.num_hidden_layers
-            if (chosen := self.num_experts_per_tok) > experts:
+            given = LLAMA4 | given
+            vars(self).update(given)
+            experts, layers = given["num_local_experts"], self.num_hidden_layers
+            if (chosen := given["num_experts_per_tok"]) > experts:
                 problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
-            if (step := self.interleave_moe_layer_step) > layers:
+            if (step := given["interleave_moe_layer_step"]) > layers:
                 remedy = f"no layer would have experts: there are {layers} layers; lower it"
                 problems.append(Problem("interleave_moe_layer_step", step, remedy))
         if problems:
