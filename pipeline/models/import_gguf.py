@@ -116,6 +116,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
     metadata, _ = read_gguf_metadata(str(file), STRINGS)
     config = read_config(header, metadata, tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         # Sizes that contradict each other are found without the weights.
@@ -138,7 +139,6 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer that the metadata of a GGUF file describe."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf import read_gguf_metadata
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (
         add_gguf_special_tokens,
         get_gguf_tokenizer,
@@ -161,13 +161,8 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     # For others than GPT-2's, transformers has a pattern.
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizer("bpe") if pre == "smollm" else words
-    metadata, _ = read_gguf_metadata(str(file))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{"add_bos_token": is_llama3, "add_eos_token": False} | settings,
-        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
+    settings = {"add_bos_token": is_llama3, "add_eos_token": False} | settings
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
     add_gguf_special_tokens(set_split_regex(tokenizer, found), found)
     return tokenizer
 
