@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.kernels.sampler import as_token_ids, sample
+from pipeline.files import as_list
+from pipeline.models.kernels.sampler import sample
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -51,7 +52,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
     Chat models often end a turn with another token than the one that ends a document.
     """
-    return sorted({*as_token_ids(tokenizer.eos_token_id), *as_token_ids(model.generation_config.eos_token_id)})
+    return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)} - {None})
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:

@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from pipeline.files import as_list
 from pipeline.models.kernels.attention import BLOCKWISE, autocast_dtype
 
 SETTINGS = (
@@ -63,7 +64,7 @@ def sample(
     config: GenerationConfig,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Complete each prompt once, all of them in one batch.
+    """Complete each prompt once, all of them in one batch. Return the ids, with the end of the turn if there is one.
 
     Equal prompts are encoded once. Under autocast, weights are cast for each forward pass unless the caller has entered
     it before: it then keeps a copy of them until the caller leaves it.
@@ -73,12 +74,11 @@ def sample(
         prompts: Token ids, at least one each.
         config: The settings, of `SETTINGS` alone (`unsupported_settings`); what is unset is off.
         generator: Random numbers, one for each token. Default: the global ones of the model's device.
-
-    Returns:
-        The ids of each completion, including the end-of-turn token if the model generated one.
     """
     device, limit = model.device, config.max_new_tokens
-    ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
+    # No token equals -1, if none ends a completion.
+    stops = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
+    ends = torch.tensor(stops, dtype=torch.long, device=device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
     width = max(map(len, distinct))
@@ -136,13 +136,6 @@ def sample(
     ended = torch.isin(completions, ends)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
-
-
-def as_token_ids(tokens: int | Sequence[int] | None) -> list[int]:
-    """Return token ids as a list. Configurations contain one, several or None."""
-    if tokens is None:
-        return []
-    return [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def _unwrap(model: nn.Module) -> Any:
