@@ -109,11 +109,8 @@ class RouteCounter(ExitStack):
     def clear(self) -> None:
         """Start again from 0."""
         experts = self.routers[0].num_experts if self.routers else 0
-        device = self.routers[0].weight.device if self.routers else torch.device("cpu")
-        # MPS does not have float64.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.counts = torch.zeros(len(self.routers), experts, dtype=dtype, device=device)
-        self.entropy = torch.zeros(len(self.routers), dtype=dtype, device=device)
+        self.counts = torch.zeros(len(self.routers), experts, dtype=torch.float64)
+        self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
 
     @property
     def shares(self) -> list[list[float]]:
@@ -134,8 +131,13 @@ class RouteCounter(ExitStack):
     def _count(self, layer: int, router: Llama4Router, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
         if self.training and not router.training:
             return
-        logits = outputs[1]
-        log_probs = logits.float().log_softmax(-1)
+        logits = outputs[1].float()
+        # The totals move to the device with the first batch.
+        if self.counts.device != logits.device:
+            # MPS does not have float64.
+            dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+            self.counts, self.entropy = (total.to(logits.device, dtype) for total in (self.counts, self.entropy))
+        log_probs = logits.log_softmax(-1)
         taken, negative_entropy = choices(router, logits), log_probs.exp() * log_probs
         if self._real is not None and len(self._real) == len(logits):
             # Selecting the rows instead, or moving the sums to the CPU, would make the CPU wait for a GPU.
