@@ -49,7 +49,7 @@ def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SE
 
 def overrides_generate(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
-    return getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
+    return "generate" in vars(model) or getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
