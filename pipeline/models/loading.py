@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
@@ -10,7 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,16 +24,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -163,7 +153,8 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load a tokenizer, in a child process first if its files add many tokens, which are compared with each other."""
-    load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
+    options = {"revision": revision or "main", "trust_remote_code": False}
+    load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
     # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
     for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
         path = Path(name) / file
@@ -186,7 +177,7 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     taken = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
     turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
     # A template that does not work is reported by `validate_chat`.
-    with contextlib.suppress(TemplateError, *LIBRARY_ERRORS):
+    with suppress(TemplateError, *LIBRARY_ERRORS):
         taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in taken]
@@ -218,7 +209,7 @@ def check_config(name: str, revision: str | None = None) -> None:
         check_files(Path(name))
         return
     # A configuration that cannot be downloaded is reported when the model is loaded.
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
 
@@ -246,7 +237,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
         # Saving the trained model does this as well, and would fail at the end of the run.
-        GenerationConfig.from_pretrained(base or name).validate(strict=True)
+        transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
         config.architectures = [ARCHITECTURES[adapter.task_type]]
@@ -345,7 +336,7 @@ def load_model(
             has more tokens than the model, no end-of-text token or no chat template that works.
     """
     words = load_tokenizer(tokenizer or name, field)
-    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model_class = transformers.AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
         # The first fault is reported, and the costliest check comes last.
