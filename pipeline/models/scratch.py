@@ -41,9 +41,7 @@ class ScratchArguments:
     num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads (default: as many as query heads).")
     max_position_embeddings: int = HfArg(default=512, help="Maximum context length, in tokens.")
     rope_theta: float = HfArg(default=10_000.0, help="Base of the rotary embedding.")
-    attention_bias: bool = HfArg(
-        default=False, help="Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."
-    )
+    attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2: small models copy earlier.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
     model_type: Literal["llama", "llama4_text"] = HfArg(
@@ -53,9 +51,7 @@ class ScratchArguments:
         default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
     num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
-    num_experts_per_tok: int | None = HfArg(
-        default=None, help="Llama 4: experts that the router chooses for a token (default: 1)."
-    )
+    num_experts_per_tok: int | None = HfArg(default=None, help="Llama 4: experts chosen for a token (default: 1).")
     interleave_moe_layer_step: int | None = HfArg(
         default=None, help="Llama 4: every n-th layer has experts (default: 1, each)."
     )
