@@ -7,10 +7,9 @@ import os
 import platform
 import re
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import timeit
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,14 +24,8 @@ FLOPS_PER_CORE, FLOPS_OF_ACCELERATOR = 7.5e10, 4e13
 9e10. Nothing is measured, so that every start of the same run makes the same choice."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A setting chosen for this machine.
-
-    Attributes:
-        value: The setting.
-        reason: Why it was chosen, as a phrase to log.
-    """
+class Choice(NamedTuple):
+    """A setting chosen for this machine, and why, as a phrase to log."""
 
     value: Any
     reason: str
@@ -54,22 +47,15 @@ def keep_to_cpu() -> None:
     precision.cache_clear()
 
 
-@contextmanager
-def unchanged_rng() -> Iterator[None]:
+def unchanged_rng() -> AbstractContextManager[None]:
     """Restore torch's random state, of the CPU and of the accelerator that this process uses, at the end of the block.
 
-    `torch.manual_seed` seeds every kind of device. `torch.random.fork_rng` restores GPUs alone in some releases of
-    torch, and initialises all that are visible.
+    `torch.manual_seed` seeds every kind of device. By default, `fork_rng` initialises all devices that are visible.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
-    module = torch.get_device_module(device) if device is not None else None
-    with torch.random.fork_rng(devices=[]):
-        state = module.get_rng_state() if module else None
-        try:
-            yield
-        finally:
-            if module:
-                module.set_rng_state(state)
+    if device is None:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
 
 
 @cache
@@ -106,10 +92,7 @@ def is_emulated(dtype: torch.dtype) -> bool:
 
 
 def fast_dtype() -> torch.dtype:
-    """Return bfloat16 if the machine has it, else float32, for products that need few digits.
-
-    Sampling and Muon do. Losses, whose small differences matter, are measured in float32.
-    """
+    """Return bfloat16 if the machine has it, else float32, for products that need few digits: sampling and Muon."""
     return torch.bfloat16 if precision().value == "bf16" else torch.float32
 
 
@@ -130,8 +113,7 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 def threads() -> Choice:
     """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number.
 
-    Launchers set OMP_NUM_THREADS=1 if neither the user nor the launch file chose a number, which would leave all cores
-    but one idle. The user's own value is the one that the launcher was started with.
+    Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0:
@@ -162,11 +144,7 @@ def attention() -> Choice:
 
 
 def compilation(flops: float) -> Choice:
-    """Return whether `torch.compile` makes a training run shorter.
-
-    Args:
-        flops: Floating-point operations of this process.
-    """
+    """Return whether `torch.compile` makes a training run of `flops` floating-point operations a process shorter."""
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":
@@ -211,8 +189,7 @@ class Processor(NamedTuple):
 def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
     """Return a GPU by its name or its figures, or what this machine has for each of its processes, as measured.
 
-    Returns:
-        The processor, or None if the name is not known, and not both figures are given.
+    None if the name is not known, and not both figures are given.
     """
     if gpu or tflops or gigabytes:
         known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
@@ -226,16 +203,9 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Measure the speed of large matrix multiplications, which a perfect training loop could reach.
+    """Measure the FLOP/s of large matrix multiplications in "bf16", "fp16" or "fp32" with the process's threads.
 
-    Utilisation refers to this speed, because the peak of a data sheet is out of reach on most machines (clocks, power,
-    shared cores). Takes about 0.2 s.
-
-    Args:
-        dtype: "bf16", "fp16" or "fp32".
-
-    Returns:
-        FLOP/s of one process with its present number of threads.
+    Utilisation refers to it, because the peak of a data sheet is out of reach on most machines.
     """
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
@@ -243,26 +213,20 @@ def matmul_peak(dtype: str) -> float:
     # A GPU at its power limit multiplies zeros faster. Runs depend on the global random state, which this must not use.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, dtype=element, device=device)
-    best = float("inf")
-    started = time.perf_counter()
-    for attempt in range(50):
-        begin = time.perf_counter()
+
+    def multiply() -> None:
         torch.mm(a, a)
         if device != "cpu":
             torch.accelerator.synchronize()
-        if attempt > 1:
-            best = min(best, time.perf_counter() - begin)
-        if attempt > 5 and time.perf_counter() - started > 0.2:
-            break
-    return 2 * size**3 / best
+
+    return 2 * size**3 / min(timeit.repeat(multiply, number=1, repeat=12))
 
 
 def training_defaults() -> dict[str, Choice]:
     """Return the fields of `TrainingArguments` that depend on the machine, for users who did not set them."""
-    device = accelerator()
     dtype = precision()
     defaults = {name: Choice(dtype.value == name, dtype.reason) for name in ("bf16", "fp16")}
-    if device is None:
+    if accelerator() is None:
         defaults["use_cpu"] = Choice(True, "no accelerator found")
         # With a single process, `ddp_backend` makes transformers wait for a group that never forms.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -272,12 +236,6 @@ def training_defaults() -> dict[str, Choice]:
     return defaults
 
 
-# Options of `mallopt`, from malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-NEVER_TRIM = 2**31 - 1
-"""Bytes that must be free at the end of the heap before they are returned: the maximum that `mallopt` accepts."""
-KEPT_BLOCK_SIZES = (2**30, 2**25)
-"""Bytes above which blocks come from the kernel and go back to it; the second is for releases that reject the first."""
 OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables with which users configure the allocator themselves."""
 
@@ -286,16 +244,16 @@ OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHO
 def keep_freed_memory() -> Choice:
     """Make glibc's allocator keep freed memory, unless the user has configured it.
 
-    The process then holds its peak until it ends. The peak itself is higher: by a few percent in the recipes, by a
-    third where the sizes of batches differ much.
-
-    Returns:
-        Whether freed memory is kept, and why.
+    The process then holds its peak until it ends, which is a few percent higher in the recipes, and a third where the
+    sizes of batches differ much.
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")
     if configured := [name for name in OWN_SETTINGS if name in os.environ]:
         return Choice(False, f"{configured[0]} is set")
     mallopt = ctypes.CDLL(None).mallopt
-    kept = mallopt(M_TRIM_THRESHOLD, NEVER_TRIM) and any(mallopt(M_MMAP_THRESHOLD, size) for size in KEPT_BLOCK_SIZES)
+    # M_TRIM_THRESHOLD of malloc.h: so much must be free at the end of the heap before the kernel gets it back.
+    kept = mallopt(-1, 2**31 - 1)
+    # M_MMAP_THRESHOLD: larger blocks come from the kernel and go back to it. Some releases reject the first size.
+    kept = kept and any(mallopt(-3, size) for size in (2**30, 2**25))
     return Choice(bool(kept), "glibc would clear new pages in every step" if kept else "the allocator refused")

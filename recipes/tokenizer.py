@@ -13,6 +13,7 @@ python -m recipes.tokenizer --config recipes/gsm8k-shakespeare/0_tokenizer.yaml 
 """
 
 import logging
+from pathlib import Path
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
@@ -24,15 +25,16 @@ logger = logging.getLogger("recipes.tokenizer")
 
 def main(args: TokenizerArguments, data_args: DataArguments) -> None:
     from pipeline.data.splits import load_splits
-    from pipeline.files import check_replaceable
-    from pipeline.models.tokenizer import save_tokenizer, train_tokenizer
+    from pipeline.files import check_replaceable, write_folder
+    from pipeline.models.tokenizer import train_tokenizer
 
     if problems := check_replaceable(args.output_dir, TOKENIZER_FILES):
         raise UserError(*problems)
     dataset, _ = load_splits(data_args, "text", evaluation=False)
     texts = (text for batch in dataset.iter(batch_size=1000) for text in batch["text"])
     tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length, args.tools)
-    save_tokenizer(tokenizer, args.output_dir)
+    with write_folder(Path(args.output_dir)) as folder:
+        tokenizer.save_pretrained(folder)
     logger.info("tokenizer: %s, %d tokens (limit: %d)", args.algorithm, len(tokenizer), args.vocab_size)
 
 

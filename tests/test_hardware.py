@@ -83,7 +83,9 @@ def test_the_peak_is_that_of_numbers_which_take_no_random_numbers_from_a_run(mon
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
 def test_the_random_state_of_any_accelerator_is_restored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = ["before"]
-    device = SimpleNamespace(get_rng_state=lambda: states[-1], set_rng_state=states.append)
+    device = SimpleNamespace(
+        get_rng_state=lambda device: states[-1], set_rng_state=lambda state, device: states.append(state)
+    )
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **options: torch.device(kind))
     monkeypatch.setattr(torch, "get_device_module", lambda kind: device)
     on_cpu = torch.get_rng_state()

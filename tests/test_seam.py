@@ -68,6 +68,7 @@ CALLED = {
 # Private attributes of classes and modules.
 ATTRIBUTES = {
     "transformers:GenerationConfig._get_default_generation_params": "options of a model's file without effect",
+    "transformers:GenerationMixin._get_logits_processor": "what changes logits, in the order of `generate`",
     "transformers:PreTrainedModel._from_config": "models are built without weights, to be checked",
     "transformers:PreTrainedModel._can_set_experts_implementation": "critics of experts are classes of ours",
     "transformers:PreTrainedModel._can_compile_fullgraph": "whether the cache may have room for more tokens",

@@ -20,7 +20,7 @@ from pipeline.config.output_directory import recorded_template
 from pipeline.errors import Problem, UserError
 from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
-from pipeline.models.kernels.sampler import accepts_argument, logits_processors
+from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
 from pipeline.report.stage_order import stage_info, stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
@@ -221,7 +221,7 @@ def stream(
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    process = logits_processors(config, model.device)
+    process = model._get_logits_processor(config, device=model.device)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     optional = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
     cache = DynamicCache(config=model.config)

@@ -60,7 +60,8 @@ RANGES: dict[str, Range] = _each(
         # Models
         "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
         "num_hidden_layers": _between(1, MAX_LAYERS),
-        "num_attention_heads num_key_value_heads": _between(1, 4096),
+        "num_attention_heads num_key_value_heads num_local_experts num_experts_per_tok": _between(1, 4096),
+        "intermediate_size_mlp interleave_moe_layer_step no_rope_layer_interval attention_chunk_size": _at_least(1),
         # The trainer of the tokenizer allocates all of it at once.
         "vocab_size": _between(1, 1 << 24),
         "rope_theta initializer_range": _above(0),

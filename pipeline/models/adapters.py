@@ -22,14 +22,9 @@ MERGED = "merged_adapter"
 
 
 def starting_model(model_args: ModelConfig, training_args: TrainingArguments) -> str | PreTrainedModel:
-    """Return what a trainer of TRL starts from.
+    """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
-    Args:
-        model_args: `model_name_or_path` names a model or an adapter.
-        training_args: The trainer's arguments, which get TRL's `model_init_kwargs`.
-
-    Returns:
-        The name of a model, which TRL loads; or an adapter merged into its base model, as TRL would load that.
+    TRL loads the model by the `model_init_kwargs` that `training_args` get, and the adapter is loaded in the same way.
 
     Raises:
         UserError: If the adapter cannot be merged.
@@ -63,7 +58,7 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
 def merge_into_base(
     name: str, model_class: Any = None, *, revision: str | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Load an adapter and its base model, and merge them.
+    """Load an adapter and its base model, and merge them into a model all of whose weights can be trained.
 
     Args:
         name: A folder or an id on the Hub.
@@ -71,9 +66,6 @@ def merge_into_base(
             is one of a language model, the head is random. Default: the class that saved the base model.
         revision: Branch, tag or commit of the adapter on the Hub. Default: "main".
         **options: For `from_pretrained` of the base model.
-
-    Returns:
-        The model, all of whose weights can be trained.
 
     Raises:
         UserWarning: If the adapter lacks weights.

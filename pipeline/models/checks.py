@@ -24,10 +24,7 @@ def check_template_arguments(given: Any) -> list[Problem]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, field: str, name: str, chat: bool) -> list[Problem]:
-    """Check that a tokenizer, which `field` named, has the special tokens and the template that training needs.
-
-    With `chat`, conversations are to be formatted, otherwise documents.
-    """
+    """Check that a tokenizer, which `field` named, has what conversations need (`chat`), or else documents."""
     if chat:
         fault = validate_chat(tokenizer)
         return [Problem(field, name, fault)] if fault else []
@@ -46,13 +43,9 @@ def check_model(
     reward: bool = False,
     **lengths: int | None,
 ) -> list[Problem]:
-    """Check that a model fits the stage, the tokenizer and the lengths, by its configuration.
+    """Check, by its configuration, that the model `name` fits the stage, the tokenizer and the lengths.
 
-    Args:
-        tokenizer: Its tokenizer, or None if it failed to load.
-        name: The value of `model_name_or_path`.
-        reward: Whether a reward model is trained from it.
-        **lengths: As for `check_lengths`.
+    `tokenizer` is None if it failed to load, and `reward` says whether a reward model is trained.
     """
     faults = []
     architectures = config.architectures or []
@@ -87,14 +80,7 @@ def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]
 
 
 def check_room(field: str, value: int, longest: int, positions: int | None) -> list[Problem]:
-    """Check that prompts leave room for an answer.
-
-    Args:
-        field: Field that sets the length of the longest answer.
-        value: Its value, in tokens.
-        longest: Tokens of the longest prompt.
-        positions: `max_position_embeddings` of the model, if it has any.
-    """
+    """Check that a prompt of `longest` tokens leaves room for an answer of `value` tokens, which `field` sets."""
     if positions is None or longest + value <= positions:
         return []
     remedy = (

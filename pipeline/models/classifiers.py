@@ -30,12 +30,9 @@ TASKS: dict[Task, tuple[Any, Any]] = {
 
 
 def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrainedModel]:
-    """Return the class of a text model with a linear head; its constructor takes a configuration.
+    """Return the class of a text model with a linear head, for one output for a text or for each token.
 
     transformers has one for most architectures. For the others, this puts one together from transformers' own parts.
-
-    Args:
-        task: One output for a text, or one for each token.
     """
     mixin, auto_class = TASKS[task]
     known = auto_class._model_mapping

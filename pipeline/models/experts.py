@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,15 +30,13 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Return the floating-point operations that training spends on one token, forward and backward.
+    """Return the floating-point operations that training a decoder spends on one token, forward and backward.
 
-    Six for each weight of a matrix (Kaplan et al., 2020, "Scaling Laws for Neural Language Models", section 2.1), and
-    twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B), halved because
-    attention is causal.
+    Six for each weight of a matrix that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language
+    Models", section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM",
+    appendix B), halved because attention is causal.
 
     Args:
-        model: A decoder. Its input embeddings count only if they are also its output matrix, and of its experts those
-            that a token is routed to.
         length: Tokens per sequence; 0 for the operations without attention.
     """
     config = model.config.get_text_config()
@@ -53,12 +53,6 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     return 6 * weights + attention
 
 
-def expert_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of all experts, each a stack of matrices of shape (experts, in, out)."""
-    experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
-    return [parameter for module in experts for parameter in module.parameters()]
-
-
 def choices(router: Llama4Router, logits: Tensor) -> Tensor:
     """Return, for router logits (tokens, experts), 1 where a token goes to an expert and 0 elsewhere."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
@@ -67,9 +61,8 @@ def choices(router: Llama4Router, logits: Tensor) -> Tensor:
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    The loss is computed for each row and averaged. Experts that are balanced over a whole batch may each take one kind
-    of text, and are then not balanced on text of another mixture. Means over rows are also the same on any number of
-    processes. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
+    It is the mean over rows: experts that are balanced over a whole batch may each take one kind of text. Layers are
+    not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
 
     Args:
         logits: The logits of the router, shape (tokens, experts).
@@ -86,7 +79,7 @@ def z_loss(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1).square().mean()
 
 
-class RouteCounter:
+class RouteCounter(ExitStack):
     """Counts how many tokens each expert of a model, if any, takes. As a context manager, it stops at the end.
 
     Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
@@ -101,20 +94,17 @@ class RouteCounter:
     """
 
     def __init__(self, model: nn.Module, *, training: bool = False) -> None:
+        super().__init__()
         self.routers = routers(model)
         self.training = training
         # The tokens of the present forward pass that are not padding, shape (tokens,); None if that is not known.
         self._real: Tensor | None = None
         self.clear()
-        self._hooks = [
-            router.register_forward_hook(lambda *call, layer=layer: self._count(layer, call[0], call[2][1]))
-            for layer, router in enumerate(self.routers)
-        ]
-        self._hooks += [
-            module.register_forward_pre_hook(self._find_padding, with_kwargs=True)
-            for module in model.modules()
-            if self.routers and isinstance(module, Llama4TextModel)
-        ]
+        for layer, router in enumerate(self.routers):
+            self.enter_context(router.register_forward_hook(functools.partial(self._count, layer)))
+        for module in model.modules():
+            if self.routers and isinstance(module, Llama4TextModel):
+                self.enter_context(module.register_forward_pre_hook(self._find_padding, with_kwargs=True))
 
     def clear(self) -> None:
         """Start again from 0."""
@@ -122,35 +112,26 @@ class RouteCounter:
         self.counts = torch.zeros(len(self.routers), experts, dtype=torch.float64)
         self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
 
-    def __enter__(self) -> RouteCounter:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     @property
     def shares(self) -> list[list[float]]:
         """For each layer, the tokens of each expert over the fair number of tokens."""
-        fair = self.counts.mean(1, keepdim=True)
-        return (self.counts / fair).tolist() if self.counts.any() else []
+        return (self.counts / self.counts.mean(1, keepdim=True)).tolist() if self.counts.any() else []
 
     def _find_padding(self, model: Llama4TextModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, mask = args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")
         self._real = None
-        if ids is None:
-            return
-        real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
-        # Other masks tell documents apart.
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            real = real & mask.bool()
-        self._real = real.flatten()
+        if ids is not None:
+            real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
+            # Other masks tell documents apart.
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                real = real & mask.bool()
+            self._real = real.flatten()
 
     @torch.no_grad()
-    def _count(self, layer: int, router: Llama4Router, logits: Tensor) -> None:
+    def _count(self, layer: int, router: Llama4Router, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
         if self.training and not router.training:
             return
-        logits = logits.float()
+        logits = outputs[1].float()
         # The totals move to the device with the first batch.
         if self.counts.device != logits.device:
             # MPS does not have float64.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.kernels.sampler import as_token_ids, sample
+from pipeline.files import as_list
+from pipeline.models.kernels.sampler import sample
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -17,7 +18,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated completion.
+    """A completion.
 
     Attributes:
         text: Decoded without special tokens, with white space at both ends removed.
@@ -37,9 +38,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Return the token ids of each conversation, followed by the generation prompt.
 
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
+    `template` are further arguments of the chat template, `chat_template_kwargs`.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     return [
@@ -53,7 +52,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
     Chat models often end a turn with another token than the one that ends a document.
     """
-    return sorted({*as_token_ids(tokenizer.eos_token_id), *as_token_ids(model.generation_config.eos_token_id)})
+    return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)} - {None})
 
 
 def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:
@@ -75,10 +74,7 @@ def generate(
     batch_size: int = 256,
     on_batch: Callable[[int], None] = lambda answers: None,
 ) -> list[list[Completion]]:
-    """Complete each prompt `samples` times.
-
-    Prompts are sorted by length, so that batches contain little padding. The same arguments on the same machine give
-    the same result.
+    """Complete each prompt `samples` times. The same arguments on the same machine give the same result.
 
     Args:
         model: A causal language model, on its device and in its dtype.
@@ -90,15 +86,13 @@ def generate(
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         batch_size: Sequences in a batch (prompts times samples).
         on_batch: Called with the size of each batch that is done.
-
-    Returns:
-        `samples` completions for each prompt, in the order of `prompts`.
     """
     model.eval()
     ends = end_tokens(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0)
     if config.do_sample:
-        config.update(temperature=temperature, min_p=min_p)
+        config.update(temperature=temperature, min_p=min_p or None)
+    # Batches of prompts of similar length contain little padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]

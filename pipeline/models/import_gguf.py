@@ -2,10 +2,9 @@
 
     python -m pipeline import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
 
-Weights become float32, whatever their type in the file (Q5_0 and Q5_1 cannot be read); what a quantisation has lost
-stays lost. The tokenizer makes the tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`)
-is marked as quantised and cannot be saved, splits numbers as no model of SmolLM was trained to, and pads with the token
-that ends answers.
+Weights become float32 (Q5_0 and Q5_1 cannot be read); what a quantisation has lost stays lost. The tokenizer makes the
+tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`) is marked as quantised and cannot
+be saved, splits numbers as no model of SmolLM was trained to, and pads with the token that ends answers.
 """
 
 from __future__ import annotations
@@ -55,9 +54,6 @@ transformers reads any tokenizer of a qwen2 as Qwen2's own, which composes accen
 ROPE_DIVISORS = "rope_freqs.weight"
 """Of Llama 3.1 and later: what the frequencies of the rotary embedding are divided by, of shape (head size / 2,)."""
 
-CONTROL, USER_DEFINED = 3, 4
-"""Types of tokens that are found in a text before it is split: only those of a template, or everybody's."""
-
 STRINGS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
@@ -68,12 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Read a GGUF file, and save the model with its tokenizer. Return 0.
-
-    Raises:
-        UserError: If the file is damaged or holds another kind of model or tokenizer, or the output directory is not
-            empty or writable.
-    """
+    """Read a GGUF file, and save the model with its tokenizer. Return 0."""
     quiet_libraries()
     file, output_dir = args.file, args.output_dir
     if not file.is_file():
@@ -111,22 +102,21 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
     # The file is mapped into memory, and may be larger than what the child may use otherwise.
     size = file.stat().st_size
-    if fault := exceeds(lambda: read_gguf_metadata(str(file), STRINGS), mapped=size):
-        raise ValueError(f"reading its metadata {fault}")
-    metadata, _ = read_gguf_metadata(str(file), STRINGS)
+    if fault := exceeds(lambda: read_tokenizer(file), mapped=size):
+        raise ValueError(f"making its tokenizer {fault}")
+    tokenizer = read_tokenizer(file)
     header = GgufHeader.from_file(str(file))
     if (end := header.data_start + max((info.offset + info.nbytes for info in header.tensors), default=0)) > size:
         raise ValueError(f"it is cut off: {size:,} of at least {end:,} bytes")
-    if fault := exceeds(lambda: read_tokenizer(metadata)):
-        raise ValueError(f"making its tokenizer {fault}")
-    tokenizer = read_tokenizer(metadata)
     if fault := validate_tokenizer(tokenizer) or (validate_chat(tokenizer) if tokenizer.chat_template else None):
         raise ValueError(fault)
     if tokenizer.eos_token is None:
         raise ValueError("it names no token that ends a text")
     separate_pad_token(tokenizer, str(file))
 
+    metadata, _ = read_gguf_metadata(str(file), STRINGS)
     config = read_config(header, metadata, tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         # Sizes that contradict each other are found without the weights.
@@ -135,12 +125,6 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     model.tie_weights()
     if fault := validate_finite(model.named_parameters()):
         raise ValueError(fault)
-    if tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        model.config.pad_token_id = tokenizer.pad_token_id
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
     # Some chat models end a turn and a text with two tokens.
     ends = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
     model.generation_config = GenerationConfig(
@@ -151,71 +135,52 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def read_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that the metadata of a GGUF file describe.
-
-    Raises:
-        ValueError: If llama.cpp splits texts in a way that is not known here.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that the metadata of a GGUF file describe."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        add_gguf_special_tokens,
+        get_gguf_tokenizer,
+        get_merges,
+        set_split_regex,
+    )
 
     from pipeline.models.tokenizer import pre_tokenizer
 
-    field = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind, pre = field.get("model"), field.get("pre")
+    _, found, settings = get_gguf_tokenizer(str(file))
+    kind, pre = found.get("tokenizer_type"), found.get("pre_tokenizer_type")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; only 'gpt2' with {known} can be read")
-    tokens, is_llama3 = field["tokens"], pre == "llama-bpe"
-    merges = [tuple(merge.split(" ")) for merge in field["merges"]]
-    # Llama 3 takes a word that is a token as it is.
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=is_llama3))
+    # Llama 3 takes a word that is a token as it is, and begins a text with a token if the file does not say otherwise.
+    is_llama3 = pre == "llama-bpe"
+    vocabulary = {token: i for i, token in enumerate(found["tokens"])}
+    backend = Tokenizer(models.BPE(vocabulary, get_merges(found), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
-    if pre == "smollm":
-        backend.pre_tokenizer = pre_tokenizer("bpe")
-    elif pre == "gpt-2":
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-    types = list(zip(tokens, field.get("token_type", ()), strict=False))
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in types if kind == CONTROL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in types if kind == USER_DEFINED])
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {own: field[f"{name}_token_id"] for own, name in names.items() if f"{name}_token_id" in field}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{name: tokens[i] for name, i in ids.items()},
-        add_bos_token=field.get("add_bos_token", is_llama3),
-        add_eos_token=field.get("add_eos_token", False),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
+    # For others than GPT-2's, transformers has a pattern.
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizer("bpe") if pre == "smollm" else words
+    settings = {"add_bos_token": is_llama3, "add_eos_token": False} | settings
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
+    add_gguf_special_tokens(set_split_regex(tokenizer, found), found)
+    return tokenizer
 
 
 def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file.
-
-    Raises:
-        ValueError: If it is another kind of model, or has a setting that is not known here.
-    """
+    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file."""
     import numpy as np
+    import torch
     from transformers import AutoConfig
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf import load_gguf_state_dict
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind, names = header.architecture, header.ggml_types
     if kind not in ARCHITECTURES:
         raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
     if kind == "qwen2" and (pre := metadata["tokenizer.ggml.pre"]) != kind:
-        raise ValueError(
-            f"its pre-tokenizer is {pre!r}, and transformers reads any tokenizer of a qwen2 as Qwen2's own"
-        )
+        raise ValueError(f"its pre-tokenizer is {pre!r}; transformers reads any tokenizer of a qwen2 as Qwen2's own")
     # transformers' names of the sizes, of which three are one.
     fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
     sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
@@ -246,24 +211,10 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
     for setting, weight in {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}.items():
         if hasattr(config, setting):
             setattr(config, setting, weight in names)
-    if ROPE_DIVISORS in names:
-        scale_rope(config, load_gguf_state_dict(header)[ROPE_DIVISORS][...].float())
-    return config
-
-
-def scale_rope(config: Any, divisors: torch.Tensor) -> None:
-    """Let the rotary embedding of a configuration be scaled as Llama 3's is.
-
-    Args:
-        config: A `LlamaConfig`, which is changed.
-        divisors: See `ROPE_DIVISORS`. The file has no more of it, and the other settings are those of all releases.
-
-    Raises:
-        ValueError: If other settings have led to these divisors.
-    """
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    if ROPE_DIVISORS not in names:
+        return config
+    # The file has the divisors alone. All releases of Llama 3 have the other settings in common.
+    divisors = load_gguf_state_dict(header)[ROPE_DIVISORS][...].float()
     config.rope_parameters |= {
         "rope_type": "llama3",
         "factor": divisors.max().item(),
@@ -272,17 +223,14 @@ def scale_rope(config: Any, divisors: torch.Tensor) -> None:
         "original_max_position_embeddings": 8192,
     }
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    plain = theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
         raise ValueError(f"its {ROPE_DIVISORS} is not Llama 3's")
+    return config
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights in a GGUF file, by the names of a model on the meta device, in float32.
-
-    Raises:
-        ValueError: If the file holds other weights than the model has.
-    """
+    """Return the weights in a GGUF file, which must be those of a model on the meta device, by its names in float32."""
     from transformers.integrations.gguf import load_gguf_state_dict
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
+import json
 import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,32 +24,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
-from pipeline.files.bounded import check_files, exceeds
-from pipeline.models.tokenizer import MANY_TOKENS, added_tokens, validate_tokenizer
-from pipeline.models.weights import (
-    ADAPTER,
-    stored_weights,
-    validate_complete,
-    validate_file,
-    validate_files,
-    validate_rank,
-)
+from pipeline.files.bounded import check_files, exceeds, longest
+from pipeline.models.tokenizer import validate_tokenizer
+from pipeline.models.weights import stored_weights, validate_adapter, validate_complete, validate_files
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +42,9 @@ MAX_READ_BYTES = 4 << 30
 
 MAX_BUFFER_BYTES = 2 << 30
 """Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
+
+MANY_TOKENS = 20_000
+"""Added tokens above which a tokenizer is first tried."""
 
 REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
 """Exceptions by which the libraries reject files."""
@@ -100,11 +87,11 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         is_expected = isinstance(error, REJECTIONS)
         if checked and not is_expected:
             raise
-        reason = shorten(str(error) if is_expected else repr(error), 250)
-        if isinstance(error, MemoryError):
-            reason = "the memory does not suffice"
+        reason = "the memory does not suffice"
         if is_missing_path(str(name)):
             reason = "there is no such folder"
+        elif not isinstance(error, MemoryError):
+            reason = shorten(str(error) if is_expected else repr(error), 250)
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
@@ -117,7 +104,7 @@ def local_copy(name: str, inner: str | None = None) -> str:
         inner: A folder of the repository to return if it exists. The repository is then always downloaded.
 
     Raises:
-        OSError: If the repository or the revision does not exist, or cannot be downloaded.
+        OSError: If it does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
@@ -136,11 +123,7 @@ def _download(repo_id: str, revision: str | None) -> str:
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, which the argument `field` named.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
+    """Load a tokenizer from a folder or the Hub (by default, of the branch "main"), which the argument `field` named.
 
     Raises:
         UserError: If the tokenizer cannot be loaded.
@@ -157,7 +140,7 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
             if (base := base_of(name, revision)) is None:
                 raise
             check_config(base)
-            tokenizer = _load_tokenizer(base)
+            tokenizer = _load_tokenizer(base, None)
         if fault := validate_tokenizer(tokenizer):
             raise ValueError(fault)
         # Encode a word, which fails if a setting in its files has the wrong type.
@@ -168,22 +151,25 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
     return tokenizer
 
 
-def _load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, in a child process first if that may take long."""
-    load = functools.partial(AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False)
-    if (count := added_tokens(Path(name))) > MANY_TOKENS and (fault := exceeds(load)):
-        raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, in a child process first if its files add many tokens, which are compared with each other."""
+    options = {"revision": revision or "main", "trust_remote_code": False}
+    load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
+    # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+    for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
+        path = Path(name) / file
+        if path.is_file() and path.stat().st_size >= size * MANY_TOKENS:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            count = longest(content.get("added_tokens") if file == "tokenizer.json" else content)
+            if count > MANY_TOKENS and (fault := exceeds(load)):
+                raise RuntimeError(f"loading its {count:,} added tokens {fault}")
     return load()
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Give a tokenizer a pad token that is not its eos token, which would otherwise be taken for padding.
+    """Let a tokenizer that has no pad token or pads with its eos token pad with a special token that is not used.
 
-    Args:
-        tokenizer: Changed in place if it has no pad token or pads with its eos token. The new pad token is a special
-            token that the chat template does not use. Without one, the tokenizer pads with eos: the trainers here know
-            the lengths of rows.
-        name: Its name, for the log.
+    Without one, it pads with eos: the trainers here know the lengths of rows. `name` is for the log.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if eos is None or pad not in (None, eos):
@@ -191,7 +177,7 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     taken = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
     turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
     # A template that does not work is reported by `validate_chat`.
-    with contextlib.suppress(TemplateError, *LIBRARY_ERRORS):
+    with suppress(TemplateError, *LIBRARY_ERRORS):
         taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in taken]
@@ -218,34 +204,20 @@ def base_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_config(name: str, revision: str | None = None) -> None:
-    """Check what a model's files ask for, before `AutoConfig` or `AutoTokenizer` makes it; arguments as `load_config`.
-
-    Raises:
-        ValueError: If it is more than a model can have.
-    """
+    """Raise a `ValueError` if a model's files ask for more than a model can have; arguments as for `load_config`."""
     if Path(name).is_dir():
         check_files(Path(name))
         return
     # A configuration that cannot be downloaded is reported when the model is loaded.
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if file := cached_file(name, "config.json", revision=revision or "main"):
             check_files(Path(file).parent)
 
 
-def _adapt(model: PreTrainedModel, name: str) -> None:
-    """Add an adapter to a model on the meta device, without its weights as well."""
-    with torch.device("meta"):
-        get_peft_model(model, PeftConfig.from_pretrained(name), low_cpu_mem_usage=True)
-
-
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a model, or of an adapter's base model.
+    """Load the configuration of a model, or of an adapter's base model; arguments as for `load_tokenizer`.
 
     If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
         OSError, ValueError: If there is none, or no model can have it.
@@ -265,7 +237,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         raise ValueError(f"its config.json asks for {layers} layers")
     if (Path(base or name) / "generation_config.json").is_file():
         # Saving the trained model does this as well, and would fail at the end of the run.
-        GenerationConfig.from_pretrained(base or name).validate(strict=True)
+        transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
         config.architectures = [ARCHITECTURES[adapter.task_type]]
@@ -293,20 +265,14 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Compare the weights of a local model, or of an adapter and its base model, with what their classes expect.
+    """Report how the weights of a local model or adapter differ from what `model_class`, which will load it, expects.
 
     A model on the Hub is checked by its configuration alone, which comes from `load_config`.
-
-    Args:
-        model_class: The class of transformers that will load it, `AutoModelForCausalLM` for instance.
-
-    Returns:
-        What is wrong and what to do, as the remedy of a `Problem`, or None.
     """
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
     if base is not None:
-        if fault := validate_file(folder / ADAPTER) or validate_rank(folder):
+        if fault := validate_adapter(folder):
             return fault
         folder, model_class = Path(base), AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -322,17 +288,18 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
     # A pattern of modules may take for ever.
-    if base is not None and (fault := exceeds(lambda: _adapt(model, name))):
-        return f"to add what its adapter_config.json asks for {fault}"
+    with torch.device("meta"):
+        adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
+        if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
+            return f"to add what its adapter_config.json asks for {fault}"
     # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
         return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"
-    fault = None
-    if folder.is_dir():
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        fault = validate_files(folder, model)
-        if fault is None and size <= MAX_READ_BYTES:
-            fault = validate_finite(stored_weights(folder))
+    if not folder.is_dir():
+        return None
+    fault = validate_files(folder, model)
+    if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= MAX_READ_BYTES:
+        fault = validate_finite(stored_weights(folder))
     return f"its base model {base}: {fault}" if base and fault else fault
 
 
@@ -369,7 +336,7 @@ def load_model(
             has more tokens than the model, no end-of-text token or no chat template that works.
     """
     words = load_tokenizer(tokenizer or name, field)
-    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model_class = transformers.AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
         # The first fault is reported, and the costliest check comes last.
@@ -396,30 +363,21 @@ def load_model(
 def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
     """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
 
-    Args:
-        model: A `PeftModel`, or a model into which transformers has loaded adapters.
-        in_place: Whether to merge them in the model itself, in place of a copy.
+    It is a `PeftModel`, or transformers has loaded adapters into it. With `in_place`, it is not copied.
     """
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapters = BaseTunerLayer | AuxiliaryTrainingWrapper
+    if not any(isinstance(module, adapters) for module in model.modules()):
         return model
     merged = model if in_place else copy.deepcopy(model)
-    # Names of the layers that were replaced so far. Their inner modules went with them.
-    adapted: list[str] = []
-    for name, module in list(merged.named_modules()):
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or name.startswith(tuple(adapted)):
-            continue
-        adapted.append(f"{name}.")
+    # Adapters of several parameters of one layer wrap each other: the inner ones come first.
+    for name, module in reversed(list(merged.named_modules())):
         if isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-        else:
-            plain = module
-            # Adapters of several parameters of one layer wrap each other.
-            while isinstance(plain, BaseTunerLayer):
-                plain.merge()
-                plain = plain.base_layer
-        merged.set_submodule(name, plain)
+            merged.set_submodule(name, plain)
+        elif isinstance(module, BaseTunerLayer):
+            module.merge()
+            merged.set_submodule(name, module.base_layer)
     # By what it noted while it loaded the adapters, transformers would save these alone, under the names of their file.
     merged._hf_peft_config_loaded = False
     merged._weight_conversions = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_new_directory, read_json, write_folder
@@ -21,14 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge an adapter, and save the model with its tokenizer. Return 0.
-
-    Raises:
-        UserError: If the adapter or its base model cannot be loaded, or the output directory is not empty or writable.
-    """
+    """Merge an adapter, and save the model with its tokenizer. Return 0."""
     quiet_libraries()
     adapter, output_dir = args.adapter, args.output_dir
-    config = _read_config(adapter)
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        remedy = "does not contain adapter_config.json; give a directory that a recipe with use_peft has written"
+        raise UserError(Problem("adapter", adapter, remedy))
+    config = read_json(path)
+    if not config.get("base_model_name_or_path"):
+        raise UserError(Problem("adapter", path, "is damaged or does not name its base_model_name_or_path; add it"))
+    if config.get("peft_type") != "LORA":
+        raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
     if problem := check_new_directory(output_dir, "--output_dir"):
         raise UserError(problem)
 
@@ -58,16 +61,3 @@ def main(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(str(folder))
     print(f"merged {adapter} into {config['base_model_name_or_path']}: {output_dir}")
     return 0
-
-
-def _read_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        remedy = "does not contain adapter_config.json; give a directory that a recipe with use_peft has written"
-        raise UserError(Problem("adapter", adapter, remedy))
-    config = read_json(path)
-    if not config.get("base_model_name_or_path"):
-        raise UserError(Problem("adapter", path, "is damaged or does not name its base_model_name_or_path; add it"))
-    if config.get("peft_type") != "LORA":
-        raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
-    return config

@@ -7,8 +7,7 @@ makes by itself, or that it hands on to wrappers which look for the method by it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -28,57 +27,38 @@ def bind_forward(module: Any, forward: Callable[..., Any]) -> None:
 
 
 def record_rows(train_dataloader: Any) -> deque[list[int]]:
-    """Record which rows of the data set each batch is made of, in the order of the batches.
+    """Record which rows of the data set each batch is made of, in the order of the batches; nothing of a stream.
 
     A collator gets rows without their numbers, and accelerate replaces the sampler by one of its own, so the place
-    where the numbers are known is the data set's `__getitems__`.
-
-    Args:
-        train_dataloader: A data loader without worker processes.
-
-    Returns:
-        The numbers of the rows of each batch that was fetched; always empty for a stream.
+    where the numbers are known is the data set's `__getitems__`. There must not be worker processes.
     """
     fetched: deque[list[int]] = deque()
-    dataset = getattr(train_dataloader, "dataset", None)
-    fetch = getattr(dataset, "__getitems__", None)
-    if dataset is None or fetch is None:
-        return fetched
+    dataset: Any = getattr(train_dataloader, "dataset", None)
+    fetch: Any = getattr(dataset, "__getitems__", None)
 
     def fetch_and_record(indices: Sequence[int]) -> Any:
         fetched.append([int(index) for index in indices])
         return fetch(indices)
 
-    dataset.__getitems__ = fetch_and_record
+    if fetch is not None:
+        dataset.__getitems__ = fetch_and_record
     return fetched
 
 
 def name_body_of_llama4() -> None:
-    """Correct the name of the body of Llama 4's language model.
+    """Correct the name of the body of Llama 4's language model, where the Auto classes find it.
 
     `Llama4ForCausalLM.base_model_prefix` is "language_model", but the body is the attribute `model`: `base_model` is
-    then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`). A subclass would
-    not be what the Auto classes load.
+    then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`).
     """
     from transformers import Llama4ForCausalLM
 
     Llama4ForCausalLM.base_model_prefix = "model"
 
 
-@contextmanager
-def pre_tokenizers_named_by(text_model: Any, name: Callable[..., str]) -> Iterator[None]:
-    """Let a function name the pre-tokenizers of models that llama.cpp's converter writes in the block.
+def name_pre_tokenizers(text_model: Any, name: Callable[..., str]) -> None:
+    """Let a function name the pre-tokenizers of models that llama.cpp's converter writes.
 
-    The converter knows tokenizers by a hash of what they make of one text, and refuses all others. It makes the object
-    that is asked for the name by itself.
-
-    Args:
-        text_model: The converter's `TextModel`.
-        name: Takes that object and a tokenizer.
+    The converter makes the object that it asks for the name by itself. `name` takes that object and a tokenizer.
     """
-    original = text_model.get_vocab_base_pre
     text_model.get_vocab_base_pre = name
-    try:
-        yield
-    finally:
-        text_model.get_vocab_base_pre = original

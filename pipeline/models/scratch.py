@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.hf_argparser import HfArg
@@ -29,7 +29,7 @@ class ScratchArguments:
     weight 0: few experts are fast.
 
     Raises:
-        UserError: If the sizes are out of range or do not fit together, or belong to the other kind of model.
+        UserError: If the sizes do not fit together, or belong to the other kind of model.
     """
 
     hidden_size: int = HfArg(default=256, help="Width of the residual stream.")
@@ -41,9 +41,7 @@ class ScratchArguments:
     num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads (default: as many as query heads).")
     max_position_embeddings: int = HfArg(default=512, help="Maximum context length, in tokens.")
     rope_theta: float = HfArg(default=10_000.0, help="Base of the rotary embedding.")
-    attention_bias: bool = HfArg(
-        default=False, help="Add biases to the attention projections, as in Qwen2: small models learn to copy earlier."
-    )
+    attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2: small models copy earlier.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
     model_type: Literal["llama", "llama4_text"] = HfArg(
@@ -53,9 +51,7 @@ class ScratchArguments:
         default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
     num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
-    num_experts_per_tok: int | None = HfArg(
-        default=None, help="Llama 4: experts that the router chooses for a token (default: 1)."
-    )
+    num_experts_per_tok: int | None = HfArg(default=None, help="Llama 4: experts chosen for a token (default: 1).")
     interleave_moe_layer_step: int | None = HfArg(
         default=None, help="Llama 4: every n-th layer has experts (default: 1, each)."
     )
@@ -74,56 +70,29 @@ class ScratchArguments:
     )
 
     def __post_init__(self) -> None:
-        if problems := self._check():
-            raise UserError(*problems)
-        if self.model_type == "llama4_text":
-            for name, default in LLAMA4.items():
-                if getattr(self, name) is None:
-                    setattr(self, name, default)
-
-    def _check(self) -> list[Problem]:
-        """Check that the sizes are in range and fit together."""
         heads, groups = self.num_attention_heads, self.num_key_value_heads
-        sizes = {name: getattr(self, name) for name in POSITIVE}
-        problems = [
-            Problem(name, size, "must be a positive whole number")
-            for name, size in sizes.items()
-            if size is not None and size < 1
-        ]
-        if heads > 0 and self.hidden_size % (2 * heads):
+        problems = []
+        if self.hidden_size % (2 * heads):
             remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
             problems.append(Problem("hidden_size", self.hidden_size, remedy))
-        if groups is not None and (groups < 1 or (heads > 0 and heads % groups)):
+        if groups is not None and heads % groups:
             remedy = f"must be a divisor of num_attention_heads ({heads})"
             problems.append(Problem("num_key_value_heads", groups, remedy))
         given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
         if self.model_type == "llama":
-            return problems + [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
-        # What is not given has its default.
-        values = LLAMA4 | given
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if values[name] < 0:
-                problems.append(Problem(name, values[name], "must not be negative"))
-        if (chosen := values["num_experts_per_tok"]) > values["num_local_experts"]:
-            remedy = f"there are {values['num_local_experts']} experts; lower it"
-            problems.append(Problem("num_experts_per_tok", chosen, remedy))
-        if (step := values["interleave_moe_layer_step"]) > self.num_hidden_layers:
-            remedy = f"no layer would have experts: there are {self.num_hidden_layers} layers; lower it"
-            problems.append(Problem("interleave_moe_layer_step", step, remedy))
-        return problems
+            problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
+        else:
+            given = LLAMA4 | given
+            vars(self).update(given)
+            experts, layers = given["num_local_experts"], self.num_hidden_layers
+            if (chosen := given["num_experts_per_tok"]) > experts:
+                problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
+            if (step := given["interleave_moe_layer_step"]) > layers:
+                remedy = f"no layer would have experts: there are {layers} layers; lower it"
+                problems.append(Problem("interleave_moe_layer_step", step, remedy))
+        if problems:
+            raise UserError(*problems)
 
-    @property
-    def width(self) -> int:
-        """Width of the SwiGLU layer: by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
-        return self.intermediate_size or 64 * -(-self.hidden_size * 8 // (3 * 64))
-
-
-POSITIVE = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-    "intermediate_size_mlp", "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step",
-    "no_rope_layer_interval", "attention_chunk_size",
-)  # fmt: skip
-"""Fields of at least 1."""
 
 LLAMA4: dict[str, Any] = {
     "intermediate_size_mlp": None,
@@ -139,58 +108,43 @@ LLAMA4: dict[str, Any] = {
 """The fields that only a Llama 4 has, and their defaults."""
 
 
-OF_BOTH_CONFIGURATIONS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "attention_bias",
-    "tie_word_embeddings", "initializer_range",
-)  # fmt: skip
-OF_LLAMA4_CONFIGURATION = (
-    "num_local_experts", "num_experts_per_tok", "interleave_moe_layer_step", "no_rope_layer_interval",
-    "attention_chunk_size", "use_qk_norm",
-)  # fmt: skip
-"""Fields that transformers' configurations have under the same names."""
-
-
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model with random weights in float32.
+    """Build the model with random weights in float32; the global random state does not change.
 
-    Args:
-        tokenizer: Its tokenizer, which sets the vocabulary size and the ids of pad, bos and eos in the configuration
-            and in the generation configuration.
-        seed: The same seed gives the same weights; the global random state does not change.
+    The tokenizer sets the vocabulary size, and the ids of pad, bos and eos in both configurations.
     """
     import torch
     from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
     from pipeline import hardware
 
+    is_mixture = args.model_type == "llama4_text"
+    config_class = Llama4TextConfig if is_mixture else LlamaConfig
+    known = {item.name for item in fields(config_class)}
     special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    sizes: dict[str, Any] = {name: getattr(args, name) for name in OF_BOTH_CONFIGURATIONS}
-    sizes |= {
+    width = args.intermediate_size or 64 * -(-args.hidden_size * 8 // (3 * 64))
+    settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name in known} | {
         "vocab_size": len(tokenizer),
-        "intermediate_size": args.width,
+        "intermediate_size": width,
         "num_key_value_heads": args.num_key_value_heads or args.num_attention_heads,
+        "head_dim": args.hidden_size // args.num_attention_heads,
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
         "dtype": torch.float32,
         **special_ids,
     }
-    model_class, config = LlamaForCausalLM, None
-    if args.model_type == "llama4_text":
-        model_class = Llama4ForCausalLM
-        config = Llama4TextConfig(
-            **sizes,
-            **{name: getattr(args, name) for name in OF_LLAMA4_CONFIGURATION},
-            intermediate_size_mlp=args.intermediate_size_mlp or args.width * (1 + (args.num_experts_per_tok or 1)),
-            head_dim=args.hidden_size // args.num_attention_heads,
+    if is_mixture:
+        settings |= {
+            "intermediate_size_mlp": args.intermediate_size_mlp or width * (1 + (args.num_experts_per_tok or 1)),
             # The scale of queries by their place in the row, which begins at 8,192 tokens, ignores `position_ids`:
             # packed documents would get each other's.
-            attn_temperature_tuning=False,
+            "attn_temperature_tuning": False,
             # TRL takes any other coefficient for a loss that the model returns, which it does not.
             # `pipeline.training.pretraining` computes it.
-            router_aux_loss_coef=0.0,
-        )
+            "router_aux_loss_coef": 0.0,
+        }
     with hardware.unchanged_rng():
         torch.manual_seed(seed)
-        model = model_class(config or LlamaConfig(**sizes))
+        model = (Llama4ForCausalLM if is_mixture else LlamaForCausalLM)(config_class(**settings))
     model.generation_config = GenerationConfig(**special_ids)
     return model
 
@@ -202,7 +156,7 @@ def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     # As much of a tokenizer as a model is built with: its tokens, none of which is special.
     tokenizer: Any = range(size)
     with torch.device("meta"):
-        return build_model(args, tokenizer, 0)
+        return build_model(args, tokenizer, seed=0)
 
 
 def log_model(model: PreTrainedModel) -> None:
@@ -210,16 +164,10 @@ def log_model(model: PreTrainedModel) -> None:
     from pipeline.models.experts import active_parameters, training_flops_per_token
 
     parameters, active = model.num_parameters(), active_parameters(model)
-    embedding = model.get_input_embeddings().weight.numel()
-    logger.info(
-        "%-11s %s, %.2fM parameters (%s%.2fM of them embeddings%s), %.1f MFLOPs per token in training without "
-        "attention, weights in %s",
-        "model",
-        type(model).__name__,
-        parameters / 1e6,
-        f"{active / 1e6:.2f}M of them active for a token, " if active != parameters else "",
-        embedding / 1e6,
-        ", tied" if model.config.tie_word_embeddings else "",
-        training_flops_per_token(model, 0) / 1e6,
-        str(model.dtype).removeprefix("torch."),
-    )
+    embeddings = model.get_input_embeddings().weight.numel()
+    counts = f"{embeddings / 1e6:.2f}M of them embeddings{', tied' if model.config.tie_word_embeddings else ''}"
+    if active != parameters:
+        counts = f"{active / 1e6:.2f}M of them active for a token, {counts}"
+    cost = f"{training_flops_per_token(model, 0) / 1e6:.1f} MFLOPs per token in training without attention"
+    what = f"{type(model).__name__}, {parameters / 1e6:.2f}M parameters ({counts})"
+    logger.info("%-11s %s, %s, weights in %s", "model", what, cost, str(model.dtype).removeprefix("torch."))

@@ -6,19 +6,16 @@ learned. It reserves the chat tokens before any training, so that no later stage
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import Problem, UserError
-from pipeline.files import write_folder
-from pipeline.files.bounded import TOO_LONG, exceeds, longest
+from pipeline.files.bounded import TOO_LONG, exceeds
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -80,15 +77,12 @@ def train_tokenizer(
     model_max_length: int = 512,
     tools: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2).
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2) with a chat template.
 
     Args:
         texts: Documents to learn the merges from; read once.
         vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
         algorithm, model_max_length, tools: See `TokenizerArguments`.
-
-    Returns:
-        The tokenizer, with a chat template and distinct pad, bos and eos tokens.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
@@ -104,15 +98,13 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(algorithm)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(special),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -151,7 +143,7 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
     """Break the special tokens that messages spell by a space, so that only the chat template writes any.
 
     Chat templates write a conversation as one text, in which the tokenizer cannot tell them from the template's own.
-    (`apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.)
+    `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.
 
     Args:
         messages: Messages with a content, the name of a tool, or `tool_calls`, whose names and arguments are texts.
@@ -168,19 +160,10 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
     return [{**m, **{key: broken(m[key]) for key in ("content", "name", "tool_calls") if key in m}} for m in messages]
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output_dir: str) -> None:
-    """Save a tokenizer, either whole or not at all; an earlier one in `output_dir` is replaced."""
-    with write_folder(Path(output_dir)) as folder:
-        tokenizer.save_pretrained(folder)
-
-
-MANY_TOKENS = 20_000
-"""Added tokens. With more, a tokenizer is first tried, because each is compared with those before it."""
-
 MAX_RENDERED = 1 << 20
 """Characters of a short conversation after its chat template, which the caller will tokenize without limits."""
 
-_tokenizers: dict[bytes, str | None] = {}
+_verdicts: dict[bytes, str | None] = {}
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -192,27 +175,23 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     # The vocabulary, which may be large, does not matter for how long a text takes.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
-    if key not in _tokenizers:
-        _tokenizers[key] = None
+    if key not in _verdicts:
+        _verdicts[key] = None
         if fault := exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
-            _tokenizers[key] = f"tokenizing a word {fault}"
+            _verdicts[key] = f"tokenizing a word {fault}"
         elif tokenizer.chat_template and (fault := exceeds(lambda: _render(tokenizer))):
-            _tokenizers[key] = f"rendering its chat template {fault}"
-    return _tokenizers[key]
+            _verdicts[key] = f"rendering its chat template {fault}"
+    return _verdicts[key]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Render the chat template for some conversations; which of them it refuses does not matter here.
+    """Render the chat template, and return `TOO_LONG` if it makes much text of a few words.
 
-    Returns:
-        `TOO_LONG` if the template makes much text of a few words, or None.
+    Which conversations it refuses does not matter here.
     """
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hello, how may I help you?"},
-        {"role": "user", "content": "Hello " * 100},
-    ]
+    contents = {"system": "Be brief.", "user": "Hello", "assistant": "Hello, how may I help you?"}
+    turns = [{"role": role, "content": content} for role, content in contents.items()]
+    turns.append({"role": "user", "content": "Hello " * 100})
     for conversation, prompt in product((turns[1:2], turns[1:3], turns[1:], turns), (False, True)):
         try:
             text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
@@ -224,15 +203,3 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
         except Exception:  # noqa: BLE001 - templates raise anything
             continue
     return None
-
-
-def added_tokens(folder: Path) -> int:
-    """Return about how many tokens the files of a local tokenizer add to its vocabulary."""
-    count = 0
-    # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
-    for name, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
-        file = folder / name
-        if file.is_file() and file.stat().st_size >= size * MANY_TOKENS:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            count = max(count, longest(content.get("added_tokens") if name == "tokenizer.json" else content))
-    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +35,7 @@ def validate_vllm() -> str | None:
     return None
 
 
+@dataclass
 class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
@@ -41,8 +43,8 @@ class VLLMSampler:
     the model, which has no adapters, is written to a temporary one.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
     @cached_property
     def _engine(self) -> Any:
@@ -81,12 +83,11 @@ class VLLMSampler:
             )
             for _ in prompts
         ]
-        outputs = self._engine.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts], sampling_params=settings, use_tqdm=False
-        )
-        tokens = [[list(output.token_ids) for output in request.outputs] for request in outputs]
-        texts = [self.tokenizer.batch_decode(group, skip_special_tokens=True) for group in tokens]
-        return [
-            [Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in zip(*both, strict=True)]
-            for both in zip(texts, tokens, strict=True)
-        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        completions = []
+        for request in self._engine.generate(inputs, sampling_params=settings, use_tqdm=False):
+            tokens = [list(output.token_ids) for output in request.outputs]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers = zip(texts, tokens, strict=True)
+            completions.append([Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in answers])
+        return completions

@@ -22,11 +22,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shapes of all weights in a folder, by their names in the files; empty if there are none.
-
-    Raises:
-        SafetensorError, OSError: If a file cannot be read.
-    """
+    """Return the shapes of all weights in a folder, by their names in the files; empty if there are none."""
     return {name: shape for file in _weight_files(folder) for name, shape in read_shapes(file).items()}
 
 
@@ -37,8 +33,7 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
 
 
-def validate_file(file: Path) -> str | None:
-    """Return what is wrong with a safetensors file and what to do, or None."""
+def _validate_file(file: Path) -> str | None:
     if not file.exists():
         return f"does not contain {file.name}; copy the model again"
     try:
@@ -49,7 +44,7 @@ def validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Return how a local model's files differ from what a model on the meta device expects and what to do, or None.
+    """Report how a local model's files differ from what a model on the meta device expects; None if they do not.
 
     transformers would fill missing weights with random numbers and log a table.
     """
@@ -58,7 +53,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
         if any(folder.glob("*.bin")):
             return "its weights are a pickle, which may run code; save the model as safetensors"
         return f"does not contain weights ({WEIGHTS})"
-    if damaged := next(filter(None, map(validate_file, files)), None):
+    if damaged := next(filter(None, map(_validate_file, files)), None):
         return damaged
     # Compare the shapes of the weights whose names both sides know.
     shapes = stored_shapes(folder)
@@ -71,15 +66,16 @@ def validate_files(folder: Path, model: Any) -> str | None:
         # Quantized files pack several weights into one number.
         held, expected = sum(map(math.prod, shapes.values())), model.num_parameters()
         if held < expected / 2 and not hasattr(model.config, "quantization_config"):
-            return (
-                f"its weight files hold {held:,} of the {expected:,} weights of its config.json; copy the model again"
-            )
+            counts = f"{held:,} of the {expected:,} weights of its config.json"
+            return f"its weight files hold {counts}; copy the model again"
         return None
     return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
-def validate_rank(folder: Path) -> str | None:
-    """Return what is wrong with an adapter whose rank is larger than its weights; PEFT would make that many first."""
+def validate_adapter(folder: Path) -> str | None:
+    """Report an adapter whose file is damaged, or whose rank is larger than its weights: PEFT would make them first."""
+    if damaged := _validate_file(folder / ADAPTER):
+        return damaged
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     largest = max((size for shape in read_shapes(folder / ADAPTER).values() for size in shape), default=0)
     ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
@@ -105,11 +101,7 @@ class RenamedWeights:
     """A part of checkpoints (`pipeline.training.reliable`): weights whose names in the files the model does not know.
 
     transformers saves some models under older names, and its trainer would load only the weights with known ones. A
-    model is loaded again with `from_pretrained`, which knows both. Adapters, which use names of their own, and sharded
-    models are left alone.
-
-    Args:
-        trainer: A trainer that has loaded what it could.
+    model is loaded again with `from_pretrained`, which knows both. Adapters and sharded models are left alone.
     """
 
     belongs_to_model = True

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.errors import Problem, UserError
-from pipeline.models.kernels.log_probs import ForwardPass, at, over_passes
+from pipeline.models.kernels.log_probs import ForwardPass, over_passes
 
 VALUE_MODEL_FOLDER = "value_model"
 """Subfolder of a checkpoint or an output directory that contains the critic."""
@@ -148,7 +148,7 @@ def token_values(
     """
 
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
-        return (at(critic(**batch.inputs).logits, batch.before)[:, 0].float(),)
+        return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.before)[:, 0].float(),)
 
     (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
     return values

@@ -59,7 +59,7 @@ class RewardModel:
             text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
         ).to(device)
         # On an accelerator, a pass of its own costs more than the padding.
-        output = call_by_length(self.model, inputs) if device.type == "cpu" else self.model(**inputs)
+        output = call_by_length(self.model, **inputs) if device.type == "cpu" else self.model(**inputs)
         scores = output.logits[:, 0].float()
         broken = scores[~scores.isfinite()]
         if len(broken):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from pipeline.models.experts import expert_weights
 from pipeline.models.kernels.muon import Muon
 
 
@@ -76,7 +76,8 @@ def build_optimizer(
     # Tied embeddings are one parameter, under two names.
     tables = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
     # The weights of experts are stacks of matrices, with three dimensions.
-    stacks = {id(parameter) for parameter in expert_weights(model)}
+    experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
+    stacks = {id(parameter) for module in experts for parameter in module.parameters()}
     embeddings = [parameter for parameter in trained if id(parameter) in tables]
     others = [parameter for parameter in trained if id(parameter) not in tables]
     matrices = [parameter for parameter in others if parameter.ndim == 2 or id(parameter) in stacks]

@@ -74,6 +74,13 @@ def test_a_new_model_has_at_most_the_layers_with_which_it_can_be_loaded() -> Non
     assert not is_refused("num_hidden_layers", ScratchArguments, MAX_LAYERS)
 
 
+@pytest.mark.parametrize(
+    "name", [item.name for item in dataclasses.fields(ScratchArguments) if "int" in str(item.type)]
+)
+def test_a_size_of_a_new_model_is_at_least_one(name: str) -> None:
+    assert all(is_refused(name, ScratchArguments, size) for size in (0, -1))
+
+
 @pytest.mark.parametrize(("name", "value"), HALF_PRECISION)
 def test_a_precision_that_the_machine_emulates_is_refused(
     name: str, value: object, monkeypatch: pytest.MonkeyPatch

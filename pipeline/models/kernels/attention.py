@@ -11,9 +11,6 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
 
 `varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
 where it cannot do what is asked.
-
-`single` is for sampling on CPUs, where each text has one query: plain products are faster than torch's kernel then, and
-the query heads that share a key head are multiplied with it together. transformers' own would copy the keys for them.
 """
 
 from __future__ import annotations
@@ -26,32 +23,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    # torch 2.9 does not have it.
-    varlen_attn = None
-
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN, SINGLE = "blockwise", "varlen", "single"
+BLOCKWISE, VARLEN = "blockwise", "varlen"
 BLOCK = 64
 """Queries, and keys, of a block."""
 
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Attention mask of a forward pass, which the model hands to each of its layers.
-
-    Attributes:
-        keys: For each block of queries, the range of blocks of keys in which some query sees some key.
-        biases: For each block of queries, what is added to its scores, of shape (batch, 1, queries, keys).
-    """
+    """Attention mask of a forward pass: for each block of queries, the blocks of keys in which some query sees some
+    key, and what is added to their scores, of shape (batch, 1, queries, keys)."""
 
     keys: list[slice]
     biases: list[Tensor]
@@ -116,41 +103,12 @@ def blockwise_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
-def single_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Compute attention of one query for each text, with arguments and result as for `blockwise_attention`.
-
-    Args:
-        attention_mask: What is added to the scores, shape (batch, 1, 1, keys).
-        softcap: Bound of the scores, as Gemma 2 has it.
-    """
-    batch, heads, _, channels = query.shape
-    # The query heads of a key head take the place of its queries.
-    query = query.reshape(batch, key.shape[1], -1, channels)
-    scores = query @ key.mT * (channels**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).reshape(batch, 1, heads, channels), None
-
-
 @dataclass(frozen=True)
 class Documents:
     """The documents of a batch whose rows are put one after the other.
 
     Attributes:
-        bounds: Places at which they begin, then the number of tokens, of shape (documents + 1,), in int32.
+        bounds: (documents + 1,), places at which they begin, then the number of tokens, in int32.
         longest: Tokens of the longest one.
     """
 
@@ -159,12 +117,7 @@ class Documents:
 
 
 def varlen_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Any,
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
+    batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any
 ) -> Documents | Tensor | None:
     """Find the documents of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
 
@@ -172,7 +125,7 @@ def varlen_mask(
         The documents; torch's mask if there is padding or a cache, or if attention is computed in float32.
     """
     padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
-    dtype = autocast_dtype(device, dtype)
+    dtype = autocast_dtype(device, kwargs.get("dtype", torch.float32))
     cached = kwargs.get("q_offset", 0) or kwargs.get("kv_offset", 0) or q_length != kv_length
     if cached or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
@@ -196,11 +149,10 @@ def varlen_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention in each document alone, with arguments and result as for `blockwise_attention`.
+    """Compute attention in each document alone; `attention_mask` comes from `varlen_mask`, the rest is as above."""
+    # Not every release of torch has it.
+    from torch.nn.attention.varlen import varlen_attn
 
-    Args:
-        attention_mask: Result of `varlen_mask`.
-    """
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
@@ -218,70 +170,52 @@ AttentionInterface.register(BLOCKWISE, blockwise_attention)
 AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
 AttentionInterface.register(VARLEN, varlen_attention)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
-AttentionInterface.register(SINGLE, single_attention)
-AttentionMaskInterface.register(SINGLE, eager_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Use the attention that suits the machine and the model, or the requested one; log which one, and why.
-
-    Args:
-        model: The model to train, changed in place.
-        requested: `attn_implementation` of the arguments.
+    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why.
 
     Raises:
         UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
     """
-    config, choice, reason = model.config.get_text_config(), hardware.attention(), "requested"
-    if requested is None:
-        reason = "transformers' choice for this model"
-        # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask,
-        # such as sinks or soft caps.
-        fits = config._attn_implementation == "sdpa" and (choice.value != VARLEN or _fits_varlen(model))
-        if choice.value and fits:
-            fault = validate_varlen(model, hardware.accelerator()) if choice.value == VARLEN else None
-            reason = fault or choice.reason
-            if not fault:
-                model.set_attn_implementation(choice.value)
-    elif requested == "flex_attention" and hardware.accelerator() is None:
+    config, device = model.config.get_text_config(), hardware.accelerator()
+    if requested == "flex_attention" and device is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
-    else:
-        model.set_attn_implementation(requested)
+    chosen, reason = (requested, "requested") if requested else hardware.attention()
+    # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask, such as
+    # sinks or soft caps.
+    if not requested and config._attn_implementation != "sdpa":
+        chosen, reason = None, "transformers' choice for this model"
+    elif not requested and chosen == VARLEN and (fault := validate_varlen(model, device)):
+        chosen, reason = None, fault
+    if chosen:
+        model.set_attn_implementation(chosen)
     logger.info("%-11s %s (%s)", "attention", config._attn_implementation, reason)
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention cannot be used on a device, or None.
+    """Return why FlashAttention cannot compute what a model asks for on a device, or None.
 
-    Its kernels are not in every build of torch, and not for every GPU: it is tried on two documents. The model to train
-    need not be on that device yet.
+    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU. The model need not
+    be on that device yet.
     """
     config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
+    dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    drops = any(getattr(config, name, 0.0) for name in dropouts)
+    # Multi-head latent attention has values of another size than queries.
+    others = drops or hasattr(config, "v_head_dim") or windows not in (set(), {"full_attention"})
+    if others or not model._supports_flash_attn:
+        return "FlashAttention does not compute what this model asks for"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
     try:
-        # No random numbers, which training would then draw otherwise.
+        # Random numbers would change those that training draws.
         states = [torch.ones(1, heads, 12, size, **options) for heads in (config.num_attention_heads, keys, keys)]
         bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
         # Training needs the backward pass as well, which is another kernel.
         varlen_attention(model, *states, Documents(bounds, 7))[0].sum().backward()
-    except (RuntimeError, TypeError, ValueError) as error:
-        # Early releases of torch's function lack arguments, which is a TypeError.
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return f"FlashAttention fails here: {str(error).splitlines()[0]}"
     return None
-
-
-def _fits_varlen(model: PreTrainedModel) -> bool:
-    """Return whether FlashAttention computes what a model asks for: causal attention to all of a document."""
-    if varlen_attn is None:
-        return False
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
-    whole = not windows or windows == {"full_attention"}
-    dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    drops = any(getattr(config, name, 0.0) for name in dropouts)
-    # Multi-head latent attention has values of another size than queries.
-    alike = not hasattr(config, "v_head_dim")
-    return bool(model._supports_flash_attn and whole and alike and not drops and size % 8 == 0 and size <= 256)

@@ -8,21 +8,22 @@ padding), is a rectangle as wide as the longest prompt and the longest completio
     q q q | c c c c                                                 (padded to the longest row of its pass)
 
 Completions of one prompt follow it in one row. Each of them sees the prompt and itself, and its positions go on from
-the prompt's. On a CPU, rows are grouped by length into passes of about `CPU_TOKENS` tokens. None of this changes what
-is computed for a token, apart from rounding.
+the prompt's. On a CPU, rows are grouped by length. Nothing changes for a token, apart from rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -41,8 +42,7 @@ ATTENTION_COSTS = 256
 """Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
 
 
-@dataclass(frozen=True)
-class ForwardPass:
+class ForwardPass(NamedTuple):
     """Some of the texts of a batch.
 
     Attributes:
@@ -89,7 +89,7 @@ def token_log_probs(
 
     def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
         # The head is the largest matrix of a small model, and most tokens are the prompts'.
-        with head.register_forward_pre_hook(lambda _, inputs: (at(inputs[0], batch.before).unsqueeze(0),)):
+        with head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1).index_select(0, batch.before)[None],)):
             logits = model(**batch.inputs).logits[0].float()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         # With a large vocabulary, each of these takes more memory than the rest of the model.
@@ -125,7 +125,10 @@ def over_passes(
         compute: Takes a model and the layout of a forward pass; returns any number of tensors (N,), for the N tokens of
             the completions in it.
         model: The model, bare or wrapped for DDP.
-        ids: As for `forward_passes`, like `attention_mask`, `length` and `batch_size`.
+        ids: (B, L), prompts padded on the left followed by completions padded on the right.
+        attention_mask: (B, L).
+        length: Columns of the completions, which come last; less than L.
+        batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
         twice: Whether the backward pass computes each forward pass again, in place of keeping what it needs.
 
@@ -145,11 +148,6 @@ def over_passes(
     return tuple(part.new_zeros(ids.shape[0] * length).scatter(0, places, part).view(-1, length) for part in whole)
 
 
-def at(batch: Tensor, places: Tensor) -> Tensor:
-    """Return the vectors (N, D) of a batch (R, L, D) at places in its flattened first two dimensions."""
-    return batch.flatten(0, 1).index_select(0, places)
-
-
 def with_positions(model: nn.Module) -> Callable[..., Any]:
     """Return a function that calls a model, wrapped or not, with the positions of its inputs if it accepts them."""
     if not accepts_argument(model, "position_ids"):
@@ -164,43 +162,69 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
 # ---- The layout
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """A prompt and some of its completions, as token ids; `texts` says which of the batch they are."""
+    """A prompt, followed by some of its completions; lists have an entry for each token, or each of a completion.
 
-    prompt: list[int]
-    completions: list[list[int]]
-    texts: list[int]
+    Attributes:
+        size: Tokens of the prompt.
+        owners: Whose each token is: 0 stands for the prompt, 1 and up for the completions.
+        before: Where in the row the token before each token of the completions is.
+        places: As in `ForwardPass`.
+    """
 
-    def __len__(self) -> int:
-        return len(self.prompt) + sum(map(len, self.completions))
+    ids: list[int]
+    size: int
+    positions: list[int]
+    owners: list[int]
+    texts: int = 0
+    before: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+
+    def append(self, completion: list[int], place: int) -> None:
+        """Append a completion, whose tokens are from `place` on in the flattened completions of the batch."""
+        first, length = len(self.ids), len(completion)
+        self.texts += 1
+        self.ids += completion
+        self.positions += range(self.size, self.size + length)
+        self.owners += [self.texts] * length
+        # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
+        self.before += [self.size - 1, *range(first, first + length - 1)][:length]
+        self.places += range(place, place + length)
 
 
 def forward_passes(
     model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None
 ) -> list[ForwardPass]:
-    """Lay out a batch, each text in one forward pass.
-
-    Args:
-        model: The model, wrapped or not, which decides on whether completions share a row.
-        ids: (B, L), prompts padded on the left followed by completions padded on the right.
-        attention_mask: (B, L).
-        length: Columns of the completions, which come last; less than L.
-        batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
-    """
-    start = ids.shape[1] - length
-    before, after = attention_mask[:, :start].sum(1).tolist(), attention_mask[:, start:].sum(1).tolist()
-    prompts = [text[start - n : start] for text, n in zip(ids.tolist(), before, strict=True)]
-    completions = [text[start : start + n] for text, n in zip(ids.tolist(), after, strict=True)]
-    tokens = CPU_TOKENS if ids.device.type == "cpu" else None
+    """Lay out a batch, each text in one forward pass; the arguments are as for `over_passes`."""
+    on_cpu, start = ids.device.type == "cpu", ids.shape[1] - length
     # Rows differ more in length where prompts are shared, which does not pay in one pass of all of them.
-    rows = _rows(prompts, completions, shares=tokens is not None and shares_prompts(model))
-    positioned = accepts_argument(model, "position_ids")
-    dtype = next(model.parameters()).dtype
-    return [
-        _forward_pass(group, length, positioned, dtype, ids.device)
-        for group in _groups(rows, batch_size or len(ids), tokens)
-    ]
+    shares = on_cpu and shares_prompts(model)
+    by_prompt: dict[Any, list[tuple[list[int], int]]] = defaultdict(list)
+    for text, (tokens, mask) in enumerate(zip(ids.tolist(), attention_mask.tolist(), strict=True)):
+        prompt = tuple(tokens[start - sum(mask[:start]) : start])
+        completion = tokens[start : start + sum(mask[start:])]
+        by_prompt[prompt, 0 if shares else text].append((completion, text * length))
+    rows: list[Row] = []
+    for (prompt, _), completions in by_prompt.items():
+        size, row = len(prompt), None
+        for completion, place in sorted(completions, key=lambda completion: len(completion[0])):
+            # Behind others, a completion also attends to them. In a row of its own, the prompt is computed again.
+            if row is None or 2 * len(completion) * (len(row.ids) - size) > size * (size + ATTENTION_COSTS):
+                row = Row(list(prompt), size, list(range(size)), [0] * size)
+                rows.append(row)
+            row.append(completion, place)
+
+    groups: list[list[Row]] = [[]]
+    texts = batch_size or len(ids)
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        group = groups[-1]
+        fits = not on_cpu or (len(group) + 1) * len(row.ids) <= CPU_TOKENS
+        if group and not (fits and sum(other.texts for other in group) + row.texts <= texts):
+            groups.append(group := [])
+        group.append(row)
+    positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
+    return [_forward_pass(group, positioned, dtype, ids.device) for group in groups]
 
 
 def shares_prompts(model: nn.Module) -> bool:
@@ -220,86 +244,24 @@ def shares_prompts(model: nn.Module) -> bool:
     )
 
 
-def _rows(prompts: list[list[int]], completions: list[list[int]], shares: bool) -> list[Row]:
-    """Put completions behind their prompts, several behind one where that is cheaper."""
-    by_prompt: dict[tuple[int, ...] | int, list[int]] = {}
-    for text, prompt in enumerate(prompts):
-        by_prompt.setdefault(tuple(prompt) if shares else text, []).append(text)
-    rows = []
-    for texts in by_prompt.values():
-        row = None
-        for text in sorted(texts, key=lambda text: len(completions[text])):
-            alone = Row(prompts[text], [completions[text]], [text])
-            if row is not None and _cost(len(row) + len(completions[text])) <= _cost(len(row)) + _cost(len(alone)):
-                row.completions.append(completions[text])
-                row.texts.append(text)
-            else:
-                row = alone
-                rows.append(row)
-    return rows
+def _forward_pass(rows: list[Row], positioned: bool, dtype: torch.dtype, device: torch.device) -> ForwardPass:
+    """Make tensors of rows, padded to the longest of them."""
 
+    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(values) for values in lists], True, padding).to(device)
 
-def _cost(length: int) -> int:
-    """Return what a row costs, in any unit."""
-    return length * (length + ATTENTION_COSTS)
-
-
-def _groups(rows: list[Row], texts: int, tokens: int | None) -> Iterator[list[Row]]:
-    """Yield rows of similar length that make up at most so many texts and, padded, tokens."""
-    group: list[Row] = []
-    for row in sorted(rows, key=len):
-        within = tokens is None or (len(group) + 1) * len(row) <= tokens
-        if group and not (within and sum(len(other.texts) for other in group) + len(row.texts) <= texts):
-            yield group
-            group = []
-        group.append(row)
-    yield group
-
-
-def _forward_pass(
-    rows: list[Row], length: int, positioned: bool, dtype: torch.dtype, device: torch.device
-) -> ForwardPass:
-    """Lay out rows; `length` is the length of the batch's completions."""
-    width = max(map(len, rows))
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    # Whose each token is: 0 stands for the prompt, 1 and up for the completions of the row, -1 for padding.
-    owners: list[list[int]] = []
-    before: list[int] = []
-    tokens: list[int] = []
-    places: list[int] = []
-    for number, row in enumerate(rows):
-        start = number * width
-        size = len(row.prompt)
-        row_ids, row_positions, row_owners = list(row.prompt), list(range(size)), [0] * size
-        for owner, (text, completion) in enumerate(zip(row.texts, row.completions, strict=True), start=1):
-            # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
-            first = len(row_ids)
-            previous = [size - 1, *range(first, first + len(completion) - 1)][: len(completion)]
-            before += [start + place for place in previous]
-            places += [text * length + step for step in range(len(completion))]
-            tokens += completion
-            row_ids += completion
-            row_positions += range(size, size + len(completion))
-            row_owners += [owner] * len(completion)
-        ids.append(row_ids)
-        positions.append(row_positions)
-        owners.append(row_owners)
-
-    def padded(rows: list[list[int]], padding: int) -> Tensor:
-        return torch.tensor([row + [padding] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
-
-    owner_of = padded(owners, -1)
-    inputs: dict[str, Tensor | bool] = {"input_ids": padded(ids, 0), "use_cache": False}
-    if any(len(row.texts) > 1 for row in rows):
-        same = owner_of[:, None, :] == owner_of[:, :, None]
-        of_prompt = owner_of[:, None, :] == 0
+    owners = padded([row.owners for row in rows], -1)
+    inputs: dict[str, Tensor | bool] = {"input_ids": padded([row.ids for row in rows]), "use_cache": False}
+    inputs["attention_mask"] = (owners >= 0).long()
+    if any(row.texts > 1 for row in rows):
+        of_prompt, same = owners[:, None, :] == 0, owners[:, None, :] == owners[:, :, None]
         seen = (of_prompt | same).tril()
         mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         inputs["attention_mask"] = mask[:, None]
-    else:
-        inputs["attention_mask"] = (owner_of >= 0).long()
     if positioned:
-        inputs["position_ids"] = padded(positions, 0)
+        inputs["position_ids"] = padded([row.positions for row in rows])
+    before = [number * owners.shape[1] + place for number, row in enumerate(rows) for place in row.before]
+    tokens = [token for row in rows for token in row.ids[row.size :]]
+    places = [place for row in rows for place in row.places]
     of_tokens = (torch.tensor(values, dtype=torch.long, device=device) for values in (before, tokens, places))
     return ForwardPass(inputs, *of_tokens)

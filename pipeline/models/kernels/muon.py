@@ -1,14 +1,12 @@
 """Muon that orthogonalises matrices of one shape together: small matrices, one by one, do not keep the cores busy.
 
-torch's `Muon` takes the matrices one by one, and refuses stacks of matrices. Here the gradients of a step are sorted
-into stacks by their shape. For a block of width 64 with an inner width of 192 and 4 experts:
+Here the gradients of a step are sorted into stacks by their shape, and each stack is orthogonalised by a few
+Newton-Schulz iterations. For a block of width 64 with an inner width of 192 and 4 experts:
 
     q, k, v, o        (64, 64)   x 4    one stack of 4
     gate, up          (192, 64)  x 2    transposed, since products of the short side are cheaper
     down              (64, 192)         one stack of 3 with the two above
     experts' weights  (4, 64, 192)      a stack already, added to the last one
-
-Each stack is orthogonalised by a few Newton-Schulz iterations. State and updates are torch's.
 """
 
 from __future__ import annotations
@@ -28,12 +26,7 @@ NUMBERS_AT_ONCE = 2**22
 
 
 class Muon(torch.optim.Muon):
-    """torch's `Muon`, orthogonalising matrices of one shape together; the state and the updates are the same.
-
-    Args:
-        params: Matrices and stacks of matrices (the experts of a layer), which torch refuses.
-        **options: As for torch's.
-    """
+    """torch's `Muon`, with its state and its updates, also for stacks of matrices (the experts of a layer)."""
 
     def __init__(self, params: Sequence[Tensor], **options: Any) -> None:
         super().__init__([param for param in params if param.ndim == 2], **options)
@@ -73,10 +66,7 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
     """Replace the singular values of matrices by numbers near 1, with Newton-Schulz iterations.
 
     They need few digits: torch's `Muon` always takes bfloat16, which is 25 times slower than float32 if it is emulated.
-
-    Args:
-        matrices: Shape (matrices, rows, columns), with at least as many columns as rows.
-        coefficients, steps, eps: As for `torch.optim.Muon`.
+    The shape is (matrices, rows, columns), with at least as many columns as rows; all else as for `torch.optim.Muon`.
     """
     a, b, c = coefficients
     x = matrices.to(hardware.fast_dtype())

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -36,8 +36,7 @@ TRANSFORMATIONS = (
 def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
     """Make a model that TRL's `SFTTrainer` trains on a CPU project only positions with labels.
 
-    Args:
-        model: Changed in place, before training; left alone if it does more to the logits than projecting.
+    A model that does more to the logits than projecting is left alone.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config = model.config.get_text_config()
@@ -49,37 +48,30 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
     def forward_labelled(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or labels.numel() * config.vocab_size > LOGITS:
             return forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        return labelled_log_probs(model, labels, *args, **kwargs)
+        hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+        return labelled_log_probs(model.get_output_embeddings(), hidden, labels)
 
     replace_forward(model, forward_labelled)
 
 
-def labelled_log_probs(model: PreTrainedModel, labels: Tensor, *args: Any, **kwargs: Any) -> FusedCausalLMOutput:
+def labelled_log_probs(head: nn.Module, hidden: Tensor, labels: Tensor) -> FusedCausalLMOutput:
     """Return what TRL's fused head returns for `SFTTrainer`.
 
     Args:
-        labels: Shape (batch, length), not shifted; -100 for tokens without a loss.
-        *args, **kwargs: Inputs of its backbone.
+        hidden: (batch, length, width), what the output layer `head` projects.
+        labels: (batch, length), not shifted; -100 for tokens without a loss.
     """
     # A position predicts the token after it.
-    hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
-    labels = labels[:, 1:]
+    hidden, labels = hidden[:, :-1], labels[:, 1:]
     mask = labels != -100
     places = mask.flatten().nonzero().squeeze(1)
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
+    logits = head(hidden.flatten(0, 1).index_select(0, places)).float()
     targets = labels.flatten()[places].unsqueeze(1)
     all_log_probs = logits.log_softmax(-1)
     # TRL logs entropy and accuracy, and has no gradients through them.
     with torch.no_grad():
         entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
         is_top1 = logits.argmax(-1, keepdim=True) == targets
-
-    def placed(scores: Tensor) -> Tensor:
-        return scores.new_zeros(mask.shape).masked_scatter(mask, scores)
-
-    return FusedCausalLMOutput(
-        log_probs=placed(all_log_probs.gather(-1, targets)),
-        entropy=placed(entropy),
-        is_top1=placed(is_top1),
-        label_mask=mask,
-    )
+    scores = {"log_probs": all_log_probs.gather(-1, targets), "entropy": entropy, "is_top1": is_top1}
+    placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
+    return FusedCausalLMOutput(**placed, label_mask=mask)

@@ -9,16 +9,13 @@ samples follow the same distribution. With two prompts, the first of which is sa
     . . a b c    ->   . . a b c            d        END                 d END
                       . . a b c            e        f        END        e f END
     p q r s t    ->   p q r s t            u        v        w          u v w
-
-Prompts are padded on the left. Rows whose completion has ended leave the batch, and the cache with it, as soon as they
-are an eighth of it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,54 +23,24 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from pipeline.models.kernels.attention import BLOCKWISE, SINGLE, autocast_dtype
+from pipeline.files import as_list
+from pipeline.models.kernels.attention import BLOCKWISE, autocast_dtype
 
-PROCESSORS: dict[str, tuple[Any, Any]] = {
-    "repetition_penalty": (RepetitionPenaltyLogitsProcessor, 1.0),
-    "suppress_tokens": (SuppressTokensLogitsProcessor, None),
-    "temperature": (TemperatureLogitsWarper, 1.0),
-    "top_k": (TopKLogitsWarper, 0),
-    "top_p": (TopPLogitsWarper, 1.0),
-    "min_p": (MinPLogitsWarper, 0.0),
-}
-"""Settings that change logits, in the order in which `model.generate` applies them, and the value that is neutral."""
-
-ALSO_WHEN_GREEDY = ("repetition_penalty", "suppress_tokens")
-
-OTHER_SETTINGS = (
-    "do_sample", "max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "disable_compile"
+SETTINGS = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens", "max_new_tokens",
+    "max_length", "eos_token_id", "pad_token_id", "bos_token_id", "disable_compile",
 )  # fmt: skip
-"""Settings that `sample` honours as well, or that cannot change what it returns."""
-
+"""Settings that `sample` honours, or that cannot change what it returns."""
 
 GENERATE = GenerationMixin.generate
 """The method that `sample` stands in for, as it is before anything replaces it."""
 
 
-def unsupported_settings(
-    config: GenerationConfig, supported: Sequence[str] = (*PROCESSORS, *OTHER_SETTINGS)
-) -> dict[str, Any]:
-    """Return the settings, with their values, that `model.generate` honours and `sample` does not.
-
-    Args:
-        config: The settings of a model or of a trainer.
-        supported: Names of settings to ignore.
-    """
+def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SETTINGS) -> dict[str, Any]:
+    """Return the settings other than `supported`, with their values, that change what `model.generate` does."""
     defaults = config._get_default_generation_params()
     known = (*supported, "transformers_version", "_from_model_config")
     saved = {name: value for name, value in config.to_diff_dict().items() if name not in known and value}
@@ -82,9 +49,7 @@ def unsupported_settings(
 
 def overrides_generate(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
-    bare = _unwrap(extract_model_from_parallel(model, keep_torch_compile=False))
-    own = any("generate" in vars(module) for module in (model, bare))
-    return own or getattr(type(bare), "generate", GENERATE) is not GENERATE
+    return "generate" in vars(model) or getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
@@ -99,7 +64,7 @@ def sample(
     config: GenerationConfig,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """Complete each prompt once, all of them in one batch.
+    """Complete each prompt once, all of them in one batch. Return the ids, with the end of the turn if there is one.
 
     Equal prompts are encoded once. Under autocast, weights are cast for each forward pass unless the caller has entered
     it before: it then keeps a copy of them until the caller leaves it.
@@ -107,16 +72,13 @@ def sample(
     Args:
         model: A causal language model in evaluation mode, on its device.
         prompts: Token ids, at least one each.
-        config: `max_new_tokens`, `eos_token_id` (one or several, or None), `do_sample` and the settings of
-            `PROCESSORS`. Others have no effect (`unsupported_settings`), and what is unset is off.
+        config: The settings, of `SETTINGS` alone (`unsupported_settings`); what is unset is off.
         generator: Random numbers, one for each token. Default: the global ones of the model's device.
-
-    Returns:
-        The ids of each completion, including the end-of-turn token if the model generated one.
     """
     device, limit = model.device, config.max_new_tokens
-    ends = torch.tensor(as_token_ids(config.eos_token_id), dtype=torch.long, device=device)
-    process = logits_processors(config, device)
+    # No token equals -1, if none ends a completion.
+    stops = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
+    ends = torch.tensor(stops, dtype=torch.long, device=device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
     width = max(map(len, distinct))
@@ -124,7 +86,13 @@ def sample(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
-    cache, room = _cache(model)
+    # What changes the logits, as `model.generate` does it.
+    process = _unwrap(model)._get_logits_processor(config, width, device=device)
+    cache, room = DynamicCache(config=model.config), 1
+    # Only these models know caches that have room.
+    if _unwrap(model)._can_compile_fullgraph:
+        room = GrowingLayer.room
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -133,8 +101,10 @@ def sample(
         logits: Tensor = model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
         return logits
 
-    # Encode each distinct prompt once, then give every completion a row of its own.
-    with _contiguous_head(model):
+    # Encode each distinct prompt once, then give every completion a row of its own. With frozen weights, torch would
+    # multiply the last place of each text by a copy of the head: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB.
+    head = _unwrap(model).get_output_embeddings() or nn.Identity()
+    with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
         logits = last_logits(ids, mask, positions)
     rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     cache.reorder_cache(rows)
@@ -168,25 +138,6 @@ def sample(
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
 
 
-def as_token_ids(tokens: int | Sequence[int] | None) -> list[int]:
-    """Return token ids as a list. Configurations contain one, several or None."""
-    if tokens is None:
-        return []
-    return [tokens] if isinstance(tokens, int) else list(tokens)
-
-
-def logits_processors(config: GenerationConfig, device: torch.device) -> LogitsProcessorList:
-    """Return what changes the logits under the settings of `PROCESSORS`, as `model.generate` applies it."""
-    processors = LogitsProcessorList()
-    for name, (kind, neutral) in PROCESSORS.items():
-        value = getattr(config, name)
-        if value is None or value == neutral or not (config.do_sample or name in ALSO_WHEN_GREEDY):
-            continue
-        on_device = {"device": device} if "device" in inspect.signature(kind).parameters else {}
-        processors.append(kind(value, **on_device))
-    return processors
-
-
 def _unwrap(model: nn.Module) -> Any:
     """Return the model itself, where it is wrapped for several processes or for an adapter."""
     model = extract_model_from_parallel(model)
@@ -195,30 +146,21 @@ def _unwrap(model: nn.Module) -> Any:
 
 @contextmanager
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute attention by plain products while each text has a single query."""
+    """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query.
+
+    They would copy the keys that several query heads share.
+    """
     model = _unwrap(model)
-    kept = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
+    kept, heads = config._attn_implementation, config.num_attention_heads
     if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
         yield
         return
-    model.set_attn_implementation(SINGLE)
+    model.set_attn_implementation("eager" if getattr(config, "num_key_value_heads", heads) == heads else "sdpa")
     try:
         yield
     finally:
         model.set_attn_implementation(kept)
-
-
-def _contiguous_head(model: nn.Module) -> AbstractContextManager[Any]:
-    """Copy, in a block, what goes into the head, which is the last place of each text, out of the hidden states.
-
-    With weights that are not trained, torch multiplies each text of a slice by itself, on a CPU with a copy of the
-    weights for each: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB, and 300 times the seconds.
-    """
-    head = _unwrap(model).get_output_embeddings()
-    if head is None:
-        return nullcontext()
-    # As a context manager, a hook is removed at the end.
-    return head.register_forward_pre_hook(lambda _, inputs: tuple(states.contiguous() for states in inputs))
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -234,28 +176,11 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.searchsorted(cumulative, share * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-# ---- The cache
-
-
-def _cache(model: nn.Module) -> tuple[DynamicCache, int]:
-    """Return an empty cache, and the multiple of tokens that its memory grows by."""
-    cache = DynamicCache(config=model.config)
-    # Only these models know caches that have room.
-    if not _unwrap(model)._can_compile_fullgraph:
-        return cache, 1
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache, GrowingLayer.room
-
-
 class GrowingLayer(DynamicLayer):
     """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token.
 
-    With 5 tokens in use, the 16 columns of the memory are
-
-        k k k k k . . . . . . . . . . .
-
-    Attention gets all of them, as from a static cache, and the mask hides those that are not in use: kernels that need
-    contiguous inputs would otherwise copy the used part for each token.
+    Attention gets the room as well, as from a static cache, and the mask hides it: kernels that need contiguous inputs
+    would otherwise copy the used part for each token.
     """
 
     keys: Tensor
@@ -263,7 +188,6 @@ class GrowingLayer(DynamicLayer):
 
     room = 16
     """Number of tokens that the memory grows by."""
-
     length = 0
     """Tokens in use."""
 
@@ -278,20 +202,19 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
         # Rotary embeddings leave keys in float32 under autocast, which would cast all of them again for each token.
-        new = tuple(x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
+        keys, values = (x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
         start = self.length
-        self.length = stop = start + key_states.shape[-2]
-        if start == 0 or stop > self.keys.shape[-2]:
-            size = round_up(stop, self.room)
-            grown = [states.new_zeros(*states.shape[:-2], size, states.shape[-1]) for states in new]
-            if start > 0:
-                for memory, states in zip(grown, (self.keys, self.values), strict=True):
-                    memory[..., :start, :] = states[..., :start, :]
-            self.keys, self.values = grown
-            self.device, self.is_initialized = key_states.device, True
-        for memory, states in zip((self.keys, self.values), new, strict=True):
-            memory[..., start:stop, :] = states
-        return (self.keys, self.values) if start > 0 else new
+        self.length = stop = start + keys.shape[-2]
+        size = round_up(stop, self.room)
+        if start == 0:
+            self.keys, self.values = (pad(states, (0, 0, 0, size - stop)) for states in (keys, values))
+            self.device, self.is_initialized = keys.device, True
+            return keys, values
+        if (missing := size - self.keys.shape[-2]) > 0:
+            self.keys, self.values = (pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
+        self.keys[..., start:stop, :] = keys
+        self.values[..., start:stop, :] = values
+        return self.keys, self.values
 
 
 def round_up(length: int, multiple: int) -> int:
