@@ -30,21 +30,22 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
-from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed
-from pipeline.files import as_list, lock, read_json
-from pipeline.runner import trash
-from pipeline.runner.console import RunConsole, is_live, say, show_checks
+from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect
+from pipeline.files import as_list, check_directory, lock, read_json
+from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, launch_options, shards
+from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.processes import push_finished, run
-from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
+from pipeline.runner.recipe import Plan, check_of_recipe, read_plan
 from pipeline.runner.records import RunRecord, measured_seconds, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
+from pipeline.runner.trash import TRASH, clear
 from pipeline.runner.warm import WarmProcess
 from pipeline.stages import SMOKE, STAGES
 
@@ -98,9 +99,20 @@ def main(args: argparse.Namespace) -> int:
     args.began = time.monotonic()
     with show_checks(args):
         _check(args)
-    print(show_fetched(args.recipe), end="", flush=True)
-    # With --seeds, the run of one seed is resumed by the command for all of them.
-    args.resume = resume_command(args)
+    print(show_fetched(args.recipe), end="")
+
+    # The command that resumes, without --from and --force, which would repeat finished steps. With --seeds, the run of
+    # one seed is resumed by the command for all of them.
+    words = ["run", str(args.recipe)]
+    for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
+        if (value := getattr(args, name)) not in (None, ""):
+            words += [f"--{name}", *map(str, as_list(value))]
+    args.resume = as_typed(*words, *(["--smoke"] if args.smoke else []))
+    # The arguments of `accelerate launch` itself, and what starts it on several machines.
+    args.launch = ["--config_file", launch_file(args)]
+    args.launch += ["--num_processes", str(args.num_processes)] if args.num_processes else []
+    args.launcher = shlex.split(args.launcher)
+
     alone = args.num_processes in (None, 1) and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     # The warm process imports the libraries while this one checks the steps.
@@ -124,85 +136,74 @@ def _check(args: argparse.Namespace) -> None:
     problems = []
     if args.num_processes is not None and args.num_processes < 1:
         problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
-    if problem := check_launch_file(launch_file(args), named=args.config_file is not None):
-        problems.append(problem)
+    problems.append(check_launch_file(launch_file(args), named=args.config_file is not None))
     if args.output_dir is None and is_fetched(args.recipe):
         run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
-        if problem := check_of_recipe(run_dir, args.recipe):
-            problems.append(problem)
+        problems.append(check_of_recipe(run_dir, args.recipe))
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:
             problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
         elif seeds.count(seed) > 1:
             problems.append(Problem(option, seed, "is repeated; name each seed once"))
-    if problems:
-        raise UserError(*problems)
+    if found := list(filter(None, problems)):
+        raise UserError(*found)
 
 
 def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
     run_dir = whole.run_dir
+    # With --from, the runs of new seeds share the steps before that one with the run itself, which must be able to go
+    # on from there. The run's own seed shares all but the report, which is over one run.
+    since: dict[int, Step] = {}
+    if args.start is not None:
+        first = find_step(whole.steps, args.start, "--from")
+        new = [seed for seed in args.seeds if not (run_dir / f"seed{seed}" / "run.json").exists()]
+        since = {seed: whole.steps[-1] if seed == whole.seed else first for seed in new}
+    if since and not args.dry_run:
+        _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": run_dir}))
+        for seed, step in since.items():
+            share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
+
     problems: list[Problem] = []
     # Every seed is checked before the first one runs.
     runs = []
-    sharing = _share(whole, args) if args.start is not None else {}
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
-        own.start = None if seed in sharing else args.start
-        try:
+        own.start = None if seed in since else args.start
+        with collect(problems):
             runs.append((own, *_prepare(own)))
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(*problems)
 
     arguments = ("report", str(run_dir), "--seeds", *map(str, args.seeds))
     report = Step(REPORT, "report", arguments, output=run_dir / "report")
+    command = shlex.join(report.command(()))
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
     if args.dry_run:
         for own, plan, decided in runs:
             print(f"seed {own.seed}, in {plan.run_dir}:")
             # What a new seed shares with the run is not there yet.
-            since = sharing.get(own.seed, plan.steps[0].name)
-            first = [step.name for step in plan.steps].index(since)
-            _show([(step, decision) for step, decision in decided if step in plan.steps[first:]], own)
+            names = [step.name for step in plan.steps]
+            own_steps = names[names.index(since[own.seed].name) :] if own.seed in since else names
+            _show([(step, decision) for step, decision in decided if step.name in own_steps], own)
         if is_reported:
-            print(f"run the report over the seeds\n    {_command_line(report, args)}")
+            print(f"run the report over the seeds\n    {command}")
         return 0
     with lock(run_dir / "run.lock", orphans_only=True) as descriptors:
         for own, plan, _ in runs:
             if not is_live(args):
-                say(f"seed {own.seed}, in {plan.run_dir}:")
+                print(f"seed {own.seed}, in {plan.run_dir}:")
             if code := _run(plan, own):
-                say(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
+                print(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
                 return code
         if not is_reported:
             return 0
-        say(f"$ {_command_line(report, args)}")
+        print(f"$ {command}")
         code, received, _ = run(report.executable(()), os.environ, descriptors, warm=args.warm)
         return 128 + int(received) if received is not None else exit_code(code)
-
-
-def _share(plan: Plan, args: argparse.Namespace) -> dict[int, str]:
-    """Give the runs of new seeds the steps of the run itself. Return these seeds, and what they run first themselves.
-
-    That is the step that `--from` names. The run's own seed shares all but the report, which is over one run.
-
-    Raises:
-        UserError: If the run itself could not go on from there.
-    """
-    new = [seed for seed in args.seeds if not (plan.run_dir / f"seed{seed}" / "run.json").exists()]
-    first = find_step(plan.steps, args.start, "--from")
-    since = {seed: plan.steps[-1] if seed == plan.seed else first for seed in new}
-    if new and not args.dry_run:
-        _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": plan.run_dir}))
-        for seed, step in since.items():
-            steps = plan.steps[: plan.steps.index(step)]
-            share_steps(steps, plan.run_dir, plan.run_dir / f"seed{seed}", step.name)
-    return {seed: step.name for seed, step in since.items()}
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
@@ -212,41 +213,40 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
         UserError: With what a step that is due would refuse.
     """
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
-    if not args.dry_run and (problems := check_writable(plan)):
-        raise UserError(*problems)
+    written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
+    # A directory that cannot be made makes all others in it impossible.
+    for folders in ([plan.run_dir], written) if not args.dry_run else ():
+        if problems := list(filter(None, map(check_directory, folders))):
+            raise UserError(*problems)
     record = RunRecord.read(plan.run_dir)
     if since := record.content.get("since"):
         shared = read_plan(args.recipe, args.output_dir, None, args.smoke).steps
         first = [step.name for step in shared].index(since)
         plan = replace(plan, steps=shared[:first] + plan.steps[first:])
     decided = _decide(plan, record, args)
+
     due = [step for step, decision in decided if decision.action != "skip"]
+    if not due:
+        return plan, decided
+    names, steps, processes = [step.name for step in due], plan.steps, count_processes(args)
     with show_checks(args):
-        problems = _check_steps(plan, [step.name for step in due], args) if due else []
-        if shards(file := launch_file(args)):
-            remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
-            sharded = [step for step in due if step.stage.has_critic]
-            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
+        if args.smoke:
+            # The steps are checked as the recipe sets them: the settings of a smoke run would hide mistakes. But it
+            # neither reports nor pushes anything.
+            quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in steps}
+            whole = read_plan(args.recipe, plan.run_dir, args.seed).steps
+            steps = tuple(replace(step, values={**step.values, **quiet[step.name]}) for step in whole)
+        problems = check_steps(steps, names, processes)
+        # A smoke run may have fewer processes than the run that it is for.
+        if problems and args.smoke and not all(check_steps(steps, names, number) for number in ALSO_TRIED):
+            problems = []
+    if shards(file := launch_file(args)):
+        remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
+        sharded = [step for step in due if step.stage.has_critic]
+        problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
     if problems:
         raise UserError(*problems)
     return plan, decided
-
-
-def _check_steps(plan: Plan, due: Sequence[str], args: argparse.Namespace) -> list[Problem]:
-    """Check the steps as the recipe sets them, also before a smoke run, whose own settings would hide mistakes.
-
-    A smoke run may have fewer processes than the run that it is for.
-    """
-    processes = count_processes(args)
-    if not args.smoke:
-        return check_steps(plan.steps, due, processes)
-    whole = read_plan(args.recipe, plan.run_dir, args.seed)
-    # It neither reports nor pushes anything.
-    quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in plan.steps}
-    steps = [replace(step, values={**step.values, **quiet[step.name]}) for step in whole.steps]
-    tried = (check_steps(steps, due, number) for number in (processes, *ALSO_TRIED))
-    first = next(tried)
-    return first if first and all(tried) else []
 
 
 def _show(decided: Decided, args: argparse.Namespace) -> None:
@@ -256,9 +256,9 @@ def _show(decided: Decided, args: argparse.Namespace) -> None:
         print(f"{'run' if decision.action == 'start' else decision.action} {step.name}: {decision.reason}")
         for path in decision.replaced:
             kept = ", without its checkpoints" if decision.action == "continue" else ""
-            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {trash.TRASH}{kept}")
+            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {TRASH}{kept}")
         if decision.action != "skip":
-            print(f"    {_command_line(step, args)}")
+            print(f"    {shlex.join(step.command(args.launch, args.launcher))}")
             due += 1
     print(f"{due} of {len(decided)} steps would run; nothing was written")
 
@@ -273,27 +273,26 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         todo = _decide(plan, record, args)
         measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
-        if args.seeds is not None:
-            seed += f" of {', '.join(map(str, args.seeds))}"
+        seed += f" of {', '.join(map(str, args.seeds))}" if args.seeds is not None else ""
         state = RunState(plan.run_dir, plan.steps, todo, measured, args.smoke)
-        replaced = trash.new_trash(plan.run_dir)
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        replaced = plan.run_dir / TRASH / now
         if args.seed not in (None, before) and any(decision.replaced for _, decision in todo):
             other = "another seed" if before is None else f"seed {before}"
             apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
-            say(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
+            print(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
         with RunConsole(title, state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
-        say(f"what was there before is in {replaced}; delete that when it is no longer needed")
+        print(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         # What people do with a run that has finished: look at it, and talk with its model.
         chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
         after = [as_typed("app", plan.run_dir), *(as_typed("chat", plan.run_dir / name) for name in chats[-1:])]
-        for line in conclusion(report):
-            say(line)
-        say(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
+        print(*conclusion(report), sep="\n")
+        print(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
     return code
 
 
@@ -369,21 +368,17 @@ def _run_all(
         console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}{skipped}")
         if skipped:
             continue
-        if decision.deletes:
-            cleared = trash.delete(decision.replaced)
-        elif decision.action == "continue":
-            cleared = trash.move(decision.replaced, replaced, kept="checkpoint-*")
-        else:
-            cleared = trash.move([*decision.replaced, console.log(step)] if decision.replaced else [], replaced)
-        for line in cleared:
+        kept = "checkpoint-*" if decision.action == "continue" else ""
+        log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
+        for line in clear([*decision.replaced, *log], None if decision.deletes else replaced, kept):
             console.event(line)
 
-        command = _command_line(step, args)
+        command = shlex.join(step.command(args.launch, args.launcher))
         console.event(f"$ {command}")
         record.start(step, decision.action, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
-            executable = step.executable(launch_options(args), shlex.split(args.launcher))
+            executable = step.executable(args.launch, args.launcher)
             code, received, peak = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
         code = exit_code(code)
@@ -410,18 +405,3 @@ def _run_all(
             console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
     console.conclude()
     return push_finished((step for step, _ in todo), record, descriptors, args.warm)
-
-
-def _command_line(step: Step, args: argparse.Namespace) -> str:
-    """Return the command of a step as typed in a shell."""
-    return shlex.join(step.command(launch_options(args), shlex.split(args.launcher)))
-
-
-def resume_command(args: argparse.Namespace) -> str:
-    """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
-    command = ["run", str(args.recipe)]
-    for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
-        value = getattr(args, name)
-        if value not in (None, ""):
-            command += [f"--{name}", *map(str, as_list(value))]
-    return as_typed(*command, *(["--smoke"] if args.smoke else []))

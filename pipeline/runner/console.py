@@ -19,7 +19,7 @@ from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
@@ -73,10 +73,8 @@ class RunConsole:
         self.title, self.state = title, state
         self._is_verbose = args.verbose
         self._began = args.began
-        # When the running step's progress was printed last, and up to which quarter.
-        self._printed = (0.0, 0)
-        # A step that resumes appends to its log; its own part begins here.
-        self._log_begin = 0
+        # When the running step's progress was printed last, and up to which quarter; where its part of the log begins.
+        self._printed, self._log_begin = (0.0, 0), 0
         self._console = Console(highlight=False)
         live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
         self._live = live if is_live(args) else None
@@ -101,7 +99,7 @@ class RunConsole:
     def event(self, line: str) -> None:
         """Print an event that the live view shows by itself."""
         if self._live is None:
-            say(line)
+            print(line)
 
     def log(self, step: Step) -> Path:
         """Return the file to which everything goes that the step prints."""
@@ -162,7 +160,7 @@ class RunConsole:
                 of_step, of_run = self.state.seconds_left()
                 shown += [f"{duration(of_step)} left"] if of_step is not None else []
                 shown += [f"{duration(of_run)} left of the run"] if of_run is not None else []
-                say(f"    {', '.join(shown)}")
+                print(f"    {', '.join(shown)}")
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
@@ -175,7 +173,7 @@ class RunConsole:
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
 
-        If a step failed, the last lines of its output are shown as well, and where all of it is.
+        If it failed, print the last lines of its output as well, and where all of it is.
         """
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
@@ -183,40 +181,35 @@ class RunConsole:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
-            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr, flush=True)
+            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr)
         whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
-        for message in [*messages, *whole]:
-            say(message)
+        print(*messages, *whole, sep="\n")
 
     def conclude(self) -> None:
         """End the view of a run that went through, and print the key figures of its stages."""
         self.close()
         if not self.state.taken:
-            say("nothing to do: all steps had finished")
+            print("nothing to do: all steps had finished")
             return
         # A row for each measured stage, and a column for each of their main metrics.
         judged_by = {name: self.state.metric(name) for name in self.state.kinds}
         metrics = list(dict.fromkeys(filter(None, judged_by.values())))
         values = {(name, metric): self.state.value(name, metric) for name in judged_by for metric in metrics}
         metrics = [metric for metric in metrics if any(values[name, metric] for name in judged_by)]
-        table = Table("", box=None, pad_edge=False, header_style="")
-        for metric in metrics:
-            table.add_column(metric_info(metric).label, justify="right")
+        columns = (Column(metric_info(metric).label, justify="right") for metric in metrics)
+        table = Table("", *columns, box=None, pad_edge=False, header_style="")
         for name, own in judged_by.items():
             if any(values[name, metric] for metric in metrics):
                 styles = ["bold" if metric == own and self._live else "" for metric in metrics]
                 table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
         if table.row_count:
             self._console.print("", table, "", sep="\n")
-        say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
+        print(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
 
     def _view(self) -> RenderableType:
         """Return what the live view shows now."""
-        stages = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        stages.add_column(width=1)
-        stages.add_column(no_wrap=True)
-        stages.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        stages.add_column(justify="right", no_wrap=True)
+        columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
+        stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
             mark, style = MARKS[stage.status]
             stages.add_row(Text(mark, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
@@ -240,16 +233,16 @@ class RunConsole:
             return Text(stage.figure), Text("kept", "dim")
         if stage.status != "running":
             reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-            return Text("; ".join(filter(None, reached))), Text(stage.took, "dim")
+            took = [duration(stage.seconds)] if stage.seconds or not stage.measuring else []
+            took += [f"{duration(stage.measuring)} to measure"] if stage.measuring else []
+            return Text("; ".join(filter(None, reached))), Text(", ".join(took), "dim")
 
         left = self.state.seconds_left()[0]
         done, total = progress.facts.get("done", 0), progress.facts.get("total")
         if not total and left:
             # A step that reports nothing is shown by the time that it took before.
             done, total = progress.elapsed, progress.elapsed + left
-        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
+        line = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
         line.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
         return line, Text(f"{duration(left)} left" if left else duration(progress.elapsed))
 
@@ -257,8 +250,3 @@ class RunConsole:
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:
     """Show in a live view that the steps are being checked, which takes seconds."""
     return Console().status(f"Checking the steps of {args.recipe}") if is_live(args) else contextlib.nullcontext()
-
-
-def say(line: str) -> None:
-    """Print a line and flush it, so that a log file is up to date."""
-    print(line, flush=True)

@@ -81,21 +81,20 @@ def run(
         # A signal may come between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
-        code, peak = process.wait() if isinstance(process, Fork) else _wait(process)
+        if isinstance(process, Fork):
+            code, peak = process.wait()
+        else:
+            try:
+                code, peak = wait_measured(process.pid)
+                process.returncode = code
+            except ChildProcessError:
+                # A signal that came as the process ended made `Popen.send_signal` collect its code.
+                code, peak = process.wait(), 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     stopped = next((number for number in before if code == 128 + number), None)
     return code, received[0] if received else stopped, peak
-
-
-def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    """Wait until a process has ended. Return its code and its peak memory in bytes, 0 if it is not known."""
-    # A signal that comes as the process ends makes `Popen.send_signal` collect its code.
-    with contextlib.suppress(ChildProcessError):
-        process.returncode, peak = wait_measured(process.pid)
-        return process.returncode, peak
-    return process.wait(), 0
 
 
 def push_finished(
@@ -109,7 +108,7 @@ def push_finished(
     for step in steps:
         if record.is_pushed(step):
             continue
-        print(f"$ {as_typed(*step.push)}", flush=True)
+        print(f"$ {as_typed(*step.push)}")
         # The token and the environment that the step itself was given, unless this process has others.
         own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
         own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}

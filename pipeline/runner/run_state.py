@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any, Literal
 from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
-from pipeline.progress import duration
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
@@ -30,10 +28,8 @@ class Stage:
     """A step of the recipe and, if it writes a model, the evaluation after it.
 
     Attributes:
-        name: Name of the step.
-        note: Why it is due; "" if it has never run.
-        seconds: Time that its step took in this run.
-        measuring: Time that its evaluation took.
+        note: Why the step is due; "" if it has never run.
+        seconds, measuring: Time that the step and its evaluation took in this run.
         figure: What it has reached, once it is measured.
         lost: The rows that it cut or dropped.
     """
@@ -46,23 +42,15 @@ class Stage:
     figure: str = ""
     lost: str = ""
 
-    @property
-    def took(self) -> str:
-        """Its time for people: of its step, and of its evaluation."""
-        measured = f"{duration(self.measuring)} to measure" if self.measuring else ""
-        return ", ".join(filter(None, [duration(self.seconds) if self.seconds or not measured else "", measured]))
-
 
 @dataclass
 class Progress:
-    """What the running step has reported, and when.
+    """What the running step has reported, and when, by `time.monotonic`.
 
     Attributes:
-        began: When the step began, by `time.monotonic`, as all times here.
         facts: The last value of each fact, see `pipeline.progress`.
         begin: Units that were done at the first report.
-        first: When the next units were reported, and how many; until then, models are compiled.
-        last: The same of the last ones.
+        first, last: When the next units, before which models are compiled, and the last ones were reported; how many.
     """
 
     began: float = 0.0
@@ -124,8 +112,7 @@ class RunState:
     Attributes:
         kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
         stages: The stages that this command goes through, by the names of their directories.
-        running: The step that is running.
-        progress: What it has reported.
+        running, progress: The step that is running, and what it has reported.
         taken: Seconds of the steps that have finished, by name.
     """
 
@@ -137,8 +124,7 @@ class RunState:
         measured: Mapping[str, float],
         is_smoke: bool = False,
     ) -> None:
-        self.run_dir = run_dir
-        self.is_smoke = is_smoke
+        self.run_dir, self.is_smoke = run_dir, is_smoke
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
         # Evaluations of later stages may be left from an earlier run with other settings.
@@ -234,13 +220,12 @@ class RunState:
 
     def value(self, stage: str, metric: str, rows: bool = True) -> str:
         """Return a metric of a stage as text, with the number of `rows` if they are few; "" if it is not there."""
-        content = read_json(self.run_dir / "evaluations" / f"{stage}.json")
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            found = content["metrics"][metric]
-            number = found.get("n", FEW_ROWS)
-            few = f" (n = {number})" if rows and number < FEW_ROWS and not self.is_smoke else ""
-            return f"{found['value']:.{metric_info(metric).digits}f}{few}"
-        return ""
+        found = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {}).get(metric)
+        if not found:
+            return ""
+        number = found.get("n", FEW_ROWS)
+        few = f" (n = {number})" if rows and number < FEW_ROWS and not self.is_smoke else ""
+        return f"{found['value']:.{metric_info(metric).digits}f}{few}"
 
     def metric(self, stage: str) -> str:
         """Return the main metric of a stage, or "" if it is not evaluated."""
@@ -254,15 +239,11 @@ class RunState:
         own = self.value(stage, metric) if metric else ""
         if not own:
             return ""
-        # A second pretraining is for comparison: no stage starts from it, and it starts from random weights.
-        pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
-        skipped = pretrained if stage in pretrained else pretrained[1:]
         names = list(self.kinds)
-        # Two reward models are separate: neither was trained from the other.
-        earlier = names[: names.index(stage)] if STAGES[self.kinds[stage]].generates else []
-        # Several stages may start from the same one. The first starts from random weights, which no setting names.
-        named = [name for name in earlier if name in self._needs.get(stage, ())]
-        before = [self.value(name, metric, rows=False) for name in named or earlier if name not in skipped]
+        # Several stages may start from the same one. Random weights, and a model of the Hub, are named by no setting.
+        named = [name for name in names if name in self._needs.get(stage, ())] or names[: names.index(stage)][:1]
+        # A reward model is not compared with what it starts from, which gives no rewards.
+        before = [self.value(name, metric, rows=False) for name in named if STAGES[self.kinds[stage]].generates]
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
         return f"{label[:1].lower()}{label[1:]} {shown}"

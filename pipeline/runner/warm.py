@@ -5,7 +5,7 @@ once and forks for each step. The fork takes over the environment and the output
 the step's module as `python -m` would.
 
     runner                           warm process                       step
-    WarmProcess.fork  -- request -->  serve: os.fork()  ------------->  runs the module, writes to the runner's
+    WarmProcess.fork  -- request -->  main: os.fork()  -------------->  runs the module, writes to the runner's
                       <-- pid, handle --                                descriptors and holds its locks
     Fork.send_signal  ------------------------------------------------> SIGINT, SIGTERM
     Fork.wait    <-- code and memory --  wait4  <---------------------  ends
@@ -20,19 +20,20 @@ a KeyboardInterrupt, and is forked from a server that goes on even if there are 
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
 import os
 import runpy
 import select
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import recv_handle, send_handle
 from pkgutil import resolve_name
+from typing import Any
 
 from pipeline import safe_path
 from pipeline.errors import RunStopped, signal_with_parent
@@ -63,18 +64,10 @@ PRELOADED = (
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
 
-MAX_DESCRIPTORS = 16
-"""File descriptors that a step takes over at most."""
-
-
 class Fork:
-    """A step that was forked from the warm process, with the methods of `subprocess.Popen` that the runner uses.
+    """A step that was forked from the warm process, with the methods of `subprocess.Popen` that the runner uses."""
 
-    Attributes:
-        pid: Its process id.
-    """
-
-    def __init__(self, pid: int, handle: int, channel: socket.socket) -> None:
+    def __init__(self, pid: int, handle: int, channel: Connection) -> None:
         self.pid = pid
         self._handle = handle
         self._channel = channel
@@ -89,10 +82,9 @@ class Fork:
         If the warm process dies, the kernel sends its step SIGTERM; the code is then -SIGTERM, whatever the step did,
         and the memory 0.
         """
-        ended = _receive(self._channel)
+        code, peak = _receive(self._channel) or (-signal.SIGTERM, 0)
         select.select([self._handle], [], [])
         os.close(self._handle)
-        code, peak = map(int, ended.split() or (-signal.SIGTERM, 0))
         return code, peak
 
 
@@ -104,7 +96,7 @@ class WarmProcess:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno()), *PRELOADED],
@@ -140,24 +132,21 @@ class WarmProcess:
         if list(command[:2]) != [sys.executable, "-m"]:
             return None
         if self._is_ready is None:
-            self._is_ready = bool(_receive(self._channel))
+            self._is_ready = _receive(self._channel) is not None
         if not self._is_ready:
             return None
-        streams = (1, 2) if output is None else (output, output)
-        # A message on the socket would be too short for some environments.
-        with tempfile.TemporaryFile("w+") as request:
-            json.dump([command[2:], dict(environment)], request)
-            request.flush()
-            try:
-                socket.send_fds(self._channel, [b"fork"], [request.fileno(), *streams, *descriptors])
-            except OSError:
-                # The warm process has ended since the last step.
-                self._is_ready = False
-                return None
-        pid, handles, *_ = socket.recv_fds(self._channel, 32, 1)
-        if not pid:
+        inherited = (*((1, 2) if output is None else (output, output)), *descriptors)
+        try:
+            self._channel.send((command[2:], dict(environment), len(inherited)))
+            for descriptor in inherited:
+                send_handle(self._channel, descriptor, None)
+        except OSError:
+            # The warm process has ended since the last step.
+            self._is_ready = False
+            return None
+        if (pid := _receive(self._channel)) is None:
             raise RunStopped("The process that steps are forked from has died; run the command again.")
-        return Fork(int(pid), handles[0], self._channel)
+        return Fork(pid, recv_handle(self._channel), self._channel)
 
 
 def wait_measured(pid: int) -> tuple[int, int]:
@@ -170,55 +159,15 @@ def wait_measured(pid: int) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _receive(channel: socket.socket) -> bytes:
-    """Return the next message, or nothing if the other side has ended."""
-    try:
-        return channel.recv(32)
-    except ConnectionError:
-        return b""
-
-
-def serve(channel: socket.socket) -> list[str]:
-    """Fork once for each request. Returns in the fork, with the module of the step and its arguments."""
-    channel.send(b"ready")
-    parent = os.getpid()
-    signal_step = signal_with_parent(signal.SIGTERM)
-    while True:
-        message, descriptors, *_ = socket.recv_fds(channel, 32, MAX_DESCRIPTORS)
-        if not message:
-            sys.exit()
-        pid = os.fork()
-        if pid == 0:
-            break
-        # The locks among them would otherwise outlive the step.
-        for descriptor in descriptors:
-            os.close(descriptor)
-        handle = os.pidfd_open(pid)
-        socket.send_fds(channel, [b"%d" % pid], [handle])
-        os.close(handle)
-        channel.send(b"%d %d" % wait_measured(pid))
-
-    # This is the fork.
-    channel.close()
-    os.setpgid(0, 0)
-    signal_step()
-    # If the warm process died before the kernel was asked to signal that, nobody else will.
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-    request, out, err, *_ = descriptors
-    for source, target in ((out, 1), (err, 2)):
-        os.dup2(source, target)
-        os.close(source)
-    with open(request) as file:
-        file.seek(0)
-        command, environment = json.load(file)
-    os.environ.clear()
-    os.environ.update(environment)
-    return list(command)
+def _receive(channel: Connection) -> Any:
+    """Return the next message, or None if the other side has ended."""
+    with contextlib.suppress(EOFError, OSError):
+        return channel.recv()
+    return None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Import `argv[1:]`, then fork a step for each request on the socket `argv[0]`, and run it."""
+    """Import `argv[1:]`, then fork for each request on the channel `argv[0]`; the fork runs the module of the step."""
     # The runner may have been started with these signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -234,7 +183,39 @@ def main(argv: Sequence[str]) -> int:
     # Collections in the forks do not touch, and thereby copy, what was imported.
     gc.collect()
     gc.freeze()
-    module, *arguments = serve(socket.socket(fileno=int(argv[0])))
+
+    channel, parent = Connection(int(argv[0])), os.getpid()
+    signal_step = signal_with_parent(signal.SIGTERM)
+    channel.send("ready")
+    while request := _receive(channel):
+        (module, *arguments), environment, number = request
+        descriptors = [recv_handle(channel) for _ in range(number)]
+        pid = os.fork()
+        if pid == 0:
+            break
+        # The locks among them would otherwise outlive the step.
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.send(pid)
+        handle = os.pidfd_open(pid)
+        send_handle(channel, handle, None)
+        os.close(handle)
+        channel.send(wait_measured(pid))
+    else:
+        return 0
+
+    # This is the fork.
+    channel.close()
+    os.setpgid(0, 0)
+    signal_step()
+    # If the warm process died before the kernel was asked to signal that, nobody else will.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+    for source, target in zip(descriptors, (1, 2), strict=False):
+        os.dup2(source, target)
+        os.close(source)
+    os.environ.clear()
+    os.environ.update(environment)
     gc.enable()
     if module == launcher.__name__:
         return launcher.main(arguments, forked=True)

@@ -300,8 +300,13 @@ def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() ->
 
 
 STEPS = [
-    Step(name, kind, (), Path("runs/r", name))
-    for name, kind in (("0_random", "random"), ("1_pretrain", "pretrain"), ("2_sft", "sft"), ("3_ppo", "ppo"))
+    Step(name, kind, (), Path("runs/r", name), needs=needs)
+    for name, kind, needs in (
+        ("0_random", "random", ()),
+        ("1_pretrain", "pretrain", ()),
+        ("2_sft", "sft", ("1_pretrain",)),
+        ("3_ppo", "ppo", ("2_sft",)),
+    )
 ]
 TODO = [(step, Decision("start", "has not run yet", "")) for step in STEPS]
 
