@@ -40,7 +40,7 @@ from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
 from pipeline.runner.preflight import check_steps
-from pipeline.runner.processes import push_finished, run
+from pipeline.runner.processes import run
 from pipeline.runner.recipe import Plan, check_of_recipe, read_plan
 from pipeline.runner.records import RunRecord, measured_seconds, share_steps
 from pipeline.runner.run_state import RunState
@@ -362,7 +362,8 @@ def _run_all(
     args: argparse.Namespace,
     descriptors: Sequence[int],
 ) -> int:
-    """Run the steps of `todo` that are due, and push them. Return the exit code."""
+    """Run the steps of `todo` that are due. Return the exit code."""
+    unpushed = []
     for position, (step, decision) in enumerate(todo, start=1):
         skipped = ", skipped" if decision.action == "skip" else ""
         console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}{skipped}")
@@ -382,9 +383,9 @@ def _run_all(
             code, received, peak = run(executable, os.environ | variables, descriptors, output, args.warm)
         seconds = time.monotonic() - started
         code = exit_code(code)
-        # A step whose push failed is complete: it is pushed again at the end, and not trained again.
+        # A step whose push failed is complete, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
-        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost", ()))
+        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
 
         if received is not None:
             stopped = f"{step.name} was stopped by {received.name}"
@@ -399,9 +400,9 @@ def _run_all(
             console.stop(step, seconds, code or 1, failed, f"to go on from there: {args.resume}")
             return code or 1
         console.finish(step, seconds)
-        if code == 0 and step.push:
-            record.set_pushed(step)
-        elif code:
-            console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
+        if code:
+            unpushed.append(f"{step.name} was not pushed to the Hub; {console.log(step)} ends with what to do")
     console.conclude()
-    return push_finished((step for step, _ in todo), record, descriptors, args.warm)
+    for line in unpushed:
+        print(line)
+    return EXIT_PUSH_FAILED if unpushed else 0

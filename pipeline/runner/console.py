@@ -23,14 +23,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
-from pipeline.evaluation.metric_info import metric_info
 from pipeline.progress import VARIABLE, duration
 from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
-PROGRESS_SECONDS = 10
-"""Without a live view, progress is printed at each quarter of a step, but not more often than this."""
 MAX_COLUMNS = 100
 """Width of the live view, and of a command in a log, at most; the whole command is in the log of its step."""
 LAST_LINES = 20
@@ -73,8 +70,8 @@ class RunConsole:
         self.title, self.state = title, state
         self._is_verbose = args.verbose
         self._began = args.began
-        # When the running step's progress was printed last, and up to which quarter; where its part of the log begins.
-        self._printed, self._log_begin = (0.0, 0), 0
+        # A step that resumes appends to its log; its own part begins here.
+        self._log_begin = 0
         self._console = Console(highlight=False)
         live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
         self._live = live if is_live(args) else None
@@ -116,7 +113,6 @@ class RunConsole:
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
         self.state.start(step)
-        self._printed = time.monotonic(), 0
         with (
             log.open("ab" if resumes else "wb", buffering=0) as output,
             log.open(encoding="utf-8", errors="replace") as printed,
@@ -147,20 +143,10 @@ class RunConsole:
             # The last line may be half written.
             with contextlib.suppress(ValueError, TypeError, LookupError):
                 self.state.progress.update(json.loads(line))
-        facts = self.state.progress.facts
         if self._is_verbose:
             print(printed.read(), end="", flush=True)
         elif self._live is not None:
             self._live.refresh()
-        elif facts.get("total"):
-            now, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
-            if self._printed[1] < quarter < 4 and now - self._printed[0] >= PROGRESS_SECONDS:
-                self._printed = now, quarter
-                shown = self.state.doing.split("  ")
-                of_step, of_run = self.state.seconds_left()
-                shown += [f"{duration(of_step)} left"] if of_step is not None else []
-                shown += [f"{duration(of_run)} left of the run"] if of_run is not None else []
-                print(f"    {', '.join(shown)}")
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
@@ -186,24 +172,11 @@ class RunConsole:
         print(*messages, *whole, sep="\n")
 
     def conclude(self) -> None:
-        """End the view of a run that went through, and print the key figures of its stages."""
+        """End the view of a run that went through."""
         self.close()
         if not self.state.taken:
             print("nothing to do: all steps had finished")
             return
-        # A row for each measured stage, and a column for each of their main metrics.
-        judged_by = {name: self.state.metric(name) for name in self.state.kinds}
-        metrics = list(dict.fromkeys(filter(None, judged_by.values())))
-        values = {(name, metric): self.state.value(name, metric) for name in judged_by for metric in metrics}
-        metrics = [metric for metric in metrics if any(values[name, metric] for name in judged_by)]
-        columns = (Column(metric_info(metric).label, justify="right") for metric in metrics)
-        table = Table("", *columns, box=None, pad_edge=False, header_style="")
-        for name, own in judged_by.items():
-            if any(values[name, metric] for metric in metrics):
-                styles = ["bold" if metric == own and self._live else "" for metric in metrics]
-                table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
-        if table.row_count:
-            self._console.print("", table, "", sep="\n")
         print(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
 
     def _view(self) -> RenderableType:

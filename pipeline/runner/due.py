@@ -138,14 +138,10 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
             effective.pop("lengths", None)
     elif step.stage.measured:
         effective = {name: pair for name, pair in changed.items() if has_effect(name, now)}
-    if effective and step.stage.module:
-        effective = _without_defaults(step, effective, before, now)
-    return effective, {name: pair for name, pair in changed.items() if name not in effective}
+    if not (effective and step.stage.module):
+        return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
-
-def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the `changed` fields that still differ once defaults and types are known."""
-    # These imports take seconds.
+    # What still differs once defaults and types are known. These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments
@@ -157,7 +153,7 @@ def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], n
     # An untrained model reads few of the fields in the file that it shares with pretraining.
     if step.stage.file_of:
         read = {*FIELDS_OF_UNTRAINED, *(item.name for item in dataclasses.fields(ScratchArguments))}
-        changed = {name: pair for name, pair in changed.items() if name in read}
+        effective = {name: pair for name, pair in effective.items() if name in read}
 
     def resolve(name: str, values: Mapping[str, Any]) -> Any:
         # The step itself reports a value of a wrong type.
@@ -168,4 +164,5 @@ def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], n
     # Training records in its directory what it ran with.
     earlier = {**defaults, **read_json(step.output / RECORD), **before}
     present = {**defaults, **machine, **now}
-    return {name: pair for name, pair in changed.items() if resolve(name, earlier) != resolve(name, present)}
+    effective = {name: pair for name, pair in effective.items() if resolve(name, earlier) != resolve(name, present)}
+    return effective, {name: pair for name, pair in changed.items() if name not in effective}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -86,10 +86,12 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
 
     from pipeline.config.parser import check_values
     from pipeline.models.checks import check_lengths
+    from pipeline.models.loading import load_config, user_error_for
+    from pipeline.models.scratch import ScratchArguments, build_empty
     from pipeline.training.checks import preflight
     from pipeline.training.inputs import check_weights
 
-    types = step.argument_types
+    types, home = step.argument_types, Path(step.values["output_dir"]).parent
     built, problems = check_values(step.values, types, processes) if types else ([], [])
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     rewarded = next((item for item in built if hasattr(item, "preflight")), None)
@@ -99,11 +101,27 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
         problems += resolve_name(step.stage.check)(step.values)
     if rewarded is not None and rewards:
         problems += rewarded.preflight(training, None, None, early=True)
-    for item in built:
-        problems += _check_inputs(step, item)
-    config = None
+
+    # Each model and data set is named and, if it is a path, exists or is made by the run.
+    for item, name in ((item, name) for item in built for name in (*READ, "chat_template_path") if hasattr(item, name)):
+        given = as_list(getattr(item, name))
+        if name in REQUIRED and not all(given or [None]):
+            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
+        for path in filter(None, given):
+            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
+            if is_missing and not Path(path).is_relative_to(home):
+                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
+
+    # The configuration of the model that is trained or read; None if it is on the Hub, or not known.
+    scratch = next((item for item in built if isinstance(item, ScratchArguments)), None)
+    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
+    config = made.get(name)
     with collect(problems):
-        config = _find_config(step, built, made)
+        if scratch is not None:
+            config = build_empty(scratch, VOCABULARY).config
+        elif config is None and name and Path(name).is_dir() and not Path(name).is_relative_to(home):
+            with user_error_for("model_name_or_path", name):
+                config = load_config(name)
     if config is None:
         return problems
     if step.stage.measured:
@@ -117,42 +135,7 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     return problems
 
 
-def _find_config(step: Step, built: Sequence[Any], made: Mapping[str, Any]) -> Any:
-    """Return the configuration of the model that a step trains or reads; None if it is on the Hub, or not known.
-
-    Raises:
-        UserError: If its folder is not the folder of a model.
-    """
-    from pipeline.models.loading import load_config, user_error_for
-    from pipeline.models.scratch import ScratchArguments, build_empty
-
-    for item in built:
-        if isinstance(item, ScratchArguments):
-            return build_empty(item, VOCABULARY).config
-    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
-    home = Path(step.values["output_dir"]).parent
-    if not name or name in made or Path(name).is_relative_to(home) or not Path(name).is_dir():
-        return made.get(name)
-    with user_error_for("model_name_or_path", name):
-        return load_config(name)
-
-
 def _context(config: Any) -> int | None:
     """Return the context of a model in tokens, if it has a limit."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
-
-
-def _check_inputs(step: Step, item: Any) -> list[Problem]:
-    """Check that each model and data set is named and, if it is a path, exists or is made by the run."""
-    problems = []
-    home = Path(step.values["output_dir"]).parent
-    for name in (*READ, "chat_template_path"):
-        given = as_list(getattr(item, name, None))
-        if name in REQUIRED and hasattr(item, name) and not all(given or [None]):
-            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
-        for path in filter(None, given):
-            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
-            if is_missing and not Path(path).is_relative_to(home):
-                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
-    return problems

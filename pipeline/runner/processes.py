@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import psutil
 
 from pipeline import safe_path
-from pipeline.errors import EXIT_PUSH_FAILED, as_typed, leave_closed_terminal, signal_with_parent, stop_signals
-from pipeline.runner.records import RunRecord
-from pipeline.runner.steps import Step
+from pipeline.errors import leave_closed_terminal, signal_with_parent, stop_signals
 from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess, wait_measured
 
 
@@ -39,9 +36,8 @@ def run(
         warm: Process from which the command is forked, if that is possible; by default it is a new process.
 
     Returns:
-        The child's return code, as `subprocess` defines it; the first signal that the runner received, or by which the
-        child says that it was stopped: a cluster signals what a launcher has started; None without a signal; and the
-        peak memory in bytes, as `wait_measured` defines it; 0 if it is not known.
+        The child's return code and peak memory in bytes, as `wait_measured` defines them, and between them the first
+        signal that the runner received, or with whose code the child ended: a cluster signals what it has launched.
     """
     # The handler below stays in place until the child has ended, however often a signal comes.
     received: list[signal.Signals] = []
@@ -95,29 +91,3 @@ def run(
             signal.signal(number, handler)
     stopped = next((number for number in before if code == 128 + number), None)
     return code, received[0] if received else stopped, peak
-
-
-def push_finished(
-    steps: Iterable[Step], record: RunRecord, descriptors: Sequence[int], warm: WarmProcess | None = None
-) -> int:
-    """Push the finished steps whose settings ask for that, and that were not pushed yet.
-
-    `descriptors` and `warm` are as for `run`. Return 0; 3 if a push failed; 128 + n after signal n.
-    """
-    result = 0
-    for step in steps:
-        if record.is_pushed(step):
-            continue
-        print(f"$ {as_typed(*step.push)}")
-        # The token and the environment that the step itself was given, unless this process has others.
-        own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
-        own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}
-        command = [sys.executable, "-m", "pipeline", *step.push]
-        code, received, _ = run(command, own | os.environ, descriptors, warm=warm)
-        if received is not None:
-            return 128 + int(received)
-        if code == 0:
-            record.set_pushed(step)
-        else:
-            result = EXIT_PUSH_FAILED
-    return result

@@ -39,7 +39,6 @@ class RunRecord:
     - `seconds`, over all its parts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
-    - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
 
     Its `since` names the first step of its own, if it shares the steps before it with the run around it.
     """
@@ -98,24 +97,13 @@ class RunRecord:
         }
         self.update()
 
-    def stop(
-        self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    def stop(self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: object = ()) -> None:
         """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped."""
         entry = self.steps[step.name]
-        entry |= {"lost": list(lost)} if lost else {}
+        entry |= {"lost": lost} if lost else {}
         entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
-        self.update()
-
-    def is_pushed(self, step: Step) -> bool:
-        """Return whether no push is due: it was pushed as its settings ask, or they do not ask, or it is unfinished."""
-        return not self.is_finished(step.name) or self.steps[step.name].get("pushed", []) == list(step.push)
-
-    def set_pushed(self, step: Step) -> None:
-        """Record that a finished step was pushed."""
-        self.steps[step.name]["pushed"] = list(step.push)
         self.update()
 
 

@@ -14,15 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.config.command_line import read_command_line
-from pipeline.config.fields import argument_types, field_types, unknown_field
+from pipeline.config.fields import argument_types, field_types
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES
 from pipeline.stages.kinds import StageKind
 
 REPORT = "report"
-LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
-"""Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +66,6 @@ class Step:
         """Whether the product exists; a model needs its configuration and its weights."""
         return holds_model(self.output) if self.stage.measured else self.product.exists()
 
-    @property
-    def push(self) -> tuple[str, ...]:
-        """Arguments of `fourstage` that push what it wrote; empty if its settings do not ask for that."""
-        # An untrained model shares the file of pretraining, and with it the settings of that push.
-        if self.stage.file_of or not self.values.get("push_to_hub"):
-            return ()
-        name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
-        options = ["--revision", str(revision)] if revision else []
-        options += ["--private"] if self.values.get("hub_private_repo") else []
-        return ("push", str(self.output), "--repo_id", str(name or self.output.name), *options)
-
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the command that a user would type.
 
@@ -123,22 +110,13 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
     Raises:
         UserError: If no step knows an option, or a value is of the wrong type.
     """
-    if not words:
-        return list(steps)
-    changed, problems, known, unknown = [], [], set(), []
-    for step in steps:
-        hints = field_types(*step.argument_types)
-        values, found = read_command_line(words, step.argument_types)
-        changed.append(dataclasses.replace(step, values={**step.values, **values}))
-        problems += [problem for problem in found if problem.field in hints]
-        unknown.append({problem.field: problem for problem in found if problem.field not in hints})
-        known |= set(hints)
-    for name, problem in unknown[0].items():
-        if all(name in others for others in unknown):
-            problems.append(unknown_field(name, problem.value, known) if name.isidentifier() else problem)
+    types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
+    given, problems = read_command_line(words, list(types))
     if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return changed
+        raise UserError(*problems)
+    known = [field_types(*step.argument_types) for step in steps]
+    values = [{name: given[name] for name in hints if name in given} for hints in known]
+    return [dataclasses.replace(step, values={**step.values, **v}) for step, v in zip(steps, values, strict=True)]
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +128,10 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
         own = values.get(name)
-        is_limit = name.startswith("max_") or name in LIMITS
-        # `True` is an int, but not a limit. 0 and -1 mean that there is none.
-        is_lower = isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < limit
-        if not (is_limit and is_lower):
+        # A recipe's own size or number of rows is kept if it is lower; 0 and -1 mean that there is no limit.
+        is_lower = isinstance(own, int | float) and 0 < own < limit
+        # The batch must be divisible by the answers to a prompt.
+        if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
     if stage.samples and stage.measured:
         # TRL refuses a configuration with both of these fields.

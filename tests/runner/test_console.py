@@ -10,7 +10,6 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -33,14 +32,6 @@ from tests.stand_in_run import end, start
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-DRIVER = """
-import sys
-from pipeline.__main__ import main
-from tests.stand_in_run import replace_steps
-replace_steps()
-sys.exit(main(["run", "recipe", *sys.argv[1:]]))
-"""
-"""A run in a new process, with stand-ins for its steps."""
 STAGES = ("0_data", "0_random", "1_pretrain", "2_sft")
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "TERM")}
 CLEAN["PYTHONIOENCODING"] = "utf-8"
@@ -256,16 +247,6 @@ def test_where_the_view_is_live(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert not is_live(args)
-
-
-def test_a_pipe_gets_a_line_for_each_quarter_of_a_step() -> None:
-    configure("2_sft", reports=40)
-    command = [sys.executable, "-c", DRIVER]
-    out = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False).stdout
-    done = [int(found) for found in re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)]
-    quarters = [4 * shown // 40 for shown in done]
-    assert len(quarters) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
-    assert "\r" not in out and "\x1b" not in out
 
 
 def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None:

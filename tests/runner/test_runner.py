@@ -291,6 +291,14 @@ def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run
     assert "3_reward" not in times()
 
 
+def test_a_step_whose_push_failed_is_complete_and_the_code_of_the_run_says_so(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=3)
+    code, out, _ = run()
+    assert code == 3 and times()["3_reward"] == 1
+    assert out.splitlines()[-1] == "2_sft was not pushed to the Hub; runs/r/logs/2_sft.log ends with what to do"
+    assert run()[0] == 0 and times()["2_sft"] == 1
+
+
 def test_an_interrupted_step_resumes_from_what_it_saved(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", fails=7)
     run()
