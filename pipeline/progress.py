@@ -36,11 +36,9 @@ def report_progress(**facts: Any) -> None:
 
 
 def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
-    """Warn of rows that a step cuts or drops. The runner shows them, too, and records them for the report.
+    """Warn of rows that a step cuts or drops, of all that there are. The runner records them for the report.
 
     Args:
-        rows: Their number.
-        of: The number of rows that there are.
         what: What follows these numbers, such as "pairs are dropped, because both answers are the same".
         remedy: What to do about it.
     """
@@ -51,13 +49,7 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
 
 @dataclass
 class Tally:
-    """The work that a step has done out of a total, reported as it goes on.
-
-    Attributes:
-        unit: What is counted, in the plural.
-        total: How much there is, as far as it is known; `done` never exceeds it.
-        done: How much is done.
-    """
+    """The work that a step has `done` out of a `total`, as far as that is known, in some `unit`, in the plural."""
 
     unit: str
     total: int = 0

@@ -6,18 +6,14 @@
     fourstage run recipes/pocket --seeds 0 1 2
     fourstage run recipes/pocket --smoke
 
-A finished step is skipped as long as what it depends on stays the same: its inputs, and the settings that have an
-effect on its weights. An interrupted step resumes from its last checkpoint. A step whose `max_steps` was raised goes
-on from its last checkpoint. Any other step that changed runs again, and so do all that depend on it. What they wrote
-before is moved to <run>/.trash; only `--force` deletes it.
-
-A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for each event.
-All that the steps print is in <run>/logs; `--verbose` prints it as well.
+`pipeline.runner.due` says which steps those are. What they wrote before is moved to <run>/.trash; only `--force`
+deletes it. A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for
+each event. All that the steps print is in <run>/logs; `--verbose` prints it as well.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them. If RUN is itself a run, its own report is replaced. A step that fails ends the command: the other
-seeds have the same configuration, and would often fail as well. With `--from`, the runs of new seeds share the steps
-before that one with RUN itself, where they must have finished; the run of RUN's own seed shares all of them.
+report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
+as well. With `--from`, the runs of new seeds share the steps before that one with RUN itself, where they must have
+finished; the run of RUN's own seed shares all of them.
 """
 
 from __future__ import annotations
@@ -36,6 +32,7 @@ from pathlib import Path
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect
 from pipeline.files import as_list, check_directory, lock, read_json
+from pipeline.progress import duration
 from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
@@ -89,9 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the steps that are due, or print which ones are. Return 0 or, if a step failed, its exit code.
-
-    After signal n, that is 128 + n.
+    """Run the steps that are due, or print which ones are. Return 0, a failed step's exit code, or 128 + its signal.
 
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
@@ -207,11 +202,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
-    """Read the plan of a run and decide about its steps, before anything is written.
-
-    Raises:
-        UserError: With what a step that is due would refuse.
-    """
+    """Read the plan of a run and decide about its steps; raise a `UserError` with what one that is due would refuse."""
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
     # A directory that cannot be made makes all others in it impossible.
@@ -268,19 +259,14 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     # The steps inherit the lock: if this process is killed, no other run starts before they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
-        before = record.content.get("seed")
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
         measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
         seed += f" of {', '.join(map(str, args.seeds))}" if args.seeds is not None else ""
-        state = RunState(plan.run_dir, plan.steps, todo, measured, args.smoke)
+        state = RunState(plan.run_dir, plan.steps, todo, measured)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         replaced = plan.run_dir / TRASH / now
-        if args.seed not in (None, before) and any(decision.replaced for _, decision in todo):
-            other = "another seed" if before is None else f"seed {before}"
-            apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
-            print(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
         with RunConsole(title, state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
@@ -297,15 +283,11 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
 
 
 def conclusion(report: Path) -> list[str]:
-    """Return where the report is and how many of the promised figures were kept, then what the run reached.
-
-    For each thing that did not work, that is what it is and what to do. Reports of earlier releases do not say.
-    """
+    """Return where the report is, how many promised figures were kept, what did not work and what to do about it."""
     summary = read_json(report.with_name("metrics.json"))
     promises = summary.get("promises", [])
-    broken = sum(not promise["kept"] for promise in promises)
     kept = f", all {len(promises)} promises kept" if promises else ""
-    if broken:
+    if broken := sum(not promise["kept"] for promise in promises):
         kept = f", {broken} of {len(promises)} promised figures fall short"
     lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary.get("verdict", [])]
     reached = ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
@@ -313,33 +295,26 @@ def conclusion(report: Path) -> list[str]:
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
-    """Decide what to do about each step between `--from` and `--until`, in order.
-
-    Raises:
-        UserError: If there is no such step, or the input of a chosen one is missing or out of date.
-    """
+    """Decide what to do about each step between `--from` and `--until`, whose inputs must be there and up to date."""
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
     if args.until is not None:
-        until = find_step(steps, args.until, "--until")
-        last = steps.index(until)
+        last = steps.index(find_step(steps, args.until, "--until"))
         # The evaluation of a stage follows it.
-        last += f"evaluate_{until.output.name}" in [step.name for step in steps[last + 1 : last + 2]]
+        last += any(step.name == f"evaluate_{steps[last].output.name}" for step in steps[last + 1 : last + 2])
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     chosen = steps[first : last + 1]
 
     # `--force` without names means every step from `--from` on.
     from_start = {step.name for step in steps[first:]}
-    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
-    if args.force == []:
-        forced |= from_start
+    forced = from_start if args.force == [] else {find_step(steps, name, "--force").name for name in args.force or ()}
     decisions = decide(steps, record, from_start if args.start is not None else (), forced)
     needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
     due = [step.name for step in steps[:first] if step.name in needed and decisions[step.name].action != "skip"]
-    remedy = "is needed first ({}); start there, or omit --from"
     if due:
+        remedy = "is needed first ({}); start there, or omit --from"
         raise UserError(*(Problem("--from", name, remedy.format(decisions[name].reason)) for name in due))
 
     # The report follows any other step, even with --until, as soon as one stage is measured.
@@ -402,7 +377,7 @@ def _run_all(
         console.finish(step, seconds)
         if code:
             unpushed.append(f"{step.name} was not pushed to the Hub; {console.log(step)} ends with what to do")
-    console.conclude()
-    for line in unpushed:
-        print(line)
+    console.close()
+    taken = f"{len(console.state.taken)} steps in {duration(time.monotonic() - args.began)}"
+    print(taken if console.state.taken else "nothing to do: all steps had finished", *unpushed, sep="\n")
     return EXIT_PUSH_FAILED if unpushed else 0

@@ -171,14 +171,6 @@ class RunConsole:
         whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
         print(*messages, *whole, sep="\n")
 
-    def conclude(self) -> None:
-        """End the view of a run that went through."""
-        self.close()
-        if not self.state.taken:
-            print("nothing to do: all steps had finished")
-            return
-        print(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
-
     def _view(self) -> RenderableType:
         """Return what the live view shows now."""
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))

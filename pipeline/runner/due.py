@@ -38,8 +38,7 @@ class Decision:
     """A decision about a step.
 
     Attributes:
-        action: "skip" it, "start" it from the beginning, "resume" it from what it has saved, or "continue" it from its
-            last checkpoint with more steps.
+        action: "resume" goes on from what the step has saved, "continue" from its last checkpoint with more steps.
         reason: Why, as a phrase.
         replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
         deletes: Whether that is deleted instead of moved to the trash.
@@ -54,13 +53,9 @@ class Decision:
 def decide(
     steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Decide by name what to do about each step. Moving or renaming the modules of a step does not make it due.
+    """Decide by name what to do about each step; each comes after all that it needs.
 
-    Args:
-        steps: Each after all that it needs.
-        record: What was done before.
-        again: Names of the steps that run even if they have finished.
-        forced: Names of the steps whose output is deleted.
+    The steps in `again` run even if they have finished, and so do the steps in `forced`, whose output is deleted.
     """
     decisions: dict[str, Decision] = {}
     folders = {need: folder for step in steps for need, folder in step.data.items()}

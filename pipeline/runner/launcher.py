@@ -7,9 +7,6 @@ module of this project. The runner uses
     python -m pipeline.runner.launcher --config_file accelerate_config.yaml -m recipes.sft --config FILE
 
 which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
-
-If NUM_MACHINES is above 1, it joins the launchers of the other machines: MACHINE_RANK (or SLURM_NODEID) is its place
-among them, and they meet at MASTER_ADDR and MASTER_PORT.
 """
 
 from __future__ import annotations
@@ -99,7 +96,10 @@ def shards(path: str) -> bool:
 
 
 def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the arguments of `accelerate launch` on one of several machines, or none on a single one."""
+    """Return the arguments of `accelerate launch` on one of NUM_MACHINES, or none on a single one.
+
+    MACHINE_RANK (or SLURM_NODEID) is its place among them, and their launchers meet at MASTER_ADDR and MASTER_PORT.
+    """
     number = environment.get("NUM_MACHINES", "1")
     if number == "1":
         return []
@@ -148,11 +148,7 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
 
 
 def install_exit_hook() -> None:
-    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each.
-
-    Returns:
-        None, where torch expects a rendezvous handler.
-    """
+    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each."""
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
         # The folder where it is typed may have a `recipes.py` of its own.
@@ -187,12 +183,8 @@ def _end_with_program() -> None:
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """Launch as `accelerate launch` does; `argv` are its arguments, by default the arguments of this process.
 
-    Args:
-        argv: Arguments of `accelerate launch`.
-        forked: Whether this process was forked to run the program, which it does itself if a single one is asked for.
-
-    Returns:
-        0, or 2 for a broken launch file. If the launched program fails, an error that becomes its exit code is raised.
+    A process that was `forked` to run the program becomes the program where a single one is asked for. Return 0, or 2
+    for a broken launch file. If the launched program fails, raise an error that becomes its exit code.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env

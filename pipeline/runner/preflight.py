@@ -34,16 +34,13 @@ VOCABULARY = 1 << 15
 def check_steps(
     steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
 ) -> list[Problem]:
-    """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
+    """Return values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
 
     Args:
         steps: The steps of a run, each after all that it needs. Those without a YAML file of their own are skipped.
         due: Names of the steps whose problems are reported. Default: all.
         processes: Processes of a training step.
         rewards: Whether reward functions are loaded, which may need packages.
-
-    Returns:
-        Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check

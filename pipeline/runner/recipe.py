@@ -60,9 +60,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         smoke: Whether every stage takes two steps on a miniature.
 
     Returns:
-        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of every model
-        after it (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and
-        the report.
+        The steps of the files, an untrained model before the first pretraining, the evaluation of every model after it
+        (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and the report.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.

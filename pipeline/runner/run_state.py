@@ -16,9 +16,6 @@ from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
 
-FEW_ROWS = 30
-"""Rows below which their number stands with a figure."""
-
 UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
 """A metric for which rows must say how answers are graded -> the metric to show if they do not."""
 
@@ -107,7 +104,6 @@ class RunState:
         steps: All of its steps, in order.
         todo: Those that this command goes through, and what it does about each.
         measured: Seconds of the steps in an earlier run, by name.
-        is_smoke: Whether its figures mean nothing, on however many rows.
 
     Attributes:
         kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
@@ -117,14 +113,9 @@ class RunState:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        steps: Sequence[Step],
-        todo: Sequence[tuple[Step, Decision]],
-        measured: Mapping[str, float],
-        is_smoke: bool = False,
+        self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
     ) -> None:
-        self.run_dir, self.is_smoke = run_dir, is_smoke
+        self.run_dir = run_dir
         chosen = {step.name for step, _ in todo if step.kind != "report"}
         last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
         # Evaluations of later stages may be left from an earlier run with other settings.
@@ -182,12 +173,9 @@ class RunState:
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the time that the running step and the whole run still take.
+        """Return the seconds that the running step and the whole run still take; None while nothing says.
 
-        The step's comes from what it reports. All else takes what it took before, at the speed of this run.
-
-        Returns:
-            Seconds of the step and of the run. Each is None while neither this run nor an earlier one says.
+        The step's come from what it reports. All else takes what it took before, at the speed of this run.
         """
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
@@ -218,14 +206,10 @@ class RunState:
             return "waits for people"
         return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
 
-    def value(self, stage: str, metric: str, rows: bool = True) -> str:
-        """Return a metric of a stage as text, with the number of `rows` if they are few; "" if it is not there."""
+    def value(self, stage: str, metric: str) -> str:
+        """Return a metric of a stage as text, "" if it is not there."""
         found = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {}).get(metric)
-        if not found:
-            return ""
-        number = found.get("n", FEW_ROWS)
-        few = f" (n = {number})" if rows and number < FEW_ROWS and not self.is_smoke else ""
-        return f"{found['value']:.{metric_info(metric).digits}f}{few}"
+        return f"{found['value']:.{metric_info(metric).digits}f}" if found else ""
 
     def metric(self, stage: str) -> str:
         """Return the main metric of a stage, or "" if it is not evaluated."""
@@ -243,7 +227,7 @@ class RunState:
         # Several stages may start from the same one. Random weights, and a model of the Hub, are named by no setting.
         named = [name for name in names if name in self._needs.get(stage, ())] or names[: names.index(stage)][:1]
         # A reward model is not compared with what it starts from, which gives no rewards.
-        before = [self.value(name, metric, rows=False) for name in named if STAGES[self.kinds[stage]].generates]
+        before = [self.value(name, metric) for name in named if STAGES[self.kinds[stage]].generates]
         label = metric_info(metric).label
         shown = " -> ".join([*list(filter(None, before))[-1:], own])
         return f"{label[:1].lower()}{label[1:]} {shown}"

@@ -32,7 +32,7 @@ class Step:
         kind: Key of `STAGES`, "evaluate" or "report".
         arguments: Arguments of its module.
         output: Directory that it writes.
-        leftovers: Files and directories to delete before it runs from the beginning.
+        leftovers: Files and directories to remove before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
         files: Files and folders outside of the run that it reads.
@@ -67,10 +67,7 @@ class Step:
         return holds_model(self.output) if self.stage.measured else self.product.exists()
 
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-        """Return the command that a user would type.
-
-        `launch` are the arguments of `accelerate launch` itself, which `launcher` starts on several machines.
-        """
+        """Return the command that a user types; `launcher` starts `accelerate launch` with its arguments `launch`."""
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
         entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
@@ -93,7 +90,7 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
     """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
 
     Raises:
-        UserError: If no step or several steps have this name; it names `field` and lists them.
+        UserError: If no step or several steps have this name.
     """
     wanted = Path(name).name.removesuffix(".yaml")
     # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.

@@ -1,8 +1,7 @@
 """A warm process: it has imported the libraries, and the steps of a run are forked from it.
 
 Importing torch, transformers and TRL takes longer than many a step. The runner starts this module, which imports them
-once and forks for each step. The fork takes over the environment and the output that a new process would have, and runs
-the step's module as `python -m` would.
+once and forks for each step. The fork runs the step's module as `python -m` would in a new process.
 
     runner                           warm process                       step
     WarmProcess.fork  -- request -->  main: os.fork()  -------------->  runs the module, writes to the runner's
