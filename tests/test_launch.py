@@ -76,7 +76,7 @@ def test_a_group_that_cannot_form_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as refusal:
-        launch.check_group()
+        launch.prepare_process()
     assert str(refusal.value).startswith(expected)
 
 
@@ -84,7 +84,8 @@ def test_a_group_of_one_is_left_and_a_group_of_two_is_not(monkeypatch: pytest.Mo
     for size, left in (("1", True), ("2", False)):
         monkeypatch.setenv("WORLD_SIZE", size)
         monkeypatch.setenv("RANK", "0")
-        launch.leave_group_of_one()
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        launch.prepare_process()
         assert ("RANK" not in os.environ) is left
 
 

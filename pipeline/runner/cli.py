@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that are wrong whatever the recipe says."""
-    problems = []
+    problems: list[Problem | None] = []
     if args.num_processes is not None and args.num_processes < 1:
         problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
     problems.append(check_launch_file(launch_file(args), named=args.config_file is not None))
