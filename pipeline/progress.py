@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -62,17 +61,10 @@ class Tally:
             report_progress(done=self.done, total=self.total, unit=self.unit)
 
 
-def duration(seconds: float) -> str:
-    """Format seconds for people: "48 s", "1:17" (minutes and seconds), "2:05:00"."""
-    if round(seconds) < 60:
-        return f"{max(seconds, 0):.0f} s"
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
-
-
 def time_in_words(seconds: float) -> str:
-    """Format seconds for people who read no more than the number: "9.4 s", "1 min 38 s", "2 h 5 min"."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    """Format seconds for people who read no more than the number: "9.4 s", "48 s", "1 min 38 s", "2 h 5 min"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
 from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect
 from pipeline.files import as_list, check_directory, lock, read_json
-from pipeline.progress import duration
+from pipeline.progress import time_in_words
 from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
@@ -378,6 +378,6 @@ def _run_all(
         if code:
             unpushed.append(f"{step.name} was not pushed to the Hub; {console.log(step)} ends with what to do")
     console.close()
-    taken = f"{len(console.state.taken)} steps in {duration(time.monotonic() - args.began)}"
+    taken = f"{len(console.state.taken)} steps in {time_in_words(time.monotonic() - args.began)}"
     print(taken if console.state.taken else "nothing to do: all steps had finished", *unpushed, sep="\n")
     return EXIT_PUSH_FAILED if unpushed else 0

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
-from pipeline.progress import VARIABLE, duration
+from pipeline.progress import VARIABLE, time_in_words
 from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
 
@@ -154,7 +154,7 @@ class RunConsole:
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
         reached = f"{stage.name}: {stage.figure}, " if stage.figure else ""
-        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {duration(seconds)}")
+        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
@@ -181,8 +181,8 @@ class RunConsole:
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
             left = self.state.seconds_left()[1]
-            so_far = f"{duration(time.monotonic() - self._began)} so far"
-            lines.append(Text(so_far if left is None else f"{so_far}, about {duration(left)} left"))
+            so_far = f"{time_in_words(time.monotonic() - self._began)} so far"
+            lines.append(Text(so_far if left is None else f"{so_far}, about {time_in_words(left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
             if number := self.state.progress.facts.get("stopping"):
                 notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
@@ -198,8 +198,8 @@ class RunConsole:
             return Text(stage.figure), Text("kept", "dim")
         if stage.status != "running":
             reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-            took = [duration(stage.seconds)] if stage.seconds or not stage.measuring else []
-            took += [f"{duration(stage.measuring)} to measure"] if stage.measuring else []
+            took = [time_in_words(stage.seconds)] if stage.seconds or not stage.measuring else []
+            took += [f"{time_in_words(stage.measuring)} to measure"] if stage.measuring else []
             return Text("; ".join(filter(None, reached))), Text(", ".join(took), "dim")
 
         left = self.state.seconds_left()[0]
@@ -209,7 +209,7 @@ class RunConsole:
             done, total = progress.elapsed, progress.elapsed + left
         line = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
         line.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
-        return line, Text(f"{duration(left)} left" if left else duration(progress.elapsed))
+        return line, Text(f"{time_in_words(left)} left" if left else time_in_words(progress.elapsed))
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:

@@ -110,10 +110,9 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
     remedy = "give a folder with files such as 2_sft.yaml"
     try:
         paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
-    except FileNotFoundError:
-        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}")) from None
     except OSError as error:
-        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(Problem("recipe", folder, f"{reason}; {remedy}")) from error
     if not paths:
         raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
 
@@ -184,12 +183,11 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
 
 def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
     """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
-        return None
     name, _ = split_revision(recipe.as_posix())
-    for record in (run_dir / "run.json", *run_dir.glob("seed*/run.json")):
-        if split_revision(str(read_json(record).get("recipe")))[0] == name:
-            return None
+    records = (run_dir / "run.json", *run_dir.glob("seed*/run.json"))
+    is_new = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    if is_new or any(split_revision(str(read_json(record).get("recipe")))[0] == name for record in records):
+        return None
     return Problem("output_dir", run_dir, f"is not a run of {name}, which may only write to its own; give --output_dir")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.config.weight_fields import newest_state, number_of
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import describe_folder, is_locked
-from pipeline.progress import duration
+from pipeline.progress import time_in_words
 from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord, measured_seconds
@@ -83,16 +83,16 @@ def show(run: Path) -> None:
             state = "running"
         else:
             state = "waiting" if step.stage.by_people else "cut short"
-        took = duration(entry["seconds"]) if entry.get("seconds") else ""
+        took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
         reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
         so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""
-        notes = filter(None, [reason, so_far, f"about {duration(seconds)}" if seconds else ""])
+        notes = filter(None, [reason, so_far, f"about {time_in_words(seconds)}" if seconds else ""])
         print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
 
     command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
     command += ["--smoke"] if smoke else []
     if due := [name for name, decision in decisions.items() if decision.action != "skip"]:
         done = f"{len(steps) - len(due)} of {len(steps)} steps are done"
-        print(f"{done}; the rest takes about {duration(left)}: {as_typed(*command)}")
+        print(f"{done}; the rest takes about {time_in_words(left)}: {as_typed(*command)}")
     else:
         print("all steps are done")

@@ -22,7 +22,7 @@ import pyte
 import pytest
 import yaml
 
-from pipeline.progress import VARIABLE, Tally, duration, report_progress
+from pipeline.progress import VARIABLE, Tally, report_progress, time_in_words
 from pipeline.runner.cli import conclusion
 from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
@@ -144,7 +144,7 @@ def test_a_terminal_shows_the_stages_and_nothing_is_left_over(columns: int) -> N
     assert run.end() == 0
     assert run.lines()[0] == "recipe, in runs/r"
     assert [line.split()[:2] for line in run.lines()[1:-1]] == [["✓", name] for name in STAGES]
-    assert re.fullmatch(r"4 steps in \d+ s", run.lines()[-1])
+    assert re.fullmatch(r"4 steps in [\d.]+ s", run.lines()[-1])
     assert widest(run.written) <= min(columns, MAX_COLUMNS), "a time does not stand far from its name"
     assert not run.screen.cursor.hidden
     again = terminal(columns=columns)
@@ -369,7 +369,7 @@ def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
     console._console.width = 160
     console._console.print(console._view())
     _, sft, waiting = (line.rstrip() for line in capsys.readouterr().out.splitlines())
-    assert sft.startswith("✓  2_sft") and sft.endswith("1:17, 6 s to measure") and len(sft) <= MAX_COLUMNS
+    assert sft.startswith("✓  2_sft") and sft.endswith("1 min 17 s, 6.0 s to measure") and len(sft) <= MAX_COLUMNS
     assert waiting == "⏸  3_votes  waits for 12 votes"
     state.progress.update({"done": 5, "total": 12})
     assert state.awaited == "waits for 7 more votes"
@@ -437,10 +437,10 @@ def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0.4, "0 s"), (48.2, "48 s"), (59.7, "1:00"), (77, "1:17"), (725, "12:05"), (7500, "2:05:00")],
+    [(0.4, "0.4 s"), (48.2, "48 s"), (59.7, "1 min 0 s"), (77, "1 min 17 s"), (725, "12 min 5 s"), (7500, "2 h 5 min")],
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
+    assert time_in_words(seconds) == shown
 
 
 @pytest.mark.parametrize(

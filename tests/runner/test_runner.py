@@ -115,8 +115,10 @@ def test_status_of_a_finished_run_and_after_a_change(
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in read_names()]
     configure(folder, "2_sft", num_train_epochs=5)
     *_, sft, reward, last = status(capfd)
-    assert re.match(r"2_sft +out of date +0 s +its configuration changed \(num_train_epochs: None -> 5\); about", sft)
-    assert re.match(r"3_reward +out of date +0 s +depends on 2_sft; about", reward)
+    assert re.match(
+        r"2_sft +out of date +\d\.\d s +its configuration changed \(num_train_epochs: None -> 5\); about", sft
+    )
+    assert re.match(r"3_reward +out of date +\d\.\d s +depends on 2_sft; about", reward)
     assert "3 of 5 steps are done; the rest takes about " in last
     command = last.partition(": ")[2]
     assert command == "fourstage run recipe --output_dir runs/r"
@@ -135,7 +137,7 @@ def test_status_of_a_run_that_was_cut_short(folder: Path, run: Runner, capfd: py
     (checkpoint := Path("runs/r/2_sft/checkpoint-3")).mkdir()
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 4}')
     *_, sft, reward, last = status(capfd)
-    assert re.match(r"2_sft +cut short +0 s +saved up to step 3 of 4; about", sft)
+    assert re.match(r"2_sft +cut short +\d\.\d s +saved up to step 3 of 4; about", sft)
     assert re.match(r"3_reward +not run yet +about", reward)
     assert last.endswith(": fourstage run recipe --seed 3 --output_dir runs/r")
 
