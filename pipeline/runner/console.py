@@ -24,7 +24,7 @@ from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
 from pipeline.progress import VARIABLE, time_in_words
-from pipeline.runner.run_state import RunState, Stage
+from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
@@ -172,44 +172,41 @@ class RunConsole:
         print(*messages, *whole, sep="\n")
 
     def _view(self) -> RenderableType:
-        """Return what the live view shows now."""
+        """Return what the live view shows now: a line for each stage, what it does or has reached, and a time."""
+        progress, (step_left, run_left) = self.state.progress, self.state.seconds_left()
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
         stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
+            what: RenderableType = stage.note
+            when = ""
+            if stage.status == "running":
+                done, total = progress.facts.get("done", 0), progress.facts.get("total")
+                if not total and step_left:
+                    # A step that reports nothing is shown by the time that it took before.
+                    done, total = progress.elapsed, progress.elapsed + step_left
+                what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+                what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
+                when = f"{time_in_words(step_left)} left" if step_left else time_in_words(progress.elapsed)
+            elif stage.status == "kept":
+                what, when = stage.figure, "kept"
+            elif stage.status in ("done", "stopped"):
+                reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
+                took = [time_in_words(stage.seconds)] if stage.seconds or not stage.measuring else []
+                took += [f"{time_in_words(stage.measuring)} to measure"] if stage.measuring else []
+                what, when = "; ".join(filter(None, reached)), ", ".join(took)
             mark, style = MARKS[stage.status]
-            stages.add_row(Text(mark, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
+            dim = "dim" if style == "dim" else ""
+            what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what
+            stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
-            left = self.state.seconds_left()[1]
             so_far = f"{time_in_words(time.monotonic() - self._began)} so far"
-            lines.append(Text(so_far if left is None else f"{so_far}, about {time_in_words(left)} left"))
+            lines.append(Text(so_far if run_left is None else f"{so_far}, about {time_in_words(run_left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
-            if number := self.state.progress.facts.get("stopping"):
+            if number := progress.facts.get("stopping"):
                 notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
                 lines.append(Text(notice, "yellow"))
         return Constrain(Group(*lines), MAX_COLUMNS)
-
-    def _line(self, stage: Stage) -> tuple[RenderableType, Text]:
-        """Return what is shown after the name of a stage: what it does or has reached, and a time."""
-        progress = self.state.progress
-        if stage.status in ("waiting", "for people"):
-            return Text(stage.note, "dim" if stage.status == "waiting" else ""), Text("")
-        if stage.status == "kept":
-            return Text(stage.figure), Text("kept", "dim")
-        if stage.status != "running":
-            reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-            took = [time_in_words(stage.seconds)] if stage.seconds or not stage.measuring else []
-            took += [f"{time_in_words(stage.measuring)} to measure"] if stage.measuring else []
-            return Text("; ".join(filter(None, reached))), Text(", ".join(took), "dim")
-
-        left = self.state.seconds_left()[0]
-        done, total = progress.facts.get("done", 0), progress.facts.get("total")
-        if not total and left:
-            # A step that reports nothing is shown by the time that it took before.
-            done, total = progress.elapsed, progress.elapsed + left
-        line = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
-        line.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
-        return line, Text(f"{time_in_words(left)} left" if left else time_in_words(progress.elapsed))
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:

@@ -126,7 +126,7 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, limit in stage.smoke.items():
         own = values.get(name)
         # A recipe's own size or number of rows is kept if it is lower; 0 and -1 mean that there is no limit.
-        is_lower = isinstance(own, int | float) and 0 < own < limit
+        is_lower = isinstance(own, int | float) and isinstance(limit, int | float) and 0 < own < limit
         # The batch must be divisible by the answers to a prompt.
         if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
