@@ -1,14 +1,7 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
-    fourstage run recipes/pocket
-    fourstage run recipes/pocket --until 1_pretrain
-    fourstage run recipes/pocket --seed 1 --output_dir runs/seed1
-    fourstage run recipes/pocket --seeds 0 1 2
-    fourstage run recipes/pocket --smoke
-
 `pipeline.runner.due` says which steps those are. What they wrote before is moved to <run>/.trash; only `--force`
-deletes it. A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for
-each event. All that the steps print is in <run>/logs; `--verbose` prints it as well.
+deletes it. All that the steps print is in <run>/logs.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
 report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
@@ -44,7 +37,7 @@ from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.runner.trash import TRASH, clear
 from pipeline.runner.warm import WarmProcess
-from pipeline.stages import SMOKE, STAGES
+from pipeline.stages import SMOKE
 
 QUIET = ("report_to", "push_to_hub")
 """Settings of a smoke run with which the recipe is checked before it, because they need packages and a token."""
@@ -275,8 +268,8 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         # What people do with a run that has finished: look at it, and talk with its model.
-        chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
-        after = [as_typed("app", plan.run_dir), *(as_typed("chat", plan.run_dir / name) for name in chats[-1:])]
+        models = [step for step, _ in todo if step.stage.measured and step.stage.chats and step.stage.generates]
+        after = [as_typed("app", plan.run_dir), *(as_typed("chat", step.output) for step in models[-1:])]
         print(*conclusion(report), sep="\n")
         print(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
     return code

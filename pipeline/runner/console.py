@@ -191,9 +191,7 @@ class RunConsole:
                 what, when = stage.figure, "kept"
             elif stage.status in ("done", "stopped"):
                 reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-                took = [time_in_words(stage.seconds)] if stage.seconds or not stage.measuring else []
-                took += [f"{time_in_words(stage.measuring)} to measure"] if stage.measuring else []
-                what, when = "; ".join(filter(None, reached)), ", ".join(took)
+                what, when = "; ".join(filter(None, reached)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
             dim = "dim" if style == "dim" else ""
             what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what

@@ -1,8 +1,5 @@
 """`fourstage copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
 
-    fourstage copy pocket mine
-    fourstage run mine
-
 The copy writes to runs/<name of the folder>. With it come the recipe's README and the launch file of its commands.
 """
 

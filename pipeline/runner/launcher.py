@@ -2,11 +2,8 @@
 
 Otherwise it turns every exit code into 1, and prints a traceback below the program's message. torch loads the entry
 points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the launcher starts a
-module of this project. The runner uses
-
-    python -m pipeline.runner.launcher --config_file accelerate_config.yaml -m recipes.sft --config FILE
-
-which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
+module of this project. The runner starts this module, `python -m pipeline.runner.launcher`, which takes the arguments
+of `accelerate launch`, does not need the project to be installed, and checks the launch file.
 """
 
 from __future__ import annotations

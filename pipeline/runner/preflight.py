@@ -1,12 +1,8 @@
 """Find, before the first step runs, what a later step would refuse hours from now.
 
 Each step is given the arguments that its recipe will build, for as many processes as will train it, and the
-configuration of the model that an earlier step makes:
-
-    1_pretrain    max_position_embeddings: 1024, block_size: 4096    -> block_size is above the model's context
-    4_grpo        64 completions, num_generations: 7                 -> groups of 7 do not fill 64
-
-What depends on the rows of a data set shows when the step loads them, which `--smoke` does within seconds.
+configuration of the model that an earlier step makes. What depends on the rows of a data set shows when the step loads
+them, which `--smoke` does within seconds.
 """
 
 from __future__ import annotations

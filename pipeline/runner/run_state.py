@@ -26,7 +26,7 @@ class Stage:
 
     Attributes:
         note: Why the step is due; "" if it has never run.
-        seconds, measuring: Time that the step and its evaluation took in this run.
+        seconds: Time that it took in this run.
         figure: What it has reached, once it is measured.
         lost: The rows that it cut or dropped.
     """
@@ -35,7 +35,6 @@ class Stage:
     note: str = ""
     status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
-    measuring: float = 0.0
     figure: str = ""
     lost: str = ""
 
@@ -106,7 +105,7 @@ class RunState:
         measured: Seconds of the steps in an earlier run, by name.
 
     Attributes:
-        kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
+        kinds: The kind of each measured stage.
         stages: The stages that this command goes through, by the names of their directories.
         running, progress: The step that is running, and what it has reported.
         taken: Seconds of the steps that have finished, by name.
@@ -116,16 +115,9 @@ class RunState:
         self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
     ) -> None:
         self.run_dir = run_dir
-        chosen = {step.name for step, _ in todo if step.kind != "report"}
-        last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
-        # Evaluations of later stages may be left from an earlier run with other settings.
-        self.kinds: dict[str, str] = {}
-        self._needs: dict[str, tuple[str, ...]] = {}
-        for step in steps[: last + 1]:
-            if step.name == f"evaluate_{BASE}":
-                self.kinds[BASE] = "base"
-            elif step.stage.measured:
-                self.kinds[stage_name(step)], self._needs[stage_name(step)] = step.kind, step.needs
+        self.kinds = {BASE: "base"} if f"evaluate_{BASE}" in [step.name for step in steps] else {}
+        self.kinds |= {stage_name(step): step.kind for step in steps if step.stage.measured}
+        self._needs = {stage_name(step): step.needs for step in steps if step.stage.measured}
 
         # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
@@ -155,10 +147,7 @@ class RunState:
         """Note that a step has ended after `seconds`, perhaps to wait `for_people`. Return its stage."""
         directory = stage_name(step)
         stage = self.stages[directory]
-        if step.kind == "evaluate":
-            stage.measuring += seconds
-        else:
-            stage.seconds += seconds
+        stage.seconds += seconds
         self.running = None
         if not finished:
             stage.status = "for people" if for_people else "stopped"
@@ -224,7 +213,7 @@ class RunState:
         if not own:
             return ""
         names = list(self.kinds)
-        # Several stages may start from the same one. Random weights, and a model of the Hub, are named by no setting.
+        # Several stages may start from the same one. The first ones start from random weights or a model of the Hub.
         named = [name for name in names if name in self._needs.get(stage, ())] or names[: names.index(stage)][:1]
         # A reward model is not compared with what it starts from, which gives no rewards.
         before = [self.value(name, metric) for name in named if STAGES[self.kinds[stage]].generates]

@@ -1,8 +1,6 @@
 """`fourstage status RUN`: what each step of a run has done, what is out of date and why, and what is left.
 
-    fourstage status runs/pocket
-
-Writes nothing, and looks at the recipe folder as it is now.
+It writes nothing, and looks at the recipe folder as it is now.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Forking is safe only while nothing else runs in the process. So the warm process
 threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
 The runner then starts each step as a new process, as it does on other systems than Linux.
 
-The forkserver of multiprocessing would not do: a step that it forks does not run its exit functions, ends with 1 after
-a KeyboardInterrupt, and is forked from a server that goes on even if there are threads.
+The forkserver of multiprocessing would not do: its forks do not run their exit functions, end with 1 after a
+KeyboardInterrupt, and come from a server that goes on even if there are threads.
 """
 
 from __future__ import annotations

@@ -312,7 +312,6 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     assert state.figure("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
     assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
     assert state.figure("3_ppo") == ""
-    assert list(RunState(Path("runs/r"), STEPS, TODO[:2], {}).kinds) == ["0_random", "1_pretrain"]
 
 
 def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
@@ -369,7 +368,7 @@ def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
     console._console.width = 160
     console._console.print(console._view())
     _, sft, waiting = (line.rstrip() for line in capsys.readouterr().out.splitlines())
-    assert sft.startswith("✓  2_sft") and sft.endswith("1 min 17 s, 6.0 s to measure") and len(sft) <= MAX_COLUMNS
+    assert sft.startswith("✓  2_sft") and sft.endswith("1 min 23 s") and len(sft) <= MAX_COLUMNS
     assert waiting == "⏸  3_votes  waits for 12 votes"
     state.progress.update({"done": 5, "total": 12})
     assert state.awaited == "waits for 7 more votes"
