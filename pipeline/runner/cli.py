@@ -32,10 +32,9 @@ from pipeline.runner.launcher import check_launch_file, count_processes, exit_co
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.processes import run
 from pipeline.runner.recipe import Plan, check_of_recipe, read_plan
-from pipeline.runner.records import RunRecord, measured_seconds, share_steps
+from pipeline.runner.records import TRASH, RunRecord, clear, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
-from pipeline.runner.trash import TRASH, clear
 from pipeline.runner.warm import WarmProcess
 from pipeline.stages import SMOKE
 
@@ -254,12 +253,10 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
-        measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
         seed += f" of {', '.join(map(str, args.seeds))}" if args.seeds is not None else ""
-        state = RunState(plan.run_dir, plan.steps, todo, measured)
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
-        replaced = plan.run_dir / TRASH / now
+        state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
+        replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
         with RunConsole(title, state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)

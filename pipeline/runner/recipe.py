@@ -26,8 +26,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_path, read_json, relocate, split_revision
+from pipeline.runner.records import TRASH
 from pipeline.runner.steps import REPORT, Step, smoke_overrides
-from pipeline.runner.trash import TRASH
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 from pipeline.stages.kinds import StageKind
 

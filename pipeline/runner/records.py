@@ -1,4 +1,4 @@
-"""The record of what a run has done (`run.json`): the settings and inputs of each step that was started."""
+"""The record of what a run has done (`run.json`), by step, and the trash for what a step that starts again wrote."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from pipeline.runner.steps import Step
 
 READ_WHOLE_BYTES = 64 * 2**20
 """A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
+
+TRASH = ".trash"
+"""Folder in the directory of a run; each command that moves something there makes a folder in it, named by the time."""
 
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 """Settings that are neither written to disk nor hashed."""
@@ -67,6 +71,11 @@ class RunRecord:
     def is_finished(self, name: str) -> bool:
         """Return whether the step has finished."""
         return bool(self.steps.get(name, {}).get("finished_at"))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each step that has finished, by name."""
+        return {name: entry["seconds"] for name, entry in self.steps.items() if self.is_finished(name)}
 
     def inputs(self, step: Step) -> dict[str, str]:
         """Return the `id` of each finished step that `step` needs."""
@@ -131,16 +140,38 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
 
 
-def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:
-    """Return the seconds of each step that finished in this run or else in another run of this recipe next to it."""
-    seconds: dict[str, float] = {}
-    # This run comes last, so that its own times count.
-    for path in [*sorted(run_dir.parent.glob("*/run.json")), run_dir / "run.json"]:
-        with contextlib.suppress(UserError):
-            record = RunRecord.read(path.parent)
-            if (record.content.get("recipe"), record.content.get("smoke")) == (recipe, smoke):
-                seconds |= {name: entry["seconds"] for name, entry in record.steps.items() if record.is_finished(name)}
-    return seconds
+def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
+    """Move files, and the content of directories, to the same place below `trash`, or delete them without one.
+
+    The run's record is copied there, because it says with which settings they were made. Paths that do not exist are
+    skipped. What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
+    """
+    lines = []
+    for path in filter(Path.exists, paths):
+        # The folder itself stays: it may be a link to another disk.
+        children = list(path.iterdir()) if path.is_dir() else [path]
+        if trash is None:
+            for child in children:
+                # A link goes, and what it points to stays.
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
+            lines.append(f"removed {path}")
+            continue
+        # `trash` is <run>/.trash/<time>.
+        run_dir = trash.parents[1]
+        target = trash / path.relative_to(run_dir)
+        if not trash.exists():
+            trash.mkdir(parents=True)
+            shutil.copy2(run_dir / "run.json", trash)
+        folder = target if path.is_dir() else target.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for child in children:
+            if not fnmatch(child.name, kept):
+                shutil.move(child, folder / child.name)
+        lines.append(f"moved {path} to {target}" + (f", without {kept}" if kept else ""))
+    return lines
 
 
 def recorded_values(step: Step) -> dict[str, Any]:

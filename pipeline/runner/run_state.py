@@ -102,7 +102,7 @@ class RunState:
         run_dir: Directory of the run.
         steps: All of its steps, in order.
         todo: Those that this command goes through, and what it does about each.
-        measured: Seconds of the steps in an earlier run, by name.
+        measured: Seconds that steps took before, by name.
 
     Attributes:
         kinds: The kind of each measured stage.

@@ -14,7 +14,7 @@ from pipeline.files import describe_folder, is_locked
 from pipeline.progress import time_in_words
 from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
-from pipeline.runner.records import RunRecord, measured_seconds
+from pipeline.runner.records import RunRecord
 from pipeline.stages import SMOKE
 
 
@@ -51,7 +51,7 @@ def show(run: Path) -> None:
     decisions = decide(steps, record)
 
     # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
-    measured = measured_seconds(run, str(recipe), smoke)
+    measured = record.seconds
     usual = sum(step.stage.seconds for step in steps if step.name in measured)
     speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
 
