@@ -46,9 +46,10 @@ LIBRARIES, TILE = 1.5e9, 2**27
 """Bytes of a process that are not tensors, and logits that TRL's trainers keep at once, at most."""
 ASSUMED = """
 Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
-1/3 of the longest answer, and data on this disk a token for 4 characters; sampling takes 1 ms for a position and layer,
-with vLLM 0.1 ms; critic, reference and reward models are as large as the policy; a step starts in 3 s; an evaluation
-answers 400 rows of each data set, or its limit. Not included: downloads, judges, tasks of lm-eval.
+1/3 of the longest answer, with a chat template on this disk besides, and data there a token for 4 characters;
+sampling takes 1 ms for a position and layer, with vLLM 0.1 ms; critic, reference and reward models are as large as
+the policy; a step starts in 3 s; an evaluation answers 400 rows of each data set, or its limit. Not included:
+downloads, judges, tasks of lm-eval.
 """
 
 
