@@ -30,12 +30,11 @@ from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
 from pipeline.runner.preflight import check_steps
-from pipeline.runner.processes import run
+from pipeline.runner.processes import WarmProcess, run
 from pipeline.runner.recipe import Plan, check_of_recipe, read_plan
 from pipeline.runner.records import TRASH, RunRecord, clear, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
-from pipeline.runner.warm import WarmProcess
 from pipeline.stages import SMOKE
 
 QUIET = ("report_to", "push_to_hub")
