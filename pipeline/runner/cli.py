@@ -152,9 +152,8 @@ def _run_seeds(args: argparse.Namespace) -> int:
         for seed, step in since.items():
             share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
 
-    problems: list[Problem] = []
     # Every seed is checked before the first one runs.
-    runs = []
+    runs, problems = [], list[Problem]()
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
@@ -253,7 +252,6 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
-        seed += f" of {', '.join(map(str, args.seeds))}" if args.seeds is not None else ""
         state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
         replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
@@ -324,7 +322,7 @@ def _run_all(
     replaced: Path,
     console: RunConsole,
     args: argparse.Namespace,
-    descriptors: Sequence[int],
+    locks: Sequence[int],
 ) -> int:
     """Run the steps of `todo` that are due. Return the exit code."""
     unpushed = []
@@ -344,24 +342,21 @@ def _run_all(
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
             executable = step.executable(args.launch, args.launcher)
-            code, received, peak = run(executable, os.environ | variables, descriptors, output, args.warm)
-        seconds = time.monotonic() - started
-        code = exit_code(code)
+            code, received, peak = run(executable, os.environ | variables, locks, output, args.warm)
+        seconds, code = time.monotonic() - started, exit_code(code)
         # A step whose push failed is complete, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
 
         if received is not None:
-            stopped = f"{step.name} was stopped by {received.name}"
-            kept = f"kept: {console.state.kept(step, code)}"
-            console.stop(step, seconds, 0, stopped, kept, f"to resume: {args.resume}")
+            kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
+            console.stop(step, seconds, 0, kept, f"to resume: {args.resume}")
             return 128 + int(received)
         if not complete:
             failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
-            if code == EXIT_WAITING:
-                failed = console.state.awaited
-            failed = f"{step.name} {failed}; the steps before it are kept"
-            console.stop(step, seconds, code or 1, failed, f"to go on from there: {args.resume}")
+            failed = console.state.awaited if code == EXIT_WAITING else failed
+            kept = f"{step.name} {failed}; the steps before it are kept"
+            console.stop(step, seconds, code or 1, kept, f"to go on from there: {args.resume}")
             return code or 1
         console.finish(step, seconds)
         if code:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
 MAX_COLUMNS = 100
-"""Width of the live view, and of a command in a log, at most; the whole command is in the log of its step."""
+"""Width of the live view, at most."""
 LAST_LINES = 20
 """Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
 
@@ -67,9 +66,7 @@ class RunConsole:
     """
 
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
-        self.title, self.state = title, state
-        self._is_verbose = args.verbose
-        self._began = args.began
+        self.title, self.state, self._args = title, state, args
         # A step that resumes appends to its log; its own part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
@@ -79,8 +76,6 @@ class RunConsole:
     def __enter__(self) -> RunConsole:
         if self._live is not None:
             self._live.start(refresh=True)
-            # The cursor is hidden until `close`. While a step runs, `processes.run` handles the signal instead.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +86,6 @@ class RunConsole:
         if self._live is not None and self._live.is_started:
             self._live.refresh()
             self._live.stop()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def event(self, line: str) -> None:
         """Print an event that the live view shows by itself."""
@@ -143,7 +137,7 @@ class RunConsole:
             # The last line may be half written.
             with contextlib.suppress(ValueError, TypeError, LookupError):
                 self.state.progress.update(json.loads(line))
-        if self._is_verbose:
+        if self._args.verbose:
             print(printed.read(), end="", flush=True)
         elif self._live is not None:
             self._live.refresh()
@@ -163,7 +157,7 @@ class RunConsole:
         """
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
-        if code and not self._is_verbose:
+        if code and not self._args.verbose:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
@@ -198,7 +192,7 @@ class RunConsole:
             stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
-            so_far = f"{time_in_words(time.monotonic() - self._began)} so far"
+            so_far = f"{time_in_words(time.monotonic() - self._args.began)} so far"
             lines.append(Text(so_far if run_left is None else f"{so_far}, about {time_in_words(run_left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
             if number := progress.facts.get("stopping"):

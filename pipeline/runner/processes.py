@@ -52,17 +52,9 @@ DEFAULTS = {
 """Environment variables of a step, unless the user has set them."""
 
 PRELOADED = (
-    "accelerate.commands.launch",
-    "pipeline.evaluation.stage",
-    "pipeline.preferences.collect",
-    "pipeline.report.page",
-    "pipeline.rl.grpo",
-    "pipeline.rl.ppo",
-    "pipeline.training.train",
-    "recipes",
-    "trl:RewardTrainer",
-    "trl:SFTTrainer",
-)
+    "accelerate.commands.launch", "pipeline.evaluation.stage", "pipeline.preferences.collect", "pipeline.report.page",
+    "pipeline.rl.grpo", "pipeline.rl.ppo", "pipeline.training.train", "recipes", "trl:RewardTrainer", "trl:SFTTrainer",
+)  # fmt: skip
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
 
