@@ -152,8 +152,9 @@ def _run_seeds(args: argparse.Namespace) -> int:
         for seed, step in since.items():
             share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
 
+    problems: list[Problem] = []
     # Every seed is checked before the first one runs.
-    runs, problems = [], list[Problem]()
+    runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
@@ -317,12 +318,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
 
 
 def _run_all(
-    todo: Decided,
-    record: RunRecord,
-    replaced: Path,
-    console: RunConsole,
-    args: argparse.Namespace,
-    locks: Sequence[int],
+    todo: Decided, record: RunRecord, trash: Path, console: RunConsole, args: argparse.Namespace, locks: Sequence[int]
 ) -> int:
     """Run the steps of `todo` that are due. Return the exit code."""
     unpushed = []
@@ -333,7 +329,7 @@ def _run_all(
             continue
         kept = "checkpoint-*" if decision.action == "continue" else ""
         log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
-        for line in clear([*decision.replaced, *log], None if decision.deletes else replaced, kept):
+        for line in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
             console.event(line)
 
         command = shlex.join(step.command(args.launch, args.launcher))
