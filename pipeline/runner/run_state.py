@@ -16,9 +16,6 @@ from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
 
-UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
-"""A metric for which rows must say how answers are graded -> the metric to show if they do not."""
-
 
 @dataclass
 class Stage:
@@ -105,7 +102,6 @@ class RunState:
         measured: Seconds that steps took before, by name.
 
     Attributes:
-        kinds: The kind of each measured stage.
         stages: The stages that this command goes through, by the names of their directories.
         running, progress: The step that is running, and what it has reported.
         taken: Seconds of the steps that have finished, by name.
@@ -115,10 +111,7 @@ class RunState:
         self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
     ) -> None:
         self.run_dir = run_dir
-        self.kinds = {BASE: "base"} if f"evaluate_{BASE}" in [step.name for step in steps] else {}
-        self.kinds |= {stage_name(step): step.kind for step in steps if step.stage.measured}
-        self._needs = {stage_name(step): step.needs for step in steps if step.stage.measured}
-
+        self._kinds = {stage_name(step): step.stage for step in steps if step.stage.measured} | {BASE: STAGES["base"]}
         # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
@@ -195,31 +188,14 @@ class RunState:
             return "waits for people"
         return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
 
-    def value(self, stage: str, metric: str) -> str:
-        """Return a metric of a stage as text, "" if it is not there."""
-        found = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {}).get(metric)
-        return f"{found['value']:.{metric_info(metric).digits}f}" if found else ""
-
-    def metric(self, stage: str) -> str:
-        """Return the main metric of a stage, or "" if it is not evaluated."""
-        metric = STAGES[self.kinds[stage]].figure if stage in self.kinds else ""
-        ungraded = UNGRADED.get(metric, "")
-        return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
-
     def figure(self, stage: str) -> str:
-        """Return the main figure of a stage, after that of the one it starts from: "win rate 0.507 -> 0.772"."""
-        metric = self.metric(stage)
-        own = self.value(stage, metric) if metric else ""
-        if not own:
+        """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
+        metric = self._kinds[stage].figure if stage in self._kinds else ""
+        found = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {}).get(metric)
+        if not found:
             return ""
-        names = list(self.kinds)
-        # Several stages may start from the same one. The first ones start from random weights or a model of the Hub.
-        named = [name for name in names if name in self._needs.get(stage, ())] or names[: names.index(stage)][:1]
-        # A reward model is not compared with what it starts from, which gives no rewards.
-        before = [self.value(name, metric) for name in named if STAGES[self.kinds[stage]].generates]
-        label = metric_info(metric).label
-        shown = " -> ".join([*list(filter(None, before))[-1:], own])
-        return f"{label[:1].lower()}{label[1:]} {shown}"
+        info = metric_info(metric)
+        return f"{info.label[:1].lower()}{info.label[1:]} {found['value']:.{info.digits}f}"
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
@@ -228,7 +204,7 @@ class RunState:
             return f"{step.name}, which has finished, and the steps before it"
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
-        trains = step.kind in self.kinds.values() and step.stage.launched
+        trains = step.stage.measured and step.stage.launched
         return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"
 
 

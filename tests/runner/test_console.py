@@ -281,59 +281,21 @@ def test_a_file_where_the_logs_belong_is_refused_before_anything_is_written() ->
 
 
 STEPS = [
-    Step(name, kind, (), Path("runs/r", name), needs=needs)
-    for name, kind, needs in (
-        ("0_random", "random", ()),
-        ("1_pretrain", "pretrain", ()),
-        ("2_sft", "sft", ("1_pretrain",)),
-        ("3_ppo", "ppo", ("2_sft",)),
-    )
+    Step(name, kind, (), Path("runs/r", name))
+    for name, kind in (("0_random", "random"), ("1_pretrain", "pretrain"), ("2_sft", "sft"), ("3_ppo", "ppo"))
 ]
 TODO = [(step, Decision("start", "has not run yet", "")) for step in STEPS]
 
 
-def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
+def test_the_main_figure_of_a_stage_is_shown() -> None:
     Path("runs/r/evaluations").mkdir(parents=True)
-    figures = {
-        "0_random": {"bits_per_byte": 2.6438, "instruction_accuracy": 0.0},
-        "1_pretrain": {"bits_per_byte": 0.194, "instruction_accuracy": 0.02},
-        "1_pretrain_dense": {"bits_per_byte": 0.2, "instruction_accuracy": 0.01},
-        "2_sft": {"instruction_accuracy": 0.93},
-    }
-    for name, values in figures.items():
-        metrics = {metric: {"value": value} for metric, value in values.items()}
-        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    for name, metric, value in (("0_random", "bits_per_byte", 2.6438), ("2_sft", "instruction_accuracy", 0.93)):
+        content = {"metrics": {metric: {"value": value}, "step_rate": {"value": 0.5}}}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps(content))
     Path("runs/r/evaluations/3_ppo.json").write_text("{")
-    twin = Step("1_pretrain_dense", "pretrain", (), Path("runs/r/1_pretrain_dense"))
-    todo = [*TODO[:2], (twin, TODO[0][1]), *TODO[2:]]
-    state = RunState(Path("runs/r"), [step for step, _ in todo], todo, {})
-    assert state.figure("0_random") == "bits per byte 2.644"
-    assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
-    assert state.figure("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
-    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
-    assert state.figure("3_ppo") == ""
-
-
-def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
-    Path("runs/r/evaluations").mkdir(parents=True)
-    for name, value in (("2_sft", 0.5), ("3_ppo", 0.75), ("3_dpo", 0.625)):
-        metrics = {"win_rate": {"value": value}}
-        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
-    tuned = [Step(f"3_{kind}", kind, (), Path("runs/r", f"3_{kind}"), needs=("2_sft",)) for kind in ("ppo", "dpo")]
-    steps = [*STEPS[:3], *tuned]
-    state = RunState(Path("runs/r"), steps, [(step, TODO[0][1]) for step in steps], {})
-    assert [state.figure(step.name) for step in tuned] == ["win rate 0.500 -> 0.750", "win rate 0.500 -> 0.625"]
-
-
-def test_two_reward_models_are_not_compared() -> None:
-    Path("runs/r/evaluations").mkdir(parents=True)
-    for name, value in (("3_reward", 0.5), ("3_reward_judge", 1.0)):
-        metrics = {"reward_accuracy": {"value": value}}
-        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
-    models = [Step(name, "reward", (), Path("runs/r", name)) for name in ("3_reward", "3_reward_judge")]
-    todo = [(step, TODO[0][1]) for step in models]
-    state = RunState(Path("runs/r"), models, todo, {})
-    assert [state.figure(step.name) for step in models] == ["reward accuracy 0.500", "reward accuracy 1.000"]
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    shown = ["bits per byte 2.644", "", "instruction accuracy 0.930", ""]
+    assert [state.figure(step.name) for step in STEPS] == shown
 
 
 def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
