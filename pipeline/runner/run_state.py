@@ -191,11 +191,11 @@ class RunState:
     def figure(self, stage: str) -> str:
         """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
         metric = self._kinds[stage].figure if stage in self._kinds else ""
-        found = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {}).get(metric)
-        if not found:
+        metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
+        if (value := metrics.get(metric, {}).get("value")) is None:
             return ""
         info = metric_info(metric)
-        return f"{info.label[:1].lower()}{info.label[1:]} {found['value']:.{info.digits}f}"
+        return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
