@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 from pipeline.config.fields import convert, field_types
@@ -25,9 +24,6 @@ from pipeline.runner.steps import Step
 
 FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
-
-LONGEST_REASON = 240
-"""Characters above which a list of fields or steps is cut off."""
 
 Changes = dict[str, tuple[Any, Any]]
 """The settings that differ, by field: the value before and the present one."""
@@ -86,14 +82,13 @@ def _decide_one(
     # What it is set to do.
     effective, harmless = find_changes(step, entry.get("values", {}))
     texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
-    # The shortest come first, and are not cut off.
-    changes = shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
+    changes = ", ".join(sorted(texts, key=len))
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
     # What it is made from: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
-        return Decision("start", f"depends on {shorten(', '.join(due), LONGEST_REASON)}")
+        return Decision("start", f"depends on {', '.join(due)}")
     if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
         return Decision("start", "its inputs have been made again")
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
