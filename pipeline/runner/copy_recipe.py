@@ -37,19 +37,16 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         UserError: If there is no such recipe, or the folder cannot be written or is not empty.
     """
-    problems = []
+    problems: list[Problem | None] = [check_new_directory(args.folder, "FOLDER")]
     name = args.recipe.removeprefix(f"{SHIPPED.name}/").rstrip("/")
     if name not in shipped_recipes():
         remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
-        problems.append(Problem("RECIPE", args.recipe, remedy))
-    if problem := check_new_directory(args.folder, "FOLDER"):
-        problems.append(problem)
-    if problems:
-        raise UserError(*problems)
+        problems.insert(0, Problem("RECIPE", args.recipe, remedy))
+    if found := list(filter(None, problems)):
+        raise UserError(*found)
     run_dir = f"runs/{args.folder.resolve().name}"
     # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
-    # `runs/pocket` is not the beginning of `runs/pocket-people`.
-    # `recipes/existing-model/full` is another recipe, which its README names.
+    # `runs/pocket` is not the beginning of `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.
     others = [other.removeprefix(name) for other in shipped_recipes() if other.startswith(f"{name}/")]
     renamed = {
         rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,

@@ -20,9 +20,6 @@ from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.runner.steps import Step
 
-REQUIRED = ("model_name_or_path", "dataset_name")
-"""Inputs without which a step has nothing to start from."""
-
 VOCABULARY = 1 << 15
 """Tokens of a tokenizer that does not exist yet; nothing that is checked here depends on their number."""
 
@@ -95,10 +92,10 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     if rewarded is not None and rewards:
         problems += rewarded.preflight(training, None, None, early=True)
 
-    # Each model and data set is named and, if it is a path, exists or is made by the run.
+    # Each model and data set is named, because a step starts from them, and a path exists or is made by the run.
     for item, name in ((item, name) for item in built for name in (*READ, "chat_template_path") if hasattr(item, name)):
         given = as_list(getattr(item, name))
-        if name in REQUIRED and not all(given or [None]):
+        if name in ("model_name_or_path", "dataset_name") and not all(given or [None]):
             problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
         for path in filter(None, given):
             is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))

@@ -117,10 +117,7 @@ def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `--smoke` changes, so that a step takes seconds on a miniature of its model and data.
-
-    The step is of a kind such as "sft" or "evaluate", and its YAML file contains `values`.
-    """
+    """Return the settings that `--smoke` changes in the `values` of a step, such as "sft", so that it takes seconds."""
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
