@@ -140,11 +140,7 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 @contextmanager
 def stop_as_one() -> Iterator[None]:
-    """End in silence if the connection to another process is lost because that one stopped and has reported why.
-
-    Raises:
-        SystemExit: With the other process's exit code.
-    """
+    """End in silence, with its exit code, if another process is lost because it stopped and has reported why."""
     try:
         yield
     except RunStopped as stop:

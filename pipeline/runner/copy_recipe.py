@@ -32,11 +32,7 @@ def shipped_recipes() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the files of a recipe to a folder. Return 0.
-
-    Raises:
-        UserError: If there is no such recipe, or the folder cannot be written or is not empty.
-    """
+    """Write the files of a recipe to a folder, which must be new or empty. Return 0."""
     problems: list[Problem | None] = [check_new_directory(args.folder, "FOLDER")]
     name = args.recipe.removeprefix(f"{SHIPPED.name}/").rstrip("/")
     if name not in shipped_recipes():

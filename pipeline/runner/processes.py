@@ -59,11 +59,7 @@ PRELOADED = (
 
 
 class WarmProcess:
-    """The runner's side of a warm process, which ends with this context, and of the step that was forked last.
-
-    Args:
-        environment: Environment of the process, to which the defaults of a step are added.
-    """
+    """The runner's side of a warm process, which ends with this context, and of the step that was forked last."""
 
     pid: int
 
@@ -93,11 +89,7 @@ class WarmProcess:
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
     ) -> bool:
-        """Run a command as `run` does, in a fork. Return whether that is possible.
-
-        Raises:
-            RunStopped: If the warm process dies meanwhile.
-        """
+        """Run a command as `run` does, in a fork. Return whether that is possible."""
         if list(command[:2]) != [sys.executable, "-m"]:
             return False
         if self._is_ready is None:
@@ -123,11 +115,8 @@ class WarmProcess:
         signal.pidfd_send_signal(self._handle, number)
 
     def wait(self) -> tuple[int, int]:
-        """Wait until the step has ended. Return its code and peak memory, as `wait_measured` does.
-
-        If the warm process dies, the kernel sends its step SIGTERM; the code is then -SIGTERM, whatever the step did,
-        and the memory 0.
-        """
+        """Wait until the step has ended. Return its code and peak memory, as `wait_measured` does."""
+        # If the warm process dies, the kernel sends its step SIGTERM. Nobody learns what the step did then.
         code, peak = _receive(self._channel) or (-signal.SIGTERM, 0)
         select.select([self._handle], [], [])
         os.close(self._handle)

@@ -52,11 +52,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
-        """Return the record of the run in `run_dir`, empty if the run has not been started.
-
-        Raises:
-            UserError: If `run.json` is damaged.
-        """
+        """Return the record of the run in `run_dir`, empty if the run has not been started; it must not be damaged."""
         path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
         if not all(isinstance(entry.get("id"), str) for entry in content.get("steps", {}).values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))

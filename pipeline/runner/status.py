@@ -24,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the state of each step of the run or, for several seeds, of each of their runs. Return 0.
-
-    Raises:
-        UserError: If there is no run, its record is damaged, or its recipe folder cannot be read.
-    """
+    """Print the state of each step of the run or, for several seeds, of each of their runs. Return 0."""
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
         remedy = describe_folder(args.run) or f"does not contain a run; make it with `{as_typed('run', 'RECIPE')}`"

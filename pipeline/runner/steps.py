@@ -87,11 +87,7 @@ class Step:
 
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
-    """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
-
-    Raises:
-        UserError: If no step or several steps have this name.
-    """
+    """Return the step that a user calls `name`: `2_sft`, `sft` or its file; a `UserError` names `field` if none is it."""
     wanted = Path(name).name.removesuffix(".yaml")
     # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
     found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
@@ -102,11 +98,7 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
 
 
 def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
-    """Return the steps with the options of a command line. Each option applies to all steps that know it.
-
-    Raises:
-        UserError: If no step knows an option, or a value is of the wrong type.
-    """
+    """Return the steps with the options of a command line, each of which applies to all steps that know it."""
     types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
     given, problems = read_command_line(words, list(types))
     if problems:
