@@ -87,7 +87,7 @@ class Step:
 
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
-    """Return the step that a user calls `name`: `2_sft`, `sft` or its file; a `UserError` names `field` if none is it."""
+    """Return the step that a user calls `name`: `2_sft`, `sft` or its file. Otherwise, a `UserError` names `field`."""
     wanted = Path(name).name.removesuffix(".yaml")
     # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
     found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
