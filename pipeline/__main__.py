@@ -44,8 +44,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
     parser = Parser(
-        prog=as_typed(),
-        description="Train a language model from random weights to a reasoning chat model.",
+        prog=as_typed(), description="Train a language model from random weights to a reasoning chat model."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
@@ -56,19 +55,11 @@ def build_parser(argv: Sequence[str]) -> Parser:
     return parser
 
 
-def open_streams() -> None:
-    """Open what the shell has closed (`>&-`), and let names of files be printed that are not UTF-8."""
-    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
-        if getattr(sys, name) is None:
-            # It gets the number of the closed stream; otherwise the next file that is opened would get what is printed.
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
-    open_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may not be UTF-8, and a log file is read while the command runs.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
@@ -100,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """Run the subcommand of this process's command line; the console script `fourstage` calls this."""
+    """Run the console script `fourstage`."""
     search_here_last()
     return main()
 

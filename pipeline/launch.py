@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import signal
 import socket
@@ -45,9 +46,14 @@ def prepare_process(*, shards: bool = False) -> None:
         shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
 
     Raises:
-        UserError: If the variables of a process group are not as a launcher sets them.
+        UserError: If some variables of a process group are missing, so that it would wait for others for ever.
     """
-    check_group()
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if size != "1" and missing:
+        remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
+        raise UserError(Problem("WORLD_SIZE", size, remedy))
+
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
 
@@ -65,8 +71,12 @@ def prepare_process(*, shards: bool = False) -> None:
     # other systems than Linux, the lock on the output directory makes the next run wait.
     if hardware.is_launched() and sys.platform == "linux":
         signal_with_parent(signal.SIGTERM)()
-    if hardware.accelerator() is None or not (shards or any(map(is_asked, SHARDING))):
-        leave_group_of_one()
+    # The launch file starts any number of processes in the same way, so a single process is in a group as well. The
+    # group would prevent compilation, and synchronise gradients with no other process. Only sharding needs it.
+    sharded = hardware.accelerator() is not None and (shards or any(map(is_asked, SHARDING)))
+    if os.environ.get("WORLD_SIZE") == "1" and not sharded:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
 
 
 _prepared = itertools.count()
@@ -114,42 +124,15 @@ def quiet_libraries() -> None:
         enable_progress_bars()
 
 
-def check_group() -> None:
-    """Check the variables that describe the process group.
-
-    Raises:
-        UserError: If some are missing, so that the process would wait for others for ever.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
-    if size != "1" and missing:
-        remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
-        raise UserError(Problem("WORLD_SIZE", size, remedy))
-
-
-def leave_group_of_one() -> None:
-    """Remove the variables of a process group with a single member.
-
-    The launch file starts any number of processes in the same way, so a single process is in a group as well. The group
-    would prevent compilation, and synchronise gradients with no other process. Only sharding needs it.
-    """
-    if os.environ.get("WORLD_SIZE") == "1":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-
-
 def is_asked(sharding: str) -> bool:
     """Return whether the launch file asks for "FSDP" or "DeepSpeed"."""
     return os.environ.get(SHARDING[sharding], "false").lower() == "true"
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Train on one GPU if there is no process group; transformers would use every visible GPU.
+    """Train on one GPU if there is no process group: change `args` in place.
 
-    Its `nn.DataParallel` multiplies the batch by their number, at the same learning rate.
-
-    Args:
-        args: Training arguments, changed in place.
+    transformers would use every visible GPU, and multiply the batch by their number, at the same learning rate.
     """
     if args.n_gpu > 1:
         args._n_gpu = 1
@@ -157,11 +140,7 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 @contextmanager
 def stop_as_one() -> Iterator[None]:
-    """End in silence if the connection to another process is lost because that one stopped and has reported why.
-
-    Raises:
-        SystemExit: With the other process's exit code.
-    """
+    """End in silence, with its exit code, if another process is lost because it stopped and has reported why."""
     try:
         yield
     except RunStopped as stop:
@@ -186,14 +165,7 @@ def _store() -> torch.distributed.Store | None:
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
-    """Compare what the launch file asks for with what is active.
-
-    Args:
-        args: Training arguments, which contain the state of the process group.
-
-    Returns:
-        Settings that were requested and are not active.
-    """
+    """Return settings that the launch file asks for and that are not active, by the state of the process group."""
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
@@ -220,60 +192,41 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     return problems
 
 
-def check_active(trainer: Trainer) -> None:
-    """Compare the sharding that was asked for with the trainer's.
-
-    Raises:
-        UserError: If it is not active.
-    """
-    active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
-    asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
-    remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
-    if problems := [Problem("distributed_type", name, remedy) for name in asked if not active[name]]:
-        raise UserError(*problems)
-
-
 def log_active(trainer: Trainer) -> None:
     """Log what a trainer that is about to train runs on, and with which precision and batch size."""
-    args, accelerator = trainer.args, trainer.accelerator
-    device = args.device.type
+    args, device = trainer.args, trainer.args.device.type
     processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
     visible = torch.cuda.device_count() if device == "cuda" else 1
     if args.world_size > 1:
         processes += f", one group ({torch.distributed.get_backend()})"
     elif visible > 1:
         processes += f", one of {visible} GPUs: a process trains on one, `--num_processes {visible}` on all of them"
-    sharding = "none, every process has the whole model"
+    state, sharding = trainer.accelerator.state, "none, every process has the whole model"
     if trainer.is_fsdp_enabled:
-        sharding = f"FSDP {getattr(accelerator.state.fsdp_plugin, 'fsdp_version', 1)}"
+        sharding = f"FSDP {state.fsdp_plugin.fsdp_version}"
     elif trainer.is_deepspeed_enabled:
-        sharding = f"DeepSpeed ZeRO stage {accelerator.state.deepspeed_plugin.zero_stage}"
+        sharding = f"DeepSpeed ZeRO stage {state.deepspeed_plugin.zero_stage}"
     dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     best = hardware.precision()
     reason = best.reason if best.value == dtype else "requested"
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    batch = (
-        f"{sequences} sequences = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
-        f"{args.world_size} process(es)"
-    )
-    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
-        batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    _log("processes", processes)
-    _log("sharding", sharding)
-    _log("precision", f"{dtype}{'' if dtype == 'fp32' else ' mixed'} ({reason})")
+    logger.info("processes   %s", processes)
+    logger.info("sharding    %s", sharding)
+    logger.info("precision   %s%s (%s)", dtype, "" if dtype == "fp32" else " mixed", reason)
     log_threads()
     if device == "cpu":
         kept = hardware.keep_freed_memory()
-        _log("memory", f"{'kept' if kept.value else 'returned'} when freed ({kept.reason})")
-    _log("compiled", str(bool(args.torch_compile)))
-    _log("batch", batch)
+        logger.info("memory      %s when freed (%s)", "kept" if kept.value else "returned", kept.reason)
+    logger.info("compiled    %s", bool(args.torch_compile))
+
+    parts = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
+    sequences = math.prod(parts)
+    batch = "{} sequences = {} x {} accumulated x {} process(es)".format(sequences, *parts)
+    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
+        batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
+    logger.info("batch       %s", batch)
 
 
 def log_threads() -> None:
     """Log the number of CPU threads and its reason, unless there is an accelerator."""
     if hardware.accelerator() is None:
-        _log("threads", f"{torch.get_num_threads()} ({hardware.threads().reason})")
-
-
-def _log(name: str, value: str) -> None:
-    logger.info("%-11s %s", name, value)
+        logger.info("threads     %d (%s)", torch.get_num_threads(), hardware.threads().reason)

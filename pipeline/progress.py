@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -36,11 +35,9 @@ def report_progress(**facts: Any) -> None:
 
 
 def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
-    """Warn of rows that a step cuts or drops. The runner shows them, too, and records them for the report.
+    """Warn of rows that a step cuts or drops, of all that there are. The runner records them for the report.
 
     Args:
-        rows: Their number.
-        of: The number of rows that there are.
         what: What follows these numbers, such as "pairs are dropped, because both answers are the same".
         remedy: What to do about it.
     """
@@ -51,13 +48,7 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
 
 @dataclass
 class Tally:
-    """The work that a step has done out of a total, reported as it goes on.
-
-    Attributes:
-        unit: What is counted, in the plural.
-        total: How much there is, as far as it is known; `done` never exceeds it.
-        done: How much is done.
-    """
+    """The work that a step has `done` out of a `total`, as far as that is known, in some `unit`, in the plural."""
 
     unit: str
     total: int = 0
@@ -70,17 +61,10 @@ class Tally:
             report_progress(done=self.done, total=self.total, unit=self.unit)
 
 
-def duration(seconds: float) -> str:
-    """Format seconds for people: "48 s", "1:17" (minutes and seconds), "2:05:00"."""
-    if round(seconds) < 60:
-        return f"{max(seconds, 0):.0f} s"
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:").removeprefix("0")
-
-
 def time_in_words(seconds: float) -> str:
-    """Format seconds for people who read no more than the number: "9.4 s", "1 min 38 s", "2 h 5 min"."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    """Format seconds for people who read no more than the number: "9.4 s", "48 s", "1 min 38 s", "2 h 5 min"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

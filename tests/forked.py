@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import safe_path
-from pipeline.runner.processes import run
-from pipeline.runner.warm import DEFAULTS, Fork, WarmProcess
+from pipeline.runner.processes import DEFAULTS, WarmProcess, run
 
 ROOT = Path(__file__).parents[1]
 RANKS = ["-m", "tests.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
@@ -72,9 +71,9 @@ class Started:
         self.code: int | None = None
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when this context ends
         output = self._output.fileno()
-        self._process: Fork | subprocess.Popen[bytes] = _warm(ROOT).fork(
-            command, everything, (), output
-        ) or subprocess.Popen(command, cwd=ROOT, env=everything, stdout=output, stderr=output)
+        self._process: WarmProcess | subprocess.Popen[bytes] = _warm(ROOT)
+        if not self._process.fork(command, everything, (), output):
+            self._process = subprocess.Popen(command, cwd=ROOT, env=everything, stdout=output, stderr=output)
 
     def __enter__(self) -> Started:
         return self
@@ -87,7 +86,7 @@ class Started:
 
     @property
     def is_running(self) -> bool:
-        if isinstance(self._process, Fork):
+        if isinstance(self._process, WarmProcess):
             return psutil.pid_exists(self._process.pid)
         return self._process.poll() is None
 

@@ -18,12 +18,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pipeline.__main__ import main
-from pipeline.runner import console, warm
+from pipeline.runner import processes
 from pipeline.stages import STAGES
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [*(name.partition(":")[0] for name in warm.PRELOADED), "trl.trainer.reward_trainer", "trl.trainer.sft_trainer"]
+    [*(name.partition(":")[0] for name in processes.PRELOADED), "trl.trainer.reward_trainer", "trl.trainer.sft_trainer"]
 )
 
 
@@ -32,8 +32,7 @@ def replace_steps() -> None:
     for name, kind in STAGES.items():
         if kind.module:
             STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
-    warm.PRELOADED = ()
-    console.PROGRESS_SECONDS = 0
+    processes.PRELOADED = ()
 
 
 def start(*argv: str, environment: Mapping[str, str], terminal: str | None = None) -> BaseProcess:

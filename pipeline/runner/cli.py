@@ -1,23 +1,12 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
-    fourstage run recipes/pocket
-    fourstage run recipes/pocket --until 1_pretrain
-    fourstage run recipes/pocket --seed 1 --output_dir runs/seed1
-    fourstage run recipes/pocket --seeds 0 1 2
-    fourstage run recipes/pocket --smoke
-
-A finished step is skipped as long as what it depends on stays the same: its inputs, and the settings that have an
-effect on its weights. An interrupted step resumes from its last checkpoint. A step whose `max_steps` was raised goes
-on from its last checkpoint. Any other step that changed runs again, and so do all that depend on it. What they wrote
-before is moved to <run>/.trash; only `--force` deletes it.
-
-A terminal shows a live view of the stages; anything else, and a terminal with `--plain`, gets a line for each event.
-All that the steps print is in <run>/logs; `--verbose` prints it as well.
+`pipeline.runner.due` says which steps those are. What they wrote before is moved to <run>/.trash; only `--force`
+deletes it. All that the steps print is in <run>/logs.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them. If RUN is itself a run, its own report is replaced. A step that fails ends the command: the other
-seeds have the same configuration, and would often fail as well. With `--from`, the runs of new seeds share the steps
-before that one with RUN itself, where they must have finished; the run of RUN's own seed shares all of them.
+report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
+as well. With `--from`, the runs of new seeds share the steps before that one with RUN itself, where they must have
+finished; the run of RUN's own seed shares all of them.
 """
 
 from __future__ import annotations
@@ -30,23 +19,23 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
-from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed
-from pipeline.files import as_list, lock, read_json
-from pipeline.runner import trash
-from pipeline.runner.console import RunConsole, is_live, say, show_checks
+from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect
+from pipeline.files import as_list, check_directory, lock, read_json
+from pipeline.progress import time_in_words
+from pipeline.runner.console import RunConsole, is_live, show_checks
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, launch_options, shards
+from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
 from pipeline.runner.preflight import check_steps
-from pipeline.runner.processes import push_finished, run
-from pipeline.runner.recipe import Plan, check_of_recipe, check_writable, read_plan
-from pipeline.runner.records import RunRecord, measured_seconds, share_steps
+from pipeline.runner.processes import WarmProcess, run
+from pipeline.runner.recipe import Plan, check_of_recipe, read_plan
+from pipeline.runner.records import TRASH, RunRecord, clear, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
-from pipeline.runner.warm import WarmProcess
-from pipeline.stages import SMOKE, STAGES
+from pipeline.stages import SMOKE
 
 QUIET = ("report_to", "push_to_hub")
 """Settings of a smoke run with which the recipe is checked before it, because they need packages and a token."""
@@ -88,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the steps that are due, or print which ones are. Return 0 or, if a step failed, its exit code.
-
-    After signal n, that is 128 + n.
+    """Run the steps that are due, or print which ones are. Return 0, a failed step's exit code, or 128 + its signal.
 
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
@@ -98,9 +85,20 @@ def main(args: argparse.Namespace) -> int:
     args.began = time.monotonic()
     with show_checks(args):
         _check(args)
-    print(show_fetched(args.recipe), end="", flush=True)
-    # With --seeds, the run of one seed is resumed by the command for all of them.
-    args.resume = resume_command(args)
+    print(show_fetched(args.recipe), end="")
+
+    # The command that resumes, without --from and --force, which would repeat finished steps. With --seeds, the run of
+    # one seed is resumed by the command for all of them.
+    words = ["run", str(args.recipe)]
+    for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
+        if (value := getattr(args, name)) not in (None, ""):
+            words += [f"--{name}", *map(str, as_list(value))]
+    args.resume = as_typed(*words, *(["--smoke"] if args.smoke else []))
+    # The arguments of `accelerate launch` itself, and what starts it on several machines.
+    args.launch = ["--config_file", launch_file(args)]
+    args.launch += ["--num_processes", str(args.num_processes)] if args.num_processes else []
+    args.launcher = shlex.split(args.launcher)
+
     alone = args.num_processes in (None, 1) and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     # The warm process imports the libraries while this one checks the steps.
@@ -121,132 +119,116 @@ def main(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse arguments that are wrong whatever the recipe says."""
-    problems = []
+    problems: list[Problem | None] = []
     if args.num_processes is not None and args.num_processes < 1:
         problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
-    if problem := check_launch_file(launch_file(args), named=args.config_file is not None):
-        problems.append(problem)
+    problems.append(check_launch_file(launch_file(args), named=args.config_file is not None))
     if args.output_dir is None and is_fetched(args.recipe):
         run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
-        if problem := check_of_recipe(run_dir, args.recipe):
-            problems.append(problem)
+        problems.append(check_of_recipe(run_dir, args.recipe))
     option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
     for seed in seeds:
         if not 0 <= seed < 2**32:
             problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
         elif seeds.count(seed) > 1:
             problems.append(Problem(option, seed, "is repeated; name each seed once"))
-    if problems:
-        raise UserError(*problems)
+    if found := list(filter(None, problems)):
+        raise UserError(*found)
 
 
 def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
     run_dir = whole.run_dir
+    # With --from, the runs of new seeds share the steps before that one with the run itself, which must be able to go
+    # on from there. The run's own seed shares all but the report, which is over one run.
+    since: dict[int, Step] = {}
+    if args.start is not None:
+        first = find_step(whole.steps, args.start, "--from")
+        new = [seed for seed in args.seeds if not (run_dir / f"seed{seed}" / "run.json").exists()]
+        since = {seed: whole.steps[-1] if seed == whole.seed else first for seed in new}
+    if since and not args.dry_run:
+        _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": run_dir}))
+        for seed, step in since.items():
+            share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
+
     problems: list[Problem] = []
     # Every seed is checked before the first one runs.
     runs = []
-    sharing = _share(whole, args) if args.start is not None else {}
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
         # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
-        own.start = None if seed in sharing else args.start
-        try:
+        own.start = None if seed in since else args.start
+        with collect(problems):
             runs.append((own, *_prepare(own)))
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(*problems)
 
     arguments = ("report", str(run_dir), "--seeds", *map(str, args.seeds))
     report = Step(REPORT, "report", arguments, output=run_dir / "report")
+    command = shlex.join(report.command(()))
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
     if args.dry_run:
         for own, plan, decided in runs:
             print(f"seed {own.seed}, in {plan.run_dir}:")
             # What a new seed shares with the run is not there yet.
-            since = sharing.get(own.seed, plan.steps[0].name)
-            first = [step.name for step in plan.steps].index(since)
-            _show([(step, decision) for step, decision in decided if step in plan.steps[first:]], own)
+            names = [step.name for step in plan.steps]
+            own_steps = names[names.index(since[own.seed].name) :] if own.seed in since else names
+            _show([(step, decision) for step, decision in decided if step.name in own_steps], own)
         if is_reported:
-            print(f"run the report over the seeds\n    {_command_line(report, args)}")
+            print(f"run the report over the seeds\n    {command}")
         return 0
     with lock(run_dir / "run.lock", orphans_only=True) as descriptors:
         for own, plan, _ in runs:
             if not is_live(args):
-                say(f"seed {own.seed}, in {plan.run_dir}:")
+                print(f"seed {own.seed}, in {plan.run_dir}:")
             if code := _run(plan, own):
-                say(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
+                print(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
                 return code
         if not is_reported:
             return 0
-        say(f"$ {_command_line(report, args)}")
+        print(f"$ {command}")
         code, received, _ = run(report.executable(()), os.environ, descriptors, warm=args.warm)
         return 128 + int(received) if received is not None else exit_code(code)
 
 
-def _share(plan: Plan, args: argparse.Namespace) -> dict[int, str]:
-    """Give the runs of new seeds the steps of the run itself. Return these seeds, and what they run first themselves.
-
-    That is the step that `--from` names. The run's own seed shares all but the report, which is over one run.
-
-    Raises:
-        UserError: If the run itself could not go on from there.
-    """
-    new = [seed for seed in args.seeds if not (plan.run_dir / f"seed{seed}" / "run.json").exists()]
-    first = find_step(plan.steps, args.start, "--from")
-    since = {seed: plan.steps[-1] if seed == plan.seed else first for seed in new}
-    if new and not args.dry_run:
-        _prepare(argparse.Namespace(**vars(args) | {"seeds": None, "output_dir": plan.run_dir}))
-        for seed, step in since.items():
-            steps = plan.steps[: plan.steps.index(step)]
-            share_steps(steps, plan.run_dir, plan.run_dir / f"seed{seed}", step.name)
-    return {seed: step.name for seed, step in since.items()}
-
-
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
-    """Read the plan of a run and decide about its steps, before anything is written.
-
-    Raises:
-        UserError: With what a step that is due would refuse.
-    """
+    """Read the plan of a run and decide about its steps; raise a `UserError` with what one that is due would refuse."""
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
-    if not args.dry_run and (problems := check_writable(plan)):
-        raise UserError(*problems)
+    written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
+    # A directory that cannot be made makes all others in it impossible.
+    for folders in ([plan.run_dir], written) if not args.dry_run else ():
+        if problems := list(filter(None, map(check_directory, folders))):
+            raise UserError(*problems)
     record = RunRecord.read(plan.run_dir)
     if since := record.content.get("since"):
         shared = read_plan(args.recipe, args.output_dir, None, args.smoke).steps
         first = [step.name for step in shared].index(since)
         plan = replace(plan, steps=shared[:first] + plan.steps[first:])
     decided = _decide(plan, record, args)
+
     due = [step for step, decision in decided if decision.action != "skip"]
+    if not due:
+        return plan, decided
+    names, steps, processes = [step.name for step in due], plan.steps, count_processes(args)
     with show_checks(args):
-        problems = _check_steps(plan, [step.name for step in due], args) if due else []
-        if shards(file := launch_file(args)):
-            remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
-            sharded = [step for step in due if step.stage.has_critic]
-            problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
+        if args.smoke:
+            # The steps are checked as the recipe sets them: the settings of a smoke run would hide mistakes. But it
+            # neither reports nor pushes anything.
+            quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in steps}
+            whole = read_plan(args.recipe, plan.run_dir, args.seed).steps
+            steps = tuple(replace(step, values={**step.values, **quiet[step.name]}) for step in whole)
+        problems = check_steps(steps, names, processes)
+        # A smoke run may have fewer processes than the run that it is for.
+        if problems and args.smoke and not all(check_steps(steps, names, number) for number in ALSO_TRIED):
+            problems = []
+    if shards(file := launch_file(args)):
+        remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
+        sharded = [step for step in due if step.stage.has_critic]
+        problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
     if problems:
         raise UserError(*problems)
     return plan, decided
-
-
-def _check_steps(plan: Plan, due: Sequence[str], args: argparse.Namespace) -> list[Problem]:
-    """Check the steps as the recipe sets them, also before a smoke run, whose own settings would hide mistakes.
-
-    A smoke run may have fewer processes than the run that it is for.
-    """
-    processes = count_processes(args)
-    if not args.smoke:
-        return check_steps(plan.steps, due, processes)
-    whole = read_plan(args.recipe, plan.run_dir, args.seed)
-    # It neither reports nor pushes anything.
-    quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in plan.steps}
-    steps = [replace(step, values={**step.values, **quiet[step.name]}) for step in whole.steps]
-    tried = (check_steps(steps, due, number) for number in (processes, *ALSO_TRIED))
-    first = next(tried)
-    return first if first and all(tried) else []
 
 
 def _show(decided: Decided, args: argparse.Namespace) -> None:
@@ -256,9 +238,9 @@ def _show(decided: Decided, args: argparse.Namespace) -> None:
         print(f"{'run' if decision.action == 'start' else decision.action} {step.name}: {decision.reason}")
         for path in decision.replaced:
             kept = ", without its checkpoints" if decision.action == "continue" else ""
-            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {trash.TRASH}{kept}")
+            print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {TRASH}{kept}")
         if decision.action != "skip":
-            print(f"    {_command_line(step, args)}")
+            print(f"    {shlex.join(step.command(args.launch, args.launcher))}")
             due += 1
     print(f"{due} of {len(decided)} steps would run; nothing was written")
 
@@ -268,45 +250,32 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     # The steps inherit the lock: if this process is killed, no other run starts before they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
-        before = record.content.get("seed")
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
-        measured = measured_seconds(plan.run_dir, str(args.recipe), args.smoke)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
-        if args.seeds is not None:
-            seed += f" of {', '.join(map(str, args.seeds))}"
-        state = RunState(plan.run_dir, plan.steps, todo, measured, args.smoke)
-        replaced = trash.new_trash(plan.run_dir)
-        if args.seed not in (None, before) and any(decision.replaced for _, decision in todo):
-            other = "another seed" if before is None else f"seed {before}"
-            apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
-            say(f"replaces the run of {other}, which is moved to {replaced}; {apart} would keep both")
+        state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
+        replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
         with RunConsole(title, state, args) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
-        say(f"what was there before is in {replaced}; delete that when it is no longer needed")
+        print(f"what was there before is in {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         # What people do with a run that has finished: look at it, and talk with its model.
-        chats = [name for name, kind in state.kinds.items() if STAGES[kind].chats and STAGES[kind].generates]
-        after = [as_typed("app", plan.run_dir), *(as_typed("chat", plan.run_dir / name) for name in chats[-1:])]
-        for line in conclusion(report):
-            say(line)
-        say(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
+        models = [step for step, _ in todo if step.stage.measured and step.stage.chats and step.stage.generates]
+        after = [as_typed("app", plan.run_dir), *(as_typed("chat", step.output) for step in models[-1:])]
+        print(*conclusion(report), sep="\n")
+        print(f"next: {as_typed('run', args.recipe) if args.smoke else ' · '.join(after)}")
     return code
 
 
 def conclusion(report: Path) -> list[str]:
-    """Return where the report is and how many of the promised figures were kept, then what the run reached.
-
-    For each thing that did not work, that is what it is and what to do. Reports of earlier releases do not say.
-    """
+    """Return where the report is, how many promised figures were kept, what did not work and what to do about it."""
     summary = read_json(report.with_name("metrics.json"))
     promises = summary.get("promises", [])
-    broken = sum(not promise["kept"] for promise in promises)
     kept = f", all {len(promises)} promises kept" if promises else ""
-    if broken:
+    if broken := sum(not promise["kept"] for promise in promises):
         kept = f", {broken} of {len(promises)} promised figures fall short"
     lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary.get("verdict", [])]
     reached = ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
@@ -314,33 +283,26 @@ def conclusion(report: Path) -> list[str]:
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
-    """Decide what to do about each step between `--from` and `--until`, in order.
-
-    Raises:
-        UserError: If there is no such step, or the input of a chosen one is missing or out of date.
-    """
+    """Decide what to do about each step between `--from` and `--until`, whose inputs must be there and up to date."""
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
     if args.until is not None:
-        until = find_step(steps, args.until, "--until")
-        last = steps.index(until)
+        last = steps.index(find_step(steps, args.until, "--until"))
         # The evaluation of a stage follows it.
-        last += f"evaluate_{until.output.name}" in [step.name for step in steps[last + 1 : last + 2]]
+        last += any(step.name == f"evaluate_{steps[last].output.name}" for step in steps[last + 1 : last + 2])
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))
     chosen = steps[first : last + 1]
 
     # `--force` without names means every step from `--from` on.
     from_start = {step.name for step in steps[first:]}
-    forced = {find_step(steps, name, "--force").name for name in args.force or ()}
-    if args.force == []:
-        forced |= from_start
+    forced = from_start if args.force == [] else {find_step(steps, name, "--force").name for name in args.force or ()}
     decisions = decide(steps, record, from_start if args.start is not None else (), forced)
     needed = {name for step in chosen for name in step.needs if step.kind not in ("evaluate", "report")}
     due = [step.name for step in steps[:first] if step.name in needed and decisions[step.name].action != "skip"]
-    remedy = "is needed first ({}); start there, or omit --from"
     if due:
+        remedy = "is needed first ({}); start there, or omit --from"
         raise UserError(*(Problem("--from", name, remedy.format(decisions[name].reason)) for name in due))
 
     # The report follows any other step, even with --until, as soon as one stage is measured.
@@ -356,72 +318,46 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
 
 
 def _run_all(
-    todo: Decided,
-    record: RunRecord,
-    replaced: Path,
-    console: RunConsole,
-    args: argparse.Namespace,
-    descriptors: Sequence[int],
+    todo: Decided, record: RunRecord, trash: Path, console: RunConsole, args: argparse.Namespace, locks: Sequence[int]
 ) -> int:
-    """Run the steps of `todo` that are due, and push them. Return the exit code."""
+    """Run the steps of `todo` that are due. Return the exit code."""
+    unpushed = []
     for position, (step, decision) in enumerate(todo, start=1):
         skipped = ", skipped" if decision.action == "skip" else ""
         console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}{skipped}")
         if skipped:
             continue
-        if decision.deletes:
-            cleared = trash.delete(decision.replaced)
-        elif decision.action == "continue":
-            cleared = trash.move(decision.replaced, replaced, kept="checkpoint-*")
-        else:
-            cleared = trash.move([*decision.replaced, console.log(step)] if decision.replaced else [], replaced)
-        for line in cleared:
+        kept = "checkpoint-*" if decision.action == "continue" else ""
+        log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
+        for line in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
             console.event(line)
 
-        command = _command_line(step, args)
+        command = shlex.join(step.command(args.launch, args.launcher))
         console.event(f"$ {command}")
         record.start(step, decision.action, command)
         started = time.monotonic()
         with console.step(step, command, resumes=decision.action != "start") as (output, variables):
-            executable = step.executable(launch_options(args), shlex.split(args.launcher))
-            code, received, peak = run(executable, os.environ | variables, descriptors, output, args.warm)
-        seconds = time.monotonic() - started
-        code = exit_code(code)
-        # A step whose push failed is complete: it is pushed again at the end, and not trained again.
+            executable = step.executable(args.launch, args.launcher)
+            code, received, peak = run(executable, os.environ | variables, locks, output, args.warm)
+        seconds, code = time.monotonic() - started, exit_code(code)
+        # A step whose push failed is complete, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
-        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost", ()))
+        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
 
         if received is not None:
-            stopped = f"{step.name} was stopped by {received.name}"
-            kept = f"kept: {console.state.kept(step, code)}"
-            console.stop(step, seconds, 0, stopped, kept, f"to resume: {args.resume}")
+            kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
+            console.stop(step, seconds, 0, kept, f"to resume: {args.resume}")
             return 128 + int(received)
         if not complete:
             failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
-            if code == EXIT_WAITING:
-                failed = console.state.awaited
-            failed = f"{step.name} {failed}; the steps before it are kept"
-            console.stop(step, seconds, code or 1, failed, f"to go on from there: {args.resume}")
+            failed = console.state.awaited if code == EXIT_WAITING else failed
+            kept = f"{step.name} {failed}; the steps before it are kept"
+            console.stop(step, seconds, code or 1, kept, f"to go on from there: {args.resume}")
             return code or 1
         console.finish(step, seconds)
-        if code == 0 and step.push:
-            record.set_pushed(step)
-        elif code:
-            console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
-    console.conclude()
-    return push_finished((step for step, _ in todo), record, descriptors, args.warm)
-
-
-def _command_line(step: Step, args: argparse.Namespace) -> str:
-    """Return the command of a step as typed in a shell."""
-    return shlex.join(step.command(launch_options(args), shlex.split(args.launcher)))
-
-
-def resume_command(args: argparse.Namespace) -> str:
-    """Return the command that resumes this run, without --from and --force, which would repeat finished steps."""
-    command = ["run", str(args.recipe)]
-    for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
-        value = getattr(args, name)
-        if value not in (None, ""):
-            command += [f"--{name}", *map(str, as_list(value))]
-    return as_typed(*command, *(["--smoke"] if args.smoke else []))
+        if code:
+            unpushed.append(f"{step.name} was not pushed to the Hub; {console.log(step)} ends with what to do")
+    console.close()
+    taken = f"{len(console.state.taken)} steps in {time_in_words(time.monotonic() - args.began)}"
+    print(taken if console.state.taken else "nothing to do: all steps had finished", *unpushed, sep="\n")
+    return EXIT_PUSH_FAILED if unpushed else 0

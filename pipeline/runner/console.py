@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -19,20 +18,17 @@ from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
-from pipeline.evaluation.metric_info import metric_info
-from pipeline.progress import VARIABLE, duration
-from pipeline.runner.run_state import RunState, Stage
+from pipeline.progress import VARIABLE, time_in_words
+from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
-PROGRESS_SECONDS = 10
-"""Without a live view, progress is printed at each quarter of a step, but not more often than this."""
 MAX_COLUMNS = 100
-"""Width of the live view, and of a command in a log, at most; the whole command is in the log of its step."""
+"""Width of the live view, at most."""
 LAST_LINES = 20
 """Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
 
@@ -70,11 +66,7 @@ class RunConsole:
     """
 
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
-        self.title, self.state = title, state
-        self._is_verbose = args.verbose
-        self._began = args.began
-        # When the running step's progress was printed last, and up to which quarter.
-        self._printed = (0.0, 0)
+        self.title, self.state, self._args = title, state, args
         # A step that resumes appends to its log; its own part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
@@ -84,8 +76,6 @@ class RunConsole:
     def __enter__(self) -> RunConsole:
         if self._live is not None:
             self._live.start(refresh=True)
-            # The cursor is hidden until `close`. While a step runs, `processes.run` handles the signal instead.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,12 +86,11 @@ class RunConsole:
         if self._live is not None and self._live.is_started:
             self._live.refresh()
             self._live.stop()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def event(self, line: str) -> None:
         """Print an event that the live view shows by itself."""
         if self._live is None:
-            say(line)
+            print(line)
 
     def log(self, step: Step) -> Path:
         """Return the file to which everything goes that the step prints."""
@@ -118,7 +107,6 @@ class RunConsole:
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
         self.state.start(step)
-        self._printed = time.monotonic(), 0
         with (
             log.open("ab" if resumes else "wb", buffering=0) as output,
             log.open(encoding="utf-8", errors="replace") as printed,
@@ -149,20 +137,10 @@ class RunConsole:
             # The last line may be half written.
             with contextlib.suppress(ValueError, TypeError, LookupError):
                 self.state.progress.update(json.loads(line))
-        facts = self.state.progress.facts
-        if self._is_verbose:
+        if self._args.verbose:
             print(printed.read(), end="", flush=True)
         elif self._live is not None:
             self._live.refresh()
-        elif facts.get("total"):
-            now, quarter = time.monotonic(), 4 * facts["done"] // facts["total"]
-            if self._printed[1] < quarter < 4 and now - self._printed[0] >= PROGRESS_SECONDS:
-                self._printed = now, quarter
-                shown = self.state.doing.split("  ")
-                of_step, of_run = self.state.seconds_left()
-                shown += [f"{duration(of_step)} left"] if of_step is not None else []
-                shown += [f"{duration(of_run)} left of the run"] if of_run is not None else []
-                say(f"    {', '.join(shown)}")
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
@@ -170,95 +148,59 @@ class RunConsole:
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
         reached = f"{stage.name}: {stage.figure}, " if stage.figure else ""
-        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {duration(seconds)}")
+        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
 
-        If a step failed, the last lines of its output are shown as well, and where all of it is.
+        If it failed, print the last lines of its output as well, and where all of it is.
         """
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
-        if code and not self._is_verbose:
+        if code and not self._args.verbose:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
-            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr, flush=True)
+            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr)
         whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
-        for message in [*messages, *whole]:
-            say(message)
-
-    def conclude(self) -> None:
-        """End the view of a run that went through, and print the key figures of its stages."""
-        self.close()
-        if not self.state.taken:
-            say("nothing to do: all steps had finished")
-            return
-        # A row for each measured stage, and a column for each of their main metrics.
-        judged_by = {name: self.state.metric(name) for name in self.state.kinds}
-        metrics = list(dict.fromkeys(filter(None, judged_by.values())))
-        values = {(name, metric): self.state.value(name, metric) for name in judged_by for metric in metrics}
-        metrics = [metric for metric in metrics if any(values[name, metric] for name in judged_by)]
-        table = Table("", box=None, pad_edge=False, header_style="")
-        for metric in metrics:
-            table.add_column(metric_info(metric).label, justify="right")
-        for name, own in judged_by.items():
-            if any(values[name, metric] for metric in metrics):
-                styles = ["bold" if metric == own and self._live else "" for metric in metrics]
-                table.add_row(name, *(Text(values[name, m], style) for m, style in zip(metrics, styles, strict=True)))
-        if table.row_count:
-            self._console.print("", table, "", sep="\n")
-        say(f"{len(self.state.taken)} steps in {duration(time.monotonic() - self._began)}")
+        print(*messages, *whole, sep="\n")
 
     def _view(self) -> RenderableType:
-        """Return what the live view shows now."""
-        stages = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        stages.add_column(width=1)
-        stages.add_column(no_wrap=True)
-        stages.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        stages.add_column(justify="right", no_wrap=True)
+        """Return what the live view shows now: a line for each stage, what it does or has reached, and a time."""
+        progress, (step_left, run_left) = self.state.progress, self.state.seconds_left()
+        columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
+        stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
+            what: RenderableType = stage.note
+            when = ""
+            if stage.status == "running":
+                done, total = progress.facts.get("done", 0), progress.facts.get("total")
+                if not total and step_left:
+                    # A step that reports nothing is shown by the time that it took before.
+                    done, total = progress.elapsed, progress.elapsed + step_left
+                what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+                what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
+                when = f"{time_in_words(step_left)} left" if step_left else time_in_words(progress.elapsed)
+            elif stage.status == "kept":
+                what, when = stage.figure, "kept"
+            elif stage.status in ("done", "stopped"):
+                reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
+                what, when = "; ".join(filter(None, reached)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
-            stages.add_row(Text(mark, style), Text(stage.name, style if style == "dim" else ""), *self._line(stage))
+            dim = "dim" if style == "dim" else ""
+            what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what
+            stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
-            left = self.state.seconds_left()[1]
-            so_far = f"{duration(time.monotonic() - self._began)} so far"
-            lines.append(Text(so_far if left is None else f"{so_far}, about {duration(left)} left"))
+            so_far = f"{time_in_words(time.monotonic() - self._args.began)} so far"
+            lines.append(Text(so_far if run_left is None else f"{so_far}, about {time_in_words(run_left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
-            if number := self.state.progress.facts.get("stopping"):
+            if number := progress.facts.get("stopping"):
                 notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
                 lines.append(Text(notice, "yellow"))
         return Constrain(Group(*lines), MAX_COLUMNS)
-
-    def _line(self, stage: Stage) -> tuple[RenderableType, Text]:
-        """Return what is shown after the name of a stage: what it does or has reached, and a time."""
-        progress = self.state.progress
-        if stage.status in ("waiting", "for people"):
-            return Text(stage.note, "dim" if stage.status == "waiting" else ""), Text("")
-        if stage.status == "kept":
-            return Text(stage.figure), Text("kept", "dim")
-        if stage.status != "running":
-            reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-            return Text("; ".join(filter(None, reached))), Text(stage.took, "dim")
-
-        left = self.state.seconds_left()[0]
-        done, total = progress.facts.get("done", 0), progress.facts.get("total")
-        if not total and left:
-            # A step that reports nothing is shown by the time that it took before.
-            done, total = progress.elapsed, progress.elapsed + left
-        line = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        line.add_column(ratio=1)
-        line.add_column(no_wrap=True)
-        line.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
-        return line, Text(f"{duration(left)} left" if left else duration(progress.elapsed))
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:
     """Show in a live view that the steps are being checked, which takes seconds."""
     return Console().status(f"Checking the steps of {args.recipe}") if is_live(args) else contextlib.nullcontext()
-
-
-def say(line: str) -> None:
-    """Print a line and flush it, so that a log file is up to date."""
-    print(line, flush=True)

@@ -1,8 +1,5 @@
 """`fourstage copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
 
-    fourstage copy pocket mine
-    fourstage run mine
-
 The copy writes to runs/<name of the folder>. With it come the recipe's README and the launch file of its commands.
 """
 
@@ -35,24 +32,17 @@ def shipped_recipes() -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the files of a recipe to a folder. Return 0.
-
-    Raises:
-        UserError: If there is no such recipe, or the folder cannot be written or is not empty.
-    """
-    problems = []
+    """Write the files of a recipe to a folder, which must be new or empty. Return 0."""
+    problems: list[Problem | None] = [check_new_directory(args.folder, "FOLDER")]
     name = args.recipe.removeprefix(f"{SHIPPED.name}/").rstrip("/")
     if name not in shipped_recipes():
         remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
-        problems.append(Problem("RECIPE", args.recipe, remedy))
-    if problem := check_new_directory(args.folder, "FOLDER"):
-        problems.append(problem)
-    if problems:
-        raise UserError(*problems)
+        problems.insert(0, Problem("RECIPE", args.recipe, remedy))
+    if found := list(filter(None, problems)):
+        raise UserError(*found)
     run_dir = f"runs/{args.folder.resolve().name}"
     # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
-    # `runs/pocket` is not the beginning of `runs/pocket-people`.
-    # `recipes/existing-model/full` is another recipe, which its README names.
+    # `runs/pocket` is not the beginning of `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.
     others = [other.removeprefix(name) for other in shipped_recipes() if other.startswith(f"{name}/")]
     renamed = {
         rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,

@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 from pipeline.config.fields import convert, field_types
@@ -26,9 +25,6 @@ from pipeline.runner.steps import Step
 FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
 """Fields of pretraining that an untrained model depends on, besides its sizes."""
 
-LONGEST_REASON = 240
-"""Characters above which a list of fields or steps is cut off."""
-
 Changes = dict[str, tuple[Any, Any]]
 """The settings that differ, by field: the value before and the present one."""
 
@@ -38,8 +34,7 @@ class Decision:
     """A decision about a step.
 
     Attributes:
-        action: "skip" it, "start" it from the beginning, "resume" it from what it has saved, or "continue" it from its
-            last checkpoint with more steps.
+        action: "resume" goes on from what the step has saved, "continue" from its last checkpoint with more steps.
         reason: Why, as a phrase.
         replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
         deletes: Whether that is deleted instead of moved to the trash.
@@ -54,13 +49,9 @@ class Decision:
 def decide(
     steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Decide by name what to do about each step. Moving or renaming the modules of a step does not make it due.
+    """Decide by name what to do about each step; each comes after all that it needs.
 
-    Args:
-        steps: Each after all that it needs.
-        record: What was done before.
-        again: Names of the steps that run even if they have finished.
-        forced: Names of the steps whose output is deleted.
+    The steps in `again` run even if they have finished, and so do the steps in `forced`, whose output is deleted.
     """
     decisions: dict[str, Decision] = {}
     folders = {need: folder for step in steps for need, folder in step.data.items()}
@@ -91,14 +82,13 @@ def _decide_one(
     # What it is set to do.
     effective, harmless = find_changes(step, entry.get("values", {}))
     texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
-    # The shortest come first, and are not cut off.
-    changes = shorten(", ".join(sorted(texts, key=len)), LONGEST_REASON)
+    changes = ", ".join(sorted(texts, key=len))
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
     # What it is made from: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
-        return Decision("start", f"depends on {shorten(', '.join(due), LONGEST_REASON)}")
+        return Decision("start", f"depends on {', '.join(due)}")
     if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
         return Decision("start", "its inputs have been made again")
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
@@ -138,14 +128,10 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
             effective.pop("lengths", None)
     elif step.stage.measured:
         effective = {name: pair for name, pair in changed.items() if has_effect(name, now)}
-    if effective and step.stage.module:
-        effective = _without_defaults(step, effective, before, now)
-    return effective, {name: pair for name, pair in changed.items() if name not in effective}
+    if not (effective and step.stage.module):
+        return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
-
-def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the `changed` fields that still differ once defaults and types are known."""
-    # These imports take seconds.
+    # What still differs once defaults and types are known. These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments
@@ -157,7 +143,7 @@ def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], n
     # An untrained model reads few of the fields in the file that it shares with pretraining.
     if step.stage.file_of:
         read = {*FIELDS_OF_UNTRAINED, *(item.name for item in dataclasses.fields(ScratchArguments))}
-        changed = {name: pair for name, pair in changed.items() if name in read}
+        effective = {name: pair for name, pair in effective.items() if name in read}
 
     def resolve(name: str, values: Mapping[str, Any]) -> Any:
         # The step itself reports a value of a wrong type.
@@ -168,4 +154,5 @@ def _without_defaults(step: Step, changed: Changes, before: Mapping[str, Any], n
     # Training records in its directory what it ran with.
     earlier = {**defaults, **read_json(step.output / RECORD), **before}
     present = {**defaults, **machine, **now}
-    return {name: pair for name, pair in changed.items() if resolve(name, earlier) != resolve(name, present)}
+    effective = {name: pair for name, pair in effective.items() if resolve(name, earlier) != resolve(name, present)}
+    return effective, {name: pair for name, pair in changed.items() if name not in effective}

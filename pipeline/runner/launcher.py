@@ -2,14 +2,8 @@
 
 Otherwise it turns every exit code into 1, and prints a traceback below the program's message. torch loads the entry
 points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the launcher starts a
-module of this project. The runner uses
-
-    python -m pipeline.runner.launcher --config_file accelerate_config.yaml -m recipes.sft --config FILE
-
-which takes the arguments of `accelerate launch`, does not need the project to be installed, and checks the launch file.
-
-If NUM_MACHINES is above 1, it joins the launchers of the other machines: MACHINE_RANK (or SLURM_NODEID) is its place
-among them, and they meet at MASTER_ADDR and MASTER_PORT.
+module of this project. The runner starts this module, `python -m pipeline.runner.launcher`, which takes the arguments
+of `accelerate launch`, does not need the project to be installed, and checks the launch file.
 """
 
 from __future__ import annotations
@@ -21,6 +15,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -77,12 +72,6 @@ def exit_code(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def launch_options(args: argparse.Namespace) -> list[str]:
-    """Return the arguments of `accelerate launch` itself, for the arguments of `run`."""
-    several = ["--num_processes", str(args.num_processes)] if args.num_processes else []
-    return ["--config_file", launch_file(args), *several]
-
-
 def count_processes(args: argparse.Namespace) -> int:
     """Return the processes of a training step: as many as the command asks for, the launch file, or there are GPUs."""
     from torch.cuda import device_count
@@ -104,7 +93,10 @@ def shards(path: str) -> bool:
 
 
 def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the arguments of `accelerate launch` on one of several machines, or none on a single one."""
+    """Return the arguments of `accelerate launch` on one of NUM_MACHINES, or none on a single one.
+
+    MACHINE_RANK (or SLURM_NODEID) is its place among them, and their launchers meet at MASTER_ADDR and MASTER_PORT.
+    """
     number = environment.get("NUM_MACHINES", "1")
     if number == "1":
         return []
@@ -133,9 +125,9 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
         return problem(f"is not a launch file of accelerate ({reason}); correct it")
     config = vars(loaded)
     for item in fields(loaded):
-        value, wanted = config[item.name], _shape(str(item.type))
-        if value is not None and _shape(type(value).__name__) != wanted:
-            return problem(f"{item.name} must be a {wanted}; correct it")
+        value = config[item.name]
+        if "dict" in str(item.type) and not isinstance(value, dict | None):
+            return problem(f"{item.name} must be a mapping; correct it")
         # The keys of a mapping become options, which have names.
         options = list(value) if isinstance(value, dict) else []
         prefixes = PLUGIN_OPTIONS.get(item.name, ("",))
@@ -152,17 +144,8 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
     return None
 
 
-def _shape(kind: str) -> str:
-    """Return how YAML writes a type with this name, such as "typing.Optional[dict]"."""
-    return "mapping" if "dict" in kind else "list" if "list" in kind else "single value"
-
-
 def install_exit_hook() -> None:
-    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each.
-
-    Returns:
-        None, where torch expects a rendezvous handler.
-    """
+    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each."""
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
         # The folder where it is typed may have a `recipes.py` of its own.
@@ -176,65 +159,53 @@ def _end_with_program() -> None:
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
-    sys.excepthook = _exit
 
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-def _exit(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Exit with the code of the process that failed first; print the errors of the launcher itself as usual."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        if isinstance(error, ChildFailedError):
+            # Several processes may fail; this is the first.
+            sys.exit(exit_code(error.get_first_failure()[1].exitcode))
+        if isinstance(error, subprocess.CalledProcessError):
+            sys.exit(exit_code(error.returncode))
+        if isinstance(error, SignalException):
+            sys.exit(128 + int(error.sigval))
+        # An error of the launcher itself is printed as usual.
+        sys.__excepthook__(kind, error, trace)
 
-    if isinstance(error, ChildFailedError):
-        sys.exit(exit_code(error.get_first_failure()[1].exitcode))
-    if isinstance(error, subprocess.CalledProcessError):
-        sys.exit(exit_code(error.returncode))
-    if isinstance(error, SignalException):
-        sys.exit(128 + int(error.sigval))
-    sys.__excepthook__(kind, error, trace)
+    sys.excepthook = end
 
 
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """Launch as `accelerate launch` does; `argv` are its arguments, by default the arguments of this process.
 
-    Args:
-        argv: Arguments of `accelerate launch`.
-        forked: Whether this process was forked to run the program, which it does itself if a single one is asked for.
-
-    Returns:
-        0, or 2 for a broken launch file. If the launched program fails, an error that becomes its exit code is raised.
+    A process that was `forked` to run the program becomes the program where a single one is asked for. Return 0, or 2
+    for a broken launch file. If the launched program fails, raise an error that becomes its exit code.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+    from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
     # Options that the user gives come last, and win.
-    argv = [*machines(), *(sys.argv[1:] if argv is None else argv)]
-    args = launch_command_parser().parse_args(argv)
+    args = launch_command_parser().parse_args([*machines(), *(sys.argv[1:] if argv is None else argv)])
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
-    # A single process needs no launcher: this one becomes it, with the environment that it would be given.
-    if forked and (environment := _single_process(argv)) is not None:
-        os.environ.update(environment)
-        sys.argv = [args.training_script, *args.training_script_args]
-        runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
-        return 0
+    if forked:
+        one, *_ = _validate_launch_command(copy(args))
+        is_alone = one.module and one.num_processes == 1 and (one.num_machines or 1) == 1 and one.gpu_ids == "all"
+        asks_more = one.mixed_precision == "fp8" or any(getattr(one, name, None) for name in BEYOND_ONE_PROCESS)
+        if is_alone and not asks_more:
+            # A single process needs no launcher: this one becomes it, with the environment that it would be given.
+            single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+            given = prepare_multi_gpu_env(one) | single if one.multi_gpu else prepare_simple_launcher_cmd_env(one)[1]
+            os.environ.update(given)
+            sys.argv = [args.training_script, *args.training_script_args]
+            runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
+            return 0
     _end_with_program()
     launch_command(args)
     return 0
-
-
-def _single_process(argv: Sequence[str] | None) -> dict[str, str] | None:
-    """Return the environment of the process that would be launched; None unless it is one module on this machine."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
-    if not args.module or args.num_processes != 1 or (args.num_machines or 1) > 1 or args.gpu_ids != "all":
-        return None
-    if args.mixed_precision == "fp8" or any(getattr(args, name, None) for name in BEYOND_ONE_PROCESS):
-        return None
-    if not args.multi_gpu:
-        return prepare_simple_launcher_cmd_env(args)[1]
-    return prepare_multi_gpu_env(args) | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 if __name__ == "__main__":

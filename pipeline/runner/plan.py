@@ -46,83 +46,66 @@ LIBRARIES, TILE = 1.5e9, 2**27
 """Bytes of a process that are not tensors, and logits that TRL's trainers keep at once, at most."""
 ASSUMED = """
 Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
-1/3 of the longest answer, and data on this disk a token for 4 characters; sampling takes 1 ms for a position and layer,
-with vLLM 0.1 ms; critic, reference and reward models are as large as the policy; a step starts in 3 s; an evaluation
-answers 400 rows of each data set, or its limit. Not included: downloads, judges, tasks of lm-eval.
+1/3 of the longest answer, with a chat template on this disk besides, and data there a token for 4 characters;
+sampling takes 1 ms for a position and layer, with vLLM 0.1 ms; critic, reference and reward models are as large as
+the policy; a step starts in 3 s; an evaluation answers 400 rows of each data set, or its limit. Not included:
+downloads, judges, tasks of lm-eval.
 """
 
 
-def row_length(stage: Settings, longest: bool = False) -> float:
-    """Return the tokens of an average or the longest row: a block, a text, or a prompt with its answer."""
-    if stage.kind.samples:
-        return stage.text + stage.cut * (1 if longest else ANSWER)
-    return stage.cut if longest or stage.packing else min(stage.text, stage.cut)
+def count_work(stage: Settings) -> None:
+    """Add to the settings of a stage what it computes.
 
-
-def rows(stage: Settings) -> float:
-    """Return the rows that all processes read: blocks, texts, both texts of pairs, or answers."""
-    if not stage.kind.measured:
-        # Answers are sampled for people or annotators to choose from, also for validation and test.
-        return ((stage.max_prompts or stage.data) + 2 * (stage.max_eval_prompts or 0)) * stage.samples_per_prompt
-    batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * stage.processes
-    uses, steps = stage.num_iterations or 1, stage.max_steps
-    if steps <= 0:
-        each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
-        steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
-    return steps * batch * stage.texts / uses
-
-
-def passes(stage: Settings) -> int:
-    """Return the passes over each token, where a backward pass counts as two."""
-    training, uses = 3 + stage.recompute, stage.num_iterations
-    if not stage.kind.measured:
-        return 1
-    if not stage.kind.samples:
-        # KTO gives each prompt the answer of another one as well, to policy and reference.
-        return training + stage.reference + 2 * (stage.kind.data == "unpaired")
-    if stage.kind.has_critic:
-        # Sampling, old log-probabilities and values; then policy and critic are trained.
-        return 3 + stage.judges + stage.reference + 2 * uses * training
-    # If a rollout is used in one step, training itself computes the old log-probabilities.
-    every = (stage.steps_per_generation or stage.gradient_accumulation_steps) * uses
-    old = stage.gradient_accumulation_steps % every > 0
-    return 1 + old + stage.judges + stage.reference + uses * training
-
-
-def flops(stage: Settings) -> float:
-    """Return the floating-point operations of all processes."""
+    `average` and `longest` are the tokens of a row: a block, a text, or a prompt with its answer. `rows` are blocks,
+    texts, both texts of pairs, or answers; `passes` are over each token, where a backward pass counts as two; `flops`
+    are those of all processes. `at_once` are the answers that a process samples at once.
+    """
     from pipeline.models.experts import training_flops_per_token
 
-    length, config = row_length(stage), stage.model.config.get_text_config()
-    each = training_flops_per_token(stage.model, round(length))
+    kind, uses, training = stage.kind, stage.num_iterations or 1, 3 + stage.recompute
+    stage.average, stage.longest = stage.cut if stage.packing else min(stage.text, stage.cut), stage.cut
+    if kind.samples:
+        stage.average, stage.longest = stage.text + ANSWER * stage.cut, stage.text + stage.cut
+    if not kind.measured:
+        # Answers are sampled for people or annotators to choose from, also for validation and test.
+        prompts = (stage.max_prompts or stage.data) + 2 * (stage.max_eval_prompts or 0)
+        stage.rows, stage.passes, stage.at_once = prompts * stage.samples_per_prompt, 1, stage.batch_size
+    else:
+        batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * stage.processes
+        steps = stage.max_steps
+        if steps <= 0:
+            each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
+            steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
+        stage.rows = steps * batch * stage.texts / uses
+        rollout = stage.steps_per_generation or stage.gradient_accumulation_steps
+        at_once = stage.per_device_train_batch_size * rollout
+        if stage.generation_batch_size:
+            at_once = stage.generation_batch_size // stage.processes
+        stage.at_once = at_once if kind.samples else 0
+        # If a rollout is used in one step, training itself computes the old log-probabilities.
+        old = stage.gradient_accumulation_steps % (rollout * uses) > 0
+        if not kind.samples:
+            # KTO gives each prompt the answer of another one as well, to policy and reference.
+            stage.passes = training + stage.reference + 2 * (kind.data == "unpaired")
+        elif kind.has_critic:
+            # Sampling, old log-probabilities and values; then policy and critic are trained.
+            stage.passes = 3 + stage.judges + stage.reference + 2 * uses * training
+        else:
+            stage.passes = 1 + old + stage.judges + stage.reference + uses * training
+
+    config = stage.model.config.get_text_config()
+    each = training_flops_per_token(stage.model, round(stage.average))
     # A reward model scores a text, and computes no logits.
-    each -= 0 if stage.kind.generates else 6 * config.vocab_size * config.hidden_size
+    each -= 0 if kind.generates else 6 * config.vocab_size * config.hidden_size
     # This was a forward and a backward pass, which are three.
-    return rows(stage) * length * passes(stage) / 3 * each
-
-
-def sampled_at_once(stage: Settings) -> int:
-    """Return the answers that a process samples at once."""
-    if not stage.kind.samples or stage.generation_batch_size:
-        return (stage.generation_batch_size or 0) // stage.processes
-    batches = stage.steps_per_generation or stage.gradient_accumulation_steps
-    return stage.batch_size or stage.per_device_train_batch_size * batches
-
-
-def sampling_seconds(stage: Settings) -> float:
-    """Return the time of sampling: a batch of answers is sampled position by position, up to the longest answer."""
-    if not stage.kind.samples:
-        return 0.0
-    positions = rows(stage) / (sampled_at_once(stage) * stage.processes) * stage.cut
-    layer = VLLM_LAYER if stage.use_vllm else LAYER
-    return positions * layer * stage.model.config.get_text_config().num_hidden_layers
+    stage.flops = stage.rows * stage.average * stage.passes / 3 * each
 
 
 def evaluation_seconds(step: Step, stage: Settings, args: argparse.Namespace) -> float:
     """Return the time in which a model answers instructions, prompts and problems, some of these `samples` times."""
-    own, model = Settings(**step.values), stage.model
     if not stage.kind.generates:
         return START
+    own, model = Settings(**step.values), stage.model
     answers = 3 * (own.limit or ROWS) + min(own.limit or ROWS, SAMPLED) * (own.samples or 0)
     positions = own.max_new_tokens or DEFAULT_LENGTH
     layers = model.config.get_text_config().num_hidden_layers * (VLLM_LAYER if own.vllm else LAYER)
@@ -135,10 +118,22 @@ def evaluation_seconds(step: Step, stage: Settings, args: argparse.Namespace) ->
 def memory(stage: Settings) -> dict[str, float]:
     """Return the bytes of one process, by part."""
     config, parameters = stage.model.config.get_text_config(), stage.model.num_parameters()
+    hidden, all_layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
     # Sharded weights are gathered, and copied, layer by layer.
-    shares, layers = (stage.processes, config.num_hidden_layers) if stage.sharded else (1, 1)
-    trained, longest = stage.trained / shares, row_length(stage, longest=True)
-    read = (stage.per_device_train_batch_size or 0) * stage.texts * longest
+    shares, layers = (stage.processes, all_layers) if stage.sharded else (1, 1)
+    trained = stage.trained / shares
+    read = (stage.per_device_train_batch_size or 0) * stage.texts * stage.longest
+
+    # For the backward pass, a layer keeps of each token the inputs of its two norms in float32, as they are and
+    # normalised, and their outputs; queries, keys, values and the output of attention, which keeps no scores; and four
+    # times the width of its feed-forward network.
+    width = getattr(config, "intermediate_size", None) or 4 * hidden
+    width *= 1 + (getattr(config, "num_local_experts", None) or 0)
+    layer = 2 * 2 * 4 * hidden + stage.size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
+    # If activations are computed again, the inputs of all layers are kept, and everything of one layer at a time.
+    activations = all_layers * 4 * hidden + layer if stage.recompute else all_layers * layer
     # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
@@ -149,35 +144,13 @@ def memory(stage: Settings) -> dict[str, float]:
         "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
         "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,
         "optimizer": 8 * trained,
-        "activations": read * activation_bytes(config, stage.size, stage.recompute),
+        "activations": read * activations,
         # Logits and their gradient, and in float32 a copy, its log-softmax and a gradient.
         "logits": logits * (2 * stage.size + 3 * 4),
-        "rollouts": sampled_at_once(stage) * longest * 2 * _widths(config)[1] * config.num_hidden_layers * stage.size,
+        "rollouts": stage.at_once * stage.longest * 2 * keys * all_layers * stage.size,
         "frozen": stage.frozen * parameters * (2 if half else 4) / shares,
         "other": LIBRARIES,
     }
-
-
-def activation_bytes(config: Any, size: int, recompute: bool) -> float:
-    """Return the bytes that a token leaves for the backward pass, with attention that keeps no scores.
-
-    A layer keeps the inputs of its two norms in float32, as they are and normalised, and their outputs; queries, keys,
-    values and the output of attention; and four times the width of its feed-forward network. If activations are
-    computed again, the inputs of all layers are kept, and everything of one layer at a time.
-    """
-    queries, keys = _widths(config)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = getattr(config, "intermediate_size", None) or 4 * hidden
-    width *= 1 + (getattr(config, "num_local_experts", None) or 0)
-    layer = 2 * 2 * 4 * hidden + size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
-    return layers * 4 * hidden + layer if recompute else layers * layer
-
-
-def _widths(config: Any) -> tuple[int, int]:
-    """Return the numbers of a token's queries in a layer, and of its keys."""
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
 
 
 def advice(stage: Settings, room: float) -> str:
@@ -199,8 +172,8 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     They have `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
     tokens (or of prompts, if answers are sampled), `cut` as the longest text or answer, `frozen` other networks, and
     `size`, the bytes of an activation.
-    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows, with the length of one
-    by ("tokens", folder). This step's is added. `args` are the options, with what `main` adds.
+    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows; the length of a row by
+    ("tokens", folder), and what the chat template adds to a prompt by ("template", folder). This step's is added.
     """
     from trl import ModelConfig
 
@@ -216,13 +189,20 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
         made[own.output_dir] = own.vocab_size or own.min_votes
     if not kind.launched:
         return None
+    template = 0
     if kind.from_scratch:
         name = own.tokenizer_name_or_path
         vocabulary = made.get(name) or len(load_tokenizer(name, "tokenizer_name_or_path"))
         model = build_empty(own.build(ScratchArguments), vocabulary)
+    elif (name := own.model_name_or_path) in made:
+        model, template = made[name], made["template", name]
     else:
-        name = own.model_name_or_path
-        model = made.get(name) or load_empty(name, "model_name_or_path", own.model_revision)
+        model = load_empty(name, "model_name_or_path", own.model_revision)
+        tokenizer = load_tokenizer(own.tokenizer_name_or_path or name, "model_name_or_path")
+        # Chat models have a system prompt, which may be longer than a question.
+        if tokenizer.chat_template:
+            empty = [{"role": "user", "content": ""}]
+            template = len(tokenizer.apply_chat_template(empty, add_generation_prompt=True, return_dict=False))
     content: Any = kind.data
     needed = not own.max_prompts and (own.max_steps or 0) <= 0
     data, text = count_rows(own.build(DataArguments), content, made, needed)
@@ -245,8 +225,10 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     own.cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens
     own.cut = own.cut or model.config.get_text_config().max_position_embeddings
     own.text = text or made.get(("tokens", str(own.dataset_name))) or own.cut * (ANSWER if kind.samples else TEXT)
+    own.text += template if kind.samples else 0
     own.size = 4 if not args.processor.half or (step.values.get("bf16") is False and not own.fp16) else 2
-    made["tokens", own.output_dir] = row_length(own)
+    count_work(own)
+    made["tokens", own.output_dir], made["template", own.output_dir] = own.average, template
     return own
 
 
@@ -286,6 +268,7 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--gpu", args.gpu, remedy))
     if problems:
         raise UserError(*problems)
+
     made: dict[Any, Any] = {}
     stages: dict[str, Settings] = {}
     others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}
@@ -320,8 +303,14 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of a stage, as `--json` prints them."""
     from pipeline.training.checks import disk_bytes
 
-    speed = args.mfu * ((args.processor.half if stage.size == 2 else None) or args.processor.single)
-    computing, sampling = flops(stage) / (stage.processes * speed), sampling_seconds(stage)
+    computing = stage.flops / stage.processes
+    computing /= args.mfu * ((args.processor.half if stage.size == 2 else None) or args.processor.single)
+    sampling = 0.0
+    if stage.kind.samples:
+        # A batch of answers is sampled position by position, up to the longest answer.
+        positions = stage.rows / (stage.at_once * stage.processes) * stage.cut
+        layers = stage.model.config.get_text_config().num_hidden_layers
+        sampling = positions * layers * (VLLM_LAYER if stage.use_vllm else LAYER)
     parts = {part: round(size) for part, size in memory(stage).items()}
     total = sum(parts.values())
     advised = advice(stage, args.processor.memory) if total > args.processor.memory else ""
@@ -329,8 +318,8 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
         advised = "PPO refuses to be sharded; run it apart, with another launch file"
     return {
         "parameters": stage.model.num_parameters(),
-        "tokens": round(rows(stage) * row_length(stage)),
-        "flops": flops(stage),
+        "tokens": round(stage.rows * stage.average),
+        "flops": stage.flops,
         "memory_bytes": {**parts, "total": total},
         "disk_bytes": disk_bytes(stage.trained, stage.trained, stage)[1] if stage.trained else 0,
         "hours": (START + computing + sampling) / 3600,

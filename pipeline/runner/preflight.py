@@ -1,12 +1,8 @@
 """Find, before the first step runs, what a later step would refuse hours from now.
 
 Each step is given the arguments that its recipe will build, for as many processes as will train it, and the
-configuration of the model that an earlier step makes:
-
-    1_pretrain    max_position_embeddings: 1024, block_size: 4096    -> block_size is above the model's context
-    4_grpo        64 completions, num_generations: 7                 -> groups of 7 do not fill 64
-
-What depends on the rows of a data set shows when the step loads them, which `--smoke` does within seconds.
+configuration of the model that an earlier step makes. What depends on the rows of a data set shows when the step loads
+them, which `--smoke` does within seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -24,9 +20,6 @@ from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.runner.steps import Step
 
-REQUIRED = ("model_name_or_path", "dataset_name")
-"""Inputs without which a step has nothing to start from."""
-
 VOCABULARY = 1 << 15
 """Tokens of a tokenizer that does not exist yet; nothing that is checked here depends on their number."""
 
@@ -34,16 +27,13 @@ VOCABULARY = 1 << 15
 def check_steps(
     steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
 ) -> list[Problem]:
-    """Check the settings that a step would refuse as soon as it starts, which may be hours from now.
+    """Return values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
 
     Args:
         steps: The steps of a run, each after all that it needs. Those without a YAML file of their own are skipped.
         due: Names of the steps whose problems are reported. Default: all.
         processes: Processes of a training step.
         rewards: Whether reward functions are loaded, which may need packages.
-
-    Returns:
-        Values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check
@@ -86,10 +76,12 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
 
     from pipeline.config.parser import check_values
     from pipeline.models.checks import check_lengths
+    from pipeline.models.loading import load_config, user_error_for
+    from pipeline.models.scratch import ScratchArguments, build_empty
     from pipeline.training.checks import preflight
     from pipeline.training.inputs import check_weights
 
-    types = step.argument_types
+    types, home = step.argument_types, Path(step.values["output_dir"]).parent
     built, problems = check_values(step.values, types, processes) if types else ([], [])
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     rewarded = next((item for item in built if hasattr(item, "preflight")), None)
@@ -99,11 +91,27 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
         problems += resolve_name(step.stage.check)(step.values)
     if rewarded is not None and rewards:
         problems += rewarded.preflight(training, None, None, early=True)
-    for item in built:
-        problems += _check_inputs(step, item)
-    config = None
+
+    # Each model and data set is named, because a step starts from them, and a path exists or is made by the run.
+    for item, name in ((item, name) for item in built for name in (*READ, "chat_template_path") if hasattr(item, name)):
+        given = as_list(getattr(item, name))
+        if name in ("model_name_or_path", "dataset_name") and not all(given or [None]):
+            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
+        for path in filter(None, given):
+            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
+            if is_missing and not Path(path).is_relative_to(home):
+                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
+
+    # The configuration of the model that is trained or read; None if it is on the Hub, or not known.
+    scratch = next((item for item in built if isinstance(item, ScratchArguments)), None)
+    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
+    config = made.get(name)
     with collect(problems):
-        config = _find_config(step, built, made)
+        if scratch is not None:
+            config = build_empty(scratch, VOCABULARY).config
+        elif config is None and name and Path(name).is_dir() and not Path(name).is_relative_to(home):
+            with user_error_for("model_name_or_path", name):
+                config = load_config(name)
     if config is None:
         return problems
     if step.stage.measured:
@@ -117,42 +125,7 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     return problems
 
 
-def _find_config(step: Step, built: Sequence[Any], made: Mapping[str, Any]) -> Any:
-    """Return the configuration of the model that a step trains or reads; None if it is on the Hub, or not known.
-
-    Raises:
-        UserError: If its folder is not the folder of a model.
-    """
-    from pipeline.models.loading import load_config, user_error_for
-    from pipeline.models.scratch import ScratchArguments, build_empty
-
-    for item in built:
-        if isinstance(item, ScratchArguments):
-            return build_empty(item, VOCABULARY).config
-    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
-    home = Path(step.values["output_dir"]).parent
-    if not name or name in made or Path(name).is_relative_to(home) or not Path(name).is_dir():
-        return made.get(name)
-    with user_error_for("model_name_or_path", name):
-        return load_config(name)
-
-
 def _context(config: Any) -> int | None:
     """Return the context of a model in tokens, if it has a limit."""
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions
-
-
-def _check_inputs(step: Step, item: Any) -> list[Problem]:
-    """Check that each model and data set is named and, if it is a path, exists or is made by the run."""
-    problems = []
-    home = Path(step.values["output_dir"]).parent
-    for name in (*READ, "chat_template_path"):
-        given = as_list(getattr(item, name, None))
-        if name in REQUIRED and hasattr(item, name) and not all(given or [None]):
-            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
-        for path in filter(None, given):
-            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
-            if is_missing and not Path(path).is_relative_to(home):
-                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
-    return problems

@@ -25,17 +25,18 @@ from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
-from pipeline.files import as_list, check_directory, check_path, read_json, relocate, split_revision
+from pipeline.files import as_list, check_path, read_json, relocate, split_revision
+from pipeline.runner.records import TRASH
 from pipeline.runner.steps import REPORT, Step, smoke_overrides
-from pipeline.runner.trash import TRASH
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+from pipeline.stages.kinds import StageKind
 
 RANDOM = STAGES["random"].directory
 RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
 """Names in the directory of a run that no step may write to unless its kind has this name for its directory."""
 
-Configurations = Mapping[str, tuple[Path, Mapping[str, Any]]]
-"""Path and content of each step's file, by its stem."""
+Files = dict[str, tuple[str, Path, dict[str, Any]]]
+"""Kind, path and content of each step's file, by its stem."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +60,38 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         smoke: Whether every stage takes two steps on a miniature.
 
     Returns:
-        The plan: the steps of the files, an untrained model before the first pretraining, the evaluation of every model
-        after it (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and
-        the report.
+        The steps of the files, an untrained model before the first pretraining, the evaluation of every model after it
+        (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and the report.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
     """
     folder = find_shipped(folder)
-    files = _read_folder(folder)
-    home = _common_home(folder, files)
+    files, home = _read_folder(folder)
     run_dir = output_dir or (home.with_name(home.name + "-smoke") if smoke else home)
     _check_run_dir(run_dir, folder)
 
+    def overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        changed = smoke_overrides(kind, values) if smoke else {}
+        return changed | ({"seed": seed} if seed is not None and STAGES.get(kind, StageKind()).seeded else {})
+
     steps: list[Step] = []
-    for stem, (path, written) in files.items():
+    for stem, (kind, path, written) in files.items():
         # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
         values = relocate(written, home, home)
-        kind = _kind_of(stem)
         from_scratch = STAGES[kind].from_scratch and not values.get("model_name_or_path")
         # A second pretraining starts from the same random weights, of another architecture.
         if from_scratch and RANDOM not in [step.name for step in steps]:
             untrained = {**values, "output_dir": str(home / RANDOM)}
-            steps.append(_step(RANDOM, "random", path, untrained, home, run_dir, seed, smoke))
-        steps.append(_step(stem, kind, path, values, home, run_dir, seed, smoke))
+            steps.append(_step(RANDOM, "random", path, untrained, overrides("random", untrained), home, run_dir))
+        steps.append(_step(stem, kind, path, values, overrides(kind, values), home, run_dir))
     steps = _connect(steps, home, run_dir)
 
     settings = _evaluation_settings(folder, steps, home)
+    changed = overrides("evaluate", settings)
     planned: list[Step] = []
     for item in _in_order(steps, settings):
-        step = item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, seed, smoke)
-        planned.append(step)
+        planned.append(item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, changed))
 
     # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
     editable = {step.name: step.output for step in steps if step.stage.editable}
@@ -99,39 +101,26 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
     # The record of the run names one seed: the first that a file names.
-    seeds = (values["seed"] for _, values in files.values() if isinstance(values.get("seed"), int))
+    seeds = (values["seed"] for *_, values in files.values() if isinstance(values.get("seed"), int))
     return Plan(tuple(planned), run_dir, next(seeds, None) if seed is None else seed)
 
 
-def check_writable(plan: Plan) -> list[Problem]:
-    """Report directories of a run that may not be written to."""
-    if problem := check_directory(plan.run_dir):
-        return [problem]
-    written = dict.fromkeys([*(step.output for step in plan.steps), plan.run_dir / "logs"])
-    return list(filter(None, map(check_directory, written)))
-
-
-def _kind_of(stem: str) -> str:
-    return stem.split("_")[1]
-
-
-def _read_folder(folder: Path) -> Configurations:
-    """Return the steps' files in the order in which the steps run."""
+def _read_folder(folder: Path) -> tuple[Files, Path]:
+    """Return the steps' files in the order in which the steps run, and the directory in which all steps write."""
     remedy = "give a folder with files such as 2_sft.yaml"
     try:
-        files = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
-    except FileNotFoundError:
-        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}")) from None
+        paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
     except OSError as error:
-        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
-    if not files:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(Problem("recipe", folder, f"{reason}; {remedy}")) from error
+    if not paths:
         raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
 
-    problems = []
+    problems: list[Problem] = []
     order = [name for name, stage in STAGES.items() if stage.module]
-    read: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in files:
-        kind = _kind_of(path.stem)
+    read: Files = {}
+    for path in paths:
+        kind = path.stem.split("_")[1]
         if kind not in order:
             problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(order)}"))
             continue
@@ -149,19 +138,15 @@ def _read_folder(folder: Path) -> Configurations:
         elif own_name not in ("", name):
             problems.append(Problem("output_dir", output_dir, f"must end in {own_name}; rename it in {path}"))
         elif path.stem in read:
-            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][0].name}; keep one of them"))
-        read.setdefault(path.stem, (path, {str(key): value for key, value in content.items()}))
+            problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][1].name}; keep one of them"))
+        read.setdefault(path.stem, (kind, path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
-    # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_in_turn` finds another.
-    stems = sorted(read, key=lambda stem: (int(stem.split("_")[0]), order.index(_kind_of(stem)), stem))
-    return {stem: read[stem] for stem in stems}
+    # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_connect` finds another.
+    files = dict(sorted(read.items(), key=lambda one: (int(one[0].split("_")[0]), order.index(one[1][0]), one[0])))
 
-
-def _common_home(folder: Path, files: Configurations) -> Path:
-    """Return the directory in which all steps write; each must have a directory of its own there."""
     writers: dict[Path, str] = {}
-    for stem, (path, values) in files.items():
+    for stem, (_, path, values) in files.items():
         output = Path(values["output_dir"])
         if {output.name, output.parent.name} & {"", ".."}:
             remedy = f"must lie in a directory of the run; write runs/NAME/{stem} in {path}"
@@ -173,7 +158,7 @@ def _common_home(folder: Path, files: Configurations) -> Path:
     if len(homes) > 1:
         remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
         raise UserError(Problem("output_dir", folder, remedy))
-    return homes.pop()
+    return files, homes.pop()
 
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
@@ -198,32 +183,20 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
 
 def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
     """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
-        return None
     name, _ = split_revision(recipe.as_posix())
-    for record in (run_dir / "run.json", *run_dir.glob("seed*/run.json")):
-        if split_revision(str(read_json(record).get("recipe")))[0] == name:
-            return None
+    records = (run_dir / "run.json", *run_dir.glob("seed*/run.json"))
+    is_new = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    if is_new or any(split_revision(str(read_json(record).get("recipe")))[0] == name for record in records):
+        return None
     return Problem("output_dir", run_dir, f"is not a run of {name}, which may only write to its own; give --output_dir")
 
 
 def _step(
-    name: str,
-    kind: str,
-    path: Path,
-    values: Mapping[str, Any],
-    home: Path,
-    run_dir: Path,
-    seed: int | None,
-    smoke: bool,
+    name: str, kind: str, path: Path, values: Mapping[str, Any], overrides: dict[str, Any], home: Path, run_dir: Path
 ) -> Step:
     """Return the step of the file `path`, which writes to `run_dir`; `values` has paths in `home`."""
-    stage, output = STAGES[kind], run_dir / Path(values["output_dir"]).name
-    overrides = smoke_overrides(kind, values) if smoke else {}
-    if seed is not None and stage.seeded:
-        overrides["seed"] = seed
     values = {**values, **overrides}
-
+    stage, output = STAGES[kind], run_dir / Path(values["output_dir"]).name
     # Options of the command line override what the file says. In another directory, all paths of the run are options.
     moved = {key: new for key, value in values.items() if (new := relocate(value, home, run_dir)) != value}
     for key, value in moved.items():
@@ -251,9 +224,20 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
+    # Each step comes before those of the same number that read what it writes: 3_preferences before 3_sft_preferred.
+    ordered: list[Step] = []
+    for step in steps:
+        written, number = str(home / step.output.name), step.name.partition("_")[0]
+        readers = (
+            place
+            for place, other in enumerate(ordered)
+            if other.name.partition("_")[0] == number and written in map(str, other.values.values())
+        )
+        ordered.insert(next(readers, len(ordered)), step)
+
     problems, connected = [], []
     writers: dict[Path, str] = {}
-    for step in _in_turn(steps, home):
+    for step in ordered:
         needs, files = [], []
         # An untrained model does not read the data of the pretraining whose file it shares.
         unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
@@ -280,20 +264,6 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     if problems:
         raise UserError(*problems)
     return connected
-
-
-def _in_turn(steps: Sequence[Step], home: Path) -> list[Step]:
-    """Put each step before those of the same number that read what it writes: 3_preferences before 3_sft_preferred."""
-    ordered: list[Step] = []
-    for step in steps:
-        written, number = home / step.output.name, step.name.partition("_")[0]
-        readers = (
-            place
-            for place, other in enumerate(ordered)
-            if other.name.partition("_")[0] == number and str(written) in map(str, other.values.values())
-        )
-        ordered.insert(next(readers, len(ordered)), step)
-    return ordered
 
 
 def _names_file(key: str, text: str) -> bool:
@@ -351,12 +321,9 @@ def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step |
 
 
 def _evaluation(
-    stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], seed: int | None, smoke: bool
+    stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], overrides: dict[str, Any]
 ) -> Step:
     """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
-    overrides = smoke_overrides("evaluate", settings) if smoke else {}
-    if seed is not None:
-        overrides["seed"] = seed
     own = [step for step in before if step.output == run_dir / stage]
     scores = any(not step.stage.generates for step in own)
 

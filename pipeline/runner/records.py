@@ -1,4 +1,4 @@
-"""The record of what a run has done (`run.json`): the settings and inputs of each step that was started."""
+"""The record of what a run has done (`run.json`), by step, and the trash for what a step that starts again wrote."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from pipeline.runner.steps import Step
 
 READ_WHOLE_BYTES = 64 * 2**20
 """A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
+
+TRASH = ".trash"
+"""Folder in the directory of a run; each command that moves something there makes a folder in it, named by the time."""
 
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 """Settings that are neither written to disk nor hashed."""
@@ -39,7 +43,6 @@ class RunRecord:
     - `seconds`, over all its parts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
-    - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
 
     Its `since` names the first step of its own, if it shares the steps before it with the run around it.
     """
@@ -49,11 +52,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
-        """Return the record of the run in `run_dir`, empty if the run has not been started.
-
-        Raises:
-            UserError: If `run.json` is damaged.
-        """
+        """Return the record of the run in `run_dir`, empty if the run has not been started; it must not be damaged."""
         path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
         if not all(isinstance(entry.get("id"), str) for entry in content.get("steps", {}).values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
@@ -68,6 +67,11 @@ class RunRecord:
     def is_finished(self, name: str) -> bool:
         """Return whether the step has finished."""
         return bool(self.steps.get(name, {}).get("finished_at"))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each step that has finished, by name."""
+        return {name: entry["seconds"] for name, entry in self.steps.items() if self.is_finished(name)}
 
     def inputs(self, step: Step) -> dict[str, str]:
         """Return the `id` of each finished step that `step` needs."""
@@ -98,24 +102,13 @@ class RunRecord:
         }
         self.update()
 
-    def stop(
-        self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    def stop(self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: object = ()) -> None:
         """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped."""
         entry = self.steps[step.name]
-        entry |= {"lost": list(lost)} if lost else {}
+        entry |= {"lost": lost} if lost else {}
         entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
         entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
-        self.update()
-
-    def is_pushed(self, step: Step) -> bool:
-        """Return whether no push is due: it was pushed as its settings ask, or they do not ask, or it is unfinished."""
-        return not self.is_finished(step.name) or self.steps[step.name].get("pushed", []) == list(step.push)
-
-    def set_pushed(self, step: Step) -> None:
-        """Record that a finished step was pushed."""
-        self.steps[step.name]["pushed"] = list(step.push)
         self.update()
 
 
@@ -143,16 +136,38 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
 
 
-def measured_seconds(run_dir: Path, recipe: str, smoke: bool) -> dict[str, float]:
-    """Return the seconds of each step that finished in this run or else in another run of this recipe next to it."""
-    seconds: dict[str, float] = {}
-    # This run comes last, so that its own times count.
-    for path in [*sorted(run_dir.parent.glob("*/run.json")), run_dir / "run.json"]:
-        with contextlib.suppress(UserError):
-            record = RunRecord.read(path.parent)
-            if (record.content.get("recipe"), record.content.get("smoke")) == (recipe, smoke):
-                seconds |= {name: entry["seconds"] for name, entry in record.steps.items() if record.is_finished(name)}
-    return seconds
+def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
+    """Move files, and the content of directories, to the same place below `trash`, or delete them without one.
+
+    The run's record is copied there, because it says with which settings they were made. Paths that do not exist are
+    skipped. What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
+    """
+    lines = []
+    for path in filter(Path.exists, paths):
+        # The folder itself stays: it may be a link to another disk.
+        children = list(path.iterdir()) if path.is_dir() else [path]
+        if trash is None:
+            for child in children:
+                # A link goes, and what it points to stays.
+                if child.is_dir() and not child.is_symlink():
+                    shutil.rmtree(child)
+                else:
+                    child.unlink()
+            lines.append(f"removed {path}")
+            continue
+        # `trash` is <run>/.trash/<time>.
+        run_dir = trash.parents[1]
+        target = trash / path.relative_to(run_dir)
+        if not trash.exists():
+            trash.mkdir(parents=True)
+            shutil.copy2(run_dir / "run.json", trash)
+        folder = target if path.is_dir() else target.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for child in children:
+            if not fnmatch(child.name, kept):
+                shutil.move(child, folder / child.name)
+        lines.append(f"moved {path} to {target}" + (f", without {kept}" if kept else ""))
+    return lines
 
 
 def recorded_values(step: Step) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -13,16 +12,9 @@ from typing import Any, Literal
 from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
-from pipeline.progress import duration
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 from pipeline.stages import STAGES
-
-FEW_ROWS = 30
-"""Rows below which their number stands with a figure."""
-
-UNGRADED = {"instruction_accuracy": "answer_bits_per_byte"}
-"""A metric for which rows must say how answers are graded -> the metric to show if they do not."""
 
 
 @dataclass
@@ -30,10 +22,8 @@ class Stage:
     """A step of the recipe and, if it writes a model, the evaluation after it.
 
     Attributes:
-        name: Name of the step.
-        note: Why it is due; "" if it has never run.
-        seconds: Time that its step took in this run.
-        measuring: Time that its evaluation took.
+        note: Why the step is due; "" if it has never run.
+        seconds: Time that it took in this run.
         figure: What it has reached, once it is measured.
         lost: The rows that it cut or dropped.
     """
@@ -42,27 +32,18 @@ class Stage:
     note: str = ""
     status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
-    measuring: float = 0.0
     figure: str = ""
     lost: str = ""
-
-    @property
-    def took(self) -> str:
-        """Its time for people: of its step, and of its evaluation."""
-        measured = f"{duration(self.measuring)} to measure" if self.measuring else ""
-        return ", ".join(filter(None, [duration(self.seconds) if self.seconds or not measured else "", measured]))
 
 
 @dataclass
 class Progress:
-    """What the running step has reported, and when.
+    """What the running step has reported, and when, by `time.monotonic`.
 
     Attributes:
-        began: When the step began, by `time.monotonic`, as all times here.
         facts: The last value of each fact, see `pipeline.progress`.
         begin: Units that were done at the first report.
-        first: When the next units were reported, and how many; until then, models are compiled.
-        last: The same of the last ones.
+        first, last: When the next units, before which models are compiled, and the last ones were reported; how many.
     """
 
     began: float = 0.0
@@ -118,38 +99,19 @@ class RunState:
         run_dir: Directory of the run.
         steps: All of its steps, in order.
         todo: Those that this command goes through, and what it does about each.
-        measured: Seconds of the steps in an earlier run, by name.
-        is_smoke: Whether its figures mean nothing, on however many rows.
+        measured: Seconds that steps took before, by name.
 
     Attributes:
-        kinds: The kind of each measured stage up to the last one of `todo`; later ones may be out of date.
         stages: The stages that this command goes through, by the names of their directories.
-        running: The step that is running.
-        progress: What it has reported.
+        running, progress: The step that is running, and what it has reported.
         taken: Seconds of the steps that have finished, by name.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        steps: Sequence[Step],
-        todo: Sequence[tuple[Step, Decision]],
-        measured: Mapping[str, float],
-        is_smoke: bool = False,
+        self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
     ) -> None:
         self.run_dir = run_dir
-        self.is_smoke = is_smoke
-        chosen = {step.name for step, _ in todo if step.kind != "report"}
-        last = max((index for index, step in enumerate(steps) if step.name in chosen), default=len(steps))
-        # Evaluations of later stages may be left from an earlier run with other settings.
-        self.kinds: dict[str, str] = {}
-        self._needs: dict[str, tuple[str, ...]] = {}
-        for step in steps[: last + 1]:
-            if step.name == f"evaluate_{BASE}":
-                self.kinds[BASE] = "base"
-            elif step.stage.measured:
-                self.kinds[stage_name(step)], self._needs[stage_name(step)] = step.kind, step.needs
-
+        self._kinds = {stage_name(step): step.stage for step in steps if step.stage.measured} | {BASE: STAGES["base"]}
         # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
@@ -178,10 +140,7 @@ class RunState:
         """Note that a step has ended after `seconds`, perhaps to wait `for_people`. Return its stage."""
         directory = stage_name(step)
         stage = self.stages[directory]
-        if step.kind == "evaluate":
-            stage.measuring += seconds
-        else:
-            stage.seconds += seconds
+        stage.seconds += seconds
         self.running = None
         if not finished:
             stage.status = "for people" if for_people else "stopped"
@@ -196,12 +155,9 @@ class RunState:
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the time that the running step and the whole run still take.
+        """Return the seconds that the running step and the whole run still take; None while nothing says.
 
-        The step's comes from what it reports. All else takes what it took before, at the speed of this run.
-
-        Returns:
-            Seconds of the step and of the run. Each is None while neither this run nor an earlier one says.
+        The step's come from what it reports. All else takes what it took before, at the speed of this run.
         """
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
@@ -232,40 +188,14 @@ class RunState:
             return "waits for people"
         return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
 
-    def value(self, stage: str, metric: str, rows: bool = True) -> str:
-        """Return a metric of a stage as text, with the number of `rows` if they are few; "" if it is not there."""
-        content = read_json(self.run_dir / "evaluations" / f"{stage}.json")
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            found = content["metrics"][metric]
-            number = found.get("n", FEW_ROWS)
-            few = f" (n = {number})" if rows and number < FEW_ROWS and not self.is_smoke else ""
-            return f"{found['value']:.{metric_info(metric).digits}f}{few}"
-        return ""
-
-    def metric(self, stage: str) -> str:
-        """Return the main metric of a stage, or "" if it is not evaluated."""
-        metric = STAGES[self.kinds[stage]].figure if stage in self.kinds else ""
-        ungraded = UNGRADED.get(metric, "")
-        return ungraded if ungraded and not self.value(stage, metric) and self.value(stage, ungraded) else metric
-
     def figure(self, stage: str) -> str:
-        """Return the main figure of a stage, after that of the one it starts from: "win rate 0.507 -> 0.772"."""
-        metric = self.metric(stage)
-        own = self.value(stage, metric) if metric else ""
-        if not own:
+        """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
+        metric = self._kinds[stage].figure if stage in self._kinds else ""
+        metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
+        if (value := metrics.get(metric, {}).get("value")) is None:
             return ""
-        # A second pretraining is for comparison: no stage starts from it, and it starts from random weights.
-        pretrained = [name for name in self.kinds if STAGES[self.kinds[name]].from_scratch]
-        skipped = pretrained if stage in pretrained else pretrained[1:]
-        names = list(self.kinds)
-        # Two reward models are separate: neither was trained from the other.
-        earlier = names[: names.index(stage)] if STAGES[self.kinds[stage]].generates else []
-        # Several stages may start from the same one. The first starts from random weights, which no setting names.
-        named = [name for name in earlier if name in self._needs.get(stage, ())]
-        before = [self.value(name, metric, rows=False) for name in named or earlier if name not in skipped]
-        label = metric_info(metric).label
-        shown = " -> ".join([*list(filter(None, before))[-1:], own])
-        return f"{label[:1].lower()}{label[1:]} {shown}"
+        info = metric_info(metric)
+        return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
@@ -274,7 +204,7 @@ class RunState:
             return f"{step.name}, which has finished, and the steps before it"
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
-        trains = step.kind in self.kinds.values() and step.stage.launched
+        trains = step.stage.measured and step.stage.launched
         return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"
 
 

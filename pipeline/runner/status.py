@@ -1,8 +1,6 @@
 """`fourstage status RUN`: what each step of a run has done, what is out of date and why, and what is left.
 
-    fourstage status runs/pocket
-
-Writes nothing, and looks at the recipe folder as it is now.
+It writes nothing, and looks at the recipe folder as it is now.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from pathlib import Path
 from pipeline.config.weight_fields import newest_state, number_of
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import describe_folder, is_locked
-from pipeline.progress import duration
-from pipeline.runner.due import Decision, decide
+from pipeline.progress import time_in_words
+from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
-from pipeline.runner.records import RunRecord, measured_seconds
-from pipeline.runner.steps import Step
+from pipeline.runner.records import RunRecord
 from pipeline.stages import SMOKE
 
 
@@ -27,11 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the state of each step of the run or, for several seeds, of each of their runs. Return 0.
-
-    Raises:
-        UserError: If there is no run, its record is damaged, or its recipe folder cannot be read.
-    """
+    """Print the state of each step of the run or, for several seeds, of each of their runs. Return 0."""
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
         remedy = describe_folder(args.run) or f"does not contain a run; make it with `{as_typed('run', 'RECIPE')}`"
@@ -54,21 +47,24 @@ def show(run: Path) -> None:
     decisions = decide(steps, record)
 
     # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
-    measured = measured_seconds(run, str(recipe), smoke)
+    measured = record.seconds
     usual = sum(step.stage.seconds for step in steps if step.name in measured)
     speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
 
     print(f"{run}: {recipe}{'' if seed is None else f', seed {seed}'}{f' ({SMOKE})' if smoke else ''}")
-    left, done = 0.0, 0
+    left = 0.0
     is_running = is_locked(run / "run.lock")
     width = max(len(step.name) for step in steps)
     for step in steps:
         decision, entry = decisions[step.name], record.steps.get(step.name, {})
-        done += decision.action == "skip"
-        share, saved = _still_to_do(step, decision, is_begun=bool(entry))
+        # How far a step was saved that goes on from there. One that gets more steps may have more than one share to do.
+        saved = newest_state(step.output) if entry and decision.action in ("resume", "continue") else {}
+        steps_done, steps_before = number_of(saved, "global_step"), number_of(saved, "max_steps")
+        steps_now = number_of(step.values, "max_steps") if decision.action == "continue" else steps_before
+        share = max(steps_now / steps_before - steps_done / steps_before, 0.0) if steps_before else 1.0
         # A report takes its seconds whatever the steps take.
         usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
-        seconds = share * measured.get(step.name, usual)
+        seconds = share * measured.get(step.name, usual) if decision.action != "skip" else 0.0
         left += seconds
 
         if decision.action == "skip":
@@ -81,30 +77,16 @@ def show(run: Path) -> None:
             state = "running"
         else:
             state = "waiting" if step.stage.by_people else "cut short"
-        took = duration(entry["seconds"]) if entry.get("seconds") else ""
+        took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
         reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
-        notes = filter(None, [reason, saved, f"about {duration(seconds)}" if seconds else ""])
+        so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""
+        notes = filter(None, [reason, so_far, f"about {time_in_words(seconds)}" if seconds else ""])
         print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
 
     command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
     command += ["--smoke"] if smoke else []
-    if done == len(steps):
-        print("all steps are done")
+    if due := [name for name, decision in decisions.items() if decision.action != "skip"]:
+        done = f"{len(steps) - len(due)} of {len(steps)} steps are done"
+        print(f"{done}; the rest takes about {time_in_words(left)}: {as_typed(*command)}")
     else:
-        print(f"{done} of {len(steps)} steps are done; the rest takes about {duration(left)}: {as_typed(*command)}")
-
-
-def _still_to_do(step: Step, decision: Decision, is_begun: bool) -> tuple[float, str]:
-    """Return the share of a step that is still to be done, and how far it was saved, if it goes on from there.
-
-    A step that gets more steps has a share of the steps that it had before, which may exceed 1.
-    """
-    if decision.action == "skip":
-        return 0.0, ""
-    if decision.action == "start" or not is_begun:
-        return 1.0, ""
-    state = newest_state(step.output)
-    saved = f"saved up to step {state['global_step']} of {state['max_steps']}" if state.get("max_steps") else ""
-    done, before = number_of(state, "global_step"), number_of(state, "max_steps")
-    total = number_of(step.values, "max_steps") if decision.action == "continue" else before
-    return (max(total, done) - done) / before if before else 1.0, saved
+        print("all steps are done")

@@ -14,15 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline.config.command_line import read_command_line
-from pipeline.config.fields import argument_types, field_types, unknown_field
+from pipeline.config.fields import argument_types, field_types
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES
 from pipeline.stages.kinds import StageKind
 
 REPORT = "report"
-LIMITS = ("size_mb", "block_size", "min_votes", "vocab_size", "sft_rows", "preference_rows", "reasoning_rows", "limit")
-"""Limits, like all fields that begin with `max_`. A recipe's own value is kept if it is lower."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Step:
         kind: Key of `STAGES`, "evaluate" or "report".
         arguments: Arguments of its module.
         output: Directory that it writes.
-        leftovers: Files and directories to delete before it runs from the beginning.
+        leftovers: Files and directories to remove before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
         files: Files and folders outside of the run that it reads.
@@ -68,22 +66,8 @@ class Step:
         """Whether the product exists; a model needs its configuration and its weights."""
         return holds_model(self.output) if self.stage.measured else self.product.exists()
 
-    @property
-    def push(self) -> tuple[str, ...]:
-        """Arguments of `fourstage` that push what it wrote; empty if its settings do not ask for that."""
-        # An untrained model shares the file of pretraining, and with it the settings of that push.
-        if self.stage.file_of or not self.values.get("push_to_hub"):
-            return ()
-        name, revision = self.values.get("hub_model_id"), self.values.get("hub_revision")
-        options = ["--revision", str(revision)] if revision else []
-        options += ["--private"] if self.values.get("hub_private_repo") else []
-        return ("push", str(self.output), "--repo_id", str(name or self.output.name), *options)
-
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-        """Return the command that a user would type.
-
-        `launch` are the arguments of `accelerate launch` itself, which `launcher` starts on several machines.
-        """
+        """Return the command that a user types; `launcher` starts `accelerate launch` with its arguments `launch`."""
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
         entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
@@ -103,11 +87,7 @@ class Step:
 
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
-    """Return the step that a user calls `name`: `2_sft`, `sft` or the name of the file.
-
-    Raises:
-        UserError: If no step or several steps have this name; it names `field` and lists them.
-    """
+    """Return the step that a user calls `name`: `2_sft`, `sft` or its file. Otherwise, a `UserError` names `field`."""
     wanted = Path(name).name.removesuffix(".yaml")
     # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
     found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
@@ -118,42 +98,26 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
 
 
 def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
-    """Return the steps with the options of a command line. Each option applies to all steps that know it.
-
-    Raises:
-        UserError: If no step knows an option, or a value is of the wrong type.
-    """
-    if not words:
-        return list(steps)
-    changed, problems, known, unknown = [], [], set(), []
-    for step in steps:
-        hints = field_types(*step.argument_types)
-        values, found = read_command_line(words, step.argument_types)
-        changed.append(dataclasses.replace(step, values={**step.values, **values}))
-        problems += [problem for problem in found if problem.field in hints]
-        unknown.append({problem.field: problem for problem in found if problem.field not in hints})
-        known |= set(hints)
-    for name, problem in unknown[0].items():
-        if all(name in others for others in unknown):
-            problems.append(unknown_field(name, problem.value, known) if name.isidentifier() else problem)
+    """Return the steps with the options of a command line, each of which applies to all steps that know it."""
+    types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
+    given, problems = read_command_line(words, list(types))
     if problems:
-        raise UserError(*dict.fromkeys(problems))
-    return changed
+        raise UserError(*problems)
+    known = [field_types(*step.argument_types) for step in steps]
+    values = [{name: given[name] for name in hints if name in given} for hints in known]
+    return [dataclasses.replace(step, values={**step.values, **v}) for step, v in zip(steps, values, strict=True)]
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `--smoke` changes, so that a step takes seconds on a miniature of its model and data.
-
-    The step is of a kind such as "sft" or "evaluate", and its YAML file contains `values`.
-    """
+    """Return the settings that `--smoke` changes in the `values` of a step, such as "sft", so that it takes seconds."""
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
         own = values.get(name)
-        is_limit = name.startswith("max_") or name in LIMITS
-        # `True` is an int, but not a limit. 0 and -1 mean that there is none.
-        is_lower = isinstance(own, int | float) and not isinstance(own, bool) and 0 < own < limit
-        if not (is_limit and is_lower):
+        # A recipe's own size or number of rows is kept if it is lower; 0 and -1 mean that there is no limit.
+        is_lower = isinstance(own, int | float) and isinstance(limit, int | float) and 0 < own < limit
+        # The batch must be divisible by the answers to a prompt.
+        if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
     if stage.samples and stage.measured:
         # TRL refuses a configuration with both of these fields.

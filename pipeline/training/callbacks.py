@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline import hardware
 from pipeline.errors import RunStopped, leave_closed_terminal, stop_signals
 from pipeline.models.experts import RouteCounter, training_flops_per_token
-from pipeline.progress import duration, report_progress
+from pipeline.progress import report_progress, time_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class ReportCallback(TrainerCallback):
             if "tokens_per_second" in logs:
                 figures.append(f"{logs['tokens_per_second']:,} tokens/s")
             if logs.get("eta_seconds"):
-                figures.append(f"{duration(logs['eta_seconds'])} left")
+                figures.append(f"{time_in_words(logs['eta_seconds'])} left")
             step = str(state.global_step).rjust(len(str(state.max_steps)))
             logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(figures))
         shown = ("loss", "reward", "tokens_per_second")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import main
-from pipeline.runner import warm
+from pipeline.runner import processes
 from pipeline.stages import STAGES
 
 TESTS = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         if kind.module:
             stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
             monkeypatch.setitem(STAGES, name, stand_in)
-    monkeypatch.setattr(warm, "PRELOADED", ())  # the stand-in imports none of it
+    monkeypatch.setattr(processes, "PRELOADED", ())  # the stand-in imports none of it
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import check
 from pipeline.runner.due import find_changes
 from pipeline.runner.recipe import read_plan
-from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 FILES: dict[str, dict[str, Any]] = {
@@ -115,12 +113,6 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(folder: Path) -> None:
     assert read_plan(folder).steps == before
 
 
-def test_the_model_that_the_first_stage_starts_from_has_a_row_of_figures(folder: Path) -> None:
-    plan = read_plan(folder)
-    state = RunState(plan.run_dir, plan.steps, [], {})
-    assert list(state.kinds) == ["0_base", "2_sft", "3_reward", "3_reward_judge", "3_ppo"]
-
-
 def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_settings(folder, judge="runs/r/3_reward", limt=5, problems={"dataset_name": "nowhere/a.jsonl"})
     with pytest.raises(SystemExit) as caught:
@@ -168,19 +160,6 @@ def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
 def test_the_settings_of_a_recipe_are_accepted(path: Path, tmp_path: Path) -> None:
     steps = evaluations(path.parent, output_dir=tmp_path / "run")
     assert steps and check(next(iter(steps.values())).values) == []
-
-
-def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers(folder: Path) -> None:
-    plan = read_plan(folder)
-    state = RunState(plan.run_dir, plan.steps, [], {})
-    path = Path("runs/r/evaluations/2_sft.json")
-    path.parent.mkdir(parents=True)
-    for metric, shown in (("answer_bits_per_byte", "bits per byte of answers 1.250"), ("instruction_accuracy", "")):
-        path.write_text(json.dumps({"metrics": {metric: {"value": 1.25}, "answer_bits_per_byte": {"value": 1.25}}}))
-        assert state.metric("2_sft") == metric
-        assert state.figure("2_sft").startswith(shown)
-    path.unlink()
-    assert state.metric("2_sft") == "instruction_accuracy" and state.figure("2_sft") == ""
 
 
 def test_other_arguments_of_the_chat_template_are_measured_again(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import ROOT
+from small_model import ROOT, save_model, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.__main__ import main
@@ -236,6 +237,28 @@ def test_data_on_this_disk_are_counted(capsys: pytest.CaptureFixture[str], tmp_p
     stage = plan(capsys, str(recipe), "--gpu", "t4")["stages"]["1_pretrain"]
     blocks = 95 * 100 / 50  # of 100 documents, of 100 tokens of 4 characters, 5 are held out
     assert stage["tokens"] == math.ceil(blocks / 8) * 2 * 8 * 50
+
+
+def test_the_chat_template_of_a_model_on_this_disk_is_part_of_every_prompt(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, recipe, tokens, lengths = tmp_path / "model", tmp_path / "recipe", [], []
+    recipe.mkdir()
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "What?", "answer": "1"}\n' * 40)
+    (recipe / "4_grpo.yaml").write_text(
+        f"dataset_name: {tmp_path}/problems.jsonl\nmodel_name_or_path: {model}\noutput_dir: runs/own/4_grpo\n"
+        "max_completion_length: 12\nmax_steps: 3\nper_device_train_batch_size: 8\ngradient_accumulation_steps: 1\n"
+        "reward_funcs: exact_answer\n"
+    )
+    save_model(model)
+    for system in ("", "A token is a piece of text. "):
+        own = copy.deepcopy(tokenizer())
+        own.chat_template = system + own.chat_template
+        own.save_pretrained(model)
+        tokens.append(plan(capsys, str(recipe), "--gpu", "t4")["stages"]["4_grpo"]["tokens"])
+        empty = [{"role": "user", "content": ""}]
+        lengths.append(len(own.apply_chat_template(empty, add_generation_prompt=True, return_dict=False)))
+    assert lengths[0] < lengths[1] and tokens[1] - tokens[0] == 3 * 8 * (lengths[1] - lengths[0])
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,10 @@ def test_status_of_a_finished_run_and_after_a_change(
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in read_names()]
     configure(folder, "2_sft", num_train_epochs=5)
     *_, sft, reward, last = status(capfd)
-    assert re.match(r"2_sft +out of date +0 s +its configuration changed \(num_train_epochs: None -> 5\); about", sft)
-    assert re.match(r"3_reward +out of date +0 s +depends on 2_sft; about", reward)
+    assert re.match(
+        r"2_sft +out of date +\d\.\d s +its configuration changed \(num_train_epochs: None -> 5\); about", sft
+    )
+    assert re.match(r"3_reward +out of date +\d\.\d s +depends on 2_sft; about", reward)
     assert "3 of 5 steps are done; the rest takes about " in last
     command = last.partition(": ")[2]
     assert command == "fourstage run recipe --output_dir runs/r"
@@ -135,7 +137,7 @@ def test_status_of_a_run_that_was_cut_short(folder: Path, run: Runner, capfd: py
     (checkpoint := Path("runs/r/2_sft/checkpoint-3")).mkdir()
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 4}')
     *_, sft, reward, last = status(capfd)
-    assert re.match(r"2_sft +cut short +0 s +saved up to step 3 of 4; about", sft)
+    assert re.match(r"2_sft +cut short +\d\.\d s +saved up to step 3 of 4; about", sft)
     assert re.match(r"3_reward +not run yet +about", reward)
     assert last.endswith(": fourstage run recipe --seed 3 --output_dir runs/r")
 
@@ -278,8 +280,7 @@ def test_the_seed_reaches_every_step_and_is_a_change(run: Runner) -> None:
     assert json.loads(Path("runs/r/run.json").read_text())["seed"] == 1
     _, out, _ = run("--seed", "2")
     assert changed(before) == ALL
-    assert out.startswith("replaces the run of seed 1, which is moved to runs/r/.trash/")
-    assert "--output_dir runs/r/seed2 would keep both" in out
+    assert "what was there before is in runs/r/.trash/" in out
 
 
 def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run: Runner) -> None:
@@ -289,6 +290,14 @@ def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run
     assert err == "the step's own message\n"
     assert "2_sft failed with exit code 7" in out
     assert "3_reward" not in times()
+
+
+def test_a_step_whose_push_failed_is_complete_and_the_code_of_the_run_says_so(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=3)
+    code, out, _ = run()
+    assert code == 3 and times()["3_reward"] == 1
+    assert out.splitlines()[-1] == "2_sft was not pushed to the Hub; runs/r/logs/2_sft.log ends with what to do"
+    assert run()[0] == 0 and times()["2_sft"] == 1
 
 
 def test_an_interrupted_step_resumes_from_what_it_saved(folder: Path, run: Runner) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.runner import warm as warm_module
-from pipeline.runner.processes import run
-from pipeline.runner.warm import WarmProcess
+from pipeline.runner import processes
+from pipeline.runner.processes import WarmProcess, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +27,7 @@ def warm(
     """A warm process that has imported nothing, which is quick, or None."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    monkeypatch.setattr(warm_module, "PRELOADED", ())
+    monkeypatch.setattr(processes, "PRELOADED", ())
     if request.param == "new process":
         yield None
         return
@@ -54,7 +53,7 @@ def step(warm: WarmProcess | None) -> Step:
 
 
 def is_forked(process: psutil.Process) -> bool:
-    return "pipeline.runner.warm" in process.cmdline()
+    return "pipeline.runner.processes" in process.cmdline()
 
 
 @pytest.mark.parametrize(
@@ -136,12 +135,12 @@ sys.exit(subprocess.run([sys.executable, "stand_in.py", "400"]).returncode)
 
 RUNNER = """
 import os, sys
-from pipeline.runner import warm
+from pipeline.runner import processes
 from pipeline.runner.processes import run
-warm.PRELOADED = ()
+processes.PRELOADED = ()
 command = [sys.executable, "-m", "stand_in"]
 if sys.argv[1] == "fork":
-    with warm.WarmProcess(os.environ) as process:
+    with processes.WarmProcess(os.environ) as process:
         print(*run(command, os.environ, (), warm=process)[:2], flush=True)
         print(*run([sys.executable, "-m", "next"], os.environ, (), warm=process)[:2], flush=True)
 else:
@@ -270,7 +269,7 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("stand_in.py").write_text(COMPUTES)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    monkeypatch.setattr(warm_module, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
+    monkeypatch.setattr(processes, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
     command = [sys.executable, "-m", "stand_in"]
     with Path("new").open("w") as new:
         assert run(command, os.environ, (), new.fileno())[:2] == (0, None)
@@ -284,7 +283,7 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
 
 LAUNCHED = """
 import os, psutil
-forked = "pipeline.runner.warm" in psutil.Process().cmdline()
+forked = "pipeline.runner.processes" in psutil.Process().cmdline()
 names = [n for n in os.environ if n.startswith("ACCELERATE_")] + ["OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE"]
 print(forked, {name: os.environ.get(name) for name in sorted(names)})
 """
@@ -301,7 +300,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
     monkeypatch.chdir(tmp_path)
     Path("stand_in.py").write_text(LAUNCHED)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    monkeypatch.setattr(warm_module, "PRELOADED", ())
+    monkeypatch.setattr(processes, "PRELOADED", ())
     launch = ["--config_file", str(ROOT / "accelerate_config.yaml"), *options, "-m", "stand_in"]
     launcher = "pipeline.runner.launcher"
     # Tests launch several processes as forks of a fork.
@@ -328,8 +327,10 @@ def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
     Path("starts_a_thread.py").write_text(
         "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()"
     )
-    Path("stand_in.py").write_text("import psutil, sys\nsys.exit('pipeline.runner.warm' in psutil.Process().cmdline())")
+    Path("stand_in.py").write_text(
+        "import psutil, sys\nsys.exit('pipeline.runner.processes' in psutil.Process().cmdline())"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    monkeypatch.setattr(warm_module, "PRELOADED", (preloaded,))
+    monkeypatch.setattr(processes, "PRELOADED", (preloaded,))
     with WarmProcess(os.environ) as warm:
         assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)[:2] == (0, None)
