@@ -17,7 +17,6 @@ from pipeline.report.stage_order import stage_info, twins
 from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]
-Figures = dict[tuple[str, str], StageResult]
 Changes = dict[str, dict[str, Estimate]]
 
 ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
@@ -29,8 +28,7 @@ class Difference:
     """How much a metric changed from one stage to the next, or from a baseline to a stage.
 
     Attributes:
-        stage: The later stage.
-        before: The earlier one, or the baseline.
+        stage, before: The later stage, and the earlier one or the baseline.
         change: Later minus earlier on the examples that both answered.
         was, now: The metric of `before` and of `stage`.
         aim: Whether the stage is trained for this metric.
@@ -68,10 +66,8 @@ def differences(run: Run) -> list[Difference]:
         # first one in the difference, which says what the first one's architecture brings.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
-        if stage.name in others:
-            continue
         # Baselines reach something only in what their stage is trained for.
-        for baseline in run.baselines.values():
+        for baseline in run.baselines.values() if stage.name not in others else ():
             found.extend(item for item in _between(baseline, stage) if item.aim)
     return found
 
@@ -133,11 +129,10 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
     # A run without a partner would be compared with nothing, so it is an error rather than ignored.
-    for side, found, others in (("A", ours, theirs), ("--against", theirs, ours)):
-        for seed, run in found.items():
-            if seed not in others:
-                remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
-                problems.append(Problem(side, run.path, remedy))
+    for side, found in (("A", ours), ("--against", theirs)):
+        for seed in [seed for seed in found if seed not in ours or seed not in theirs]:
+            remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
+            problems.append(Problem(side, found[seed].path, remedy))
     return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
 
 
@@ -175,7 +170,7 @@ def compare(pairs: Pairs) -> Changes:
     return changes
 
 
-def _figures(run: Run) -> Figures:
+def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
     """Return the stage or baseline of each figure, by the names of both, in the order of training."""
     stages = {**run.stages, **run.baselines}
     return {

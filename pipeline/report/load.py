@@ -39,13 +39,13 @@ class Run:
     """A run directory.
 
     Attributes:
-        record, steps: The content of its run.json, and the entries of the steps in it by name.
-        hardware, versions, commit: The machine of the last training step, its packages and its commit of this project.
-        stages: The stages by name, in the order of training.
-        baselines: What is reached without training, by the names in `pipeline.evaluation.baselines`.
-        others: Evaluations with a name -> stage -> metric -> estimate: on other data, or with other settings.
+        record, steps: The content of its run.json, and its entry of each step.
+        hardware, versions, commit: What the last training step ran on.
+        stages: By name, in the order of training.
+        baselines: What is reached without training, by the names in `pipeline.stages`.
+        others: Evaluations with a name -> stage -> metric -> estimate.
         notes: What could not be read, and steps that ran elsewhere; one line each.
-        name: What the run is called: the name of its directory, or its path if several have the same name.
+        name: The name of its directory, or its path if several runs have the same name.
     """
 
     path: Path
@@ -87,6 +87,14 @@ class Run:
         judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
         return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
 
+    def baseline_title(self, baseline: StageResult) -> str:
+        """Return what a baseline is called, with the text or texts that its answers share."""
+        # A text may be nothing but a line break.
+        texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
+        known = find_baseline(baseline.name)
+        title = (known.title if known else baseline.name).replace("{against}", self.against)
+        return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
+
     def origin(self, stage: StageResult) -> StageResult | None:
         """Return the measured stage that another one started from, None if the run does not have it."""
         values = self.steps.get(stage.name, {}).get("values", {})
@@ -101,7 +109,7 @@ class Run:
 
 
 def main_aim(stage: StageResult) -> str | None:
-    """Return the main metric that a stage is trained for and was measured by, None if there is none."""
+    """Return the first metric that a stage is trained for and was measured by, None if there is none."""
     return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
 
 
@@ -116,17 +124,16 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         raise UserError(*problems)
 
     runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
             remedy = f"has neither an evaluation nor a training log{reason}; run `{as_typed('evaluate', run.path)}`"
             problems.append(Problem("RUN", run.path, remedy))
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
     if problems:
         raise UserError(*problems)
-    names = [run.name for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        if names.count(name) > 1:
-            run.name = str(run.path)
     return runs
 
 
@@ -141,8 +148,8 @@ def load_run(path: Path) -> Run:
     _set_machine(run)
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
     names = {file.stem for file in path.glob("evaluations/*.json")}
-    names |= {file.parent.name for end in ("config", "trainer_state") for file in path.glob(f"[0-9]*_*/{end}.json")}
-    names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
+    for pattern in ("config.json", "trainer_state.json", "checkpoint-*/trainer_state.json"):
+        names |= {file.relative_to(path).parts[0] for file in path.glob(f"[0-9]*_*/{pattern}")}
     for name in sorted(names, key=stage_order):
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
@@ -167,18 +174,11 @@ def load_run(path: Path) -> Run:
 
 
 def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
-    """Estimate how often people preferred the answers of a stage to the ones of another stage; ties count one half.
+    """Return how often people preferred each stage to `against`, or else to another stage; ties count one half.
 
-    Args:
-        run: The run.
-        against: The stage that others are compared with. Two other stages that people compared are reported at the
-            later one, if nothing else is.
-        notes: Takes a line if the votes are damaged.
-
-    Returns:
-        The win rate of each stage, by its name. `by_kind` has one for each opponent, unless that is `against` alone.
+    `by_kind` has a rate for each opponent, unless that is `against` alone. Damaged votes become a line of `notes`.
     """
-    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
+    outcomes: dict[str, dict[str, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     try:
         votes = standing(read_votes(run / VOTES / VOTES_FILE))
     except UserError as error:
@@ -190,13 +190,14 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
             continue
         # The vote counts for the stage that is not the opponent or, between two others, for the later one.
         own = max(models, key=lambda side: (models[side] != against, models[side]))
-        outcome = OUTCOMES[vote["choice"]]
-        values, prompts = outcomes[models[own]][models[OTHER[own]]]
-        values.append(outcome if own == "a" else 1 - outcome)
-        prompts.append(json.dumps(vote["prompt"]))
+        outcome = OUTCOMES[vote["choice"]] if own == "a" else 1 - OUTCOMES[vote["choice"]]
+        outcomes[models[own]][models[OTHER[own]]].append((outcome, json.dumps(vote["prompt"])))
     rates = {}
     for stage, opponents in outcomes.items():
-        found = {name: outcome_mean(values, units=prompts) for name, (values, prompts) in opponents.items()}
+        found = {
+            name: outcome_mean([value for value, _ in votes], units=[prompt for _, prompt in votes])
+            for name, votes in opponents.items()
+        }
         main = max(found, key=lambda name: (name == against, found[name].n or 0))
         kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
         rates[stage] = replace(found[main], by_kind=kinds)
@@ -204,13 +205,12 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
 
 
 def _set_machine(run: Run) -> None:
-    """Take hardware, versions and commit from the last training step; steps that differ from it become a note."""
+    """Take hardware, versions and commit from the last training step; steps that ran elsewhere become a note."""
     facts = {
         name: {key: step.get(key) for key in MACHINE_KEYS}
         for name, step in run.steps.items()
         if name != "report" and any(map(step.get, MACHINE_KEYS))
     }
-    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
     trained = [name for name in facts if stage_info(name).trained]
     last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
     # The record of an older run has these keys once, for all steps.
@@ -218,9 +218,9 @@ def _set_machine(run: Run) -> None:
     run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
     run.commit = shown.get("commit")
     if others := [name for name, found in facts.items() if found != shown]:
-        keys = [key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others)]
-        differing = f"{', '.join(others)} ran with different {' and '.join(keys)} from {last}"
-        run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
+        keys = " and ".join(key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others))
+        note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
+        run.notes.append(f"{run.path / 'run.json'}: {note}")
 
 
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
@@ -233,18 +233,17 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
         # The name may be anything, also what no path can be.
         of_base = sorted(Path(str(base)).glob("model*.safetensors")) if os.path.isdir(str(base)) else []
         files = [*of_base, *sorted(directory.glob("adapter_model*.safetensors"))] if of_base else []
-    total = experts = 0
+    shapes: list[tuple[str, list[int]]] = []
     for file in files:
         try:
-            shapes = read_shapes(file)
+            shapes += read_shapes(file).items()
         except (OSError, SafetensorError) as error:
             notes.append(f"{file}: its header cannot be read, parameters skipped: {' '.join(str(error).split())}")
             return
-        total += sum(map(math.prod, shapes.values()))
-        experts += sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
-    # Of the experts, a token passes only as many as it is routed to.
-    if files:
+    if shapes:
+        # Of the experts, a token passes only as many as it is routed to.
         available = stage.config.get("num_local_experts") or stage.config.get("num_experts") or 1
         chosen = stage.config.get("num_experts_per_tok") or available
-        stage.parameters = total
-        stage.active_parameters = round(total - experts * (1 - chosen / available))
+        experts = sum(math.prod(shape) for name, shape in shapes if ".experts." in name)
+        stage.parameters = sum(math.prod(shape) for _, shape in shapes)
+        stage.active_parameters = round(stage.parameters - experts * (1 - chosen / available))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evaluation.metric_info import metric_info
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of
 from pipeline.report.differences import Difference, differences
@@ -20,16 +21,11 @@ from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.stage_order import stage_info
 from pipeline.report.summary import summarise
 from pipeline.report.svg import layout
-from pipeline.report.tables import costs, experts, figures, gains, lengths, others, remarks, show_targets
+from pipeline.report.tables import costs, experts, figures, lengths, remarks
 from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import Finding, shown
 from pipeline.stages import STAGES
-
-
-def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
-    """Write index.html, metrics.json and report.md of a run. Return the path of the first."""
-    return write_files(directory, "report", *contents(run, found, targets))
 
 
 def report_html(run: Run) -> str:
@@ -83,16 +79,31 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     """Return what metrics.json contains, and what report.html.jinja and report.md.jinja show."""
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
-    answers, changes, problems, charts = _answers(run), gains(run, found), showcase(run), charts_of(run)
+    problems, charts = showcase(run), charts_of(run)
+    given = {
+        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
+        for stage in run.answering
+    }
+    # Stages that were evaluated with different settings may have been asked different prompts.
+    prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     # A box of the path leads to the part of the report about it, if there is one.
-    parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": problems}
+    parts = {"answers": given, "curves": charts, "gains": found, "reasoning": problems}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
+    hardware = summary["hardware"]
+    # A commit with changes that are not committed ends in "-dirty" and a hash of them.
+    commit, dirty, _ = (summary["commit"] or "").partition("-dirty")
+    facts = [
+        f"{magnitude(max(summary['parameters'].values()))} parameters" if summary["parameters"] else "",
+        str(hardware.get("gpu") or hardware.get("processor") or "unknown hardware"),
+        counted(hardware["cores"], "core") if hardware.get("cores") else "",
+        f"commit {commit[:9]}{dirty}" if commit else "",
+    ]
     return summary, {
         "name": title(run),
         "headline": headline(run),
-        "facts": facts(summary),
+        "facts": list(filter(None, facts)),
         "steps": path_boxes(run, links),
-        "targets": show_targets(results),
+        "targets": summary["promises"],
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
             for item in ([] if run.is_smoke else summary["alarms"])
@@ -103,10 +114,26 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
         "remarks": remarks(run),
-        "others": others(run),
-        "gains": changes,
-        "answering": [stage.name for stage in run.answering],
-        "answers": answers,
+        "others": [
+            {"name": name, "stage": stage, "metric": metric, "estimate": metrics[metric]}
+            for name, stages in run.others.items()
+            for stage, metrics in stages.items()
+            for metric in sorted(metrics, key=metric_order)
+        ],
+        "gains": [
+            {
+                "stage": stage,
+                "before": before,
+                "baseline": run.baseline_title(run.baselines[before]) if before in run.baselines else "",
+                "rows": list(changes),
+            }
+            for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before))
+        ],
+        "answering": list(given),
+        "answers": [
+            {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
+            for prompt in prompts
+        ],
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
         "problems": problems,
         "lengths": lengths(run),
@@ -117,46 +144,17 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     }
 
 
-def facts(summary: dict[str, Any]) -> list[str]:
-    """Return the few facts below the headline: size, machine, commit."""
-    parts = []
-    if summary["parameters"]:
-        parts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
-    hardware = summary["hardware"]
-    devices = (hardware.get(key) for key in ("gpu", "accelerator", "device", "processor", "cpu"))
-    parts.append(str(next(filter(None, devices), "unknown hardware")))
-    if hardware.get("cores"):
-        parts.append(counted(hardware["cores"], "core"))
-    # A commit with changes that are not committed ends in "-dirty" and a hash of them.
-    if summary["commit"]:
-        commit, dirty, _ = summary["commit"].partition("-dirty")
-        parts.append(f"commit {commit[:9]}{dirty}")
-    return parts
-
-
-def _answers(run: Run) -> list[dict[str, Any]]:
-    """Return each prompt with the answer of every stage that answers, None where a stage was not asked."""
-    given = {
-        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
-        for stage in run.answering
-    }
-    # Stages that were evaluated with different settings may have been asked different prompts.
-    prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
-    return [
-        {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
-        for prompt in prompts
-    ]
-
-
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     """Return the charts as SVG, grouped by stage."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for chart in charts:
         legend = [line.name for line in chart.series]
         svg = Markup(render("chart.html.jinja", layout(chart)))
-        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
-        groups.setdefault(chart.stage, []).append(shown)
-    return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
+        group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
+        groups.setdefault(chart.stage, group)["charts"].append(
+            {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
+        )
+    return list(groups.values())
 
 
 def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,9 +169,14 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
     }
     hardware = summary["hardware"] or {"machine": "unknown"}
     boxes = {"Run": about, "Hardware": hardware, "Versions": summary["versions"] or {"packages": "unknown"}}
-
-    def named(entries: dict[str, Any]) -> list[tuple[str, str]]:
-        known = {key: str(value) for key, value in entries.items() if value is not None}
-        return [(key.replace("_gib", " (GiB)").replace("_", " "), value) for key, value in known.items()]
-
-    return [{"title": title, "entries": named(entries)} for title, entries in boxes.items()]
+    return [
+        {
+            "title": title,
+            "entries": [
+                (key.replace("_gib", " (GiB)").replace("_", " "), str(value))
+                for key, value in entries.items()
+                if value is not None
+            ],
+        }
+        for title, entries in boxes.items()
+    ]

@@ -35,9 +35,8 @@ def twins(stages: Iterable[str]) -> list[str]:
 def stage_order(stage: str) -> tuple[int, int, str]:
     """Sort stages by the number of their directory, then by the order of training."""
     number = re.match(r"\d+", stage)
-    kind = stage_kind(stage)
-    rank = list(STAGES).index(kind) if kind in STAGES else len(STAGES)
-    return int(number.group()) if number else 1000, rank, stage
+    kinds = [*STAGES, stage_kind(stage)]
+    return int(number.group()) if number else 1000, kinds.index(kinds[-1]), stage
 
 
 def step_order(step: str) -> tuple[int, int, str, bool]:

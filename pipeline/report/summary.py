@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.curves import alarms, last_logged
+from pipeline.report.curves import last_logged, logged
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
@@ -44,26 +44,26 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         if "expert_load" in figures:
             figures["expert_load"]["layers"] = run.stages[name].experts.get("layers", [])
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
+    infos = {name: metric_info(name) for stage in run.stages.values() for name in stage.metrics}
     failures = find_failures(run)
     return {
         "run": run.name,
         "stages": stages,
-        "baselines": {
-            name: _to_json(baseline.metrics) | baseline.texts.get(name, {}) for name, baseline in run.baselines.items()
-        },
-        "other": {
-            name: {stage: _to_json(metrics) for stage, metrics in stages.items()} for name, stages in run.others.items()
-        },
-        "metrics": {
-            metric: {"label": metric_info(metric).label, "better": metric_info(metric).better}
-            for metric in dict.fromkeys(metric for stage in run.stages.values() for metric in stage.metrics)
-        },
+        "baselines": {name: _to_json(one.metrics) | one.texts.get(name, {}) for name, one in run.baselines.items()},
+        "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
+        "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
         "judge": run.judge,
         **{
             key: {name: entry for name, stage in run.stages.items() if (entry := getattr(stage, key))}
             for key in ("left_out", "cut_off", "overlap")
         },
-        "alarms": alarms(run),
+        # Trainers log an alarm as `alarm/<what>`.
+        "alarms": [
+            {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
+            for stage in run.stages.values()
+            for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
+            for step, value in logged(stage, key)
+        ],
         "seconds": seconds(run),
         "peak_memory": {name: int(peak) for name, peak in recorded(run, "peak_memory").items() if peak},
         "hardware": run.hardware,
@@ -74,9 +74,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
         "flops": {name: flops for name, (_, flops) in costs.items() if flops},
         "differences": [{name: getattr(item, name) for name in NAMED} | item.change.to_json() for item in found],
-        "promises": [
-            {"promise": str(result.target), "measured": result.measured, "kept": result.met} for result in results
-        ],
+        "promises": [{"promise": str(one.target), "measured": one.measured, "kept": one.met} for one in results],
         "verdict": list(map(asdict, failures)),
         "conclusion": conclude(run, failures),
         "notes": list(run.notes),

@@ -57,7 +57,6 @@ class _Axis:
 
 
 def _short(value: float, digits: int) -> str:
-    """Return a value as the label of a tick or of a point."""
     return magnitude(value) if abs(value) >= 1000 else number(value, digits)
 
 
@@ -85,11 +84,13 @@ def layout(chart: Chart) -> dict[str, Any]:
     lines: list[dict[str, Any]] = []
     ends = []
     for index, line in enumerate(chart.series):
-        course = _means(line.points)
+        size = math.ceil(len(line.points) / MAX_POINTS)
+        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
+        course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
         drawn, means = ([(x_axis.at(x), y_axis.at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
         # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
-        raw = _path(drawn) if len(drawn) > len(means) else ""
+        raw = _path(drawn) if size > 1 else ""
         marked = means if len(means) <= MARKED_POINTS else means[-1:]
         lines.append(
             {"css": css, "dots": line.dots, "points": drawn, "raw": raw, "course": _path(means), "marked": marked}
@@ -114,13 +115,6 @@ def layout(chart: Chart) -> dict[str, Any]:
         "values": values,
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
     }
-
-
-def _means(points: Points) -> Points:
-    """Return the points or, of many, the means of `MAX_POINTS` segments."""
-    size = math.ceil(len(points) / MAX_POINTS)
-    segments = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
 
 
 def _path(points: Points) -> Markup:

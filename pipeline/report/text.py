@@ -23,32 +23,28 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """Replace every character of `text` that cannot be seen, and cut it at `limit` characters.
 
     Control characters become their pictures (U+2400); bidirectional controls, other invisible format characters, lone
-    surrogates and unassigned code points become their number. Line breaks and tabs stay. Combining marks piled on one
-    character are cut after the third. HTML is not escaped here; the templates escape everything.
+    surrogates and unassigned code points become their number. Line breaks and tabs stay. HTML is not escaped here; the
+    templates escape everything.
     """
     text = text.replace("\r\n", "\n")
     shown = []
     marks = 0
     for character in text[:limit]:
-        # A pile of combining marks would cover the lines around it.
+        code = ord(character)
         marks = marks + 1 if unicodedata.combining(character) else 0
-        if marks <= 3:
-            shown.append(_glyph(character))
+        # A pile of combining marks would cover the lines around it.
+        if marks > 3:
+            continue
+        if (code < 0x20 or code == 0x7F) and character not in "\n\t":
+            character = chr(0x2400 + min(code, 0x21))
+        # "C" are control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned
+        # code points; the others separate lines and paragraphs.
+        elif character not in "\n\t" and unicodedata.category(character).startswith(("C", "Zl", "Zp")):
+            character = f"⟨U+{code:04X}⟩"
+        shown.append(character)
     if len(text) > limit:
         shown.append(f" … (+{len(text) - limit} characters)")
     return "".join(shown)
-
-
-def _glyph(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2400 + min(code, 0x21))
-    # "C" are control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned code
-    # points; the others separate lines and paragraphs.
-    hidden = unicodedata.category(character).startswith(("C", "Zl", "Zp"))
-    return f"⟨U+{code:04X}⟩" if hidden else character
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -103,5 +99,4 @@ def interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
     """Format the interval, "0.94 to 0.98", signed if `sign`; "" if there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
-    shown = signed if sign else number
-    return f"{shown(estimate.low, digits)} to {shown(estimate.high, digits)}"
+    return " to ".join((signed if sign else number)(end, digits) for end in (estimate.low, estimate.high))

@@ -7,8 +7,6 @@ import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -228,25 +226,6 @@ def test_rewards_beside_the_model_are_drawn_apart_from_its_score(tmp_path: Path)
     assert lines == {"brevity": [(0.1, -1.0), (0.2, -2.0)], "judge": [(0.1, 1.0), (0.2, 2.0)]}
     assert {line.name for line in charts["Rewards"].series} == {"brevity", "judge"}
     assert charts["Hidden taste against KL"].series[0].points == [(0.1, 0.5), (0.2, 0.5)]
-
-
-def test_why_validation_is_easier_is_said_where_the_data_show_it(tmp_path: Path) -> None:
-    stage = StageResult("2_sft", state={"log_history": [{"step": 1, "loss": 0.3}, {"step": 2, "loss": 0.3}]})
-    stage.state["log_history"] += [{"step": step, "eval_loss": 0.1} for step in (1, 2)]
-    run = Run(tmp_path, stages={"2_sft": stage})
-    assert charts_of(run)[0].note == "Answers only."
-    folder = tmp_path / "data" / "sft"
-    folder.mkdir(parents=True)
-    rows = {"train": [("chat", "x" * 9), ("code", "x" * 4)], "validation": [("code", "x" * 2)]}
-    for split, answers in rows.items():
-        content = [{"kind": kind, "messages": [{"role": "assistant", "content": text}]} for kind, text in answers]
-        pq.write_table(pa.Table.from_pylist(content), folder / f"{split}.parquet")
-    assert charts_of(run)[0].note == (
-        "Answers only. Validation is easier than training: 50% of the training rows are of kinds that it lacks (chat), "
-        "and in the other kinds, training answers are 2.0 times as long."
-    )
-    stage.state["log_history"][-1]["eval_loss"] = 0.29
-    assert charts_of(run)[0].note == "Answers only.", "there is nothing to explain"
 
 
 def test_the_last_values_stand_beside_their_lines_without_covering_each_other() -> None:
