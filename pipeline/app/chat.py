@@ -95,7 +95,13 @@ def main(args: argparse.Namespace) -> int:
         if command == "/new":
             messages = []
         elif command == "/stage":
-            loaded = switch(loaded, rest.strip(), args.path)
+            # A stage of the same run, another folder, or an id on the Hub.
+            name = rest.strip() or "."
+            try:
+                loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")
+                print(f"{loaded.name} answers from now on, and knows the conversation so far; /new begins another.")
+            except UserError as error:
+                print(*error.problems, sep="\n")
         elif command == "/example":
             prompts = prompts or held_out_prompts(run)
             if example := next_example(prompts, rest.strip(), asked):
@@ -110,10 +116,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
-    """Return the next held-out prompt of a kind, or None after printing why there is none.
-
-    Without a kind, it is the one of which the fewest were `asked`, which is counted on.
-    """
+    """Return the next held-out prompt of a kind, or of the one that was `asked` least; None after printing why."""
     kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
     if (kind and kind not in kinds) or not kinds:
         problem = Problem("/example", kind or "nothing", f"choose from: {', '.join(kinds)}")
@@ -125,28 +128,6 @@ def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -
     return own[(asked[kind] - 1) % len(own)]
 
 
-def switch(loaded: Loaded, name: str, path: str) -> Loaded:
-    """Return the model that `/stage` names, or the present one if it cannot be loaded.
-
-    Args:
-        loaded: The present model.
-        name: A stage of the same run as `path`, another folder, or an id on the Hub.
-        path: The model that the chat began with.
-    """
-    from pipeline.app.models import load
-
-    stage = Path(path).parent / name
-    if name and stage.is_dir():
-        name = str(stage)
-    try:
-        found = load(name or ".", "/stage")
-    except UserError as error:
-        print(*error.problems, sep="\n")
-        return loaded
-    print(f"{found.name} answers from now on, and knows the conversation so far; /new begins another.")
-    return found
-
-
 def reply(
     loaded: Loaded,
     messages: list[dict[str, Any]],
@@ -155,15 +136,14 @@ def reply(
     called: Mapping[str, Any],
     found: HeldOutPrompt | None = None,
 ) -> list[dict[str, Any]]:
-    """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context.
+    """Print the answer to a question as it is written. Return the conversation, unchanged if it does not fit.
 
     Args:
         loaded: The model.
         messages: The conversation so far.
         question: What is asked, as a message.
         sampling: How the answer is sampled.
-        called: What the model may call, as for `open_prompt`.
-        found: The held-out prompt that is asked.
+        called, found: What the model may call, and the held-out prompt that is asked, as for `open_prompt`.
     """
     from pipeline.app.models import ENDED, write
     from pipeline.app.prompts import open_prompt

@@ -79,11 +79,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def answer_all(site: Site, asked: Asked) -> Generator[list[dict[str, Any]]]:
-    """Answer a prompt with several models, which take turns and write one token in each.
-
-    Yields:
-        The columns that changed.
-    """
+    """Answer a prompt with several models, which take turns and write one token in each. Yield what has changed."""
     sampling = Sampling(asked.longest, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     names = [name for name in site.models.names if name in asked.models]
     writers = {name: answer_one(site, asked.text, name, sampling) for name in names}
@@ -123,17 +119,13 @@ def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
     """Return what the page gets to know of a model: its answer, of which it has `sent` tokens, or why there is none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
-    return {
-        "model": name,
-        "text": visible(found.text, SHOWN),
-        "seconds": found.seconds,
-        "stopped": found.stopped,
-        "tokens": [
-            {
-                "text": visible(token.text),
-                "logProb": finite(token.log_prob),
-                "others": [[visible(other), finite(value)] for other, value in token.alternatives],
-            }
-            for token in found.tokens[sent:]
-        ],
-    }
+    tokens = [
+        {
+            "text": visible(token.text),
+            "logProb": finite(token.log_prob),
+            "others": [[visible(other), finite(value)] for other, value in token.alternatives],
+        }
+        for token in found.tokens[sent:]
+    ]
+    text = visible(found.text, SHOWN)
+    return {"model": name, "text": text, "seconds": found.seconds, "stopped": found.stopped, "tokens": tokens}

@@ -50,9 +50,8 @@ class Token:
 
     Attributes:
         text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
-        log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats; NaN for a tool's.
-        alternatives: The texts of the most probable tokens at its place, with their log-probabilities; none for a
-            tool's.
+        log_prob: In nats, before temperature, top-k and top-p; NaN for a tool's.
+        alternatives: The most probable tokens at its place, with their log-probabilities; none for a tool's.
     """
 
     id: int
@@ -63,12 +62,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer.
+    """A model that is ready to answer. Nothing changes it later, so that several threads may use it at once.
 
     Attributes:
-        name: What the page calls it.
-        model: On its device, in evaluation mode. On a CPU its attention is plain, which is the fastest for single
-            tokens. Nothing changes the model later, so that several threads may use it at once.
         context: The length of its context in tokens, 0 if it is not limited.
         template: The arguments of the chat template that it was trained with.
     """
@@ -81,10 +77,6 @@ class Loaded:
 
     def encode(self, messages: Messages, template: Mapping[str, Any] | None = None) -> list[int]:
         """Return the tokens of a conversation; without a chat template, of its contents alone.
-
-        Args:
-            messages: The conversation.
-            template: Arguments of the chat template. Default: the ones that the model was trained with.
 
         Raises:
             UserError: If they leave no room for an answer.
@@ -103,15 +95,13 @@ class Loaded:
     ) -> Dialogue:
         """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it.
 
-        Args:
-            row: A prompt, as messages, and the other columns that an environment may need.
-            toolbox: What the model may call.
-            template: As for `encode`.
+        `row` has the prompt as messages, and the other columns that an environment may need.
         """
         prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
         template = self.template if template is None else template
-        template = {**template, **toolbox.template(self.tokenizer)} if toolbox else template
-        return Dialogue(self.encode(prompt, template), tools)
+        return Dialogue(
+            self.encode(prompt, {**template, **toolbox.template(self.tokenizer)} if toolbox else template), tools
+        )
 
     def room(self, prompt: int, wanted: int) -> int:
         """Return how many of the `wanted` tokens an answer may have after so many tokens of the prompt."""
@@ -153,13 +143,18 @@ class Answer:
         """The text so far, with calls of tools and their results as lines."""
         return readable(self.messages)
 
-    def add(self, token: int, log_probs: Tensor) -> None:
-        """Append a token. `log_probs` are the log-probabilities of all tokens at its place."""
+    def add(self, token: int, log_probs: Tensor | None = None) -> None:
+        """Append a token. `log_probs` are the log-probabilities of all tokens at its place, None for a tool's."""
         decode = self.loaded.tokenizer.decode
+        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
+        added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
+        if log_probs is None:
+            self.tokens.append(Token(token, added, math.nan, []))
+            return
         best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
-        self.tokens.append(Token(token, self._added(token), float(log_probs[token]), alternatives))
+        self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
 
     def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
         """End a turn, and so the answer, unless it calls tools. Return what they return, as tokens, if it fits."""
@@ -175,14 +170,8 @@ class Answer:
             self.stopped = "" if going_on else f"no room for a result in {limit} tokens"
         results = dialogue.tokens[len(self.tokens) :]
         for token in results:
-            self.tokens.append(Token(token, self._added(token), math.nan, []))
+            self.add(token)
         return results
-
-    def _added(self, token: int) -> str:
-        """Return what a further token adds to the text."""
-        decode = self.loaded.tokenizer.decode
-        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
-        return self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tools | None = None) -> Iterator[Answer]:
@@ -214,9 +203,8 @@ def stream(
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
     """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
 
-    Tokens that are sent to it stand behind the token that it has yielded.
-
-    `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
+    Tokens that are sent to it stand behind the token that it has yielded. `pipeline.models.kernels.sampler.sample` is
+    faster for batches, but returns only whole completions.
     """
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
@@ -238,12 +226,9 @@ def stream(
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:
-    """Load a model for answering.
+    """Load a model for answering from a folder or the Hub, whose argument `option` names it in messages.
 
-    Args:
-        path: A folder, or an id on the Hub.
-        option: The argument that named it, for messages.
-        name: What it is called. Default: the name of its folder, or its id.
+    It is called `name`, or else as its folder or id.
 
     Raises:
         UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
@@ -253,6 +238,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
     if tokenizer.eos_token_id is None:
         raise UserError(Problem(option, path, "its tokenizer has no eos token, with which answers end; add one"))
     model.to(hardware.accelerator() or "cpu").eval()
+    # On a CPU, plain attention is the fastest for single tokens.
     if model.device.type == "cpu":
         model.float().set_attn_implementation("eager")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
@@ -260,16 +246,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
 
 
 class Models:
-    """The models that the page knows by name. A visitor cannot name any other.
-
-    Args:
-        run: The run, whose stages are called by the names of their folders.
-        others: Folders and Hub ids of further models.
-
-    Attributes:
-        stages: The names of the run's own models.
-        names: The names of all models.
-    """
+    """The models that the page knows by name: of the run, its `stages`, and others. A visitor cannot name any other."""
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
         found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]

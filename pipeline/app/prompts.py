@@ -39,10 +39,9 @@ LONGEST = 4000
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt that no stage was trained on.
+    """A prompt that no stage was trained on, of the data that `key` names in `evaluate.yaml`.
 
     Attributes:
-        key: Key of `evaluate.yaml` whose data it belongs to.
         kind: Its kind, which the data name, or else the singular of the key.
         messages: The conversation up to the answer.
         answer: The right answer, "" if the data have none.
@@ -110,17 +109,12 @@ def tools_of_run(run: Path) -> dict[str, Any]:
 def open_prompt(
     loaded: Loaded, messages: Messages, called: Mapping[str, Any], found: HeldOutPrompt | None = None
 ) -> Dialogue:
-    """Return a conversation as the beginning of a dialogue.
+    """Return a conversation, which may end with the held-out prompt `found`, as the beginning of a dialogue.
 
-    Args:
-        loaded: The model that answers it.
-        messages: The conversation.
-        called: What models may call, from `tools_of_run`.
-        found: The held-out prompt that it ends with, if it does. Any other question has no row that an environment
-            could read, and so only gets functions.
+    `called` is what models may call, from `tools_of_run`.
     """
-    row = found.row if found and found.key in called else None
-    toolbox = load_toolbox(called[found.key] if found and row else next(iter(called.values()), None), loaded.tokenizer)
-    if toolbox and row is None:
-        toolbox = replace(toolbox, environment=None)
-    return loaded.open({**(row or {}), "prompt": messages}, toolbox)
+    if found and found.key in called:
+        return loaded.open({**found.row, "prompt": messages}, load_toolbox(called[found.key], loaded.tokenizer))
+    toolbox = load_toolbox(next(iter(called.values()), None), loaded.tokenizer)
+    # Any other question has no row that an environment could read, and so only gets functions.
+    return loaded.open({"prompt": messages}, replace(toolbox, environment=None) if toolbox else None)

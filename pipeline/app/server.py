@@ -9,8 +9,6 @@ import hmac
 import threading
 from collections import Counter
 from collections.abc import MutableMapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -26,6 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.app import compare, rollout, voting
+from pipeline.app.prompts import what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.load import load_run
 from pipeline.report.page import render, report_html
@@ -54,13 +53,7 @@ OFFERED = 12
 
 
 class Gate:
-    """Refuse what is not for the page, and visitors without the password.
-
-    Args:
-        app: What is behind the gate.
-        password: The password, None if there is none.
-        port: Port of this server. It is part of the cookie's name, because browsers share cookies between ports.
-    """
+    """Refuse what is not for the page, and visitors without the password, None if there is none."""
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         # Browsers share cookies between ports.
@@ -154,25 +147,7 @@ class Gate:
 
 
 def login_form(message: str = "", status: int = 200, name: str = "") -> Response:
-    """Return the form that asks for a name and the password."""
     return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message, name=name), status)
-
-
-def page_html(site: Site, annotator: str | None) -> str:
-    """Return the page. `annotator` is the name under which the visitor has logged in, None without a login."""
-    run = load_run(site.run)
-    steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
-    return TEMPLATES.get_template("page.html.jinja").render(
-        title=visible(title(run)),
-        headline=visible(headline(run)),
-        verdict=Markup(render("verdict.html.jinja", shown(run, find_failures(run)))),
-        path=Markup(render("path.html.jinja", {"steps": steps})),
-        about=visible(site.about, limit=2000),
-        annotator=annotator,
-        compare=compare.content(site),
-        voting=voting.content(site),
-        rollout=rollout.content(site),
-    )
 
 
 def build_app(site: Site) -> ASGIApp:
@@ -188,7 +163,21 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/")
     def show(request: Request) -> HTMLResponse:
-        return HTMLResponse(page_html(site, getattr(request.state, "annotator", None)))
+        run = load_run(site.run)
+        steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
+        page = TEMPLATES.get_template("page.html.jinja").render(
+            title=visible(title(run)),
+            headline=visible(headline(run)),
+            verdict=Markup(render("verdict.html.jinja", shown(run, find_failures(run)))),
+            path=Markup(render("path.html.jinja", {"steps": steps})),
+            about=visible(what_may_be_asked(site.run), limit=2000),
+            # The name under which the visitor has logged in.
+            annotator=getattr(request.state, "annotator", None),
+            compare=compare.content(site),
+            voting=voting.content(site),
+            rollout=rollout.content(site),
+        )
+        return HTMLResponse(page)
 
     @app.get("/report")
     def report() -> HTMLResponse:
@@ -196,7 +185,6 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.post("/prompts")
     def prompts() -> list[dict[str, str]]:
-        """Answer with held-out prompts, the first ones of each kind."""
         counts: Counter[tuple[str, str]] = Counter()
         offered = []
         for one in site.prompts:
@@ -205,10 +193,9 @@ def build_app(site: Site) -> ASGIApp:
                 offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
         return offered
 
-    own, shared = Path(__file__).parent / "static", files("pipeline.report") / "templates"
-    app.mount("/static", StaticFiles(directory=own))
+    app.mount("/static", StaticFiles(packages=[("pipeline.app", "static")]))
     # The styles of the report that the page shares.
-    app.mount("/report-styles", StaticFiles(directory=str(shared)))
+    app.mount("/report-styles", StaticFiles(packages=[("pipeline.report", "templates")]))
 
     gate = Gate(app, site.options.password, site.options.port)
     if site.options.password is not None:

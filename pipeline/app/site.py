@@ -15,7 +15,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
-from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, tools_of_run, what_may_be_asked
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, tools_of_run
 from pipeline.report.page import make_environment
 
 TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
@@ -24,22 +24,11 @@ TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
 
 @dataclass(frozen=True)
 class Site:
-    """The run that a page shows.
-
-    Attributes:
-        run: Its folder.
-        models: Its models, and the ones that were named on the command line.
-        options: The command line.
-    """
+    """The run that a page shows: its folder, its models and those of the command line, and the command line itself."""
 
     run: Path
     models: Models
     options: argparse.Namespace
-
-    @cached_property
-    def about(self) -> str:
-        """What may be asked of its models."""
-        return what_may_be_asked(self.run)
 
     @cached_property
     def prompts(self) -> list[HeldOutPrompt]:
@@ -62,11 +51,9 @@ class Site:
 
 
 def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
-    """Answer with a line of JSON for each object, as soon as it is made, until the visitor closes the connection.
+    """Answer with a line of JSON for each object as soon as it is made, until the visitor closes the connection.
 
-    Args:
-        found: Makes the objects. It is closed when nobody waits for them any more.
-        turns: How many such answers are written at once; others wait for their turn.
+    `turns` limits how many such answers are written at once; others wait for their turn.
     """
 
     async def lines() -> AsyncIterator[str]:

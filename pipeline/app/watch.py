@@ -1,8 +1,8 @@
 """What PPO and GRPO compute for one prompt: the stage's own trainer, on copies of the models of a run.
 
-The page samples the completions itself, with the seed that it shows. Everything after that is the trainer's: rewards,
-advantages, loss and optimizer step, under the settings that the stage was trained with (`arguments.json`). Only what
-needs more than one prompt is switched off: normalisation over a rollout, accumulation of gradients, schedules.
+The page samples the completions itself. Everything after that is the trainer's: rewards, advantages, loss and optimizer
+step, under the settings that the stage was trained with (`arguments.json`). Only what needs more than one prompt is
+switched off: normalisation over a rollout, accumulation of gradients, schedules.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Update:
     """What GRPO computes for a group of completions, each list by completion.
 
     Attributes:
-        rewards: What each reward function gives, by its name; None for no opinion.
-        totals: The weighted sums.
-        advantages: What the loss multiplies the probability ratios by.
+        rewards: What each reward function gives, by its name; None for no opinion. `totals` are the weighted sums.
         changes: How many times as likely one step made the completion.
     """
 
@@ -144,10 +142,8 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
         group: Completions of the prompt.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
-    model_args = ModelConfig(
-        **{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings}
-    )
-    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(model_args)}
+    adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
+    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(adapter)}
     with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]
@@ -166,28 +162,19 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
 
 
 def token_view(
-    policy: Loaded,
-    reference: Loaded,
-    run: Path,
-    stage: str,
-    settings: Values,
-    row: Values,
-    completion: Dialogue,
+    policy: Loaded, reference: Loaded, run: Path, stage: str, settings: Values, row: Values, completion: Dialogue
 ) -> TokenView:
     """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
-    rewards: list[tuple[Any, Any]] = []
-    rewards += [load_model(path, "reward_model_path", reward=True) for path in settings.get("reward_model_path") or []]
-    if names := settings.get("reward_funcs"):
-        rewards += [(function, None) for function in load_rewards(names)]
+    paths = settings.get("reward_model_path") or []
+    rewards: list[tuple[Any, Any]] = [load_model(path, "reward_model_path", reward=True) for path in paths]
+    rewards += [(function, None) for function in load_rewards(settings.get("reward_funcs") or [])]
     weights = settings.get("reward_weights") or [1.0] * len(rewards)
     # What is only measured may need columns that a prompt of the page does not have.
-    trained = [(reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
-    chosen = dict(settings) | {"reward_weights": [weight for _, weight in trained]}
-    options = {
-        "reward_funcs": [function for (function, _), _ in trained],
-        "reward_processing_classes": [tokenizer for (_, tokenizer), _ in trained],
-        "value_model": str(run / stage / VALUE_MODEL_FOLDER),
-    }
+    trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
+    functions, tokenizers, weights = ([one[part] for one in trained] for part in range(3))
+    chosen = {**settings, "reward_weights": weights}
+    options = {"reward_funcs": functions, "reward_processing_classes": tokenizers}
+    options["value_model"] = str(run / stage / VALUE_MODEL_FOLDER)
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
     start = replace(policy, model=reference.model)
     with _trainer(PPOTrainer, start, chosen, row, [completion] * 2, **options) as trainer, torch.no_grad():
@@ -287,16 +274,16 @@ def _trainer(
 def _log_probs(trainer: Any, group: Group) -> Tensor:
     """Return the log-probability of what the policy chose in each completion, under the trainer's policy."""
 
-    def padded(rows: list[list[int]], side: str) -> Tensor:
-        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_side=side)
+    def padded(rows: list[list[int]], side: str = "right") -> Tensor:
+        rows_of_ids = list(map(torch.tensor, rows))
+        return pad_sequence(rows_of_ids, batch_first=True, padding_side=side).to(trainer.accelerator.device)
 
     prompts, completions = [one.prompt for one in group], [one.tokens for one in group]
     exists = [[[1] * len(row) for row in rows] for rows in (prompts, completions)]
-    ids = torch.cat([padded(prompts, "left"), padded(completions, "right")], dim=1)
-    mask = torch.cat([padded(exists[0], "left"), padded(exists[1], "right")], dim=1)
-    chosen = padded([one.sampled for one in group], "right")
-    device, length = trainer.accelerator.device, chosen.shape[1]
+    ids = torch.cat([padded(prompts, "left"), padded(completions)], dim=1)
+    mask = torch.cat([padded(exists[0], "left"), padded(exists[1])], dim=1)
+    chosen = padded([one.sampled for one in group])
     trainer.model.eval()
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids.to(device), mask.to(device), length)
-    total: Tensor = (logps * chosen.to(device)).sum(dim=1)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])
+    total: Tensor = (logps * chosen).sum(dim=1)
     return total
