@@ -26,13 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0.
-
-    What could not be read is printed to stderr, one line each, and is in the report.
-
-    Raises:
-        UserError: If a run does not exist or is empty, the targets cannot be read, or the report cannot be written.
-    """
+    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0."""
     from pipeline.errors import UserError
     from pipeline.files import check_directory
     from pipeline.report.differences import differences

@@ -29,11 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compare the runs, write the differences as JSON and print them as a table. Return 0.
-
-    Raises:
-        UserError: If a run cannot be read, the seeds or the test rows differ, or the file cannot be written.
-    """
+    """Compare the runs, write the differences as JSON and print them as a table. Return 0."""
     from pipeline.files import check_directory, write_text
     from pipeline.report.differences import check_rows, compare, format_table, pair_by_seed
     from pipeline.report.load import load_runs

@@ -25,14 +25,9 @@ ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric changed from one stage to the next, or from a baseline to a stage.
+    """How much a metric changed from `before`, an earlier stage or a baseline, to `stage`, on the same examples.
 
-    Attributes:
-        stage, before: The later stage, and the earlier one or the baseline.
-        change: Later minus earlier on the examples that both answered.
-        was, now: The metric of `before` and of `stage`.
-        aim: Whether the stage is trained for this metric.
-        verdict: "same" if the interval contains 0 or neither direction is better.
+    `aim` is whether the stage is trained for this metric.
     """
 
     stage: str
@@ -51,11 +46,7 @@ class Difference:
 
 
 def differences(run: Run) -> list[Difference]:
-    """Return every paired difference between a stage and the one that it started from, aims first.
-
-    The aims of a stage are also compared with the baselines, and pretraining with a second pretraining, of another
-    architecture.
-    """
+    """Return the differences of each stage from the one that it started from and, in its aims, from baselines."""
     others = twins(run.stages)
     found: list[Difference] = []
     for stage in run.stages.values():
@@ -86,10 +77,7 @@ def _between(before: StageResult, stage: StageResult) -> list[Difference]:
 
 
 def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
-    """Return the mean difference on shared examples (also for each kind of them), None if there are none.
-
-    Without a `metric`, anything can be compared.
-    """
+    """Return the mean difference on shared examples (also for each kind of them), None if there are none."""
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     # Without any weight, for instance of documents without bytes, there is no mean.
@@ -113,11 +101,8 @@ def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
     return "better" if (change.value > 0) == (better == "up") else "worse"
 
 
-# ---- Between runs
-
-
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
-    """Return the pairs of runs of the same seed, in the order of `runs`, and a problem for each unpaired run."""
+    """Return the pairs of runs of the same seed, and a problem for each unpaired run."""
     problems = []
     ours: dict[str, Run] = {}
     theirs: dict[str, Run] = {}
@@ -171,7 +156,6 @@ def compare(pairs: Pairs) -> Changes:
 
 
 def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
-    """Return the stage or baseline of each figure, by the names of both, in the order of training."""
     stages = {**run.stages, **run.baselines}
     return {
         (name, metric): stage for name, stage in stages.items() for metric in sorted(stage.metrics, key=metric_order)
@@ -179,14 +163,11 @@ def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
 
 
 def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
-    """Return the paired difference of a metric; for reward models and without rows, as of independent estimates.
-
-    The interval of the latter combines both intervals (Newcombe 1998, "Interval estimation for the difference between
-    independent proportions", method 10).
-    """
     change = paired(other.outcomes(metric), own.outcomes(metric), metric)
     if change is not None and stage_info(own.name).generates:
         return change
+    # Without shared rows, the estimates are independent, and the interval combines both of theirs (Newcombe 1998,
+    # "Interval estimation for the difference between independent proportions", method 10).
     a, b = own.metrics[metric], other.metrics[metric]
     value = a.value - b.value
     if a.low is None or a.high is None or b.low is None or b.high is None:

@@ -1,7 +1,6 @@
-"""Load what a run has written: its record (run.json), its evaluations, its training logs, the shapes of its weights.
+"""Load what a run has written: its record, evaluations, training logs and votes, and the shapes of its weights.
 
-Everything that can be read is reported: a missing file is a stage that was not run, a damaged one becomes a note of one
-line.
+Everything that can be read is reported. A missing file is a stage that was not run, a damaged one becomes a note.
 """
 
 from __future__ import annotations
@@ -41,11 +40,9 @@ class Run:
     Attributes:
         record, steps: The content of its run.json, and its entry of each step.
         hardware, versions, commit: What the last training step ran on.
-        stages: By name, in the order of training.
-        baselines: What is reached without training, by the names in `pipeline.stages`.
+        stages, baselines: By name; stages in the order of training.
         others: Evaluations with a name -> stage -> metric -> estimate.
         notes: What could not be read, and steps that ran elsewhere; one line each.
-        name: The name of its directory, or its path if several runs have the same name.
     """
 
     path: Path
@@ -114,11 +111,7 @@ def main_aim(stage: StageResult) -> str | None:
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Load every run.
-
-    Raises:
-        UserError: If a path is not a run, or has neither an evaluation nor a training log; all such paths are named.
-    """
+    """Load every run, or raise a `UserError` that names each path without an evaluation or a training log."""
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
         raise UserError(*problems)
@@ -176,7 +169,7 @@ def load_run(path: Path) -> Run:
 def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
     """Return how often people preferred each stage to `against`, or else to another stage; ties count one half.
 
-    `by_kind` has a rate for each opponent, unless that is `against` alone. Damaged votes become a line of `notes`.
+    `by_kind` has a rate for each opponent, unless that is `against` alone.
     """
     outcomes: dict[str, dict[str, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     try:
@@ -224,10 +217,7 @@ def _set_machine(run: Run) -> None:
 
 
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
-    """Count the weights in safetensors files by their headers, and the ones that a token passes.
-
-    Tied weights are stored, and counted, once. An adapter is counted with its base model, if that is in a folder.
-    """
+    """Count the weights in safetensors files, and the ones that a token passes; an adapter with its base model."""
     files = sorted(directory.glob("model*.safetensors"))
     if base := read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
         # The name may be anything, also what no path can be.

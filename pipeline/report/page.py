@@ -35,10 +35,7 @@ def report_html(run: Run) -> str:
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter.
-
-    The names of the templates are `template` and ".html.jinja" or ".md.jinja".
-    """
+    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter."""
     # JSON that every parser reads: without NaN.
     write_text(directory / "metrics.json", json.dumps(summary, indent=1, allow_nan=False, default=str) + "\n")
     write_text(directory / "report.md", render(f"{template}.md.jinja", content))

@@ -52,12 +52,7 @@ def headline(run: Run) -> str:
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the boxes of the picture with the run's figures and samples, for path.html.jinja.
-
-    Args:
-        run: The run.
-        links: Kind of a stage -> where its box leads.
-    """
+    """Return the boxes of the picture, for path.html.jinja. `links` says where the box of each kind of stage leads."""
     # The last stage of each kind gives the figure and the sample.
     last = {stage_kind(name): stage for name, stage in run.stages.items() if name not in twins(run.stages)}
     boxes: list[dict[str, Any]] = []
@@ -92,7 +87,7 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
-    """Return the main figure of a stage with its name in words, the one of the stage before it, and the baselines."""
+    """Return the main figure of a stage with its name in words, the one before it, and those of the baselines."""
     aim = main_aim(stage) if stage_info(stage.name).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
@@ -114,10 +109,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, as two stages answer it: the `last` that has any, and one before.
-
-    Which problems are shown depends on their place in the data alone, never on whether an answer is right.
-    """
+    """Return the first held-out problem of each kind, right or wrong, as the stage `last` and one before answer it."""
     traced = [stage for stage in run.stages.values() if stage.traces]
     names = [stage.name for stage in traced]
     stages = traced[: names.index(last) + 1 if last else None][-2:]

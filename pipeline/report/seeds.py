@@ -43,10 +43,7 @@ def find_seeds(path: Path) -> list[Path]:
 
 
 def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
-    """Return the spread of a figure over the runs that have it, at least one; None for a run that lacks it.
-
-    `bounds` are the smallest and the largest value that the figure can have, as for `over_seeds`.
-    """
+    """Return the spread of a figure over the runs that have it, with the `bounds` of `over_seeds`."""
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
     mean = over_seeds(found, *bounds)
@@ -64,14 +61,7 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
 def write_seeds(
     runs: Sequence[Run], found: Sequence[Sequence[Difference]], targets: Sequence[Target], directory: Path
 ) -> Path:
-    """Write index.html, metrics.json and report.md over several runs. Return the path of the first.
-
-    Args:
-        runs: At least one run.
-        found: The paired differences of each.
-        targets: The targets of each run.
-        directory: Where to write.
-    """
+    """Write index.html, metrics.json and report.md over runs, whose differences are `found`. Return the page's path."""
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages, baselines = (_spreads([of_run[key] for of_run in each]) for key in ("stages", "baselines"))
@@ -130,12 +120,7 @@ def write_seeds(
 
 
 def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Return the spread of each figure of metrics.json, as group -> name -> spread.
-
-    Args:
-        runs: The figures of each run, as group -> name -> estimate or text.
-        lowest: The smallest value that the figure of a share can have.
-    """
+    """Return the spread of each figure, as group -> name -> spread; `lowest` is the smallest value of a share."""
     result: dict[str, dict[str, Any]] = {}
     for group in sorted({group for run in runs for group in run}, key=stage_order):
         figures = [run.get(group, {}) for run in runs]

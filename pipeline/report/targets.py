@@ -61,11 +61,7 @@ class TargetResult:
 
 
 def load_targets(path: str | Path | None = None) -> list[Target]:
-    """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket.
-
-    Raises:
-        UserError: If entries are wrong; all of them are named.
-    """
+    """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket."""
     file = Path(path or POCKET)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -22,9 +22,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """Replace every character of `text` that cannot be seen, and cut it at `limit` characters.
 
-    Control characters become their pictures (U+2400); bidirectional controls, other invisible format characters, lone
-    surrogates and unassigned code points become their number. Line breaks and tabs stay. HTML is not escaped here; the
-    templates escape everything.
+    Control characters become their pictures (U+2400), other invisible ones their number. Line breaks and tabs stay.
     """
     text = text.replace("\r\n", "\n")
     shown = []
@@ -60,10 +58,8 @@ def code(text: str) -> Markup:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash.
-
-    Halves are rounded away from 0, also where floating point puts them a little on the other side: -0.0025 is −0.003.
-    """
+    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
+    # Halves are rounded away from 0, also where floating point puts them a little on the other side.
     return "–" if value is None else f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
 
 

@@ -1,7 +1,5 @@
 """The verdict on a run: what did not work, by the figures that it recorded, and what to do about it.
 
-    3_reward: reward accuracy is 0.500 (0.315 to 0.685, n = 24), no better than chance. PPO would optimise noise: …
-
 What a run did not record is not judged, and a miniature (`run --smoke`) is not judged at all.
 """
 
