@@ -44,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer what is typed, or piped in, line by line, until it ends. Return 0.
-
-    Raises:
-        UserError: If the model cannot be loaded, or an option is out of range.
-    """
+    """Answer what is typed, or piped in, line by line, until it ends. Return 0."""
     if problems := check_limits(args, LIMITS):
         raise UserError(*problems)
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
@@ -131,14 +127,9 @@ def reply(
     called: Mapping[str, Any],
     found: HeldOutPrompt | None = None,
 ) -> list[dict[str, Any]]:
-    """Print the answer to a question as it is written. Return the conversation, unchanged if it does not fit.
+    """Print the answer to a question as it is written. Return the conversation, unchanged if the question is too long.
 
-    Args:
-        loaded: The model.
-        messages: The conversation so far.
-        question: What is asked, as a message.
-        sampling: How the answer is sampled.
-        called, found: What the model may call, and the held-out prompt that is asked, as for `open_prompt`.
+    `called` and `found` are as for `open_prompt`.
     """
     from pipeline.app.models import ENDED, write
     from pipeline.app.prompts import open_prompt

@@ -56,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Show the page until Ctrl-C. Return 0.
-
-    Raises:
-        UserError: If RUN is not a run, the extra is not installed, an option is out of range, the port is taken, or
-            others could open the page without a password.
-    """
+    """Show the page until Ctrl-C. Return 0."""
     if missing := [name for name in ("fastapi", "uvicorn", "krippendorff") if find_spec(name) is None]:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
@@ -102,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
-    """Report the options that were given and are out of range; `limits` are the smallest and the largest values."""
+    """Report the options that are not between the smallest and the largest value in `limits`."""
     return [
         Problem(f"--{name}", value, f"is not between {low} and {high}")
         for name, (low, high) in limits.items()

@@ -28,13 +28,10 @@ from pipeline.report.text import visible
 
 LONGEST = 1024
 """Tokens of an answer, at most."""
-
 USUAL = 128
 """Tokens of an answer, unless the visitor sets another limit."""
-
 SHOWN = 20_000
 """Characters of an answer that are shown."""
-
 CHOSEN = 6
 """Models that answer unless the visitor chooses others."""
 

@@ -28,7 +28,6 @@ from pipeline.tools.loading import Toolbox
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept with the token that was chosen."""
-
 ENDED = "ended its turn"
 """Why an answer stopped that the model itself ended."""
 
@@ -46,15 +45,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, or that a tool wrote.
+    """A token that was drawn, with the most probable ones at its place; NaN and none for one that a tool wrote.
 
-    Attributes:
-        text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
-        log_prob: In nats, before temperature, top-k and top-p; NaN for a tool's.
-        alternatives: The most probable tokens at its place, with their log-probabilities; none for a tool's.
+    Log-probabilities are in nats, before temperature, top-k and top-p.
     """
 
     id: int
+    # What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
     text: str
     log_prob: float
     alternatives: list[tuple[str, float]]
@@ -62,11 +59,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer. Nothing changes it later, so that several threads may use it at once.
+    """A model that nothing changes, so that several threads may use it at once.
 
-    Attributes:
-        context: The length of its context in tokens, 0 if it is not limited.
-        template: The arguments of the chat template that it was trained with.
+    `context` is in tokens, 0 if it is not limited; `template` has the arguments of the chat template in training.
     """
 
     name: str
@@ -76,11 +71,7 @@ class Loaded:
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, messages: Messages, template: Mapping[str, Any] | None = None) -> list[int]:
-        """Return the tokens of a conversation; without a chat template, of its contents alone.
-
-        Raises:
-            UserError: If they leave no room for an answer.
-        """
+        """Return the tokens of a conversation, or raise a `UserError` if they leave no room for an answer."""
         if self.tokenizer.chat_template:
             (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
         else:
@@ -93,10 +84,7 @@ class Loaded:
     def open(
         self, row: Mapping[str, Any], toolbox: Toolbox | None, template: Mapping[str, Any] | None = None
     ) -> Dialogue:
-        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it.
-
-        `row` has the prompt as messages, and the other columns that an environment may need.
-        """
+        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it."""
         prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
         template = self.template if template is None else template
         return Dialogue(
@@ -110,12 +98,9 @@ class Loaded:
 
 @dataclass
 class Answer:
-    """An answer that a model is writing.
+    """An answer that a model is writing; with tools, `dialogue` has the turns that have ended.
 
-    Attributes:
-        dialogue: The turns so far that have ended, if there are tools.
-        seconds: Time of the model's own forward passes.
-        stopped: Why it stopped, "" while it writes.
+    `seconds` are those of the model's own forward passes, `stopped` is why it stopped, "" while it writes.
     """
 
     loaded: Loaded
@@ -175,10 +160,7 @@ class Answer:
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tools | None = None) -> Iterator[Answer]:
-    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens.
-
-    The model may call the tools, and goes on after their results, as often as these fit into the limit.
-    """
+    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens and results of tools."""
     answer = Answer(loaded, Dialogue(list(prompt), tools or {}))
     ends = end_tokens(loaded.model, loaded.tokenizer)
     limit = loaded.room(len(prompt), sampling.max_new_tokens)
@@ -203,8 +185,7 @@ def stream(
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
     """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
 
-    Tokens that are sent to it stand behind the token that it has yielded. `pipeline.models.kernels.sampler.sample` is
-    faster for batches, but returns only whole completions.
+    Tokens that are sent to it stand behind the token that it has yielded.
     """
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
@@ -226,13 +207,7 @@ def stream(
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:
-    """Load a model for answering from a folder or the Hub, whose argument `option` names it in messages.
-
-    It is called `name`, or else as its folder or id.
-
-    Raises:
-        UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
-    """
+    """Load a model for answering from a folder or the Hub, which the argument `option` names."""
     name = name or (Path(path).name if Path(path).is_dir() else path)
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:
@@ -260,12 +235,7 @@ class Models:
         self._locks = {name: Lock() for name in self.names}
 
     def get(self, name: str) -> Loaded:
-        """Return a model, loaded when it is first asked for.
-
-        Raises:
-            KeyError: If the page has no model of that name.
-            UserError: If it cannot be loaded.
-        """
+        """Return a model, loaded when it is first asked for, or raise a `UserError`."""
         # Several visitors may ask at once. A lock for each model, because one that is loaded must not wait for another.
         with self._locks[name]:
             if name not in self._loaded:

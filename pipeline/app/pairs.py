@@ -37,16 +37,12 @@ from pipeline.rewards.grading import RULE_COLUMNS
 
 Source = tuple[str, str]
 """The models of the answers `a` and `b`; they may be the same."""
-
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "min_p": 0.05, "max_new_tokens": 128}
 """How answers are sampled, unless the run or the command line says otherwise."""
-
 BATCH = 4
 """Prompts that are answered at once, which takes little longer than one."""
-
 AHEAD = 8
 """Pairs that are kept ready, as far as possible."""
-
 ATTEMPTS = 16
 """After so many batches without a pair to compare, the models are taken to give the same answers always."""
 
@@ -75,14 +71,9 @@ class Pair:
 
 
 class Pairs:
-    """The pairs of a run, `by_id`.
+    """The pairs of a run in the file `path`; everybody sees the share `overlap` of them.
 
-    Args:
-        path: The file.
-        models: The models that answer.
-        prompts: Rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
-        sampling: How answers are sampled, like `SAMPLING`.
-        overlap: The share of pairs that everybody sees.
+    `prompts` are rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
     """
 
     def __init__(
@@ -136,7 +127,7 @@ class Pairs:
             return list(self._sequences[annotator, source])
 
     def allot(self, annotator: str, source: Source) -> Pair:
-        """Wait until there is a pair for an annotator, and append it to their sequence.
+        """Append a pair to an annotator's sequence, once there is one.
 
         Raises:
             UserError: If no pair can be sampled.

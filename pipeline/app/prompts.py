@@ -23,16 +23,13 @@ from pipeline.tools.loading import load_toolbox
 
 HEADING = "## What may I ask?"
 """Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
-
 GENERAL = (
     "What is like the data of this run. A model that was trained from random weights knows nothing else: a question "
     "about other things gets an answer that only sounds like one."
 )
 """Text for data whose card lacks this heading."""
-
 KEYS = ("problems", "instructions", "prompts")
 """Keys of `evaluate.yaml` whose data have prompts, the most telling ones first."""
-
 LONGEST = 4000
 """Characters of a prompt that is offered."""
 
@@ -41,10 +38,7 @@ LONGEST = 4000
 class HeldOutPrompt:
     """A prompt that no stage was trained on, of the data that `key` names in `evaluate.yaml`.
 
-    Attributes:
-        kind: Its kind, which the data name, or else the singular of the key.
-        messages: The conversation up to the answer.
-        answer: The right answer, "" if the data have none.
+    `messages` are the conversation up to the right `answer`, which is "" if the data have none.
     """
 
     key: str
@@ -109,10 +103,7 @@ def tools_of_run(run: Path) -> dict[str, Any]:
 def open_prompt(
     loaded: Loaded, messages: Messages, called: Mapping[str, Any], found: HeldOutPrompt | None = None
 ) -> Dialogue:
-    """Return a conversation, which may end with the held-out prompt `found`, as the beginning of a dialogue.
-
-    `called` is what models may call, from `tools_of_run`.
-    """
+    """Return a conversation, which may end with the held-out prompt `found`, as a dialogue with the tools `called`."""
     if found and found.key in called:
         return loaded.open({**found.row, "prompt": messages}, load_toolbox(called[found.key], loaded.tokenizer))
     toolbox = load_toolbox(next(iter(called.values()), None), loaded.tokenizer)

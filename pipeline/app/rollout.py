@@ -33,10 +33,8 @@ SCALED = {
     "none": "The advantage is the reward less the mean.",
 }
 """What the advantages are, by `scale_rewards`."""
-
 SHOWN = 4000
 """Characters of a completion that are shown."""
-
 Event = dict[str, Any]
 """What the page adds to a rollout that it shows."""
 

@@ -35,19 +35,15 @@ from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
-
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password in which no other one is checked, and its visitor waits."""
-
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 """What the browser may load: nothing from another host, and no script but the page's own."""
-
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """The same for the report, which has no scripts."""
-
 OFFERED = 12
 """Held-out prompts of each kind that the page offers."""
 

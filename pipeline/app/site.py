@@ -32,7 +32,7 @@ class Site:
 
     @cached_property
     def prompts(self) -> list[HeldOutPrompt]:
-        """Its held-out prompts, read when they are first asked for."""
+        """Its held-out prompts."""
         return held_out_prompts(self.run)
 
     @cached_property
@@ -51,10 +51,7 @@ class Site:
 
 
 def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
-    """Answer with a line of JSON for each object as soon as it is made, until the visitor closes the connection.
-
-    `turns` limits how many such answers are written at once; others wait for their turn.
-    """
+    """Answer with a line of JSON for each object as soon as it is made, until the visitor leaves, in one of `turns`."""
 
     async def lines() -> AsyncIterator[str]:
         async with turns:

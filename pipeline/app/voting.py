@@ -55,16 +55,12 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 200_000
 """Characters of a text that the page shows."""
-
 FEW_SHARED = 20
 """Pairs that several people voted on, below which nothing is said about their agreement."""
-
 PRINTED = 10
 """After so many votes, the terminal says again what they say so far, if the page must not."""
-
 OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
 """What the outcome of a match means to somebody who sees the answers A and B."""
-
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 
@@ -117,7 +113,8 @@ def routes(site: Site) -> APIRouter:
         "state": voting.state,
         "votes": voting.own_votes,
         "opinions": voting.opinions,
-        "rates": voting.rates,
+        # What the votes say so far, only on a page that nobody else can open.
+        **({"rates": voting.rates} if site.is_private else {}),
     }
     for path, answer in answers.items():
         router.add_api_route(f"/{path}", answer, methods=["POST"])
@@ -232,7 +229,7 @@ class Voting:
             self.log.add(vote)
             # The terminal of whoever runs a page that others can open says what no visitor may see.
             if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
-                print(*self._said_so_far(), sep="\n", flush=True)
+                print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
             refused = f"Not counted: {error}."
         # A pair whose vote was taken back is shown again.
@@ -348,12 +345,7 @@ class Voting:
         }
 
     def rates(self) -> list[str]:
-        """Answer with what the votes say so far; only on a page that nobody else can open."""
-        if not self.site.is_private:
-            raise HTTPException(403, "The terminal of the server says what the votes say so far.")
-        return self._said_so_far()
-
-    def _said_so_far(self) -> list[str]:
+        """Return who is preferred, and how far people agree, one line each."""
         lines = []
         for name, rate in win_rates(self.site.run, self.source[0], []).items():
             # A single tie has no interval: anything is possible.

@@ -14,9 +14,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
 """How the options of transformers begin that the step depends on. All of TRL and PPO count, but for `SWITCHED_OFF`."""
-
 SWITCHED_OFF = (
     "use_vllm", "use_transformers_continuous_batching", "generation_batch_size", "steps_per_generation",
     "num_generations_eval", "model_init_kwargs", "sync_ref_model", "log_completions", "log_completions_hub_repo",
@@ -56,35 +56,6 @@ SWITCHED_OFF = (
 Values = Mapping[str, Any]
 Group = Sequence[Dialogue]
 """Attempts at one prompt. Without tools, each is a single turn, which is not read as messages."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What GRPO computes for a group of completions, each list by completion.
-
-    Attributes:
-        rewards: What each reward function gives, by its name; None for no opinion. `totals` are the weighted sums.
-        changes: How many times as likely one step made the completion.
-    """
-
-    rewards: dict[str, list[float | None]]
-    totals: list[float]
-    advantages: list[float]
-    changes: list[float]
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """What PPO sees of the completion, each list by token; None for the tokens that a tool wrote."""
-
-    tokens: list[int]
-    log_probs: list[float | None]
-    kl: list[float | None]
-    rewards: list[float | None]
-    values: list[float | None]
-    advantages: list[float | None]
-    score: float
-    penalty: float
 
 
 def stage_settings(run: Path, stage: str) -> dict[str, Any]:
@@ -131,15 +102,14 @@ def has_ended(policy: Loaded, completion: Dialogue) -> bool:
     return completion.tokens[-1:] != [] and completion.tokens[-1] in end_tokens(policy.model, policy.tokenizer)
 
 
-def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> Update:
-    """Take one optimizer step of GRPO on a copy of the policy.
+def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> SimpleNamespace:
+    """Take one optimizer step of GRPO on a copy of the policy that wrote the group of completions of a row's prompt.
 
-    Args:
-        policy: The model that wrote the completions.
-        reference: The model that the stage started from, for the KL penalty, if `beta` asks for one.
-        settings: The stage's.
-        row: The prompt, as messages, and the other columns of the data.
-        group: Completions of the prompt.
+    `reference` is the model that the stage started from, for the KL penalty, if `beta` asks for one.
+
+    Returns:
+        For each completion its `rewards` by function (None for no opinion), their weighted sum in `totals`, the
+        `advantages`, and in `changes` how many times as likely the step made it.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
@@ -153,7 +123,7 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
         after = _log_probs(trainer, group)
         table = trainer.all_rewards
         columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
-        return Update(
+        return SimpleNamespace(
             rewards=dict(zip(trainer.reward_func_names, columns, strict=True)),
             totals=(table * trainer.reward_weights).nansum(dim=1).tolist(),
             advantages=list(trainer._logs["advantages"]),
@@ -163,8 +133,8 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
 
 def token_view(
     policy: Loaded, reference: Loaded, run: Path, stage: str, settings: Values, row: Values, completion: Dialogue
-) -> TokenView:
-    """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
+) -> SimpleNamespace:
+    """Return what PPO computes for each token of a completion; None for those that a tool wrote."""
     paths = settings.get("reward_model_path") or []
     rewards: list[tuple[Any, Any]] = [load_model(path, "reward_model_path", reward=True) for path in paths]
     rewards += [(function, None) for function in load_rewards(settings.get("reward_funcs") or [])]
@@ -192,18 +162,13 @@ def token_view(
         score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
         penalty = 0.0 if has_ended(policy, completion) else settings.get("missing_eos_penalty") or 0.0
         scores = torch.full((len(ids),), score - penalty, device=kl.device)
-        columns = {
-            "log_probs": logps,
-            "kl": kl,
-            "rewards": ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask),
-            "values": batch["old_values"],
-            "advantages": batch["advantages"],
-        }
-        lists: dict[str, list[float | None]] = {
+        token_rewards = ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask)
+        columns = {"log_probs": logps, "kl": kl, "rewards": token_rewards, "values": batch["old_values"]}
+        lists = {
             name: [value if own else None for value, own in zip(column[0].tolist(), completion.sampled, strict=True)]
-            for name, column in columns.items()
+            for name, column in {**columns, "advantages": batch["advantages"]}.items()
         }
-    return TokenView(completion.tokens, **lists, score=score, penalty=penalty)
+    return SimpleNamespace(tokens=completion.tokens, **lists, score=score, penalty=penalty)
 
 
 @contextmanager

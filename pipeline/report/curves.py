@@ -1,19 +1,37 @@
-"""What each stage logged in training, and the curves of it."""
+"""What each stage logged in training, and where the parts of its charts lie.
+
+Templates draw them as inline SVG, whose colours come from the page's style sheet.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
 
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run
 from pipeline.report.stage_order import stage_info
+from pipeline.report.text import magnitude, number
 from pipeline.stages.kinds import LoggedChart
 
 Points = list[tuple[float, float]]
+
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 46, 50, 10, 38
+MAX_POINTS = 60
+"""A line with more points is drawn faintly, with the means of this many segments over it."""
+MARKED_POINTS = 12
+"""A line with at most this many points has a mark at each."""
+LINE_HEIGHT = 12
+"""Least distance between two values at the ends of lines."""
 
 
 @dataclass(frozen=True)
@@ -111,3 +129,100 @@ def logged(stage: StageResult, key: str, x: str = "step") -> Points:
 def last_logged(stage: StageResult, key: str) -> float | None:
     """Return the last finite value that the stage logged under `key`, None if there is none."""
     return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, at most `most` + 1 of them."""
+    # The smallest round step that is at least as large as an even division.
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """An axis from the value `low`, drawn at `start`, to the value `high`, drawn at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Return where a value is drawn."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return the place and the label of each tick."""
+        values = ticks(self.low, self.high)
+        step = values[1] - values[0] if len(values) > 1 else 1.0
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [(self.at(value), _short(value, digits)) for value in values]
+
+
+def _short(value: float, digits: int) -> str:
+    return magnitude(value) if abs(value) >= 1000 else number(value, digits)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest value, moved apart if they are too close to draw."""
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-9 * size, 1e-12):
+        return low, high
+    pad = 0.1 * size if size > 1e-12 else 1.0
+    return low - pad, high + pad
+
+
+def layout(chart: Chart) -> dict[str, Any]:
+    """Return where chart.html.jinja draws what, and the series themselves, for readers who do not see the drawing."""
+    # The axis of steps and of the KL starts at 0.
+    left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
+    low, high = _range([y for line in chart.series for _, y in line.points])
+    pad = (high - low) * 0.05
+    # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
+    bottom = 0.0 if 0 <= low < (high - low) else low - pad
+    x_axis = _Axis(left, right, LEFT, WIDTH - RIGHT)
+    y_axis = _Axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
+
+    lines: list[dict[str, Any]] = []
+    ends = []
+    for index, line in enumerate(chart.series):
+        size = math.ceil(len(line.points) / MAX_POINTS)
+        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
+        course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
+        drawn, means = ([(x_axis.at(x), y_axis.at(y)) for x, y in points] for points in (line.points, course))
+        css = f"s{index % 6}"
+        # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
+        raw = _path(drawn) if size > 1 else ""
+        marked = means if len(means) <= MARKED_POINTS else means[-1:]
+        lines.append(
+            {"css": css, "dots": line.dots, "points": drawn, "raw": raw, "course": _path(means), "marked": marked}
+        )
+        if not line.dots:
+            ends.append((means[-1][1], index, course[-1][1]))
+    # The last values stand next to the ends of their lines, apart from each other.
+    values = []
+    above = 0.0
+    for place, (y, index, value) in enumerate(sorted(ends), start=1):
+        lowest = HEIGHT - BOTTOM - LINE_HEIGHT * (len(ends) - place)
+        above = max(above + LINE_HEIGHT, min(y + 4, lowest))
+        label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
+        values.append({"css": f"s{index % 6}", "y": above, "label": label})
+    return {
+        "title": f"{stage_info(chart.stage).title}: {chart.title}",
+        "series": chart.series,
+        "x_label": chart.x_label,
+        "x_ticks": x_axis.ticks(),
+        "y_ticks": y_axis.ticks(),
+        "lines": lines,
+        "values": values,
+        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
+    }
+
+
+def _path(points: Points) -> Markup:
+    return Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))
