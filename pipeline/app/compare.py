@@ -51,7 +51,7 @@ class Asked(BaseModel):
 def content(site: Site) -> dict[str, Any]:
     """Return what the section of the page shows, for page.html.jinja."""
     # The prompts that every stage was asked for the report.
-    asked = [item["prompt"] for stage in load_run(site.run).answering for item in stage.answers]
+    asked = [item["prompt"] for stage in load_run(site.run).stages.values() for item in stage.answers]
     return {
         "prompts": [visible(text, SHOWN) for text in dict.fromkeys(map(str, asked))],
         "columns": [

@@ -30,7 +30,7 @@ from pipeline.report.load import load_run
 from pipeline.report.page import render, report_html
 from pipeline.report.path_picture import headline, path_boxes, title
 from pipeline.report.text import visible
-from pipeline.report.verdict import find_failures, shown
+from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
@@ -164,7 +164,7 @@ def build_app(site: Site) -> ASGIApp:
         page = TEMPLATES.get_template("page.html.jinja").render(
             title=visible(title(run)),
             headline=visible(headline(run)),
-            verdict=Markup(render("verdict.html.jinja", shown(run, find_failures(run)))),
+            verdict=Markup(render("verdict.html.jinja", shown(run))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
             about=visible(what_may_be_asked(site.run), limit=2000),
             # The name under which the visitor has logged in.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
@@ -142,25 +142,18 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """An axis from the value `low`, drawn at `start`, to the value `high`, drawn at `end`."""
+def _axis(
+    low: float, high: float, start: float, end: float
+) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Return what places a value from `low` to `high` between `start` and `end`, and place and label of each tick."""
 
-    low: float
-    high: float
-    start: float
-    end: float
+    def at(value: float) -> float:
+        return start + (value - low) / (high - low) * (end - start)
 
-    def at(self, value: float) -> float:
-        """Return where a value is drawn."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return the place and the label of each tick."""
-        values = ticks(self.low, self.high)
-        step = values[1] - values[0] if len(values) > 1 else 1.0
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [(self.at(value), _short(value, digits)) for value in values]
+    values = ticks(low, high)
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return at, [(at(value), _short(value, digits)) for value in values]
 
 
 def _short(value: float, digits: int) -> str:
@@ -185,8 +178,8 @@ def layout(chart: Chart) -> dict[str, Any]:
     pad = (high - low) * 0.05
     # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
     bottom = 0.0 if 0 <= low < (high - low) else low - pad
-    x_axis = _Axis(left, right, LEFT, WIDTH - RIGHT)
-    y_axis = _Axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
+    x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
+    y_at, y_ticks = _axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
 
     lines: list[dict[str, Any]] = []
     ends = []
@@ -194,7 +187,7 @@ def layout(chart: Chart) -> dict[str, Any]:
         size = math.ceil(len(line.points) / MAX_POINTS)
         segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
         course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
-        drawn, means = ([(x_axis.at(x), y_axis.at(y)) for x, y in points] for points in (line.points, course))
+        drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
         # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
         raw = _path(drawn) if size > 1 else ""
@@ -216,8 +209,8 @@ def layout(chart: Chart) -> dict[str, Any]:
         "title": f"{stage_info(chart.stage).title}: {chart.title}",
         "series": chart.series,
         "x_label": chart.x_label,
-        "x_ticks": x_axis.ticks(),
-        "y_ticks": y_axis.ticks(),
+        "x_ticks": x_ticks,
+        "y_ticks": y_ticks,
         "lines": lines,
         "values": values,
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},

@@ -68,15 +68,9 @@ class Run:
         return next((stage.against for stage in self.stages.values() if stage.against), "2_sft")
 
     @property
-    def bars(self) -> dict[str, StageResult]:
+    def bars(self) -> list[StageResult]:
         """The baselines that a stage has to beat. An older or a foreign run may have others than are known here."""
-        known = {name: find_baseline(name) for name in self.baselines}
-        return {name: self.baselines[name] for name, baseline in known.items() if baseline and baseline.is_bar}
-
-    @property
-    def answering(self) -> list[StageResult]:
-        """The stages whose model answered the fixed prompts."""
-        return [stage for stage in self.stages.values() if stage.answers]
+        return [one for name, one in self.baselines.items() if (known := find_baseline(name)) and known.is_bar]
 
     @property
     def judge(self) -> str:

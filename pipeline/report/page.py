@@ -22,7 +22,7 @@ from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import by_length, summarise
 from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
-from pipeline.report.verdict import Finding, shown
+from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
 
@@ -77,7 +77,8 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     problems, charts = showcase(run), charts_of(run)
     given = {
         stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
-        for stage in run.answering
+        for stage in run.stages.values()
+        if stage.answers
     }
     # Stages that were evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
@@ -103,7 +104,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
             for item in ([] if run.is_smoke else summary["alarms"])
         ],
-        **shown(run, [Finding(**item) for item in summary["verdict"]]),
+        **shown(run),
         # A report may be published, and where its files lay on this machine is nobody's business.
         "notes": [note.replace(f"{run.path}/", "") for note in run.notes],
         "table": figures(run, by_kind=False),
@@ -116,14 +117,12 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             for metric in sorted(metrics, key=metric_order)
         ],
         "gains": [
-            {
-                "stage": stage,
-                "before": before,
-                "baseline": run.baseline_title(run.baselines[before]) if before in run.baselines else "",
-                "rows": list(changes),
-            }
+            {"stage": stage, "before": before, "rows": list(changes)}
             for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before))
         ],
+        "baselines": {
+            one.name: (run.baseline_title(one), one.metrics) for one in run.baselines.values() if one.metrics
+        },
         "answering": list(given),
         "answers": [
             {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
@@ -154,12 +153,7 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
             n = f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}" if counts else ""
             meaning = "; ".join(filter(None, (meaning, n)))
             rows.append({"label": label, "metric": metric, "meaning": meaning, "estimates": estimates})
-    baselines = [
-        {"name": item.name, "title": run.baseline_title(item), "metrics": item.metrics}
-        for item in run.baselines.values()
-        if item.metrics
-    ]
-    return {"columns": [stage.name for stage in stages], "baselines": baselines, "rows": rows}
+    return {"columns": [stage.name for stage in stages], "rows": rows}
 
 
 def remarks(run: Run) -> list[str]:

@@ -104,7 +104,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
         "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
         "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
         "lower": info.better == "down",
-        "baselines": [f"{show(it)} ({run.baseline_title(it)})" for it in run.bars.values() if aim in it.metrics],
+        "baselines": [f"{show(it)} ({run.baseline_title(it)})" for it in run.bars if aim in it.metrics],
     }
 
 

@@ -74,8 +74,9 @@ def find_failures(run: Run) -> list[Finding]:
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
 
 
-def shown(run: Run, found: list[Finding]) -> dict[str, Any]:
+def shown(run: Run) -> dict[str, Any]:
     """Return what verdict.html.jinja shows."""
+    found = find_failures(run)
     return {"verdict": list(map(str, found)), "conclusion": conclude(run, found), "smoke": run.is_smoke}
 
 
@@ -149,7 +150,7 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         yield Finding(stage.name, what, now.value, remedy)
     elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < MIN_SHARE_RIGHT:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
-    for baseline in run.bars.values():
+    for baseline in run.bars:
         for metric in stage_info(stage.name).aims:
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
             verdict = "better" if other is None else judge(metric, other)
