@@ -34,7 +34,6 @@ LIMITS = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `chat` to `parser`."""
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, for instance runs/pocket/4_grpo")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")

@@ -35,7 +35,6 @@ LIMITS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `app` to `parser`."""
     parser.add_argument("run", metavar="RUN", help="directory of a run, for instance runs/pocket")
     meaning = "a further model to compare; repeatable"
     parser.add_argument("--model", action="append", default=[], metavar="PATH_OR_ID", help=meaning)

@@ -49,7 +49,6 @@ class Asked(BaseModel):
 
 
 def content(site: Site) -> dict[str, Any]:
-    """Return what the section of the page shows, for page.html.jinja."""
     # The prompts that every stage was asked for the report.
     asked = [item["prompt"] for stage in load_run(site.run).stages.values() for item in stage.answers]
     return {
@@ -64,7 +63,6 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    """Return what the section asks the server for."""
     # Two visitors share the cores; others wait for their turn.
     router, turns = APIRouter(), CapacityLimiter(2)
 

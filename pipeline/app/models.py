@@ -117,7 +117,6 @@ class Answer:
 
     @property
     def messages(self) -> list[Message]:
-        """The turns so far."""
         # Without special tokens, and without half of a character.
         text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
         last = [{"role": "assistant", "content": text}] if self.turn or not self.tokens else []

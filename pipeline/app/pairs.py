@@ -62,7 +62,6 @@ class Pair:
 
     @property
     def source(self) -> Source:
-        """The models."""
         return self.model_a, self.model_b
 
     def shown_first(self, annotator: str) -> str:
@@ -122,7 +121,6 @@ class Pairs:
         self._take_in(line)
 
     def sequence(self, annotator: str, source: Source) -> list[Pair]:
-        """Return the pairs that have been allotted to an annotator, in order."""
         with self._mutex:
             return list(self._sequences[annotator, source])
 

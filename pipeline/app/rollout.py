@@ -50,7 +50,6 @@ class Asked(BaseModel):
 
 
 def content(site: Site) -> dict[str, Any]:
-    """Return what the section of the page shows, for page.html.jinja."""
     results = load_run(site.run).stages
     stages = []
     for name in reversed(site.models.stages):
@@ -65,7 +64,6 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    """Return what the section asks the server for."""
     router, turns = APIRouter(), CapacityLimiter(1)
 
     @router.post("/rollout")
@@ -78,7 +76,6 @@ def routes(site: Site) -> APIRouter:
 
 
 def roll_out(site: Site, asked: Asked) -> Generator[Event]:
-    """Yield the steps of a rollout as they are made."""
     info = stage_info(asked.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
     found = site.find(asked.text, info.held_out)

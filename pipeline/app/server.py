@@ -85,7 +85,6 @@ class Gate:
         await (refused or self.app)(scope, receive, send_with_headers)
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
-        """Return the answer to a request that is not passed on."""
         path, headers = request.url.path, request.headers
         # A link on another site may open the page, but no script there may use it. Another port of this machine is the
         # same site, but another origin.
@@ -147,7 +146,6 @@ def login_form(message: str = "", status: int = 200, name: str = "") -> Response
 
 
 def build_app(site: Site) -> ASGIApp:
-    """Return the whole server as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for section in (compare, rollout, voting):
         app.include_router(section.routes(site))
@@ -201,19 +199,11 @@ def build_app(site: Site) -> ASGIApp:
 
 
 def serve(site: Site) -> None:
-    """Serve the page until Ctrl-C."""
     app = build_app(site)
     options = site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()
     # h11 bounds the headers of a request, and the page has no websockets.
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        http="h11",
-        ws="none",
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-    )
+    settings: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    uvicorn.run(app, host=options.host, port=options.port, **settings)

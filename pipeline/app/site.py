@@ -32,7 +32,6 @@ class Site:
 
     @cached_property
     def prompts(self) -> list[HeldOutPrompt]:
-        """Its held-out prompts."""
         return held_out_prompts(self.run)
 
     @cached_property

@@ -201,7 +201,6 @@ class Voting:
         return self._answer(page, lambda: self._choose(page, have))
 
     def typed_prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
-        """Return a pair of answers to a prompt that was typed."""
         identify(request, typed)
         return self._answer(typed, lambda: self.pairs.typed(typed.annotator, self._source_of(typed), typed.text))
 

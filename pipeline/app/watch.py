@@ -98,7 +98,6 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
 
 
 def has_ended(policy: Loaded, completion: Dialogue) -> bool:
-    """Return whether the model itself ended a completion."""
     return completion.tokens[-1:] != [] and completion.tokens[-1] in end_tokens(policy.model, policy.tokenizer)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `report` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
     meaning = "report over RUN/seed0, RUN/seed1 and so on (default: over all of them, if RUN is not a run itself)"
     parser.add_argument("--seeds", nargs="+", metavar="N", help=meaning)

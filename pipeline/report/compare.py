@@ -22,7 +22,6 @@ from pipeline.errors import Problem, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `compare` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="A", help="run, or folder of the runs of several seeds")
     parser.add_argument("--against", nargs="+", required=True, metavar="B", help="what to compare A with, likewise")
     parser.add_argument("--output", metavar="FILE", help="file of the JSON (default: stdout, with the table on stderr)")

@@ -41,7 +41,6 @@ class Difference:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is an aim or a cost."""
         return self.aim or self.verdict == "worse"
 
 

@@ -59,7 +59,6 @@ class Run:
 
     @property
     def is_smoke(self) -> bool:
-        """Whether it is a miniature, whose figures mean nothing."""
         return bool(self.record.get("smoke"))
 
     @property

@@ -27,7 +27,6 @@ from pipeline.stages import STAGES
 
 
 def report_html(run: Run) -> str:
-    """Return index.html of a run, without writing it."""
     _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
     return render("report.html.jinja", content)
 
@@ -238,7 +237,6 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Return the charts as SVG, grouped by stage."""
     groups: dict[str, dict[str, Any]] = {}
     for chart in charts:
         legend = [line.name for line in chart.series]

@@ -53,7 +53,6 @@ def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def code(text: str) -> Markup:
-    """Return a short text as code in Markdown."""
     return Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
 
 

@@ -75,7 +75,6 @@ def find_failures(run: Run) -> list[Finding]:
 
 
 def shown(run: Run) -> dict[str, Any]:
-    """Return what verdict.html.jinja shows."""
     found = find_failures(run)
     return {"verdict": list(map(str, found)), "conclusion": conclude(run, found), "smoke": run.is_smoke}
 
