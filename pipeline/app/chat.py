@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +68,7 @@ def main(args: argparse.Namespace) -> int:
         about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
     called = tools_of_run(run)
-    prompts: list[HeldOutPrompt] = []
-    asked: Counter[str] = Counter()
-
+    examples: dict[str, list[HeldOutPrompt]] = {}
     messages: list[dict[str, Any]] = []
     while True:
         try:
@@ -93,29 +90,26 @@ def main(args: argparse.Namespace) -> int:
             except UserError as error:
                 print(*error.problems, sep="\n")
         elif command == "/example":
-            prompts = prompts or held_out_prompts(run)
-            if example := next_example(prompts, rest.strip(), asked):
+            if not examples:
+                for prompt in held_out_prompts(run):
+                    examples.setdefault(prompt.kind, []).append(prompt)
+            kind = rest.strip() or next(iter(examples), "")
+            if kind in examples:
+                # The turn of this prompt, and of its kind, comes last again.
+                example, *others = examples.pop(kind)
+                examples[kind] = [*others, example]
                 print(f"Asked: {example.text}")
                 messages = reply(loaded, example.messages[:-1], example.messages[-1:], sampling, called, example)
                 if example.result:
                     print(f"The right result is {example.result}.")
+            elif examples:
+                print(Problem("/example", kind, f"choose from: {', '.join(examples)}"))
+            else:
+                print("/example: this model comes with no held-out prompts that could be asked")
         elif command.startswith("/"):
             print(HELP)
         elif line:
             messages = reply(loaded, messages, [{"role": "user", "content": line}], sampling, called)
-
-
-def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
-    """Return the next held-out prompt of a kind, or of the one that was `asked` least; None after printing why."""
-    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
-    if (kind and kind not in kinds) or not kinds:
-        problem = Problem("/example", kind or "nothing", f"choose from: {', '.join(kinds)}")
-        print(problem if kinds else "/example: this model comes with no held-out prompts that could be asked")
-        return None
-    kind = kind or min(kinds, key=lambda name: asked[name])
-    asked[kind] += 1
-    own = [prompt for prompt in prompts if prompt.kind == kind]
-    return own[(asked[kind] - 1) % len(own)]
 
 
 def reply(
