@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import held_out_prompts, tools_of_run, what_may_be_asked
+    from pipeline.app.prompts import held_out_prompts, settings_of, what_may_be_asked
+    from pipeline.evaluation.evaluate_yaml import CALLED
 
     logging.disable_progress_bar()
     loaded = load(args.path, "PATH")
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     if typed:
         about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
-    called = tools_of_run(run)
+    called = settings_of(run).get(CALLED) or {}
     examples: dict[str, list[HeldOutPrompt]] = {}
     messages: list[dict[str, Any]] = []
     while True:

@@ -22,8 +22,7 @@ from pipeline.app.prompts import open_prompt
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.evaluation.intervals import finite
-from pipeline.report.load import load_run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import visible
 
 LONGEST = 1024

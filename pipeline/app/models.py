@@ -22,7 +22,7 @@ from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument, logits_processors
 from pipeline.models.loading import load_model
-from pipeline.report.stage_order import stage_info, stage_order
+from pipeline.report.load import stage_info, stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
 from pipeline.tools.loading import Toolbox
 

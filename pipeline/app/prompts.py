@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.app.models import Loaded
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible
@@ -93,11 +93,6 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
                 if [turn["role"] for turn in messages if turn["role"] != "system"] == ["user"]:
                     found.append(HeldOutPrompt(key, row["kind"] or key.removesuffix("s"), messages, answer, row))
     return [prompt for prompt in found if len(prompt.messages[-1]["content"]) <= LONGEST]
-
-
-def tools_of_run(run: Path) -> dict[str, Any]:
-    """Return what the models of a run may call, by the key of the data in answers to which they may."""
-    return settings_of(run).get(CALLED) or {}
 
 
 def open_prompt(

@@ -22,8 +22,7 @@ from pipeline.app.site import Site, stream
 from pipeline.app.watch import Values
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
-from pipeline.report.load import load_run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import number, visible
 from pipeline.tools.dialogue import Dialogue, readable
 

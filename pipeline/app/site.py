@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
-from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, tools_of_run
-from pipeline.report.page import make_environment
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, settings_of
+from pipeline.evaluation.evaluate_yaml import CALLED
 
-TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
+LOADER = PackageLoader("pipeline.app", "static")
+TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
 """The HTML in `static/`; whatever is filled in is escaped."""
 
 
@@ -36,8 +38,8 @@ class Site:
 
     @cached_property
     def called(self) -> dict[str, Any]:
-        """What its models may call, by the key of the data."""
-        return tools_of_run(self.run)
+        """What its models may call, by the key of the data in answers to which they may."""
+        return settings_of(self.run).get(CALLED) or {}
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
         """Return the held-out prompt with a text, perhaps of one key, or None."""

@@ -17,8 +17,7 @@ from markupsafe import Markup
 
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import Run, stage_info
 from pipeline.report.text import magnitude, number
 from pipeline.stages.kinds import LoggedChart
 

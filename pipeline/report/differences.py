@@ -12,8 +12,7 @@ from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, mean_difference, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
-from pipeline.report.load import Run
-from pipeline.report.stage_order import stage_info, twins
+from pipeline.report.load import Run, stage_info, twins
 from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]

@@ -16,9 +16,8 @@ from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of, layout
 from pipeline.report.differences import Difference, differences
-from pipeline.report.load import Run
+from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
-from pipeline.report.stage_order import EVALUATE, stage_info, step_order
 from pipeline.report.summary import by_length, summarise
 from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
 from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
@@ -45,18 +44,14 @@ def render(template: str, content: dict[str, Any]) -> str:
     return _environment(template.endswith(".html.jinja")).get_template(template).render(content)
 
 
-def make_environment(package: str, folder: str, **options: Any) -> Environment:
-    """Return the templates in a folder of a package, which fail if they name something unknown."""
-    loader = PackageLoader(package, folder)
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
-
-
 @cache
 def _environment(is_page: bool) -> Environment:
     show = visible if is_page else markdown
-    environment = make_environment(
-        "pipeline.report",
-        "templates",
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         autoescape=is_page,
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         keep_trailing_newline=True,
@@ -248,8 +243,8 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return seed, commit, model, hardware and versions as lists of (name, value)."""
+def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return seed, commit and model, hardware and versions by name, None for what is not known."""
     # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     about = {
@@ -258,16 +253,5 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
         "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
         **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
     }
-    hardware = summary["hardware"] or {"machine": "unknown"}
-    boxes = {"Run": about, "Hardware": hardware, "Versions": summary["versions"] or {"packages": "unknown"}}
-    return [
-        {
-            "title": title,
-            "entries": [
-                (key.replace("_gib", " (GiB)").replace("_", " "), str(value))
-                for key, value in entries.items()
-                if value is not None
-            ],
-        }
-        for title, entries in boxes.items()
-    ]
+    versions = summary["versions"] or {"packages": "unknown"}
+    return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}

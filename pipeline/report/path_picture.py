@@ -9,8 +9,7 @@ from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run, main_aim
-from pipeline.report.stage_order import stage_info, stage_kind, twins
+from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES

@@ -15,9 +15,8 @@ from pipeline.evaluation.intervals import Estimate, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.load import Run
+from pipeline.report.load import Run, stage_info, stage_order, step_order
 from pipeline.report.page import draw, write_files
-from pipeline.report.stage_order import stage_info, stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import counted, duration, number, signed

@@ -16,8 +16,7 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge, paired
-from pipeline.report.load import Run, main_aim
-from pipeline.report.stage_order import stage_info, stage_kind, twins
+from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import HELD_OUT, SMOKE
 

@@ -16,9 +16,8 @@ from pipeline.evaluation.metric_info import METRICS
 from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, layout, overlay, ticks
 from pipeline.report.differences import differences, paired
-from pipeline.report.load import Run, load_run
+from pipeline.report.load import Run, load_run, stage_order, step_order
 from pipeline.report.page import experts, render
-from pipeline.report.stage_order import stage_order, step_order
 from pipeline.report.summary import summarise
 from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
