@@ -61,7 +61,7 @@ class Token:
 class Loaded:
     """A model that nothing changes, so that several threads may use it at once.
 
-    `context` is in tokens, 0 if it is not limited; `template` has the arguments of the chat template in training.
+    `context` is in tokens, without a limit `sys.maxsize`; `template` has the arguments of the chat template.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Loaded:
             (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
         else:
             ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        if self.context and len(ids) >= self.context:
+        if len(ids) >= self.context:
             remedy = f"is longer than the context of {self.name}, which is {self.context} tokens; shorten it"
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
         return ids
@@ -91,29 +91,21 @@ class Loaded:
             self.encode(prompt, {**template, **toolbox.template(self.tokenizer)} if toolbox else template), tools
         )
 
-    def room(self, prompt: int, wanted: int) -> int:
-        """Return how many of the `wanted` tokens an answer may have after so many tokens of the prompt."""
-        return min(wanted, self.context - prompt) if self.context else wanted
-
 
 @dataclass
 class Answer:
-    """An answer that a model is writing; with tools, `dialogue` has the turns that have ended.
+    """An answer that a model is writing: with tools, `dialogue` has the turns that have ended, and `turn` the last one.
 
     `seconds` are those of the model's own forward passes, `stopped` is why it stopped, "" while it writes.
     """
 
     loaded: Loaded
     dialogue: Dialogue
+    turn: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
     _decoded: str = ""
-
-    @property
-    def turn(self) -> list[int]:
-        """The tokens of the turn that has not ended."""
-        return [token.id for token in self.tokens[len(self.dialogue.tokens) :]]
 
     @property
     def messages(self) -> list[Message]:
@@ -130,6 +122,7 @@ class Answer:
     def add(self, token: int, log_probs: Tensor | None = None) -> None:
         """Append a token. `log_probs` are the log-probabilities of all tokens at its place, None for a tool's."""
         decode = self.loaded.tokenizer.decode
+        self.turn += [] if log_probs is None else [token]
         before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
         added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
         if log_probs is None:
@@ -148,8 +141,9 @@ class Answer:
             return []
         message = read_turn(loaded.tokenizer, turn, [*dialogue.prompt, *dialogue.tokens], dialogue.tools)
         dialogue.add_turn(turn, None, message)
+        self.turn = []
         if dialogue.pending(ends):
-            sizes = {"limit": limit, "context": loaded.context or sys.maxsize}
+            sizes = {"limit": limit, "context": loaded.context}
             going_on = answer_calls([dialogue], loaded.tokenizer, ends=ends, template=loaded.template, **sizes)
             self.stopped = "" if going_on else f"no room for a result in {limit} tokens"
         results = dialogue.tokens[len(self.tokens) :]
@@ -162,7 +156,7 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
     """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens and results of tools."""
     answer = Answer(loaded, Dialogue(list(prompt), tools or {}))
     ends = end_tokens(loaded.model, loaded.tokenizer)
-    limit = loaded.room(len(prompt), sampling.max_new_tokens)
+    limit = min(sampling.max_new_tokens, loaded.context - len(prompt))
     tokens = stream(loaded.model, prompt, sampling)
     results: list[int] | None = None
     while not answer.stopped:
@@ -215,7 +209,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
     # On a CPU, plain attention is the fastest for single tokens.
     if model.device.type == "cpu":
         model.float().set_attn_implementation("eager")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return Loaded(name, model, tokenizer, context, recorded_template(path))
 
 

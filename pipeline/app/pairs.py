@@ -60,10 +60,6 @@ class Pair:
     sampling: dict[str, Any]
     rule: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def source(self) -> Source:
-        return self.model_a, self.model_b
-
     def shown_first(self, annotator: str) -> str:
         """Return which answer this annotator sees first, "a" or "b"; only the server knows the seed."""
         return random.Random(f"{self.pair}/{annotator}/{self.sampling.get('seed')}").choice("ab")
@@ -103,17 +99,18 @@ class Pairs:
         self._position = len(self.by_id)
 
     def _take_in(self, line: dict[str, Any]) -> None:
+        pair = self.by_id[line["pair"]] if "for" in line else Pair(**line)
+        source = pair.model_a, pair.model_b
         if "for" not in line:
-            pair = self.by_id[line["pair"]] = Pair(**line)
-            self._stock[pair.source].append(pair)
+            self.by_id[pair.pair] = pair
+            self._stock[source].append(pair)
             return
-        pair = self.by_id[line["pair"]]
-        self._sequences[line["for"], pair.source].append(pair)
+        self._sequences[line["for"], source].append(pair)
         # Whoever gets a pair first takes it out of the stock. A shared one then waits for the other annotators.
-        if pair in self._stock[pair.source]:
-            self._stock[pair.source].remove(pair)
+        if pair in self._stock[source]:
+            self._stock[source].remove(pair)
             if line["shared"]:
-                self._shared[pair.source][pair.pair] = pair
+                self._shared[source][pair.pair] = pair
 
     def _write(self, line: dict[str, Any]) -> None:
         # A line that cannot be written raises an error, and is not taken in.
@@ -222,7 +219,7 @@ class Pairs:
 
     def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
         """Return `samples` answers to each prompt, "" for one that spells special tokens, which no data may contain."""
-        room = loaded.room(max(map(len, prompts)), self.sampling["max_new_tokens"])
+        room = min(self.sampling["max_new_tokens"], loaded.context - max(map(len, prompts)))
         settings = self.sampling | {"max_new_tokens": room, "samples": samples, "seed": seed}
         completions = generate(loaded.model, loaded.tokenizer, prompts, **settings)
         tokens = special_tokens(loaded.tokenizer)

@@ -36,26 +36,20 @@ LONGEST = 4000
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt that no stage was trained on, of the data that `key` names in `evaluate.yaml`.
+    """A prompt that no stage was trained on.
 
-    `messages` are the conversation up to the right `answer`, which is "" if the data have none.
+    Attributes:
+        key: Key of `evaluate.yaml` whose data it belongs to.
+        messages: The conversation up to the answer.
+        text, result: What the user asks and, of a problem, the right result, as the page shows them.
     """
 
     key: str
     kind: str
     messages: list[dict[str, str]]
-    answer: str
+    text: str
+    result: str
     row: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """What the user asks, as the page shows it and sends it back."""
-        return visible(self.messages[-1]["content"], LONGEST)
-
-    @property
-    def result(self) -> str:
-        """The right result of a problem, as the page shows it; "" for prompts that may be answered in many ways."""
-        return visible(self.answer) if self.key == "problems" else ""
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -85,14 +79,15 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
             part = reader.find(key)
             without = "reasoning" if key == "instructions" else None
             for row in reader.read(key, part, EXAMPLES[key], without) if part else ():
-                # A conversation ends with its answer, a prompt comes with a column for it.
-                messages, answer = row.get("prompt", []), str(row.get("answer") or "")
-                if key == "instructions":
-                    *messages, last = row["messages"]
-                    answer = last["content"]
-                if [turn["role"] for turn in messages if turn["role"] != "system"] == ["user"]:
-                    found.append(HeldOutPrompt(key, row["kind"] or key.removesuffix("s"), messages, answer, row))
-    return [prompt for prompt in found if len(prompt.messages[-1]["content"]) <= LONGEST]
+                # A conversation ends with its answer.
+                messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
+                roles = [turn["role"] for turn in messages if turn["role"] != "system"]
+                if roles == ["user"] and len(messages[-1]["content"]) <= LONGEST:
+                    kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], LONGEST)
+                    # Other prompts than problems may be answered in many ways.
+                    result = visible(str(row.get("answer") or "")) if key == "problems" else ""
+                    found.append(HeldOutPrompt(key, kind, messages, text, result, row))
+    return found
 
 
 def open_prompt(

@@ -143,25 +143,6 @@ def compared_models(site: Site) -> Source:
     return tuned, tuned
 
 
-def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
-    """Return the prompts of `--prompts`, or the ones that the run's stage 3 is trained on, if they can be read."""
-    if site.options.prompts:
-        args = DataArguments(dataset_name=site.options.prompts)
-    elif source := settings_of(site.run)["trained_on"].get("prompts"):
-        args = DataArguments(**{k: v for k, v in source.items() if k in SOURCE_FIELDS and k != "grade"})
-    else:
-        return ()
-    try:
-        prompts, _ = load_splits(args, "prompt", evaluation=False)
-    except UserError:
-        if site.options.prompts:
-            raise
-        # Without the data of the run, prompts can still be typed.
-        return ()
-    # Of a stream, as many as people may ever see.
-    return prompts if isinstance(prompts, Dataset) else list(prompts.take(10_000))
-
-
 class Voting:
     """The votes on the pairs of a run; each public method answers a request of the page."""
 
@@ -175,7 +156,21 @@ class Voting:
         sampling = dict(SAMPLING)
         for given in (step, vars(site.options)):
             sampling |= {name: given[name] for name in SAMPLING if given.get(name) is not None}
-        prompts = load_prompts(site)
+        # The prompts of `--prompts`, or the ones that the run's stage 3 is trained on.
+        source = {"dataset_name": site.options.prompts}
+        if not site.options.prompts:
+            recorded = settings_of(site.run)["trained_on"].get("prompts") or {}
+            source = {k: v for k, v in recorded.items() if k in SOURCE_FIELDS and k != "grade"}
+        prompts: Sequence[Mapping[str, Any]] = ()
+        try:
+            if source:
+                found, _ = load_splits(DataArguments(**source), "prompt", evaluation=False)
+                # Of a stream, as many as people may ever see.
+                prompts = found if isinstance(found, Dataset) else list(found.take(10_000))
+        except UserError:
+            # Without the data of the run, prompts can still be typed.
+            if site.options.prompts:
+                raise
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
         self.goal: int | None = step.get("min_votes")
         recipe = read_run(site.run).get("recipe")
@@ -209,7 +204,9 @@ class Voting:
         identify(request, ballot)
         name, pair = ballot.annotator, self._find(ballot.pair)
         # Another annotator may have seen the answers in the other order, in which "first" means the other one.
-        if pair not in self.pairs.sequence(name, pair.source) and not self.log.has_vote(name, pair.pair):
+        if pair not in self.pairs.sequence(name, (pair.model_a, pair.model_b)) and not self.log.has_vote(
+            name, pair.pair
+        ):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
         # The page knows the answers by their order, the log as `a` and `b`.
         first = pair.shown_first(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,7 +89,7 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
         policy.tokenizer,
         ends=end_tokens(policy.model, policy.tokenizer),
         limit=limit,
-        context=policy.context or sys.maxsize,
+        context=policy.context,
         turns=settings.get("max_tool_calling_iterations"),
         template=template,
     )
@@ -197,9 +196,7 @@ def _trainer(
 
     tokens = [one.tokens for one in group]
 
-    def sampled(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        return {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
-
+    sampled = {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
     toolbox = toolbox_of(settings, loaded)
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
@@ -226,7 +223,7 @@ def _trainer(
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
             # TRL gives it a padding token.
             processing_class=copy.deepcopy(loaded.tokenizer),
-            rollout_func=sampled,
+            rollout_func=lambda prompts, trainer: dict(sampled),
             **called,
             **options,
         )

@@ -189,11 +189,10 @@ def layout(chart: Chart) -> dict[str, Any]:
         drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
         # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
-        raw = _path(drawn) if size > 1 else ""
+        raw, drawn_course = (Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)) for points in (drawn, means))
         marked = means if len(means) <= MARKED_POINTS else means[-1:]
-        lines.append(
-            {"css": css, "dots": line.dots, "points": drawn, "raw": raw, "course": _path(means), "marked": marked}
-        )
+        shown = {"css": css, "dots": line.dots, "points": drawn, "marked": marked, "course": drawn_course}
+        lines.append(shown | {"raw": raw if size > 1 else ""})
         if not line.dots:
             ends.append((means[-1][1], index, course[-1][1]))
     # The last values stand next to the ends of their lines, apart from each other.
@@ -214,7 +213,3 @@ def layout(chart: Chart) -> dict[str, Any]:
         "values": values,
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
     }
-
-
-def _path(points: Points) -> Markup:
-    return Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points))

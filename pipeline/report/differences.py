@@ -38,10 +38,6 @@ class Difference:
     aim: bool
     verdict: Literal["better", "worse", "same"]
 
-    @property
-    def is_main(self) -> bool:
-        return self.aim or self.verdict == "worse"
-
 
 def differences(run: Run) -> list[Difference]:
     """Return the differences of each stage from the one that it started from and, in its aims, from baselines."""

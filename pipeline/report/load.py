@@ -167,7 +167,22 @@ def load_run(path: Path) -> Run:
     except UserError as error:
         run.notes.append(f"{path / 'run.json'}: {error.problems[0].remedy}; skipped")
     run.steps = run.record.get("steps", {})
-    _set_machine(run)
+    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
+    facts = {
+        name: {key: step.get(key) for key in MACHINE_KEYS}
+        for name, step in run.steps.items()
+        if name != "report" and any(map(step.get, MACHINE_KEYS))
+    }
+    trained = [name for name in facts if stage_info(name).trained]
+    last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
+    # The record of an older run has these keys once, for all steps.
+    shown = facts[last] if last else run.record
+    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
+    run.commit = shown.get("commit")
+    if others := [name for name, found in facts.items() if found != shown]:
+        keys = " and ".join(key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others))
+        note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
+        run.notes.append(f"{path / 'run.json'}: {note}")
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
     names = {file.stem for file in path.glob("evaluations/*.json")}
     for pattern in ("config.json", "trainer_state.json", "checkpoint-*/trainer_state.json"):
@@ -224,25 +239,6 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
         kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
         rates[stage] = replace(found[main], by_kind=kinds)
     return rates
-
-
-def _set_machine(run: Run) -> None:
-    """Take hardware, versions and commit from the last training step; steps that ran elsewhere become a note."""
-    facts = {
-        name: {key: step.get(key) for key in MACHINE_KEYS}
-        for name, step in run.steps.items()
-        if name != "report" and any(map(step.get, MACHINE_KEYS))
-    }
-    trained = [name for name in facts if stage_info(name).trained]
-    last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
-    # The record of an older run has these keys once, for all steps.
-    shown = facts[last] if last else run.record
-    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
-    run.commit = shown.get("commit")
-    if others := [name for name, found in facts.items() if found != shown]:
-        keys = " and ".join(key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others))
-        note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
-        run.notes.append(f"{run.path / 'run.json'}: {note}")
 
 
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
