@@ -87,9 +87,9 @@ class Loaded:
         """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it."""
         prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
         template = self.template if template is None else template
-        return Dialogue(
-            self.encode(prompt, {**template, **toolbox.template(self.tokenizer)} if toolbox else template), tools
-        )
+        if toolbox:
+            template = {**template, **toolbox.template(self.tokenizer)}
+        return Dialogue(self.encode(prompt, template), tools)
 
 
 @dataclass
@@ -122,7 +122,6 @@ class Answer:
     def add(self, token: int, log_probs: Tensor | None = None) -> None:
         """Append a token. `log_probs` are the log-probabilities of all tokens at its place, None for a tool's."""
         decode = self.loaded.tokenizer.decode
-        self.turn += [] if log_probs is None else [token]
         before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
         added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
         if log_probs is None:
@@ -132,6 +131,7 @@ class Answer:
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
         self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
+        self.turn.append(token)
 
     def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
         """End a turn, and so the answer, unless it calls tools. Return what they return, as tokens, if it fits."""
