@@ -366,7 +366,7 @@ def identify(request: Request, page: Page) -> None:
 
 def as_shown(vote: Vote, first: str) -> str:
     """Return the choice of a vote for somebody who sees answer `first` first: "first", "second", "tie", ..."""
-    return {first: "first", OTHER[first]: "second"}.get(vote["choice"], vote["choice"])
+    return str({first: "first", OTHER[first]: "second"}.get(vote["choice"], vote["choice"]))
 
 
 def agreement(votes: Sequence[Vote]) -> tuple[float, int]:

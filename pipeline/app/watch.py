@@ -141,7 +141,7 @@ def token_view(
     trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
     functions, tokenizers, weights = ([one[part] for one in trained] for part in range(3))
     chosen = {**settings, "reward_weights": weights}
-    options = {"reward_funcs": functions, "reward_processing_classes": tokenizers}
+    options: dict[str, Any] = {"reward_funcs": functions, "reward_processing_classes": tokenizers}
     options["value_model"] = str(run / stage / VALUE_MODEL_FOLDER)
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
     start = replace(policy, model=reference.model)

@@ -97,13 +97,12 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
         )
         if figure is None or other is None:
             continue
-        if target.against is None:
-            measured = figure.value
-        elif target.how == "ratio":
+        measured: float | None = figure.value
+        if target.against and target.how == "ratio":
             measured = figure.value / other.value if other.value else None
-        elif target.how == "difference":
+        elif target.against and target.how == "difference":
             measured = figure.value - other.value
-        else:
+        elif target.against:
             # The lower end of the interval of the paired difference.
             wanted = (target.stage, target.against, target.metric)
             measured = next((one.change.low for one in found if (one.stage, one.before, one.metric) == wanted), None)
