@@ -316,8 +316,8 @@ class Voting:
         """Return the pair `have`, or else the annotator's first one that is free and has no vote, or a new one."""
         name, source = page.annotator, self._source_of(page)
         # Copied, because pages of other people come and go meanwhile.
-        shown = [(*place, pair.pair) for place, pair in list(self._open.items())]
-        elsewhere = {pair for person, other, pair in shown if person == name and other != page.page}
+        places = list(self._open.items())
+        elsewhere = {pair.pair for (person, other), pair in places if person == name and other != page.page}
         sequence = self.pairs.sequence(name, source)
         own = [pair for pair in sequence if pair.pair == have]
         free = [pair for pair in sequence if pair.pair not in elsewhere]
