@@ -27,7 +27,6 @@ HELP = """/example KIND  ask a held-out prompt of the run, perhaps of a kind suc
 /new           begin a new conversation
 /help          show these commands
 /quit          end (or Ctrl-D); Ctrl-C ends an answer"""
-
 LIMITS = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (0.0001, 1), "top_k": (0, 1 << 20)}
 """The smallest and the largest value of each option."""
 

@@ -23,7 +23,6 @@ from pipeline.files import holds_model
 
 LOCAL = "127.0.0.1"
 """The address that only this machine can open."""
-
 LIMITS = {
     "port": (1, 65535),
     "overlap": (0, 1),

@@ -29,10 +29,8 @@ from pipeline.stages.kinds import StageKind
 
 ANNOTATORS = "annotators who do not know which is which"
 """The judge of evaluations that do not name one."""
-
 MACHINE_KEYS = ("hardware", "versions", "commit")
 """Keys of a step's entry in run.json that describe where it ran."""
-
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""
 

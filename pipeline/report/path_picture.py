@@ -16,7 +16,6 @@ from pipeline.stages import STAGES
 
 LONGEST_SAMPLE = 160
 """Characters of a sample."""
-
 PHRASES = {
     "bits_per_byte": "bits for each byte of unseen text",
     "instruction_accuracy": "of unseen questions answered rightly",

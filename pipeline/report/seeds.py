@@ -28,7 +28,6 @@ SEVERAL = (
 )
 ONE = "The intervals are over the test rows of the only run. How much training varies is not known."
 """How to read the figures of several runs, and of one."""
-
 Spread = dict[str, Any]
 """`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
 

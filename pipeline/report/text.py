@@ -13,7 +13,6 @@ from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
 """Longer texts are cut when they are shown; the files on disk keep all of them."""
-
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
 """Addresses that GitHub turns into links."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")

@@ -32,7 +32,6 @@ MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
 CHANCE = 0.5
 """Accuracy and win rate of who guesses."""
-
 REMEDIES = {
     "pretrain": "train longer (max_steps), on more text, or raise learning_rate",
     "sft": "train longer (max_steps, num_train_epochs), on more conversations, or raise learning_rate",
