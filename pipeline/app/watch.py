@@ -135,7 +135,8 @@ def token_view(
     """Return what PPO computes for each token of a completion; None for those that a tool wrote."""
     paths = settings.get("reward_model_path") or []
     rewards: list[tuple[Any, Any]] = [load_model(path, "reward_model_path", reward=True) for path in paths]
-    rewards += [(function, None) for function in load_rewards(settings.get("reward_funcs") or [])]
+    if names := settings.get("reward_funcs"):
+        rewards += [(function, None) for function in load_rewards(names)]
     weights = settings.get("reward_weights") or [1.0] * len(rewards)
     # What is only measured may need columns that a prompt of the page does not have.
     trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
