@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,18 +27,11 @@ HELP = """/example KIND  ask a held-out prompt of the run, perhaps of a kind suc
 /new           begin a new conversation
 /help          show these commands
 /quit          end (or Ctrl-D); Ctrl-C ends an answer"""
-
-LIMITS = {
-    "max_new_tokens": (1, 1 << 20),
-    "temperature": (0, 100),
-    "top_p": (0.0001, 1),
-    "top_k": (0, 1 << 20),
-}
+LIMITS = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (0.0001, 1), "top_k": (0, 1 << 20)}
 """The smallest and the largest value of each option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `chat` to `parser`."""
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, for instance runs/pocket/4_grpo")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -49,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer what is typed, or piped in, line by line, until it ends. Return 0.
-
-    Raises:
-        UserError: If the model cannot be loaded, or an option is out of range.
-    """
+    """Answer what is typed, or piped in, line by line, until it ends. Return 0."""
     if problems := check_limits(args, LIMITS):
         raise UserError(*problems)
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
@@ -65,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import held_out_prompts, tools_of_run, what_may_be_asked
+    from pipeline.app.prompts import held_out_prompts, settings_of, what_may_be_asked
+    from pipeline.evaluation.evaluate_yaml import CALLED
 
     logging.disable_progress_bar()
     loaded = load(args.path, "PATH")
@@ -78,10 +67,8 @@ def main(args: argparse.Namespace) -> int:
     if typed:
         about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
-    called = tools_of_run(run)
-    prompts: list[HeldOutPrompt] = []
-    asked: Counter[str] = Counter()
-
+    called = settings_of(run).get(CALLED) or {}
+    examples: dict[str, list[HeldOutPrompt]] = {}
     messages: list[dict[str, Any]] = []
     while True:
         try:
@@ -95,56 +82,34 @@ def main(args: argparse.Namespace) -> int:
         if command == "/new":
             messages = []
         elif command == "/stage":
-            loaded = switch(loaded, rest.strip(), args.path)
+            # A stage of the same run, another folder, or an id on the Hub.
+            name = rest.strip() or "."
+            try:
+                loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")
+                print(f"{loaded.name} answers from now on, and knows the conversation so far; /new begins another.")
+            except UserError as error:
+                print(*error.problems, sep="\n")
         elif command == "/example":
-            prompts = prompts or held_out_prompts(run)
-            if example := next_example(prompts, rest.strip(), asked):
+            if not examples:
+                for prompt in held_out_prompts(run):
+                    examples.setdefault(prompt.kind, []).append(prompt)
+            kind = rest.strip() or next(iter(examples), "")
+            if kind in examples:
+                # The turn of this prompt, and of its kind, comes last again.
+                example, *others = examples.pop(kind)
+                examples[kind] = [*others, example]
                 print(f"Asked: {example.text}")
                 messages = reply(loaded, example.messages[:-1], example.messages[-1:], sampling, called, example)
                 if example.result:
                     print(f"The right result is {example.result}.")
+            elif examples:
+                print(Problem("/example", kind, f"choose from: {', '.join(examples)}"))
+            else:
+                print("/example: this model comes with no held-out prompts that could be asked")
         elif command.startswith("/"):
             print(HELP)
         elif line:
             messages = reply(loaded, messages, [{"role": "user", "content": line}], sampling, called)
-
-
-def next_example(prompts: list[HeldOutPrompt], kind: str, asked: Counter[str]) -> HeldOutPrompt | None:
-    """Return the next held-out prompt of a kind, or None after printing why there is none.
-
-    Without a kind, it is the one of which the fewest were `asked`, which is counted on.
-    """
-    kinds = list(dict.fromkeys(prompt.kind for prompt in prompts))
-    if (kind and kind not in kinds) or not kinds:
-        problem = Problem("/example", kind or "nothing", f"choose from: {', '.join(kinds)}")
-        print(problem if kinds else "/example: this model comes with no held-out prompts that could be asked")
-        return None
-    kind = kind or min(kinds, key=lambda name: asked[name])
-    asked[kind] += 1
-    own = [prompt for prompt in prompts if prompt.kind == kind]
-    return own[(asked[kind] - 1) % len(own)]
-
-
-def switch(loaded: Loaded, name: str, path: str) -> Loaded:
-    """Return the model that `/stage` names, or the present one if it cannot be loaded.
-
-    Args:
-        loaded: The present model.
-        name: A stage of the same run as `path`, another folder, or an id on the Hub.
-        path: The model that the chat began with.
-    """
-    from pipeline.app.models import load
-
-    stage = Path(path).parent / name
-    if name and stage.is_dir():
-        name = str(stage)
-    try:
-        found = load(name or ".", "/stage")
-    except UserError as error:
-        print(*error.problems, sep="\n")
-        return loaded
-    print(f"{found.name} answers from now on, and knows the conversation so far; /new begins another.")
-    return found
 
 
 def reply(
@@ -155,15 +120,9 @@ def reply(
     called: Mapping[str, Any],
     found: HeldOutPrompt | None = None,
 ) -> list[dict[str, Any]]:
-    """Print the answer as it is written. Return the conversation, unchanged if it does not fit the context.
+    """Print the answer to a question as it is written. Return the conversation, unchanged if the question is too long.
 
-    Args:
-        loaded: The model.
-        messages: The conversation so far.
-        question: What is asked, as a message.
-        sampling: How the answer is sampled.
-        called: What the model may call, as for `open_prompt`.
-        found: The held-out prompt that is asked.
+    `called` and `found` are as for `open_prompt`.
     """
     from pipeline.app.models import ENDED, write
     from pipeline.app.prompts import open_prompt

@@ -23,20 +23,17 @@ from pipeline.files import holds_model
 
 LOCAL = "127.0.0.1"
 """The address that only this machine can open."""
-
 LIMITS = {
     "port": (1, 65535),
     "overlap": (0, 1),
     "temperature": (0.0001, 10),
     "min_p": (0, 0.999),
     "max_new_tokens": (1, 1 << 20),
-    "goal": (1, 1 << 30),
 }
 """The smallest and the largest value of each option that is a number."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `app` to `parser`."""
     parser.add_argument("run", metavar="RUN", help="directory of a run, for instance runs/pocket")
     meaning = "a further model to compare; repeatable"
     parser.add_argument("--model", action="append", default=[], metavar="PATH_OR_ID", help=meaning)
@@ -48,10 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which answer is better?")
     group.add_argument("--pair", nargs="+", metavar="MODEL", help="one or two models to compare first (default: SFT)")
     group.add_argument("--prompts", metavar="DATASET", help="prompts (default: the prompts of the run's stage 3)")
-    group.add_argument("--prompts_config", metavar="CONFIG", help="configuration of that data set")
     group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everybody sees (default: 0)")
     group.add_argument("--guidelines", type=Path, metavar="FILE", help="guidelines for annotators, in Markdown")
-    group.add_argument("--goal", type=int, metavar="N", help="votes to collect; the page shows how many there are")
     meaning = "of the answers to compare (default: as in the run's step for votes, or"
     group.add_argument("--temperature", type=float, help=f"{meaning} 1)")
     group.add_argument("--min_p", type=float, help=f"{meaning} 0.05)")
@@ -59,12 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Show the page until Ctrl-C. Return 0.
-
-    Raises:
-        UserError: If RUN is not a run, the extra is not installed, an option is out of range, the port is taken, or
-            others could open the page without a password.
-    """
+    """Show the page until Ctrl-C. Return 0."""
     if missing := [name for name in ("fastapi", "uvicorn", "krippendorff") if find_spec(name) is None]:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
@@ -72,7 +62,14 @@ def main(args: argparse.Namespace) -> int:
 
     run = Path(args.run)
     args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
-    problems = _check_run(run, args.model) + check_limits(args, LIMITS)
+    problems = check_limits(args, LIMITS)
+    # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
+    if not run.is_dir():
+        problems.insert(0, Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
+    elif not args.model and not any(map(holds_model, run.glob("[0-9]*_*"))):
+        seeds = sorted(path.parent for path in run.glob("seed*/run.json"))
+        remedy = f"holds several runs; name one, such as {seeds[0]}" if seeds else "has no model of any stage yet"
+        problems.insert(0, Problem("RUN", run, remedy))
     if not any(problem.field == "--port" for problem in problems):
         problems += _check_address(args)
     if args.pair and len(args.pair) > 2:
@@ -98,24 +95,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
-    """Report the options that were given and are out of range; `limits` are the smallest and the largest values."""
+    """Report the options that are not between the smallest and the largest value in `limits`."""
     return [
         Problem(f"--{name}", value, f"is not between {low} and {high}")
         for name, (low, high) in limits.items()
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
-
-
-def _check_run(run: Path, others: list[str]) -> list[Problem]:
-    """Report a folder that is not a run, or that has nothing to show."""
-    if not run.is_dir():
-        return [Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`")]
-    # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
-    if others or any(map(holds_model, run.glob("[0-9]*_*"))):
-        return []
-    seeds = sorted(path.parent for path in run.glob("seed*/run.json"))
-    remedy = f"holds several runs; name one, such as {seeds[0]}" if seeds else "has no model of any stage yet"
-    return [Problem("RUN", run, remedy)]
 
 
 def _check_address(args: argparse.Namespace) -> list[Problem]:

@@ -22,19 +22,15 @@ from pipeline.app.prompts import open_prompt
 from pipeline.app.site import Site, stream
 from pipeline.errors import LIBRARY_ERRORS, UserError
 from pipeline.evaluation.intervals import finite
-from pipeline.report.load import load_run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import visible
 
 LONGEST = 1024
 """Tokens of an answer, at most."""
-
 USUAL = 128
 """Tokens of an answer, unless the visitor sets another limit."""
-
 SHOWN = 20_000
 """Characters of an answer that are shown."""
-
 CHOSEN = 6
 """Models that answer unless the visitor chooses others."""
 
@@ -52,9 +48,8 @@ class Asked(BaseModel):
 
 
 def content(site: Site) -> dict[str, Any]:
-    """Return what the section of the page shows, for page.html.jinja."""
     # The prompts that every stage was asked for the report.
-    asked = [item["prompt"] for stage in load_run(site.run).answering for item in stage.answers]
+    asked = [item["prompt"] for stage in load_run(site.run).stages.values() for item in stage.answers]
     return {
         "prompts": [visible(text, SHOWN) for text in dict.fromkeys(map(str, asked))],
         "columns": [
@@ -67,7 +62,6 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    """Return what the section asks the server for."""
     # Two visitors share the cores; others wait for their turn.
     router, turns = APIRouter(), CapacityLimiter(2)
 
@@ -79,11 +73,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def answer_all(site: Site, asked: Asked) -> Generator[list[dict[str, Any]]]:
-    """Answer a prompt with several models, which take turns and write one token in each.
-
-    Yields:
-        The columns that changed.
-    """
+    """Answer a prompt with several models, which take turns and write one token in each. Yield what has changed."""
     sampling = Sampling(asked.longest, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     names = [name for name in site.models.names if name in asked.models]
     writers = {name: answer_one(site, asked.text, name, sampling) for name in names}
@@ -123,17 +113,13 @@ def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
     """Return what the page gets to know of a model: its answer, of which it has `sent` tokens, or why there is none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
-    return {
-        "model": name,
-        "text": visible(found.text, SHOWN),
-        "seconds": found.seconds,
-        "stopped": found.stopped,
-        "tokens": [
-            {
-                "text": visible(token.text),
-                "logProb": finite(token.log_prob),
-                "others": [[visible(other), finite(value)] for other, value in token.alternatives],
-            }
-            for token in found.tokens[sent:]
-        ],
-    }
+    tokens = [
+        {
+            "text": visible(token.text),
+            "logProb": finite(token.log_prob),
+            "others": [[visible(other), finite(value)] for other, value in token.alternatives],
+        }
+        for token in found.tokens[sent:]
+    ]
+    text = visible(found.text, SHOWN)
+    return {"model": name, "text": text, "seconds": found.seconds, "stopped": found.stopped, "tokens": tokens}

@@ -22,13 +22,12 @@ from pipeline.files import holds_model
 from pipeline.models.generation import Messages, encode_prompts, end_tokens
 from pipeline.models.kernels.sampler import accepts_argument
 from pipeline.models.loading import load_model
-from pipeline.report.stage_order import stage_info, stage_order
+from pipeline.report.load import stage_info, stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
 from pipeline.tools.loading import Toolbox
 
 ALTERNATIVES = 5
 """How many of the most probable tokens are kept with the token that was chosen."""
-
 ENDED = "ended its turn"
 """Why an answer stopped that the model itself ended."""
 
@@ -46,16 +45,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, or that a tool wrote.
+    """A token that was drawn, with the most probable ones at its place; NaN and none for one that a tool wrote.
 
-    Attributes:
-        text: What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
-        log_prob: Its log-probability under the model, before temperature, top-k and top-p, in nats; NaN for a tool's.
-        alternatives: The texts of the most probable tokens at its place, with their log-probabilities; none for a
-            tool's.
+    Log-probabilities are in nats, before temperature, top-k and top-p.
     """
 
     id: int
+    # What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
     text: str
     log_prob: float
     alternatives: list[tuple[str, float]]
@@ -63,14 +59,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to answer.
+    """A model that nothing changes, so that several threads may use it at once.
 
-    Attributes:
-        name: What the page calls it.
-        model: On its device, in evaluation mode. On a CPU its attention is plain, which is the fastest for single
-            tokens. Nothing changes the model later, so that several threads may use it at once.
-        context: The length of its context in tokens, 0 if it is not limited.
-        template: The arguments of the chat template that it was trained with.
+    `context` is in tokens, without a limit `sys.maxsize`; `template` has the arguments of the chat template.
     """
 
     name: str
@@ -80,20 +71,12 @@ class Loaded:
     template: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, messages: Messages, template: Mapping[str, Any] | None = None) -> list[int]:
-        """Return the tokens of a conversation; without a chat template, of its contents alone.
-
-        Args:
-            messages: The conversation.
-            template: Arguments of the chat template. Default: the ones that the model was trained with.
-
-        Raises:
-            UserError: If they leave no room for an answer.
-        """
+        """Return the tokens of a conversation, or raise a `UserError` if they leave no room for an answer."""
         if self.tokenizer.chat_template:
             (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
         else:
             ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-        if self.context and len(ids) >= self.context:
+        if len(ids) >= self.context:
             remedy = f"is longer than the context of {self.name}, which is {self.context} tokens; shorten it"
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
         return ids
@@ -101,48 +84,31 @@ class Loaded:
     def open(
         self, row: Mapping[str, Any], toolbox: Toolbox | None, template: Mapping[str, Any] | None = None
     ) -> Dialogue:
-        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it.
-
-        Args:
-            row: A prompt, as messages, and the other columns that an environment may need.
-            toolbox: What the model may call.
-            template: As for `encode`.
-        """
+        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it."""
         prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
         template = self.template if template is None else template
-        template = {**template, **toolbox.template(self.tokenizer)} if toolbox else template
+        if toolbox:
+            template = {**template, **toolbox.template(self.tokenizer)}
         return Dialogue(self.encode(prompt, template), tools)
-
-    def room(self, prompt: int, wanted: int) -> int:
-        """Return how many of the `wanted` tokens an answer may have after so many tokens of the prompt."""
-        return min(wanted, self.context - prompt) if self.context else wanted
 
 
 @dataclass
 class Answer:
-    """An answer that a model is writing.
+    """An answer that a model is writing: with tools, `dialogue` has the turns that have ended, and `turn` the last one.
 
-    Attributes:
-        dialogue: The turns so far that have ended, if there are tools.
-        seconds: Time of the model's own forward passes.
-        stopped: Why it stopped, "" while it writes.
+    `seconds` are those of the model's own forward passes, `stopped` is why it stopped, "" while it writes.
     """
 
     loaded: Loaded
     dialogue: Dialogue
+    turn: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     seconds: float = 0.0
     stopped: str = ""
     _decoded: str = ""
 
     @property
-    def turn(self) -> list[int]:
-        """The tokens of the turn that has not ended."""
-        return [token.id for token in self.tokens[len(self.dialogue.tokens) :]]
-
-    @property
     def messages(self) -> list[Message]:
-        """The turns so far."""
         # Without special tokens, and without half of a character.
         text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
         last = [{"role": "assistant", "content": text}] if self.turn or not self.tokens else []
@@ -153,13 +119,19 @@ class Answer:
         """The text so far, with calls of tools and their results as lines."""
         return readable(self.messages)
 
-    def add(self, token: int, log_probs: Tensor) -> None:
-        """Append a token. `log_probs` are the log-probabilities of all tokens at its place."""
+    def add(self, token: int, log_probs: Tensor | None = None) -> None:
+        """Append a token. `log_probs` are the log-probabilities of all tokens at its place, None for a tool's."""
         decode = self.loaded.tokenizer.decode
+        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
+        added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
+        if log_probs is None:
+            self.tokens.append(Token(token, added, math.nan, []))
+            return
         best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
-        self.tokens.append(Token(token, self._added(token), float(log_probs[token]), alternatives))
+        self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
+        self.turn.append(token)
 
     def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
         """End a turn, and so the answer, unless it calls tools. Return what they return, as tokens, if it fits."""
@@ -169,30 +141,22 @@ class Answer:
             return []
         message = read_turn(loaded.tokenizer, turn, [*dialogue.prompt, *dialogue.tokens], dialogue.tools)
         dialogue.add_turn(turn, None, message)
+        self.turn = []
         if dialogue.pending(ends):
-            sizes = {"limit": limit, "context": loaded.context or sys.maxsize}
+            sizes = {"limit": limit, "context": loaded.context}
             going_on = answer_calls([dialogue], loaded.tokenizer, ends=ends, template=loaded.template, **sizes)
             self.stopped = "" if going_on else f"no room for a result in {limit} tokens"
         results = dialogue.tokens[len(self.tokens) :]
         for token in results:
-            self.tokens.append(Token(token, self._added(token), math.nan, []))
+            self.add(token)
         return results
-
-    def _added(self, token: int) -> str:
-        """Return what a further token adds to the text."""
-        decode = self.loaded.tokenizer.decode
-        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
-        return self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
 
 
 def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tools | None = None) -> Iterator[Answer]:
-    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens.
-
-    The model may call the tools, and goes on after their results, as often as these fit into the limit.
-    """
+    """Answer a prompt, from `Loaded.encode`. Yield the same answer after each of its tokens and results of tools."""
     answer = Answer(loaded, Dialogue(list(prompt), tools or {}))
     ends = end_tokens(loaded.model, loaded.tokenizer)
-    limit = loaded.room(len(prompt), sampling.max_new_tokens)
+    limit = min(sampling.max_new_tokens, loaded.context - len(prompt))
     tokens = stream(loaded.model, prompt, sampling)
     results: list[int] | None = None
     while not answer.stopped:
@@ -215,8 +179,6 @@ def stream(
     """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
 
     Tokens that are sent to it stand behind the token that it has yielded.
-
-    `pipeline.models.kernels.sampler.sample` is faster for batches, but returns only whole completions.
     """
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
@@ -238,38 +200,21 @@ def stream(
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:
-    """Load a model for answering.
-
-    Args:
-        path: A folder, or an id on the Hub.
-        option: The argument that named it, for messages.
-        name: What it is called. Default: the name of its folder, or its id.
-
-    Raises:
-        UserError: If it cannot be loaded. If the folder is a run, the message names one of its stages.
-    """
+    """Load a model for answering from a folder or the Hub, which the argument `option` names."""
     name = name or (Path(path).name if Path(path).is_dir() else path)
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:
         raise UserError(Problem(option, path, "its tokenizer has no eos token, with which answers end; add one"))
     model.to(hardware.accelerator() or "cpu").eval()
+    # On a CPU, plain attention is the fastest for single tokens.
     if model.device.type == "cpu":
         model.float().set_attn_implementation("eager")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return Loaded(name, model, tokenizer, context, recorded_template(path))
 
 
 class Models:
-    """The models that the page knows by name. A visitor cannot name any other.
-
-    Args:
-        run: The run, whose stages are called by the names of their folders.
-        others: Folders and Hub ids of further models.
-
-    Attributes:
-        stages: The names of the run's own models.
-        names: The names of all models.
-    """
+    """The models that the page knows by name: of the run, its `stages`, and others. A visitor cannot name any other."""
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
         found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
@@ -283,12 +228,7 @@ class Models:
         self._locks = {name: Lock() for name in self.names}
 
     def get(self, name: str) -> Loaded:
-        """Return a model, loaded when it is first asked for.
-
-        Raises:
-            KeyError: If the page has no model of that name.
-            UserError: If it cannot be loaded.
-        """
+        """Return a model, loaded when it is first asked for, or raise a `UserError`."""
         # Several visitors may ask at once. A lock for each model, because one that is loaded must not wait for another.
         with self._locks[name]:
             if name not in self._loaded:

@@ -37,31 +37,19 @@ from pipeline.rewards.grading import RULE_COLUMNS
 
 Source = tuple[str, str]
 """The models of the answers `a` and `b`; they may be the same."""
-
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "min_p": 0.05, "max_new_tokens": 128}
 """How answers are sampled, unless the run or the command line says otherwise."""
-
 BATCH = 4
 """Prompts that are answered at once, which takes little longer than one."""
-
 AHEAD = 8
 """Pairs that are kept ready, as far as possible."""
-
 ATTEMPTS = 16
 """After so many batches without a pair to compare, the models are taken to give the same answers always."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt.
-
-    Attributes:
-        pair: Its id.
-        prompt: The conversation that is answered.
-        a, b: The answers of `model_a` and `model_b`.
-        sampling: How both were sampled.
-        rule: Columns by which the simulated annotators judge an answer, empty if there are none.
-    """
+    """Two answers to a prompt; `rule` has the columns by which the simulated annotators would judge them."""
 
     pair: str
     prompt: list[dict[str, str]]
@@ -72,28 +60,15 @@ class Pair:
     sampling: dict[str, Any]
     rule: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def source(self) -> Source:
-        """The models."""
-        return self.model_a, self.model_b
-
     def shown_first(self, annotator: str) -> str:
         """Return which answer this annotator sees first, "a" or "b"; only the server knows the seed."""
         return random.Random(f"{self.pair}/{annotator}/{self.sampling.get('seed')}").choice("ab")
 
 
 class Pairs:
-    """The pairs of a run.
+    """The pairs of a run in the file `path`; everybody sees the share `overlap` of them.
 
-    Args:
-        path: The file.
-        models: The models that answer.
-        prompts: Rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
-        sampling: How answers are sampled, like `SAMPLING`.
-        overlap: The share of pairs that everybody sees.
-
-    Attributes:
-        by_id: All pairs, by their ids.
+    `prompts` are rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
     """
 
     def __init__(
@@ -124,35 +99,30 @@ class Pairs:
         self._position = len(self.by_id)
 
     def _take_in(self, line: dict[str, Any]) -> None:
-        """Add what a line of the file says."""
+        pair = self.by_id[line["pair"]] if "for" in line else Pair(**line)
+        source = pair.model_a, pair.model_b
         if "for" not in line:
-            pair = self.by_id[line["pair"]] = Pair(**line)
-            self._stock[pair.source].append(pair)
+            self.by_id[pair.pair] = pair
+            self._stock[source].append(pair)
             return
-        pair = self.by_id[line["pair"]]
-        self._sequences[line["for"], pair.source].append(pair)
+        self._sequences[line["for"], source].append(pair)
         # Whoever gets a pair first takes it out of the stock. A shared one then waits for the other annotators.
-        if pair in self._stock[pair.source]:
-            self._stock[pair.source].remove(pair)
+        if pair in self._stock[source]:
+            self._stock[source].remove(pair)
             if line["shared"]:
-                self._shared[pair.source][pair.pair] = pair
+                self._shared[source][pair.pair] = pair
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Record a pair, or whom one is allotted to.
-
-        Raises:
-            OSError: If the file cannot be written; then it is not recorded.
-        """
+        # A line that cannot be written raises an error, and is not taken in.
         append_line(self._file, json.dumps(line).encode())
         self._take_in(line)
 
     def sequence(self, annotator: str, source: Source) -> list[Pair]:
-        """Return the pairs that have been allotted to an annotator, in order."""
         with self._mutex:
             return list(self._sequences[annotator, source])
 
     def allot(self, annotator: str, source: Source) -> Pair:
-        """Append a pair to an annotator's sequence. Waits until there is one.
+        """Append a pair to an annotator's sequence, once there is one.
 
         Raises:
             UserError: If no pair can be sampled.
@@ -161,7 +131,15 @@ class Pairs:
         without = 0
         while without < ATTEMPTS:
             with self._mutex:
-                pair = self._ready(annotator, source)
+                sequence = self._sequences[annotator, source]
+                # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
+                due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
+                is_shared = due[1] > due[0]
+                # The first shared pair that the annotator has not seen, or a new one.
+                offered = [*(self._shared[source].values() if is_shared else ()), *self._stock[source]]
+                pair = next((pair for pair in offered if pair not in sequence), None)
+                if pair is not None:
+                    self._write({"pair": pair.pair, "for": annotator, "shared": is_shared})
                 if len(self._stock[source]) < AHEAD and source not in self._batches:
                     self._batches[source] = self._sampler.submit(self._add_batch, source)
                 batch = self._batches.get(source)
@@ -171,25 +149,8 @@ class Pairs:
                 without = 0 if batch.result() else without + 1
         raise _alike(source)
 
-    def _ready(self, annotator: str, source: Source) -> Pair | None:
-        """Allot the first shared pair that an annotator has not seen, or a new one; None if there is none yet."""
-        sequence = self._sequences[annotator, source]
-        # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
-        due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
-        is_shared = due[1] > due[0]
-        shared = self._shared[source].values() if is_shared else ()
-        pair = next((pair for pair in (*shared, *self._stock[source]) if pair not in sequence), None)
-        if pair is not None:
-            self._write({"pair": pair.pair, "for": annotator, "shared": is_shared})
-        return pair
-
     def typed(self, annotator: str, source: Source, text: str) -> Pair:
-        """Sample a pair of answers to a prompt that an annotator has typed, and allot it.
-
-        Raises:
-            UserError: If the prompt is too long or contains special tokens, or the answers do not differ.
-            OSError: If it cannot be written, for instance because the disk is full.
-        """
+        """Sample a pair of answers to a prompt that an annotator has typed, and allot it. Raises errors as `allot`."""
         prompt: list[dict[str, str]] = [{"role": "user", "content": text}]
         for name in source:
             loaded = self.models.get(name)
@@ -223,11 +184,7 @@ class Pairs:
                 del self._batches[source]
 
     def _sample(self, source: Source, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
-        """Sample a pair of answers to each prompt that fits.
-
-        Pairs between which there is nothing to choose are dropped: empty answers, equal ones, and answers that spell a
-        special token, which no data may contain.
-        """
+        """Sample a pair of answers to each prompt that fits, except of empty or equal ones, which leave no choice."""
         first, second = self.models.get(source[0]), self.models.get(source[1])
         fitting = []
         for row in rows:
@@ -245,24 +202,24 @@ class Pairs:
         else:
             of_first, of_second = self._answer(first, for_first, 1, seed), self._answer(second, for_second, 1, seed + 1)
             answers = [one + other for one, other in zip(of_first, of_second, strict=True)]
+        sampling = self.sampling | {"seed": seed}
         return [
             Pair(
-                pair=secrets.token_hex(8),
-                prompt=list(row["prompt"]),
-                a=a,
-                b=b,
-                model_a=source[0],
-                model_b=source[1],
-                sampling=self.sampling | {"seed": seed},
-                rule={name: row[name] for name in RULE_COLUMNS if row.get(name)},
+                secrets.token_hex(8),
+                list(row["prompt"]),
+                a,
+                b,
+                *source,
+                sampling,
+                {k: row[k] for k in RULE_COLUMNS if row.get(k)},
             )
             for row, (a, b) in zip(kept, answers, strict=True)
             if a and b and a != b
         ]
 
     def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
-        """Return `samples` answers to each prompt, "" for one that spells a special token."""
-        room = loaded.room(max(map(len, prompts)), self.sampling["max_new_tokens"])
+        """Return `samples` answers to each prompt, "" for one that spells special tokens, which no data may contain."""
+        room = min(self.sampling["max_new_tokens"], loaded.context - max(map(len, prompts)))
         settings = self.sampling | {"max_new_tokens": room, "samples": samples, "seed": seed}
         completions = generate(loaded.model, loaded.tokenizer, prompts, **settings)
         tokens = special_tokens(loaded.tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.app.models import Loaded
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible
@@ -23,16 +23,13 @@ from pipeline.tools.loading import load_toolbox
 
 HEADING = "## What may I ask?"
 """Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
-
 GENERAL = (
     "What is like the data of this run. A model that was trained from random weights knows nothing else: a question "
     "about other things gets an answer that only sounds like one."
 )
 """Text for data whose card lacks this heading."""
-
 KEYS = ("problems", "instructions", "prompts")
 """Keys of `evaluate.yaml` whose data have prompts, the most telling ones first."""
-
 LONGEST = 4000
 """Characters of a prompt that is offered."""
 
@@ -43,26 +40,16 @@ class HeldOutPrompt:
 
     Attributes:
         key: Key of `evaluate.yaml` whose data it belongs to.
-        kind: Its kind, which the data name, or else the singular of the key.
         messages: The conversation up to the answer.
-        answer: The right answer, "" if the data have none.
+        text, result: What the user asks and, of a problem, the right result, as the page shows them.
     """
 
     key: str
     kind: str
     messages: list[dict[str, str]]
-    answer: str
+    text: str
+    result: str
     row: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """What the user asks, as the page shows it and sends it back."""
-        return visible(self.messages[-1]["content"], LONGEST)
-
-    @property
-    def result(self) -> str:
-        """The right result of a problem, as the page shows it; "" for prompts that may be answered in many ways."""
-        return visible(self.answer) if self.key == "problems" else ""
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -92,35 +79,23 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
             part = reader.find(key)
             without = "reasoning" if key == "instructions" else None
             for row in reader.read(key, part, EXAMPLES[key], without) if part else ():
-                # A conversation ends with its answer, a prompt comes with a column for it.
-                messages, answer = row.get("prompt", []), str(row.get("answer") or "")
-                if key == "instructions":
-                    *messages, last = row["messages"]
-                    answer = last["content"]
-                if [turn["role"] for turn in messages if turn["role"] != "system"] == ["user"]:
-                    found.append(HeldOutPrompt(key, row["kind"] or key.removesuffix("s"), messages, answer, row))
-    return [prompt for prompt in found if len(prompt.messages[-1]["content"]) <= LONGEST]
-
-
-def tools_of_run(run: Path) -> dict[str, Any]:
-    """Return what the models of a run may call, by the key of the data in answers to which they may."""
-    return settings_of(run).get(CALLED) or {}
+                # A conversation ends with its answer.
+                messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
+                roles = [turn["role"] for turn in messages if turn["role"] != "system"]
+                if roles == ["user"] and len(messages[-1]["content"]) <= LONGEST:
+                    kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], LONGEST)
+                    # Other prompts than problems may be answered in many ways.
+                    result = visible(str(row.get("answer") or "")) if key == "problems" else ""
+                    found.append(HeldOutPrompt(key, kind, messages, text, result, row))
+    return found
 
 
 def open_prompt(
     loaded: Loaded, messages: Messages, called: Mapping[str, Any], found: HeldOutPrompt | None = None
 ) -> Dialogue:
-    """Return a conversation as the beginning of a dialogue.
-
-    Args:
-        loaded: The model that answers it.
-        messages: The conversation.
-        called: What models may call, from `tools_of_run`.
-        found: The held-out prompt that it ends with, if it does. Any other question has no row that an environment
-            could read, and so only gets functions.
-    """
-    row = found.row if found and found.key in called else None
-    toolbox = load_toolbox(called[found.key] if found and row else next(iter(called.values()), None), loaded.tokenizer)
-    if toolbox and row is None:
-        toolbox = replace(toolbox, environment=None)
-    return loaded.open({**(row or {}), "prompt": messages}, toolbox)
+    """Return a conversation, which may end with the held-out prompt `found`, as a dialogue with the tools `called`."""
+    if found and found.key in called:
+        return loaded.open({**found.row, "prompt": messages}, load_toolbox(called[found.key], loaded.tokenizer))
+    toolbox = load_toolbox(next(iter(called.values()), None), loaded.tokenizer)
+    # Any other question has no row that an environment could read, and so only gets functions.
+    return loaded.open({"prompt": messages}, replace(toolbox, environment=None) if toolbox else None)

@@ -22,8 +22,7 @@ from pipeline.app.site import Site, stream
 from pipeline.app.watch import Values
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
-from pipeline.report.load import load_run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import number, visible
 from pipeline.tools.dialogue import Dialogue, readable
 
@@ -33,10 +32,8 @@ SCALED = {
     "none": "The advantage is the reward less the mean.",
 }
 """What the advantages are, by `scale_rewards`."""
-
 SHOWN = 4000
 """Characters of a completion that are shown."""
-
 Event = dict[str, Any]
 """What the page adds to a rollout that it shows."""
 
@@ -52,7 +49,6 @@ class Asked(BaseModel):
 
 
 def content(site: Site) -> dict[str, Any]:
-    """Return what the section of the page shows, for page.html.jinja."""
     results = load_run(site.run).stages
     stages = []
     for name in reversed(site.models.stages):
@@ -67,22 +63,18 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    """Return what the section asks the server for."""
     router, turns = APIRouter(), CapacityLimiter(1)
 
     @router.post("/rollout")
     def rollout(asked: Asked) -> StreamingResponse:
-        if not (asked.stage in site.models.stages and stage_info(asked.stage).watch):
-            raise HTTPException(422, "There is no such stage on this page.")
-        if asked.policy not in site.models.stages:
-            raise HTTPException(422, "There is no such model on this page.")
+        if not {asked.stage, asked.policy} <= set(site.models.stages) or not stage_info(asked.stage).watch:
+            raise HTTPException(422, "There is no such stage or model on this page.")
         return stream(roll_out(site, asked), turns)
 
     return router
 
 
 def roll_out(site: Site, asked: Asked) -> Generator[Event]:
-    """Yield the steps of a rollout as they are made."""
     info = stage_info(asked.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
     found = site.find(asked.text, info.held_out)
@@ -98,10 +90,7 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
         facts = [f"{len(opened.prompt)} tokens", *([f"may call {', '.join(opened.tools)}"] if toolbox else [])]
         prompt = {"text": visible(text, SHOWN), "facts": " · ".join(facts)}
         yield {"step": "prompt", "title": "Prompt", "about": info.watch, "completions": [prompt]}
-        if info.has_critic:
-            yield from ppo(site, asked, settings, policy, reference, row)
-        else:
-            yield from grpo(asked, settings, policy, reference, row)
+        yield from (ppo if info.has_critic else grpo)(site, asked, settings, policy, reference, row)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -119,8 +108,8 @@ def before(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
-def grpo(asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
-    """Yield GRPO's steps after the prompt as they are made. The arguments are as for `watch.update`."""
+def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
+    """Yield GRPO's steps after the prompt as they are made."""
     group = watch.sample_group(policy, row, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     completions = [shown(policy, one) for one in group]
@@ -150,18 +139,17 @@ def grpo(asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row:
 
 def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
     """Yield the completion, and what PPO computes for each of its tokens."""
-    group = watch.sample_group(policy, row, settings, 1, asked.seed)
+    (one,) = watch.sample_group(policy, row, settings, 1, asked.seed)
     about = f"One answer of {asked.policy}."
-    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(policy, group[0])]}
-    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, group[0])
-    kl = number(sum(filter(None, view.kl)), 2)
+    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(policy, one)]}
+    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, one)
     about = (
         f"Score of the reward model: {number(view.score, 2)}"
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
-        + f". KL from {reference.name}: {kl} nats, each of which costs {settings['kl_coef']:g}. "
-        "PPO's update then makes tokens with an advantage above 0 more likely and the others less likely, and teaches "
-        "the critic, a model that guesses the reward still to come, what came."
-        + (" What a tool wrote was not chosen, and is left out." if 0 in group[0].sampled else "")
+        + f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
+        f"{settings['kl_coef']:g}. PPO's update then makes tokens with an advantage above 0 more likely and the others "
+        "less likely, and teaches the critic, a model that guesses the reward still to come, what came."
+        + (" What a tool wrote was not chosen, and is left out." if 0 in one.sampled else "")
     )
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
     yield {
@@ -169,7 +157,7 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
         "title": "What PPO sees",
         "about": about,
         "tokens": [visible(str(policy.tokenizer.decode([token]))) for token in view.tokens],
-        "chosen": group[0].sampled,
+        "chosen": one.sampled,
         "logProbs": list(map(finite, view.log_probs)),
         "columns": {title: list(map(finite, values)) for title, values in columns.items()},
     }
@@ -179,9 +167,7 @@ def shown(policy: Loaded, completion: Dialogue) -> dict[str, str]:
     """Return the text of a completion, in turns if there are tools, and how many tokens it has."""
     # The trainers do not strip what the model wrote.
     text = readable(completion.messages) or str(policy.tokenizer.decode(completion.tokens, skip_special_tokens=True))
-    own = sum(completion.sampled)
-    facts = [
-        f"{own} tokens" + (f" and {len(completion.tokens) - own} of tools" if own < len(completion.tokens) else "")
-    ]
-    facts += [] if watch.has_ended(policy, completion) else ["cut off"]
-    return {"text": visible(text, SHOWN) or "(nothing)", "facts": ", ".join(facts)}
+    own, total = sum(completion.sampled), len(completion.tokens)
+    facts = f"{own} tokens" + (f" and {total - own} of tools" if own < total else "")
+    ended = "" if watch.has_ended(policy, completion) else ", cut off"
+    return {"text": visible(text, SHOWN) or "(nothing)", "facts": facts + ended}

@@ -9,8 +9,6 @@ import hmac
 import threading
 from collections import Counter
 from collections.abc import MutableMapping
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -26,41 +24,32 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.app import compare, rollout, voting
+from pipeline.app.prompts import what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.load import load_run
 from pipeline.report.page import render, report_html
 from pipeline.report.path_picture import headline, path_boxes, title
 from pipeline.report.text import visible
-from pipeline.report.verdict import find_failures, shown
+from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
-
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password in which no other one is checked, and its visitor waits."""
-
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 """What the browser may load: nothing from another host, and no script but the page's own."""
-
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """The same for the report, which has no scripts."""
-
 OFFERED = 12
 """Held-out prompts of each kind that the page offers."""
 
 
 class Gate:
-    """Refuse what is not for the page, and visitors without the password.
-
-    Args:
-        app: What is behind the gate.
-        password: The password, None if there is none.
-        port: Port of this server. It is part of the cookie's name, because browsers share cookies between ports.
-    """
+    """Refuse what is not for the page, and visitors without the password, None if there is none."""
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         # Browsers share cookies between ports.
@@ -96,7 +85,6 @@ class Gate:
         await (refused or self.app)(scope, receive, send_with_headers)
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
-        """Return the answer to a request that is not passed on."""
         path, headers = request.url.path, request.headers
         # A link on another site may open the page, but no script there may use it. Another port of this machine is the
         # same site, but another origin.
@@ -154,29 +142,10 @@ class Gate:
 
 
 def login_form(message: str = "", status: int = 200, name: str = "") -> Response:
-    """Return the form that asks for a name and the password."""
     return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message, name=name), status)
 
 
-def page_html(site: Site, annotator: str | None) -> str:
-    """Return the page. `annotator` is the name under which the visitor has logged in, None without a login."""
-    run = load_run(site.run)
-    steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
-    return TEMPLATES.get_template("page.html.jinja").render(
-        title=visible(title(run)),
-        headline=visible(headline(run)),
-        verdict=Markup(render("verdict.html.jinja", shown(run, find_failures(run)))),
-        path=Markup(render("path.html.jinja", {"steps": steps})),
-        about=visible(site.about, limit=2000),
-        annotator=annotator,
-        compare=compare.content(site),
-        voting=voting.content(site),
-        rollout=rollout.content(site),
-    )
-
-
 def build_app(site: Site) -> ASGIApp:
-    """Return the whole server as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for section in (compare, rollout, voting):
         app.include_router(section.routes(site))
@@ -188,7 +157,21 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/")
     def show(request: Request) -> HTMLResponse:
-        return HTMLResponse(page_html(site, getattr(request.state, "annotator", None)))
+        run = load_run(site.run)
+        steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
+        page = TEMPLATES.get_template("page.html.jinja").render(
+            title=visible(title(run)),
+            headline=visible(headline(run)),
+            verdict=Markup(render("verdict.html.jinja", shown(run))),
+            path=Markup(render("path.html.jinja", {"steps": steps})),
+            about=visible(what_may_be_asked(site.run), limit=2000),
+            # The name under which the visitor has logged in.
+            annotator=getattr(request.state, "annotator", None),
+            compare=compare.content(site),
+            voting=voting.content(site),
+            rollout=rollout.content(site),
+        )
+        return HTMLResponse(page)
 
     @app.get("/report")
     def report() -> HTMLResponse:
@@ -196,7 +179,6 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.post("/prompts")
     def prompts() -> list[dict[str, str]]:
-        """Answer with held-out prompts, the first ones of each kind."""
         counts: Counter[tuple[str, str]] = Counter()
         offered = []
         for one in site.prompts:
@@ -205,10 +187,9 @@ def build_app(site: Site) -> ASGIApp:
                 offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
         return offered
 
-    own, shared = Path(__file__).parent / "static", files("pipeline.report") / "templates"
-    app.mount("/static", StaticFiles(directory=own))
+    app.mount("/static", StaticFiles(packages=[("pipeline.app", "static")]))
     # The styles of the report that the page shares.
-    app.mount("/report-styles", StaticFiles(directory=str(shared)))
+    app.mount("/report-styles", StaticFiles(packages=[("pipeline.report", "templates")]))
 
     gate = Gate(app, site.options.password, site.options.port)
     if site.options.password is not None:
@@ -218,19 +199,11 @@ def build_app(site: Site) -> ASGIApp:
 
 
 def serve(site: Site) -> None:
-    """Serve the page until Ctrl-C."""
     app = build_app(site)
     options = site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()
     # h11 bounds the headers of a request, and the page has no websockets.
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        http="h11",
-        ws="none",
-        log_level="warning",
-        timeout_graceful_shutdown=1,
-    )
+    settings: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": 1}
+    uvicorn.run(app, host=options.host, port=options.port, **settings)

@@ -11,45 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
-from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, tools_of_run, what_may_be_asked
-from pipeline.report.page import make_environment
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, settings_of
+from pipeline.evaluation.evaluate_yaml import CALLED
 
-TEMPLATES = make_environment("pipeline.app", "static", autoescape=True)
+LOADER = PackageLoader("pipeline.app", "static")
+TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
 """The HTML in `static/`; whatever is filled in is escaped."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """The run that a page shows.
-
-    Attributes:
-        run: Its folder.
-        models: Its models, and the ones that were named on the command line.
-        options: The command line.
-    """
+    """The run that a page shows: its folder, its models and those of the command line, and the command line itself."""
 
     run: Path
     models: Models
     options: argparse.Namespace
 
     @cached_property
-    def about(self) -> str:
-        """What may be asked of its models."""
-        return what_may_be_asked(self.run)
-
-    @cached_property
     def prompts(self) -> list[HeldOutPrompt]:
-        """Its held-out prompts, read when they are first asked for."""
         return held_out_prompts(self.run)
 
     @cached_property
     def called(self) -> dict[str, Any]:
-        """What its models may call, by the key of the data."""
-        return tools_of_run(self.run)
+        """What its models may call, by the key of the data in answers to which they may."""
+        return settings_of(self.run).get(CALLED) or {}
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
         """Return the held-out prompt with a text, perhaps of one key, or None."""
@@ -62,12 +52,7 @@ class Site:
 
 
 def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
-    """Answer with a line of JSON for each object, as soon as it is made, until the visitor closes the connection.
-
-    Args:
-        found: Makes the objects. It is closed when nobody waits for them any more.
-        turns: How many such answers are written at once; others wait for their turn.
-    """
+    """Answer with a line of JSON for each object as soon as it is made, until the visitor leaves, in one of `turns`."""
 
     async def lines() -> AsyncIterator[str]:
         async with turns:

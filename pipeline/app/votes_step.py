@@ -10,10 +10,8 @@ from pipeline.files import holds_model, read_run
 
 def votes_step(run: Path) -> dict[str, Any]:
     """Return the settings of the run's step for votes, {} if it has none."""
-    for step in read_run(run).get("steps", {}).values():
-        if "min_votes" in step.get("values", {}):
-            return dict(step["values"])
-    return {}
+    settings = [step.get("values", {}) for step in read_run(run).get("steps", {}).values()]
+    return next((dict(values) for values in settings if "min_votes" in values), {})
 
 
 def models_to_vote_on(run: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Prefer: which of two answers is better? The section of the page where people vote, and the server's side of it.
 
-The section is a small client of its own, `static/voting.js`, because a vote must be sent again until it is confirmed,
-also to a server that was started anew:
+`static/voting.js` sends a vote again until it is confirmed, also to a server that was started anew:
 
     page    POST /prefer/next            which pair?
     server  the pair that this page has, or the annotator's first one without a vote, or a new one
@@ -56,16 +55,12 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 200_000
 """Characters of a text that the page shows."""
-
 FEW_SHARED = 20
 """Pairs that several people voted on, below which nothing is said about their agreement."""
-
 PRINTED = 10
 """After so many votes, the terminal says again what they say so far, if the page must not."""
-
 OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
 """What the outcome of a match means to somebody who sees the answers A and B."""
-
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 
@@ -80,10 +75,7 @@ class Page(BaseModel):
 
 
 class Ballot(Page):
-    """A vote as the page sends it.
-
-    `choice` is by the order of the answers on the page. It is null to take the vote `undoes` back.
-    """
+    """A vote: `choice` is by the order of the answers on the page, or null to take the vote `undoes` back."""
 
     vote: str = ID
     pair: str = ID
@@ -100,7 +92,6 @@ class Typed(Page):
 
 
 def content(site: Site) -> dict[str, Any]:
-    """Return what the section of the page shows, for page.html.jinja."""
     guidelines = site.options.guidelines or files(__package__) / "static" / "guidelines.md"
     # Without raw HTML and images, nothing in the file acts on the page or is fetched from elsewhere.
     markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
@@ -113,7 +104,6 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    """Return what the section asks the server for."""
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
     answers: dict[str, Callable[..., Any]] = {
@@ -123,7 +113,8 @@ def routes(site: Site) -> APIRouter:
         "state": voting.state,
         "votes": voting.own_votes,
         "opinions": voting.opinions,
-        "rates": voting.rates,
+        # What the votes say so far, only on a page that nobody else can open.
+        **({"rates": voting.rates} if site.is_private else {}),
     }
     for path, answer in answers.items():
         router.add_api_route(f"/{path}", answer, methods=["POST"])
@@ -131,7 +122,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def report_full_disk() -> Iterator[None]:
-    """Answer a request whose pair or vote could not be written so that the page tries again: nothing was recorded."""
+    """Make the page send a request again whose pair or vote could not be written."""
     try:
         yield
     except OSError as error:
@@ -139,51 +130,21 @@ def report_full_disk() -> Iterator[None]:
 
 
 def compared_models(site: Site) -> Source:
-    """Return the models that are compared unless the visitor chooses others.
-
-    They are the models of `--pair`, or else the model of the run's step for votes, or the one of instruction tuning.
-
-    Raises:
-        UserError: If `--pair` names a model that the page does not have.
-    """
-    names = site.models.names
-    if unknown := [name for name in site.options.pair or () if name not in names]:
+    """Return the models of `--pair`, or the model of the run's step for votes, or the one of instruction tuning."""
+    names, pair = site.models.names, site.options.pair or ()
+    if unknown := [name for name in pair if name not in names]:
         raise UserError(Problem("--pair", unknown[0], f"is not a model of the page; choose from: {', '.join(names)}"))
-    if site.options.pair:
-        return site.options.pair[0], site.options.pair[-1]
+    if pair:
+        return pair[0], pair[-1]
     asked = str(votes_step(site.run).get("model_name_or_path") or "")
     # Also by the name of the folder alone, because the run may have been moved since its record was written.
     wanted = [name for name in (asked, Path(asked).name) if name in names]
-    tuned = next(iter([*wanted, *(name for name in names if "_sft" in name), names[-1]]))
+    tuned = [*wanted, *(name for name in names if "_sft" in name), names[-1]][0]
     return tuned, tuned
 
 
-def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
-    """Return the prompts of `--prompts`, or the ones that the run's stage 3 is trained on; there may be none.
-
-    Raises:
-        UserError: If the data set of `--prompts` cannot be read.
-    """
-    if site.options.prompts:
-        args = DataArguments(dataset_name=site.options.prompts, dataset_config=site.options.prompts_config)
-    else:
-        source = settings_of(site.run)["trained_on"].get("prompts")
-        if not source:
-            return ()
-        args = DataArguments(**{k: v for k, v in source.items() if k in SOURCE_FIELDS and k != "grade"})
-    try:
-        prompts, _ = load_splits(args, "prompt", evaluation=False)
-    except UserError:
-        if site.options.prompts:
-            raise
-        # Without the data of the run, prompts can still be typed.
-        return ()
-    # Of a stream, as many as people may ever see.
-    return prompts if isinstance(prompts, Dataset) else list(prompts.take(10_000))
-
-
 class Voting:
-    """The votes on the pairs of a run, and what the page asks of them; each public method answers a request."""
+    """The votes on the pairs of a run; each public method answers a request of the page."""
 
     def __init__(self, site: Site) -> None:
         self.site, self.source = site, compared_models(site)
@@ -195,9 +156,23 @@ class Voting:
         sampling = dict(SAMPLING)
         for given in (step, vars(site.options)):
             sampling |= {name: given[name] for name in SAMPLING if given.get(name) is not None}
-        prompts = load_prompts(site)
+        # The prompts of `--prompts`, or the ones that the run's stage 3 is trained on.
+        source = {"dataset_name": site.options.prompts}
+        if not site.options.prompts:
+            recorded = settings_of(site.run)["trained_on"].get("prompts") or {}
+            source = {k: v for k, v in recorded.items() if k in SOURCE_FIELDS and k != "grade"}
+        prompts: Sequence[Mapping[str, Any]] = ()
+        try:
+            if source:
+                found, _ = load_splits(DataArguments(**source), "prompt", evaluation=False)
+                # Of a stream, as many as people may ever see.
+                prompts = found if isinstance(found, Dataset) else list(found.take(10_000))
+        except UserError:
+            # Without the data of the run, prompts can still be typed.
+            if site.options.prompts:
+                raise
         self.pairs = Pairs(self.folder / "pairs.jsonl", site.models, prompts, sampling, site.options.overlap)
-        self.goal: int | None = site.options.goal or step.get("min_votes")
+        self.goal: int | None = step.get("min_votes")
         recipe = read_run(site.run).get("recipe")
         self.command = as_typed("run", recipe) if recipe and step else ""
 
@@ -206,7 +181,7 @@ class Voting:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def close(self) -> None:
-        """End with a data set that is up to date for any tool; this project's own readers bring it up to date."""
+        """Write the data set of the votes for other tools; this project's own readers bring it up to date."""
         try:
             if self.log.standing():
                 update_data_set(self.folder)
@@ -216,38 +191,31 @@ class Voting:
         self.log.close()
 
     def next_pair(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
-        """Answer with the pair that a page shows; `have` is the id of the one that it has shown so far."""
+        """Return the pair that a page shows; `have` is the id of the one that it has shown so far."""
         identify(request, page)
         return self._answer(page, lambda: self._choose(page, have))
 
     def typed_prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
-        """Answer with a pair of answers to a prompt that was typed."""
         identify(request, typed)
-
-        def sample() -> Pair:
-            with self._locks[typed.annotator]:
-                pair = self.pairs.typed(typed.annotator, self._source_of(typed), typed.text)
-                self._open[typed.annotator, typed.page] = pair
-                return pair
-
-        return self._answer(typed, sample)
+        return self._answer(typed, lambda: self.pairs.typed(typed.annotator, self._source_of(typed), typed.text))
 
     def vote(self, request: Request, ballot: Ballot) -> dict[str, Any]:
-        """Record a vote, and answer with the next pair. The vote is on disk when this returns."""
+        """Record a vote, which is then on disk, and return the next pair."""
         identify(request, ballot)
         name, pair = ballot.annotator, self._find(ballot.pair)
         # Another annotator may have seen the answers in the other order, in which "first" means the other one.
-        if pair not in self.pairs.sequence(name, pair.source) and not self.log.has_vote(name, pair.pair):
+        if pair not in self.pairs.sequence(name, (pair.model_a, pair.model_b)) and not self.log.has_vote(
+            name, pair.pair
+        ):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
         # The page knows the answers by their order, the log as `a` and `b`.
         first = pair.shown_first(name)
-        choice = {"first": first, "second": OTHER[first]}.get(ballot.choice or "", ballot.choice)
         vote = asdict(pair) | {
             "id": ballot.vote,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "annotator": name,
             "shown_first": first,
-            "choice": choice,
+            "choice": {"first": first, "second": OTHER[first]}.get(ballot.choice or "", ballot.choice),
             **ballot.model_dump(include={"undoes", "seconds", "comment"}),
         }
         del vote["rule"]
@@ -257,19 +225,19 @@ class Voting:
             self.log.add(vote)
             # The terminal of whoever runs a page that others can open says what no visitor may see.
             if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
-                print(*self._said_so_far(), sep="\n", flush=True)
+                print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
             refused = f"Not counted: {error}."
         # A pair whose vote was taken back is shown again.
         return {**self._answer(ballot, lambda: self._choose(ballot, ballot.pair)), "refused": refused}
 
     def state(self, request: Request, page: Page) -> dict[str, Any]:
-        """Answer with what the page says about the votes so far."""
+        """Return what the page says about the votes so far, which shows no annotator how others voted."""
         identify(request, page)
         return self._summary(page.annotator)
 
     def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
-        """Answer with an annotator's newest votes as the page lists them, the newest first and shortened."""
+        """Return an annotator's newest votes, the newest first and shortened."""
         identify(request, page)
         newest = [vote for vote in reversed(self.log.standing(page.annotator)) if vote["pair"] in self.pairs.by_id]
         listed = []
@@ -282,13 +250,14 @@ class Voting:
         return listed
 
     def opinions(self, request: Request, page: Page, pair: str) -> list[str]:
-        """Answer with what others would have said about a pair that has the annotator's vote, one line each."""
+        """Return what others would have said about a pair that has the annotator's vote, one line each."""
         identify(request, page)
         voted = self._find(pair)
         if not self.log.has_vote(page.annotator, pair):
             raise HTTPException(403, "Vote first.")
         first = voted.shown_first(page.annotator)
         texts = [getattr(voted, side) for side in (first, OTHER[first])]
+        names = [getattr(voted, f"model_{side}") for side in (first, OTHER[first])]
         lines = []
         if is_gradable(voted.rule):
             (outcome,) = judge_match(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
@@ -302,60 +271,61 @@ class Voting:
         if others:
             counts = f"{others.count('first')} A, {others.count('second')} B"
             lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")
-        names = [getattr(voted, f"model_{side}") for side in (first, OTHER[first])]
         return [*lines, f"A was written by {names[0]}, B by {names[1]}."]
 
     @cached_property
     def reward_model(self) -> Any:
-        """The run's reward model with its tokenizer, None if there is none that can be loaded."""
+        """The run's reward model with its tokenizer, None if none can be loaded."""
         for folder in sorted(self.site.run.glob("[0-9]*_reward*")):
             with suppress(UserError, OSError, ValueError):
                 return load_model(str(folder), "RUN", reward=True)
         return None
 
     def _find(self, pair: str) -> Pair:
-        """Return a pair by its id."""
         if pair not in self.pairs.by_id:
             raise HTTPException(410, "This pair is not known any more; here is another one.")
         return self.pairs.by_id[pair]
 
     def _source_of(self, page: Page) -> Source:
-        """Return the models that a page compares."""
         chosen = page.a or self.source[0], page.b or self.source[1]
         if not set(chosen) <= set(self.site.models.names):
             raise HTTPException(422, "There is no such model on this page.")
         return chosen
 
     def _answer(self, page: Page, find: Callable[[], Pair]) -> dict[str, Any]:
-        """Return the pair that `find` returns and the state of the votes, or why there is no pair."""
+        """Return the pair that `find` returns, without the names of its models, or why there is none."""
+        name = page.annotator
         try:
-            pair: Any = as_json(find(), page.annotator)
+            # Of two pages of the same person, the second waits until the first has its pair.
+            with self._locks[name]:
+                pair = self._open[name, page.page] = find()
         except UserError as error:
-            pair = {"error": visible(str(error), 1000)}
-        return {"pair": pair, "state": self._summary(page.annotator)}
+            return {"pair": {"error": visible(str(error), 1000)}, "state": self._summary(name)}
+        first = pair.shown_first(name)
+        shown = {
+            "pair": pair.pair,
+            "prompt": [
+                {"role": visible(turn["role"], 40), "content": visible(turn["content"], LONGEST)}
+                for turn in pair.prompt
+            ],
+            "first": visible(getattr(pair, first), LONGEST),
+            "second": visible(getattr(pair, OTHER[first]), LONGEST),
+        }
+        return {"pair": shown, "state": self._summary(name)}
 
     def _choose(self, page: Page, have: str) -> Pair:
-        """Return the pair that a page shows.
-
-        It is the pair `have` that the page shows already, or else the annotator's first pair without a vote that no
-        other page shows, or else a new one.
-        """
+        """Return the pair `have`, or else the annotator's first one that is free and has no vote, or a new one."""
         name, source = page.annotator, self._source_of(page)
-        # Of two pages of the same person, the second waits until the first has its pair.
-        with self._locks[name]:
-            self._open.pop((name, page.page), None)
-            # Copied, because pages of other people come and go meanwhile.
-            elsewhere = {pair.pair for (person, _), pair in list(self._open.items()) if person == name}
-            sequence = self.pairs.sequence(name, source)
-            own = [pair for pair in sequence if pair.pair == have]
-            free = [pair for pair in sequence if pair.pair not in elsewhere]
-            without_vote = (pair for pair in own + free if not self.log.has_vote(name, pair.pair))
-            pair = next(without_vote, None) or self.pairs.allot(name, source)
-            self._open[name, page.page] = pair
-            return pair
+        # Copied, because pages of other people come and go meanwhile.
+        places = list(self._open.items())
+        elsewhere = {pair.pair for (person, other), pair in places if person == name and other != page.page}
+        sequence = self.pairs.sequence(name, source)
+        own = [pair for pair in sequence if pair.pair == have]
+        free = [pair for pair in sequence if pair.pair not in elsewhere]
+        without_vote = (pair for pair in own + free if not self.log.has_vote(name, pair.pair))
+        return next(without_vote, None) or self.pairs.allot(name, source)
 
     def _summary(self, annotator: str) -> dict[str, Any]:
-        """Return what the page says about the votes so far, which shows no annotator how others voted."""
         standing = self.log.standing()
         own = [vote for vote in standing if vote["annotator"] == annotator]
         # The pace of the last 20 votes.
@@ -372,21 +342,14 @@ class Voting:
         }
 
     def rates(self) -> list[str]:
-        """Answer with what the votes say so far; only on a page that nobody else can open."""
-        if not self.site.is_private:
-            raise HTTPException(403, "The terminal of the server says what the votes say so far.")
-        return self._said_so_far()
-
-    def _said_so_far(self) -> list[str]:
         """Return who is preferred, and how far people agree, one line each."""
         lines = []
         for name, rate in win_rates(self.site.run, self.source[0], []).items():
             # A single tie has no interval: anything is possible.
             for opponent, one in (rate.by_kind or {f"against {self.source[0]}": rate}).items():
                 low, high = (number(100 * end, 0) for end in (one.low or 0.0, one.high or 1.0))
-                lines.append(
-                    f"{name} {opponent}: preferred in {100 * one.value:.0f}% ({low} to {high}) of {one.n} votes"
-                )
+                said = f"preferred in {100 * one.value:.0f}% ({low} to {high}) of {one.n} votes"
+                lines.append(f"{name} {opponent}: {said}")
         if not lines:
             lines = ["no votes between two different models yet; choose two below, or start the page with --pair"]
         alpha, shared = agreement(self.log.standing())
@@ -402,26 +365,13 @@ def identify(request: Request, page: Page) -> None:
     page.annotator = visible(" ".join(name.split()), 80) or "anonymous"
 
 
-def as_json(pair: Pair, annotator: str) -> dict[str, Any]:
-    """Return a pair as a page gets it: without the names of its models, and with every character visible."""
-    first = pair.shown_first(annotator)
-    prompt = [{"role": visible(turn["role"], 40), "content": visible(turn["content"], LONGEST)} for turn in pair.prompt]
-    answers = [visible(getattr(pair, side), LONGEST) for side in (first, OTHER[first])]
-    return {"pair": pair.pair, "prompt": prompt, "first": answers[0], "second": answers[1]}
-
-
 def as_shown(vote: Vote, first: str) -> str:
     """Return the choice of a vote for somebody who sees answer `first` first: "first", "second", "tie", ..."""
-    choice = str(vote["choice"])
-    return {first: "first", OTHER[first]: "second"}.get(choice, choice)
+    return str({first: "first", OTHER[first]: "second"}.get(vote["choice"], vote["choice"]))
 
 
 def agreement(votes: Sequence[Vote]) -> tuple[float, int]:
-    """Return Krippendorff's alpha of the votes on pairs that several people voted on, and the number of these pairs.
-
-    Alpha is 1 if all agree, 0 if they agree as often as by chance, and NaN if that is not defined: nobody voted on the
-    same pair, or all votes are the same. Skipped pairs are missing values.
-    """
+    """Return Krippendorff's alpha of the votes on shared pairs, perhaps NaN, and the number of these pairs."""
     by_pair: dict[str, Counter[str]] = defaultdict(Counter)
     for vote in votes:
         if vote["choice"] != "skip":

@@ -1,22 +1,22 @@
 """What PPO and GRPO compute for one prompt: the stage's own trainer, on copies of the models of a run.
 
-The page samples the completions itself, with the seed that it shows. Everything after that is the trainer's: rewards,
-advantages, loss and optimizer step, under the settings that the stage was trained with (`arguments.json`). Only what
-needs more than one prompt is switched off: normalisation over a rollout, accumulation of gradients, schedules.
+The page samples the completions itself. Everything after that is the trainer's: rewards, advantages, loss and optimizer
+step, under the settings that the stage was trained with (`arguments.json`). Only what needs more than one prompt is
+switched off: normalisation over a rollout, accumulation of gradients, schedules.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
 """How the options of transformers begin that the step depends on. All of TRL and PPO count, but for `SWITCHED_OFF`."""
-
 SWITCHED_OFF = (
     "use_vllm", "use_transformers_continuous_batching", "generation_batch_size", "steps_per_generation",
     "num_generations_eval", "model_init_kwargs", "sync_ref_model", "log_completions", "log_completions_hub_repo",
@@ -56,37 +55,6 @@ SWITCHED_OFF = (
 Values = Mapping[str, Any]
 Group = Sequence[Dialogue]
 """Attempts at one prompt. Without tools, each is a single turn, which is not read as messages."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What GRPO computes for a group of completions, each list by completion.
-
-    Attributes:
-        rewards: What each reward function gives, by its name; None for no opinion.
-        totals: The weighted sums.
-        advantages: What the loss multiplies the probability ratios by.
-        changes: How many times as likely one step made the completion.
-    """
-
-    rewards: dict[str, list[float | None]]
-    totals: list[float]
-    advantages: list[float]
-    changes: list[float]
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """What PPO sees of the completion, each list by token; None for the tokens that a tool wrote."""
-
-    tokens: list[int]
-    log_probs: list[float | None]
-    kl: list[float | None]
-    rewards: list[float | None]
-    values: list[float | None]
-    advantages: list[float | None]
-    score: float
-    penalty: float
 
 
 def stage_settings(run: Path, stage: str) -> dict[str, Any]:
@@ -121,7 +89,7 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
         policy.tokenizer,
         ends=end_tokens(policy.model, policy.tokenizer),
         limit=limit,
-        context=policy.context or sys.maxsize,
+        context=policy.context,
         turns=settings.get("max_tool_calling_iterations"),
         template=template,
     )
@@ -129,25 +97,21 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
 
 
 def has_ended(policy: Loaded, completion: Dialogue) -> bool:
-    """Return whether the model itself ended a completion."""
     return completion.tokens[-1:] != [] and completion.tokens[-1] in end_tokens(policy.model, policy.tokenizer)
 
 
-def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> Update:
-    """Take one optimizer step of GRPO on a copy of the policy.
+def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> SimpleNamespace:
+    """Take one optimizer step of GRPO on a copy of the policy that wrote the group of completions of a row's prompt.
 
-    Args:
-        policy: The model that wrote the completions.
-        reference: The model that the stage started from, for the KL penalty, if `beta` asks for one.
-        settings: The stage's.
-        row: The prompt, as messages, and the other columns of the data.
-        group: Completions of the prompt.
+    `reference` is the model that the stage started from, for the KL penalty, if `beta` asks for one.
+
+    Returns:
+        For each completion its `rewards` by function (None for no opinion), their weighted sum in `totals`, the
+        `advantages`, and in `changes` how many times as likely the step made it.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
-    model_args = ModelConfig(
-        **{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings}
-    )
-    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(model_args)}
+    adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
+    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(adapter)}
     with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]
@@ -157,7 +121,7 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
         after = _log_probs(trainer, group)
         table = trainer.all_rewards
         columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
-        return Update(
+        return SimpleNamespace(
             rewards=dict(zip(trainer.reward_func_names, columns, strict=True)),
             totals=(table * trainer.reward_weights).nansum(dim=1).tolist(),
             advantages=list(trainer._logs["advantages"]),
@@ -166,28 +130,20 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
 
 
 def token_view(
-    policy: Loaded,
-    reference: Loaded,
-    run: Path,
-    stage: str,
-    settings: Values,
-    row: Values,
-    completion: Dialogue,
-) -> TokenView:
-    """Return what PPO computes for each token of a completion. The arguments are as for `update`."""
-    rewards: list[tuple[Any, Any]] = []
-    rewards += [load_model(path, "reward_model_path", reward=True) for path in settings.get("reward_model_path") or []]
+    policy: Loaded, reference: Loaded, run: Path, stage: str, settings: Values, row: Values, completion: Dialogue
+) -> SimpleNamespace:
+    """Return what PPO computes for each token of a completion; None for those that a tool wrote."""
+    paths = settings.get("reward_model_path") or []
+    rewards: list[tuple[Any, Any]] = [load_model(path, "reward_model_path", reward=True) for path in paths]
     if names := settings.get("reward_funcs"):
         rewards += [(function, None) for function in load_rewards(names)]
     weights = settings.get("reward_weights") or [1.0] * len(rewards)
     # What is only measured may need columns that a prompt of the page does not have.
-    trained = [(reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
-    chosen = dict(settings) | {"reward_weights": [weight for _, weight in trained]}
-    options = {
-        "reward_funcs": [function for (function, _), _ in trained],
-        "reward_processing_classes": [tokenizer for (_, tokenizer), _ in trained],
-        "value_model": str(run / stage / VALUE_MODEL_FOLDER),
-    }
+    trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
+    functions, tokenizers, weights = ([one[part] for one in trained] for part in range(3))
+    chosen = {**settings, "reward_weights": weights}
+    options: dict[str, Any] = {"reward_funcs": functions, "reward_processing_classes": tokenizers}
+    options["value_model"] = str(run / stage / VALUE_MODEL_FOLDER)
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
     start = replace(policy, model=reference.model)
     with _trainer(PPOTrainer, start, chosen, row, [completion] * 2, **options) as trainer, torch.no_grad():
@@ -205,18 +161,13 @@ def token_view(
         score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
         penalty = 0.0 if has_ended(policy, completion) else settings.get("missing_eos_penalty") or 0.0
         scores = torch.full((len(ids),), score - penalty, device=kl.device)
-        columns = {
-            "log_probs": logps,
-            "kl": kl,
-            "rewards": ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask),
-            "values": batch["old_values"],
-            "advantages": batch["advantages"],
-        }
-        lists: dict[str, list[float | None]] = {
+        token_rewards = ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask)
+        columns = {"log_probs": logps, "kl": kl, "rewards": token_rewards, "values": batch["old_values"]}
+        lists = {
             name: [value if own else None for value, own in zip(column[0].tolist(), completion.sampled, strict=True)]
-            for name, column in columns.items()
+            for name, column in {**columns, "advantages": batch["advantages"]}.items()
         }
-    return TokenView(completion.tokens, **lists, score=score, penalty=penalty)
+    return SimpleNamespace(tokens=completion.tokens, **lists, score=score, penalty=penalty)
 
 
 @contextmanager
@@ -246,9 +197,7 @@ def _trainer(
 
     tokens = [one.tokens for one in group]
 
-    def sampled(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        return {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
-
+    sampled = {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
     toolbox = toolbox_of(settings, loaded)
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
@@ -275,7 +224,7 @@ def _trainer(
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
             # TRL gives it a padding token.
             processing_class=copy.deepcopy(loaded.tokenizer),
-            rollout_func=sampled,
+            rollout_func=lambda prompts, trainer: dict(sampled),
             **called,
             **options,
         )
@@ -287,16 +236,16 @@ def _trainer(
 def _log_probs(trainer: Any, group: Group) -> Tensor:
     """Return the log-probability of what the policy chose in each completion, under the trainer's policy."""
 
-    def padded(rows: list[list[int]], side: str) -> Tensor:
-        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_side=side)
+    def padded(rows: list[list[int]], side: str = "right") -> Tensor:
+        rows_of_ids = list(map(torch.tensor, rows))
+        return pad_sequence(rows_of_ids, batch_first=True, padding_side=side).to(trainer.accelerator.device)
 
     prompts, completions = [one.prompt for one in group], [one.tokens for one in group]
     exists = [[[1] * len(row) for row in rows] for rows in (prompts, completions)]
-    ids = torch.cat([padded(prompts, "left"), padded(completions, "right")], dim=1)
-    mask = torch.cat([padded(exists[0], "left"), padded(exists[1], "right")], dim=1)
-    chosen = padded([one.sampled for one in group], "right")
-    device, length = trainer.accelerator.device, chosen.shape[1]
+    ids = torch.cat([padded(prompts, "left"), padded(completions)], dim=1)
+    mask = torch.cat([padded(exists[0], "left"), padded(exists[1])], dim=1)
+    chosen = padded([one.sampled for one in group])
     trainer.model.eval()
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids.to(device), mask.to(device), length)
-    total: Tensor = (logps * chosen.to(device)).sum(dim=1)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])
+    total: Tensor = (logps * chosen).sum(dim=1)
     return total

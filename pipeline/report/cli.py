@@ -15,7 +15,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `report` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
     meaning = "report over RUN/seed0, RUN/seed1 and so on (default: over all of them, if RUN is not a run itself)"
     parser.add_argument("--seeds", nargs="+", metavar="N", help=meaning)
@@ -23,23 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", help=meaning)
     meaning = "YAML file of the figures that the recipe promises (default: those of recipes/pocket)"
     parser.add_argument("--targets", metavar="FILE", help=meaning)
-    # The earlier name of `--targets`.
-    parser.add_argument("--promises", dest="targets", help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0.
-
-    What could not be read is printed to stderr, one line each, and is in the report.
-
-    Raises:
-        UserError: If a run does not exist or is empty, the targets cannot be read, or the report cannot be written.
-    """
+    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0."""
     from pipeline.errors import UserError
     from pipeline.files import check_directory
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
-    from pipeline.report.page import write_report
+    from pipeline.report.page import contents, write_files
     from pipeline.report.seeds import find_seeds, write_seeds
     from pipeline.report.targets import is_pocket, load_targets
 
@@ -62,14 +53,13 @@ def main(args: argparse.Namespace) -> int:
     for directory in directories:
         if problem := check_directory(directory, "--output_dir" if args.output_dir else "RUN"):
             raise UserError(problem)
-    for run in runs:
-        for note in run.notes:
-            print(note, file=sys.stderr)
-    # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
+    for note in (note for run in runs for note in run.notes):
+        print(note, file=sys.stderr)
     changes = [differences(run) for run in runs]
-    for run, found, directory in zip(runs, changes, directories, strict=False):
-        print(write_report(run, found, targets if args.targets or is_pocket(run) else [], directory))
+    # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
+    held = [targets if args.targets or is_pocket(run) else [] for run in runs]
+    for run, found, of_run, directory in zip(runs, changes, held, directories, strict=False):
+        print(write_files(directory, "report", *contents(run, found, of_run)))
     if several:
-        held = targets if args.targets or all(map(is_pocket, runs)) else []
-        print(write_seeds(runs, changes, held, directories[-1]))
+        print(write_seeds(runs, changes, targets if all(held) else [], directories[-1]))
     return 0

@@ -22,18 +22,13 @@ from pipeline.errors import Problem, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `compare` to `parser`."""
     parser.add_argument("runs", nargs="+", metavar="A", help="run, or folder of the runs of several seeds")
     parser.add_argument("--against", nargs="+", required=True, metavar="B", help="what to compare A with, likewise")
     parser.add_argument("--output", metavar="FILE", help="file of the JSON (default: stdout, with the table on stderr)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compare the runs, write the differences as JSON and print them as a table. Return 0.
-
-    Raises:
-        UserError: If a run cannot be read, the seeds or the test rows differ, or the file cannot be written.
-    """
+    """Compare the runs, write the differences as JSON and print them as a table. Return 0."""
     from pipeline.files import check_directory, write_text
     from pipeline.report.differences import check_rows, compare, format_table, pair_by_seed
     from pipeline.report.load import load_runs

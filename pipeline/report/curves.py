@@ -1,26 +1,36 @@
-"""What each stage logged in training, and the curves of it."""
+"""What each stage logged in training, and where the parts of its charts lie.
+
+Templates draw them as inline SVG, whose colours come from the page's style sheet.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import fmean
 from typing import Any
 
-from pyarrow.parquet import read_table
+from markupsafe import Markup
 
 from pipeline.evaluation.intervals import finite
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run
-from pipeline.report.stage_order import stage_info
+from pipeline.report.load import Run, stage_info
+from pipeline.report.text import magnitude, number
 from pipeline.stages.kinds import LoggedChart
 
 Points = list[tuple[float, float]]
 
-ROUTED = r"router/layer_(\d+)/expert_(\d+)"
-"""Key under which the load of an expert is logged."""
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 46, 50, 10, 38
+MAX_POINTS = 60
+"""A line with more points is drawn faintly, with the means of this many segments over it."""
+MARKED_POINTS = 12
+"""A line with at most this many points has a mark at each."""
+LINE_HEIGHT = 12
+"""Least distance between two values at the ends of lines."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +44,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart.
-
-    Attributes:
-        stage: Directory name of its stage.
-        title: What is drawn.
-        x_label: What the horizontal axis counts.
-        series: One or more lines.
-        note: A sentence about how to read it, or "".
-    """
+    """A chart of the stage in the directory `stage`, with at least one line and perhaps a note on how to read it."""
 
     stage: str
     title: str
@@ -57,55 +59,26 @@ def charts_of(run: Run) -> list[Chart]:
     for stage in run.stages.values():
         # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
         info = stage_info(stage.name)
-        charts = [_chart(stage, chart) for chart in info.charts]
-        if info.data == "conversation" and charts and (easier := _easier_validation(run, stage)):
-            charts[0] = replace(charts[0], note=f"{charts[0].note} {easier}".strip())
+        charts = [(chart, "step") for chart in info.charts]
         if info.has_critic:
             rewards, taste = _reward_charts(stage)
-            charts.insert(0, _chart(stage, rewards))
-            charts.append(_chart(stage, replace(rewards, note="The reward that PPO sees."), over_kl=True))
-            charts.append(_chart(stage, taste, over_kl=True))
-        charts += [_chart(stage, chart) for chart in _router_charts(stage)]
-        # A line needs two points, and a chart a line.
-        drawn = [(chart, tuple(line for line in chart.series if len(line.points) > 1)) for chart in charts]
-        found += [replace(chart, series=lines) for chart, lines in drawn if lines]
+            over_kl = [(replace(rewards, note="The reward that PPO sees."), "objective/kl"), (taste, "objective/kl")]
+            charts = [(rewards, "step"), *charts, *over_kl]
+        for chart, x in charts + [(chart, "step") for chart in _router_charts(stage)]:
+            lines = [Series(name, logged(stage, key, x), dots=x != "step") for name, key in chart.lines]
+            # A line needs two points, and a chart a line.
+            if drawn := tuple(line for line in lines if len(line.points) > 1):
+                title = chart.title if x == "step" else f"{chart.title} against KL"
+                label = "training steps" if x == "step" else "KL, nats per answer"
+                found.append(Chart(stage.name, title, label, drawn, chart.note))
     return found
-
-
-def _chart(stage: StageResult, logged_chart: LoggedChart, over_kl: bool = False) -> Chart:
-    """Return a chart of what a stage logged, over its steps or against its KL."""
-    x = "objective/kl" if over_kl else "step"
-    lines = tuple(Series(name, logged(stage, key, x), dots=over_kl) for name, key in logged_chart.lines)
-    title = f"{logged_chart.title} against KL" if over_kl else logged_chart.title
-    label = "KL, nats per answer" if over_kl else "training steps"
-    return Chart(stage.name, title, label, lines, logged_chart.note)
-
-
-def _easier_validation(run: Run, stage: StageResult) -> str:
-    """Return why a loss is lower in validation than in training, as the run's own data show it; "" if they do not."""
-    losses = [[value for _, value in logged(stage, key)] for key in ("loss", "eval_loss")]
-    files = [run.path / "data" / "sft" / f"{split}.parquet" for split in ("train", "validation")]
-    if not all(losses) or losses[1][-1] > 0.8 * fmean(losses[0][-5:]) or not all(file.is_file() for file in files):
-        return ""
-    # The run generated these files itself.
-    training, validation = (read_table(file, columns=["kind", "messages"]).to_pylist() for file in files)
-    kinds = {row["kind"] for row in validation}
-    shared = [row for row in training if row["kind"] in kinds]
-    sizes = [fmean(len(row["messages"][-1]["content"]) for row in rows) for rows in (shared, validation)]
-    reasons = []
-    if missing := sorted({row["kind"] for row in training} - kinds):
-        share = 1 - len(shared) / len(training)
-        reasons.append(f"{share:.0%} of the training rows are of kinds that it lacks ({', '.join(missing)})")
-    if sizes[0] > 1.1 * sizes[1]:
-        reasons.append(f"in the other kinds, training answers are {sizes[0] / sizes[1]:.1f} times as long")
-    return f"Validation is easier than training: {', and '.join(reasons)}." if reasons else ""
 
 
 def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
     """Return the charts of what PPO's rewards score, and of the annotators' hidden taste; means before weighting."""
-    names = [match[1] for match in _logged_keys(stage, r"rewards/(.+)/mean")]
-    scores = tuple((name, f"rewards/{name}/mean") for name in names if "taste" not in name)
-    tastes = tuple((name, f"rewards/{name}/mean") for name in names if "taste" in name)
+    lines = [(match[1], match[0]) for match in _logged_keys(stage, r"rewards/(.+)/mean")]
+    scores = tuple(line for line in lines if "taste" not in line[0])
+    tastes = tuple(line for line in lines if "taste" in line[0])
     # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
     title = "Rewards"
     if len(scores) < 2:
@@ -118,18 +91,18 @@ def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
 def _router_charts(stage: StageResult) -> list[LoggedChart]:
     """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
     # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
-    experts = sorted((int(layer), int(expert)) for layer, expert in (m.groups() for m in _logged_keys(stage, ROUTED)))
-    note = "Tokens over the fair number; 1 is balanced."
+    matches = _logged_keys(stage, r"router/layer_(\d+)/expert_(\d+)")
+    experts = sorted((int(layer), int(expert)) for layer, expert in (match.groups() for match in matches))
     charts, entropies = [], []
     for layer, its_experts in groupby(experts, key=lambda pair: pair[0]):
         lines = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in its_experts)
-        charts.append(LoggedChart(f"Load of the experts, layer {layer + 1}", lines, note))
+        title = f"Load of the experts, layer {layer + 1}"
+        charts.append(LoggedChart(title, lines, "Tokens over the fair number; 1 is balanced."))
         entropies.append((f"layer {layer + 1}", f"router/layer_{layer}/entropy"))
     return [*charts, LoggedChart("Entropy of the routers, nats", tuple(entropies))]
 
 
 def _logged_keys(stage: StageResult, pattern: str) -> list[re.Match[str]]:
-    """Return the matches of a pattern with the keys that a stage logged, in the order of the keys."""
     keys = sorted({key for record in stage.history for key in record})
     return [match for key in keys if (match := re.fullmatch(pattern, key))]
 
@@ -141,12 +114,12 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
         for chart in charts_of(run):
             # Nobody could tell five runs with two lines each apart.
             chosen = next((line for line in chart.series if line.name == "validation"), chart.series[0])
-            base = merged.setdefault((chart.stage, chart.title), replace(chart, series=()))
+            base = merged.get((chart.stage, chart.title), replace(chart, series=()))
             merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(chosen, name=run.name)))
     return list(merged.values())
 
 
-def logged(stage: StageResult, key: str, x: str = "step") -> list[tuple[float, float]]:
+def logged(stage: StageResult, key: str, x: str = "step") -> Points:
     """Return the points (x, value) at which the stage logged both `key` and `x`, in the order of logging."""
     points = [(finite(record.get(x)), finite(record.get(key))) for record in stage.history]
     return [(at, value) for at, value in points if at is not None and value is not None]
@@ -157,11 +130,86 @@ def last_logged(stage: StageResult, key: str) -> float | None:
     return next((v for record in reversed(stage.history) if (v := finite(record.get(key))) is not None), None)
 
 
-def alarms(run: Run) -> list[dict[str, Any]]:
-    """Return `{"stage", "step", "what", "value"}` for each alarm that the trainers logged as `alarm/<what>`."""
-    return [
-        {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
-        for stage in run.stages.values()
-        for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
-        for step, value in logged(stage, key)
-    ]
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers in [low, high], 1, 2 or 5 times a power of ten apart, at most `most` + 1 of them."""
+    # The smallest round step that is at least as large as an even division.
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def _axis(
+    low: float, high: float, start: float, end: float
+) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
+    """Return what places a value from `low` to `high` between `start` and `end`, and place and label of each tick."""
+
+    def at(value: float) -> float:
+        return start + (value - low) / (high - low) * (end - start)
+
+    values = ticks(low, high)
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return at, [(at(value), _short(value, digits)) for value in values]
+
+
+def _short(value: float, digits: int) -> str:
+    return magnitude(value) if abs(value) >= 1000 else number(value, digits)
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lowest and the highest value, moved apart if they are too close to draw."""
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-9 * size, 1e-12):
+        return low, high
+    pad = 0.1 * size if size > 1e-12 else 1.0
+    return low - pad, high + pad
+
+
+def layout(chart: Chart) -> dict[str, Any]:
+    """Return where chart.html.jinja draws what, and the series themselves, for readers who do not see the drawing."""
+    # The axis of steps and of the KL starts at 0.
+    left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
+    low, high = _range([y for line in chart.series for _, y in line.points])
+    pad = (high - low) * 0.05
+    # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
+    bottom = 0.0 if 0 <= low < (high - low) else low - pad
+    x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
+    y_at, y_ticks = _axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
+
+    lines: list[dict[str, Any]] = []
+    ends = []
+    for index, line in enumerate(chart.series):
+        size = math.ceil(len(line.points) / MAX_POINTS)
+        segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
+        course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
+        drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
+        css = f"s{index % 6}"
+        # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
+        raw, drawn_course = (Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)) for points in (drawn, means))
+        marked = means if len(means) <= MARKED_POINTS else means[-1:]
+        shown = {"css": css, "dots": line.dots, "points": drawn, "marked": marked, "course": drawn_course}
+        lines.append(shown | {"raw": raw if size > 1 else ""})
+        if not line.dots:
+            ends.append((means[-1][1], index, course[-1][1]))
+    # The last values stand next to the ends of their lines, apart from each other.
+    values = []
+    above = 0.0
+    for place, (y, index, value) in enumerate(sorted(ends), start=1):
+        lowest = HEIGHT - BOTTOM - LINE_HEIGHT * (len(ends) - place)
+        above = max(above + LINE_HEIGHT, min(y + 4, lowest))
+        label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
+        values.append({"css": f"s{index % 6}", "y": above, "label": label})
+    return {
+        "title": f"{stage_info(chart.stage).title}: {chart.title}",
+        "series": chart.series,
+        "x_label": chart.x_label,
+        "x_ticks": x_ticks,
+        "y_ticks": y_ticks,
+        "lines": lines,
+        "values": values,
+        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
+    }

@@ -12,12 +12,10 @@ from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, mean_difference, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
-from pipeline.report.load import Run
-from pipeline.report.stage_order import stage_info, twins
+from pipeline.report.load import Run, stage_info, twins
 from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]
-Figures = dict[tuple[str, str], StageResult]
 Changes = dict[str, dict[str, Estimate]]
 
 ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
@@ -26,15 +24,9 @@ ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric changed from one stage to the next, or from a baseline to a stage.
+    """How much a metric changed from `before`, an earlier stage or a baseline, to `stage`, on the same examples.
 
-    Attributes:
-        stage: The later stage.
-        before: The earlier one, or the baseline.
-        change: Later minus earlier on the examples that both answered.
-        was, now: The metric of `before` and of `stage`.
-        aim: Whether the stage is trained for this metric.
-        verdict: "same" if the interval contains 0 or neither direction is better.
+    `aim` is whether the stage is trained for this metric.
     """
 
     stage: str
@@ -46,18 +38,9 @@ class Difference:
     aim: bool
     verdict: Literal["better", "worse", "same"]
 
-    @property
-    def is_main(self) -> bool:
-        """Whether it is an aim or a cost."""
-        return self.aim or self.verdict == "worse"
-
 
 def differences(run: Run) -> list[Difference]:
-    """Return every paired difference between a stage and the one that it started from, aims first.
-
-    The aims of a stage are also compared with the baselines, and pretraining with a second pretraining, of another
-    architecture.
-    """
+    """Return the differences of each stage from the one that it started from and, in its aims, from baselines."""
     others = twins(run.stages)
     found: list[Difference] = []
     for stage in run.stages.values():
@@ -68,10 +51,8 @@ def differences(run: Run) -> list[Difference]:
         # first one in the difference, which says what the first one's architecture brings.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
-        if stage.name in others:
-            continue
         # Baselines reach something only in what their stage is trained for.
-        for baseline in run.baselines.values():
+        for baseline in run.baselines.values() if stage.name not in others else ():
             found.extend(item for item in _between(baseline, stage) if item.aim)
     return found
 
@@ -90,10 +71,7 @@ def _between(before: StageResult, stage: StageResult) -> list[Difference]:
 
 
 def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
-    """Return the mean difference on shared examples (also for each kind of them), None if there are none.
-
-    Without a `metric`, anything can be compared.
-    """
+    """Return the mean difference on shared examples (also for each kind of them), None if there are none."""
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
     # Without any weight, for instance of documents without bytes, there is no mean.
@@ -117,11 +95,8 @@ def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
     return "better" if (change.value > 0) == (better == "up") else "worse"
 
 
-# ---- Between runs
-
-
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
-    """Return the pairs of runs of the same seed, in the order of `runs`, and a problem for each unpaired run."""
+    """Return the pairs of runs of the same seed, and a problem for each unpaired run."""
     problems = []
     ours: dict[str, Run] = {}
     theirs: dict[str, Run] = {}
@@ -133,11 +108,10 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
     # A run without a partner would be compared with nothing, so it is an error rather than ignored.
-    for side, found, others in (("A", ours, theirs), ("--against", theirs, ours)):
-        for seed, run in found.items():
-            if seed not in others:
-                remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
-                problems.append(Problem(side, run.path, remedy))
+    for side, found in (("A", ours), ("--against", theirs)):
+        for seed in [seed for seed in found if seed not in ours or seed not in theirs]:
+            remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
+            problems.append(Problem(side, found[seed].path, remedy))
     return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
 
 
@@ -175,8 +149,7 @@ def compare(pairs: Pairs) -> Changes:
     return changes
 
 
-def _figures(run: Run) -> Figures:
-    """Return the stage or baseline of each figure, by the names of both, in the order of training."""
+def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
     stages = {**run.stages, **run.baselines}
     return {
         (name, metric): stage for name, stage in stages.items() for metric in sorted(stage.metrics, key=metric_order)
@@ -184,14 +157,11 @@ def _figures(run: Run) -> Figures:
 
 
 def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
-    """Return the paired difference of a metric; for reward models and without rows, as of independent estimates.
-
-    The interval of the latter combines both intervals (Newcombe 1998, "Interval estimation for the difference between
-    independent proportions", method 10).
-    """
     change = paired(other.outcomes(metric), own.outcomes(metric), metric)
     if change is not None and stage_info(own.name).generates:
         return change
+    # Without shared rows, the estimates are independent, and the interval combines both of theirs (Newcombe 1998,
+    # "Interval estimation for the difference between independent proportions", method 10).
     a, b = own.metrics[metric], other.metrics[metric]
     value = a.value - b.value
     if a.low is None or a.high is None or b.low is None or b.high is None:

@@ -1,7 +1,6 @@
-"""Load what a run has written: its record (run.json), its evaluations, its training logs, the shapes of its weights.
+"""Load what a run has written: its record, evaluations, training logs and votes, and the shapes of its weights.
 
-Everything that can be read is reported: a missing file is a stage that was not run, a damaged one becomes a note of one
-line.
+Everything that can be read is reported. A missing file is a stage that was not run, a damaged one becomes a note.
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -24,14 +24,47 @@ from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
 from pipeline.files import read_json, read_run, read_shapes
-from pipeline.report.stage_order import stage_info, stage_order, twins
-from pipeline.stages import find_baseline
+from pipeline.stages import STAGES, find_baseline
+from pipeline.stages.kinds import StageKind
 
 ANNOTATORS = "annotators who do not know which is which"
 """The judge of evaluations that do not name one."""
-
 MACHINE_KEYS = ("hardware", "versions", "commit")
 """Keys of a step's entry in run.json that describe where it ran."""
+EVALUATE = "evaluate_"
+"""Prefix of the steps that evaluate a stage."""
+
+
+def stage_kind(stage: str) -> str:
+    """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again", and also for "sft"."""
+    kind = re.sub(r"^\d+_", "", stage)
+    first = kind.partition("_")[0]
+    return first if first in STAGES else kind
+
+
+def stage_info(stage: str) -> StageKind:
+    """Return what is known about the stage directory `stage`, such as "2_sft"; a new kind has its own name as title."""
+    kind = stage_kind(stage)
+    if kind in STAGES and STAGES[kind].name:
+        return STAGES[kind]
+    return StageKind(name=kind.replace("_", " ").capitalize() or stage, trained=False)
+
+
+def twins(stages: Iterable[str]) -> list[str]:
+    """Return the stages that only show what another architecture reaches: every pretraining but the first."""
+    return [stage for stage in sorted(stages, key=stage_order) if stage_info(stage).from_scratch][1:]
+
+
+def stage_order(stage: str) -> tuple[int, int, str]:
+    """Sort stages by the number of their directory, then by the order of training."""
+    number = re.match(r"\d+", stage)
+    kinds = [*STAGES, stage_kind(stage)]
+    return int(number.group()) if number else 1000, kinds.index(kinds[-1]), stage
+
+
+def step_order(step: str) -> tuple[int, int, str, bool]:
+    """Sort the steps of a run: making data comes first, then the stages, each followed by its evaluation."""
+    return *stage_order(step.removeprefix(EVALUATE)), step.startswith(EVALUATE)
 
 
 @dataclass
@@ -39,13 +72,11 @@ class Run:
     """A run directory.
 
     Attributes:
-        record, steps: The content of its run.json, and the entries of the steps in it by name.
-        hardware, versions, commit: The machine of the last training step, its packages and its commit of this project.
-        stages: The stages by name, in the order of training.
-        baselines: What is reached without training, by the names in `pipeline.evaluation.baselines`.
-        others: Evaluations with a name -> stage -> metric -> estimate: on other data, or with other settings.
+        record, steps: The content of its run.json, and its entry of each step.
+        hardware, versions, commit: What the last training step ran on.
+        stages, baselines: By name; stages in the order of training.
+        others: Evaluations with a name -> stage -> metric -> estimate.
         notes: What could not be read, and steps that ran elsewhere; one line each.
-        name: What the run is called: the name of its directory, or its path if several have the same name.
     """
 
     path: Path
@@ -62,7 +93,6 @@ class Run:
 
     @property
     def is_smoke(self) -> bool:
-        """Whether it is a miniature, whose figures mean nothing."""
         return bool(self.record.get("smoke"))
 
     @property
@@ -71,21 +101,23 @@ class Run:
         return next((stage.against for stage in self.stages.values() if stage.against), "2_sft")
 
     @property
-    def bars(self) -> dict[str, StageResult]:
+    def bars(self) -> list[StageResult]:
         """The baselines that a stage has to beat. An older or a foreign run may have others than are known here."""
-        known = {name: find_baseline(name) for name in self.baselines}
-        return {name: self.baselines[name] for name, baseline in known.items() if baseline and baseline.is_bar}
-
-    @property
-    def answering(self) -> list[StageResult]:
-        """The stages whose model answered the fixed prompts."""
-        return [stage for stage in self.stages.values() if stage.answers]
+        return [one for name, one in self.baselines.items() if (known := find_baseline(name)) and known.is_bar]
 
     @property
     def judge(self) -> str:
         """Who judges the win rates, "" if there are none."""
         judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
         return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
+
+    def baseline_title(self, baseline: StageResult) -> str:
+        """Return what a baseline is called, with the text or texts that its answers share."""
+        # A text may be nothing but a line break.
+        texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
+        known = find_baseline(baseline.name)
+        title = (known.title if known else baseline.name).replace("{against}", self.against)
+        return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
 
     def origin(self, stage: StageResult) -> StageResult | None:
         """Return the measured stage that another one started from, None if the run does not have it."""
@@ -101,32 +133,27 @@ class Run:
 
 
 def main_aim(stage: StageResult) -> str | None:
-    """Return the main metric that a stage is trained for and was measured by, None if there is none."""
+    """Return the first metric that a stage is trained for and was measured by, None if there is none."""
     return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Load every run.
-
-    Raises:
-        UserError: If a path is not a run, or has neither an evaluation nor a training log; all such paths are named.
-    """
+    """Load every run, or raise a `UserError` that names each path without an evaluation or a training log."""
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
         raise UserError(*problems)
 
     runs = [load_run(path) for path in paths]
+    names = [run.name for run in runs]
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
             reason = f" ({run.notes[0]})" if run.notes else ""
             remedy = f"has neither an evaluation nor a training log{reason}; run `{as_typed('evaluate', run.path)}`"
             problems.append(Problem("RUN", run.path, remedy))
+        if names.count(run.name) > 1:
+            run.name = str(run.path)
     if problems:
         raise UserError(*problems)
-    names = [run.name for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        if names.count(name) > 1:
-            run.name = str(run.path)
     return runs
 
 
@@ -138,11 +165,26 @@ def load_run(path: Path) -> Run:
     except UserError as error:
         run.notes.append(f"{path / 'run.json'}: {error.problems[0].remedy}; skipped")
     run.steps = run.record.get("steps", {})
-    _set_machine(run)
+    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
+    facts = {
+        name: {key: step.get(key) for key in MACHINE_KEYS}
+        for name, step in run.steps.items()
+        if name != "report" and any(map(step.get, MACHINE_KEYS))
+    }
+    trained = [name for name in facts if stage_info(name).trained]
+    last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
+    # The record of an older run has these keys once, for all steps.
+    shown = facts[last] if last else run.record
+    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
+    run.commit = shown.get("commit")
+    if others := [name for name, found in facts.items() if found != shown]:
+        keys = " and ".join(key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others))
+        note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
+        run.notes.append(f"{path / 'run.json'}: {note}")
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
     names = {file.stem for file in path.glob("evaluations/*.json")}
-    names |= {file.parent.name for end in ("config", "trainer_state") for file in path.glob(f"[0-9]*_*/{end}.json")}
-    names |= {file.parent.parent.name for file in path.glob("[0-9]*_*/checkpoint-*/trainer_state.json")}
+    for pattern in ("config.json", "trainer_state.json", "checkpoint-*/trainer_state.json"):
+        names |= {file.relative_to(path).parts[0] for file in path.glob(f"[0-9]*_*/{pattern}")}
     for name in sorted(names, key=stage_order):
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
@@ -167,18 +209,11 @@ def load_run(path: Path) -> Run:
 
 
 def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
-    """Estimate how often people preferred the answers of a stage to the ones of another stage; ties count one half.
+    """Return how often people preferred each stage to `against`, or else to another stage; ties count one half.
 
-    Args:
-        run: The run.
-        against: The stage that others are compared with. Two other stages that people compared are reported at the
-            later one, if nothing else is.
-        notes: Takes a line if the votes are damaged.
-
-    Returns:
-        The win rate of each stage, by its name. `by_kind` has one for each opponent, unless that is `against` alone.
+    `by_kind` has a rate for each opponent, unless that is `against` alone.
     """
-    outcomes: dict[str, dict[str, tuple[list[float], list[str]]]] = defaultdict(lambda: defaultdict(lambda: ([], [])))
+    outcomes: dict[str, dict[str, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     try:
         votes = standing(read_votes(run / VOTES / VOTES_FILE))
     except UserError as error:
@@ -190,61 +225,38 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
             continue
         # The vote counts for the stage that is not the opponent or, between two others, for the later one.
         own = max(models, key=lambda side: (models[side] != against, models[side]))
-        outcome = OUTCOMES[vote["choice"]]
-        values, prompts = outcomes[models[own]][models[OTHER[own]]]
-        values.append(outcome if own == "a" else 1 - outcome)
-        prompts.append(json.dumps(vote["prompt"]))
+        outcome = OUTCOMES[vote["choice"]] if own == "a" else 1 - OUTCOMES[vote["choice"]]
+        outcomes[models[own]][models[OTHER[own]]].append((outcome, json.dumps(vote["prompt"])))
     rates = {}
     for stage, opponents in outcomes.items():
-        found = {name: outcome_mean(values, units=prompts) for name, (values, prompts) in opponents.items()}
+        found = {
+            name: outcome_mean([value for value, _ in votes], units=[prompt for _, prompt in votes])
+            for name, votes in opponents.items()
+        }
         main = max(found, key=lambda name: (name == against, found[name].n or 0))
         kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
         rates[stage] = replace(found[main], by_kind=kinds)
     return rates
 
 
-def _set_machine(run: Run) -> None:
-    """Take hardware, versions and commit from the last training step; steps that differ from it become a note."""
-    facts = {
-        name: {key: step.get(key) for key in MACHINE_KEYS}
-        for name, step in run.steps.items()
-        if name != "report" and any(map(step.get, MACHINE_KEYS))
-    }
-    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
-    trained = [name for name in facts if stage_info(name).trained]
-    last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
-    # The record of an older run has these keys once, for all steps.
-    shown = facts[last] if last else run.record
-    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
-    run.commit = shown.get("commit")
-    if others := [name for name, found in facts.items() if found != shown]:
-        keys = [key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others)]
-        differing = f"{', '.join(others)} ran with different {' and '.join(keys)} from {last}"
-        run.notes.append(f"{run.path / 'run.json'}: {differing}; the report shows those of {last}")
-
-
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
-    """Count the weights in safetensors files by their headers, and the ones that a token passes.
-
-    Tied weights are stored, and counted, once. An adapter is counted with its base model, if that is in a folder.
-    """
+    """Count the weights in safetensors files, and the ones that a token passes; an adapter with its base model."""
     files = sorted(directory.glob("model*.safetensors"))
     if base := read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
         # The name may be anything, also what no path can be.
         of_base = sorted(Path(str(base)).glob("model*.safetensors")) if os.path.isdir(str(base)) else []
         files = [*of_base, *sorted(directory.glob("adapter_model*.safetensors"))] if of_base else []
-    total = experts = 0
+    shapes: list[tuple[str, list[int]]] = []
     for file in files:
         try:
-            shapes = read_shapes(file)
+            shapes += read_shapes(file).items()
         except (OSError, SafetensorError) as error:
             notes.append(f"{file}: its header cannot be read, parameters skipped: {' '.join(str(error).split())}")
             return
-        total += sum(map(math.prod, shapes.values()))
-        experts += sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name)
-    # Of the experts, a token passes only as many as it is routed to.
-    if files:
+    if shapes:
+        # Of the experts, a token passes only as many as it is routed to.
         available = stage.config.get("num_local_experts") or stage.config.get("num_experts") or 1
         chosen = stage.config.get("num_experts_per_tok") or available
-        stage.parameters = total
-        stage.active_parameters = round(total - experts * (1 - chosen / available))
+        experts = sum(math.prod(shape) for name, shape in shapes if ".experts." in name)
+        stage.parameters = sum(math.prod(shape) for _, shape in shapes)
+        stage.active_parameters = round(stage.parameters - experts * (1 - chosen / available))

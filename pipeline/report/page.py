@@ -5,44 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.evaluation.metric_info import metric_info
+from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
-from pipeline.report.curves import Chart, charts_of
+from pipeline.report.curves import Chart, charts_of, layout
 from pipeline.report.differences import Difference, differences
-from pipeline.report.load import Run
+from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
-from pipeline.report.stage_order import stage_info
-from pipeline.report.summary import summarise
-from pipeline.report.svg import layout
-from pipeline.report.tables import costs, experts, figures, gains, lengths, others, remarks, show_targets
+from pipeline.report.summary import by_length, summarise
 from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
-from pipeline.report.text import code, counted, interval, magnitude, markdown, number, signed, visible
-from pipeline.report.verdict import Finding, shown
+from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
+from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
 
-def write_report(run: Run, found: Sequence[Difference], targets: Sequence[Target], directory: Path) -> Path:
-    """Write index.html, metrics.json and report.md of a run. Return the path of the first."""
-    return write_files(directory, "report", *contents(run, found, targets))
-
-
 def report_html(run: Run) -> str:
-    """Return index.html of a run, without writing it."""
     _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
     return render("report.html.jinja", content)
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter.
-
-    The names of the templates are `template` and ".html.jinja" or ".md.jinja".
-    """
+    """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter."""
     # JSON that every parser reads: without NaN.
     write_text(directory / "metrics.json", json.dumps(summary, indent=1, allow_nan=False, default=str) + "\n")
     write_text(directory / "report.md", render(f"{template}.md.jinja", content))
@@ -55,18 +44,14 @@ def render(template: str, content: dict[str, Any]) -> str:
     return _environment(template.endswith(".html.jinja")).get_template(template).render(content)
 
 
-def make_environment(package: str, folder: str, **options: Any) -> Environment:
-    """Return the templates in a folder of a package, which fail if they name something unknown."""
-    loader = PackageLoader(package, folder)
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options)
-
-
 @cache
 def _environment(is_page: bool) -> Environment:
     show = visible if is_page else markdown
-    environment = make_environment(
-        "pipeline.report",
-        "templates",
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         autoescape=is_page,
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         keep_trailing_newline=True,
@@ -83,30 +68,60 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     """Return what metrics.json contains, and what report.html.jinja and report.md.jinja show."""
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
-    answers, changes, problems, charts = _answers(run), gains(run, found), showcase(run), charts_of(run)
+    problems, charts = showcase(run), charts_of(run)
+    given = {
+        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
+        for stage in run.stages.values()
+        if stage.answers
+    }
+    # Stages that were evaluated with different settings may have been asked different prompts.
+    prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     # A box of the path leads to the part of the report about it, if there is one.
-    parts = {"answers": answers, "curves": charts, "gains": changes, "reasoning": problems}
+    parts = {"answers": given, "curves": charts, "gains": found, "reasoning": problems}
     links = {kind: f"#{info.box.place}" for kind, info in STAGES.items() if info.box and parts[info.box.place]}
+    hardware = summary["hardware"]
+    # A commit with changes that are not committed ends in "-dirty" and a hash of them.
+    commit, dirty, _ = (summary["commit"] or "").partition("-dirty")
+    facts = [
+        f"{magnitude(max(summary['parameters'].values()))} parameters" if summary["parameters"] else "",
+        str(hardware.get("gpu") or hardware.get("processor") or "unknown hardware"),
+        counted(hardware["cores"], "core") if hardware.get("cores") else "",
+        f"commit {commit[:9]}{dirty}" if commit else "",
+    ]
     return summary, {
         "name": title(run),
         "headline": headline(run),
-        "facts": facts(summary),
+        "facts": list(filter(None, facts)),
         "steps": path_boxes(run, links),
-        "targets": show_targets(results),
+        "targets": summary["promises"],
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
             for item in ([] if run.is_smoke else summary["alarms"])
         ],
-        **shown(run, [Finding(**item) for item in summary["verdict"]]),
+        **shown(run),
         # A report may be published, and where its files lay on this machine is nobody's business.
         "notes": [note.replace(f"{run.path}/", "") for note in run.notes],
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
         "remarks": remarks(run),
-        "others": others(run),
-        "gains": changes,
-        "answering": [stage.name for stage in run.answering],
-        "answers": answers,
+        "others": [
+            {"name": name, "stage": stage, "metric": metric, "estimate": metrics[metric]}
+            for name, stages in run.others.items()
+            for stage, metrics in stages.items()
+            for metric in sorted(metrics, key=metric_order)
+        ],
+        "gains": [
+            {"stage": stage, "before": before, "rows": list(changes)}
+            for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before))
+        ],
+        "baselines": {
+            one.name: (run.baseline_title(one), one.metrics) for one in run.baselines.values() if one.metrics
+        },
+        "answering": list(given),
+        "answers": [
+            {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
+            for prompt in prompts
+        ],
         "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
         "problems": problems,
         "lengths": lengths(run),
@@ -117,50 +132,119 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     }
 
 
-def facts(summary: dict[str, Any]) -> list[str]:
-    """Return the few facts below the headline: size, machine, commit."""
-    parts = []
-    if summary["parameters"]:
-        parts.append(f"{magnitude(max(summary['parameters'].values()))} parameters")
-    hardware = summary["hardware"]
-    devices = (hardware.get(key) for key in ("gpu", "accelerator", "device", "processor", "cpu"))
-    parts.append(str(next(filter(None, devices), "unknown hardware")))
-    if hardware.get("cores"):
-        parts.append(counted(hardware["cores"], "core"))
-    # A commit with changes that are not committed ends in "-dirty" and a hash of them.
-    if summary["commit"]:
-        commit, dirty, _ = summary["commit"].partition("-dirty")
-        parts.append(f"commit {commit[:9]}{dirty}")
-    return parts
+def figures(run: Run, by_kind: bool) -> dict[str, Any]:
+    """Return one row per metric (or per metric and kind of example), with an estimate or None for each stage."""
+    stages = [stage for stage in run.stages.values() if stage.metrics]
+    rows = []
+    for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
+        info = metric_info(metric)
+        whole = [stage.metrics.get(metric) for stage in stages]
+        for kind in sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]:
+            estimates = [item.by_kind.get(kind) if item and kind else item for item in whole]
+            label = f"{info.label}: {kind}" if kind else info.label
+            meaning = "" if kind else info.meaning.replace("{against}", run.against).replace("{judge}", run.judge)
+            counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
+            n = f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}" if counts else ""
+            meaning = "; ".join(filter(None, (meaning, n)))
+            rows.append({"label": label, "metric": metric, "meaning": meaning, "estimates": estimates})
+    return {"columns": [stage.name for stage in stages], "rows": rows}
 
 
-def _answers(run: Run) -> list[dict[str, Any]]:
-    """Return each prompt with the answer of every stage that answers, None where a stage was not asked."""
-    given = {
-        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
-        for stage in run.answering
-    }
-    # Stages that were evaluated with different settings may have been asked different prompts.
-    prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
-    return [
-        {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
-        for prompt in prompts
+def remarks(run: Run) -> list[str]:
+    """Return notes on how the stages were measured: what was not measured, cut off or trained on."""
+    measured = [stage for stage in run.stages.values() if stage.metrics]
+    lines: dict[str, list[str]] = {}
+    for stage in measured:
+        for line in stage.remarks():
+            lines.setdefault(line, []).append(stage.name)
+    # What is said of every stage that writes text does not name them.
+    of_all = len([stage for stage in measured if stage_info(stage.name).generates])
+    shown = [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
+    lost = [(step, one) for step, entry in run.steps.items() for one in entry.get("lost", [])]
+    return shown + [f"{step}: {one['rows']:,} of {one['of']:,} {one['what']}" for step, one in lost]
+
+
+def lengths(run: Run) -> dict[str, Any]:
+    """Return the pass@1 of the last two stages by the length of the problem, and of those longer than in training."""
+    measured = [(stage, found) for stage in run.stages.values() if (found := by_length(stage))][-2:]
+    columns = sorted({length for _, found in measured for length in found}, key=int)
+    rows = [{"stage": stage.name, "estimates": list(map(found.get, columns))} for stage, found in measured]
+    longer = [stage.metrics.get("pass@1_longer") for stage, _ in measured]
+    if any(longer):
+        columns.append("longer")
+        rows = [{**row, "estimates": [*row["estimates"], one]} for row, one in zip(rows, longer, strict=True)]
+    return {"columns": columns, "rows": rows}
+
+
+def experts(run: Run) -> dict[str, Any]:
+    """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
+    loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
+    rows = [
+        {"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]}
+        for name, layers in loads.items()
+        for layer, shares in enumerate(layers, 1)
     ]
+    # The texts are read by pretraining, where experts specialise.
+    shown = next((name for name in loads if stage_info(name).from_scratch), "")
+    drawn = []
+    for item in run.stages[shown].experts["documents"] if shown else ():
+        panels = []
+        for layer, chosen in enumerate(item["chosen"], 1):
+            # Neighbouring tokens that went to the same expert are shown as one piece of text.
+            pieces = groupby(zip(chosen, item["pieces"], strict=True), key=lambda pair: pair[0])
+            texts = [{"expert": expert, "text": "".join(text for _, text in of_expert)} for expert, of_expert in pieces]
+            panels.append({"layer": layer, "runs": texts})
+        drawn.append(panels)
+    count = max((len(row["shares"]) for row in rows), default=0)
+    return {"names": [f"expert {i + 1}" for i in range(count)], "rows": rows, "stage": shown, "drawn": drawn}
+
+
+def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return time, memory, tokens and operations of each step and stage, whose evaluation is in the same row."""
+    taken, tokens, flops, peaks = (summary[key] for key in ("seconds", "tokens", "flops", "peak_memory"))
+    measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
+    steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
+    whole = sum(steps.values())
+    rows = []
+    for name in sorted({*steps, *run.stages}, key=step_order):
+        stage = run.stages.get(name)
+        updates = stage.state.get("global_step") if stage else None
+        row = {
+            "name": name,
+            "time": duration(steps.get(name)),
+            "share": steps.get(name, 0.0) / whole if whole else None,
+            "evaluation": duration(measuring.get(name)),
+            "memory": " / ".join(f"{magnitude(peaks[of])}B" for of in (name, EVALUATE + name) if of in peaks) or "–",
+            "updates": f"{updates:,}" if isinstance(updates, int) and updates else "–",
+            "tokens": magnitude(tokens.get(name)),
+            "flops": magnitude(flops.get(name)),
+            "parameters": magnitude(summary["parameters"].get(name)),
+        }
+        rows.append(row)
+    return {
+        "rows": rows,
+        "time": duration(whole if steps else None),
+        "evaluation": duration(sum(filter(None, measuring.values())) or None),
+        "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–",
+        "tokens": magnitude(sum(tokens.values()) or None),
+        "flops": magnitude(sum(flops.values()) or None),
+    }
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
-    """Return the charts as SVG, grouped by stage."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for chart in charts:
         legend = [line.name for line in chart.series]
         svg = Markup(render("chart.html.jinja", layout(chart)))
-        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
-        groups.setdefault(chart.stage, []).append(shown)
-    return [{"stage": stage, "title": stage_info(stage).title, "charts": drawn} for stage, drawn in groups.items()]
+        group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
+        groups.setdefault(chart.stage, group)["charts"].append(
+            {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
+        )
+    return list(groups.values())
 
 
-def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return seed, commit, model, hardware and versions as lists of (name, value)."""
+def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return seed, commit and model, hardware and versions by name, None for what is not known."""
     # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     about = {
@@ -169,11 +253,5 @@ def provenance(run: Run, summary: dict[str, Any]) -> list[dict[str, Any]]:
         "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
         **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
     }
-    hardware = summary["hardware"] or {"machine": "unknown"}
-    boxes = {"Run": about, "Hardware": hardware, "Versions": summary["versions"] or {"packages": "unknown"}}
-
-    def named(entries: dict[str, Any]) -> list[tuple[str, str]]:
-        known = {key: str(value) for key, value in entries.items() if value is not None}
-        return [(key.replace("_gib", " (GiB)").replace("_", " "), value) for key, value in known.items()]
-
-    return [{"title": title, "entries": named(entries)} for title, entries in boxes.items()]
+    versions = summary["versions"] or {"packages": "unknown"}
+    return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}

@@ -9,16 +9,13 @@ from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run, main_aim
-from pipeline.report.stage_order import stage_info, stage_kind, twins
+from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.summary import by_length, seconds, training_cost
-from pipeline.report.tables import baseline_title
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
 
 LONGEST_SAMPLE = 160
 """Characters of a sample."""
-
 PHRASES = {
     "bits_per_byte": "bits for each byte of unseen text",
     "instruction_accuracy": "of unseen questions answered rightly",
@@ -32,12 +29,8 @@ PHRASES = {
 def title(run: Run) -> str:
     """Return what the report calls the run: the recipe with the seed or, if it is not known, the directory."""
     recipe, seed = run.record.get("recipe"), run.record.get("seed")
-    parts = [Path(recipe).name if isinstance(recipe, str) else run.name]
-    if seed is not None:
-        parts.append(f"seed {seed}")
-    if run.is_smoke:
-        parts.append("smoke run")
-    return ", ".join(parts)
+    name = Path(recipe).name if isinstance(recipe, str) else run.name
+    return name + (f", seed {seed}" if seed is not None else "") + (", smoke run" if run.is_smoke else "")
 
 
 def headline(run: Run) -> str:
@@ -57,12 +50,7 @@ def headline(run: Run) -> str:
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the boxes of the picture, for path.html.jinja.
-
-    Args:
-        run: The run whose figures and samples they show.
-        links: Kind of a stage -> where its box leads.
-    """
+    """Return the boxes of the picture, for path.html.jinja. `links` says where the box of each kind of stage leads."""
     # The last stage of each kind gives the figure and the sample.
     last = {stage_kind(name): stage for name, stage in run.stages.items() if name not in twins(run.stages)}
     boxes: list[dict[str, Any]] = []
@@ -72,35 +60,32 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             continue
         stage = next((last[one] for one in (kind, *box.others) if one in last), None)
         tokens = training_cost(stage)[0] if stage else 0
-        boxes.append(
+        parts = [
             {
-                "drawing": box.drawing,
-                "number": len(boxes),
-                "title": STAGES[stage_kind(stage.name)].name if stage else info.name,
-                "stage": stage.name if stage else "",
-                "about": box.about,
-                "goes_in": (f"{magnitude(tokens)} tokens of " if tokens else "") + box.goes_in,
-                "trains": box.trains,
-                "parts": [
-                    {
-                        "title": STAGES[name].name if name in STAGES else name,
-                        "what": what,
-                        "figure": _figure(run, last[name], None) if name in last else None,
-                    }
-                    for name, what in box.parts
-                ],
-                "figure": _figure(run, stage, before) if stage else None,
-                "sample": _sample(run, stage) if stage else None,
-                "link": links.get(kind, ""),
+                "title": STAGES[name].name if name in STAGES else name,
+                "what": what,
+                "figure": _figure(run, last[name], None) if name in last else None,
             }
-        )
+            for name, what in box.parts
+        ]
+        shown = {
+            "number": len(boxes),
+            "title": STAGES[stage_kind(stage.name)].name if stage else info.name,
+            "stage": stage.name if stage else "",
+            "goes_in": (f"{magnitude(tokens)} tokens of " if tokens else "") + box.goes_in,
+            "parts": parts,
+            "figure": _figure(run, stage, before) if stage else None,
+            "sample": _sample(run, stage) if stage else None,
+            "link": links.get(kind, ""),
+        }
+        boxes.append({**vars(box), **shown})
         # The figure of the next box is compared with the last stage that the run has.
         before = stage or before
     return boxes
 
 
 def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
-    """Return the main figure of a stage with its name in words, the one of the stage before it, and the baselines."""
+    """Return the main figure of a stage with its name in words, the one before it, and those of the baselines."""
     aim = main_aim(stage) if stage_info(stage.name).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
@@ -117,15 +102,12 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
         "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
         "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
         "lower": info.better == "down",
-        "baselines": [f"{show(it)} ({baseline_title(run, it)})" for it in run.bars.values() if aim in it.metrics],
+        "baselines": [f"{show(it)} ({run.baseline_title(it)})" for it in run.bars if aim in it.metrics],
     }
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, as two stages answer it: the `last` that has any, and one before.
-
-    Which problems are shown depends on their place in the data alone, never on whether an answer is right.
-    """
+    """Return the first held-out problem of each kind, right or wrong, as the stage `last` and one before answer it."""
     traced = [stage for stage in run.stages.values() if stage.traces]
     names = [stage.name for stage in traced]
     stages = traced[: names.index(last) + 1 if last else None][-2:]
@@ -164,16 +146,15 @@ def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
     if stage_info(stage.name).held_out == "problems" and stage.traces:
         shown = showcase(run, stage.name)[0]
     elif stage.answers:
-        first = stage.answers[0]
-        side = {"stage": "", "text": first["answer"], "correct": None}
-        shown = {"problem": first["prompt"], "reference": "", "sides": [side]}
+        side = {"stage": "", "text": stage.answers[0]["answer"], "correct": None}
+        shown = {"problem": stage.answers[0]["prompt"], "reference": "", "sides": [side]}
     else:
         return None
-    sides = [{**side, "text": _cut(side["text"])} for side in shown["sides"]]
-    return {**shown, "problem": _cut(shown["problem"]), "sides": sides}
 
+    def cut(text: object) -> str:
+        # Blank lines would stretch the box.
+        line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
+        return line if len(line) <= LONGEST_SAMPLE else f"{line[:LONGEST_SAMPLE].rstrip()} …"
 
-def _cut(text: object) -> str:
-    """Cut a text, and mark its blank lines instead of showing them, because they would stretch the box."""
-    line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
-    return line if len(line) <= LONGEST_SAMPLE else f"{line[:LONGEST_SAMPLE].rstrip()} …"
+    sides = [{**side, "text": cut(side["text"])} for side in shown["sides"]]
+    return {**shown, "problem": cut(shown["problem"]), "sides": sides}

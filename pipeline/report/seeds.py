@@ -15,11 +15,9 @@ from pipeline.evaluation.intervals import Estimate, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.report.curves import overlay
 from pipeline.report.differences import Difference
-from pipeline.report.load import Run
+from pipeline.report.load import Run, stage_info, stage_order, step_order
 from pipeline.report.page import draw, write_files
-from pipeline.report.stage_order import stage_info, stage_order, step_order
 from pipeline.report.summary import summarise
-from pipeline.report.tables import baseline_title, show_targets
 from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import counted, duration, number, signed
 from pipeline.report.verdict import Finding
@@ -30,7 +28,6 @@ SEVERAL = (
 )
 ONE = "The intervals are over the test rows of the only run. How much training varies is not known."
 """How to read the figures of several runs, and of one."""
-
 Spread = dict[str, Any]
 """`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
 
@@ -44,12 +41,7 @@ def find_seeds(path: Path) -> list[Path]:
 
 
 def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
-    """Return the spread of a figure over the runs that have it, at least one.
-
-    Args:
-        runs: The figure of each run, None for a run that lacks it.
-        bounds: The smallest and the largest value that the figure can have, as for `over_seeds`.
-    """
+    """Return the spread of a figure over the runs that have it, with the `bounds` of `over_seeds`."""
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
     mean = over_seeds(found, *bounds)
@@ -67,41 +59,34 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
 def write_seeds(
     runs: Sequence[Run], found: Sequence[Sequence[Difference]], targets: Sequence[Target], directory: Path
 ) -> Path:
-    """Write index.html, metrics.json and report.md over several runs. Return the path of the first.
-
-    Args:
-        runs: At least one run.
-        found: The paired differences of each.
-        targets: The targets of each run.
-        directory: Where to write.
-    """
+    """Write index.html, metrics.json and report.md over runs, whose differences are `found`. Return the page's path."""
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
-    stages = _spreads([of_run["stages"] for of_run in each])
-    baselines = _spreads([of_run["baselines"] for of_run in each])
+    stages, baselines = (_spreads([of_run[key] for of_run in each]) for key in ("stages", "baselines"))
     # The differences of a run by stage, or by `<stage> - <baseline>`, and then by metric.
     by_stage: list[dict[str, dict[str, Any]]] = [defaultdict(dict) for _ in runs]
     for groups, of_run in zip(by_stage, each, strict=True):
         for item in of_run["differences"]:
-            is_baseline = item["before"] in of_run["baselines"]
-            group = f"{item['stage']} - {item['before']}" if is_baseline else item["stage"]
-            groups[group][item["metric"]] = item
+            baseline = f" - {item['before']}" if item["before"] in of_run["baselines"] else ""
+            groups[f"{item['stage']}{baseline}"][item["metric"]] = item
     changes = _spreads(by_stage, lowest=-1.0)
     # The seconds of each step, and in the last row of all steps together.
     taken = [of_run["seconds"] for of_run in each]
     taken = [of_run | {"together": sum(of_run.values())} if of_run else {} for of_run in taken]
-    steps = sorted({step for of_run in taken for step in of_run}, key=step_order)
     times = {
-        step: spread([Estimate(of_run[step]) if step in of_run else None for of_run in taken], 0.0) for step in steps
+        step: spread([Estimate(of_run[step]) if step in of_run else None for of_run in taken], 0.0)
+        for step in sorted({step for of_run in taken for step in of_run}, key=step_order)
     }
-    summary = {
-        "runs": [{"run": run.name, "seed": run.record.get("seed"), "commit": run.commit} for run in runs],
+    seeds = {run.name: run.record.get("seed") for run in runs}
+    labels = {name: name if seed is None else f"{name} (seed {seed})" for name, seed in seeds.items()}
+    summary: dict[str, Any] = {
+        "runs": [{"run": run.name, "seed": seeds[run.name], "commit": run.commit} for run in runs],
         "stages": stages,
         "baselines": baselines,
         "differences": changes,
         "seconds": {step: item for step, item in times.items() if step != "together"},
         **{
-            kind: [{"run": run.name, **item} for run, of_run in zip(runs, each, strict=True) for item in of_run[kind]]
+            kind: [{"run": of_run["run"], **item} for of_run in each for item in of_run[kind]]
             for kind in ("promises", "alarms", "verdict")
         },
         "notes": [note for run in runs for note in run.notes],
@@ -109,50 +94,31 @@ def write_seeds(
     # The runs may have found different texts that win by themselves.
     titles = {
         group: " / ".join(
-            dict.fromkeys(baseline_title(run, run.baselines[group]) for run in runs if group in run.baselines)
+            dict.fromkeys(run.baseline_title(run.baselines[group]) for run in runs if group in run.baselines)
         )
         for group in baselines
     }
-    rows = [_row(step, item, duration) for step, item in times.items()]
-    name = counted(len(runs), "run")
     content = {
-        "name": name,
-        "headline": f"{name}: mean and spread",
+        "name": counted(len(runs), "run"),
+        "headline": f"{counted(len(runs), 'run')}: mean and spread",
         "how": SEVERAL if len(runs) > 1 else ONE,
-        "facts": [label(run) for run in runs],
+        "facts": [labels[run.name] for run in runs],
         "names": [run.name for run in runs],
-        "targets": [
-            shown
-            for run, of_run in zip(runs, results, strict=True)
-            for shown in show_targets(of_run, prefix=f"{label(run)}: ")
-        ],
+        "targets": [one | {"promise": f"{labels[one['run']]}: {one['promise']}"} for one in summary["promises"]],
         "conclusion": "",
-        "verdict": [
-            f"{label(run)}, {Finding(**item)}" for run, of in zip(runs, each, strict=True) for item in of["verdict"]
-        ],
+        "verdict": [f"{labels[of_run['run']]}, {Finding(**item)}" for of_run in each for item in of_run["verdict"]],
         "notes": summary["notes"],
         "figures": _groups(stages) + _groups(baselines, titles),
         "changes": _groups(changes, sign=True),
         "charts": draw(overlay(runs)),
-        "times": [{"title": "All steps", "stage": "", "rows": rows}],
+        "times": [{"title": "All steps", "stage": "", "rows": [_row(*item, duration) for item in times.items()]}],
         "paths": [os.path.relpath(run.path / "report" / "index.html", directory) for run in runs],
     }
     return write_files(directory, "seeds", summary, content)
 
 
-def label(run: Run) -> str:
-    """Return the run's name and seed."""
-    seed = run.record.get("seed")
-    return run.name if seed is None else f"{run.name} (seed {seed})"
-
-
 def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Return the spread of each figure of metrics.json, as group -> name -> spread. Texts are listed.
-
-    Args:
-        runs: The figures of each run, as group -> name -> estimate or text.
-        lowest: The smallest value that the figure of a share can have.
-    """
+    """Return the spread of each figure, as group -> name -> spread; `lowest` is the smallest value of a share."""
     result: dict[str, dict[str, Any]] = {}
     for group in sorted({group for run in runs for group in run}, key=stage_order):
         figures = [run.get(group, {}) for run in runs]
@@ -166,7 +132,7 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
                 rows = [value or {} for value in values]
                 result[group][name] = {
                     length: spread([row.get(length) and Estimate.from_json(row[length]) for row in rows], 0.0, 1.0)
-                    for length in {length: None for row in rows for length in row}
+                    for length in dict.fromkeys(length for row in rows for length in row)
                 }
             else:
                 bounds = (lowest, 1.0) if metric_info(name).share else ()
@@ -181,14 +147,13 @@ def _groups(
     groups = []
     for group, metrics in stages.items():
         # "4_grpo - elicited" is a difference of the stage from a baseline.
-        stage, rows = group.partition(" - ")[0], []
+        info, rows = stage_info(group.partition(" - ")[0]), []
         for metric, figures in metrics.items():
             if "mean" in figures:
-                info = metric_info(metric)
-                show = partial(signed if sign else number, digits=info.digits)
-                row = _row(info.label, figures, show) | {"sd": number(figures["sd"], info.digits)}
-                rows.append({**row, "aim": metric in stage_info(stage).aims})
-        groups.append({"title": (titles or {}).get(group) or stage_info(stage).title, "stage": group, "rows": rows})
+                shown = metric_info(metric)
+                row = _row(shown.label, figures, partial(signed if sign else number, digits=shown.digits))
+                rows.append({**row, "sd": number(figures["sd"], shown.digits), "aim": metric in info.aims})
+        groups.append({"title": (titles or {}).get(group) or info.title, "stage": group, "rows": rows})
     return groups
 
 

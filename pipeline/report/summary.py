@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.curves import alarms, last_logged
+from pipeline.report.curves import last_logged, logged
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
@@ -27,15 +27,9 @@ def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
 def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetResult]) -> dict[str, Any]:
     """Return the content of metrics.json.
 
-    Returns:
-        `stages` (stage -> metric -> `{"value", "ci95", "n"}`, and `by_kind` where there are kinds; `expert_load` has
-        `layers`, the load of each expert; `pass@1_by_length` has an estimate for each length of a problem),
-        `baselines` (the same, and their texts), `other` (evaluations with a name, by stage), `metrics` (metric -> label
-        and direction), `judge` of the win rates, `left_out`, `cut_off` and `overlap` (by stage), `alarms` (`{"stage",
-        "step", "what", "value"}`), `seconds` and `peak_memory` (by step; bytes of its largest process), `hardware`,
-        `versions` and `commit` of the last training step, `seed`, `run`, `parameters`, `tokens` and `flops` (by stage),
-        `differences`, `promises` (the targets), `verdict` (`{"stage", "what", "value", "remedy"}` for each thing that
-        did not work), `conclusion` (the verdict in one line) and `notes`.
+    A figure is `{"value", "ci95", "n"}`, and `by_kind` where there are kinds of examples. `stages` and `baselines` have
+    them by metric; `expert_load` has `layers`, the load of each expert, and `pass@1_by_length` an estimate for each
+    length of a problem. `other` are evaluations with a name. Memory is in bytes of a step's largest process.
     """
     stages = {name: _to_json(stage.metrics) for name, stage in run.stages.items() if stage.metrics}
     for name, figures in stages.items():
@@ -44,26 +38,26 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         if "expert_load" in figures:
             figures["expert_load"]["layers"] = run.stages[name].experts.get("layers", [])
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
+    infos = {name: metric_info(name) for stage in run.stages.values() for name in stage.metrics}
     failures = find_failures(run)
     return {
         "run": run.name,
         "stages": stages,
-        "baselines": {
-            name: _to_json(baseline.metrics) | baseline.texts.get(name, {}) for name, baseline in run.baselines.items()
-        },
-        "other": {
-            name: {stage: _to_json(metrics) for stage, metrics in stages.items()} for name, stages in run.others.items()
-        },
-        "metrics": {
-            metric: {"label": metric_info(metric).label, "better": metric_info(metric).better}
-            for metric in dict.fromkeys(metric for stage in run.stages.values() for metric in stage.metrics)
-        },
+        "baselines": {name: _to_json(one.metrics) | one.texts.get(name, {}) for name, one in run.baselines.items()},
+        "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
+        "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
         "judge": run.judge,
         **{
             key: {name: entry for name, stage in run.stages.items() if (entry := getattr(stage, key))}
             for key in ("left_out", "cut_off", "overlap")
         },
-        "alarms": alarms(run),
+        # Trainers log an alarm as `alarm/<what>`.
+        "alarms": [
+            {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
+            for stage in run.stages.values()
+            for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
+            for step, value in logged(stage, key)
+        ],
         "seconds": seconds(run),
         "peak_memory": {name: int(peak) for name, peak in recorded(run, "peak_memory").items() if peak},
         "hardware": run.hardware,
@@ -74,9 +68,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
         "flops": {name: flops for name, (_, flops) in costs.items() if flops},
         "differences": [{name: getattr(item, name) for name in NAMED} | item.change.to_json() for item in found],
-        "promises": [
-            {"promise": str(result.target), "measured": result.measured, "kept": result.met} for result in results
-        ],
+        "promises": [{"promise": str(one.target), "measured": one.measured, "kept": one.met} for one in results],
         "verdict": list(map(asdict, failures)),
         "conclusion": conclude(run, failures),
         "notes": list(run.notes),
@@ -84,7 +76,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
 
 def by_length(stage: StageResult) -> dict[str, Estimate]:
-    """Return the pass@1 of the problems of each length, shortest first; {} if the data do not say how long they are."""
+    """Return the pass@1 of the problems of each length, as far as the data say how long they are."""
     values: dict[int, list[float]] = {}
     for example in stage.examples:
         if example["metric"] == "pass@1" and "length" in example:
@@ -93,7 +85,7 @@ def by_length(stage: StageResult) -> dict[str, Estimate]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """Return the seconds of each step from the record, or of training from the log of a stage that the record lacks."""
+    """Return the seconds of each step from the record, or of training from the log of the stage."""
     taken = recorded(run, "seconds")
     for name, stage in run.stages.items():
         if (runtime := last_logged(stage, "train_runtime")) is not None:
@@ -116,8 +108,8 @@ def recorded(run: Run, key: str) -> dict[str, float]:
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
-    The operations are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). They are
-    what the trainer counted if it logged no tokens, or saved an adapter, whose base's weights are not among its own.
+    These are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020), or else what the
+    trainer counted: if it logged no tokens, or saved an adapter, whose base's weights are not among its own.
     """
     # Trainers of TRL log `num_tokens`; the others count what their inputs had.
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")

@@ -24,15 +24,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one figure.
-
-    Attributes:
-        stage: The stage, or the baseline, whose figure it is.
-        against: The stage, or the baseline, to compare with; None for the figure alone.
-        how: The comparison: "difference", "ratio", or "interval", the lower end of the interval of the paired
-            difference.
-        lower_end: Whether the bound applies to the lower end of the figure's interval instead of the figure.
-    """
+    """A bound on one figure of a stage or a baseline; templates/targets.yaml says what the fields mean."""
 
     stage: str
     metric: str
@@ -40,7 +32,6 @@ class Target:
     at_most: float | None = None
     against: str | None = None
     how: Literal["difference", "ratio", "interval"] = "difference"
-    lower_end: bool = False
 
     def __post_init__(self) -> None:
         bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
@@ -54,11 +45,9 @@ class Target:
         bound = " and ".join(f"{name} {number(value, 2)}" for name, value in bounds if value is not None)
         label = f"{metric_info(self.metric).label} of {self.stage}"
         if self.against is None:
-            return f"{label}{', lower end of the interval,' if self.lower_end else ''} {bound}"
-        if self.how == "ratio":
-            return f"{label} over {self.against}: {bound}"
+            return f"{label} {bound}"
         lower = ", lower end of the interval" if self.how == "interval" else ""
-        return f"{label} minus {self.against}{lower}: {bound}"
+        return f"{label} {'over' if self.how == 'ratio' else 'minus'} {self.against}{lower}: {bound}"
 
 
 @dataclass(frozen=True)
@@ -71,11 +60,7 @@ class TargetResult:
 
 
 def load_targets(path: str | Path | None = None) -> list[Target]:
-    """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket.
-
-    Raises:
-        UserError: If entries are wrong; all of them are named.
-    """
+    """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket."""
     file = Path(path or POCKET)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -103,32 +88,26 @@ def is_pocket(run: Run) -> bool:
 
 def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
     """Compare the run's figures with the targets, in order. Targets whose figures were not measured are skipped."""
+    sources = {**run.baselines, **run.stages}
     results = []
     for target in targets:
-        if (measured := _measured(run, found, target)) is not None:
+        figure, other = (
+            sources[name].metrics.get(target.metric) if name in sources else None
+            for name in (target.stage, target.against or target.stage)
+        )
+        if figure is None or other is None:
+            continue
+        measured: float | None = figure.value
+        if target.against and target.how == "ratio":
+            measured = figure.value / other.value if other.value else None
+        elif target.against and target.how == "difference":
+            measured = figure.value - other.value
+        elif target.against:
+            # The lower end of the interval of the paired difference.
+            wanted = (target.stage, target.against, target.metric)
+            measured = next((one.change.low for one in found if (one.stage, one.before, one.metric) == wanted), None)
+        if measured is not None:
             low = -math.inf if target.at_least is None else target.at_least - ROUNDING
             high = math.inf if target.at_most is None else target.at_most + ROUNDING
             results.append(TargetResult(target, measured, low <= measured <= high))
     return results
-
-
-def _measured(run: Run, found: Sequence[Difference], target: Target) -> float | None:
-    """Return the figure that the target bounds, None if it was not measured."""
-    figures = {
-        name: stage.metrics[target.metric]
-        for name, stage in {**run.baselines, **run.stages}.items()
-        if target.metric in stage.metrics
-    }
-    if not {target.stage, target.against or target.stage} <= figures.keys():
-        return None
-    figure = figures[target.stage]
-    if target.against is None:
-        return figure.low if target.lower_end else figure.value
-    other = figures[target.against]
-    if target.how == "ratio":
-        return figure.value / other.value if other.value else None
-    if target.how == "difference":
-        return figure.value - other.value
-    # What is left is the lower end of the interval of the paired difference.
-    wanted = (target.stage, target.against, target.metric)
-    return next((item.change.low for item in found if (item.stage, item.before, item.metric) == wanted), None)

@@ -13,7 +13,6 @@ from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
 """Longer texts are cut when they are shown; the files on disk keep all of them."""
-
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
 """Addresses that GitHub turns into links."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
@@ -22,33 +21,27 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     """Replace every character of `text` that cannot be seen, and cut it at `limit` characters.
 
-    Control characters become their pictures (U+2400); bidirectional controls, other invisible format characters, lone
-    surrogates and unassigned code points become their number. Line breaks and tabs stay. Combining marks piled on one
-    character are cut after the third. HTML is not escaped here; the templates escape everything.
+    Control characters become their pictures (U+2400), other invisible ones their number. Line breaks and tabs stay.
     """
     text = text.replace("\r\n", "\n")
     shown = []
     marks = 0
     for character in text[:limit]:
-        # A pile of combining marks would cover the lines around it.
+        code = ord(character)
         marks = marks + 1 if unicodedata.combining(character) else 0
-        if marks <= 3:
-            shown.append(_glyph(character))
+        # A pile of combining marks would cover the lines around it.
+        if marks > 3:
+            continue
+        if (code < 0x20 or code == 0x7F) and character not in "\n\t":
+            character = chr(0x2400 + min(code, 0x21))
+        # "C" are control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned
+        # code points; the others separate lines and paragraphs.
+        elif character not in "\n\t" and unicodedata.category(character).startswith(("C", "Zl", "Zp")):
+            character = f"⟨U+{code:04X}⟩"
+        shown.append(character)
     if len(text) > limit:
         shown.append(f" … (+{len(text) - limit} characters)")
     return "".join(shown)
-
-
-def _glyph(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if code < 0x20 or code == 0x7F:
-        return chr(0x2400 + min(code, 0x21))
-    # "C" are control characters, formats (bidirectional, of zero width, tags), surrogates, private and unassigned code
-    # points; the others separate lines and paragraphs.
-    hidden = unicodedata.category(character).startswith(("C", "Zl", "Zp"))
-    return f"⟨U+{code:04X}⟩" if hidden else character
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -59,15 +52,12 @@ def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def code(text: str) -> Markup:
-    """Return a short text as code in Markdown."""
     return Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash.
-
-    Halves are rounded away from 0, also where floating point puts them a little on the other side: -0.0025 is −0.003.
-    """
+    """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
+    # Halves are rounded away from 0, also where floating point puts them a little on the other side.
     return "–" if value is None else f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
 
 
@@ -103,5 +93,4 @@ def interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
     """Format the interval, "0.94 to 0.98", signed if `sign`; "" if there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
-    shown = signed if sign else number
-    return f"{shown(estimate.low, digits)} to {shown(estimate.high, digits)}"
+    return " to ".join((signed if sign else number)(end, digits) for end in (estimate.low, estimate.high))

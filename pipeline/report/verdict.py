@@ -1,7 +1,5 @@
 """The verdict on a run: what did not work, by the figures that it recorded, and what to do about it.
 
-    3_reward: reward accuracy is 0.500 (0.315 to 0.685, n = 24), no better than chance. PPO would optimise noise: …
-
 What a run did not record is not judged, and a miniature (`run --smoke`) is not judged at all.
 """
 
@@ -18,29 +16,22 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge, paired
-from pipeline.report.load import Run, main_aim
-from pipeline.report.stage_order import stage_info, stage_kind, twins
+from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
-from pipeline.stages import HELD_OUT, SMOKE, find_baseline
+from pipeline.stages import HELD_OUT, SMOKE
 
 MIN_STOP_RATE = 0.5
 """Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
-
 MIN_SHARE_RIGHT = 0.1
 """Share of right answers below which a stage leaves the next one little to start from, however much it gained."""
-
 MAX_WITHOUT_SPREAD = 0.95
 """Share of groups with equal rewards, over all of training: above it, 19 of 20 samples taught nothing."""
-
 MIN_SPREAD = 1e-3
 """Standard deviation of a batch's rewards, below which PPO sees them as equal."""
-
 MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
-
 CHANCE = 0.5
 """Accuracy and win rate of who guesses."""
-
 REMEDIES = {
     "pretrain": "train longer (max_steps), on more text, or raise learning_rate",
     "sft": "train longer (max_steps, num_train_epochs), on more conversations, or raise learning_rate",
@@ -54,14 +45,7 @@ REMEDIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that did not work.
-
-    Attributes:
-        stage: The stage, or the step, that it is about.
-        what: What is wrong, with its figures.
-        value: The main one of these.
-        remedy: What to do.
-    """
+    """Something that did not work in a stage or a step: what, with its figures, the main one of these, and a remedy."""
 
     stage: str
     what: str
@@ -76,7 +60,7 @@ def find_failures(run: Run) -> list[Finding]:
     """Return what did not work, in the order of training; nothing of a miniature."""
     if run.is_smoke:
         return []
-    found = [*_rows_lost(run), *_copies(run)]
+    found = [*_data(run)]
     for stage in run.stages.values():
         info = stage_info(stage.name)
         if not info.generates:
@@ -88,8 +72,8 @@ def find_failures(run: Run) -> list[Finding]:
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
 
 
-def shown(run: Run, found: list[Finding]) -> dict[str, Any]:
-    """Return what verdict.html.jinja shows."""
+def shown(run: Run) -> dict[str, Any]:
+    found = find_failures(run)
     return {"verdict": list(map(str, found)), "conclusion": conclude(run, found), "smoke": run.is_smoke}
 
 
@@ -98,7 +82,7 @@ def conclude(run: Run, found: list[Finding]) -> str:
     if run.is_smoke:
         return f"{run.record.get('recipe') or run.name}, {SMOKE}"
     if found:
-        failed = list(dict.fromkeys(finding.stage for finding in found))
+        failed = dict.fromkeys(finding.stage for finding in found)
         return f"{counted(len(found), 'thing')} did not work, in {', '.join(failed)}"
     aims = [main_aim(stage) for stage in run.stages.values() if stage_info(stage.name).generates]
     reached = [metric_info(aim).label.lower() for aim in aims if aim]
@@ -110,11 +94,15 @@ def conclude(run: Run, found: list[Finding]) -> str:
     return f"{subject} did what {are} for: better {', '.join(dict.fromkeys(reached))}"
 
 
+def _known(metric: str, estimate: Estimate, sign: bool = False) -> str:
+    """Return "0.315 to 0.685, n = 24", as far as that is known."""
+    ends = interval(estimate, metric_info(metric).digits, sign)
+    return ", ".join(filter(None, (ends, f"n = {estimate.n:,}" if estimate.n else "")))
+
+
 def _shown(metric: str, estimate: Estimate) -> str:
     """Return "0.500 (0.315 to 0.685, n = 24)"."""
-    digits = metric_info(metric).digits
-    known = filter(None, (interval(estimate, digits), f"n = {estimate.n:,}" if estimate.n else ""))
-    return f"{number(estimate.value, digits)} ({', '.join(known)})"
+    return f"{number(estimate.value, metric_info(metric).digits)} ({_known(metric, estimate)})"
 
 
 def _chance(stage: StageResult) -> Iterator[Finding]:
@@ -122,14 +110,14 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
     accuracy = stage.metrics.get("reward_accuracy")
     if accuracy is None or accuracy.low is None or accuracy.low > CHANCE:
         return
-    shown = f"reward accuracy is {_shown('reward_accuracy', accuracy)}"
+    what, remedy = "which chance alone may reach", "PPO would optimise noise: give it more pairs, or train it longer "
+    remedy += "(num_train_epochs, learning_rate)"
     if accuracy.high is not None and accuracy.high < CHANCE:
-        yield Finding(stage.name, f"{shown}, below chance", accuracy.value, "chosen and rejected may be swapped")
-        return
-    remedy = "PPO would optimise noise: give it more pairs, or train it longer (num_train_epochs, learning_rate)"
-    if stage_kind(stage.name) == "judge":
+        what, remedy = "below chance", "chosen and rejected may be swapped"
+    elif stage_kind(stage.name) == "judge":
         remedy = "the win rates that it judges are noise: give it more pairs, or train it longer (num_train_epochs)"
-    yield Finding(stage.name, f"{shown}, which chance alone may reach", accuracy.value, remedy)
+    shown = f"reward accuracy is {_shown('reward_accuracy', accuracy)}, {what}"
+    yield Finding(stage.name, shown, accuracy.value, remedy)
 
 
 def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
@@ -141,7 +129,8 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
     label = info.label[:1].lower() + info.label[1:]
     remedy = REMEDIES.get(stage_kind(stage.name), "train longer")
     change = paired(before.outcomes(aim), stage.outcomes(aim), aim) if before else None
-    gained, highest = True, now.value if now.high is None else now.high
+    is_share_to_raise = info.share and info.better == "up"
+    gained, what = True, f"{label} is {_shown(aim, now)}"
     if aim == "win_rate" and before and run.against == before.name:
         gained = now.low is None or now.low > CHANCE
         what = f"{label} against {before.name} is {_shown(aim, now)}, which does not exclude one half"
@@ -150,29 +139,23 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         gained = verdict == "better"
         was, is_now = (number(side.metrics[aim].value, info.digits) for side in (before, stage))
         lost = "a loss" if verdict == "worse" else "no significant gain"
-        known = filter(None, (interval(change, info.digits, sign=True), f"n = {change.n:,}" if change.n else ""))
-        by = f"{signed(change.value, info.digits)}, {', '.join(known)}"
+        by = f"{signed(change.value, info.digits)}, {_known(aim, change, sign=True)}"
         what = f"{label} went from {was} ({before.name}) to {is_now}, {lost} ({by})"
-    elif info.share and info.better == "up":
+    elif is_share_to_raise:
         gained = now.value > 0
-        what = f"{label} is {_shown(aim, now)}"
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
-    elif aim != "win_rate" and info.share and info.better == "up" and highest < MIN_SHARE_RIGHT:
+    elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < MIN_SHARE_RIGHT:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
-    for name, baseline in run.bars.items():
+    for baseline in run.bars:
         for metric in stage_info(stage.name).aims:
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
             verdict = "better" if other is None else judge(metric, other)
             # What does not gain at all is not named again for each baseline that is no better.
             if verdict == "worse" or (verdict == "same" and gained):
                 reached = f"{metric_info(metric).label.lower()} is {_shown(metric, stage.metrics[metric])}"
-                about = find_baseline(name)
-                title = about.title.format(against=run.against) if about else name
-                texts = baseline.texts.get(name, {})
-                text = texts.get(metric.replace("win_rate", "text")) or texts.get("text", "")
-                title += f" “{text.strip()}”" if text.strip() else ""
-                than = f"not better than {_shown(metric, baseline.metrics[metric])} without training ({title})"
+                figure, title = _shown(metric, baseline.metrics[metric]), run.baseline_title(baseline)
+                than = f"not better than {figure} without training ({title})"
                 yield Finding(stage.name, f"{reached}, {than}", stage.metrics[metric].value, remedy)
 
 
@@ -190,45 +173,34 @@ def _endless(stage: StageResult, before: StageResult | None) -> Iterator[Finding
 
 def _no_spread(stage: StageResult) -> Iterator[Finding]:
     """Find rewards that were nearly always equal, so that there was nothing to learn from them."""
-    useless = [value for _, value in logged(stage, "frac_reward_zero_std")]
-    rewards = [value for _, value in logged(stage, "reward")]
-    spread = [value for _, value in logged(stage, "reward_std")]
-    if useless and fmean(useless) >= MAX_WITHOUT_SPREAD:
-        share, reward = fmean(useless), f", reward {number(fmean(rewards))}" if rewards else ""
-        what = f"in {share:.0%} of the groups all rewards were equal{reward}"
+    useless, rewards, spread = (
+        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
+    )
+    if useless and (share := fmean(useless)) >= MAX_WITHOUT_SPREAD:
+        reward = f", reward {number(fmean(rewards))}" if rewards else ""
         remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
         remedy += "right, raise num_generations, or start from a stage that solves some of them"
-        yield Finding(stage.name, what, share, remedy)
+        yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
     elif not useless and spread and max(spread) < MIN_SPREAD:
         remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
         yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
 
 
-def _rows_lost(run: Run) -> Iterator[Finding]:
-    """Find data sets that lost many rows, cut or dropped by a step."""
+def _data(run: Run) -> Iterator[Finding]:
+    """Find data sets that lost many rows, cut or dropped by a step, and held-out data that the run trains on."""
     for step, entry in run.steps.items():
         for lost in entry.get("lost", []):
             if lost["rows"] >= MAX_LOST * lost["of"] > 0:
                 share = lost["rows"] / lost["of"]
                 yield Finding(step, f"{lost['rows']:,} of {lost['of']:,} {lost['what']}", share, lost["remedy"])
-
-
-def _copies(run: Run) -> Iterator[Finding]:
-    """Find held-out data that the run trains on."""
-    for key in HELD_OUT:
-        # Several pairs may share a prompt, which does not say which answer is better.
-        if key == "pairs":
-            continue
+    # Several pairs may share a prompt, which does not say which answer is better.
+    for key in [key for key in HELD_OUT if key != "pairs"]:
         # The stage that is judged by these data, or else the last one that was measured on them.
         seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
-        own = [stage for stage in seen if stage_info(stage.name).held_out == key]
-        if not seen:
-            continue
-        stage = (own or seen)[-1]
-        found = stage.overlap[key]
+        seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
+        found = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
         if (share := found["found"] / found["rows"]) >= MAX_LOST:
             remedy = "figures that are measured on them are partly memory: remove these rows from training "
             remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
             what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
-            what += copies_in(found)
-            yield Finding(stage.name, what, share, remedy)
+            yield Finding(seen[-1].name, what + copies_in(found), share, remedy)

@@ -53,7 +53,7 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     assert sum(view.rewards) == pytest.approx(view.score - view.penalty - 0.5 * sum(view.kl), abs=1e-3)
 
 
-def seen(run: Path, models: Models | None = None, **changes: Any) -> watch.Update:
+def seen(run: Path, models: Models | None = None, **changes: Any) -> Any:
     """Watch four answers, of which the second is right."""
     models = models or Models(run)
     policy, reference = models.get("4_grpo"), models.get("3_ppo")
