@@ -160,6 +160,8 @@ def choose_table(file: Path) -> dict[str, Any]:
     stray = 0
     try:
         row = next(islice(filter(None, rows), 1, None), [])
+        if not row:
+            raise UserError(Problem("dataset_name", file, "does not have rows; give files that have"))
         # pandas would take the first fields of such rows for names of rows.
         if len(row) > len(header):
             remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
