@@ -36,10 +36,10 @@ from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.frozen_weights import frozen_copy
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.reference_model import frozen_copy
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox, load_toolbox
 from pipeline.training.reliable import unchanged_random_state

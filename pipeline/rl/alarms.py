@@ -2,8 +2,7 @@
 
 `tests/benchmarks/alarms.py` holds them against runs of a few thousand parameters, of which it is known whether they
 broke. The half `setting` left the thresholds as they were, the other judged them. Three kinds of breaking are in the
-latter only; while the study was written, single runs of them, with other seeds, had been seen. "After" is the median
-share of the run after which the first alarm spoke.
+latter only. "After" is the median share of the run after which the first alarm spoke.
 
     run                                                        setting: alarms  after   judging: alarms  after
     healthy, of ten kinds, some of which learn all or little           0 of 20                 1 of 20    10%
@@ -16,8 +15,7 @@ share of the run after which the first alarm spoke.
       paid for one sentence, whatever is asked                                                  2 of 3    40%
 
 The false alarm is GRPO that found no right answer in its first steps, and learned later. The run without an alarm is
-GRPO whose wrong reward was satisfied: to the alarms, it is success. DPO samples nothing while it trains. On what its
-checkpoints sample, they spoke in 0 of 4 healthy runs, and in all 4 with hardly any KL penalty, of which 2 broke.
+GRPO whose wrong reward was satisfied: to the alarms, it is success.
 """
 
 from __future__ import annotations
@@ -74,10 +72,8 @@ ADVICE = {
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
-    Where most entries are bad, but too few in a row, the alarm is raised at the end.
-
-    All is derived from the log, which checkpoints contain, so that a resumed run raises the alarms of an uninterrupted
-    one.
+    Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
+    that a resumed run raises the alarms of an uninterrupted one.
 
     Args:
         checked: Whether rewards are checks, with a best value, and not scores of a reward model.
@@ -85,19 +81,14 @@ class CollapseAlarms(TrainerCallback):
 
     def __init__(self, checked: bool) -> None:
         self.checked = checked
-        self._patience = MIN_ENTRIES
-        self._forget()
 
-    def _forget(self) -> None:
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read what was logged before a resumed run stopped."""
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
         # The figures of each alarm so far, None for one that is not bad.
         self._figures: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
-
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Read what was logged before a resumed run stopped."""
-        self._forget()
         self._patience = max(MIN_ENTRIES, math.ceil(MIN_COMPLETIONS / args.generation_batch_size))
         for entry in state.log_history:
             self._read(entry)

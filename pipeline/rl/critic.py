@@ -1,8 +1,7 @@
 """The critic of PPO, with the optimizer that trains it.
 
-Policy and critic are two networks that learn from the same micro-batches. transformers' `Trainer` zeroes, clips and
-steps the policy; `Critic.step` does the same for the critic, when the gradients of all micro-batches of an optimizer
-step are there.
+transformers' `Trainer` zeroes, clips and steps the policy; `Critic.step` does the same for the critic, once the
+gradients of all micro-batches of an optimizer step are there.
 """
 
 from __future__ import annotations
@@ -57,10 +56,10 @@ class Critic:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def step(self, share: float) -> float:
-        """Take an optimizer step. Return the norm that the gradients had before they were clipped.
+        """Take an optimizer step, with a learning rate that is a `share` of its peak.
 
-        Args:
-            share: Present learning rate as a share of its peak.
+        Returns:
+            The norm that the gradients had before they were clipped.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
@@ -79,15 +78,11 @@ class Critic:
 
     def save(self, folder: Path) -> None:
         """Save the model, without the card that PEFT drafts, which has paths of this machine."""
-        path = folder / VALUE_MODEL_FOLDER
-        self.bare.save_pretrained(str(path))
-        (path / "README.md").unlink(missing_ok=True)
+        self.bare.save_pretrained(str(folder / VALUE_MODEL_FOLDER))
+        (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         """Load the model.
-
-        transformers, which has loaded the policy, takes a critic that is an adapter for another adapter of the policy,
-        which is deleted here.
 
         Raises:
             ValueError: If there is no critic in the folder.
@@ -100,22 +95,18 @@ class Critic:
         if saved_adapter != isinstance(model, PeftModel):
             remedy = f"{folder} was trained with {str(saved_adapter).lower()}; set it so"
             raise UserError(Problem("value_use_peft", not saved_adapter, remedy))
-        if isinstance(model, PeftModel):
-            if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
-                policy.delete_adapter(VALUE_MODEL_FOLDER)
-            set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
-        else:
+        if not saved_adapter:
             saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
+            return
+        # transformers, which has loaded the policy, took the critic's adapter for another one of the policy.
+        if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
+            policy.delete_adapter(VALUE_MODEL_FOLDER)
+        set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
 
 
 class CriticOptimizer:
-    """The part of checkpoints with the state of the critic's optimizer.
-
-    Args:
-        critic: The critic.
-        args: Say whether this process saves, and whether only models are saved.
-    """
+    """The state of the critic's optimizer, as a part of checkpoints."""
 
     belongs_to_model = False
 
@@ -123,12 +114,12 @@ class CriticOptimizer:
         self.critic, self.args = critic, args
 
     def save(self, folder: Path) -> None:
-        """Save the state."""
+        """Save the state, unless only models are saved."""
         if self.args.should_save and not self.args.save_only_model:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Load the state."""
+        """Load the state, if there is one."""
         if (folder / STATE).is_file():
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.critic.optimizer.load_state_dict(state["optimizer"])

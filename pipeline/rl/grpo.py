@@ -1,5 +1,5 @@
 """TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, a faster sampler and, on CPUs, cheaper
-log-probabilities. `pipeline.rl.ppo` builds on it, too."""
+log-probabilities."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import convert_frozen, unrounded
-from pipeline.rl.heads import compute_in_float32
-from pipeline.rl.reference_model import frozen_copy
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, converse
@@ -70,31 +68,23 @@ class EpochSampler(Sampler[int]):
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
     """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
 
-    TRL samples anew after a resume, although a rollout may serve several steps (`steps_per_generation` above
-    `gradient_accumulation_steps`, or `num_iterations` above 1), and it starts a later epoch of prompts in the order of
-    the first. Here, a checkpoint contains what is left of the rollout, one file per process, and the order of an epoch
-    depends only on its number. With a different number of processes or batch size, the rollout cannot be used and
-    is sampled anew, as by TRL.
+    A checkpoint contains what is left of the rollout (`pipeline.rl.rollout_state`), which TRL would sample anew. Only
+    with vLLM, whose probabilities depend on what else is in its batch, a resumed run samples other completions.
 
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
     `pipeline.rl.rewards` says what reward models read, and `pipeline.rewards.loading` what reward functions may return.
-
-    Completions are sampled by `pipeline.models.kernels.sampler`, from the global random numbers, which checkpoints
-    contain, unless `_can_sample` leaves it to TRL. vLLM's probabilities depend on what else is in its batch: a
-    resumed run goes on with the rollout of its checkpoint, but then samples other completions.
-
     The collapse of the policy is named in the log (`pipeline.rl.alarms`).
 
     Attributes:
         all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
+        latest_logps: The log-probabilities that were computed last, which TRL's loss does not return.
     """
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
-        # Without reward functions, the environment gives rewards.
         args = args or GRPOConfig()
         launch.use_one_gpu(args)
         if isinstance(model, str):
@@ -109,9 +99,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.parts.append(Rollout(self))
         if args.cast_lm_head_to_fp32:
-            for network in (self.model, self.ref_model):
-                if network is not None:
-                    compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
+            for network in filter(None, (self.model, self.ref_model)):
+                compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if copied:
             self.beta, args.beta, args.sync_ref_model = beta, beta, synced
             self._copy_reference()
@@ -133,33 +122,29 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
-    def _wrap_rewards(self) -> None:
-        """Replace reward models by functions, and guard functions; watch for the collapse of what they pay."""
-        rewards: list[Any] = []
-        judged = False
-        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
-        given = zip(self.reward_funcs, tokenizers, self.reward_func_names, weights, strict=True)
-        for function, tokenizer, name, weight in given:
-            if isinstance(function, nn.Module):
-                if isinstance(function, PreTrainedModel):
-                    avoid_emulation(function)
-                judged = judged or weight != 0
-                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
-            else:
-                rewards.append(guard_reward(function, name))
-        self.reward_funcs: list[Any] = rewards
-        self.add_callback(CollapseAlarms(checked=not judged))
-
     def _copy_reference(self) -> None:
-        """Make the reference a copy of the policy.
-
-        Raises:
-            ValueError: Under FSDP or DeepSpeed, which would leave the copy unsharded.
-        """
+        """Make the reference a copy of the policy."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed do not shard the reference of a model that was merged in memory")
         reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _wrap_rewards(self) -> None:
+        """Replace reward models by functions, and guard functions; watch for the collapse of what they pay."""
+        rewards: list[Any] = []
+        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
+            if isinstance(function, PreTrainedModel):
+                avoid_emulation(function)
+            if isinstance(function, nn.Module):
+                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
+            else:
+                rewards.append(guard_reward(function, name))
+        self.reward_funcs: list[Any] = rewards
+        judged = any(
+            isinstance(reward, RewardModel) and weight for reward, weight in zip(rewards, weights, strict=True)
+        )
+        self.add_callback(CollapseAlarms(checked=not judged))
 
     # ---- The rollout
 
@@ -177,14 +162,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     def _can_sample(self) -> bool:
-        """Return whether completions are sampled here rather than by TRL.
-
-        TRL samples with vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, models that
-        do not take positions (Mamba, for one) or have a `generate` of their own, and settings that `sample` lacks.
-        """
+        """Return whether `pipeline.models.kernels.sampler` can sample completions, rather than TRL."""
         if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
             return False
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # Mamba, for one, does not take positions.
         if not accepts_argument(model, "position_ids") or overrides_generate(model):
             return False
         return not unsupported_settings(self._sampling_config(model))
@@ -213,34 +195,27 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             finally:
                 model.train(training)
 
-    def _tool_call_loop(
-        self,
-        prompts: Any,
-        prompt_ids: Any,
-        completion_ids: Any,
-        completions: Any,
-        logprobs: Any,
-        images: Any,
-        multimodal_fields: Any,
-    ) -> Any:
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
-        mode = "train" if self.model.training else "eval"
         if self._is_vlm or any(map(is_async_callable, self.tools)):
-            return super()._tool_call_loop(
-                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
-            )
+            return super()._tool_call_loop(*args, **kwargs)
+        _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
             logps = None if logprobs is None else logprobs[number]
             dialogue.logps = None if logps is None else []
             dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        if self.use_vllm and self.vllm_mode == "colocate":
+            # It may have memory for fewer tokens than the model has positions.
+            context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         converse(
             dialogues,
             self._sample_turn,
             self._tokenizer,
             ends=self.eos_token_ids,
             limit=self.max_completion_length,
-            context=self._context(),
+            context=context,
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
         )
@@ -248,7 +223,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
         counts = torch.tensor([sampled, turns], device=self.accelerator.device)
         sampled, turns = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._metrics[mode]["tools/turn_length"].append(sampled / max(turns, 1))
+        self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
         return (
             [dialogue.sampled for dialogue in dialogues],
             [dialogue.messages for dialogue in dialogues],
@@ -268,13 +243,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         finally:
             config.max_new_tokens = self.max_completion_length
 
-    def _context(self) -> int:
-        """Return how long a text may be, in tokens: vLLM may have memory for fewer than the model has positions."""
-        if self.use_vllm and self.vllm_mode == "colocate":
-            length: int = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-            return length
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -289,8 +257,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
         Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
         which changes what a model with learned positions computes.
-
-        `latest_logps` keeps the log-probabilities, which TRL's loss does not return.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())

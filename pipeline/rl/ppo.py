@@ -1,16 +1,13 @@
 """PPO for language models, on the engine of TRL's `GRPOTrainer`.
 
-TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`: generation
-(transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation, checkpoints and
-multi-process training, by way of `pipeline.rl.grpo`, which makes it resume exactly. It adds the critic, the KL penalty
-per token inside the reward, generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`,
-`pipeline.rl.value_model`). `docs/ppo.md` has an example.
+TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `pipeline.rl.grpo`. It adds
+the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value loss
+(`pipeline.rl.ppo_math`, `pipeline.rl.value_model`). `docs/ppo.md` has an example.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -23,13 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
-from pipeline.errors import Problem, UserError
 from pipeline.rl import ppo_math, ppo_metrics
-from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
-from pipeline.rl.frozen_weights import prepare_frozen
+from pipeline.rl.critic import Critic, CriticOptimizer, token_values
+from pipeline.rl.frozen_weights import REFERENCE_ADAPTER, copy_adapter, prepare_frozen
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.reference_model import REFERENCE_ADAPTER, copy_adapter
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
 
@@ -41,18 +36,16 @@ class PPOTrainer(GRPOTrainer):
 
     Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
     on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
-    processes` completions. Policy and critic are two networks, each with an optimizer and a learning rate of its own,
-    on the same schedule, and each with its own gradient norm, clipped to `max_grad_norm`. In the first
-    `value_warmup_steps` steps the policy has no gradients: nothing of it changes, its state in the optimizer included.
+    processes` completions. Policy and critic are two networks, each with an optimizer, a learning rate and a clipped
+    gradient norm of its own, on the same schedule. In the first `value_warmup_steps` steps the policy has no gradients:
+    nothing of it changes, its state in the optimizer included.
 
-    The score of a completion belongs to its last token. A completion that was cut off at `max_completion_length` is
-    scored as it stands, without an end of turn, unless `missing_eos_penalty` or `mask_truncated_completions` is set.
-    Nothing is learned from a completion for which every reward function returns None.
+    The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
+    `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from a completion for which every
+    reward function returns None.
 
-    The critic is saved as `value_model/` in `output_dir` and in every checkpoint. A checkpoint also contains the
-    rollout that is being trained on, so that a resumed run continues with it: on one CPU process, bit for bit.
-
-    The logs contain, besides what `GRPOTrainer` logs, the metrics of `pipeline.rl.ppo_metrics`.
+    The critic is saved as `value_model/` in `output_dir` and in every checkpoint. On one CPU process, a resumed run
+    continues bit for bit. The logs contain the metrics of `pipeline.rl.ppo_metrics`, too.
 
     Args:
         model: The policy: a path, a Hub id, a model or a `PeftModel`, as for `GRPOTrainer`. Its present state is also
@@ -61,15 +54,11 @@ class PPOTrainer(GRPOTrainer):
         reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
             None if an environment gives the rewards.
         args: The configuration.
-        train_dataset: Rows with `prompt`, conversational or text; all other columns are passed to the reward functions.
-        eval_dataset: The same, or a dictionary of such data sets.
-        processing_class: The tokenizer. Default: the model's.
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
-            the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
-            is the only reward and is not normalised. Every other critic starts by expecting nothing.
-        peft_config: Train an adapter instead of the policy's own weights.
+            the policy. The head of a default reward model is copied in the units of the score, times the weight, if
+            that model is the only reward and is not normalised. Every other critic starts by expecting nothing.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
         **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
 
@@ -99,6 +88,7 @@ class PPOTrainer(GRPOTrainer):
         # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
         if args.kl_coef > 0 and isinstance(model, PeftModel):
             copy_adapter(model)
+        # TRL changes the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
         super().__init__(model, rewards, args, *others, **kwargs)
         if args.kl_coef > 0 and not is_peft_model(self.model):
@@ -171,7 +161,11 @@ class PPOTrainer(GRPOTrainer):
             _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
         self._averages.add(scored, ppo_metrics.of_completions(scores, penalty, logps, ref_logps, ended, mask))
         self._averages.add(mask, ppo_metrics.of_estimates(returns, values))
-        self._log_advantages(advantages, mask)
+        # The table of completions, which holds at most one rollout, shows the mean advantage of each one's tokens.
+        shown = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in shown[: len(self._logs["advantages"])]:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(shown)
         if args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
         return batch | {"advantages": advantages, "returns": returns, "old_values": values}
@@ -179,10 +173,7 @@ class PPOTrainer(GRPOTrainer):
     def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Return this process's scores, normalised and penalised, and which completions have one, each (B,).
 
-        Args:
-            trained: (B,), whether any token of a completion is trained on. Otherwise it does not get a score.
-            ended: (B,), whether it ended with an end of turn.
-            mode: "train" or "eval".
+        A completion does not get a score if none of its tokens is `trained` on.
         """
         # Scores are normalised over the completions of all processes; each process then keeps its own.
         rewards = self.all_rewards
@@ -201,12 +192,11 @@ class PPOTrainer(GRPOTrainer):
 
     def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
         """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
-        policy = self._bare(self.model)
+        policy, model = self._bare(self.model), self.model if self.ref_model is None else self.ref_model
         adapter: Any = nullcontext()
         if isinstance(policy, PeftModel):
             # The copy of the policy's first adapter, or none at all.
             adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
-        model = self.model if self.ref_model is None else self.ref_model
         with adapter:
             logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
         return logps
@@ -238,17 +228,14 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
             loss = super().training_step(*args, **kwargs)
         if last:
-            self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._learning_rate_share()))
+            schedule: Any = self.lr_scheduler
+            if isinstance(schedule, LambdaLR):
+                share = schedule.lr_lambdas[0](schedule.last_epoch)
+            else:
+                # A schedule that follows evaluations.
+                share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
+            self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
         return loss
-
-    def _learning_rate_share(self) -> float:
-        """Return the present learning rate of the policy as a share of its peak, which is the critic's, too."""
-        schedule: Any = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):
-            return schedule.lr_lambdas[0](schedule.last_epoch)
-        # A schedule that follows evaluations.
-        peak = self.args.learning_rate
-        return self.optimizer.param_groups[0]["lr"] / peak if peak else 1.0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
@@ -257,7 +244,16 @@ class PPOTrainer(GRPOTrainer):
         """
         # Without gradients of the policy, its optimizer leaves it and its own state alone.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
-        value_loss = self._value_loss(inputs)
+        mask = _sampled_tokens(inputs)
+        values = self._values(*_whole_texts(inputs), mask.shape[1])
+        value_losses, clipped = ppo_math.clipped_value_loss(
+            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / tokens)
         if self.model.training and trains_policy:
             # At once, so that only one network at a time has activations in memory.
             self.accelerator.backward(value_loss)
@@ -265,39 +261,17 @@ class PPOTrainer(GRPOTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
             policy_loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         log_ratio = self.latest_logps - inputs["old_per_token_logps"]
-        self._averages.add(_sampled_tokens(inputs), ppo_metrics.of_update(log_ratio, *self._value_losses))
+        self._averages.add(mask, ppo_metrics.of_update(log_ratio, value_losses.detach(), clipped))
         if self.model.training and self.accelerator.sync_gradients:
             self._log_averages()
         return policy_loss + value_loss
 
-    def _value_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the critic's loss, weighted by `vf_coef`."""
-        mask = _sampled_tokens(batch)
-        values = self._values(*_whole_texts(batch), mask.shape[1])
-        losses, clipped = ppo_math.clipped_value_loss(
-            values, batch["old_values"], batch["returns"], self.args.cliprange_value
-        )
-        self._value_losses = losses.detach(), clipped
-        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
-        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return self.args.vf_coef * ((losses * mask).sum() / tokens)
-
     def end(self) -> None:
-        """Release what refers to the group of processes before it is left, the wrapped critic included."""
+        """Unwrap the critic, too, which refers to the group of processes that is left."""
         self.critic.model = self.critic.bare
         super().end()
 
     # ---- Checkpoints
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Refuse a checkpoint of an earlier version, in which policy and critic share one optimizer."""
-        files = os.listdir(checkpoint) if checkpoint is not None else []
-        if "optimizer.pt" in files and STATE not in files:
-            remedy = "an earlier version wrote it, with one optimizer for policy and critic; start again, or resume it"
-            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"{remedy} with that version"))
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
         """Add the moments of all scores so far."""
@@ -323,14 +297,6 @@ class PPOTrainer(GRPOTrainer):
     def _log_averages(self) -> None:
         for name, value in self._averages.take(self._sum_over_processes).items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-
-    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Show one advantage per completion in the table of completions: the mean over its tokens."""
-        means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        # They replace TRL's in the table, which holds at most one rollout.
-        for _ in means[: len(self._logs["advantages"])]:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(means)
 
 
 def _sampled_tokens(batch: dict[str, Any]) -> Tensor:

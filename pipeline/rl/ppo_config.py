@@ -25,22 +25,13 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
         "epsilon_high": "PPO clips on both sides alike, set cliprange",
         "scale_rewards": "PPO's advantages are not relative to a group, see whiten_advantages",
         "loss_type importance_sampling_level multi_objective_aggregation": "PPO has one loss",
-        "sapo_temperature_neg sapo_temperature_pos": "PPO has one loss",
-        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": "PPO has one loss",
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg": "PPO has one loss",
+        "vespo_lambda_pos vespo_lambda_neg": "PPO has one loss",
         "fsdp fsdp_config deepspeed": NOT_SHARDED,
     }.items()
     for name in names.split()
 }
 """Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
-
-NO_REMOTE_CODE = (
-    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
-)
-
-K3_IS_NO_PENALTY = (
-    "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is the gradient of "
-    "the KL minus the gradient of the reverse KL); use k1. k3 is logged as objective/kl_k3"
-)
 
 
 @dataclass
@@ -50,11 +41,8 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` differ in meaning or default. `disable_dropout` is True: with dropout, a token's
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
     the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
-    however it is split over processes and accumulation.
-
-    What has no effect on PPO (`UNUSED`) is refused, unless it has its default, and so is `trust_remote_code`:
-    transformers cannot build the critic of a model whose code lies on the Hub. Load such a policy yourself, and pass it
-    with a `value_model` and a tokenizer.
+    however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
+    its default.
 
     `pipeline.hardware.training_defaults` chooses precision and device unless they are set: TRL's default, bf16, is
     refused on CPUs without it.
@@ -123,7 +111,13 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check()
-        self._fit_to_machine()
+        # Choose precision and device for this machine unless they are set, as the recipes do.
+        if self.use_cpu and hardware.accelerator() is not None:
+            hardware.keep_to_cpu()
+        precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
+        for name, choice in hardware.training_defaults().items():
+            if name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name)):
+                setattr(self, name, choice.value)
         self.epsilon = self.cliprange
         given = self.num_generations, self.num_generations_eval
         if self.num_generations == 1:
@@ -133,15 +127,6 @@ class PPOConfig(GRPOConfig):
             super().__post_init__()
         finally:
             self.num_generations, self.num_generations_eval = given
-
-    def _fit_to_machine(self) -> None:
-        """Choose precision and device for this machine unless they are set, as the recipes do."""
-        if self.use_cpu and hardware.accelerator() is not None:
-            hardware.keep_to_cpu()
-        precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
-        for name, choice in hardware.training_defaults().items():
-            if name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name)):
-                setattr(self, name, choice.value)
 
     def _rollout_rows(self) -> int:
         """Return the number of completions in a rollout, over all processes."""
@@ -163,9 +148,13 @@ class PPOConfig(GRPOConfig):
             refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
         wrong += [Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)]
         if self.trust_remote_code:
-            refuse("trust_remote_code", NO_REMOTE_CODE)
+            # transformers cannot build the critic of a model whose code lies on the Hub.
+            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
+            refuse("trust_remote_code", f"code from the Hub is never run here: {remedy}")
         if self.kl_estimator == "k3":
-            refuse("kl_estimator", K3_IS_NO_PENALTY)
+            why = "its gradient vanishes (it is the gradient of the KL minus the gradient of the reverse KL)"
+            remedy = f"hardly penalises as a part of the reward: near the reference, {why}; use k1"
+            refuse("kl_estimator", f"{remedy}. k3 is logged as objective/kl_k3")
         for item in fields(self):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:

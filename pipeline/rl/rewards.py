@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,13 +67,9 @@ class RewardModel:
         return scores.tolist()
 
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
-        """Return the text of a conversation, whose last message is the policy's.
-
-        If the policy has not `ended` its turn, what the template adds to that message goes.
-        """
-        conversation = as_text(messages, self._special)
-        written = partial(self.tokenizer.apply_chat_template, conversation, tokenize=False, **self.template)
+        """Return a conversation's text, without what the template adds to a last turn that has not `ended`."""
+        conversation, options = as_text(messages, self._special), {"tokenize": False, **self.template}
         # A template that leaves parts of a message out may leave out its end.
         with suppress(ValueError):
-            return written(continue_final_message=not ended)
-        return written()
+            return self.tokenizer.apply_chat_template(conversation, continue_final_message=not ended, **options)
+        return self.tokenizer.apply_chat_template(conversation, **options)
