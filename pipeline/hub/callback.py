@@ -1,7 +1,7 @@
 """What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
 
 transformers creates the repository before it trains, pushes pickles and lock files, and loses the run if the last push
-fails. Here nothing is sent before the first checkpoint, and a push that fails changes nothing on the disk.
+fails.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ class PushCallback(TrainerCallback):
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
     "all_checkpoints". Under "every_save", `last-checkpoint/` is removed with the last push, because then it only takes
-    room. If the best checkpoint will be loaded at the end, that is pushed as well.
-
-    Args:
-        args: The trainer's arguments. Their `push_to_hub` is set to false.
+    room. If the best checkpoint will be loaded at the end, that is pushed as well. `push_to_hub` is set to false.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -77,8 +74,7 @@ class PushCallback(TrainerCallback):
     def finish(self, is_complete: bool) -> None:
         """Wait for the push that is running, and push the last checkpoint if that was missed and is of use.
 
-        Args:
-            is_complete: Whether the run has trained to its end, so that its model will be pushed.
+        If training `is_complete`, the model will be pushed.
         """
         is_kept = not is_complete or self._args.hub_strategy != HubStrategy.EVERY_SAVE
         if self._missed is not None and is_kept:
@@ -128,7 +124,7 @@ class PushCallback(TrainerCallback):
         try:
             shutil.rmtree(staged, ignore_errors=True)
             for folder in folders:
-                shutil.copytree(folder, staged / folder.name, copy_function=_link)
+                shutil.copytree(folder, staged / folder.name, copy_function=os.link)
             self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
         except OSError as error:
             self._warn(checkpoint.name, error)
@@ -145,7 +141,7 @@ class PushCallback(TrainerCallback):
             files = publishable(staged / newest)
             for checkpoint in staged.iterdir():
                 own = checkpoint.name == newest and not keeps_all
-                files |= checkpoint_files(checkpoint, LAST if own else checkpoint.name)
+                files |= _checkpoint_files(checkpoint, LAST if own else checkpoint.name)
             replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
             message = f"Training in progress, step {newest.rpartition('-')[2]}"
             name = full_id(self._args.hub_model_id, str(self._args.output_dir))
@@ -168,13 +164,8 @@ class PushCallback(TrainerCallback):
             push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
 
 
-def checkpoint_files(checkpoint: Path, folder: str) -> Files:
-    """Return the files of a complete checkpoint as they are pushed, without the paths of this machine.
-
-    Args:
-        checkpoint: The checkpoint. The manifest that is pushed fits what is pushed.
-        folder: Folder of the repository that it is pushed to.
-    """
+def _checkpoint_files(checkpoint: Path, folder: str) -> Files:
+    """Return the files of a complete checkpoint without the paths of this machine, and a manifest that fits them."""
     manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     known = places(checkpoint)
     files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
@@ -184,11 +175,3 @@ def checkpoint_files(checkpoint: Path, folder: str) -> Files:
         if isinstance(content, bytes):
             entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link a file, or copy it where the file system does not have hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -36,13 +36,10 @@ class Trained:
     Attributes:
         kind: Kind of its stage, a key of `STAGES`.
         name: Its id on the Hub, or its folder.
-        settings: What the YAML file and the command line set.
         step: Entry of its step in run.json: `command`, `seconds`, `hardware`, `versions` and `commit`.
         metrics: Content of the run's metrics.json.
-        evaluation: Content of the stage's evaluation.
-        measured_on: Settings of that evaluation.
-        ids: Ids on the Hub of folders that the settings name, as they name them.
-        report: Address of the run's report.
+        measured_on: Settings of the stage's `evaluation`.
+        ids: Ids on the Hub of folders that the `settings` name, as they name them.
     """
 
     folder: Path
@@ -158,7 +155,7 @@ def model_card(trained: Trained) -> str:
         datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
-        imports=_registration(config),
+        imports=_unknown_class(config),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         prompt=answers[0][0] if answers else "What is an LLM?",
         remarks=list(_remarks(trained, own)),
@@ -174,11 +171,10 @@ def model_card(trained: Trained) -> str:
     return str(ModelCard(without_paths(card, places(trained.folder))))
 
 
-def _registration(config: Values) -> str:
+def _unknown_class(config: Values) -> str:
     """Return the class of a classifier that transformers does not have, and that `pipeline.models` registers."""
     import transformers
 
-    # `dir` of this module takes a fifth of a second.
     return next((name for name in config.get("architectures") or () if name not in transformers.__all__), "")
 
 
@@ -243,14 +239,9 @@ def base_card(name: str, trained: Trained) -> str:
 
 
 def critic_card(name: str, config: Values) -> str:
-    """Return the README.md of the critic inside the repository `name` of a policy.
-
-    Args:
-        name: The repository.
-        config: The critic's configuration; empty if it is an adapter.
-    """
+    """Return the README.md of the critic inside the repository `name` of a policy; no `config` means an adapter."""
     data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
-    title, imports = name.rsplit("/", 1)[-1], _registration(config)
+    title, imports = name.rsplit("/", 1)[-1], _unknown_class(config)
     return _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
 
 
@@ -271,10 +262,7 @@ def load_card(folder: Path) -> DatasetCard:
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
     """Return the README.md of a folder of data: the text of its own card, with licence, tags and how to load it.
 
-    Args:
-        name: Id of its repository.
-        ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
-        license: Its licence. Default: the one that its own card names.
+    The text may name other outputs of the run, which become their repositories: `ids` has them by directory.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license

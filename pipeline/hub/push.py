@@ -5,9 +5,8 @@
     python -m pipeline push runs/pocket --namespace alice --dry-run
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
-Each stage becomes a model repository, `alice/pocket-2_sft`; data become data sets, the report a static Space, and a
-collection ties them together. A second push uploads only what has changed and deletes what else a repository
-holds, but for checkpoints; one that was interrupted goes on. The last form pushes a single output directory.
+A second push uploads only what has changed and deletes what else a repository holds, but for checkpoints; one that was
+interrupted goes on. The last form pushes a single output directory.
 """
 
 from __future__ import annotations
@@ -44,12 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Push a run, or print what would be pushed. Return the exit code.
-
-    Raises:
-        UserError: If an argument is wrong, or the token may not write there.
-        RunStopped: With exit code 3 if a push failed. The same command goes on with it.
-    """
+    """Push a run, or print what would be pushed. Return the exit code."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -104,7 +98,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> list[Problem]:
-    """Return what is wrong with the arguments."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -148,7 +141,6 @@ def _show(repositories: list[Repository]) -> None:
 
 
 def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> None:
-    """Push the files of a repository and its checkpoints."""
     from pipeline.hub.upload import PUSH_ERRORS, push
 
     message = "Push with Fourstage"
@@ -159,14 +151,13 @@ def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> None:
             is_pull = args.create_pr and files is item.files
             revision = None if is_pull else branch
             changed = push(api, item.id, files, message, revision=revision, create_pr=is_pull, **options)
-            done = f"{len(changed)} files pushed" if changed else "up to date"
-            print(f"{where}{f', branch {branch}' if branch else ''}: {done}", flush=True)
+            branch_of = f", branch {branch}" if branch else ""
+            print(f"{where}{branch_of}: {'pushed' if changed else 'up to date'}", flush=True)
     except PUSH_ERRORS as error:
         raise _stopped(where, error, item.id) from error
 
 
 def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
-    """Return the end of a push that failed."""
     from pipeline.hub.upload import explain
 
     return RunStopped(

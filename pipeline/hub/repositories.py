@@ -28,20 +28,10 @@ REPORT = "report"
 OTHERS = (REPORT, "evaluations", "logs")
 """Directories of a run that are not the output of a stage."""
 
-LONGEST_NAME = 96
-"""Characters that the Hub allows in the name of a repository."""
-
 
 @dataclass
 class Repository:
-    """What goes to one repository.
-
-    Attributes:
-        id: Its id.
-        type: "model", "dataset" or "space".
-        files: Its files.
-        checkpoints: Branch -> the files of a checkpoint.
-    """
+    """What goes to one repository: a "model", "dataset" or "space". `checkpoints` has the files of each by branch."""
 
     id: str
     type: str
@@ -106,9 +96,9 @@ class Outputs:
         return found
 
     def id_of(self, output: str) -> str:
-        """Return the repository of an output directory or of the report."""
-        name = f"{self.name[: max(LONGEST_NAME - 1 - len(output), 1)]}-{output}"
-        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:LONGEST_NAME].strip("-.")
+        """Return the repository of an output directory or of the report, whose name may have 96 characters."""
+        name = f"{self.name[: max(95 - len(output), 1)]}-{output}"
+        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:96].strip("-.")
         return self.repo_id or f"{self.namespace}/{name}"
 
     @cached_property
@@ -118,10 +108,10 @@ class Outputs:
         Raises:
             UserError: If a stage that is named is not there or has not finished, or there is nothing to push.
         """
-        wanted = [name for name in self.folders if self.only is None or name in self.only]
         if missing := [name for name in self.only or () if name not in self.folders]:
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
+        wanted = [name for name in self.folders if self.only is None or name in self.only]
         if not wanted:
             remedy = f"contains neither a finished model nor data; run it first with `{as_typed('run', 'RECIPE')}`"
             raise UserError(Problem("RUN", self.path, remedy))
@@ -151,13 +141,12 @@ class Outputs:
             _, base_id = self.bases.get(name, (Path(), None))
             # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
             if base_id == f"{self.id_of(name)}-{BASE}":
-                card = to_bytes(base_card(base_id, self._trained(name)))
-                files = publishable(self.folders[name] / BASE)
-                found.append(Repository(base_id, "model", files | {"README.md": card}))
+                card: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
+                found.append(Repository(base_id, "model", publishable(self.folders[name] / BASE) | card))
             found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
         found.sort(key=lambda item: item.type)
         if self.has_report and self.only is None:
-            found.append(Repository(self.id_of(REPORT), "space", self._space()))
+            found.append(self._space())
         return found
 
     @property
@@ -248,18 +237,14 @@ class Outputs:
         rows: Files = {name: folder / name for name in publishable(folder)}
         return Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)})
 
-    def _space(self) -> Files:
+    def _space(self) -> Repository:
         models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
         data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
-        public = {
-            name: {**step, "values": public_settings(step.get("values", {}))} for name, step in self.record.items()
-        }
-        record = read_run(self.path) | {"steps": public}
+        steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
+        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
         card = space_card(f"{self.name}: the report", models, data)
-        return publishable(self.path / REPORT) | {
-            "run.json": to_bytes(clean(json.dumps(record, indent=1), ".json", places(self.path)) + "\n"),
-            "README.md": to_bytes(card),
-        }
+        files = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
+        return Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | files)
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
