@@ -73,7 +73,6 @@ def load_judge(name: str | None) -> Judge:
 
 
 def _judge_by_function(function: Callable[..., Any]) -> Match:
-    """Return the matches that a function decides: in pairs if it has a parameter `opponents`, otherwise by rewards."""
 
     def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
         return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
@@ -87,8 +86,6 @@ def _judge_by_function(function: Callable[..., Any]) -> Match:
 
 
 def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
-    """Return the matches that a reward model decides."""
-
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
         pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
         # Together, because answers that occur in several pairs are scored once.
@@ -127,20 +124,18 @@ def score(
     Equal conversations are scored once. Of one that exceeds the context, the end is scored.
 
     Args:
-        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. In a batch, matrix
-            products sum in a different order, so that the last bits of a score depend on the rest of the batch.
-            Default: 0 on a CPU, where batches save little, and `BATCH_TOKENS` on an accelerator.
+        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. Default: 0 on a CPU,
+            where batches save little, and `BATCH_TOKENS` on an accelerator.
     """
     model.eval()
     if batch_tokens is None:
+        # In a batch, products of matrices sum in another order, and the last bits of a score depend on the others.
         batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
     tokens = special_tokens(tokenizer)
     # Without a limit, `[-0:]` keeps all tokens.
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    encoded = [
-        tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)[-positions:])
-        for conversation in conversations
-    ]
+    written = (tokenizer.apply_chat_template(as_text(each, tokens), return_dict=False) for each in conversations)
+    encoded = [tuple(ids[-positions:]) for ids in written]
     pad = model.config.get_text_config().pad_token_id
     # The longest one that remains determines the width of a batch, so that conversations of similar length share one.
     remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))

@@ -77,8 +77,7 @@ def label_answers(
         rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
         answers: The answers to each prompt; empty and repeated ones are dropped.
         pairs_per_prompt: Maximum number of pairs compared per prompt.
-        seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
-            to one prompt do not influence the labels of another.
+        seed: Seed of the pairs, annotators, order and noise.
         keep_taste: Whether to keep the noise-free taste; its columns are None otherwise, and for a judge.
         judge: Who compares them, the answers to many prompts at once; processes take turns.
 
@@ -110,7 +109,15 @@ def label_answers(
                 first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
                 choices.append(choose(annotator, first, second, rng))
     if judge is not ANNOTATORS:
-        choices = _judge(judge, rows, comparisons)
+
+        def match(_: int, asked: Sequence[Comparison]) -> Sequence[float | None]:
+            first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
+            return judge.match(first, second, [rows[comparison.row] for comparison in asked])
+
+        # The calls do not depend on the number of processes.
+        groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
+        outcomes = take_turns([list(group) for _, group in groups], match)
+        choices = [CHOICES.get(outcome) for outcome in outcomes]
 
     labelled: list[dict[str, Any]] = []
     agreements: list[bool] = []
@@ -130,17 +137,6 @@ def label_answers(
     counts.ties = counts.compared - counts.pairs
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
-
-
-def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> list[int | None]:
-    """Let a judge make the choice of each comparison. The calls do not depend on the number of processes."""
-
-    def match(_: int, asked: Sequence[Comparison]) -> Sequence[float | None]:
-        first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
-        return judge.match(first, second, [rows[comparison.row] for comparison in asked])
-
-    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
-    return [CHOICES.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
 
 
 def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:
