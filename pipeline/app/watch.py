@@ -201,7 +201,7 @@ def token_view(
         kl = torch.zeros_like(logps)
         if trainer.args.kl_coef > 0:
             compared = trainer._reference_logps(ids, attention_mask, mask.shape[1], len(ids))
-            kl = ppo_math.kl_estimate(logps, compared, trainer.args.kl_estimator) * mask
+            kl = ppo_math.kl_estimate(logps, compared, "k1") * mask
         score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
         penalty = 0.0 if has_ended(policy, completion) else settings.get("missing_eos_penalty") or 0.0
         scores = torch.full((len(ids),), score - penalty, device=kl.device)

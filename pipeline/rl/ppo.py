@@ -151,7 +151,7 @@ class PPOTrainer(GRPOTrainer):
             ref_logps, penalty = None, torch.zeros_like(logps)
             if args.kl_coef > 0:
                 ref_logps = self._reference_logps(ids, attention_mask, length, size)
-                penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
+                penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, "k1")
             values = self._values(ids, attention_mask, length, size)
 
         # Each token is rewarded by minus its KL penalty, and the last one by the score as well.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import get_args
 
 from trl import GRPOConfig
 
@@ -12,7 +11,6 @@ from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
-from pipeline.rl.ppo_math import KLEstimator
 
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 """accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
@@ -59,12 +57,6 @@ class PPOConfig(GRPOConfig):
         0.05,
         "Reward subtracted at each token for each nat of KL from the reference. With 0, there is neither a reference "
         "model nor `objective/kl`.",
-    )
-    kl_estimator: str = option(
-        "k1",
-        "Estimator of the KL at a token in the penalty: k1, the log ratio. k3 is refused, because it hardly penalises "
-        "there; `objective/kl_k3` logs it.",
-        choices=list(get_args(KLEstimator)),
     )
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
@@ -151,10 +143,6 @@ class PPOConfig(GRPOConfig):
             # transformers cannot build the critic of a model whose code lies on the Hub.
             remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
             refuse("trust_remote_code", f"code from the Hub is never run here: {remedy}")
-        if self.kl_estimator == "k3":
-            why = "its gradient vanishes (it is the gradient of the KL minus the gradient of the reverse KL)"
-            remedy = f"hardly penalises as a part of the reward: near the reference, {why}; use k1"
-            refuse("kl_estimator", f"{remedy}. k3 is logged as objective/kl_k3")
         for item in fields(self):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:
