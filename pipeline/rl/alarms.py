@@ -1,21 +1,6 @@
 """Alarms that name the collapse of a policy while it trains, from the figures that GRPO and PPO log anyway.
 
-`tests/benchmarks/alarms.py` holds them against runs of a few thousand parameters, of which it is known whether they
-broke. The half `setting` left the thresholds as they were, the other judged them. Three kinds of breaking are in the
-latter only. "After" is the median share of the run after which the first alarm spoke.
-
-    run                                                        setting: alarms  after   judging: alarms  after
-    healthy, of ten kinds, some of which learn all or little           0 of 20                 1 of 20    10%
-    broken                                                            20 of 20    13%         19 of 20    20%
-      learning rate far too high                                        7 of 7    13%           4 of 4    13%
-      paid for never stopping                                           7 of 7    20%           3 of 3    23%
-      problems that are all too hard                                    6 of 6    10%           3 of 3    10%
-      reward model with a blind spot, hardly any KL penalty                                     4 of 4    25%
-      paid for empty answers                                                                    3 of 3    20%
-      paid for one sentence, whatever is asked                                                  2 of 3    40%
-
-The false alarm is GRPO that found no right answer in its first steps, and learned later. The run without an alarm is
-GRPO whose wrong reward was satisfied: to the alarms, it is success.
+`tests/benchmarks/alarms.py` holds them against runs of which it is known whether they broke, and has the results.
 """
 
 from __future__ import annotations

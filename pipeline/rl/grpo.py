@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import GenerationConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, SyncRefModelCallback
@@ -147,16 +147,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self.add_callback(CollapseAlarms(checked=not judged))
 
     # ---- The rollout
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Leave rows where they are: accelerate would look for tensors to move in every text of every column."""
-        placed = self.accelerator.device_placement
-        # This setting would also change how a stream is split.
-        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.accelerator.device_placement = placed
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
@@ -338,18 +328,3 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             total = sum(count for _, count in known)
             means[name] = sum(value * count for value, count in known) / total if total else None
         return means
-
-    # ---- Checkpoints: see `Rollout`
-
-    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Return what is left of the rollout, in micro-batches, and what else the next step depends on, for JSON."""
-        # After the last step of a rollout, the next one samples anew.
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        batches = self._buffered_inputs if in_use and self._buffered_inputs else []
-        return batches, {"step": self._step, "metrics": self._metrics["train"]}
-
-    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Restore what `rollout` returned; without batches, the next step samples anew."""
-        self._buffered_inputs = batches or None
-        self._step = state["step"]
-        self._metrics["train"].update(state["metrics"])

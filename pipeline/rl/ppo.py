@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +63,7 @@ class PPOTrainer(GRPOTrainer):
 
     Attributes:
         critic: The critic and what trains it.
+        score_moments: Of all scores so far, for `reward_normalization="running"`.
 
     Raises:
         ValueError: For a critic with several labels.
@@ -107,7 +107,7 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
-        self._score_moments = ppo_math.Moments()
+        self.score_moments = ppo_math.Moments()
         self._averages = ppo_metrics.Averages()
 
     @property
@@ -180,7 +180,7 @@ class PPOTrainer(GRPOTrainer):
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"
-        moments = self._score_moments if running else ppo_math.Moments()
+        moments = self.score_moments if running else ppo_math.Moments()
         if self.args.reward_normalization == "batch" or (running and mode == "train"):
             moments.update(all_scores[all_scored])
         rows = len(trained)
@@ -270,18 +270,6 @@ class PPOTrainer(GRPOTrainer):
         """Unwrap the critic, too, which refers to the group of processes that is left."""
         self.critic.model = self.critic.bare
         super().end()
-
-    # ---- Checkpoints
-
-    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Add the moments of all scores so far."""
-        batches, state = super().rollout()
-        return batches, state | {"moments": asdict(self._score_moments)}
-
-    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Restore what `rollout` returned."""
-        super().restore_rollout(batches, state)
-        self._score_moments = ppo_math.Moments(**state["moments"])
 
     # ---- Metrics
 

@@ -25,7 +25,7 @@ ROLLOUT = "rollout_{}.safetensors"
 
 
 class Rollout:
-    """The rollout of a `GRPOTrainer`, which returns and restores it, as a part of its checkpoints."""
+    """The rollout of a `GRPOTrainer`, as a part of its checkpoints."""
 
     belongs_to_model = False
 
@@ -41,19 +41,23 @@ class Rollout:
 
     def save(self, folder: Path) -> None:
         """Write what is left of the rollout, unless only the model is saved."""
-        if self.trainer.args.save_only_model:
+        trainer = self.trainer
+        if trainer.args.save_only_model:
             return
-        batches, state = self.trainer.rollout()
+        # After the last step of a rollout, the next one samples anew.
+        in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
         # The micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()
-            for number, batch in enumerate(batches)
+            for number, batch in enumerate((trainer._buffered_inputs or []) if in_use else [])
             for name, tensor in batch.items()
             if tensor is not None
         }
-        metadata = {"state": json.dumps({"layout": self.layout} | state)}
-        own = self.trainer.accelerator.process_index
-        safetensors.torch.save_file(tensors, folder / ROLLOUT.format(own), metadata=metadata)
+        state = {"layout": self.layout, "step": trainer._step, "metrics": trainer._metrics["train"]}
+        if hasattr(trainer, "score_moments"):
+            state["moments"] = vars(trainer.score_moments)
+        file = folder / ROLLOUT.format(trainer.accelerator.process_index)
+        safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(state)})
 
     def load(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint if it was split as this run would split it."""
@@ -72,7 +76,11 @@ class Rollout:
         else:
             logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        trainer.restore_rollout([batches[number] for number in sorted(batches, key=int)], state)
+        trainer._buffered_inputs = [batches[number] for number in sorted(batches, key=int)] or None
+        trainer._step = state["step"]
+        trainer._metrics["train"].update(state["metrics"])
+        if "moments" in state:
+            vars(trainer.score_moments).update(state["moments"])
 
 
 def read_state(file: Path) -> dict[str, Any]:

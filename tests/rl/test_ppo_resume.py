@@ -70,7 +70,7 @@ def assert_resumes_exactly(tmp_path: Path, steps: list[int], **changes: Any) -> 
         resumed.train(resume_from_checkpoint=str(checkpoint))
         for a, b in zip(expected, everything(resumed), strict=True):
             assert torch.equal(a, b), f"resumed from step {step}"
-        assert resumed._score_moments == whole._score_moments
+        assert resumed.score_moments == whole.score_moments
         again = [entry for entry in resumed.state.log_history if "loss" in entry]
         for a, b in zip(history, again, strict=True):
             assert {k: a[k] for k in timeless if k in a} == {k: b[k] for k in timeless if k in b}
@@ -165,4 +165,4 @@ def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pyt
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert "sampled anew" in caplog.text
     assert resumed._step == 4 and len(resumed._buffered_inputs) == 2
-    assert resumed._score_moments.count == moments["count"] + 8
+    assert resumed.score_moments.count == moments["count"] + 8
