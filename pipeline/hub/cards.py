@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,11 @@ def model_card(trained: Trained) -> str:
     traces = [(one["problem"], one["answer"]) for one in trained.evaluation.get("traces", [])]
     # The settings as the YAML file has them, with the ids of what was pushed.
     shown = rename(public_settings(settings), trained.ids.get)
+    # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
+    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
+    before = Path(str(settings.get("model_name_or_path") or "0_random")).name
+    columns = {f"`{trained.stage}`": own} | ({f"`{before}`": stages.get(before, {})} if before != trained.stage else {})
+    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
     weights = trained.folder.glob("*.safetensors")
     number = re.match(r"\d+", trained.stage)
     card = _render(
@@ -151,14 +156,16 @@ def model_card(trained: Trained) -> str:
         adapter=adapter,
         base=base,
         config=config,
-        columns=_columns(trained, own),
+        baselines={
+            name: (find_baseline(name), entry) for name, entry in baselines.items() if own.keys() & entry.keys()
+        },
+        columns={name: found for name, found in columns.items() if own.keys() & found.keys()},
         datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
         imports=_unknown_class(config),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         prompt=answers[0][0] if answers else "What is an LLM?",
-        remarks=list(_remarks(trained, own)),
         samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
         longest=LONGEST_SAMPLE,
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
@@ -198,32 +205,6 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
         metric_value=entry["value"],
         metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
     )
-
-
-def _columns(trained: Trained, own: Values) -> dict[str, Values]:
-    """Return the columns of the table: the stage, the stage before it, and the baselines with the same metrics."""
-    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
-    before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{trained.stage}`": own}
-    if before != trained.stage:
-        columns[f"`{before}`"] = stages.get(before, {})
-    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
-    return {name: found for name, found in columns.items() if set(own) & set(found)}
-
-
-def _remarks(trained: Trained, own: Values) -> Iterator[str]:
-    """Yield what a reader of the metrics `own` has to know: baselines, judges, and answers that were cut off."""
-    against = trained.evaluation.get("against") or "the stage before it"
-    for name, entry in trained.metrics.get("baselines", {}).items():
-        if set(own) & set(entry) and (baseline := find_baseline(name)):
-            yield f"{name}: " + baseline.card.format(against=against, text=entry.get("text", ""))
-    if "win_rate" in own:
-        judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
-        yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."
-    for data, count in trained.evaluation.get("cut_off", {}).items():
-        if count.get("cut off"):
-            yield f"{data}: {count['cut off']} of {count['answers']} answers were cut off at {count['limit']} tokens"
-    yield from trained.evaluation.get("left_out", [])
 
 
 def base_card(name: str, trained: Trained) -> str:

@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 
     from pipeline.hub.access import check_access, full_id
     from pipeline.hub.repositories import Outputs, is_data, names_of_people
-    from pipeline.hub.upload import PUSH_ERRORS
+    from pipeline.hub.upload import PUSH_ERRORS, push
 
     if problems := _check(args):
         raise UserError(*problems)
@@ -90,7 +90,19 @@ def main(args: argparse.Namespace) -> int:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     for item in repositories:
-        _push(api, item, args)
+        where = f"{item.id} ({item.type})" if item.type != "model" else item.id
+        options = {"repo_type": item.type, "private": args.private}
+        try:
+            for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
+                is_pull = args.create_pr and files is item.files
+                revision = None if is_pull else branch
+                changed = push(
+                    api, item.id, files, "Push with Fourstage", revision=revision, create_pr=is_pull, **options
+                )
+                to = f"{where}, branch {branch}" if branch else where
+                print(f"{to}: {'pushed' if changed else 'up to date'}", flush=True)
+        except PUSH_ERRORS as error:
+            raise _stopped(where, error, item.id) from error
     if args.namespace:
         # The Hub allows titles of 60 characters.
         _collect(api, run.name[:60], args, repositories)
@@ -138,23 +150,6 @@ def _show(repositories: list[Repository]) -> None:
                 print(f"  {size:>12,}  {name}")
                 total, count = total + size, count + 1
     print(f"{count} files of {total:,} bytes in {len(repositories)} repositories; nothing was pushed")
-
-
-def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> None:
-    from pipeline.hub.upload import PUSH_ERRORS, push
-
-    message = "Push with Fourstage"
-    where = f"{item.id} ({item.type})" if item.type != "model" else item.id
-    options = {"repo_type": item.type, "private": args.private}
-    try:
-        for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
-            is_pull = args.create_pr and files is item.files
-            revision = None if is_pull else branch
-            changed = push(api, item.id, files, message, revision=revision, create_pr=is_pull, **options)
-            branch_of = f", branch {branch}" if branch else ""
-            print(f"{where}{branch_of}: {'pushed' if changed else 'up to date'}", flush=True)
-    except PUSH_ERRORS as error:
-        raise _stopped(where, error, item.id) from error
 
 
 def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:

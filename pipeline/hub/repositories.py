@@ -136,18 +136,34 @@ class Outputs:
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
-        found: list[Repository] = []
+        data: list[Repository] = []
+        models: list[Repository] = []
         for name in self.wanted:
+            folder, repo_id = self.folders[name], self.id_of(name)
+            if is_data(folder):
+                # Data are published as they are: only models and reports name paths.
+                rows: Files = {path: folder / path for path in publishable(folder)}
+                card = dataset_card(folder, repo_id, self.ids, self._license[0])
+                data.append(Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)}))
+                continue
             _, base_id = self.bases.get(name, (Path(), None))
             # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
-            if base_id == f"{self.id_of(name)}-{BASE}":
-                card: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
-                found.append(Repository(base_id, "model", publishable(self.folders[name] / BASE) | card))
-            found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
-        found.sort(key=lambda item: item.type)
-        if self.has_report and self.only is None:
-            found.append(self._space())
-        return found
+            if base_id == f"{repo_id}-{BASE}":
+                own: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
+                models.append(Repository(base_id, "model", publishable(folder / BASE) | own))
+            saved = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
+            branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(name, path) for path in saved}
+            models.append(Repository(repo_id, "model", self._model_files(name, folder), branches))
+        if not self.has_report or self.only is not None:
+            return data + models
+        steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
+        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
+        kinds: dict[bool, list[str]] = {True: [], False: []}
+        for name, repo_id in self.ids.items():
+            kinds[is_data(self.folders[name])].append(repo_id)
+        card = space_card(f"{self.name}: the report", kinds[False], kinds[True])
+        own = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
+        return [*data, *models, Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | own)]
 
     @property
     def has_report(self) -> bool:
@@ -162,13 +178,6 @@ class Outputs:
         is_clear = bool(licenses) and all(found == licenses[0] for found in licenses)
         language = next((card.language for card in cards if card.language), None)
         return self.license or (licenses[0] if is_clear else None), language
-
-    def _model(self, output: str) -> Repository:
-        """Return the repository of a model, with a branch for each checkpoint if they are pushed."""
-        folder = self.folders[output]
-        found = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
-        branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(output, path) for path in found}
-        return Repository(self.id_of(output), "model", self._model_files(output, folder), branches)
 
     def _model_files(self, output: str, source: Path) -> Files:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
@@ -210,9 +219,8 @@ class Outputs:
         # Settings name directories as the YAML files do, which need not be where the run is.
         home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
         ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
-        models = [name for name in self.ids if not is_data(self.folders[name])]
         # Every model's repository contains the tokenizer.
-        ids[f"{home}/tokenizer"] = self.ids[models[0]]
+        ids[f"{home}/tokenizer"] = next(self.ids[name] for name in self.ids if not is_data(self.folders[name]))
         license, language = self._license
         return Trained(
             folder=self.folders[output],
@@ -229,22 +237,6 @@ class Outputs:
             license=license,
             language=language,
         )
-
-    def _dataset(self, output: str) -> Repository:
-        folder, repo_id = self.folders[output], self.id_of(output)
-        card = dataset_card(folder, repo_id, self.ids, self._license[0])
-        # Data are published as they are: only models and reports name paths.
-        rows: Files = {name: folder / name for name in publishable(folder)}
-        return Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)})
-
-    def _space(self) -> Repository:
-        models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
-        data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
-        steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
-        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
-        card = space_card(f"{self.name}: the report", models, data)
-        files = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
-        return Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | files)
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:

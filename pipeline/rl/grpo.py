@@ -106,7 +106,20 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._copy_reference()
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-        self._wrap_rewards()
+
+        # Reward models become functions, and functions are guarded. What they pay is watched for a collapse.
+        rewards: list[Any] = []
+        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
+            if isinstance(function, PreTrainedModel):
+                avoid_emulation(function)
+            if isinstance(function, nn.Module):
+                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
+            else:
+                rewards.append(guard_reward(function, name))
+        self.reward_funcs: list[Any] = rewards
+        paying = [reward for reward, weight in zip(rewards, weights, strict=True) if weight]
+        self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
 
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
@@ -129,59 +142,41 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _wrap_rewards(self) -> None:
-        """Replace reward models by functions, and guard functions; watch for the collapse of what they pay."""
-        rewards: list[Any] = []
-        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
-        for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
-            if isinstance(function, PreTrainedModel):
-                avoid_emulation(function)
-            if isinstance(function, nn.Module):
-                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
-            else:
-                rewards.append(guard_reward(function, name))
-        self.reward_funcs: list[Any] = rewards
-        judged = any(
-            isinstance(reward, RewardModel) and weight for reward, weight in zip(rewards, weights, strict=True)
-        )
-        self.add_callback(CollapseAlarms(checked=not judged))
-
     # ---- The rollout
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
-    def _can_sample(self) -> bool:
-        """Return whether `pipeline.models.kernels.sampler` can sample completions, rather than TRL."""
+    def _sampling_config(self, model: Any) -> GenerationConfig | None:
+        """Return the settings with which `pipeline.models.kernels.sampler` samples; None if TRL has to.
+
+        They are the trainer's, then the model's, as `model.generate` combines them.
+        """
         if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
-            return False
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            return None
         # Mamba, for one, does not take positions.
         if not accepts_argument(model, "position_ids") or overrides_generate(model):
-            return False
-        return not unsupported_settings(self._sampling_config(model))
-
-    def _sampling_config(self, model: Any) -> GenerationConfig:
-        """Return the settings of sampling: the trainer's, then the model's, as `model.generate` combines them."""
+            return None
         config = copy.deepcopy(self.generation_config)
         config.update(**model.generation_config.to_dict(), defaults_only=True)
-        return config
+        return None if unsupported_settings(config) else config
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        config = self._sampling_config(model)
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
-            if not self._can_sample():
+            if config is None:
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
                 is_loaded = is_merged and self.state.global_step != self._last_loaded_step
                 with unrounded(self.model) if is_loaded else nullcontext():
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             training = model.training
             model.eval()
             try:
                 with profiling_context(self, "sample"):
-                    return sample(model, prompt_ids, self._sampling_config(model)), None
+                    return sample(model, prompt_ids, config), None
             finally:
                 model.train(training)
 
