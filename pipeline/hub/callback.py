@@ -83,11 +83,7 @@ class PushCallback(TrainerCallback):
             self._running.result()
 
     def push_model(self) -> None:
-        """Push the finished model in the output directory, if that was asked for.
-
-        Raises:
-            RunStopped: If that fails, with the reason and the command that pushes it.
-        """
+        """Push the finished model if that was asked for; `RunStopped` names the command that makes up for a failure."""
         if not self._is_asked or self._args.process_index != 0:
             return
         output_dir = str(self._args.output_dir)

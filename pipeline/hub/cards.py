@@ -227,11 +227,7 @@ def critic_card(name: str, config: Values) -> str:
 
 
 def load_card(folder: Path) -> DatasetCard:
-    """Return the card of a folder of data, empty if it has none.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """Return the card of a folder of data, empty if it has none; `UserError` if it cannot be read."""
     path = folder / "README.md"
     try:
         return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")

@@ -30,12 +30,7 @@ LAST = "last-checkpoint"
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
-    """Fetch the models and data sets that the settings of steps name, and print a line for each.
-
-    What lies in `home`, the directory of the run, is made by the run.
-
-    Returns:
-        0.
+    """Fetch the models and data sets that settings of steps name, except what the run makes in `home`, and return 0.
 
     Raises:
         UserError: If one of them cannot be fetched.
@@ -89,10 +84,7 @@ def _fetch_files(name: str, config: str | None) -> None:
 
 
 def fetch_checkpoints(name: str, field: str) -> list[Path]:
-    """Download the newest checkpoint of `NAME/repo` or `NAME/repo@revision` to the cache of the Hub's client.
-
-    Args:
-        field: Argument that named it, for messages.
+    """Download the newest checkpoint of `NAME/repo` or `NAME/repo@revision`, which the argument `field` named.
 
     Returns:
         Its folder, followed by the folder of the best checkpoint so far if the repository has it as well.

@@ -74,10 +74,7 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
 def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None = None) -> Path | bytes:
     """Return a file as it is published: the file itself, or its text if that names places of this machine.
 
-    `known` are paths that may occur in it, from `places`, and `ids` are those of `publishable`.
-
-    Raises:
-        UnicodeDecodeError: If it should be a text, and is not UTF-8.
+    `known` are paths that may occur in it, from `places`. A text that is not UTF-8 raises a `UnicodeDecodeError`.
     """
     if path.suffix not in TEXTS or path.name in WORDS:
         return path

@@ -103,11 +103,7 @@ class Outputs:
 
     @cached_property
     def wanted(self) -> list[str]:
-        """Names of the output directories that are pushed.
-
-        Raises:
-            UserError: If a stage that is named is not there or has not finished, or there is nothing to push.
-        """
+        """Names of the output directories that are pushed; `UserError` if one is not finished, or there are none."""
         if missing := [name for name in self.only or () if name not in self.folders]:
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))

@@ -51,14 +51,13 @@ def push(
 ) -> bool:
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
-    Only what differs is uploaded, and what is there and not in `files` is deleted; the history keeps it.
+    Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
 
     Args:
         message: Message of the commit, and title of the pull request.
         repo_type: "model", "dataset" or "space"; a Space is a static one.
         revision: The branch. Default: "main".
         create_pr: Whether to open a pull request instead.
-        replaces: Whether a path of the repository is deleted if it is not among `files`.
 
     Returns:
         Whether anything has changed; False if the branch held these files already.

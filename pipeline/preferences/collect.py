@@ -143,9 +143,6 @@ def label_samples(
 
     Returns:
         The labelled pairs of each split, and what became of the answers, the same on every process.
-
-    Raises:
-        UserError: If the model or the prompts cannot be used, or there are no pairs to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
@@ -253,11 +250,7 @@ def encode(
     prompts: Mapping[str, Sequence[Mapping[str, Any]]],
     args: PreferenceArguments,
 ) -> dict[str, list[list[int]]]:
-    """Return the token ids of the prompts of each split.
-
-    Raises:
-        UserError: If the chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
-    """
+    """Return the token ids of the prompts of each split; `UserError` if one is refused, or leaves no room to answer."""
     template = args.chat_template_kwargs
     # By default, prompts are written as they were in the training of the model.
     if not isinstance(template, dict):
@@ -285,10 +278,9 @@ def sample_answers(
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt, and return them on every process.
 
-    Processes take turns at the batches, and each batch has its own seed, the first one `seed`, so that the number of
-    processes changes nothing as long as each has as many threads. (Other numbers of threads change the order of sums,
-    and with it the outcome where two tokens are almost equally probable.) An answer that spells a special token becomes
-    empty: no stage would accept it as data.
+    Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
+    nothing as long as each has as many threads. (Other numbers of threads change the order of sums, and with it the
+    outcome where two tokens are almost equally probable.) An answer that spells a special token becomes empty.
 
     `progress` is the number of prompts answered before, and that of all splits, to report.
     """

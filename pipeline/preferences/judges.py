@@ -55,11 +55,7 @@ ANNOTATORS = Judge("annotators who do not know which is which", judge_match, nee
 
 
 def load_judge(name: str | None) -> Judge:
-    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None stands for the annotators.
-
-    Raises:
-        UserError: If it cannot be loaded, or is not a reward model.
-    """
+    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None means the annotators."""
     if name is None:
         return ANNOTATORS
     if ":" in name:

@@ -31,9 +31,7 @@ class Counts:
 
     Attributes:
         dropped: Answers that were empty or repeated another one to the same prompt.
-        compared: Pairs of the remaining answers that were shown to an annotator.
-        ties: Pairs that the annotator found equally good.
-        pairs: Pairs that got a label.
+        compared: Pairs of the remaining answers that were shown to an annotator; `ties` if they seemed equally good.
         agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which the taste is
             not indifferent: the accuracy of a perfect reward model. None if there are no such pairs.
     """
@@ -79,7 +77,6 @@ def label_answers(
         pairs_per_prompt: Maximum number of pairs compared per prompt.
         seed: Seed of the pairs, annotators, order and noise.
         keep_taste: Whether to keep the noise-free taste; its columns are None otherwise, and for a judge.
-        judge: Who compares them, the answers to many prompts at once; processes take turns.
 
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.

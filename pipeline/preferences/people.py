@@ -48,12 +48,7 @@ class VoteArguments(PreferenceArguments):
 
 
 def wait_for_votes(args: VoteArguments) -> int:
-    """Write the data set of the votes, and return the number of votes that prefer one answer.
-
-    Raises:
-        RunStopped: If there are fewer than `min_votes`.
-        UserError: If the votes are damaged.
-    """
+    """Write the data set of the votes, and return the number that prefer one answer; stop if they are too few."""
     folder = Path(args.output_dir)
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
         _simulate(args, folder)
@@ -87,13 +82,9 @@ def _simulate(args: VoteArguments, folder: Path) -> None:
 
 
 def load_votes(path: Path) -> Judge:
-    """Return the judge that decides as most people did.
+    """Return the judge that decides as most people did, on the page and by hand in `path`.
 
-    Votes that were given on the page and votes by hand in `path` count alike. To pairs without votes the judge gives no
-    outcome, and it adds them to `path`.
-
-    Raises:
-        UserError: If a line of a file is not a vote.
+    To pairs without votes the judge gives no outcome, and it adds them to `path`.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))

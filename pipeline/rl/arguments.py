@@ -128,9 +128,6 @@ def load_rl_inputs(
     Returns:
         The rewards as TRL's trainers take them (reward models, then functions), the tokenizer, the training split, and
         the evaluation split or None.
-
-    Raises:
-        UserError: With everything that is wrong with any of them.
     """
     import torch
 

@@ -31,14 +31,8 @@ STATE = "critic_optimizer.pt"
 class Critic:
     """A value model and what trains it. It is a part of checkpoints and of the final model, in `value_model/`.
 
-    Args:
-        model: The value model, on its device.
-        accelerator: Wraps the model for several processes, `torch.compile` and autocast.
-        max_grad_norm: Gradients are clipped to this norm, by themselves: large ones of the policy do not shrink them.
-
-    Attributes:
-        model: The wrapped model.
-        optimizer: None until training begins.
+    `accelerator` wraps the `model` for several processes, `torch.compile` and autocast. Its gradients are clipped to
+    `max_grad_norm` by themselves: large ones of the policy do not shrink them. Training begins by setting `optimizer`.
     """
 
     belongs_to_model = True
@@ -56,11 +50,7 @@ class Critic:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def step(self, share: float) -> float:
-        """Take an optimizer step, with a learning rate that is a `share` of its peak.
-
-        Returns:
-            The norm that the gradients had before they were clipped.
-        """
+        """Step with a learning rate that is a `share` of its peak. Return the norm of the gradients before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The scale of fp16 is updated after the step of the policy, which comes next.
@@ -85,8 +75,7 @@ class Critic:
         """Load the model.
 
         Raises:
-            ValueError: If there is no critic in the folder.
-            UserError: If there is an adapter and the critic is trained in full, or the other way round.
+            ValueError, UserError: If there is no critic in the folder, or an adapter for one that is trained in full.
         """
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():

@@ -43,14 +43,10 @@ logger = get_logger(__name__)
 
 
 class EpochSampler(Sampler[int]):
-    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch.
+    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
 
     TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
     the order of the first.
-
-    Args:
-        sampler: A `trl.trainer.utils.RepeatSampler`.
-        epoch: Returns how many epochs have been trained so far; None before training.
     """
 
     def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
@@ -68,14 +64,11 @@ class EpochSampler(Sampler[int]):
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
     """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
 
-    A checkpoint contains what is left of the rollout (`pipeline.rl.rollout_state`), which TRL would sample anew. Only
-    with vLLM, whose probabilities depend on what else is in its batch, a resumed run samples other completions.
+    A checkpoint contains what is left of the rollout, which TRL would sample anew. Only with vLLM, whose probabilities
+    depend on what else is in its batch, a resumed run samples other completions.
 
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
-
-    `pipeline.rl.rewards` says what reward models read, and `pipeline.rewards.loading` what reward functions may return.
-    The collapse of the policy is named in the log (`pipeline.rl.alarms`).
 
     Attributes:
         all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
@@ -284,10 +277,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         """Return and keep what each reward gives each completion of all processes, (completions, rewards).
 
         A reward with weight 0 is measured and logged, and has no other effect: a completion that no reward with a
-        weight has scored does not get a score at all.
-
-        Raises:
-            RunStopped: If a reward fails.
+        weight has scored does not get a score at all. A reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)

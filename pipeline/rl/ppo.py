@@ -47,26 +47,19 @@ class PPOTrainer(GRPOTrainer):
     continues bit for bit. The logs contain the metrics of `pipeline.rl.ppo_metrics`, too.
 
     Args:
-        model: The policy: a path, a Hub id, a model or a `PeftModel`, as for `GRPOTrainer`. Its present state is also
-            the reference. For a `PeftModel` with `peft_config`, the reference is the base model without the adapter;
-            for one that already has an adapter, a frozen copy of that adapter.
-        reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
-            None if an environment gives the rewards.
-        args: The configuration.
+        model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference
+            is the base model without the adapter; for one that has an adapter, a frozen copy of that adapter.
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
-            the policy. The head of a default reward model is copied in the units of the score, times the weight, if
-            that model is the only reward and is not normalised. Every other critic starts by expecting nothing.
+            the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
+            is the only reward and is not normalised. Every other critic starts by expecting nothing.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
-        **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
+        *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
 
     Attributes:
         critic: The critic and what trains it.
         score_moments: Of all scores so far, for `reward_normalization="running"`.
-
-    Raises:
-        ValueError: For a critic with several labels.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]

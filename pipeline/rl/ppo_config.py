@@ -40,13 +40,8 @@ class PPOConfig(GRPOConfig):
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
     the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
     however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
-    its default.
-
-    `pipeline.hardware.training_defaults` chooses precision and device unless they are set: TRL's default, bf16, is
-    refused on CPUs without it.
-
-    Raises:
-        ValueError: If a value is out of range or contradicts PPO, or if a rollout has a single completion.
+    its default. Precision and device fit the machine unless they are set: TRL's default, bf16, is refused on CPUs
+    without it.
     """
 
     num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")

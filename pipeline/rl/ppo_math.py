@@ -84,10 +84,7 @@ def generalized_advantages(
     """Compute generalised advantage estimates over the unmasked tokens. The value after the last one is 0.
 
     `gamma` is the discount per token, and `lam` the weight of longer-sighted estimates: 0 trusts the critic, 1 the
-    rewards. Both are in [0, 1].
-
-    Returns:
-        Advantages, and returns (advantage + value: what the critic should have estimated).
+    rewards. Both are in [0, 1]. Return advantages, and returns: what the critic should have estimated.
     """
     # From the last token to the first, with `delta` the surprise of a token: what it paid, and what is still expected
     # after it, less what was expected before it.
@@ -112,11 +109,8 @@ def generalized_advantages(
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Compute half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
 
-    `old_values` were estimated when the tokens were sampled. An estimate may move by `cliprange`, in units of the
-    reward.
-
-    Returns:
-        The loss, and a boolean tensor: where clipping removed the gradient.
+    An estimate may move by `cliprange`, in units of the reward, from what was estimated when the tokens were sampled.
+    Return the loss, and a boolean tensor: where clipping removed the gradient.
     """
     # Not `old_values + (values - old_values).clamp(...)`, which rounds values that are within the range.
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)

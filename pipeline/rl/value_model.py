@@ -60,11 +60,7 @@ def build_value_model(
         use_peft: Train an adapter and the head if the policy has an adapter, unless `value_model` is itself trained.
 
     Returns:
-        The critic, whose estimates have the units of the score; what is trained has the policy's dtype, unless it was
-        given as a critic.
-
-    Raises:
-        ValueError: If the critic has several labels.
+        The critic; what is trained has the policy's dtype, unless it was given as a critic.
     """
     # The policy's adapter is the pattern of the critic's, unless the critic is trained in full.
     adapter = None
@@ -136,13 +132,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
-    """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in.
+    """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
     The head of a reward model is copied, too: at each token, the critic starts with the reward that the text so far
     would get. From a policy, the head is zero: the critic starts by expecting nothing.
-
-    Returns:
-        The critic, in the dtype and on the device of `source`.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
@@ -151,11 +144,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
 
 
 def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a critic with random weights by the configuration of another model.
-
-    Raises:
-        ValueError: If transformers does not know the architecture, because the model has code of its own.
-    """
+    """Build a critic with random weights by the configuration of another model."""
     kind = type(config)
     # Of a model whose code lies on the Hub, transformers would ask on the terminal whether to run it.
     if kind not in MODEL_MAPPING:
