@@ -136,13 +136,20 @@ class PushCallback(TrainerCallback):
         try:
             files = publishable(staged / newest)
             for checkpoint in staged.iterdir():
-                own = checkpoint.name == newest and not keeps_all
-                files |= _checkpoint_files(checkpoint, LAST if own else checkpoint.name)
+                folder = LAST if checkpoint.name == newest and not keeps_all else checkpoint.name
+                files[f"{folder}/{STATE}"] = checkpoint / STATE
+                manifest, known = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")), places(checkpoint)
+                for name, entry in manifest["files"].items():
+                    # Paths of this machine are replaced: an adapter, for instance, names its base model.
+                    content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
+                    if isinstance(content, bytes):
+                        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode() + b"\n"
             replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
             message = f"Training in progress, step {newest.rpartition('-')[2]}"
-            name = full_id(self._args.hub_model_id, str(self._args.output_dir))
-            self._send(name, files, message, replaced)
-            logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
+            repo_id = full_id(self._args.hub_model_id, str(self._args.output_dir))
+            self._send(repo_id, files, message, replaced)
+            logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, repo_id)
         except Exception as error:  # noqa: BLE001 - training continues if a push fails
             self._warn(newest, error)
         finally:
@@ -158,16 +165,3 @@ class PushCallback(TrainerCallback):
         private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
         with suppress_progress_bars():
             push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
-
-
-def _checkpoint_files(checkpoint: Path, folder: str) -> Files:
-    """Return the files of a complete checkpoint without the paths of this machine, and a manifest that fits them."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    known = places(checkpoint)
-    files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
-    for name, entry in manifest["files"].items():
-        # An adapter, for instance, names its base model.
-        content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
-        if isinstance(content, bytes):
-            entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}

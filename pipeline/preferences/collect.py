@@ -164,7 +164,7 @@ def label_samples(
         done += len(rows)
         options: dict[str, Any] = {"pairs_per_prompt": args.pairs_per_prompt, "seed": f"{args.seed}/{name}"}
         splits[name], counts[name] = label_answers(rows, answers, **options, keep_taste=name == "test", judge=judge)
-        logger.info("%-11s %s", name, counts[name])
+        logger.info("%-11s %s", name, ", ".join(f"{what} {text}" for what, text in counts[name].texts().items()))
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
         raise UserError(Problem("temperature", args.temperature, remedy))

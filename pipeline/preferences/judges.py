@@ -75,7 +75,7 @@ def _judge_by_function(function: Callable[..., Any]) -> Match:
 
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
         if "opponents" in inspect.signature(function).parameters:
-            return rate(answers, rows, opponents=[_messages(opponent) for opponent in opponents])
+            return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
         return compare(rate(answers, rows), rate(opponents, rows))
 
     return match
@@ -83,16 +83,13 @@ def _judge_by_function(function: Callable[..., Any]) -> Match:
 
 def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
     def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
         # Together, because answers that occur in several pairs are scored once.
-        scores = score(model, tokenizer, [[*row["prompt"], *_messages(answer)] for row, answer in pairs])
+        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
+        dialogues = [[*row["prompt"], {"role": "assistant", "content": answer}] for row, answer in pairs]
+        scores = score(model, tokenizer, dialogues)
         return compare(scores[: len(rows)], scores[len(rows) :])
 
     return match
-
-
-def _messages(answer: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": answer}]
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

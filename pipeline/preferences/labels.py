@@ -44,9 +44,6 @@ class Counts:
     pairs: int = 0
     agreement: float | None = None
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {text}" for name, text in self.texts().items())
-
     def texts(self) -> dict[str, str]:
         """Return every count as text, by name."""
         return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}

@@ -51,7 +51,19 @@ def wait_for_votes(args: VoteArguments) -> int:
     """Write the data set of the votes, and return the number that prefer one answer; stop if they are too few."""
     folder = Path(args.output_dir)
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
-        _simulate(args, folder)
+        # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
+        splits, _ = label_samples(args)
+        model = Path(args.model_name_or_path).name
+        sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
+        common = {"model_a": model, "model_b": model, "sampling": sampling, "choice": "a"}
+        common |= {"undoes": None, "seconds": None, "comment": ""}
+        with closing(VoteLog(folder)) as log:
+            for number, row in enumerate(row for rows in splits.values() for row in rows):
+                vote = dict.fromkeys(("id", "pair"), f"simulated-{number}")
+                vote |= {"annotator": f"simulated ({row['annotator']})", "prompt": row["prompt"]}
+                vote |= {"a": row["chosen"][0]["content"], "b": row["rejected"][0]["content"]}
+                vote |= {"shown_first": "a" if row["first"] == "chosen" else "b"}
+                log.add(vote | common | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")})
     found = update_data_set(folder) if (folder / VOTES_FILE).is_file() else 0
     report_progress(done=found, total=args.min_votes, unit="votes")
     if found < args.min_votes:
@@ -62,23 +74,6 @@ def wait_for_votes(args: VoteArguments) -> int:
         )
     logger.info("%d votes prefer one of two answers", found)
     return found
-
-
-def _simulate(args: VoteArguments, folder: Path) -> None:
-    """Write votes of the simulated annotators, as the page would."""
-    # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
-    splits, _ = label_samples(args)
-    model = Path(args.model_name_or_path).name
-    sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
-    common = {"model_a": model, "model_b": model, "sampling": sampling, "choice": "a"}
-    common |= {"undoes": None, "seconds": None, "comment": ""}
-    with closing(VoteLog(folder)) as log:
-        for number, row in enumerate(row for rows in splits.values() for row in rows):
-            vote = dict.fromkeys(("id", "pair"), f"simulated-{number}")
-            vote |= {"annotator": f"simulated ({row['annotator']})", "prompt": row["prompt"]}
-            vote |= {"a": row["chosen"][0]["content"], "b": row["rejected"][0]["content"]}
-            vote |= {"shown_first": "a" if row["first"] == "chosen" else "b"}
-            log.add(vote | common | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")})
 
 
 def load_votes(path: Path) -> Judge:

@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, SyncRefModelCallback
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -140,27 +140,20 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
-    def _sampling_config(self, model: Any) -> GenerationConfig | None:
-        """Return the settings with which `pipeline.models.kernels.sampler` samples; None if TRL has to.
-
-        They are the trainer's, then the model's, as `model.generate` combines them.
-        """
-        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
-            return None
-        # Mamba, for one, does not take positions.
-        if not accepts_argument(model, "position_ids") or overrides_generate(model):
-            return None
-        config = copy.deepcopy(self.generation_config)
-        config.update(**model.generation_config.to_dict(), defaults_only=True)
-        return None if unsupported_settings(config) else config
-
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        config = self._sampling_config(model)
+        # The settings are the trainer's, then the model's, as `model.generate` combines them.
+        config = copy.deepcopy(self.generation_config)
+        config.update(**model.generation_config.to_dict(), defaults_only=True)
+        plain = self._whole_and_bare and not (
+            self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm
+        )
+        # Mamba, for one, does not take positions.
+        plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
-            if config is None:
+            if not plain or unsupported_settings(config):
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
                 is_loaded = is_merged and self.state.global_step != self._last_loaded_step
                 with unrounded(self.model) if is_loaded else nullcontext():
