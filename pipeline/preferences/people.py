@@ -55,7 +55,7 @@ def wait_for_votes(args: VoteArguments) -> int:
         splits, _ = label_samples(args)
         model = Path(args.model_name_or_path).name
         sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
-        common = {"model_a": model, "model_b": model, "sampling": sampling, "choice": "a"}
+        common: dict[str, Any] = {"model_a": model, "model_b": model, "sampling": sampling, "choice": "a"}
         common |= {"undoes": None, "seconds": None, "comment": ""}
         with closing(VoteLog(folder)) as log:
             for number, row in enumerate(row for rows in splits.values() for row in rows):
