@@ -24,9 +24,6 @@ from pipeline.rl.ppo_config import PPOConfig
 HEAD_NAMES = ("score", "classifier")
 """Names of the linear head in transformers' classifiers."""
 
-REFERENCE_ADAPTER = "ref"
-"""Name of the frozen copy of an adapter that training started from, which TRL calls so, too."""
-
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
@@ -64,17 +61,6 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
     reference.__dict__.pop("forward", None)
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
-
-
-def copy_adapter(model: PeftModel) -> None:
-    """Add a frozen copy of a model's active adapter, as TRL does if `beta` asks for a reference."""
-    source = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config[source])
-    for name, parameter in model.named_parameters():
-        if f".{source}." in name:
-            copied = model.get_parameter(name.replace(f".{source}.", f".{REFERENCE_ADAPTER}."))
-            copied.data.copy_(parameter.data)
-            copied.requires_grad_(False)
 
 
 def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], args: PPOConfig) -> None:

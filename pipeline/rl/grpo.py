@@ -26,7 +26,6 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
-from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
 from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
@@ -84,8 +83,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = LENGTH_THAT_FITS
-        # TRL makes the reference by loading the policy's name, which for a merged model is the name of its base.
-        copied = args.beta != 0 and hasattr(model, MERGED) and not kwargs.get("peft_config")
+        # TRL makes the reference by loading the policy's name again. A model in memory may differ, or have no name.
+        copied = args.beta != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
         beta, synced = args.beta, args.sync_ref_model
         if copied:
             args.beta, args.sync_ref_model = 0.0, False
@@ -96,7 +95,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if copied:
             self.beta, args.beta, args.sync_ref_model = beta, beta, synced
-            self._copy_reference()
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("FSDP and DeepSpeed do not shard the reference of a model in memory")
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
@@ -127,13 +129,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
-
-    def _copy_reference(self) -> None:
-        """Make the reference a copy of the policy."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed do not shard the reference of a model that was merged in memory")
-        reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
-        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     # ---- The rollout
 

@@ -12,16 +12,14 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
 
 from pipeline.rl import ppo_math, ppo_metrics
 from pipeline.rl.critic import Critic, CriticOptimizer, token_values
-from pipeline.rl.frozen_weights import REFERENCE_ADAPTER, copy_adapter, prepare_frozen
+from pipeline.rl.frozen_weights import prepare_frozen
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
@@ -77,15 +75,12 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PPOConfig()
-        # TRL knows of no reference as long as beta is 0, so PPO makes its own: an adapter's is a frozen copy of it, a
-        # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
-        if args.kl_coef > 0 and isinstance(model, PeftModel):
-            copy_adapter(model)
         # TRL changes the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
+        # TRL makes the reference of GRPO's KL penalty, which is a term of the loss: PPO's loss has none.
+        args.beta = args.kl_coef
         super().__init__(model, rewards, args, *others, **kwargs)
-        if args.kl_coef > 0 and not is_peft_model(self.model):
-            self._copy_reference()
+        self.beta = args.beta = 0.0
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
         reference = None if self.ref_model is None else self._bare(self.ref_model)
         judges = [self._bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
@@ -117,7 +112,10 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         mode = "train" if self.model.training else "eval"
+        # With it, TRL computes `ref_per_token_logps`.
+        self.beta = self.args.kl_coef
         batch = super()._generate_and_score_completions(inputs)
+        self.beta = 0.0
         # PPO does not compare the completions of a prompt.
         self._metrics[mode].pop("frac_reward_zero_std", None)
 
@@ -131,7 +129,7 @@ class PPOTrainer(GRPOTrainer):
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
         # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
-        # and clipping ranges are relative to what they compute here.
+        # and clipping ranges are relative to what they computed then.
         ids, attention_mask = _whole_texts(batch)
         args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
@@ -140,12 +138,11 @@ class PPOTrainer(GRPOTrainer):
                 batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
                     self.model, ids, attention_mask, length, size
                 )
-            logps = batch["old_per_token_logps"]
-            ref_logps, penalty = None, torch.zeros_like(logps)
-            if args.kl_coef > 0:
-                ref_logps = self._reference_logps(ids, attention_mask, length, size)
-                penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, "k1")
             values = self._values(ids, attention_mask, length, size)
+        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        penalty = torch.zeros_like(logps)
+        if ref_logps is not None:
+            penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, "k1")
 
         # Each token is rewarded by minus its KL penalty, and the last one by the score as well.
         rewards = ppo_math.token_rewards(scores, penalty, mask)
@@ -182,17 +179,6 @@ class PPOTrainer(GRPOTrainer):
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~ended
         return torch.where(scored, scores, 0.0), scored
-
-    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
-        """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
-        policy, model = self._bare(self.model), self.model if self.ref_model is None else self.ref_model
-        adapter: Any = nullcontext()
-        if isinstance(policy, PeftModel):
-            # The copy of the policy's first adapter, or none at all.
-            adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
-        with adapter:
-            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
-        return logps
 
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
         """Return the critic's estimates (B, `length`), before each of the last `length` tokens is chosen."""
