@@ -120,6 +120,8 @@ def _figure(entry: Any) -> str:
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
+    import transformers
+
     about, settings = trained.about, trained.settings
     config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
     measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
@@ -163,7 +165,7 @@ def model_card(trained: Trained) -> str:
         datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
-        imports=_unknown_class(config),
+        imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         prompt=answers[0][0] if answers else "What is an LLM?",
         samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
@@ -176,13 +178,6 @@ def model_card(trained: Trained) -> str:
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
     return str(ModelCard(without_paths(card, places(trained.folder))))
-
-
-def _unknown_class(config: Values) -> str:
-    """Return the class of a classifier that transformers does not have, and that `pipeline.models` registers."""
-    import transformers
-
-    return next((name for name in config.get("architectures") or () if name not in transformers.__all__), "")
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
@@ -217,13 +212,6 @@ def base_card(name: str, trained: Trained) -> str:
         tags=["fourstage", *trained.about.card.tags],
     )
     return _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
-
-
-def critic_card(name: str, config: Values) -> str:
-    """Return the README.md of the critic inside the repository `name` of a policy; no `config` means an adapter."""
-    data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
-    title, imports = name.rsplit("/", 1)[-1], _unknown_class(config)
-    return _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
 
 
 def load_card(folder: Path) -> DatasetCard:

@@ -16,7 +16,7 @@ from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model, read_json, read_run
-from pipeline.hub.cards import CRITIC, Trained, base_card, critic_card, dataset_card, load_card, model_card, space_card
+from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
@@ -189,13 +189,12 @@ class Outputs:
         if "README.md" in files and not trained.step:
             own = files["README.md"]
             text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-            card = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
+            card = re.sub(
+                r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+', rf"\1{trained.name}", text
+            )
         else:
             card = model_card(trained)
         files["README.md"] = to_bytes(card)
-        if f"{CRITIC}/config.json" in files or f"{CRITIC}/adapter_config.json" in files:
-            card = critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
-            files[f"{CRITIC}/README.md"] = to_bytes(card)
         return files
 
     def _trained(self, output: str) -> Trained:

@@ -32,8 +32,7 @@ class SampledArguments:
         None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
     )
     environment: str | None = option(
-        None,
-        "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class.",
+        None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
     )
     allow_unconfined_code: bool = option(
         False, "Let code_tests run code even where the kernel cannot confine it to the sandbox."
