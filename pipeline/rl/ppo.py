@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -82,9 +83,9 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, rewards, args, *others, **kwargs)
         self.beta = args.beta = 0.0
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
-        reference = None if self.ref_model is None else self._bare(self.ref_model)
-        judges = [self._bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
-        prepare_frozen(self.model, [reference, *judges], args)
+        bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
+        judges = [bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
+        prepare_frozen(self.model, [self.ref_model and bare(self.ref_model), *judges], args)
         critic = build_value_model(
             value_model,
             policy=self.model,
@@ -102,10 +103,6 @@ class PPOTrainer(GRPOTrainer):
     def value_model(self) -> Any:
         """The critic's model, wrapped as the policy is."""
         return self.critic.model
-
-    def _bare(self, model: nn.Module) -> Any:
-        """Return a model without what wraps it for several processes or for `torch.compile`."""
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     # ---- The rollout
 
