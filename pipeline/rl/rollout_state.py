@@ -76,8 +76,8 @@ class Rollout:
         else:
             logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        trainer._buffered_inputs = [batches[number] for number in sorted(batches, key=int)] or None
-        trainer._step = state["step"]
+        left = [batches[number] for number in sorted(batches, key=int)]
+        vars(trainer).update(_buffered_inputs=left or None, _step=state["step"])
         trainer._metrics["train"].update(state["metrics"])
         if "moments" in state:
             vars(trainer.score_moments).update(state["moments"])

@@ -117,7 +117,7 @@ def test_two_who_push_at_once_do_not_undo_each_other(hub: Hub, tmp_path: Path, m
     assert hub.commits("alice/m") == ["two", "add", "one"]
 
 
-@pytest.mark.parametrize("path", ["GET .*/models/alice/m$", "GET .*/models/alice/m/tree", "PUT ", "POST .*/commit/"])
+@pytest.mark.parametrize("path", ["GET .*/models/alice/m$", "POST .*/preupload/", "PUT ", "POST .*/commit/"])
 def test_a_hub_that_accepts_a_request_and_sends_nothing_is_not_waited_for(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
