@@ -25,9 +25,6 @@ Values = Mapping[str, Any]
 CRITIC = "value_model"
 """Folder of a policy that holds its critic."""
 
-SAMPLES, LONGEST_SAMPLE = 4, 400
-"""Answers that a card shows, and the characters of the longest one."""
-
 
 @dataclass
 class Trained:
@@ -141,8 +138,6 @@ def model_card(trained: Trained) -> str:
         pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *about.card.tags],
     )
-    answers = [(one["prompt"], one["answer"]) for one in trained.evaluation.get("answers", [])]
-    traces = [(one["problem"], one["answer"]) for one in trained.evaluation.get("traces", [])]
     # The settings as the YAML file has them, with the ids of what was pushed.
     shown = rename(public_settings(settings), trained.ids.get)
     # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
@@ -167,13 +162,8 @@ def model_card(trained: Trained) -> str:
         entries=own,
         imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
-        prompt=answers[0][0] if answers else "What is an LLM?",
-        samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
-        longest=LONGEST_SAMPLE,
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
-        start=Path(str(settings.get("model_name_or_path") or "")).name,
         steps=read_json(trained.folder / STATE).get("global_step"),
-        title=title,
         trained=trained,
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
