@@ -62,25 +62,18 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
         # Opening it reports what is wrong with the name or the configuration.
         open_source(name, config, streaming=streamed)
         if streamed:
-            _fetch_files(name, config)
+            # All splits of the configuration are fetched, because `datasets` does not open a folder that lacks one.
+            repo_id, revision = split_revision(name)
+            files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
+            hub, options = HfFileSystem(), {"repo_type": "dataset", "revision": revision}
+            paths = [glob.escape(hub.resolve_path(url).path_in_repo) for split in files.values() for url in split]
+            planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
+            missing = [file.file_size for file in planned if file.will_download]
+            print(f"fetching the stream {name}: {sum(missing) / 1e9:.2f} GB in {len(missing)} files", flush=True)
+            with user_error_for("dataset_name", name, "data set"):
+                snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
         print(f"fetched the {'stream' if streamed else 'data set'} {name}")
     return 0
-
-
-def _fetch_files(name: str, config: str | None) -> None:
-    """Fetch the files of a data set's configuration, so that it can be streamed without the Hub.
-
-    All of its splits are fetched, because `datasets` does not open a folder that lacks one.
-    """
-    repo_id, revision = split_revision(name)
-    files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
-    hub, options = HfFileSystem(), {"repo_type": "dataset", "revision": revision}
-    paths = [glob.escape(hub.resolve_path(url).path_in_repo) for split in files.values() for url in split]
-    planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
-    missing = [file.file_size for file in planned if file.will_download]
-    print(f"fetching the stream {name}: {sum(missing) / 1e9:.2f} GB in {len(missing)} files", flush=True)
-    with user_error_for("dataset_name", name, "data set"):
-        snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
 
 
 def fetch_checkpoints(name: str, field: str) -> list[Path]:

@@ -59,37 +59,33 @@ def load_judge(name: str | None) -> Judge:
     if name is None:
         return ANNOTATORS
     if ":" in name:
-        return Judge(f"the function {name}", _judge_by_function(load_function(name, "judge")))
+        function = load_function(name, "judge")
+
+        def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
+            return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
+
+        def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+            if "opponents" in inspect.signature(function).parameters:
+                return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
+            return compare(rate(answers, rows), rate(opponents, rows))
+
+        return Judge(f"the function {name}", match)
+
     with user_error_for("judge", name):
         is_judge = is_reward_model(load_config(name))
     if not is_judge:
         raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
-    return Judge(f"the reward model {name}", _judge_by_score(model.to(hardware.accelerator() or "cpu"), tokenizer))
+    model.to(hardware.accelerator() or "cpu")
 
-
-def _judge_by_function(function: Callable[..., Any]) -> Match:
-
-    def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
-        return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
-
-    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        if "opponents" in inspect.signature(function).parameters:
-            return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
-        return compare(rate(answers, rows), rate(opponents, rows))
-
-    return match
-
-
-def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
-    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    def match_by_score(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
         # Together, because answers that occur in several pairs are scored once.
         pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
         dialogues = [[*row["prompt"], {"role": "assistant", "content": answer}] for row, answer in pairs]
         scores = score(model, tokenizer, dialogues)
         return compare(scores[: len(rows)], scores[len(rows) :])
 
-    return match
+    return Judge(f"the reward model {name}", match_by_score)
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -98,20 +98,11 @@ class CollapseAlarms(TrainerCallback):
         state.log_history.append({f"alarm/{name}": figure, "step": state.global_step})
         logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, figure, ADVICE[name])
 
-    def _read(self, entry: Mapping[str, Any]) -> dict[str, float]:
+    def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
         """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
-        raised = {}
-        for name, figure, is_bad in self._judge({k: v for k, v in entry.items() if v is not None}):
-            figures = self._figures.setdefault(name, [])
-            figures.append(figure if is_bad else None)
-            latest = figures[-self._patience :]
-            if name not in self._raised and len(latest) == self._patience and None not in latest:
-                self._raised.add(name)
-                raised[name] = figure
-        return raised
-
-    def _judge(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
-        """Yield the name and the figure of each alarm, if the entry has it, and whether it is bad."""
+        entry = {name: value for name, value in logged.items() if value is not None}
+        # The figure of each alarm that the entry has, and whether it is bad.
+        judged: dict[str, tuple[float, bool]] = {}
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
@@ -120,17 +111,27 @@ class CollapseAlarms(TrainerCallback):
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
-            yield "length_near_zero", length, length <= limit
+            judged["length_near_zero"] = length, length <= limit
             cut_off = entry["completions/clipped_ratio"]
-            yield "length_at_limit", cut_off, cut_off >= MAX_CUT_OFF
+            judged["length_at_limit"] = cut_off, cut_off >= MAX_CUT_OFF
         if (entropy := entry.get("entropy")) is not None:
             limit = max(ENTROPY_SHARE * self._start.setdefault("entropy", entropy), MIN_ENTROPY)
-            yield "entropy", entropy, collapsed and entropy <= limit
+            judged["entropy"] = entropy, collapsed and entropy <= limit
         if (deviation := entry.get("reward_std")) is not None:
             self._deviation = max(self._deviation, deviation)
-            yield "reward_spread", deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
+            judged["reward_spread"] = deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
         if (useless := entry.get("frac_reward_zero_std")) is not None:
-            yield "uninformative_groups", useless, collapsed and 1 - useless <= MIN_INFORMATIVE
+            judged["uninformative_groups"] = useless, collapsed and 1 - useless <= MIN_INFORMATIVE
         kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
         if kl is not None:
-            yield "kl", kl, kl >= MAX_KL
+            judged["kl"] = kl, kl >= MAX_KL
+
+        raised = {}
+        for name, (figure, is_bad) in judged.items():
+            figures = self._figures.setdefault(name, [])
+            figures.append(figure if is_bad else None)
+            latest = figures[-self._patience :]
+            if name not in self._raised and len(latest) == self._patience and None not in latest:
+                self._raised.add(name)
+                raised[name] = figure
+        return raised

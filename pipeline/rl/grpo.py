@@ -98,7 +98,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError("FSDP and DeepSpeed do not shard the reference of a model in memory")
             reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 

@@ -118,7 +118,7 @@ class PPOTrainer(GRPOTrainer):
 
         # What the policy chose is trained on, but for completions that nothing scored. Their tokens count nowhere, so
         # that the loss is an average over the others.
-        mask = _sampled_tokens(batch)
+        ids, attention_mask, mask = _texts(batch)
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         scores, scored = self._scores(mask.any(dim=1), ended, mode)
         if not scored.all():
@@ -127,7 +127,6 @@ class PPOTrainer(GRPOTrainer):
 
         # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
         # and clipping ranges are relative to what they computed then.
-        ids, attention_mask = _whole_texts(batch)
         args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
@@ -220,8 +219,8 @@ class PPOTrainer(GRPOTrainer):
         """
         # Without gradients of the policy, its optimizer leaves it and its own state alone.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
-        mask = _sampled_tokens(inputs)
-        values = self._values(*_whole_texts(inputs), mask.shape[1])
+        ids, attention_mask, mask = _texts(inputs)
+        values = self._values(ids, attention_mask, mask.shape[1])
         value_losses, clipped = ppo_math.clipped_value_loss(
             values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
         )
@@ -263,12 +262,8 @@ class PPOTrainer(GRPOTrainer):
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
 
-def _sampled_tokens(batch: dict[str, Any]) -> Tensor:
-    """Return the mask of `pipeline.rl.ppo_math`."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def _whole_texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask (B, L) of the prompts with their completions."""
+def _texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids and attention mask (B, L) of whole texts, and the mask of the completions as in `ppo_math`."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return ids, attention_mask, batch["completion_mask"] * batch.get("tool_mask", 1)
