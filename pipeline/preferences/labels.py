@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -49,14 +49,6 @@ class Counts:
         return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
 
 
-class Comparison(NamedTuple):
-    """The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them."""
-
-    row: int
-    shown: list[str]
-    annotator: str
-
-
 def label_answers(
     rows: Sequence[Mapping[str, Any]],
     answers: Sequence[Sequence[str]],
@@ -81,7 +73,8 @@ def label_answers(
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    comparisons: list[Comparison] = []
+    # The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them.
+    comparisons: list[tuple[int, list[str], str]] = []
     # For each of them, the index of the preferred answer; None for a tie.
     choices: list[int | None] = []
     # What the annotators see in each answer to a prompt; nothing if a judge compares.
@@ -98,18 +91,18 @@ def label_answers(
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            comparisons.append(Comparison(index, shown, annotator.name if judge is ANNOTATORS else "judge"))
+            comparisons.append((index, shown, annotator.name if judge is ANNOTATORS else "judge"))
             if judge is ANNOTATORS:
                 first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
                 choices.append(choose(annotator, first, second, rng))
     if judge is not ANNOTATORS:
 
-        def match(_: int, asked: Sequence[Comparison]) -> Sequence[float | None]:
-            first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
-            return judge.match(first, second, [rows[comparison.row] for comparison in asked])
+        def match(_: int, asked: Sequence[tuple[int, list[str], str]]) -> Sequence[float | None]:
+            first, second = ([shown[side] for _, shown, _ in asked] for side in (0, 1))
+            return judge.match(first, second, [rows[index] for index, _, _ in asked])
 
         # The calls do not depend on the number of processes.
-        groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
+        groups = itertools.groupby(comparisons, key=lambda comparison: comparison[0] // JUDGED_AT_ONCE)
         outcomes = take_turns([list(group) for _, group in groups], match)
         choices = [CHOICES.get(outcome) for outcome in outcomes]
 

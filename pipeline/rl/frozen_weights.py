@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.models.patches import bind_forward
-from pipeline.rl.ppo_config import PPOConfig
 
 HEAD_NAMES = ("score", "classifier")
 """Names of the linear head in transformers' classifiers."""
@@ -61,24 +59,6 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
     reference.__dict__.pop("forward", None)
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
-
-
-def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], args: PPOConfig) -> None:
-    """Convert what is not trained to `frozen_dtype`, except for heads and adapters, and keep equal weights once.
-
-    `others` are, among other things, the reference and the reward models.
-    """
-    adapted = isinstance(policy, PeftModel)
-    models = [model for model in others if isinstance(model, nn.Module)]
-    if adapted or args.frozen_dtype == "bfloat16":
-        for model in models:
-            model.requires_grad_(False)
-    if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
-        for model in (policy, *models):
-            convert_frozen(model, torch.bfloat16)
-        for model in models:
-            compute_in_float32(find_head(model)[1])
-    share_frozen_weights(policy, models)
 
 
 def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:

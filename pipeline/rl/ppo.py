@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from pipeline.rl import ppo_math, ppo_metrics
 from pipeline.rl.critic import Critic, CriticOptimizer, token_values
-from pipeline.rl.frozen_weights import prepare_frozen
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, find_head, share_frozen_weights
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
@@ -85,7 +85,19 @@ class PPOTrainer(GRPOTrainer):
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
         bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
         judges = [bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
-        prepare_frozen(self.model, [self.ref_model and bare(self.ref_model), *judges], args)
+        frozen = [judge for judge in judges if judge is not None]
+        frozen += [] if self.ref_model is None else [bare(self.ref_model)]
+        # What is not trained, except heads and adapters, gets `frozen_dtype`, and is in memory once where it is equal.
+        adapted = isinstance(self.model, PeftModel)
+        if adapted or args.frozen_dtype == "bfloat16":
+            for network in frozen:
+                network.requires_grad_(False)
+        if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
+            for network in (self.model, *frozen):
+                convert_frozen(network, torch.bfloat16)
+            for network in frozen:
+                compute_in_float32(find_head(network)[1])
+        share_frozen_weights(self.model, frozen)
         critic = build_value_model(
             value_model,
             policy=self.model,

@@ -15,6 +15,10 @@ from pipeline.errors import Problem, UserError
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 """accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
 
+NO_REMOTE_CODE = (
+    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
+)
+
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
     for names, why in {
@@ -49,31 +53,23 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
     kl_coef: float = option(
-        0.05,
-        "Reward subtracted at each token for each nat of KL from the reference. With 0, there is neither a reference "
-        "model nor `objective/kl`.",
+        0.05, "Reward subtracted at each token for each nat of KL from the reference; 0: without a reference."
     )
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(
         None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
     )
-    cliprange: float = option(
-        0.2, "How far the probability ratio of a token may move from 1 in the updates of one rollout."
-    )
+    cliprange: float = option(0.2, "How far a token's probability ratio may move from 1 in the updates of a rollout.")
     cliprange_value: float = option(
-        0.2,
-        "How far the critic's estimate of a token may move in the updates of one rollout, in units of the "
-        "(normalised) reward.",
+        0.2, "How far the critic's estimate may move in the updates of a rollout, in units of the (normalised) reward."
     )
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = option(
         None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
     )
     value_warmup_steps: int = option(
-        0,
-        "Train the critic alone in the first so many optimizer steps. The schedule of both learning rates begins with "
-        "them: a warm-up of the policy's has to be longer.",
+        0, "Train the critic alone in the first so many optimizer steps, with which the schedule of both begins."
     )
     frozen_dtype: str = option(
         "auto",
@@ -86,18 +82,24 @@ class PPOConfig(GRPOConfig):
     )
     reward_normalization: str = option(
         "none",
-        "Normalise the sum of all rewards, before `missing_eos_penalty` and KL: none; batch (by mean and standard "
-        "deviation of its rollout); running (by mean and deviation of all rollouts so far, which checkpoints contain).",
+        "Normalise the sum of all rewards, before `missing_eos_penalty` and KL, by mean and standard deviation: none; "
+        "batch (of its rollout); running (of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
     missing_eos_penalty: float | None = option(
-        None,
-        "Subtracted from the normalised score of a completion that does not end with an end of turn. "
-        "(`mask_truncated_completions` leaves such completions out altogether.)",
+        None, "Subtracted from the normalised score of a completion that does not end with an end of turn."
     )
 
     def __post_init__(self) -> None:
-        self._check()
+        # The completions of a rollout. A process group does not exist yet, and a preflight names the processes that
+        # will be.
+        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
+        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
+        rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
+        if wrong := self._check(rows):
+            problems = UserError(*wrong)
+            raise ValueError(str(problems)) from problems
+
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
@@ -109,41 +111,27 @@ class PPOConfig(GRPOConfig):
         given = self.num_generations, self.num_generations_eval
         if self.num_generations == 1:
             # GRPO compares two or more; PPO does not. Any divisor of the generation batch passes its check.
-            self.num_generations, self.num_generations_eval = self._rollout_rows(), given[1] or 1
+            self.num_generations, self.num_generations_eval = rows, given[1] or 1
         try:
             super().__post_init__()
         finally:
             self.num_generations, self.num_generations_eval = given
 
-    def _rollout_rows(self) -> int:
-        """Return the number of completions in a rollout, over all processes."""
-        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-        # A process group does not exist yet, and a preflight names the processes that will be.
-        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
-        return self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-
-    def _check(self) -> None:
-        """Raise `ValueError` for all fields that are wrong, in one message."""
+    def _check(self, rows: int) -> list[Problem]:
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
-
-        def refuse(name: str, remedy: str) -> None:
-            wrong.append(Problem(name, getattr(self, name), remedy))
-
-        if self.num_generations == 1 and self._rollout_rows() == 1:
+        wrong = {
+            "trust_remote_code": self.trust_remote_code and NO_REMOTE_CODE,
+            "epsilon": self.epsilon not in (GRPOConfig.epsilon, self.cliprange) and "must be unset: set cliprange",
+        }
+        if self.num_generations == 1 and rows == 1:
             name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
-            refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
-        wrong += [Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)]
-        if self.trust_remote_code:
-            # transformers cannot build the critic of a model whose code lies on the Hub.
-            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
-            refuse("trust_remote_code", f"code from the Hub is never run here: {remedy}")
+            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
         for item in fields(self):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:
-                refuse(item.name, f"must be {' or '.join(choices)}")
-        if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
-            refuse("epsilon", "must be unset: set cliprange")
-        if wrong:
-            problems = UserError(*wrong)
-            raise ValueError(str(problems)) from problems
+                wrong[item.name] = f"must be {' or '.join(choices)}"
+        problems = [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items() if remedy]
+        problems += [
+            Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)
+        ]
+        return check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED) + problems
