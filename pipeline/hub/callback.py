@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppress_progress_bars
 
 from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
@@ -53,15 +53,13 @@ class PushCallback(TrainerCallback):
             # `Reliable` waits for the checksums of a checkpoint only if a callback reads it.
             self.on_save = super().on_save  # type: ignore[method-assign]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Delete the files that a killed run was pushing."""
         if state.is_world_process_zero:
             for staged in Path(args.output_dir).glob(f"{STAGED}-*"):
                 shutil.rmtree(staged, ignore_errors=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to push the checkpoint that was just saved."""
         if not state.is_world_process_zero:
             return

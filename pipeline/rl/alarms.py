@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig
 
 logger = get_logger(__name__)
@@ -67,7 +67,7 @@ class CollapseAlarms(TrainerCallback):
     def __init__(self, checked: bool) -> None:
         self.checked = checked
 
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
@@ -78,14 +78,12 @@ class CollapseAlarms(TrainerCallback):
         for entry in state.log_history:
             self._read(entry)
 
-    def on_log(
-        self, args: GRPOConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: GRPOConfig, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise the alarms of the latest entry."""
         for name, figure in self._read(logs or {}).items():
             self._raise(name, figure, state)
 
-    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Raise each alarm that was not raised although most entries are bad: a short run has few."""
         if state.global_step < state.max_steps:
             return
