@@ -28,13 +28,8 @@ def check_access(
 ) -> list[Problem]:
     """Check that the token may write to repositories, or create them. Nothing is written.
 
-    Args:
-        repo_ids: The repositories, each with its namespace or the user's own.
-        field: Argument that asks for the push, for messages.
-        token: Default: the one of `hf auth login`, or HF_TOKEN.
-
-    Returns:
-        At most one problem: the first repository to which it may not write, or why the Hub could not be asked.
+    By default, the token is the one of `hf auth login`, or HF_TOKEN. Return at most one problem of the argument
+    `field`: the first repository to which it may not write, or why the Hub could not be asked.
     """
     api, repo_ids = HfApi(token=token), list(repo_ids)
     try:

@@ -30,13 +30,8 @@ CRITIC = "value_model"
 class Trained:
     """What the card of a model is made from. The card omits what is missing.
 
-    Attributes:
-        kind: Kind of its stage, a key of `STAGES`.
-        name: Its id on the Hub, or its folder.
-        step: Entry of its step in run.json: `command`, `seconds`, `hardware`, `versions` and `commit`.
-        metrics: Content of the run's metrics.json.
-        measured_on: Settings of the stage's `evaluation`.
-        ids: Ids on the Hub of folders that the `settings` name, as they name them.
+    `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json, with
+    `command`, `seconds`, `hardware`, `versions` and `commit`. `ids` has the ids of folders that the `settings` name.
     """
 
     folder: Path

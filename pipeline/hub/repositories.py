@@ -41,15 +41,10 @@ class Repository:
 
 @dataclass
 class Outputs:
-    """The output directories of a run, or one of them.
+    """The output directories of the run in `path`, which go to a `namespace`; or one of them, which has a `repo_id`.
 
-    Attributes:
-        path: Directory of the run; for a single output directory, the directory around it.
-        namespace: User or organization whose repositories they are.
-        repo_id: The repository of a single output directory.
-        only: Names of the directories that are pushed. Default: all.
-        license: Licence of models and data. Default: the one that the cards of the data name.
-        api: The client, which looks for what was pushed before; None to make no request.
+    `only` names the directories that are pushed, by default all. `license` is by default the one that the cards of the
+    data name. `api` looks for what was pushed before; None makes no request.
     """
 
     path: Path

@@ -52,12 +52,7 @@ def push(
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
     Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
-
-    Args:
-        message: Message of the commit, and title of the pull request.
-        repo_type: "model", "dataset" or "space"; a Space is a static one.
-        revision: The branch. Default: "main".
-        create_pr: Whether to open a pull request instead.
+    A Space is a static one. The branch `revision` is "main" by default; `create_pr` opens a pull request instead.
 
     Returns:
         Whether anything has changed; False if the branch held these files already.

@@ -34,11 +34,9 @@ Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float |
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, as reports name it.
+    """A judge, as reports name it. One that `needs_rules` judges only prompts whose rows say how they are graded.
 
-    Attributes:
-        needs_rules: Whether it can judge only prompts whose rows say how they are graded.
-        constants: Number of prompts on which it may choose the text of the baseline `constant`; many matches each.
+    On `constants` prompts it may choose the text of the baseline `constant`, with many matches each.
     """
 
     name: str

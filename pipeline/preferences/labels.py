@@ -60,12 +60,9 @@ def label_answers(
 ) -> tuple[list[dict[str, Any]], Counts]:
     """Let the simulated annotators, or a judge, compare the answers to each prompt.
 
-    Args:
-        rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
-        answers: The answers to each prompt; empty and repeated ones are dropped.
-        pairs_per_prompt: Maximum number of pairs compared per prompt.
-        seed: Seed of the pairs, annotators, order and noise.
-        keep_taste: Whether to keep the noise-free taste; its columns are None otherwise, and for a judge.
+    Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
+    dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
+    and noise. Columns of the noise-free taste are None unless it is kept, and for a judge.
 
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.

@@ -42,9 +42,6 @@ class PPOTrainer(GRPOTrainer):
     `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from a completion for which every
     reward function returns None.
 
-    The critic is saved as `value_model/` in `output_dir` and in every checkpoint. On one CPU process, a resumed run
-    continues bit for bit. The logs contain the metrics of `pipeline.rl.ppo_metrics`, too.
-
     Args:
         model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference
             is the base model without the adapter; for one that has an adapter, a frozen copy of that adapter.

@@ -38,12 +38,8 @@ def check_rewards(
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
-    Args:
-        models: Paths or Hub ids.
-        functions: Names, as for `load_rewards`.
-        weights: One for each, models first. Default: 1 each.
-        train: The training split, or None if it failed to load.
-        early: Whether the models are still to be made, and not looked at.
+    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If it is `early`, the
+    models are still to be made, and not looked at.
     """
     problems = []
     number = len(models) + len(functions)

@@ -50,17 +50,11 @@ def build_value_model(
     args: PPOConfig,
     use_peft: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """Return the given critic, or make one, ready to be trained.
+    """Return the given critic, or make one, ready to be trained. `value_model` is as for `PPOTrainer`.
 
-    Args:
-        value_model: As for `PPOTrainer`.
-        tokenizer: The policy's tokenizer.
-        rewards: The reward functions of any kind, each with its tokenizer, if it is a model, and its weight.
-        args: The configuration, which decides on dropout, activation checkpointing and the units of the score.
-        use_peft: Train an adapter and the head if the policy has an adapter, unless `value_model` is itself trained.
-
-    Returns:
-        The critic; what is trained has the policy's dtype, unless it was given as a critic.
+    `rewards` are reward functions of any kind, each with its tokenizer, if it is a model, and its weight. With
+    `use_peft`, an adapter and the head are trained if the policy has an adapter, unless `value_model` is itself
+    trained. What is trained has the policy's dtype, unless it was given as a critic.
     """
     # The policy's adapter is the pattern of the critic's, unless the critic is trained in full.
     adapter = None
