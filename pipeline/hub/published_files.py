@@ -125,23 +125,17 @@ def places(folder: Path) -> set[str]:
 def _named_paths(value: Any) -> set[str]:
     """Return the absolute paths among the texts of a JSON value, and among the words of its commands."""
     found: set[str] = set()
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending += [*value, *value.values()]
-        elif isinstance(value, list):
-            pending += value
-        elif isinstance(value, str) and os.sep in value:
-            words = [value]
-            # A text with an open quotation mark is not a command.
-            with contextlib.suppress(ValueError):
-                words += shlex.split(value)
-            for word in words:
-                path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
-                path = re.sub("/+", "/", path)
-                if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
-                    found.add(path.rstrip("/"))
+    texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(value)))
+    for text in (text for text in texts if os.sep in text):
+        words = [text]
+        # A text with an open quotation mark is not a command.
+        with contextlib.suppress(ValueError):
+            words += shlex.split(text)
+        for word in words:
+            path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
+            path = re.sub("/+", "/", path)
+            if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
+                found.add(path.rstrip("/"))
     return found
 
 

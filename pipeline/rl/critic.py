@@ -7,8 +7,6 @@ gradients of all micro-batches of an optimizer step are there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +112,7 @@ class CriticOptimizer:
             self.critic.optimizer.load_state_dict(state["optimizer"])
 
 
-def token_values(
-    critic: nn.Module,
-    ids: Tensor,
-    attention_mask: Tensor,
-    length: int,
-    batch_size: int | None,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> Tensor:
+def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
     """Compute what a value model, wrapped or not, expects before each of the last tokens of each text is chosen.
 
     The arguments are as for `over_passes`. The result is (B, `length`), in float32.
@@ -130,5 +121,5 @@ def token_values(
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
         return (at(critic(**batch.inputs).logits, batch.before)[:, 0].float(),)
 
-    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
+    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, *options)
     return values

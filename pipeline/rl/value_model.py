@@ -117,12 +117,10 @@ def build_value_model(
 def auto_class(config: PreTrainedConfig) -> Any:
     """Return the Auto class that loads what `config` was saved with: a critic (also if it names no architecture), a
     reward model or a language model."""
-    saved_as = (config.architectures or [""])[0]
+    saved_as = (config.architectures or ["ForTokenClassification"])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
-    if saved_as and not saved_as.endswith("ForTokenClassification"):
-        return AutoModelForCausalLM
-    return AutoModelForTokenClassification
+    return AutoModelForTokenClassification if saved_as.endswith("ForTokenClassification") else AutoModelForCausalLM
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
