@@ -62,7 +62,6 @@ CALLED = {
         "model temperature cast_lm_head_to_fp32 outputs",
         "gives PPO's reference its head",
     ),
-    "trl.trainer.utils:use_adapter": ("model adapter_name", "turns a policy with an adapter into its reference"),
 }
 
 # Private attributes of classes and modules.
@@ -95,7 +94,8 @@ TRAINER_ATTRIBUTES = {
     "reward_func_names": "names in messages",
     "reward_processing_classes": "the tokenizers of reward models",
     "reward_weights": "PPO's score is the weighted sum",
-    "ref_model": "None as long as beta is 0; PPO puts its own there",
+    "ref_model": "None as long as beta is 0",
+    "beta": "PPO sets it while a rollout is sampled, so that TRL computes what the reference gives",
     "current_gradient_accumulation_steps": "the value loss is normalised as the policy loss is",
 }
 
@@ -119,7 +119,7 @@ LOGGED = {
 # Tensors of a batch in `_buffered_inputs`, which PPO trains on and saves.
 BATCH = {
     *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"),
-    *("advantages", "num_items_in_batch", "old_per_token_logps", "returns", "old_values"),
+    *("advantages", "num_items_in_batch", "old_per_token_logps", "ref_per_token_logps", "returns", "old_values"),
 }
 
 OURS = ("rewards/sandbox", "config/yaml_file.py")  # whose private attributes are their own

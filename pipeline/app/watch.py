@@ -36,10 +36,10 @@ from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
+from pipeline.rl.frozen_weights import frozen_copy
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.reference_model import frozen_copy
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox, load_toolbox
 from pipeline.training.reliable import unchanged_random_state
@@ -152,15 +152,12 @@ def token_view(
         batch = trainer._generate_and_score_completions([dict(row)] * 2)
         # What tools wrote is read, but the policy did not choose it.
         mask, logps = batch["completion_mask"] * batch.get("tool_mask", 1), batch["old_per_token_logps"]
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         kl = torch.zeros_like(logps)
         if trainer.args.kl_coef > 0:
-            compared = trainer._reference_logps(ids, attention_mask, mask.shape[1], len(ids))
-            kl = ppo_math.kl_estimate(logps, compared, trainer.args.kl_estimator) * mask
+            kl = ppo_math.kl_estimate(logps, batch["ref_per_token_logps"], "k1") * mask
         score = float((trainer.all_rewards[0] * trainer.reward_weights).nansum())
         penalty = 0.0 if has_ended(policy, completion) else settings.get("missing_eos_penalty") or 0.0
-        scores = torch.full((len(ids),), score - penalty, device=kl.device)
+        scores = torch.full((len(kl),), score - penalty, device=kl.device)
         token_rewards = ppo_math.token_rewards(scores, trainer.args.kl_coef * kl, mask)
         columns = {"log_probs": logps, "kl": kl, "rewards": token_rewards, "values": batch["old_values"]}
         lists = {

@@ -12,19 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from pipeline.errors import Problem
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
-WRITING_ROLES = ("admin", "write", "contributor")
-"""Roles in an organization that may create repositories."""
-
 
 def full_id(repo_id: str | None, output_dir: str | Path) -> str:
-    """Return the id of the repository that an output directory is pushed to, with its namespace.
+    """Return the id, with its namespace, of the repository that an output directory is pushed to.
 
-    Args:
-        repo_id: `NAME/repo`; or `repo`, in the user's own namespace. Default: the name of the directory.
-        output_dir: The directory.
-
-    Raises:
-        PUSH_ERRORS: If the user's name is needed, and the Hub does not return it.
+    By default, it has the name of the directory. A name without a namespace is in the user's own, for which the Hub is
+    asked; that may raise `PUSH_ERRORS`.
     """
     name = repo_id or Path(output_dir).absolute().name
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
@@ -35,13 +28,8 @@ def check_access(
 ) -> list[Problem]:
     """Check that the token may write to repositories, or create them. Nothing is written.
 
-    Args:
-        repo_ids: The repositories, each with its namespace or the user's own.
-        field: Argument that asks for the push, for messages.
-        token: Default: the one of `hf auth login`, or HF_TOKEN.
-
-    Returns:
-        At most one problem: the first repository to which it may not write, or why the Hub could not be asked.
+    By default, the token is the one of `hf auth login`, or HF_TOKEN. Return at most one problem of the argument
+    `field`: the first repository to which it may not write, or why the Hub could not be asked.
     """
     api, repo_ids = HfApi(token=token), list(repo_ids)
     try:
@@ -58,7 +46,6 @@ def check_access(
 
 def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
     """Return why the token may not push to a repository, or None."""
-    namespace, token = repo_id.split("/")[0], (user.get("auth") or {}).get("accessToken") or {}
     try:
         retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
         return None
@@ -67,10 +54,10 @@ def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: st
         # 404: the repository does not exist yet.
         if status not in (403, 404):
             raise
-    roles = {org["name"]: org.get("roleInOrg", "write") for org in user.get("orgs") or []} | {user["name"]: "admin"}
-    if namespace not in roles:
-        own = f"{user['name']}/{repo_id.split('/')[1]}"
-        return f"belongs to {namespace}, and the token to {user['name']}; push to {own}"
+    namespace, own = repo_id.split("/")[0], user["name"]
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    if namespace not in {own, *(org["name"] for org in user.get("orgs") or [])}:
+        return f"belongs to {namespace}, and the token to {own}; push to {own}/{repo_id.split('/')[1]}"
     if token.get("role") == "read":
         return "the token may only read; make one that may write, and log in with `hf auth login`"
     scopes = token.get("fineGrained", {}).get("scoped", [])
@@ -78,6 +65,4 @@ def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: st
     if token.get("role") == "fineGrained" and not writable & {repo_id, namespace}:
         known = ", ".join(sorted(writable)) or "nothing"
         return f"the token may write to {known} only; push there, or make a token that may write to {namespace}"
-    if status == 403 or roles[namespace] not in WRITING_ROLES:
-        return f"the token of {user['name']} may not write to it; use one that may"
-    return None
+    return f"the token of {own} may not write to it; use one that may" if status == 403 else None

@@ -1,7 +1,7 @@
 """What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
 
 transformers creates the repository before it trains, pushes pickles and lock files, and loses the run if the last push
-fails. Here nothing is sent before the first checkpoint, and a push that fails changes nothing on the disk.
+fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, suppress_progress_bars
 
 from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
@@ -40,10 +40,7 @@ class PushCallback(TrainerCallback):
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
     "all_checkpoints". Under "every_save", `last-checkpoint/` is removed with the last push, because then it only takes
-    room. If the best checkpoint will be loaded at the end, that is pushed as well.
-
-    Args:
-        args: The trainer's arguments. Their `push_to_hub` is set to false.
+    room. If the best checkpoint will be loaded at the end, that is pushed as well. `push_to_hub` is set to false.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -56,15 +53,13 @@ class PushCallback(TrainerCallback):
             # `Reliable` waits for the checksums of a checkpoint only if a callback reads it.
             self.on_save = super().on_save  # type: ignore[method-assign]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Delete the files that a killed run was pushing."""
         if state.is_world_process_zero:
             for staged in Path(args.output_dir).glob(f"{STAGED}-*"):
                 shutil.rmtree(staged, ignore_errors=True)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Begin to push the checkpoint that was just saved."""
         if not state.is_world_process_zero:
             return
@@ -77,8 +72,7 @@ class PushCallback(TrainerCallback):
     def finish(self, is_complete: bool) -> None:
         """Wait for the push that is running, and push the last checkpoint if that was missed and is of use.
 
-        Args:
-            is_complete: Whether the run has trained to its end, so that its model will be pushed.
+        If training `is_complete`, the model will be pushed.
         """
         is_kept = not is_complete or self._args.hub_strategy != HubStrategy.EVERY_SAVE
         if self._missed is not None and is_kept:
@@ -87,11 +81,7 @@ class PushCallback(TrainerCallback):
             self._running.result()
 
     def push_model(self) -> None:
-        """Push the finished model in the output directory, if that was asked for.
-
-        Raises:
-            RunStopped: If that fails, with the reason and the command that pushes it.
-        """
+        """Push the finished model if that was asked for; `RunStopped` names the command that makes up for a failure."""
         if not self._is_asked or self._args.process_index != 0:
             return
         output_dir = str(self._args.output_dir)
@@ -128,7 +118,7 @@ class PushCallback(TrainerCallback):
         try:
             shutil.rmtree(staged, ignore_errors=True)
             for folder in folders:
-                shutil.copytree(folder, staged / folder.name, copy_function=_link)
+                shutil.copytree(folder, staged / folder.name, copy_function=os.link)
             self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
         except OSError as error:
             self._warn(checkpoint.name, error)
@@ -144,13 +134,20 @@ class PushCallback(TrainerCallback):
         try:
             files = publishable(staged / newest)
             for checkpoint in staged.iterdir():
-                own = checkpoint.name == newest and not keeps_all
-                files |= checkpoint_files(checkpoint, LAST if own else checkpoint.name)
+                folder = LAST if checkpoint.name == newest and not keeps_all else checkpoint.name
+                files[f"{folder}/{STATE}"] = checkpoint / STATE
+                manifest, known = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")), places(checkpoint)
+                for name, entry in manifest["files"].items():
+                    # Paths of this machine are replaced: an adapter, for instance, names its base model.
+                    content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
+                    if isinstance(content, bytes):
+                        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+                files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode() + b"\n"
             replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
             message = f"Training in progress, step {newest.rpartition('-')[2]}"
-            name = full_id(self._args.hub_model_id, str(self._args.output_dir))
-            self._send(name, files, message, replaced)
-            logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, name)
+            repo_id = full_id(self._args.hub_model_id, str(self._args.output_dir))
+            self._send(repo_id, files, message, replaced)
+            logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, repo_id)
         except Exception as error:  # noqa: BLE001 - training continues if a push fails
             self._warn(newest, error)
         finally:
@@ -166,29 +163,3 @@ class PushCallback(TrainerCallback):
         private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
         with suppress_progress_bars():
             push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
-
-
-def checkpoint_files(checkpoint: Path, folder: str) -> Files:
-    """Return the files of a complete checkpoint as they are pushed, without the paths of this machine.
-
-    Args:
-        checkpoint: The checkpoint. The manifest that is pushed fits what is pushed.
-        folder: Folder of the repository that it is pushed to.
-    """
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    known = places(checkpoint)
-    files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
-    for name, entry in manifest["files"].items():
-        # An adapter, for instance, names its base model.
-        content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
-        if isinstance(content, bytes):
-            entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return files | {f"{folder}/{MANIFEST}": json.dumps(manifest, indent=1).encode() + b"\n"}
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link a file, or copy it where the file system does not have hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

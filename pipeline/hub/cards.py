@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,13 @@ Values = Mapping[str, Any]
 CRITIC = "value_model"
 """Folder of a policy that holds its critic."""
 
-SAMPLES, LONGEST_SAMPLE = 4, 400
-"""Answers that a card shows, and the characters of the longest one."""
-
 
 @dataclass
 class Trained:
     """What the card of a model is made from. The card omits what is missing.
 
-    Attributes:
-        kind: Kind of its stage, a key of `STAGES`.
-        name: Its id on the Hub, or its folder.
-        settings: What the YAML file and the command line set.
-        step: Entry of its step in run.json: `command`, `seconds`, `hardware`, `versions` and `commit`.
-        metrics: Content of the run's metrics.json.
-        evaluation: Content of the stage's evaluation.
-        measured_on: Settings of that evaluation.
-        ids: Ids on the Hub of folders that the settings name, as they name them.
-        report: Address of the run's report.
+    `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json, with
+    `command`, `seconds`, `hardware`, `versions` and `commit`. `ids` has the ids of folders that the `settings` name.
     """
 
     folder: Path
@@ -123,6 +112,8 @@ def _figure(entry: Any) -> str:
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
+    import transformers
+
     about, settings = trained.about, trained.settings
     config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
     measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
@@ -142,10 +133,13 @@ def model_card(trained: Trained) -> str:
         pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *about.card.tags],
     )
-    answers = [(one["prompt"], one["answer"]) for one in trained.evaluation.get("answers", [])]
-    traces = [(one["problem"], one["answer"]) for one in trained.evaluation.get("traces", [])]
     # The settings as the YAML file has them, with the ids of what was pushed.
     shown = rename(public_settings(settings), trained.ids.get)
+    # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
+    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
+    before = Path(str(settings.get("model_name_or_path") or "0_random")).name
+    columns = {f"`{trained.stage}`": own} | ({f"`{before}`": stages.get(before, {})} if before != trained.stage else {})
+    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
     weights = trained.folder.glob("*.safetensors")
     number = re.match(r"\d+", trained.stage)
     card = _render(
@@ -154,32 +148,21 @@ def model_card(trained: Trained) -> str:
         adapter=adapter,
         base=base,
         config=config,
-        columns=_columns(trained, own),
+        baselines={
+            name: (find_baseline(name), entry) for name, entry in baselines.items() if own.keys() & entry.keys()
+        },
+        columns={name: found for name, found in columns.items() if own.keys() & found.keys()},
         datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         entries=own,
-        imports=_registration(config),
+        imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
-        prompt=answers[0][0] if answers else "What is an LLM?",
-        remarks=list(_remarks(trained, own)),
-        samples=answers[:SAMPLES] + traces[: SAMPLES // 2],
-        longest=LONGEST_SAMPLE,
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
-        start=Path(str(settings.get("model_name_or_path") or "")).name,
         steps=read_json(trained.folder / STATE).get("global_step"),
-        title=title,
         trained=trained,
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
     return str(ModelCard(without_paths(card, places(trained.folder))))
-
-
-def _registration(config: Values) -> str:
-    """Return the class of a classifier that transformers does not have, and that `pipeline.models` registers."""
-    import transformers
-
-    # `dir` of this module takes a fifth of a second.
-    return next((name for name in config.get("architectures") or () if name not in transformers.__all__), "")
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
@@ -204,32 +187,6 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
     )
 
 
-def _columns(trained: Trained, own: Values) -> dict[str, Values]:
-    """Return the columns of the table: the stage, the stage before it, and the baselines with the same metrics."""
-    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
-    before = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{trained.stage}`": own}
-    if before != trained.stage:
-        columns[f"`{before}`"] = stages.get(before, {})
-    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
-    return {name: found for name, found in columns.items() if set(own) & set(found)}
-
-
-def _remarks(trained: Trained, own: Values) -> Iterator[str]:
-    """Yield what a reader of the metrics `own` has to know: baselines, judges, and answers that were cut off."""
-    against = trained.evaluation.get("against") or "the stage before it"
-    for name, entry in trained.metrics.get("baselines", {}).items():
-        if set(own) & set(entry) and (baseline := find_baseline(name)):
-            yield f"{name}: " + baseline.card.format(against=against, text=entry.get("text", ""))
-    if "win_rate" in own:
-        judge = trained.evaluation.get("judge") or trained.metrics.get("judge") or "annotators"
-        yield f"Win rates are those against `{against}`, judged by {judge}; 0.5 is as good."
-    for data, count in trained.evaluation.get("cut_off", {}).items():
-        if count.get("cut off"):
-            yield f"{data}: {count['cut off']} of {count['answers']} answers were cut off at {count['limit']} tokens"
-    yield from trained.evaluation.get("left_out", [])
-
-
 def base_card(name: str, trained: Trained) -> str:
     """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
@@ -242,24 +199,8 @@ def base_card(name: str, trained: Trained) -> str:
     return _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
 
 
-def critic_card(name: str, config: Values) -> str:
-    """Return the README.md of the critic inside the repository `name` of a policy.
-
-    Args:
-        name: The repository.
-        config: The critic's configuration; empty if it is an adapter.
-    """
-    data = ModelCardData(library_name="transformers" if config else "peft", tags=["fourstage", "critic", "ppo"])
-    title, imports = name.rsplit("/", 1)[-1], _registration(config)
-    return _render("critic.md.jinja", data, name=name, title=title, folder=CRITIC, whole=bool(config), imports=imports)
-
-
 def load_card(folder: Path) -> DatasetCard:
-    """Return the card of a folder of data, empty if it has none.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """Return the card of a folder of data, empty if it has none; `UserError` if it cannot be read."""
     path = folder / "README.md"
     try:
         return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")
@@ -271,10 +212,7 @@ def load_card(folder: Path) -> DatasetCard:
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
     """Return the README.md of a folder of data: the text of its own card, with licence, tags and how to load it.
 
-    Args:
-        name: Id of its repository.
-        ids: Repositories of the other outputs of the run, which the text may name, by the names of their directories.
-        license: Its licence. Default: the one that its own card names.
+    The text may name other outputs of the run, which become their repositories: `ids` has them by directory.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license

@@ -52,9 +52,7 @@ UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
 def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     """Return what is pushed of a folder: a model, a checkpoint, a data set or a report.
 
-    Args:
-        folder: The folder.
-        ids: Ids on the Hub of other folders, by absolute path; what the settings name there is then named by its id.
+    What the settings name in folders of `ids` (by absolute path) is named by the id that the folder has on the Hub.
     """
     files: Files = {}
     known = places(folder)
@@ -76,13 +74,7 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
 def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None = None) -> Path | bytes:
     """Return a file as it is published: the file itself, or its text if that names places of this machine.
 
-    Args:
-        path: The file.
-        known: Paths that may occur in it, from `places`.
-        ids: Ids on the Hub of other folders, as for `publishable`.
-
-    Raises:
-        UnicodeDecodeError: If it should be a text, and is not UTF-8.
+    `known` are paths that may occur in it, from `places`. A text that is not UTF-8 raises a `UnicodeDecodeError`.
     """
     if path.suffix not in TEXTS or path.name in WORDS:
         return path
@@ -113,12 +105,7 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rename(value: Any, find: Callable[[str], str | None]) -> Any:
-    """Return settings with ids on the Hub for the folders that were pushed, except for the folder that was written.
-
-    Args:
-        value: The settings, or a value inside them.
-        find: Returns the id of a name, None if it is not on the Hub.
-    """
+    """Return settings with ids on the Hub, as `find` returns them, for all names except the folder that was written."""
     if isinstance(value, dict):
         return {key: item if key == "output_dir" else rename(item, find) for key, item in value.items()}
     if isinstance(value, list):
@@ -127,11 +114,7 @@ def rename(value: Any, find: Callable[[str], str | None]) -> Any:
 
 
 def places(folder: Path) -> set[str]:
-    """Return the absolute paths that a folder and its settings name; they may contain any characters.
-
-    Args:
-        folder: A run, an output directory, or a folder in it; the settings of the directories around it count as well.
-    """
+    """Return the absolute paths that a folder and the settings in it and around it name, with any characters."""
     found = {str(folder.absolute()), str(folder.resolve())}
     for around in (folder, *folder.absolute().parents[:3]):
         for name in ("run.json", *SETTINGS):
@@ -142,34 +125,24 @@ def places(folder: Path) -> set[str]:
 def _named_paths(value: Any) -> set[str]:
     """Return the absolute paths among the texts of a JSON value, and among the words of its commands."""
     found: set[str] = set()
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending += [*value, *value.values()]
-        elif isinstance(value, list):
-            pending += value
-        elif isinstance(value, str) and os.sep in value:
-            words = [value]
-            # A text with an open quotation mark is not a command.
-            with contextlib.suppress(ValueError):
-                words += shlex.split(value)
-            for word in words:
-                path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
-                path = re.sub("/+", "/", path)
-                if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
-                    found.add(path.rstrip("/"))
+    texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(value)))
+    for text in (text for text in texts if os.sep in text):
+        words = [text]
+        # A text with an open quotation mark is not a command.
+        with contextlib.suppress(ValueError):
+            words += shlex.split(text)
+        for word in words:
+            path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
+            path = re.sub("/+", "/", path)
+            if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
+                found.add(path.rstrip("/"))
     return found
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """Replace the absolute paths of this machine, by what lies below the current directory or home, or by a name.
 
-    Tokens of the Hub are replaced as well.
-
-    Args:
-        text: The text.
-        known: Paths that may occur in it, from `places`.
+    Tokens of the Hub are replaced as well. `known` are paths that may occur in the text, from `places`.
     """
     text = TOKEN.sub("hf_***", text)
     # The user's own tokens may have another form. A very short one would also match ordinary words.

@@ -5,17 +5,18 @@
     python -m pipeline push runs/pocket --namespace alice --dry-run
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
-Each stage becomes a model repository, `alice/pocket-2_sft`; data become data sets, the report a static Space, and a
-collection ties them together. A second push uploads only what has changed and deletes what else a repository
-holds, but for checkpoints; one that was interrupted goes on. The last form pushes a single output directory.
+A second push uploads only what has changed and deletes what else a repository holds, but for checkpoints; one that was
+interrupted goes on. The last form pushes a single output directory.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError, as_typed
 
@@ -44,18 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Push a run, or print what would be pushed. Return the exit code.
-
-    Raises:
-        UserError: If an argument is wrong, or the token may not write there.
-        RunStopped: With exit code 3 if a push failed. The same command goes on with it.
-    """
+    """Push a run, or print what would be pushed. Return the exit code."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
     from pipeline.hub.access import check_access, full_id
     from pipeline.hub.repositories import Outputs, is_data, names_of_people
-    from pipeline.hub.upload import PUSH_ERRORS
+    from pipeline.hub.upload import push
 
     if problems := _check(args):
         raise UserError(*problems)
@@ -86,25 +82,32 @@ def main(args: argparse.Namespace) -> int:
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
         if ids and (problems := check_access(ids, "--namespace" if args.namespace else "--repo_id", kind)):
             raise UserError(*problems)
-    try:
+    with _stop_if_it_fails(str(args.run), args.namespace or args.repo_id):
         repositories = run.repositories()
-    except PUSH_ERRORS as error:
-        raise _stopped(str(args.run), error, args.namespace or args.repo_id) from error
     for name in run.wanted:
         base, base_id = run.bases.get(name, (Path(), ""))
         if base_id is None:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     for item in repositories:
-        _push(api, item, args)
+        where = f"{item.id} ({item.type})" if item.type != "model" else item.id
+        options: dict[str, Any] = {"repo_type": item.type, "private": args.private}
+        with _stop_if_it_fails(where, item.id):
+            for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
+                is_pull = args.create_pr and files is item.files
+                options |= {"revision": None if is_pull else branch, "create_pr": is_pull}
+                changed = push(api, item.id, files, "Push with Fourstage", **options)
+                to = f"{where}, branch {branch}" if branch else where
+                print(f"{to}: {'pushed' if changed else 'up to date'}", flush=True)
     if args.namespace:
         # The Hub allows titles of 60 characters.
-        _collect(api, run.name[:60], args, repositories)
+        title = run.name[:60]
+        with _stop_if_it_fails(f"The collection {title}", args.namespace):
+            _collect(api, title, args, repositories)
     return 0
 
 
 def _check(args: argparse.Namespace) -> list[Problem]:
-    """Return what is wrong with the arguments."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -147,55 +150,36 @@ def _show(repositories: list[Repository]) -> None:
     print(f"{count} files of {total:,} bytes in {len(repositories)} repositories; nothing was pushed")
 
 
-def _push(api: HfApi, item: Repository, args: argparse.Namespace) -> None:
-    """Push the files of a repository and its checkpoints."""
-    from pipeline.hub.upload import PUSH_ERRORS, push
+@contextmanager
+def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
+    from pipeline.hub.upload import PUSH_ERRORS, explain
 
-    message = "Push with Fourstage"
-    where = f"{item.id} ({item.type})" if item.type != "model" else item.id
-    options = {"repo_type": item.type, "private": args.private}
     try:
-        for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
-            is_pull = args.create_pr and files is item.files
-            revision = None if is_pull else branch
-            changed = push(api, item.id, files, message, revision=revision, create_pr=is_pull, **options)
-            done = f"{len(changed)} files pushed" if changed else "up to date"
-            print(f"{where}{f', branch {branch}' if branch else ''}: {done}", flush=True)
+        yield
     except PUSH_ERRORS as error:
-        raise _stopped(where, error, item.id) from error
-
-
-def _stopped(what: str, error: BaseException, repo_id: str) -> RunStopped:
-    """Return the end of a push that failed."""
-    from pipeline.hub.upload import explain
-
-    return RunStopped(
-        f"{what} could not be pushed: {explain(error, repo_id)}.\n"
-        "Nothing on this disk has changed; the same command goes on with what is missing.",
-        EXIT_PUSH_FAILED,
-    )
+        raise RunStopped(
+            f"{what} could not be pushed: {explain(error, repo_id)}.\n"
+            "Nothing on this disk has changed; the same command goes on with what is missing.",
+            EXIT_PUSH_FAILED,
+        ) from error
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
     """Add the repositories to the collection of the run, and create that if it does not exist."""
-    from pipeline.hub.upload import PUSH_ERRORS, retry
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from pipeline.hub.upload import retry
 
     def attempt() -> str:
-        known = (item.slug for item in api.list_collections(owner=args.namespace) if item.title == title)
-        slug = next(known, None)
-        if slug is None:
-            slug = api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True).slug
-        present = {(item.item_type, item.item_id) for item in api.get_collection(slug).items}
+        slug = api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True).slug
         for item in repositories:
-            if (item.type, item.id) not in present:
-                api.add_collection_item(slug, item.id, item.type, exists_ok=True)
+            api.add_collection_item(slug, item.id, item.type, exists_ok=True)
         return slug
 
     try:
         print(f"collection: {retry(attempt)}")
-    except PUSH_ERRORS as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    except HfHubHTTPError as error:
         # A token for some repositories only, or the namespace of somebody else.
-        if status != 403 or not (args.stage or args.create_pr):
-            raise _stopped(f"The collection {title}", error, args.namespace) from error
+        if error.response.status_code != 403 or not (args.stage or args.create_pr):
+            raise
         print("The token may not write to collections: the repositories are not tied together.", file=sys.stderr)

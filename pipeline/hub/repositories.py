@@ -16,7 +16,7 @@ from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model, read_json, read_run
-from pipeline.hub.cards import CRITIC, Trained, base_card, critic_card, dataset_card, load_card, model_card, space_card
+from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
@@ -28,20 +28,10 @@ REPORT = "report"
 OTHERS = (REPORT, "evaluations", "logs")
 """Directories of a run that are not the output of a stage."""
 
-LONGEST_NAME = 96
-"""Characters that the Hub allows in the name of a repository."""
-
 
 @dataclass
 class Repository:
-    """What goes to one repository.
-
-    Attributes:
-        id: Its id.
-        type: "model", "dataset" or "space".
-        files: Its files.
-        checkpoints: Branch -> the files of a checkpoint.
-    """
+    """What goes to one repository: a "model", "dataset" or "space". `checkpoints` has the files of each by branch."""
 
     id: str
     type: str
@@ -51,15 +41,10 @@ class Repository:
 
 @dataclass
 class Outputs:
-    """The output directories of a run, or one of them.
+    """The output directories of the run in `path`, which go to a `namespace`; or one of them, which has a `repo_id`.
 
-    Attributes:
-        path: Directory of the run; for a single output directory, the directory around it.
-        namespace: User or organization whose repositories they are.
-        repo_id: The repository of a single output directory.
-        only: Names of the directories that are pushed. Default: all.
-        license: Licence of models and data. Default: the one that the cards of the data name.
-        api: The client, which looks for what was pushed before; None to make no request.
+    `only` names the directories that are pushed, by default all. `license` is by default the one that the cards of the
+    data name. `api` looks for what was pushed before; None makes no request.
     """
 
     path: Path
@@ -106,22 +91,18 @@ class Outputs:
         return found
 
     def id_of(self, output: str) -> str:
-        """Return the repository of an output directory or of the report."""
-        name = f"{self.name[: max(LONGEST_NAME - 1 - len(output), 1)]}-{output}"
-        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:LONGEST_NAME].strip("-.")
+        """Return the repository of an output directory or of the report, whose name may have 96 characters."""
+        name = f"{self.name[: max(95 - len(output), 1)]}-{output}"
+        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:96].strip("-.")
         return self.repo_id or f"{self.namespace}/{name}"
 
     @cached_property
     def wanted(self) -> list[str]:
-        """Names of the output directories that are pushed.
-
-        Raises:
-            UserError: If a stage that is named is not there or has not finished, or there is nothing to push.
-        """
-        wanted = [name for name in self.folders if self.only is None or name in self.only]
+        """Names of the output directories that are pushed; `UserError` if one is not finished, or there are none."""
         if missing := [name for name in self.only or () if name not in self.folders]:
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
+        wanted = [name for name in self.folders if self.only is None or name in self.only]
         if not wanted:
             remedy = f"contains neither a finished model nor data; run it first with `{as_typed('run', 'RECIPE')}`"
             raise UserError(Problem("RUN", self.path, remedy))
@@ -146,19 +127,34 @@ class Outputs:
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
-        found: list[Repository] = []
+        data: list[Repository] = []
+        models: list[Repository] = []
         for name in self.wanted:
+            folder, repo_id = self.folders[name], self.id_of(name)
+            if is_data(folder):
+                # Data are published as they are: only models and reports name paths.
+                rows: Files = {path: folder / path for path in publishable(folder)}
+                card = dataset_card(folder, repo_id, self.ids, self._license[0])
+                data.append(Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)}))
+                continue
             _, base_id = self.bases.get(name, (Path(), None))
             # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
-            if base_id == f"{self.id_of(name)}-{BASE}":
-                card = to_bytes(base_card(base_id, self._trained(name)))
-                files = publishable(self.folders[name] / BASE)
-                found.append(Repository(base_id, "model", files | {"README.md": card}))
-            found.append(self._dataset(name) if is_data(self.folders[name]) else self._model(name))
-        found.sort(key=lambda item: item.type)
-        if self.has_report and self.only is None:
-            found.append(Repository(self.id_of(REPORT), "space", self._space()))
-        return found
+            if base_id == f"{repo_id}-{BASE}":
+                own: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
+                models.append(Repository(base_id, "model", publishable(folder / BASE) | own))
+            saved = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
+            branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(name, path) for path in saved}
+            models.append(Repository(repo_id, "model", self._model_files(name, folder), branches))
+        if not self.has_report or self.only is not None:
+            return data + models
+        steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
+        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
+        kinds: dict[bool, list[str]] = {True: [], False: []}
+        for name, repo_id in self.ids.items():
+            kinds[is_data(self.folders[name])].append(repo_id)
+        card = space_card(f"{self.name}: the report", kinds[False], kinds[True])
+        own = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
+        return [*data, *models, Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | own)]
 
     @property
     def has_report(self) -> bool:
@@ -174,13 +170,6 @@ class Outputs:
         language = next((card.language for card in cards if card.language), None)
         return self.license or (licenses[0] if is_clear else None), language
 
-    def _model(self, output: str) -> Repository:
-        """Return the repository of a model, with a branch for each checkpoint if they are pushed."""
-        folder = self.folders[output]
-        found = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
-        branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(output, path) for path in found}
-        return Repository(self.id_of(output), "model", self._model_files(output, folder), branches)
-
     def _model_files(self, output: str, source: Path) -> Files:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
         folder, trained = self.folders[output], self._trained(output)
@@ -195,13 +184,12 @@ class Outputs:
         if "README.md" in files and not trained.step:
             own = files["README.md"]
             text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-            card = re.sub(r'((model=|from_pretrained\()"|vllm serve )[^"\n]+', rf"\1{trained.name}", text)
+            card = re.sub(
+                r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+', rf"\1{trained.name}", text
+            )
         else:
             card = model_card(trained)
         files["README.md"] = to_bytes(card)
-        if f"{CRITIC}/config.json" in files or f"{CRITIC}/adapter_config.json" in files:
-            card = critic_card(trained.name, read_json(folder / CRITIC / "config.json"))
-            files[f"{CRITIC}/README.md"] = to_bytes(card)
         return files
 
     def _trained(self, output: str) -> Trained:
@@ -221,9 +209,8 @@ class Outputs:
         # Settings name directories as the YAML files do, which need not be where the run is.
         home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
         ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
-        models = [name for name in self.ids if not is_data(self.folders[name])]
         # Every model's repository contains the tokenizer.
-        ids[f"{home}/tokenizer"] = self.ids[models[0]]
+        ids[f"{home}/tokenizer"] = next(self.ids[name] for name in self.ids if not is_data(self.folders[name]))
         license, language = self._license
         return Trained(
             folder=self.folders[output],
@@ -240,26 +227,6 @@ class Outputs:
             license=license,
             language=language,
         )
-
-    def _dataset(self, output: str) -> Repository:
-        folder, repo_id = self.folders[output], self.id_of(output)
-        card = dataset_card(folder, repo_id, self.ids, self._license[0])
-        # Data are published as they are: only models and reports name paths.
-        rows: Files = {name: folder / name for name in publishable(folder)}
-        return Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)})
-
-    def _space(self) -> Files:
-        models = [found for name, found in self.ids.items() if not is_data(self.folders[name])]
-        data = [found for name, found in self.ids.items() if is_data(self.folders[name])]
-        public = {
-            name: {**step, "values": public_settings(step.get("values", {}))} for name, step in self.record.items()
-        }
-        record = read_run(self.path) | {"steps": public}
-        card = space_card(f"{self.name}: the report", models, data)
-        return publishable(self.path / REPORT) | {
-            "run.json": to_bytes(clean(json.dumps(record, indent=1), ".json", places(self.path)) + "\n"),
-            "README.md": to_bytes(card),
-        }
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:

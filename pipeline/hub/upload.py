@@ -6,18 +6,11 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils.sha import git_hash
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from pipeline.hub.published_files import Files
 
@@ -55,98 +48,40 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     replaces: Callable[[str], bool] = is_replaced,
-) -> list[str]:
+) -> bool:
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
-    Only what differs is uploaded, and what is there and not in `files` is deleted; the history keeps it. The answer to
-    a commit may be lost: what the branch holds is therefore looked up before every attempt.
-
-    Args:
-        message: Message of the commit, and title of the pull request.
-        repo_type: "model", "dataset" or "space"; a Space is a static one.
-        revision: The branch. Default: "main".
-        create_pr: Whether to open a pull request instead.
-        replaces: Whether a path of the repository is deleted if it is not among `files`.
+    Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
+    A Space is a static one. The branch `revision` is "main" by default; `create_pr` opens a pull request instead.
 
     Returns:
-        The paths that were uploaded or deleted; none if the branch held these files already.
+        Whether anything has changed; False if the branch held these files already.
 
     Raises:
         PUSH_ERRORS: If it still fails after some attempts, for the reason that `explain` gives.
     """
+    where = {"repo_id": repo_id, "repo_type": repo_type}
 
     # Any request may fail, and even a request that succeeded may seem to have failed, because its answer was lost. An
-    # attempt therefore trusts nothing that an earlier one has done, but compares the branch with the files anew:
-    #
-    #     look up the branch --- missing ---> create it, and look again
-    #          |
-    #     compare sizes and hashes --- equal ---> done, also if an earlier attempt made the commit and never heard of it
-    #          |
-    #     upload what differs, and commit on top of `parent` --- somebody else committed ---> 409 or 412, try again
-    def attempt() -> list[str] | None:
-        """Return the paths that have changed, None if the repository or the branch was created first."""
-        found = _read_branch(api, repo_id, repo_type, revision, private)
-        if found is None:
-            return None
-        parent, remote = found
-        stale = [path for path in remote if path not in files and replaces(path)]
-        additions = [CommitOperationAdd(path, content) for path, content in files.items()]
-        new = [addition for addition in additions if not _is_same(addition, remote.get(addition.path_in_repo))]
-        if new or stale:
-            where: dict[str, Any] = {"repo_type": repo_type, "revision": revision, "create_pr": create_pr}
-            # Files of the same content are uploaded once: `create_commit` alone would upload each.
-            distinct = {addition.upload_info.sha256: addition for addition in new}
-            if len(distinct) < len(new):
-                api.preupload_lfs_files(repo_id, list(distinct.values()), free_memory=False, **where)
-            operations = [*new, *map(CommitOperationDelete, stale)]
-            api.create_commit(repo_id, operations, commit_message=message, parent_commit=parent, **where)
-        return [*(item.path_in_repo for item in new), *stale]
-
-    for _ in range(5):
-        if (changed := retry(attempt)) is not None:
-            return changed
-    raise RuntimeError(f"{repo_id} was created, but the Hub does not show it; check that your token may read it")
-
-
-def _read_branch(
-    api: HfApi, repo_id: str, repo_type: str, branch: str | None, private: bool
-) -> tuple[str | None, dict[str, RepoFile]] | None:
-    """Look up what a branch holds, and make the repository private if that is asked for.
-
-    Returns:
-        The newest commit and the files by path; None if the repository or the branch did not exist, and was created.
-    """
-    where = {"repo_id": repo_id, "repo_type": repo_type}
-    try:
-        info = api.repo_info(revision=branch, **where)
-        if private and not info.private:
-            api.update_repo_settings(private=True, **where)
-        tree = api.list_repo_tree(recursive=True, revision=branch, **where)
-        return info.sha, {item.path: item for item in tree if isinstance(item, RepoFile)}
-    except HfHubHTTPError as error:
-        # The answer is 401 if the token may not see the repository, or if there is none.
-        if error.response.status_code != 404 and not isinstance(error, RepositoryNotFoundError):
-            raise
-        sdk = "static" if repo_type == "space" else None
+    # attempt therefore trusts nothing that an earlier one has done: it creates what is missing, and the client compares
+    # each file with the branch, so that a commit whose answer was lost is not made again.
+    def attempt() -> bool:
         # The client fails with a KeyError if a conflict (409) does not name the repository.
         with contextlib.suppress(KeyError):
+            sdk = "static" if repo_type == "space" else None
             api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **where)
-        # The next attempt finds whether the repository is there, and its branch is not.
-        if branch is not None and not isinstance(error, RepositoryNotFoundError):
-            api.create_branch(branch=branch, exist_ok=True, **where)
-        return None
+        if revision is not None:
+            api.create_branch(branch=revision, exist_ok=True, **where)
+        info = api.repo_info(revision=revision, **where)
+        if private and not info.private:
+            api.update_repo_settings(private=True, **where)
+        paths = [sibling.rfilename for sibling in info.siblings or ()]
+        stale = [CommitOperationDelete(path) for path in paths if path not in files and replaces(path)]
+        operations = [*(CommitOperationAdd(path, content) for path, content in files.items()), *stale]
+        options = {"commit_message": message, "revision": revision, "create_pr": create_pr}
+        return api.create_commit(operations=operations, **options, **where).oid != info.sha
 
-
-def _is_same(addition: CommitOperationAdd, remote: RepoFile | None) -> bool:
-    """Return whether a file of a repository has this content."""
-    if remote is None:
-        return False
-    if remote.lfs is not None:
-        return remote.lfs.sha256 == addition.upload_info.sha256.hex()
-    if remote.size != addition.upload_info.size:
-        return False
-    with addition.as_file() as file:
-        return remote.blob_id == git_hash(file.read())
+    return retry(attempt)
 
 
 def retry(call: Callable[[], T]) -> T:
@@ -189,8 +124,6 @@ def is_transient(error: BaseException) -> bool:
 
 def explain(error: BaseException, repo_id: str) -> str:
     """Return in one line why a request about a repository failed."""
-    response = _response(error)
-    status = getattr(response, "status_code", None)
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if isinstance(error, LocalTokenNotFoundError):
         return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
@@ -200,7 +133,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         404: f"{repo_id} does not exist, or the token may not see it ({said})",
         429: "the Hub accepts no more requests for now; wait a while",
     }
-    if status is not None:
+    if (status := getattr(_response(error), "status_code", None)) is not None:
         return reasons.get(status, f"the Hub answered {status} ({said})")
     if is_transient(error) or isinstance(error, OfflineModeIsEnabled):
         return f"the Hub cannot be reached ({said or type(error).__name__}); check the network and HF_HUB_OFFLINE"
@@ -213,8 +146,6 @@ def _response(error: BaseException) -> Any:
     return next((response for response in responses if response is not None), None)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        # Not the context, which may be the answer to an earlier request.
-        error = error.__cause__
+def _causes(error: BaseException | None) -> list[BaseException]:
+    # Not the context, which may be the answer to an earlier request.
+    return [] if error is None else [error, *_causes(error.__cause__)]

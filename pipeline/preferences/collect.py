@@ -1,18 +1,11 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from the simulated annotators of `pipeline.rewards.annotators`, who see in the columns of a
-prompt whether an answer is right, or from a judge (`pipeline.preferences.judges`), whose labels have no noise. The
-result is a data set in Hub layout and in TRL's preference format with explicit prompts, one Parquet file per split:
-
-- `prompt`, `chosen`, `rejected`: lists of messages;
-- `annotator`: who labelled the pair, "judge" for a judge;
-- `first`: "chosen" or "rejected", whichever was shown first;
-- `kind`: the kind of the prompt ("" if it does not have one);
-- `taste_chosen`, `taste_rejected`: the noise-free taste, in the test split only and null elsewhere. It is for
-  evaluation; no model may train on it.
-
-TRL's format cannot represent ties: a pair that its annotator calls a tie is dropped and counted in README.md. The pairs
-of a split come from the prompts of that split. A prompt that also occurs in a held-out split is not used for training.
+The labels come from the simulated annotators of `pipeline.rewards.annotators`, who see in the columns of a prompt
+whether an answer is right, or from a judge (`pipeline.preferences.judges`). The result is a data set in Hub layout and
+in TRL's preference format, which cannot represent ties: they are dropped, and counted in README.md. Besides `prompt`,
+`chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first` ("chosen" or "rejected", whichever
+was shown first), `kind` (of the prompt, or "") and, in the test split only, the noise-free `taste_chosen` and
+`taste_rejected`.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ import os
 import random
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +33,7 @@ from pipeline.data.arguments import SPLITS, DataArguments, option
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
+from pipeline.errors import collect as collect_problems
 from pipeline.files import check_replaceable, write_folder
 from pipeline.models.checks import check_model, check_room, check_template_arguments
 from pipeline.models.generation import encode_prompts, generate
@@ -66,11 +61,7 @@ them.
 
 @dataclass
 class PreferenceArguments:
-    """The model, the prompts, the sampling and the output.
-
-    Raises:
-        UserError: If a number is out of range.
-    """
+    """The model, the prompts, the sampling and the output."""
 
     model_name_or_path: str = field(
         metadata={"help": "Model whose answers are compared, with a chat template: a Hub id or a folder."}
@@ -110,10 +101,7 @@ class PreferenceArguments:
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
-    """Sample on all processes; label and write on the first.
-
-    Returns:
-        What became of the answers of each split, the same on every process.
+    """Sample on all processes; label and write on the first. Return what became of the answers of each split.
 
     Raises:
         UserError: If the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
@@ -134,18 +122,9 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
 
 
 def write(
-    output_dir: Path,
-    splits: Mapping[str, Sequence[Mapping[str, Any]]],
-    counts: Mapping[str, Counts],
-    origin: str,
-    judge: str = "simulated annotators",
+    output_dir: Path, splits: Mapping[str, Sequence[Any]], counts: Mapping[str, Counts], origin: str, judge: str
 ) -> None:
-    """Write a preference data set, either whole or not at all.
-
-    Args:
-        origin: The model that answered and the data set of the prompts, as a phrase.
-        judge: Who labelled the pairs, as a phrase.
-    """
+    """Write a preference data set, either whole or not at all. `origin` and `judge` are phrases of its card."""
     # `load_dataset` refuses a split without rows.
     filled = [name for name, rows in splits.items() if rows]
     table = writing.table(["split", *Counts().texts()], [[name, *own.texts().values()] for name, own in counts.items()])
@@ -164,9 +143,6 @@ def label_samples(
 
     Returns:
         The labelled pairs of each split, and what became of the answers, the same on every process.
-
-    Raises:
-        UserError: If the model or the prompts cannot be used, or there are no pairs to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
@@ -186,15 +162,9 @@ def label_samples(
         seed = (3 * args.seed + number) * 1_000_000
         answers = sample_answers(model, tokenizer, encoded[name], args, seed, progress=(done, total))
         done += len(rows)
-        splits[name], counts[name] = label_answers(
-            rows,
-            answers,
-            pairs_per_prompt=args.pairs_per_prompt,
-            seed=f"{args.seed}/{name}",
-            keep_taste=name == "test",
-            judge=judge,
-        )
-        logger.info("%-11s %s", name, counts[name])
+        options: dict[str, Any] = {"pairs_per_prompt": args.pairs_per_prompt, "seed": f"{args.seed}/{name}"}
+        splits[name], counts[name] = label_answers(rows, answers, **options, keep_taste=name == "test", judge=judge)
+        logger.info("%-11s %s", name, ", ".join(f"{what} {text}" for what, text in counts[name].texts().items()))
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
         raise UserError(Problem("temperature", args.temperature, remedy))
@@ -206,13 +176,11 @@ def read_prompts(
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as requested.
 
-    Of a data set with a single split, the rows that every stage holds out become the split `validation`.
-
-    `tokens` are special tokens, which no prompt may contain as text, as for `load_splits`.
+    Of a data set with a single split, the rows that every stage holds out become the split `validation`. A prompt that
+    also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
 
     Raises:
-        UserError: If the data set cannot be read, lacks the split `train` or the column of prompts, or has prompts
-            whose answers the judge cannot judge.
+        UserError: If the prompts cannot be read, or the judge cannot judge answers to them.
     """
     source = DataArguments(
         dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
@@ -261,21 +229,19 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     `values` are the fields of a YAML file.
     """
     name, judge = values.get("dataset_name"), values.get("judge")
-    try:
-        # A function can be loaded at once; a reward model may be trained by the run itself.
-        if isinstance(judge, str) and ":" in judge:
+    problems: list[Problem] = []
+    # A function can be loaded at once; a reward model may be trained by the run itself.
+    if isinstance(judge, str) and ":" in judge:
+        with collect_problems(problems):
             load_judge(judge)
-        if judge or not isinstance(name, str) or not os.path.exists(name):
-            return []
-    except UserError as error:
-        return list(error.problems)
-    try:
-        splits = open_source(name, values.get("dataset_config"))
-    except UserError:
+    elif not judge and isinstance(name, str) and os.path.exists(name):
         # The step itself reports data that cannot be read.
-        return []
-    columns = {column for split in splits.values() for column in split.column_names}
-    return [] if columns.intersection(RULE_COLUMNS) else [_without_judge(name, "its prompts lack")]
+        with suppress(UserError):
+            splits = open_source(name, values.get("dataset_config"))
+            columns = {column for split in splits.values() for column in split.column_names}
+            if not columns.intersection(RULE_COLUMNS):
+                problems.append(_without_judge(name, "its prompts lack"))
+    return problems
 
 
 def encode(
@@ -284,17 +250,13 @@ def encode(
     prompts: Mapping[str, Sequence[Mapping[str, Any]]],
     args: PreferenceArguments,
 ) -> dict[str, list[list[int]]]:
-    """Return the token ids of the prompts of each split.
-
-    Raises:
-        UserError: If the chat template refuses a prompt, or a prompt does not leave room for `max_new_tokens`.
-    """
+    """Return the token ids of the prompts of each split; `UserError` if one is refused, or leaves no room to answer."""
     template = args.chat_template_kwargs
     # By default, prompts are written as they were in the training of the model.
     if not isinstance(template, dict):
         template = recorded_template(args.model_name_or_path)
+    asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
     try:
-        asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
         encoded = {name: encode_prompts(tokenizer, texts, template) for name, texts in asked.items()}
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
@@ -314,19 +276,13 @@ def sample_answers(
     seed: int,
     progress: tuple[int, int],
 ) -> list[list[str]]:
-    """Sample `args.samples_per_prompt` answers to each prompt.
+    """Sample `args.samples_per_prompt` answers to each prompt, and return them on every process.
 
     Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
     nothing as long as each has as many threads. (Other numbers of threads change the order of sums, and with it the
-    outcome where two tokens are almost equally probable.)
+    outcome where two tokens are almost equally probable.) An answer that spells a special token becomes empty.
 
-    Args:
-        seed: Seed of the first batch.
-        progress: Prompts answered before, and prompts in all splits, to report.
-
-    Returns:
-        The answers to each of `prompts`, on every process. An answer that spells a special token is empty: no stage
-        would accept it as data.
+    `progress` is the number of prompts answered before, and that of all splits, to report.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
     size = max(1, args.batch_size // args.samples_per_prompt)
@@ -334,17 +290,9 @@ def sample_answers(
 
     def answer(number: int, batch: Sequence[list[int]]) -> list[list[str]]:
         report_progress(done=progress[0] + number * size, total=progress[1], unit="prompts")
-        completions = generate(
-            model,
-            tokenizer,
-            batch,
-            max_new_tokens=args.max_new_tokens,
-            samples=args.samples_per_prompt,
-            temperature=args.temperature,
-            min_p=args.min_p,
-            seed=seed + number,
-            batch_size=args.batch_size,
-        )
+        settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "min_p", "batch_size")}
+        settings |= {"samples": args.samples_per_prompt, "seed": seed + number}
+        completions = generate(model, tokenizer, batch, **settings)
         return [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
 
     return take_turns([prompts[start : start + size] for start in range(0, len(prompts), size)], answer)

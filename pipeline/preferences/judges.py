@@ -34,11 +34,9 @@ Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float |
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, as reports name it.
+    """A judge, as reports name it. One that `needs_rules` judges only prompts whose rows say how they are graded.
 
-    Attributes:
-        needs_rules: Whether it can judge only prompts whose rows say how they are graded.
-        constants: Number of prompts on which it may choose the text of the baseline `constant`; many matches each.
+    On `constants` prompts it may choose the text of the baseline `constant`, with many matches each.
     """
 
     name: str
@@ -55,51 +53,37 @@ ANNOTATORS = Judge("annotators who do not know which is which", judge_match, nee
 
 
 def load_judge(name: str | None) -> Judge:
-    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None stands for the annotators.
-
-    Raises:
-        UserError: If it cannot be loaded, or is not a reward model.
-    """
+    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None means the annotators."""
     if name is None:
         return ANNOTATORS
     if ":" in name:
-        return Judge(f"the function {name}", _judge_by_function(load_function(name, "judge")))
+        function = load_function(name, "judge")
+
+        def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
+            return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
+
+        def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+            if "opponents" in inspect.signature(function).parameters:
+                return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
+            return compare(rate(answers, rows), rate(opponents, rows))
+
+        return Judge(f"the function {name}", match)
+
     with user_error_for("judge", name):
         is_judge = is_reward_model(load_config(name))
     if not is_judge:
         raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
-    return Judge(f"the reward model {name}", _judge_by_score(model.to(hardware.accelerator() or "cpu"), tokenizer))
+    model.to(hardware.accelerator() or "cpu")
 
-
-def _judge_by_function(function: Callable[..., Any]) -> Match:
-    """Return the matches that a function decides: in pairs if it has a parameter `opponents`, otherwise by rewards."""
-
-    def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
-        return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
-
-    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        if "opponents" in inspect.signature(function).parameters:
-            return rate(answers, rows, opponents=[_messages(opponent) for opponent in opponents])
-        return compare(rate(answers, rows), rate(opponents, rows))
-
-    return match
-
-
-def _judge_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
-    """Return the matches that a reward model decides."""
-
-    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
+    def match_by_score(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
         # Together, because answers that occur in several pairs are scored once.
-        scores = score(model, tokenizer, [[*row["prompt"], *_messages(answer)] for row, answer in pairs])
+        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
+        dialogues = [[*row["prompt"], {"role": "assistant", "content": answer}] for row, answer in pairs]
+        scores = score(model, tokenizer, dialogues)
         return compare(scores[: len(rows)], scores[len(rows) :])
 
-    return match
-
-
-def _messages(answer: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": answer}]
+    return Judge(f"the reward model {name}", match_by_score)
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -127,20 +111,18 @@ def score(
     Equal conversations are scored once. Of one that exceeds the context, the end is scored.
 
     Args:
-        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. In a batch, matrix
-            products sum in a different order, so that the last bits of a score depend on the rest of the batch.
-            Default: 0 on a CPU, where batches save little, and `BATCH_TOKENS` on an accelerator.
+        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. Default: 0 on a CPU,
+            where batches save little, and `BATCH_TOKENS` on an accelerator.
     """
     model.eval()
     if batch_tokens is None:
+        # In a batch, products of matrices sum in another order, and the last bits of a score depend on the others.
         batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
     tokens = special_tokens(tokenizer)
     # Without a limit, `[-0:]` keeps all tokens.
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    encoded = [
-        tuple(tokenizer.apply_chat_template(as_text(conversation, tokens), return_dict=False)[-positions:])
-        for conversation in conversations
-    ]
+    written = (tokenizer.apply_chat_template(as_text(each, tokens), return_dict=False) for each in conversations)
+    encoded = [tuple(ids[-positions:]) for ids in written]
     pad = model.config.get_text_config().pad_token_id
     # The longest one that remains determines the width of a batch, so that conversations of similar length share one.
     remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -31,9 +31,7 @@ class Counts:
 
     Attributes:
         dropped: Answers that were empty or repeated another one to the same prompt.
-        compared: Pairs of the remaining answers that were shown to an annotator.
-        ties: Pairs that the annotator found equally good.
-        pairs: Pairs that got a label.
+        compared: Pairs of the remaining answers that were shown to an annotator; `ties` if they seemed equally good.
         agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which the taste is
             not indifferent: the accuracy of a perfect reward model. None if there are no such pairs.
     """
@@ -46,20 +44,9 @@ class Counts:
     pairs: int = 0
     agreement: float | None = None
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {text}" for name, text in self.texts().items())
-
     def texts(self) -> dict[str, str]:
         """Return every count as text, by name."""
         return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
-
-
-class Comparison(NamedTuple):
-    """The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them."""
-
-    row: int
-    shown: list[str]
-    annotator: str
 
 
 def label_answers(
@@ -73,14 +60,9 @@ def label_answers(
 ) -> tuple[list[dict[str, Any]], Counts]:
     """Let the simulated annotators, or a judge, compare the answers to each prompt.
 
-    Args:
-        rows: Rows of the prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
-        answers: The answers to each prompt; empty and repeated ones are dropped.
-        pairs_per_prompt: Maximum number of pairs compared per prompt.
-        seed: Seed of the pairs, annotators, order and noise. Every row has a generator of its own, so that the answers
-            to one prompt do not influence the labels of another.
-        keep_taste: Whether to keep the noise-free taste; its columns are None otherwise, and for a judge.
-        judge: Who compares them, the answers to many prompts at once; processes take turns.
+    Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
+    dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
+    and noise. Columns of the noise-free taste are None unless it is kept, and for a judge.
 
     Returns:
         The labelled pairs, as rows of the data set to write, and what became of the answers.
@@ -88,7 +70,8 @@ def label_answers(
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    comparisons: list[Comparison] = []
+    # The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them.
+    comparisons: list[tuple[int, list[str], str]] = []
     # For each of them, the index of the preferred answer; None for a tie.
     choices: list[int | None] = []
     # What the annotators see in each answer to a prompt; nothing if a judge compares.
@@ -105,12 +88,20 @@ def label_answers(
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
             annotator = rng.choice(PANEL)
-            comparisons.append(Comparison(index, shown, annotator.name if judge is ANNOTATORS else "judge"))
+            comparisons.append((index, shown, annotator.name if judge is ANNOTATORS else "judge"))
             if judge is ANNOTATORS:
                 first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
                 choices.append(choose(annotator, first, second, rng))
     if judge is not ANNOTATORS:
-        choices = _judge(judge, rows, comparisons)
+
+        def match(_: int, asked: Sequence[tuple[int, list[str], str]]) -> Sequence[float | None]:
+            first, second = ([shown[side] for _, shown, _ in asked] for side in (0, 1))
+            return judge.match(first, second, [rows[index] for index, _, _ in asked])
+
+        # The calls do not depend on the number of processes.
+        groups = itertools.groupby(comparisons, key=lambda comparison: comparison[0] // JUDGED_AT_ONCE)
+        outcomes = take_turns([list(group) for _, group in groups], match)
+        choices = [CHOICES.get(outcome) for outcome in outcomes]
 
     labelled: list[dict[str, Any]] = []
     agreements: list[bool] = []
@@ -130,17 +121,6 @@ def label_answers(
     counts.ties = counts.compared - counts.pairs
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
-
-
-def _judge(judge: Judge, rows: Sequence[Mapping[str, Any]], comparisons: Sequence[Comparison]) -> list[int | None]:
-    """Let a judge make the choice of each comparison. The calls do not depend on the number of processes."""
-
-    def match(_: int, asked: Sequence[Comparison]) -> Sequence[float | None]:
-        first, second = ([comparison.shown[side] for comparison in asked] for side in (0, 1))
-        return judge.match(first, second, [rows[comparison.row] for comparison in asked])
-
-    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.row // JUDGED_AT_ONCE)
-    return [CHOICES.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
 
 
 def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:

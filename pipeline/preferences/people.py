@@ -16,6 +16,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,15 +48,22 @@ class VoteArguments(PreferenceArguments):
 
 
 def wait_for_votes(args: VoteArguments) -> int:
-    """Write the data set of the votes, and return the number of votes that prefer one answer.
-
-    Raises:
-        RunStopped: If there are fewer than `min_votes`.
-        UserError: If the votes are damaged.
-    """
+    """Write the data set of the votes, and return the number that prefer one answer; stop if they are too few."""
     folder = Path(args.output_dir)
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
-        _simulate(args, folder)
+        # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
+        splits, _ = label_samples(args)
+        model = Path(args.model_name_or_path).name
+        sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
+        common: dict[str, Any] = {"model_a": model, "model_b": model, "sampling": sampling, "choice": "a"}
+        common |= {"undoes": None, "seconds": None, "comment": ""}
+        with closing(VoteLog(folder)) as log:
+            for number, row in enumerate(row for rows in splits.values() for row in rows):
+                vote = dict.fromkeys(("id", "pair"), f"simulated-{number}")
+                vote |= {"annotator": f"simulated ({row['annotator']})", "prompt": row["prompt"]}
+                vote |= {"a": row["chosen"][0]["content"], "b": row["rejected"][0]["content"]}
+                vote |= {"shown_first": "a" if row["first"] == "chosen" else "b"}
+                log.add(vote | common | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")})
     found = update_data_set(folder) if (folder / VOTES_FILE).is_file() else 0
     report_progress(done=found, total=args.min_votes, unit="votes")
     if found < args.min_votes:
@@ -68,76 +76,36 @@ def wait_for_votes(args: VoteArguments) -> int:
     return found
 
 
-def _simulate(args: VoteArguments, folder: Path) -> None:
-    """Write votes of the simulated annotators, as the page would."""
-    # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
-    splits, _ = label_samples(args)
-    model = Path(args.model_name_or_path).name
-    sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
-    log = VoteLog(folder)
-    for number, row in enumerate(row for rows in splits.values() for row in rows):
-        log.add(
-            {
-                "id": f"simulated-{number}",
-                "pair": f"simulated-{number}",
-                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "annotator": f"simulated ({row['annotator']})",
-                "prompt": row["prompt"],
-                "a": row["chosen"][0]["content"],
-                "b": row["rejected"][0]["content"],
-                "model_a": model,
-                "model_b": model,
-                "sampling": sampling,
-                "shown_first": "a" if row["first"] == "chosen" else "b",
-                "choice": "a",
-                "undoes": None,
-                "seconds": None,
-                "comment": "",
-            }
-        )
-    log.close()
-
-
 def load_votes(path: Path) -> Judge:
-    """Return the judge that decides as most people did.
+    """Return the judge that decides as most people did, on the page and by hand in `path`.
 
-    Votes that were given on the page and votes by hand in `path` count alike. To pairs without votes the judge gives no
-    outcome, and it adds them to `path`.
-
-    Raises:
-        UserError: If a line of a file is not a vote.
+    To pairs without votes the judge gives no outcome, and it adds them to `path`.
     """
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
-
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
     cast = [(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]]) for vote in votes]
     cast += [(one["prompt"], one["first"], one["second"], BY_HAND[one["choice"]]) for one in lines if one["choice"]]
     # What people decided about an answer against another one, and so, turned around, about the other one.
     decided: dict[str, list[float]] = defaultdict(list)
     for prompt, answer, opponent, outcome in cast:
-        decided[_key(prompt, answer, opponent)].append(outcome)
-        decided[_key(prompt, opponent, answer)].append(1 - outcome)
-    listed = {_key(line["prompt"], *sorted((line["first"], line["second"]))) for line in lines}
+        decided[json.dumps([prompt, answer, opponent])].append(outcome)
+        decided[json.dumps([prompt, opponent, answer])].append(1 - outcome)
+    listed = {json.dumps([line["prompt"], *sorted((line["first"], line["second"]))]) for line in lines}
 
     def match(
         answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> list[float | None]:
         outcomes: list[float | None] = []
         for answer, opponent, row in zip(answers, opponents, rows, strict=True):
-            found = decided.get(_key(row["prompt"], answer, opponent))
-            pair = _key(row["prompt"], *sorted((answer, opponent)))
-            if answer == opponent:
-                outcomes.append(0.5)
-            elif found:
-                outcomes += compare([fmean(found)], [0.5])
-            else:
-                outcomes.append(None)
-                if pair not in listed:
-                    listed.add(pair)
-                    # In an order that the pair determines, so that a later evaluation finds the same line.
-                    first, second = random.Random(pair).sample((answer, opponent), 2)
-                    lines.append({"prompt": row["prompt"], "first": first, "second": second, "choice": None})
+            found = [0.5] if answer == opponent else decided.get(json.dumps([row["prompt"], answer, opponent]))
+            outcomes += compare([fmean(found)], [0.5]) if found else [None]
+            pair = json.dumps([row["prompt"], *sorted((answer, opponent))])
+            if not found and pair not in listed:
+                listed.add(pair)
+                # In an order that the pair determines, so that a later evaluation finds the same line.
+                first, second = random.Random(pair).sample((answer, opponent), 2)
+                lines.append({"prompt": row["prompt"], "first": first, "second": second, "choice": None})
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return outcomes
 
@@ -149,7 +117,3 @@ def _check_line(line: Any) -> dict[str, Any]:
     if line["choice"] not in (None, *BY_HAND) or not all(isinstance(line[side], str) for side in ("first", "second")):
         raise ValueError(f"its choice is {line['choice']!r}")
     return {name: line[name] for name in ("prompt", "first", "second", "choice")}
-
-
-def _key(prompt: Any, answer: str, opponent: str) -> str:
-    return json.dumps([prompt, answer, opponent])

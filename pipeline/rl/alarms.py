@@ -1,33 +1,16 @@
 """Alarms that name the collapse of a policy while it trains, from the figures that GRPO and PPO log anyway.
 
-`tests/benchmarks/alarms.py` holds them against runs of a few thousand parameters, of which it is known whether they
-broke. The half `setting` left the thresholds as they were, the other judged them. Three kinds of breaking are in the
-latter only; while the study was written, single runs of them, with other seeds, had been seen. "After" is the median
-share of the run after which the first alarm spoke.
-
-    run                                                        setting: alarms  after   judging: alarms  after
-    healthy, of ten kinds, some of which learn all or little           0 of 20                 1 of 20    10%
-    broken                                                            20 of 20    13%         19 of 20    20%
-      learning rate far too high                                        7 of 7    13%           4 of 4    13%
-      paid for never stopping                                           7 of 7    20%           3 of 3    23%
-      problems that are all too hard                                    6 of 6    10%           3 of 3    10%
-      reward model with a blind spot, hardly any KL penalty                                     4 of 4    25%
-      paid for empty answers                                                                    3 of 3    20%
-      paid for one sentence, whatever is asked                                                  2 of 3    40%
-
-The false alarm is GRPO that found no right answer in its first steps, and learned later. The run without an alarm is
-GRPO whose wrong reward was satisfied: to the alarms, it is success. DPO samples nothing while it trains. On what its
-checkpoints sample, they spoke in 0 of 4 healthy runs, and in all 4 with hardly any KL penalty, of which 2 broke.
+`tests/benchmarks/alarms.py` holds them against runs of which it is known whether they broke, and has the results.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.logging import get_logger
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig
 
 logger = get_logger(__name__)
@@ -74,10 +57,8 @@ ADVICE = {
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
-    Where most entries are bad, but too few in a row, the alarm is raised at the end.
-
-    All is derived from the log, which checkpoints contain, so that a resumed run raises the alarms of an uninterrupted
-    one.
+    Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
+    that a resumed run raises the alarms of an uninterrupted one.
 
     Args:
         checked: Whether rewards are checks, with a best value, and not scores of a reward model.
@@ -85,31 +66,24 @@ class CollapseAlarms(TrainerCallback):
 
     def __init__(self, checked: bool) -> None:
         self.checked = checked
-        self._patience = MIN_ENTRIES
-        self._forget()
 
-    def _forget(self) -> None:
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Read what was logged before a resumed run stopped."""
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
         # The figures of each alarm so far, None for one that is not bad.
         self._figures: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
-
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Read what was logged before a resumed run stopped."""
-        self._forget()
         self._patience = max(MIN_ENTRIES, math.ceil(MIN_COMPLETIONS / args.generation_batch_size))
         for entry in state.log_history:
             self._read(entry)
 
-    def on_log(
-        self, args: GRPOConfig, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: GRPOConfig, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise the alarms of the latest entry."""
         for name, figure in self._read(logs or {}).items():
             self._raise(name, figure, state)
 
-    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Raise each alarm that was not raised although most entries are bad: a short run has few."""
         if state.global_step < state.max_steps:
             return
@@ -122,20 +96,11 @@ class CollapseAlarms(TrainerCallback):
         state.log_history.append({f"alarm/{name}": figure, "step": state.global_step})
         logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, figure, ADVICE[name])
 
-    def _read(self, entry: Mapping[str, Any]) -> dict[str, float]:
+    def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
         """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
-        raised = {}
-        for name, figure, is_bad in self._judge({k: v for k, v in entry.items() if v is not None}):
-            figures = self._figures.setdefault(name, [])
-            figures.append(figure if is_bad else None)
-            latest = figures[-self._patience :]
-            if name not in self._raised and len(latest) == self._patience and None not in latest:
-                self._raised.add(name)
-                raised[name] = figure
-        return raised
-
-    def _judge(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, bool]]:
-        """Yield the name and the figure of each alarm, if the entry has it, and whether it is bad."""
+        entry = {name: value for name, value in logged.items() if value is not None}
+        # The figure of each alarm that the entry has, and whether it is bad.
+        judged: dict[str, tuple[float, bool]] = {}
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
@@ -144,17 +109,27 @@ class CollapseAlarms(TrainerCallback):
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
-            yield "length_near_zero", length, length <= limit
+            judged["length_near_zero"] = length, length <= limit
             cut_off = entry["completions/clipped_ratio"]
-            yield "length_at_limit", cut_off, cut_off >= MAX_CUT_OFF
+            judged["length_at_limit"] = cut_off, cut_off >= MAX_CUT_OFF
         if (entropy := entry.get("entropy")) is not None:
             limit = max(ENTROPY_SHARE * self._start.setdefault("entropy", entropy), MIN_ENTROPY)
-            yield "entropy", entropy, collapsed and entropy <= limit
+            judged["entropy"] = entropy, collapsed and entropy <= limit
         if (deviation := entry.get("reward_std")) is not None:
             self._deviation = max(self._deviation, deviation)
-            yield "reward_spread", deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
+            judged["reward_spread"] = deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
         if (useless := entry.get("frac_reward_zero_std")) is not None:
-            yield "uninformative_groups", useless, collapsed and 1 - useless <= MIN_INFORMATIVE
+            judged["uninformative_groups"] = useless, collapsed and 1 - useless <= MIN_INFORMATIVE
         kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
         if kl is not None:
-            yield "kl", kl, kl >= MAX_KL
+            judged["kl"] = kl, kl >= MAX_KL
+
+        raised = {}
+        for name, (figure, is_bad) in judged.items():
+            figures = self._figures.setdefault(name, [])
+            figures.append(figure if is_bad else None)
+            latest = figures[-self._patience :]
+            if name not in self._raised and len(latest) == self._patience and None not in latest:
+                self._raised.add(name)
+                raised[name] = figure
+        return raised

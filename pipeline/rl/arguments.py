@@ -20,42 +20,70 @@ if TYPE_CHECKING:
 
     from pipeline.data.columns import Split
 
-UNCONFINED_HELP = "Let code_tests run code even where the kernel cannot confine it to the sandbox."
-
 
 @dataclass(kw_only=True)
-class ToolArguments:
-    """Tools that the model may call while it answers, by TRL's interface."""
+class SampledArguments:
+    """Tools that the model may call while it answers, by TRL's interface; and the checks of all rewards."""
+
+    trains_critic: ClassVar[bool] = False
+    """Whether a critic as large as the model is trained and saved with it."""
 
     tools: list[str] | None = option(  # noqa: RUF009
         None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
     )
     environment: str | None = option(
-        None,
-        "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class.",
+        None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
+    )
+    allow_unconfined_code: bool = option(
+        False, "Let code_tests run code even where the kernel cannot confine it to the sandbox."
     )
 
     def load_tools(self) -> dict[str, Any]:
-        """Return the arguments of a trainer that these fields name."""
+        """Return the arguments of a trainer that the fields of tools name."""
         from pipeline.tools.loading import load_environment, load_tools
 
         return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
 
-    def gives_rewards(self) -> bool:
-        """Return whether the environment, if it can be loaded, gives rewards itself."""
-        from pipeline.tools.loading import load_environment
+    def preflight(
+        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
+    ) -> list[Problem]:
+        """Check tools, rewards and critic, as `pipeline.training.inputs.load_inputs` asks for it.
 
+        Tokenizer and data are None if they failed to load. If it is `early`, reward models and critic are still to be
+        made.
+        """
+        from datasets import Dataset
+
+        from pipeline.rewards.sandbox import run as sandbox
+        from pipeline.rl.reward_checks import check_rewards, check_value_model
+        from pipeline.tools.loading import check_tools, load_environment
+
+        sandbox.allow_unconfined = self.allow_unconfined_code
+        problems = check_tools(self.tools, self.environment, tokenizer)
+        models, functions = getattr(self, "reward_model_path", None) or [], getattr(self, "reward_funcs", None) or []
+        gives_rewards = False
         with suppress(UserError):
-            return hasattr(load_environment(self.environment), "get_reward")
-        return False
+            gives_rewards = hasattr(load_environment(self.environment), "get_reward")
+        if self.trains_critic and not (models or functions or gives_rewards):
+            problems.append(Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs"))
+        elif models or functions or not gives_rewards:
+            problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
+        critic = getattr(self, "value_model_path", None)
+        if critic is not None and not early:
+            problems += check_value_model(critic, tokenizer)
+        can_shuffle = train is None or (isinstance(train, Dataset) and "answer" in train.column_names)
+        if getattr(self, "shuffle_answers", False) and not can_shuffle:
+            problems.append(
+                Problem("shuffle_answers", "true", "needs an answer column, and data that are not streamed")
+            )
+        return problems
 
 
 @dataclass
-class PPORewardArguments(ToolArguments):
+class PPORewardArguments(SampledArguments):
     """Rewards and critic of PPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = True
-    """Whether a critic as large as the model is trained and saved with it."""
 
     reward_model_path: list[str] | None = option(  # noqa: RUF009
         None, "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
@@ -71,36 +99,11 @@ class PPORewardArguments(ToolArguments):
     value_use_peft: bool = option(
         True, "With use_peft, train the critic as an adapter, too, on the frozen weights it starts from."
     )
-    allow_unconfined_code: bool = option(False, UNCONFINED_HELP)
-
-    def preflight(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
-    ) -> list[Problem]:
-        """Check the rewards and the critic, as `pipeline.training.inputs.load_inputs` asks for it.
-
-        If it is `early`, reward models and critic are still to be made.
-        """
-        from pipeline.rewards.sandbox import run as sandbox
-        from pipeline.rl.reward_checks import check_rewards, check_value_model
-        from pipeline.tools.loading import check_tools
-
-        sandbox.allow_unconfined = self.allow_unconfined_code
-        models, functions = self.reward_model_path or [], self.reward_funcs or []
-        problems = check_tools(self.tools, self.environment, tokenizer)
-        if not models and not functions and not self.gives_rewards():
-            return [*problems, Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs")]
-        if models or functions:
-            problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
-        if self.value_model_path is not None and not early:
-            problems += check_value_model(self.value_model_path, tokenizer)
-        return problems
 
 
 @dataclass
-class GRPORewardArguments(ToolArguments):
+class GRPORewardArguments(SampledArguments):
     """Rewards of GRPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
-
-    trains_critic: ClassVar[bool] = False
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math_answer"],
@@ -111,28 +114,6 @@ class GRPORewardArguments(ToolArguments):
         "Shuffle the reference answers among the training prompts: a control experiment, whose run must not get "
         "better.",
     )
-    allow_unconfined_code: bool = option(False, UNCONFINED_HELP)
-
-    def preflight(
-        self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
-    ) -> list[Problem]:
-        """Check the rewards, as `pipeline.training.inputs.load_inputs` asks for it."""
-        from datasets import Dataset
-
-        from pipeline.data.columns import column_names
-        from pipeline.rewards.sandbox import run as sandbox
-        from pipeline.rl.reward_checks import check_rewards
-        from pipeline.tools.loading import check_tools
-
-        sandbox.allow_unconfined = self.allow_unconfined_code
-        problems = check_tools(self.tools, self.environment, tokenizer)
-        if self.reward_funcs or not self.gives_rewards():
-            problems += check_rewards([], self.reward_funcs, getattr(training_args, "reward_weights", None), train)
-        shuffles = self.shuffle_answers and train is not None
-        if shuffles and not (isinstance(train, Dataset) and "answer" in column_names(train)):
-            remedy = "needs an answer column, and data that are not streamed"
-            problems.append(Problem("shuffle_answers", "true", remedy))
-        return problems
 
 
 def load_rl_inputs(
@@ -146,9 +127,6 @@ def load_rl_inputs(
     Returns:
         The rewards as TRL's trainers take them (reward models, then functions), the tokenizer, the training split, and
         the evaluation split or None.
-
-    Raises:
-        UserError: With everything that is wrong with any of them.
     """
     import torch
 
@@ -158,12 +136,12 @@ def load_rl_inputs(
 
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
-    models: list[PreTrainedModel] = []
-    if isinstance(reward_args, PPORewardArguments):
-        # TRL would load them with the options of the policy.
-        for name in reward_args.reward_model_path or []:
-            models.append(load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0])
-    elif reward_args.shuffle_answers:
+    # TRL would load them with the options of the policy.
+    models = [
+        load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0]
+        for name in getattr(reward_args, "reward_model_path", None) or []
+    ]
+    if getattr(reward_args, "shuffle_answers", False):
         train = shuffle_answers(train, training_args.seed)
     return [*models, *functions], tokenizer, train, evaluation
 

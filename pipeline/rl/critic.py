@@ -1,15 +1,12 @@
 """The critic of PPO, with the optimizer that trains it.
 
-Policy and critic are two networks that learn from the same micro-batches. transformers' `Trainer` zeroes, clips and
-steps the policy; `Critic.step` does the same for the critic, when the gradients of all micro-batches of an optimizer
-step are there.
+transformers' `Trainer` zeroes, clips and steps the policy; `Critic.step` does the same for the critic, once the
+gradients of all micro-batches of an optimizer step are there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +29,8 @@ STATE = "critic_optimizer.pt"
 class Critic:
     """A value model and what trains it. It is a part of checkpoints and of the final model, in `value_model/`.
 
-    Args:
-        model: The value model, on its device.
-        accelerator: Wraps the model for several processes, `torch.compile` and autocast.
-        max_grad_norm: Gradients are clipped to this norm, by themselves: large ones of the policy do not shrink them.
-
-    Attributes:
-        model: The wrapped model.
-        optimizer: None until training begins.
+    `accelerator` wraps the `model` for several processes, `torch.compile` and autocast. Its gradients are clipped to
+    `max_grad_norm` by themselves: large ones of the policy do not shrink them. Training begins by setting `optimizer`.
     """
 
     belongs_to_model = True
@@ -57,11 +48,7 @@ class Critic:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def step(self, share: float) -> float:
-        """Take an optimizer step. Return the norm that the gradients had before they were clipped.
-
-        Args:
-            share: Present learning rate as a share of its peak.
-        """
+        """Step with a learning rate that is a `share` of its peak. Return the norm of the gradients before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The scale of fp16 is updated after the step of the policy, which comes next.
@@ -79,19 +66,14 @@ class Critic:
 
     def save(self, folder: Path) -> None:
         """Save the model, without the card that PEFT drafts, which has paths of this machine."""
-        path = folder / VALUE_MODEL_FOLDER
-        self.bare.save_pretrained(str(path))
-        (path / "README.md").unlink(missing_ok=True)
+        self.bare.save_pretrained(str(folder / VALUE_MODEL_FOLDER))
+        (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         """Load the model.
 
-        transformers, which has loaded the policy, takes a critic that is an adapter for another adapter of the policy,
-        which is deleted here.
-
         Raises:
-            ValueError: If there is no critic in the folder.
-            UserError: If there is an adapter and the critic is trained in full, or the other way round.
+            ValueError, UserError: If there is no critic in the folder, or an adapter for one that is trained in full.
         """
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():
@@ -100,22 +82,18 @@ class Critic:
         if saved_adapter != isinstance(model, PeftModel):
             remedy = f"{folder} was trained with {str(saved_adapter).lower()}; set it so"
             raise UserError(Problem("value_use_peft", not saved_adapter, remedy))
-        if isinstance(model, PeftModel):
-            if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
-                policy.delete_adapter(VALUE_MODEL_FOLDER)
-            set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
-        else:
+        if not saved_adapter:
             saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
+            return
+        # transformers, which has loaded the policy, took the critic's adapter for another one of the policy.
+        if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
+            policy.delete_adapter(VALUE_MODEL_FOLDER)
+        set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
 
 
 class CriticOptimizer:
-    """The part of checkpoints with the state of the critic's optimizer.
-
-    Args:
-        critic: The critic.
-        args: Say whether this process saves, and whether only models are saved.
-    """
+    """The state of the critic's optimizer, as a part of checkpoints."""
 
     belongs_to_model = False
 
@@ -123,25 +101,18 @@ class CriticOptimizer:
         self.critic, self.args = critic, args
 
     def save(self, folder: Path) -> None:
-        """Save the state."""
+        """Save the state, unless only models are saved."""
         if self.args.should_save and not self.args.save_only_model:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Load the state."""
+        """Load the state, if there is one."""
         if (folder / STATE).is_file():
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.critic.optimizer.load_state_dict(state["optimizer"])
 
 
-def token_values(
-    critic: nn.Module,
-    ids: Tensor,
-    attention_mask: Tensor,
-    length: int,
-    batch_size: int | None,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> Tensor:
+def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
     """Compute what a value model, wrapped or not, expects before each of the last tokens of each text is chosen.
 
     The arguments are as for `over_passes`. The result is (B, `length`), in float32.
@@ -150,5 +121,5 @@ def token_values(
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
         return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.before)[:, 0].float(),)
 
-    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, batch_size, autocast)
+    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, *options)
     return values

@@ -1,4 +1,4 @@
-"""Weights that are not trained: their dtype, kept in memory once, and unchanged by merged adapters.
+"""Weights that are not trained: the frozen reference, heads in float32, and storage that models share.
 
 Policy, reference, reward model and critic stay modules of their own, each with its active adapter, its hooks and its
 wrapper for several processes. What they share is the storage of frozen weights.
@@ -6,36 +6,59 @@ wrapper for several processes. What they share is the storage of frozen weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
 
-from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head
-from pipeline.rl.ppo_config import PPOConfig
+from pipeline.models.patches import bind_forward
+
+HEAD_NAMES = ("score", "classifier")
+"""Names of the linear head in transformers' classifiers."""
 
 
-def prepare_frozen(policy: PreTrainedModel | PeftModel, others: Sequence[Any], args: PPOConfig) -> None:
-    """Convert what is not trained to `frozen_dtype`, except for heads and adapters, and keep equal weights once.
+def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
+    name = next((name for name in HEAD_NAMES if hasattr(model, name)), "")
+    return name, getattr(model, name) if name else nn.Module()
 
-    `others` are, among other things, the reference and the reward models.
+
+def compute_in_float32(head: nn.Module) -> None:
+    """Make the linear layers of a head multiply in float32, in a model of any dtype and under autocast.
+
+    In bfloat16, scores and logits have 8 bits.
     """
-    adapted = isinstance(policy, PeftModel)
-    models = [model for model in others if isinstance(model, nn.Module)]
-    if adapted or args.frozen_dtype == "bfloat16":
-        for model in models:
-            model.requires_grad_(False)
-    if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
-        for model in (policy, *models):
-            convert_frozen(model, torch.bfloat16)
-        for model in models:
-            compute_in_float32(find_head(model)[1])
-    share_frozen_weights(policy, models)
+    head.float()
+    # TRL's forward method casts the inputs, which autocast undoes.
+    head.__dict__.pop("forward", None)
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            bind_forward(layer, _linear_in_float32)
+
+
+def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        # FSDP may have cast the weights.
+        return nn.functional.linear(hidden.float(), layer.weight.float(), bias)
+
+
+def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
+    """Copy a policy as a reference, whose logits are divided by `temperature`.
+
+    TRL makes its reference by loading the policy's path again, which a model built in memory does not have.
+    """
+    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    # The forward method that TRL gave the policy still refers to the original.
+    reference.__dict__.pop("forward", None)
+    add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
+    return reference
 
 
 def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
@@ -46,10 +69,7 @@ def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None:
-    """Let models use the frozen weights of the policy in place of equal ones of their own.
-
-    Which models are adapters of one base is thus seen by the weights, wherever those were loaded from.
-    """
+    """Let models use the frozen weights of the policy in place of equal ones, wherever those were loaded from."""
     known = _frozen(policy)
     for model in others:
         for name, weight in _frozen(model).items():
@@ -88,5 +108,5 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
     kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
     yield
-    for weight, copy in kept:
-        weight.data.copy_(copy)
+    for weight, copied in kept:
+        weight.data.copy_(copied)

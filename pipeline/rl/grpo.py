@@ -1,5 +1,5 @@
 """TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, a faster sampler and, on CPUs, cheaper
-log-probabilities. `pipeline.rl.ppo` builds on it, too."""
+log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import GenerationConfig, PreTrainedModel, set_seed
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, SyncRefModelCallback
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -26,16 +26,13 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
-from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
 from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import convert_frozen, unrounded
-from pipeline.rl.heads import compute_in_float32
-from pipeline.rl.reference_model import frozen_copy
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, converse
@@ -45,14 +42,10 @@ logger = get_logger(__name__)
 
 
 class EpochSampler(Sampler[int]):
-    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch.
+    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
 
     TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
     the order of the first.
-
-    Args:
-        sampler: A `trl.trainer.utils.RepeatSampler`.
-        epoch: Returns how many epochs have been trained so far; None before training.
     """
 
     def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
@@ -70,54 +63,58 @@ class EpochSampler(Sampler[int]):
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
     """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
 
-    TRL samples anew after a resume, although a rollout may serve several steps (`steps_per_generation` above
-    `gradient_accumulation_steps`, or `num_iterations` above 1), and it starts a later epoch of prompts in the order of
-    the first. Here, a checkpoint contains what is left of the rollout, one file per process, and the order of an epoch
-    depends only on its number. With a different number of processes or batch size, the rollout cannot be used and
-    is sampled anew, as by TRL.
+    A checkpoint contains what is left of the rollout, which TRL would sample anew. Only with vLLM, whose probabilities
+    depend on what else is in its batch, a resumed run samples other completions.
 
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
-    `pipeline.rl.rewards` says what reward models read, and `pipeline.rewards.loading` what reward functions may return.
-
-    Completions are sampled by `pipeline.models.kernels.sampler`, from the global random numbers, which checkpoints
-    contain, unless `_can_sample` leaves it to TRL. vLLM's probabilities depend on what else is in its batch: a
-    resumed run goes on with the rollout of its checkpoint, but then samples other completions.
-
-    The collapse of the policy is named in the log (`pipeline.rl.alarms`).
-
     Attributes:
         all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
+        latest_logps: The log-probabilities that were computed last, which TRL's loss does not return.
     """
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
-        # Without reward functions, the environment gives rewards.
         args = args or GRPOConfig()
         launch.use_one_gpu(args)
         if isinstance(model, str):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = LENGTH_THAT_FITS
-        # TRL makes the reference by loading the policy's name, which for a merged model is the name of its base.
-        copied = args.beta != 0 and hasattr(model, MERGED) and not kwargs.get("peft_config")
+        # TRL makes the reference by loading the policy's name again. A model in memory may differ, or have no name.
+        copied = args.beta != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
         beta, synced = args.beta, args.sync_ref_model
         if copied:
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.parts.append(Rollout(self))
         if args.cast_lm_head_to_fp32:
-            for network in (self.model, self.ref_model):
-                if network is not None:
-                    compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
+            for network in filter(None, (self.model, self.ref_model)):
+                compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if copied:
             self.beta, args.beta, args.sync_ref_model = beta, beta, synced
-            self._copy_reference()
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("FSDP and DeepSpeed do not shard the reference of a model in memory")
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
-        self._wrap_rewards()
+
+        # Reward models become functions, and functions are guarded. What they pay is watched for a collapse.
+        rewards: list[Any] = []
+        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
+            if isinstance(function, PreTrainedModel):
+                avoid_emulation(function)
+            if isinstance(function, nn.Module):
+                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
+            else:
+                rewards.append(guard_reward(function, name))
+        self.reward_funcs: list[Any] = rewards
+        paying = [reward for reward, weight in zip(rewards, weights, strict=True) if weight]
+        self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
 
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
@@ -133,114 +130,58 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
-    def _wrap_rewards(self) -> None:
-        """Replace reward models by functions, and guard functions; watch for the collapse of what they pay."""
-        rewards: list[Any] = []
-        judged = False
-        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
-        given = zip(self.reward_funcs, tokenizers, self.reward_func_names, weights, strict=True)
-        for function, tokenizer, name, weight in given:
-            if isinstance(function, nn.Module):
-                if isinstance(function, PreTrainedModel):
-                    avoid_emulation(function)
-                judged = judged or weight != 0
-                rewards.append(RewardModel(function, tokenizer, self.eos_token_ids, self.chat_template_kwargs, name))
-            else:
-                rewards.append(guard_reward(function, name))
-        self.reward_funcs: list[Any] = rewards
-        self.add_callback(CollapseAlarms(checked=not judged))
-
-    def _copy_reference(self) -> None:
-        """Make the reference a copy of the policy.
-
-        Raises:
-            ValueError: Under FSDP or DeepSpeed, which would leave the copy unsharded.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed do not shard the reference of a model that was merged in memory")
-        reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
-        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-
     # ---- The rollout
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Leave rows where they are: accelerate would look for tensors to move in every text of every column."""
-        placed = self.accelerator.device_placement
-        # This setting would also change how a stream is split.
-        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.accelerator.device_placement = placed
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
-    def _can_sample(self) -> bool:
-        """Return whether completions are sampled here rather than by TRL.
-
-        TRL samples with vLLM, continuous batching, models that see, weights that are not `_whole_and_bare`, models that
-        do not take positions (Mamba, for one) or have a `generate` of their own, and settings that `sample` lacks.
-        """
-        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
-            return False
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not accepts_argument(model, "position_ids") or overrides_generate(model):
-            return False
-        return not unsupported_settings(self._sampling_config(model))
-
-    def _sampling_config(self, model: Any) -> GenerationConfig:
-        """Return the settings of sampling: the trainer's, then the model's, as `model.generate` combines them."""
-        config = copy.deepcopy(self.generation_config)
-        config.update(**model.generation_config.to_dict(), defaults_only=True)
-        return config
-
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # The settings are the trainer's, then the model's, as `model.generate` combines them.
+        config = copy.deepcopy(self.generation_config)
+        config.update(**model.generation_config.to_dict(), defaults_only=True)
+        plain = self._whole_and_bare and not (
+            self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm
+        )
+        # Mamba, for one, does not take positions.
+        plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
-            if not self._can_sample():
+            if not plain or unsupported_settings(config):
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
                 is_loaded = is_merged and self.state.global_step != self._last_loaded_step
                 with unrounded(self.model) if is_loaded else nullcontext():
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             training = model.training
             model.eval()
             try:
                 with profiling_context(self, "sample"):
-                    return sample(model, prompt_ids, self._sampling_config(model)), None
+                    return sample(model, prompt_ids, config), None
             finally:
                 model.train(training)
 
-    def _tool_call_loop(
-        self,
-        prompts: Any,
-        prompt_ids: Any,
-        completion_ids: Any,
-        completions: Any,
-        logprobs: Any,
-        images: Any,
-        multimodal_fields: Any,
-    ) -> Any:
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
-        mode = "train" if self.model.training else "eval"
         if self._is_vlm or any(map(is_async_callable, self.tools)):
-            return super()._tool_call_loop(
-                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
-            )
+            return super()._tool_call_loop(*args, **kwargs)
+        _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
             logps = None if logprobs is None else logprobs[number]
             dialogue.logps = None if logps is None else []
             dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        if self.use_vllm and self.vllm_mode == "colocate":
+            # It may have memory for fewer tokens than the model has positions.
+            context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         converse(
             dialogues,
             self._sample_turn,
             self._tokenizer,
             ends=self.eos_token_ids,
             limit=self.max_completion_length,
-            context=self._context(),
+            context=context,
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
         )
@@ -248,7 +189,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
         counts = torch.tensor([sampled, turns], device=self.accelerator.device)
         sampled, turns = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._metrics[mode]["tools/turn_length"].append(sampled / max(turns, 1))
+        self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
         return (
             [dialogue.sampled for dialogue in dialogues],
             [dialogue.messages for dialogue in dialogues],
@@ -268,13 +209,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         finally:
             config.max_new_tokens = self.max_completion_length
 
-    def _context(self) -> int:
-        """Return how long a text may be, in tokens: vLLM may have memory for fewer than the model has positions."""
-        if self.use_vllm and self.vllm_mode == "colocate":
-            length: int = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-            return length
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -289,8 +223,6 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
         Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
         which changes what a model with learned positions computes.
-
-        `latest_logps` keeps the log-probabilities, which TRL's loss does not return.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
@@ -333,10 +265,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         """Return and keep what each reward gives each completion of all processes, (completions, rewards).
 
         A reward with weight 0 is measured and logged, and has no other effect: a completion that no reward with a
-        weight has scored does not get a score at all.
-
-        Raises:
-            RunStopped: If a reward fails.
+        weight has scored does not get a score at all. A reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
@@ -372,18 +301,3 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             total = sum(count for _, count in known)
             means[name] = sum(value * count for value, count in known) / total if total else None
         return means
-
-    # ---- Checkpoints: see `Rollout`
-
-    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Return what is left of the rollout, in micro-batches, and what else the next step depends on, for JSON."""
-        # After the last step of a rollout, the next one samples anew.
-        in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        batches = self._buffered_inputs if in_use and self._buffered_inputs else []
-        return batches, {"step": self._step, "metrics": self._metrics["train"]}
-
-    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Restore what `rollout` returned; without batches, the next step samples anew."""
-        self._buffered_inputs = batches or None
-        self._step = state["step"]
-        self._metrics["train"].update(state["metrics"])

@@ -1,35 +1,28 @@
 """PPO for language models, on the engine of TRL's `GRPOTrainer`.
 
-TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `GRPOTrainer`: generation
-(transformers or vLLM), reward models and reward functions, chat data, PEFT, logging, evaluation, checkpoints and
-multi-process training, by way of `pipeline.rl.grpo`, which makes it resume exactly. It adds the critic, the KL penalty
-per token inside the reward, generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`,
-`pipeline.rl.value_model`). `docs/ppo.md` has an example.
+TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `pipeline.rl.grpo`. It adds
+the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value loss
+(`pipeline.rl.ppo_math`, `pipeline.rl.value_model`). `docs/ppo.md` has an example.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import nullcontext
-from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
-from trl.trainer.utils import use_adapter
 
-from pipeline.errors import Problem, UserError
 from pipeline.rl import ppo_math, ppo_metrics
-from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
-from pipeline.rl.frozen_weights import prepare_frozen
+from pipeline.rl.critic import Critic, CriticOptimizer, token_values
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, find_head, share_frozen_weights
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
-from pipeline.rl.reference_model import REFERENCE_ADAPTER, copy_adapter
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
 
@@ -41,43 +34,28 @@ class PPOTrainer(GRPOTrainer):
 
     Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
     on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
-    processes` completions. Policy and critic are two networks, each with an optimizer and a learning rate of its own,
-    on the same schedule, and each with its own gradient norm, clipped to `max_grad_norm`. In the first
-    `value_warmup_steps` steps the policy has no gradients: nothing of it changes, its state in the optimizer included.
+    processes` completions. Policy and critic are two networks, each with an optimizer, a learning rate and a clipped
+    gradient norm of its own, on the same schedule. In the first `value_warmup_steps` steps the policy has no gradients:
+    nothing of it changes, its state in the optimizer included.
 
-    The score of a completion belongs to its last token. A completion that was cut off at `max_completion_length` is
-    scored as it stands, without an end of turn, unless `missing_eos_penalty` or `mask_truncated_completions` is set.
-    Nothing is learned from a completion for which every reward function returns None.
-
-    The critic is saved as `value_model/` in `output_dir` and in every checkpoint. A checkpoint also contains the
-    rollout that is being trained on, so that a resumed run continues with it: on one CPU process, bit for bit.
-
-    The logs contain, besides what `GRPOTrainer` logs, the metrics of `pipeline.rl.ppo_metrics`.
+    The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
+    `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from a completion for which every
+    reward function returns None.
 
     Args:
-        model: The policy: a path, a Hub id, a model or a `PeftModel`, as for `GRPOTrainer`. Its present state is also
-            the reference. For a `PeftModel` with `peft_config`, the reference is the base model without the adapter;
-            for one that already has an adapter, a frozen copy of that adapter.
-        reward_funcs: One or several reward models, paths or Hub ids of such, or Python functions, as for `GRPOTrainer`.
-            None if an environment gives the rewards.
-        args: The configuration.
-        train_dataset: Rows with `prompt`, conversational or text; all other columns are passed to the reward functions.
-        eval_dataset: The same, or a dictionary of such data sets.
-        processing_class: The tokenizer. Default: the model's.
+        model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference
+            is the base model without the adapter; for one that has an adapter, a frozen copy of that adapter.
         value_model: The critic: a token classification model with one label, which is itself trained; a reward model or
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
             the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
             is the only reward and is not normalised. Every other critic starts by expecting nothing.
-        peft_config: Train an adapter instead of the policy's own weights.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
-        **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
+        *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
 
     Attributes:
         critic: The critic and what trains it.
-
-    Raises:
-        ValueError: For a critic with several labels.
+        score_moments: Of all scores so far, for `reward_normalization="running"`.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -95,18 +73,28 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PPOConfig()
-        # TRL knows of no reference as long as beta is 0, so PPO makes its own: an adapter's is a frozen copy of it, a
-        # new adapter's the base model, and for a model without adapters, a frozen copy of the model.
-        if args.kl_coef > 0 and isinstance(model, PeftModel):
-            copy_adapter(model)
+        # TRL changes the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
+        # TRL makes the reference of GRPO's KL penalty, which is a term of the loss: PPO's loss has none.
+        args.beta = args.kl_coef
         super().__init__(model, rewards, args, *others, **kwargs)
-        if args.kl_coef > 0 and not is_peft_model(self.model):
-            self._copy_reference()
+        self.beta = args.beta = 0.0
         # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
-        reference = None if self.ref_model is None else self._bare(self.ref_model)
-        judges = [self._bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
-        prepare_frozen(self.model, [reference, *judges], args)
+        bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
+        judges = [bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
+        frozen = [judge for judge in judges if judge is not None]
+        frozen += [] if self.ref_model is None else [bare(self.ref_model)]
+        # What is not trained, except heads and adapters, gets `frozen_dtype`, and is in memory once where it is equal.
+        adapted = isinstance(self.model, PeftModel)
+        if adapted or args.frozen_dtype == "bfloat16":
+            for network in frozen:
+                network.requires_grad_(False)
+        if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
+            for network in (self.model, *frozen):
+                convert_frozen(network, torch.bfloat16)
+            for network in frozen:
+                compute_in_float32(find_head(network)[1])
+        share_frozen_weights(self.model, frozen)
         critic = build_value_model(
             value_model,
             policy=self.model,
@@ -117,7 +105,7 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
-        self._score_moments = ppo_math.Moments()
+        self.score_moments = ppo_math.Moments()
         self._averages = ppo_metrics.Averages()
 
     @property
@@ -125,22 +113,21 @@ class PPOTrainer(GRPOTrainer):
         """The critic's model, wrapped as the policy is."""
         return self.critic.model
 
-    def _bare(self, model: nn.Module) -> Any:
-        """Return a model without what wraps it for several processes or for `torch.compile`."""
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
-
     # ---- The rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         mode = "train" if self.model.training else "eval"
+        # With it, TRL computes `ref_per_token_logps`.
+        self.beta = self.args.kl_coef
         batch = super()._generate_and_score_completions(inputs)
+        self.beta = 0.0
         # PPO does not compare the completions of a prompt.
         self._metrics[mode].pop("frac_reward_zero_std", None)
 
         # What the policy chose is trained on, but for completions that nothing scored. Their tokens count nowhere, so
         # that the loss is an average over the others.
-        mask = _sampled_tokens(batch)
+        ids, attention_mask, mask = _texts(batch)
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
         scores, scored = self._scores(mask.any(dim=1), ended, mode)
         if not scored.all():
@@ -148,8 +135,7 @@ class PPOTrainer(GRPOTrainer):
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
         # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
-        # and clipping ranges are relative to what they compute here.
-        ids, attention_mask = _whole_texts(batch)
+        # and clipping ranges are relative to what they computed then.
         args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
@@ -157,12 +143,11 @@ class PPOTrainer(GRPOTrainer):
                 batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
                     self.model, ids, attention_mask, length, size
                 )
-            logps = batch["old_per_token_logps"]
-            ref_logps, penalty = None, torch.zeros_like(logps)
-            if args.kl_coef > 0:
-                ref_logps = self._reference_logps(ids, attention_mask, length, size)
-                penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, args.kl_estimator)
             values = self._values(ids, attention_mask, length, size)
+        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        penalty = torch.zeros_like(logps)
+        if ref_logps is not None:
+            penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, "k1")
 
         # Each token is rewarded by minus its KL penalty, and the last one by the score as well.
         rewards = ppo_math.token_rewards(scores, penalty, mask)
@@ -171,7 +156,11 @@ class PPOTrainer(GRPOTrainer):
             _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
         self._averages.add(scored, ppo_metrics.of_completions(scores, penalty, logps, ref_logps, ended, mask))
         self._averages.add(mask, ppo_metrics.of_estimates(returns, values))
-        self._log_advantages(advantages, mask)
+        # The table of completions, which holds at most one rollout, shows the mean advantage of each one's tokens.
+        shown = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
+        for _ in shown[: len(self._logs["advantages"])]:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(shown)
         if args.whiten_advantages:
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
         return batch | {"advantages": advantages, "returns": returns, "old_values": values}
@@ -179,17 +168,14 @@ class PPOTrainer(GRPOTrainer):
     def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
         """Return this process's scores, normalised and penalised, and which completions have one, each (B,).
 
-        Args:
-            trained: (B,), whether any token of a completion is trained on. Otherwise it does not get a score.
-            ended: (B,), whether it ended with an end of turn.
-            mode: "train" or "eval".
+        A completion does not get a score if none of its tokens is `trained` on.
         """
         # Scores are normalised over the completions of all processes; each process then keeps its own.
         rewards = self.all_rewards
         all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
         running = self.args.reward_normalization == "running"
-        moments = self._score_moments if running else ppo_math.Moments()
+        moments = self.score_moments if running else ppo_math.Moments()
         if self.args.reward_normalization == "batch" or (running and mode == "train"):
             moments.update(all_scores[all_scored])
         rows = len(trained)
@@ -198,18 +184,6 @@ class PPOTrainer(GRPOTrainer):
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~ended
         return torch.where(scored, scores, 0.0), scored
-
-    def _reference_logps(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int) -> Tensor:
-        """Return the log-probabilities (B, `length`) of the last `length` tokens under the reference."""
-        policy = self._bare(self.model)
-        adapter: Any = nullcontext()
-        if isinstance(policy, PeftModel):
-            # The copy of the policy's first adapter, or none at all.
-            adapter = use_adapter(policy, REFERENCE_ADAPTER if REFERENCE_ADAPTER in policy.peft_config else None)
-        model = self.model if self.ref_model is None else self.ref_model
-        with adapter:
-            logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, attention_mask, length, batch_size)
-        return logps
 
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
         """Return the critic's estimates (B, `length`), before each of the last `length` tokens is chosen."""
@@ -238,17 +212,14 @@ class PPOTrainer(GRPOTrainer):
         with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
             loss = super().training_step(*args, **kwargs)
         if last:
-            self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._learning_rate_share()))
+            schedule: Any = self.lr_scheduler
+            if isinstance(schedule, LambdaLR):
+                share = schedule.lr_lambdas[0](schedule.last_epoch)
+            else:
+                # A schedule that follows evaluations.
+                share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
+            self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
         return loss
-
-    def _learning_rate_share(self) -> float:
-        """Return the present learning rate of the policy as a share of its peak, which is the critic's, too."""
-        schedule: Any = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):
-            return schedule.lr_lambdas[0](schedule.last_epoch)
-        # A schedule that follows evaluations.
-        peak = self.args.learning_rate
-        return self.optimizer.param_groups[0]["lr"] / peak if peak else 1.0
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
@@ -257,7 +228,16 @@ class PPOTrainer(GRPOTrainer):
         """
         # Without gradients of the policy, its optimizer leaves it and its own state alone.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
-        value_loss = self._value_loss(inputs)
+        ids, attention_mask, mask = _texts(inputs)
+        values = self._values(ids, attention_mask, mask.shape[1])
+        value_losses, clipped = ppo_math.clipped_value_loss(
+            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
+        )
+        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if self.model.training:
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / tokens)
         if self.model.training and trains_policy:
             # At once, so that only one network at a time has activations in memory.
             self.accelerator.backward(value_loss)
@@ -265,49 +245,15 @@ class PPOTrainer(GRPOTrainer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
             policy_loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         log_ratio = self.latest_logps - inputs["old_per_token_logps"]
-        self._averages.add(_sampled_tokens(inputs), ppo_metrics.of_update(log_ratio, *self._value_losses))
+        self._averages.add(mask, ppo_metrics.of_update(log_ratio, value_losses.detach(), clipped))
         if self.model.training and self.accelerator.sync_gradients:
             self._log_averages()
         return policy_loss + value_loss
 
-    def _value_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the critic's loss, weighted by `vf_coef`."""
-        mask = _sampled_tokens(batch)
-        values = self._values(*_whole_texts(batch), mask.shape[1])
-        losses, clipped = ppo_math.clipped_value_loss(
-            values, batch["old_values"], batch["returns"], self.args.cliprange_value
-        )
-        self._value_losses = losses.detach(), clipped
-        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
-        tokens = batch["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return self.args.vf_coef * ((losses * mask).sum() / tokens)
-
     def end(self) -> None:
-        """Release what refers to the group of processes before it is left, the wrapped critic included."""
+        """Unwrap the critic, too, which refers to the group of processes that is left."""
         self.critic.model = self.critic.bare
         super().end()
-
-    # ---- Checkpoints
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Refuse a checkpoint of an earlier version, in which policy and critic share one optimizer."""
-        files = os.listdir(checkpoint) if checkpoint is not None else []
-        if "optimizer.pt" in files and STATE not in files:
-            remedy = "an earlier version wrote it, with one optimizer for policy and critic; start again, or resume it"
-            raise UserError(Problem("resume_from_checkpoint", checkpoint, f"{remedy} with that version"))
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def rollout(self) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-        """Add the moments of all scores so far."""
-        batches, state = super().rollout()
-        return batches, state | {"moments": asdict(self._score_moments)}
-
-    def restore_rollout(self, batches: list[dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Restore what `rollout` returned."""
-        super().restore_rollout(batches, state)
-        self._score_moments = ppo_math.Moments(**state["moments"])
 
     # ---- Metrics
 
@@ -324,21 +270,9 @@ class PPOTrainer(GRPOTrainer):
         for name, value in self._averages.take(self._sum_over_processes).items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
 
-    def _log_advantages(self, advantages: Tensor, mask: Tensor) -> None:
-        """Show one advantage per completion in the table of completions: the mean over its tokens."""
-        means = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        # They replace TRL's in the table, which holds at most one rollout.
-        for _ in means[: len(self._logs["advantages"])]:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(means)
 
-
-def _sampled_tokens(batch: dict[str, Any]) -> Tensor:
-    """Return the mask of `pipeline.rl.ppo_math`."""
-    return batch["completion_mask"] * batch.get("tool_mask", 1)
-
-
-def _whole_texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask (B, L) of the prompts with their completions."""
+def _texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids and attention mask (B, L) of whole texts, and the mask of the completions as in `ppo_math`."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    return ids, attention_mask, batch["completion_mask"] * batch.get("tool_mask", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import get_args
 
 from trl import GRPOConfig
 
@@ -12,10 +11,13 @@ from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
-from pipeline.rl.ppo_math import KLEstimator
 
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 """accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
+
+NO_REMOTE_CODE = (
+    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
+)
 
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
@@ -25,22 +27,13 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
         "epsilon_high": "PPO clips on both sides alike, set cliprange",
         "scale_rewards": "PPO's advantages are not relative to a group, see whiten_advantages",
         "loss_type importance_sampling_level multi_objective_aggregation": "PPO has one loss",
-        "sapo_temperature_neg sapo_temperature_pos": "PPO has one loss",
-        "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": "PPO has one loss",
+        "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg": "PPO has one loss",
+        "vespo_lambda_pos vespo_lambda_neg": "PPO has one loss",
         "fsdp fsdp_config deepspeed": NOT_SHARDED,
     }.items()
     for name in names.split()
 }
 """Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
-
-NO_REMOTE_CODE = (
-    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
-)
-
-K3_IS_NO_PENALTY = (
-    "hardly penalises as a part of the reward: near the reference, its gradient vanishes (it is the gradient of "
-    "the KL minus the gradient of the reverse KL); use k1. k3 is logged as objective/kl_k3"
-)
 
 
 @dataclass
@@ -50,17 +43,9 @@ class PPOConfig(GRPOConfig):
     Some fields of `GRPOConfig` differ in meaning or default. `disable_dropout` is True: with dropout, a token's
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
     the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
-    however it is split over processes and accumulation.
-
-    What has no effect on PPO (`UNUSED`) is refused, unless it has its default, and so is `trust_remote_code`:
-    transformers cannot build the critic of a model whose code lies on the Hub. Load such a policy yourself, and pass it
-    with a `value_model` and a tokenizer.
-
-    `pipeline.hardware.training_defaults` chooses precision and device unless they are set: TRL's default, bf16, is
-    refused on CPUs without it.
-
-    Raises:
-        ValueError: If a value is out of range or contradicts PPO, or if a rollout has a single completion.
+    however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
+    its default. Precision and device fit the machine unless they are set: TRL's default, bf16, is refused on CPUs
+    without it.
     """
 
     num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")
@@ -68,37 +53,23 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
     kl_coef: float = option(
-        0.05,
-        "Reward subtracted at each token for each nat of KL from the reference. With 0, there is neither a reference "
-        "model nor `objective/kl`.",
-    )
-    kl_estimator: str = option(
-        "k1",
-        "Estimator of the KL at a token in the penalty: k1, the log ratio. k3 is refused, because it hardly penalises "
-        "there; `objective/kl_k3` logs it.",
-        choices=list(get_args(KLEstimator)),
+        0.05, "Reward subtracted at each token for each nat of KL from the reference; 0: without a reference."
     )
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(
         None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
     )
-    cliprange: float = option(
-        0.2, "How far the probability ratio of a token may move from 1 in the updates of one rollout."
-    )
+    cliprange: float = option(0.2, "How far a token's probability ratio may move from 1 in the updates of a rollout.")
     cliprange_value: float = option(
-        0.2,
-        "How far the critic's estimate of a token may move in the updates of one rollout, in units of the "
-        "(normalised) reward.",
+        0.2, "How far the critic's estimate may move in the updates of a rollout, in units of the (normalised) reward."
     )
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = option(
         None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
     )
     value_warmup_steps: int = option(
-        0,
-        "Train the critic alone in the first so many optimizer steps. The schedule of both learning rates begins with "
-        "them: a warm-up of the policy's has to be longer.",
+        0, "Train the critic alone in the first so many optimizer steps, with which the schedule of both begins."
     )
     frozen_dtype: str = option(
         "auto",
@@ -111,67 +82,56 @@ class PPOConfig(GRPOConfig):
     )
     reward_normalization: str = option(
         "none",
-        "Normalise the sum of all rewards, before `missing_eos_penalty` and KL: none; batch (by mean and standard "
-        "deviation of its rollout); running (by mean and deviation of all rollouts so far, which checkpoints contain).",
+        "Normalise the sum of all rewards, before `missing_eos_penalty` and KL, by mean and standard deviation: none; "
+        "batch (of its rollout); running (of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
     missing_eos_penalty: float | None = option(
-        None,
-        "Subtracted from the normalised score of a completion that does not end with an end of turn. "
-        "(`mask_truncated_completions` leaves such completions out altogether.)",
+        None, "Subtracted from the normalised score of a completion that does not end with an end of turn."
     )
 
     def __post_init__(self) -> None:
-        self._check()
-        self._fit_to_machine()
-        self.epsilon = self.cliprange
-        given = self.num_generations, self.num_generations_eval
-        if self.num_generations == 1:
-            # GRPO compares two or more; PPO does not. Any divisor of the generation batch passes its check.
-            self.num_generations, self.num_generations_eval = self._rollout_rows(), given[1] or 1
-        try:
-            super().__post_init__()
-        finally:
-            self.num_generations, self.num_generations_eval = given
+        # The completions of a rollout. A process group does not exist yet, and a preflight names the processes that
+        # will be.
+        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
+        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
+        rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
+        if wrong := self._check(rows):
+            problems = UserError(*wrong)
+            raise ValueError(str(problems)) from problems
 
-    def _fit_to_machine(self) -> None:
-        """Choose precision and device for this machine unless they are set, as the recipes do."""
+        # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
         precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
         for name, choice in hardware.training_defaults().items():
             if name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name)):
                 setattr(self, name, choice.value)
+        self.epsilon = self.cliprange
+        given = self.num_generations, self.num_generations_eval
+        if self.num_generations == 1:
+            # GRPO compares two or more; PPO does not. Any divisor of the generation batch passes its check.
+            self.num_generations, self.num_generations_eval = rows, given[1] or 1
+        try:
+            super().__post_init__()
+        finally:
+            self.num_generations, self.num_generations_eval = given
 
-    def _rollout_rows(self) -> int:
-        """Return the number of completions in a rollout, over all processes."""
-        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-        # A process group does not exist yet, and a preflight names the processes that will be.
-        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
-        return self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-
-    def _check(self) -> None:
-        """Raise `ValueError` for all fields that are wrong, in one message."""
+    def _check(self, rows: int) -> list[Problem]:
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
-
-        def refuse(name: str, remedy: str) -> None:
-            wrong.append(Problem(name, getattr(self, name), remedy))
-
-        if self.num_generations == 1 and self._rollout_rows() == 1:
+        wrong = {
+            "trust_remote_code": self.trust_remote_code and NO_REMOTE_CODE,
+            "epsilon": self.epsilon not in (GRPOConfig.epsilon, self.cliprange) and "must be unset: set cliprange",
+        }
+        if self.num_generations == 1 and rows == 1:
             name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
-            refuse(name, "makes rollouts of a single completion; raise it to 2 or more")
-        wrong += [Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)]
-        if self.trust_remote_code:
-            refuse("trust_remote_code", NO_REMOTE_CODE)
-        if self.kl_estimator == "k3":
-            refuse("kl_estimator", K3_IS_NO_PENALTY)
+            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
         for item in fields(self):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:
-                refuse(item.name, f"must be {' or '.join(choices)}")
-        if self.epsilon not in (GRPOConfig.epsilon, self.cliprange):
-            refuse("epsilon", "must be unset: set cliprange")
-        if wrong:
-            problems = UserError(*wrong)
-            raise ValueError(str(problems)) from problems
+                wrong[item.name] = f"must be {' or '.join(choices)}"
+        problems = [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items() if remedy]
+        problems += [
+            Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)
+        ]
+        return check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED) + problems

@@ -42,10 +42,7 @@ def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process) -> Ten
 
 
 def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process, eps: float = 1e-8) -> Tensor:
-    """Shift and scale `x` to mean 0 and (population) variance 1 over the unmasked tokens of all processes.
-
-    `eps` is added to the variance.
-    """
+    """Shift and scale `x` to mean 0 and (population) variance 1 over the unmasked tokens of all processes."""
     centered = (x - masked_mean(x, mask, reduce)) * mask
     variance = masked_mean(centered.square(), mask, reduce)
     return centered * torch.rsqrt(variance + eps)
@@ -69,15 +66,9 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
 
 
 def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """Return which completions end with an end of turn; one in the middle, before a tool's answer, does not count.
+    """Return, (B,), which completions end with an end of turn; one before a tool's answer does not count.
 
-    Args:
-        ids: Token ids.
-        mask: 1 for every token that is not padding.
-        eos_token_ids: The tokens that end a turn.
-
-    Returns:
-        (B,) boolean.
+    Here, `mask` is 1 for every token that is not padding.
     """
     return (_is_last(mask) & torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device))).any(dim=1)
 
@@ -92,13 +83,8 @@ def generalized_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Compute generalised advantage estimates over the unmasked tokens. The value after the last one is 0.
 
-    Args:
-        rewards: The reward of each token.
-        gamma: Discount per token, in [0, 1].
-        lam: Weight of longer-sighted estimates, in [0, 1]: 0 trusts the critic, 1 the rewards.
-
-    Returns:
-        Advantages, and returns (advantage + value: what the critic should have estimated).
+    `gamma` is the discount per token, and `lam` the weight of longer-sighted estimates: 0 trusts the critic, 1 the
+    rewards. Both are in [0, 1]. Return advantages, and returns: what the critic should have estimated.
     """
     # From the last token to the first, with `delta` the surprise of a token: what it paid, and what is still expected
     # after it, less what was expected before it.
@@ -123,14 +109,8 @@ def generalized_advantages(
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Compute half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
 
-    Args:
-        values: The critic's current estimates.
-        old_values: Its estimates when the tokens were sampled.
-        returns: What it should have estimated.
-        cliprange: How far an estimate may move from the old one, in units of the reward.
-
-    Returns:
-        The loss, and a boolean tensor: where clipping removed the gradient.
+    An estimate may move by `cliprange`, in units of the reward, from what was estimated when the tokens were sampled.
+    Return the loss, and a boolean tensor: where clipping removed the gradient.
     """
     # Not `old_values + (values - old_values).clamp(...)`, which rounds values that are within the range.
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
@@ -141,13 +121,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 @dataclass
 class Moments:
-    """Running mean and variance of all scores so far, over all processes (Chan et al., 1979).
-
-    Attributes:
-        count: Number of scores.
-        mean: Their mean.
-        m2: The sum of their squared deviations from the mean.
-    """
+    """Number, mean and sum of squared deviations of all scores so far, over all processes (Chan et al., 1979)."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -167,10 +141,7 @@ class Moments:
         self.count = total
 
     def normalize(self, x: Tensor, eps: float = 1e-8) -> Tensor:
-        """Subtract the mean from `x` and divide by the (population) standard deviation, if at least two were seen.
-
-        `x` has any shape, and `eps` is added to the variance.
-        """
+        """Subtract the mean from `x` and divide by the (population) standard deviation, if at least two were seen."""
         if self.count < 2:
             return x
         return (x - self.mean) / (self.m2 / self.count + eps) ** 0.5

@@ -48,11 +48,9 @@ class Averages:
 
     def add(self, weights: Tensor, values: Mapping[str, Tensor]) -> None:
         """Add values by name, each of the shape of `weights`: 1 for what counts, 0 for what does not."""
-        # Not every accelerator has float64.
-        exact = torch.float32 if weights.device.type == "mps" else torch.float64
-        count = weights.sum().to(exact)
+        weights = _exact(weights)
         for name, value in values.items():
-            sums = torch.stack([(value.to(exact) * weights).sum(), count])
+            sums = torch.stack([(_exact(value) * weights).sum(), weights.sum()])
             self._sums[name] = self._sums.get(name, 0.0) + sums
 
     def take(self, reduce: Reduce) -> dict[str, float]:
@@ -69,17 +67,18 @@ class Averages:
         return metrics
 
 
+def _exact(x: Tensor) -> Tensor:
+    """Return `x` in float64, or in float32 on MPS, which does not have float64."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def of_completions(
     scores: Tensor, penalty: Tensor, logps: Tensor, ref_logps: Tensor | None, ended: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
     """Return the statistics of the completions of a rollout, each (B,).
 
-    Args:
-        scores: Scores, normalised and penalised.
-        penalty: Reward subtracted at each token for its KL.
-        logps: Log-probabilities under the policy that sampled the tokens.
-        ref_logps: The same under the reference; None without one.
-        ended: (B,) boolean, whether a completion ended with an end of turn.
+    `scores` are normalised and penalised, `penalty` is the reward subtracted at each token for its KL, `ref_logps` is
+    None without a reference, and `ended` says, (B,), whether a completion ended with an end of turn.
     """
     penalties = (penalty * mask).sum(1)
     values = {
@@ -97,8 +96,7 @@ def of_completions(
 
 def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Return the statistics of the critic's estimates of the returns in a rollout, each (B, T)."""
-    exact = torch.float32 if returns.device.type == "mps" else torch.float64
-    returns, values = returns.to(exact), values.to(exact)
+    returns, values = _exact(returns), _exact(values)
     return {RETURN: returns, SQUARE: returns.square(), ERROR: (returns - values).square()}
 
 

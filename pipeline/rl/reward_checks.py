@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl.trainer.utils import is_async_callable
 
 from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, collect
 from pipeline.models.loading import (
     is_reward_model,
     load_config,
@@ -38,12 +38,8 @@ def check_rewards(
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
-    Args:
-        models: Paths or Hub ids.
-        functions: Names, as for `load_rewards`.
-        weights: One for each, models first. Default: 1 each.
-        train: The training split, or None if it failed to load.
-        early: Whether the models are still to be made, and not looked at.
+    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If it is `early`, the
+    models are still to be made, and not looked at.
     """
     problems = []
     number = len(models) + len(functions)
@@ -57,21 +53,17 @@ def check_rewards(
         problems += check_reward_model(path)
     if models and not functions:
         return problems
-    try:
-        loaded = load_rewards(functions)
-    except UserError as error:
-        return problems + list(error.problems)
-    twice = sorted({name for name in functions if list(functions).count(name) > 1})
-    problems += [Problem("reward_funcs", name, "is named twice; raise its weight instead") for name in twice]
-    for index, (name, function) in enumerate(zip(functions, loaded, strict=True), start=len(models)):
-        if inspect.unwrap(function) in MEASURED_ONLY and (
-            weights is None or (len(weights) == number and weights[index] != 0)
-        ):
-            remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
-            problems.append(Problem("reward_weights", weights[index] if weights else "nothing", remedy))
-        if train is not None:
-            missing = _check_columns(name, function, column_names(train))
-            problems += missing or (_try_reward(function, next(iter(train))) if ":" in name else [])
+    with collect(problems):
+        for index, (name, function) in enumerate(zip(functions, load_rewards(functions), strict=True), len(models)):
+            if name in functions[: index - len(models)]:
+                problems.append(Problem("reward_funcs", name, "is named twice; raise its weight instead"))
+            weight = 1.0 if weights is None else weights[index] if len(weights) == number else 0.0
+            if inspect.unwrap(function) in MEASURED_ONLY and weight != 0:
+                remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
+                problems.append(Problem("reward_weights", weight if weights else "nothing", remedy))
+            if train is not None:
+                missing = _check_columns(name, function, column_names(train))
+                problems += missing or (_try_reward(function, next(iter(train))) if ":" in name else [])
     return problems
 
 
@@ -123,11 +115,8 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
 def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
     """Check that the data have the columns that a reward function requires, by its signature."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [
-        p.name
-        for p in inspect.signature(reward).parameters.values()
-        if p.default is p.empty and p.kind in by_name and p.name not in (*PASSED_BY_TRL, *columns)
-    ]
+    required = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind in by_name]
+    missing = [parameter.name for parameter in required if parameter.name not in (*PASSED_BY_TRL, *columns)]
     if not missing:
         return []
     hint = " (set answer_column)" if missing == ["answer"] else ""
@@ -138,19 +127,12 @@ def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]
 def _try_reward(reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
     """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
     # TRL passes each column as a list, with a row for each completion.
-    columns = {column: [value, value] for column, value in row.items() if column != "prompt"}
-    try:
-        returned = reward(
-            prompts=[row["prompt"]] * 2,
-            completions=[[{"role": "assistant", "content": "The answer is 1."}]] * 2,
-            completion_ids=[[0], [0]],
-            trainer_state=TrainerState(),
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **columns,
-        )
+    given: dict[str, Any] = {column: [value, value] for column, value in row.items() if column != "prompt"}
+    given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
+    given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
+    problems: list[Problem] = []
+    with collect(problems):
+        returned = reward(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
         if is_async_callable(reward):
             asyncio.run(returned)
-    except UserError as error:
-        return list(error.problems)
-    return []
+    return problems

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +15,11 @@ from pipeline.models.tokenizer import as_text, special_tokens
 
 
 class RewardModel:
-    """A sequence classifier with one label, as a reward function.
+    """A sequence classifier with one label, maybe wrapped or compiled, as a reward function.
 
     It reads a completion that was cut off as it stands, without the end of turn that its chat template adds. One that
-    spells a special token, piece by piece, is encoded as text, so that it cannot forge a turn.
-
-    Args:
-        model: The classifier, on its device; maybe wrapped or compiled.
-        ends: Token ids that end a turn of the policy.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
+    spells a special token, piece by piece, is encoded as text, so that it cannot forge a turn. `ends` are the token ids
+    that end a turn of the policy, and `template` are further arguments of the chat template.
     """
 
     def __init__(
@@ -45,8 +40,7 @@ class RewardModel:
     ) -> list[float]:
         """Return the score of each completion, a list of messages or a text like its prompt.
 
-        Raises:
-            UserError: If a score is NaN or infinite. TRL would take NaN for "not scored", and learn from the others.
+        `UserError` if one is NaN or infinite: TRL would take NaN for "not scored", and learn from the others.
         """
         texts = []
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
@@ -68,13 +62,9 @@ class RewardModel:
         return scores.tolist()
 
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
-        """Return the text of a conversation, whose last message is the policy's.
-
-        If the policy has not `ended` its turn, what the template adds to that message goes.
-        """
-        conversation = as_text(messages, self._special)
-        written = partial(self.tokenizer.apply_chat_template, conversation, tokenize=False, **self.template)
+        """Return a conversation's text, without what the template adds to a last turn that has not `ended`."""
+        conversation, options = as_text(messages, self._special), {"tokenize": False, **self.template}
         # A template that leaves parts of a message out may leave out its end.
         with suppress(ValueError):
-            return written(continue_final_message=not ended)
-        return written()
+            return self.tokenizer.apply_chat_template(conversation, continue_final_message=not ended, **options)
+        return self.tokenizer.apply_chat_template(conversation, **options)

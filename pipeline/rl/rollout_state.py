@@ -20,13 +20,12 @@ from torch import Tensor
 
 logger = get_logger(__name__)
 
+ROLLOUT = "rollout_{}.safetensors"
+"""File of a checkpoint, by the number of the process."""
+
 
 class Rollout:
-    """The rollout of a trainer, as a part of its checkpoints (`pipeline.training.reliable`).
-
-    Args:
-        trainer: A `GRPOTrainer`, which returns and restores its rollout.
-    """
+    """The rollout of a `GRPOTrainer`, as a part of its checkpoints."""
 
     belongs_to_model = False
 
@@ -36,41 +35,40 @@ class Rollout:
     @property
     def layout(self) -> dict[str, int]:
         """The sizes that determine how a rollout is split; a resumed run must use the same ones."""
-        args = self.trainer.args
-        return {
-            "processes": self.trainer.accelerator.num_processes,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "steps_per_generation": args.steps_per_generation,
-            "num_iterations": args.num_iterations,
-        }
+        sizes = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations"
+        found = {name: getattr(self.trainer.args, name) for name in sizes.split()}
+        return {"processes": self.trainer.accelerator.num_processes} | found
 
     def save(self, folder: Path) -> None:
         """Write what is left of the rollout, unless only the model is saved."""
-        if self.trainer.args.save_only_model:
+        trainer = self.trainer
+        if trainer.args.save_only_model:
             return
-        batches, state = self.trainer.rollout()
+        # After the last step of a rollout, the next one samples anew.
+        in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
         # The micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()
-            for number, batch in enumerate(batches)
+            for number, batch in enumerate((trainer._buffered_inputs or []) if in_use else [])
             for name, tensor in batch.items()
             if tensor is not None
         }
-        file = rollout_file(folder, self.trainer.accelerator.process_index)
-        metadata = {"state": json.dumps({"layout": self.layout} | state)}
-        safetensors.torch.save_file(tensors, file, metadata=metadata)
+        state = {"layout": self.layout, "step": trainer._step, "metrics": trainer._metrics["train"]}
+        if hasattr(trainer, "score_moments"):
+            state["moments"] = vars(trainer.score_moments)
+        file = folder / ROLLOUT.format(trainer.accelerator.process_index)
+        safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(state)})
 
     def load(self, folder: Path) -> None:
         """Go on with the rollout of a checkpoint if it was split as this run would split it."""
-        trainer = self.trainer
-        if not rollout_file(folder, 0).is_file():
+        trainer, first = self.trainer, folder / ROLLOUT.format(0)
+        if not first.is_file():
             return
         # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
-        state = read_state(rollout_file(folder, 0))
+        state = read_state(first)
         batches: dict[str, dict[str, Tensor]] = {}
         if state["layout"] == self.layout:
-            own = rollout_file(folder, trainer.accelerator.process_index)
+            own = folder / ROLLOUT.format(trainer.accelerator.process_index)
             state = read_state(own)
             for key, tensor in safetensors.torch.load_file(own).items():
                 number, _, name = key.partition(".")
@@ -78,12 +76,11 @@ class Rollout:
         else:
             logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        trainer.restore_rollout([batches[number] for number in sorted(batches, key=int)], state)
-
-
-def rollout_file(folder: Path, process: int) -> Path:
-    """Return the file of a process in a checkpoint."""
-    return folder / f"rollout_{process}.safetensors"
+        left = [batches[number] for number in sorted(batches, key=int)]
+        vars(trainer).update(_buffered_inputs=left or None, _step=state["step"])
+        trainer._metrics["train"].update(state["metrics"])
+        if "moments" in state:
+            vars(trainer.score_moments).update(state["moments"])
 
 
 def read_state(file: Path) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """The critic of PPO: a language model with one scalar output at each token.
 
 It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
-`AutoModelForTokenClassification.from_pretrained("<run>/value_model")`, if transformers has such a classifier of its
-architecture, or `pipeline.models.classifiers` (Llama 4). A critic of any architecture loads as
-`PPOTrainer(value_model="<run>/value_model")`. Beside a policy that is an adapter, the critic is one as well, on frozen
-weights that other models of the run have in memory anyway, and PEFT loads it: `AutoPeftModelForTokenClassification`,
+`AutoModelForTokenClassification.from_pretrained("<run>/value_model")`. If the policy is an adapter, so is the critic,
+on frozen weights that other models of the run have in memory anyway; `AutoPeftModelForTokenClassification` loads it,
 with `num_labels=1`.
 """
 
@@ -33,43 +31,15 @@ from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import classifier
 from pipeline.models.loading import load_config, local_copy, without_adapters
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
-from pipeline.rl.frozen_weights import convert_frozen, plain_name, share_frozen_weights
-from pipeline.rl.heads import HEAD_NAMES, compute_in_float32, find_head
+from pipeline.rl.frozen_weights import (
+    HEAD_NAMES,
+    compute_in_float32,
+    convert_frozen,
+    find_head,
+    plain_name,
+    share_frozen_weights,
+)
 from pipeline.rl.ppo_config import PPOConfig
-
-
-def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
-    """Build a critic from a reward model or a policy, whose body is copied with PEFT adapters merged in.
-
-    The head of a reward model (a sequence classifier with one label) is copied, too: at each token, the critic starts
-    with the reward that the text so far would get. From a policy, the head is zero: the critic starts by expecting
-    nothing.
-
-    Args:
-        source: A causal language model, or a sequence classifier with one label. It is not changed.
-
-    Returns:
-        The critic, in the dtype and on the device of `source`.
-
-    Raises:
-        RuntimeError: If the weights of `source` do not fit.
-        ValueError: If transformers does not know its architecture.
-    """
-    source = without_adapters(source)
-    critic = untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
-    critic.load_state_dict(_weights_for(critic, source))
-    return critic
-
-
-def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights of `source` that a critic has, under its names, and zeros for a head that `source` lacks."""
-    head, _ = find_head(critic)
-    wanted = critic.state_dict()
-    weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
-    for name, untrained in wanted.items():
-        if name.startswith(f"{head}.") and name not in weights:
-            weights[name] = torch.zeros(untrained.shape, device=source.device)
-    return {name: weight for name, weight in weights.items() if name in wanted}
 
 
 def build_value_model(
@@ -80,21 +50,11 @@ def build_value_model(
     args: PPOConfig,
     use_peft: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """Return the given critic, or make one, ready to be trained.
+    """Return the given critic, or make one, ready to be trained. `value_model` is as for `PPOTrainer`.
 
-    Args:
-        value_model: As for `PPOTrainer`.
-        tokenizer: The policy's tokenizer.
-        rewards: The reward functions of any kind, each with its tokenizer, if it is a model, and its weight.
-        args: The configuration, which decides on dropout, activation checkpointing and the units of the score.
-        use_peft: Train an adapter and the head if the policy has an adapter, unless `value_model` is itself trained.
-
-    Returns:
-        The critic, which pads as the policy does, and whose estimates have the units of the score; what is trained has
-        the policy's dtype, unless it was given as a critic.
-
-    Raises:
-        ValueError: If the critic has several labels.
+    `rewards` are reward functions of any kind, each with its tokenizer, if it is a model, and its weight. With
+    `use_peft`, an adapter and the head are trained if the policy has an adapter, unless `value_model` is itself
+    trained. What is trained has the policy's dtype, unless it was given as a critic.
     """
     # The policy's adapter is the pattern of the critic's, unless the critic is trained in full.
     adapter = None
@@ -113,7 +73,12 @@ def build_value_model(
     # A reward that is only measured says nothing about the score.
     rewards = [reward for reward in rewards if reward[2]]
     if source is None:
-        source = next((model for model, own, _ in rewards if _reads(model, own, policy, tokenizer)), policy)
+        # The critic has to read whatever the policy samples. Models pad their embeddings differently, and a policy may
+        # sample an id that no token has.
+        vocabulary, rows = tokenizer.get_vocab(), len(policy.get_input_embeddings().weight)
+        judges = ((model, own) for model, own, _ in rewards if isinstance(model, nn.Module) and own is not None)
+        readers = (model for model, own in judges if own.get_vocab() == vocabulary)
+        source = next((model for model in readers if len(model.get_input_embeddings().weight) >= rows), policy)
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
         # It has no modules of the names that the policy's adapter is put on: it is trained in full.
         adapter = None
@@ -132,11 +97,12 @@ def build_value_model(
         critic = source if is_given else value_model_from(source).to(dtype)
     if is_reward_model:
         # The score is the reward that the head predicts, times its weight, or something else.
-        in_units = len(rewards) == 1 and args.reward_normalization == "none" and _equal(source, rewards[0][0])
+        is_score = len(rewards) == 1 and args.reward_normalization == "none"
+        is_score = is_score and (source is rewards[0][0] or value_model == getattr(rewards[0][0], "name_or_path", ""))
         _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
         with torch.no_grad():
             for weight in head.parameters():
-                weight.mul_(rewards[0][2] if in_units else 0.0)
+                weight.mul_(rewards[0][2] if is_score else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
@@ -148,79 +114,61 @@ def build_value_model(
     return critic
 
 
-def _reads(
-    model: Any, own: PreTrainedTokenizerBase | None, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> bool:
-    """Return whether a reward is a model that can read every token that the policy can sample."""
-    if not isinstance(model, nn.Module) or own is None or own.get_vocab() != tokenizer.get_vocab():
-        return False
-    # Models pad their embeddings differently, and a policy may sample an id that no token has.
-    rows, wanted = (len(one.get_input_embeddings().weight) for one in (model, policy))
-    return bool(rows >= wanted)
-
-
-def _equal(source: PreTrainedModel, reward: Any) -> bool:
-    """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
-    if source is reward or not isinstance(reward, nn.Module):
-        return source is reward
-    # What a module of an adapter replaces is not used, and random if it is a head.
-    own, others = (
-        {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
-        for model in (source, reward)
-    )
-    # One of them may have been rounded to fewer bits.
-    return own.keys() == others.keys() and all(
-        torch.equal(weight.bfloat16(), others[name].to(weight.device).bfloat16()) for name, weight in own.items()
-    )
-
-
 def auto_class(config: PreTrainedConfig) -> Any:
     """Return the Auto class that loads what `config` was saved with: a critic (also if it names no architecture), a
     reward model or a language model."""
-    saved_as = (config.architectures or [""])[0]
+    saved_as = (config.architectures or ["ForTokenClassification"])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
-    if saved_as and not saved_as.endswith("ForTokenClassification"):
-        return AutoModelForCausalLM
-    return AutoModelForTokenClassification
+    return AutoModelForTokenClassification if saved_as.endswith("ForTokenClassification") else AutoModelForCausalLM
 
 
-# ---- Making a critic of an adapter
+def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
+    """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
-
-def untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a critic with random weights by the configuration of another model, which is not changed.
-
-    The random numbers of training are left alone.
-
-    Raises:
-        ValueError: If transformers does not know the architecture, because the model has code of its own.
+    The head of a reward model is copied, too: at each token, the critic starts with the reward that the text so far
+    would get. From a policy, the head is zero: the critic starts by expecting nothing.
     """
+    source = without_adapters(source)
+    critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
+    critic.load_state_dict(_weights_for(critic, source))
+    return critic
+
+
+def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a critic with random weights by the configuration of another model."""
     kind = type(config)
     # Of a model whose code lies on the Hub, transformers would ask on the terminal whether to run it.
     if kind not in MODEL_MAPPING:
         raise ValueError(f"transformers cannot make a critic from a {kind.__name__}: pass your own `value_model`")
     config = copy.deepcopy(config)
     config.num_labels, config.classifier_dropout = 1, 0.0
+    # The random numbers of training are left alone.
     with torch.random.fork_rng(devices=[]):
         return classifier(kind, "TokenClassification")(config)
+
+
+def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of `source` that a critic has, under its names, and zeros for a head that `source` lacks."""
+    head, _ = find_head(critic)
+    wanted = critic.state_dict()
+    weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
+    for name, untrained in wanted.items():
+        if name.startswith(f"{head}.") and name not in weights:
+            weights[name] = torch.zeros(untrained.shape, device=source.device)
+    return {name: weight for name, weight in weights.items() if name in wanted}
 
 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Build a critic that trains an adapter and a value head, on the frozen weights of `source`.
 
-    An adapter of `source` is copied with its configuration, and the head of a classifier, too. The critic of a language
-    model gets a head of zeros.
-
-    Args:
-        source: A causal language model or a classifier with one label, on its device, maybe with an adapter. It is not
-            changed.
-        peft_config: The adapter, if `source` has none.
+    An adapter of `source` is copied with its configuration, and the head of a classifier, too; otherwise `peft_config`
+    is the adapter, and the head is zero.
     """
     # A critic must not change any other random number.
     with torch.random.fork_rng(devices=[]):
         with init_empty_weights(include_buffers=False):
-            critic = untrained_critic(source.config)
+            critic = _untrained_critic(source.config)
         head, module = find_head(critic)
         weights = _weights_for(critic, source)
         for name, _ in module.named_parameters(prefix=head):
@@ -241,7 +189,7 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
             # PEFT adds the head.
             adapter.modules_to_save = [end for end in found if end not in HEAD_NAMES]
         # PEFT takes the name of the base model from there.
-        critic.name_or_path = adapter.base_model_name_or_path
+        critic.name_or_path = base
         adapted = get_peft_model(critic, adapter, adapter_name=name)
     own = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
     for name, weight in source.named_parameters():

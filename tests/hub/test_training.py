@@ -96,7 +96,7 @@ def test_a_run_pushes_what_serves_a_reader_and_the_checkpoints_that_were_asked_f
     assert {request.token for request in hub.requests if request.host == "storage"} == {None}
     assert not list(output.glob(".pushed*"))
     first = next(i for i, request in enumerate(hub.requests) if request.method in WRITES)
-    assert [request.path for request in hub.requests[: first - 1]] == [
+    assert [request.path for request in hub.requests[:first]] == [
         "/api/whoami-v2",
         "/api/models/alice/chat/auth-check/write",
     ], "before training, only whether the token may write is asked"

@@ -48,9 +48,12 @@ def test_whatever_request_fails_each_file_is_there_once_in_the_end(
 ) -> None:
     files = write(tmp_path)
     push(HfApi(), "alice/whole", files, "m", revision=revision)
-    number = len(hub.requests)
-    assert number > 8
-    for nth in range(1, number + 1):
+    paths = [request.path for request in hub.requests]
+    assert len(paths) > 8
+    for nth, path in enumerate(paths, start=1):
+        # A conflict at a creation says that the repository or the branch exists.
+        if fault == "409" and (path == "/api/repos/create" or "/branch/" in path):
+            continue
         name = f"alice/{fault.split()[0]}-{nth}"
         hub.requests.clear()
         hub.blobs.clear()
@@ -74,19 +77,20 @@ def test_whatever_request_fails_each_file_is_there_once_in_the_end(
 
 def test_a_second_push_sends_nothing_and_stale_files_are_removed(hub: Hub, tmp_path: Path) -> None:
     files = write(tmp_path)
-    assert sorted(push(HfApi(), "alice/m", files, "one")) == sorted(FILES)
+    assert push(HfApi(), "alice/m", files, "one") and hub.files("alice/m") == FILES
     hub.requests.clear()
-    assert push(HfApi(), "alice/m", files, "two") == []
-    assert {request.method for request in hub.requests} == {"GET"}
+    assert not push(HfApi(), "alice/m", files, "two")
+    assert not [request for request in hub.requests if request.method == "PUT" or "/commit/" in request.path]
     del files["value_model/model.safetensors"]
-    assert push(HfApi(), "alice/m", files, "three") == ["value_model/model.safetensors"]
+    assert push(HfApi(), "alice/m", files, "three")
+    assert "value_model/model.safetensors" not in hub.files("alice/m")
     assert hub.commits("alice/m") == ["three", "one"]
 
 
-def test_equal_files_are_uploaded_once_and_large_ones_in_parts(hub: Hub, tmp_path: Path) -> None:
+def test_large_files_are_uploaded_in_parts(hub: Hub, tmp_path: Path) -> None:
     hub.part = 1000
     (tmp_path / "weights").write_bytes(bytes(range(256)) * 16)
-    files: dict[str, Path | bytes] = dict.fromkeys(("a.safetensors", "b/a.safetensors"), tmp_path / "weights")
+    files: dict[str, Path | bytes] = {"b/a.safetensors": tmp_path / "weights"}
     hub.fail("drop", path="PUT .*/3$")
     push(HfApi(), "alice/m", files, "m", private=True)
     sent = [request.path[-1] for request in hub.requests if request.method == "PUT"]
@@ -113,7 +117,7 @@ def test_two_who_push_at_once_do_not_undo_each_other(hub: Hub, tmp_path: Path, m
     assert hub.commits("alice/m") == ["two", "add", "one"]
 
 
-@pytest.mark.parametrize("path", ["GET .*/models/alice/m$", "GET .*/models/alice/m/tree", "PUT ", "POST .*/commit/"])
+@pytest.mark.parametrize("path", ["GET .*/models/alice/m$", "POST .*/preupload/", "PUT ", "POST .*/commit/"])
 def test_a_hub_that_accepts_a_request_and_sends_nothing_is_not_waited_for(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:

@@ -551,7 +551,7 @@ def test_a_held_out_split_without_pairs_is_left_out(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "How are you?"}]}
     pairs, counts = label_answers([row] * 20, [["Hello. Thank you.", "Obviously."]] * 20, pairs_per_prompt=1)
     none, no_counts = label_answers([row], [["Hello."]], pairs_per_prompt=1)
-    write(tmp_path / "pairs", {"train": pairs, "test": none}, {"train": counts, "test": no_counts}, "a test")
+    write(tmp_path / "pairs", {"train": pairs, "test": none}, {"train": counts, "test": no_counts}, "a", "b")
     splits = load_dataset(str(tmp_path / "pairs"), cache_dir=str(tmp_path / "cache"))
     assert {name: len(split) for name, split in splits.items()} == {"train": len(pairs)}
 

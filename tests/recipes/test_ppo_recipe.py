@@ -83,7 +83,7 @@ def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None
 @pytest.mark.parametrize(
     ("changes", "reported"),
     [
-        (["--lam", "2", "--kl_estimator", "k3", "--beta", "0.1"], ["lam: 2.0", "kl_estimator: k3", "kl_coef"]),
+        (["--lam", "2", "--beta", "0.1"], ["lam: 2.0", "kl_coef"]),
         (["--value_warmup_steps", "8", "--value_lam", "1.5"], ["value_warmup_steps: 8", "max_steps (7)", "value_lam"]),
         (["--lam", "2", "--reward_funcs", "exact_anser"], ["lam: 2.0"]),
         (["--reward_funcs", "exact_anser"], ["exact_answer"]),

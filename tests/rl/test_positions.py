@@ -63,7 +63,7 @@ def test_padding_changes_nothing(
     @torch.no_grad()
     def computed(ids: Tensor, mask: Tensor, length: int, size: int | None) -> list[Tensor]:
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, size, True)
-        reference = trainer._reference_logps(ids, mask, length, size)
+        reference, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, mask, length, size)
         return [logps, entropies, reference, trainer._values(ids, mask, length, size)]
 
     ids, mask, length = batch()

@@ -432,7 +432,7 @@ def test_masked_completions_are_left_out_of_every_mean(tmp_path: Path) -> None:
         assert logged(ppo, "objective/entropy")[0] == pytest.approx(surprise, rel=1e-4)
         mean = mask.sum(1)[left].float().mean().item() if normalization == "none" else 0.0
         assert logged(ppo, "objective/scores")[0] == pytest.approx(mean, abs=1e-5)
-        assert ppo._score_moments.count == (left.sum() if normalization == "running" else 0)
+        assert ppo.score_moments.count == (left.sum() if normalization == "running" else 0)
 
 
 def test_the_reference_does_not_change(tmp_path: Path) -> None:

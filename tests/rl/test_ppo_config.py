@@ -47,7 +47,6 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"cliprange": 0.0},
         {"cliprange_value": -1.0},
         {"kl_coef": -0.1},
-        {"kl_estimator": "k2"},
         {"value_lam": 1.1},
         {"value_warmup_steps": -1},
         {"reward_normalization": "max"},
@@ -65,11 +64,6 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
 def test_wrong_options_are_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)) if "per_device" not in str(wrong) else "batch"):
         toy.config(tmp_path, **wrong)
-
-
-def test_k3_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"kl_estimator: k3: .*gradient vanishes.*use k1.*objective/kl_k3"):
-        toy.config(tmp_path, kl_estimator="k3")
 
 
 @pytest.mark.parametrize("batch", [{"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, {}])

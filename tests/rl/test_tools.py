@@ -189,13 +189,19 @@ def test_later_turns_stay_within_learned_positions(tmp_path: Path) -> None:
     assert run.generation_config.max_new_tokens == 24
 
 
-def test_no_result_makes_a_text_longer_than_vllm_has_memory_for(tmp_path: Path) -> None:
+def test_no_result_makes_a_text_longer_than_vllm_has_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[int] = []
+    monkeypatch.setattr("pipeline.rl.grpo.converse", lambda *_, context, **__: contexts.append(context))
     run = trainer(tmp_path, GRPOTrainer)
-    assert run._context() == 64
+    run._sync_tool_dicts = []
+    run._tool_call_loop([], [], [], [], None, None, None)
     config = SimpleNamespace(max_model_len=32)
     run.use_vllm, run.vllm_mode = True, "colocate"
     run.vllm_generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=SimpleNamespace(model_config=config)))
-    assert run._context() == 32
+    run._tool_call_loop([], [], [], [], None, None, None)
+    assert contexts == [64, 32]
 
 
 @pytest.mark.parametrize("kind", KINDS)
