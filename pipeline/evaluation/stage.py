@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed
@@ -54,12 +53,9 @@ WITHOUT = {
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Check, before anything is loaded, that the evaluations can be written and the stages are models.
+    """Refuse, before anything is loaded, what cannot be written to, is not a model, or cannot be an opponent.
 
     `named` are the stages by the options that name them.
-
-    Raises:
-        UserError: If one of these is not so, or the opponent in the win rates is a reward model.
     """
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
@@ -92,7 +88,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     Args:
         run: The run directory.
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
-        held_out: What it is measured on.
+        held_out: What it is measured on; random weights answer fewer of its rows.
         settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         folder: Where the evaluations are written; the answers of the opponent are read from there.
 
@@ -125,23 +121,19 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             asked = _load_chats(run, settings["against"], settings, "--against")
             baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
     else:
+        answered, kind = held_out, STAGES.get(stage.partition("_")[2])
+        if kind is not None and kind.measured and not kind.trained:
+            keys = ("instructions", "problems", "longer")
+            fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in keys}
+            answered = replace(held_out, **fewer)
         try:
-            _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
+            _measure_language_model(result, run, answered, settings, folder)
         except TemplateError as error:
             remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
             raise UserError(Problem("--stage", path, remedy)) from None
     result.overlap = find_overlaps(held_out)
     result.seconds = time.perf_counter() - began
     return result
-
-
-def _answered(stage: str, held_out: HeldOut) -> HeldOut:
-    """Return the rows that a stage answers; random weights answer fewer."""
-    kind = STAGES.get(stage.partition("_")[2])
-    if kind is None or kind.trained or not kind.measured:
-        return held_out
-    fewer = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in ("instructions", "problems", "longer")}
-    return replace(held_out, **fewer)  # type: ignore[arg-type]
 
 
 def _measure_language_model(
@@ -155,7 +147,7 @@ def _measure_language_model(
     # Likelihoods are computed in float32, answers in the precision that is fast on this machine.
     if held_out.text:
         with RouteCounter(model) as counter:
-            metrics.measure_texts(result, chats["instructions"], held_out.text)
+            metrics.measure_bits(result, chats["instructions"], held_out.text)
         record_load(result, counter)
         for row in held_out.text[:DRAWN] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
@@ -175,7 +167,7 @@ def _measure_language_model(
     chats["instructions"].tally.total = _count_answers(held_out, settings, len(judged), opponent)
     ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
     if ungraded:
-        metrics.measure_answers(result, chats["instructions"], ungraded)
+        metrics.measure_bits(result, chats["instructions"], ungraded, of_answers=True)
 
     model.to(hardware.fast_dtype())
     if held_out.instructions:
@@ -226,15 +218,15 @@ def _samples(settings: Settings) -> int:
 def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent: object) -> int:
     """Return about how many answers the model of a stage writes; the baselines come to some more."""
     problems = len(held_out.problems)
-    sampled = settings["samples"] * min(problems, metrics.MAX_SAMPLED_PROBLEMS)
+    count = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
+    count += settings["samples"] * min(problems, metrics.MAX_SAMPLED_PROBLEMS) + len(held_out.fixed_prompts)
     # Sampled and greedy answers to the prompts; an opponent may have given its own before.
     own = _samples(settings) + 1
-    matches = 0 if opponent is None else judged * (own if isinstance(opponent, dict) else 2 * own - 1)
-    greedy = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
+    if opponent is not None:
+        count += judged * (own if isinstance(opponent, dict) else 2 * own - 1)
     # The trials of the baseline `elicited`, and the problems, which are answered in the best of the ways.
     ways = len(as_list(settings["elicit"] or [])) + len(held_out.shots)
-    begun = ways * len(held_out.trials) + problems if held_out.trials else 0
-    return greedy + sampled + matches + begun + len(held_out.fixed_prompts)
+    return count + (ways * len(held_out.trials) + problems if held_out.trials else 0)
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
@@ -260,8 +252,7 @@ def _find_opponent(
 ) -> ChatModel | dict[str, list[list[str]]] | None:
     """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
 
-    Every stage is compared with the same answers. They are written with the evaluation of the opponent, and identified
-    by a hash of all that they depend on; without them, it answers again.
+    Every stage is compared with the same answers, which are written with the evaluation of the opponent.
     """
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
@@ -291,6 +282,9 @@ def _load_chats(
     """Load the model of a stage, for each kind of data: its answers have other limits, and perhaps another template.
 
     The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
+
+    Raises:
+        UserError: If the user wants longer answers than the model's context.
     """
     words = settings["base_tokenizer"] if stage == BASE else None
     path = str(model_of(run, stage, settings))
@@ -299,6 +293,22 @@ def _load_chats(
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
     dtype = hardware.fast_dtype() if is_opponent else torch.float32
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
+    if given := settings["max_new_tokens"]:
+        if problems := check_lengths(positions, max_new_tokens=given):
+            raise UserError(*problems)
+        limits = dict.fromkeys(keys, int(given))
+    else:
+        # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
+        from trl import GRPOConfig, SFTConfig
+
+        default = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
+        found = {key: length or default[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
+        other = next(iter(found.values()), DEFAULT_LENGTH)
+        limits = {key: min(found.get(key, other), positions or 1 << 30) for key in keys}
+
     vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
     tally = Tally("answers")
     return {
@@ -311,7 +321,7 @@ def _load_chats(
             tally=tally,
             toolbox=load_toolbox((settings[CALLED] or {}).get(key), tokenizer),
         )
-        for key, limit in answer_lengths(model, settings).items()
+        for key, limit in limits.items()
     }
 
 
@@ -324,24 +334,3 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     layers = [[round(share, 4) for share in layer] for layer in counter.shares]
     result.experts = {"layers": layers, "documents": []}
-
-
-def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:
-    """Return the length limit of answers to instructions, problems and prompts, in tokens.
-
-    Raises:
-        UserError: If one that the user gave exceeds the model's context.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    answered = [key for key, held_out in HELD_OUT.items() if held_out.length]
-    if given := settings["max_new_tokens"]:
-        if problems := check_lengths(positions, max_new_tokens=given):
-            raise UserError(*problems)
-        return dict.fromkeys(answered, int(given))
-    # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
-    from trl import GRPOConfig, SFTConfig
-
-    own = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
-    found: dict[str, int] = {key: length or own[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
-    other = next(iter(found.values()), DEFAULT_LENGTH)
-    return {key: min(found.get(key, other), positions or 1 << 30) for key in answered}

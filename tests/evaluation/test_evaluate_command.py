@@ -244,7 +244,7 @@ def test_the_users_own_data_are_measured(run, tmp_path):
         "0_random",
         "--text",
         text,
-        "--reasoning",
+        "--problems",
         gsm8k,
         "--prompt_column",
         "question",
@@ -384,7 +384,7 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
         (
-            ["RUN", "--stage", "0_random", "--reasoning", "DATA/preferences/test.parquet"],
+            ["RUN", "--stage", "0_random", "--problems", "DATA/preferences/test.parquet"],
             "--answer_column: answer: does not exist; choose from:",
         ),
     ],
