@@ -1,13 +1,11 @@
 """Tasks of lm-evaluation-harness, which `python -m pipeline evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures.
 
-They need the extra `[eval]`. A task, a group or a tag is named as `lm-eval ls tasks` lists it, or by the path of a YAML
-file of one's own. It is measured with lm-eval's defaults, so that its command gives the same values:
+They need the extra `[eval]`. A task is measured with lm-eval's defaults, so that its command gives the same values:
 
     lm-eval run --model hf --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
 
-That is: with as many examples in the prompt as the task's file says, and without a chat template. The metric `acc_norm`
-of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways, the name of the way
-follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways,
+the name of the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -43,22 +41,19 @@ BATCH_SIZE = 8
 
 
 @cache
-def load_index(folders: tuple[Path, ...] = (), own: bool = True) -> TaskManager:
-    """Return lm-eval's index of tasks and groups: of its `own`, which takes seconds to build, and of more folders."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=list(folders), include_defaults=own)
-
-
-def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]:
-    """Return the index with the tasks, their names or paths in it, and those that cannot be found.
+def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, list[str], list[str]]:
+    """Return lm-eval's index with the tasks, their names or paths in it, and those that cannot be found.
 
     A name may have wildcards, as for lm-eval's command.
     """
+    from lm_eval.tasks import TaskManager
+
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own.
+    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
+    # takes seconds to build.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
-    index = load_index(tuple(path.parent for path in groups), own=bool(groups) or len(files) < len(tasks))
+    has_own = bool(groups) or len(files) < len(tasks)
+    index = TaskManager(include_path=[path.parent for path in groups], include_defaults=has_own)
     # A task of the user's file is known to the index by its name, if its folder is indexed.
     names = {entry.yaml_path: name for name, entry in index.task_index.items()}
     found = {
@@ -72,7 +67,7 @@ def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
     """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
-    unknown = find_tasks(tasks)[2] if tasks else []
+    unknown = find_tasks(tuple(tasks))[2] if tasks else []
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
     return [Problem(field, task, remedy) for task in unknown]
 
@@ -91,7 +86,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
 
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    index, found, _ = find_tasks(tasks)
+    index, found, _ = find_tasks(tuple(tasks))
     # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
@@ -145,11 +140,12 @@ def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
 
 def _record(result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]]) -> None:
     """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
+    same = partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
     metric, _, way = key.partition(",")
     name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
     # A mean over examples is estimated like the project's own metrics.
-    if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
+    if values and all(isinstance(value, Real) for value in values) and same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         values = list(map(float, values))
         result.record(name, output(intervals.outcome_mean(values, result.seed), values), rows)
@@ -159,9 +155,5 @@ def _record(result: StageResult, task: str, key: str, estimate: Estimate, sample
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
         for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
-            if _same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
+            if same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
                 result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
-
-
-def _same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
