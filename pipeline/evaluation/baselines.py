@@ -1,12 +1,8 @@
 """Baselines: what the stage that others are compared with reaches by tricks, without being trained any further.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each, or
-behind some solved problems; of several such ways, the best on other problems.
-`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest; of any
-other number likewise. It is measured with the reward model.
-`constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
-its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: on the validation split
-or, without one, on some prompts that are trained on.
+`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") or behind some solved problems.
+`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
+`constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text glued to each, against those without.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
 """
 
@@ -45,7 +41,7 @@ CONSTANTS = (
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
-    """Record `elicited`, by the best of the ways to ask (the beginnings `elicit` or the examples), and `majority`."""
+    """Record `elicited`, by the way to ask that is best on other problems, and `majority`."""
     grader = held_out.graders["problems"]
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
     # Each way has a name, what the answer begins with, and the examples before the problem.
@@ -67,11 +63,8 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
 def measure_constant(
     result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
 ) -> None:
-    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice.
-
-    The text is chosen on other prompts than the ones it is measured on, so that the best of twenty is not best by
-    chance.
-    """
+    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice."""
+    # The text is chosen on other prompts than the ones it is measured on: the best of twenty is best by chance, too.
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
     if not validation:
         return
@@ -97,12 +90,12 @@ def measure_best_of(
     """Record `best_of_N` for each of `numbers`: of N sampled answers, the one that `rate` scores highest.
 
     Args:
-        result: Of the reward model.
-        chats: The opponent, which answers the problems and the prompts, by these keys.
-        held_out: Both of them.
+        result: Result of the reward model.
+        chats: The opponent, by the keys of the data that it answers, which are problems and prompts.
+        held_out: These data.
         numbers: Answers to each, of which the smaller numbers take the first.
         rate: Scores conversations.
-        judge: Of the win rate, against single answers of the opponent; None for no win rate.
+        judge: Judge of the win rate, against single answers of the opponent; None for no win rate.
     """
 
     def best(key: str, rows: Sequence[Example]) -> dict[int, list[str]]:
@@ -131,10 +124,7 @@ def measure_best_of(
 def answer_begun(
     chat: ChatModel, rows: Sequence[Example], prefix: str, before: Sequence[dict[str, str]] = ()
 ) -> list[str]:
-    """Return the greedy answers that begin with `prefix`, which counts towards the length limit.
-
-    The messages `before` come before the last one of each prompt, and behind its system prompt.
-    """
+    """Return the greedy answers that begin with `prefix`. The messages `before` precede the last one of each prompt."""
     asked = [{**row, "prompt": [*row["prompt"][:-1], *before, row["prompt"][-1]]} for row in rows]
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [completion.text for (completion,) in chat.answer(asked, begun)]

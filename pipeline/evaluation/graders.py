@@ -18,10 +18,8 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 
 
 def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically.
-
-    The `prompt` of the rows decides what rewards also judge by the problem, such as whether "50%" is 50.
-    """
+    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
+    # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
@@ -34,14 +32,10 @@ def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
 
 
 def load_grader(grade: str | None, field: str = "grade") -> Grader:
-    """Load a grader by the name that `evaluate.yaml` gives it.
-
-    Args:
-        grade: A key of `GRADES`, a reward, or `package.module:function`. Default: `grade_final_answers`.
-        field: Key that named it, for messages.
+    """Load a grader: a key of `GRADES`, a reward, or `package.module:function`. Default: `grade_rows`.
 
     Raises:
-        UserError: If there is no such reward.
+        UserError: If there is no such reward; it names `field`.
     """
     if grade is None:
         return grade_rows

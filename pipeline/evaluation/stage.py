@@ -53,7 +53,7 @@ WITHOUT = {
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Refuse, before anything is loaded, what cannot be written to, is not a model, or cannot be an opponent.
+    """Refuse, before anything is loaded, a run that cannot be written to and stages that are not models.
 
     `named` are the stages by the options that name them.
     """
@@ -68,13 +68,6 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
             found = sorted(path.name for path in run.iterdir() if holds_model(path))
             remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
             raise UserError(Problem(option, stage, remedy))
-    against = settings["against"]
-    if against and holds_model(run / against):
-        with user_error_for("--against", against):
-            rewards = is_reward_model(load_config(str(run / against)))
-        if rewards:
-            remedy = "is a reward model, which does not write answers; choose another"
-            raise UserError(Problem("--against", against, remedy))
 
 
 def model_of(run: Path, stage: str, settings: Settings) -> Path:
@@ -104,22 +97,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     with user_error_for("--stage", path):
         rewards = is_reward_model(load_config(str(path)))
     if rewards:
-        model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
-        model = model.to(hardware.accelerator() or "cpu").eval()
-        if held_out.pairs:
-            with RouteCounter(model) as counter:
-                measure_pairs(result, model, tokenizer, held_out.pairs)
-            record_load(result, counter)
-        else:
-            result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
-        measure_people(result, model, tokenizer, run)
-        # A judge would choose what it judges.
-        if settings["best_of"] and path in map(Path, settings["reward_models"]):
-            # Answers are compared in the precision that is fast on this machine, pairs in float32.
-            rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
-            judge = _find_judge(result, run, held_out, settings)
-            asked = _load_chats(run, settings["against"], settings, "--against")
-            baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
+        _measure_reward_model(result, run, held_out, settings)
     else:
         answered, kind = held_out, STAGES.get(stage.partition("_")[2])
         if kind is not None and kind.measured and not kind.trained:
@@ -136,18 +114,39 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     return result
 
 
+def _measure_reward_model(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> None:
+    path = model_of(run, result.name, settings)
+    model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
+    model = model.to(hardware.accelerator() or "cpu").eval()
+    if held_out.pairs:
+        with RouteCounter(model) as counter:
+            measure_pairs(result, model, tokenizer, held_out.pairs)
+        record_load(result, counter)
+    else:
+        result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
+    measure_people(result, model, tokenizer, run)
+    # A judge would choose what it judges.
+    if settings["best_of"] and path in map(Path, settings["reward_models"]):
+        # Answers are compared in the precision that is fast on this machine, pairs in float32.
+        rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
+        judge = _find_judge(result, run, held_out, settings)
+        asked = _load_chats(run, settings["against"], settings, "--against")
+        baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
+
+
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
     chats = _load_chats(run, result.name, settings, "--stage")
-    model, tokenizer = chats["instructions"].model, chats["instructions"].tokenizer
+    chat = chats["instructions"]
+    model, tokenizer = chat.model, chat.tokenizer
     result.against = settings["against"] or ""
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
 
     # Likelihoods are computed in float32, answers in the precision that is fast on this machine.
     if held_out.text:
         with RouteCounter(model) as counter:
-            metrics.measure_bits(result, chats["instructions"], held_out.text)
+            metrics.measure_bits(result, chat, held_out.text)
         record_load(result, counter)
         for row in held_out.text[:DRAWN] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
@@ -157,21 +156,24 @@ def _measure_language_model(
         # lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
 
-        measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings["limit"])
+        measure_tasks(result, chat, settings["lm_eval_tasks"], settings["limit"])
     if not tokenizer.chat_template:
         result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
-    chats["instructions"].tally.total = _count_answers(held_out, settings, len(judged), opponent)
+    # About how many answers the model writes; the baselines come to some more.
+    greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
+    sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
+    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * (_samples(settings) + 1)
     ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
     if ungraded:
-        metrics.measure_bits(result, chats["instructions"], ungraded, of_answers=True)
+        metrics.measure_bits(result, chat, ungraded, of_answers=True)
 
     model.to(hardware.fast_dtype())
     if held_out.instructions:
-        metrics.measure_instructions(result, chats["instructions"], held_out)
+        metrics.measure_instructions(result, chat, held_out)
     elif held_out.prompts:
         completions = chats["prompts"].greedy([row["prompt"] for row in held_out.prompts])
         metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
@@ -186,11 +188,11 @@ def _measure_language_model(
         answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, _samples(settings))
         win_rate.measure_matches(result, answers, judged, judge)
     result.cut_off = {
-        key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
+        key: {**one.counts, "limit": one.max_new_tokens} for key, one in chats.items() if one.counts["answers"]
     }
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
-    chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
+    chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
     if result.name == result.against and held_out.problems:
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if result.name == result.against and answers and judge:
@@ -213,20 +215,6 @@ def _measure_language_model(
 def _samples(settings: Settings) -> int:
     """Return how many answers to a prompt are sampled for the win rate; people would have to judge each of them."""
     return 1 if settings["judge"] == VOTES else win_rate.SAMPLES
-
-
-def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent: object) -> int:
-    """Return about how many answers the model of a stage writes; the baselines come to some more."""
-    problems = len(held_out.problems)
-    count = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
-    count += settings["samples"] * min(problems, metrics.MAX_SAMPLED_PROBLEMS) + len(held_out.fixed_prompts)
-    # Sampled and greedy answers to the prompts; an opponent may have given its own before.
-    own = _samples(settings) + 1
-    if opponent is not None:
-        count += judged * (own if isinstance(opponent, dict) else 2 * own - 1)
-    # The trials of the baseline `elicited`, and the problems, which are answered in the best of the ways.
-    ways = len(as_list(settings["elicit"] or [])) + len(held_out.shots)
-    return count + (ways * len(held_out.trials) + problems if held_out.trials else 0)
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:

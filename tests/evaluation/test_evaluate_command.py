@@ -315,7 +315,7 @@ def test_a_reward_model_cannot_be_the_opponent(run, capsys):
     write_reward_model(run)
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(run), "--stage", "0_random", "--against", "3_reward"])
-    assert exit_.value.code == 2 and "--against: 3_reward: is a reward model" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "3_reward: is a reward model" in capsys.readouterr().err
 
 
 def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
