@@ -75,8 +75,8 @@ def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
-    A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
-    perplexities. Any other figure, such as a group's, has the interval that follows from lm-eval's standard error.
+    A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
+    figure, such as a group's, has the interval that follows from lm-eval's standard error.
 
     Raises:
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.

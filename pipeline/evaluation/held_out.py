@@ -1,16 +1,8 @@
 """The held-out rows that stages are measured on.
 
-    evaluate.yaml, completed by what the stages read           a data set whose rows are all in one split
-            |    pipeline.evaluation.evaluate_yaml                  (validation_share 0.05, so the period is 20)
-            v
-    Source: data set, columns, share to hold out                   row  0    held out
-            |    Reader.find                                       row  1    trained on
-            v                                                      ...
-    Part: the rows of a split that are held out, or                row 19    trained on
-          the rows that a stage trains on                          row 20    held out
-            |    Part.sample, Reader.read                          ...
-            v
-    Example: a row with the columns that metrics expect
+    Source   a data set of evaluate.yaml, or of a stage, with its columns and the share that it holds out
+    Part     the rows of a split that are held out, such as 0, 20, 40 of a single split, or those that are trained on
+    Example  a row with the columns that metrics expect
 
 Training divides a single split in the same way (`pipeline.data.splits`), so no stage is measured on rows that it trains
 on. However large a data set is, only a sample of it is kept in memory.
@@ -94,16 +86,11 @@ class HeldOut:
     """Held-out examples, in a list for each key of `evaluate.yaml`; without data of a kind, its list is empty.
 
     Attributes:
-        text: `text` and `kind`, for bits per byte.
-        instructions: `messages`, `kind` and perhaps how they are graded.
-        problems: `prompt`, `answer` and `kind`, for pass@k.
         longer: Problems that are longer than any in the training split.
         majority: Most frequent answer of each kind of problem in the training split.
-        prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
         trials: Other problems, for the baseline `elicited`.
         shots: Several beginnings of a conversation, each of solved training problems, for the same baseline.
-        pairs: `prompt`, `chosen` and `rejected`, for reward models.
         graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
@@ -127,13 +114,12 @@ class HeldOut:
 
 
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
-    """Read the held-out rows of the data that the settings name.
+    """Read the held-out rows of the data that the settings name and, for `baselines`, what only these need.
 
     Args:
         run: Directory of the run.
         settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         flags: Keys of the data that options name.
-        baselines: Whether to read what only baselines need as well.
 
     Raises:
         UserError: If data that options name have no rows, or a data set cannot be read.
@@ -225,10 +211,9 @@ def _read_for_baselines(
 
 
 def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
-    """Return the training rows that may have copies of held-out rows, as in `HeldOut`.
+    """Return the `suspects` of `HeldOut`. Pairs, for instance, can be made of test problems.
 
-    The rows of every stage may, because pairs, for instance, can be made of test problems. Only data that the run
-    generates itself never have copies. A stream is searched for held-out rows of its own only.
+    Only data that the run generates itself never have copies. A stream is searched for held-out rows of its own only.
     """
     found = {}
     for trained, source in reader.own.items():
@@ -255,10 +240,8 @@ def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on.
 
-    Attributes:
-        place: What messages call the split.
-        period: One row in so many is held out, and the others are trained on; 1 if all rows of `data` belong to it.
-        trained_on: Whether it consists of the others.
+    `place` is what messages call the split. One row in a `period` is held out; the others belong to a part that is
+    `trained_on`. With a period of 1, all rows of `data` belong to the part.
     """
 
     data: Split
@@ -321,12 +304,9 @@ class Reader:
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
-        """Return rows of the data set of `key`, None if there are none.
+        """Return rows of the data set of a key of `evaluate.yaml`, None if there are none.
 
-        Args:
-            key: Key of `evaluate.yaml`.
-            split: The split. Default: the held-out rows, wherever they are.
-            trained_on: Return the rows that a stage trains on instead.
+        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`.
 
         Raises:
             UserError: If a split that the user names does not exist.
@@ -366,8 +346,7 @@ class Reader:
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name. It has none if a step of the run has not made it yet.
 
-        A folder with a Parquet file for each split, such as the run's own data, is not opened by `datasets`, which
-        would copy it: of the `wanted` splits, it returns the files.
+        `datasets` would copy a folder with a Parquet file for each split: its files, for `wanted` splits, are returned.
         """
         name, train = source.dataset_names[0], source.dataset_train_split
         path = Path(name)
@@ -386,13 +365,7 @@ class Reader:
         return self._opened[opened]
 
     def read(self, key: str, part: Part, most: int, without: str | None = None) -> list[Example]:
-        """Return rows with the columns that metrics expect, and their own.
-
-        Args:
-            key: Key of `evaluate.yaml`, which determines these columns.
-            part: The rows.
-            most: Number of rows to draw.
-            without: Kind of rows to skip.
+        """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
 
         Raises:
             UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a

@@ -27,7 +27,6 @@ class StageResult:
     """Everything that is known about a stage, or about a baseline that was measured with it.
 
     Attributes:
-        name: Directory name, such as "2_sft".
         metrics: Metric -> estimate. The metric of a baseline is named `<baseline>/<metric>`.
         examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
             its content.
@@ -35,16 +34,14 @@ class StageResult:
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
         opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
-        against, judge: The stage that it is compared with in the win rates, and who judges them.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
         experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
             with the expert `chosen` for each, by layer; {} for a dense model.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
-        seconds: How long the evaluation took, loading included; None if that is not known.
-        state: The content of trainer_state.json, with the logged values in `log_history`.
-        parameters: Number of weights saved, None if there are none.
-        active_parameters: Number of weights that a token passes: of the experts, only the ones it is routed to.
+        seconds: How long the evaluation took, loading included.
+        state, config: The content of trainer_state.json and config.json.
+        parameters, active_parameters: Number of weights saved, and of those that a token passes.
         seed: Seed of its sampled answers and of its intervals.
     """
 
@@ -71,11 +68,9 @@ class StageResult:
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json and STAGE.jsonl. A missing file is empty; a damaged one is skipped, with a line in `notes`.
+        """Read STAGE.json, which is `path`, and STAGE.jsonl. A missing file is empty.
 
-        Args:
-            path: Path of STAGE.json.
-            notes: Takes one line for each damaged file and each figure that is not a number.
+        `notes` takes a line for each damaged file and each figure that is not a number, which are skipped.
         """
         content = read_json(path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))

@@ -103,9 +103,8 @@ def measure_pairs(
 ) -> None:
     """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
-    `reward_accuracy` is against the labels, `reward_accuracy_noise_free` against the annotators' taste, on the pairs
-    between which they are not indifferent (`taste_chosen` and `taste_rejected`, if they are known). All intervals are
-    over prompts, which may have several pairs.
+    `reward_accuracy_noise_free` is against the annotators' taste (`taste_chosen`, `taste_rejected`, if known), on the
+    pairs between which they are not indifferent. All intervals are over prompts, which may have several pairs.
     """
     scores = _score_both(model, tokenizer, pairs)
     labelled = _record_accuracy(result, "reward_accuracy", scores, pairs)
@@ -133,10 +132,7 @@ def measure_pairs(
 def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on.
 
-    These are the test split of the votes if it was trained on votes, and all votes otherwise. Each is a pair.
-
-    Raises:
-        UserError: If the votes of the run are damaged.
+    These are the test split of the votes if it was trained on votes, and all votes otherwise.
     """
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)

@@ -66,8 +66,7 @@ def answer_both(
 ) -> Matches:
     """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
 
-    The opponent samples with a different seed, so that a model against itself does not tie every time. Its answers may
-    be given.
+    The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
 
     def answer(model: ChatModel, **options: Any) -> list[list[str]]:
