@@ -8,19 +8,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import Example, HeldOut, subsample
+from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.reward_model import Rate
 from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
-
-Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
-"""Conversations that end with an answer -> a score for each."""
 
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
@@ -98,7 +96,7 @@ def measure_best_of(
         judge: Judge of the win rate, against single answers of the opponent; None for no win rate.
     """
 
-    def best(key: str, rows: Sequence[Example]) -> dict[int, list[str]]:
+    def best(key: str, rows: Rows) -> dict[int, list[str]]:
         prompts, most = [row["prompt"] for row in rows], max(numbers)
         sampled = chats[key].sample(prompts, samples=most, temperature=1.0, seed=2 * result.seed)
         answered = [(prompt, answer.text) for prompt, some in zip(prompts, sampled, strict=True) for answer in some]
@@ -121,18 +119,14 @@ def measure_best_of(
     result.texts |= {f"best_of_{number}": {"text": f"{number} answers"} for number in numbers}
 
 
-def answer_begun(
-    chat: ChatModel, rows: Sequence[Example], prefix: str, before: Sequence[dict[str, str]] = ()
-) -> list[str]:
+def answer_begun(chat: ChatModel, rows: Rows, prefix: str, before: Sequence[dict[str, str]] = ()) -> list[str]:
     """Return the greedy answers that begin with `prefix`. The messages `before` precede the last one of each prompt."""
     asked = [{**row, "prompt": [*row["prompt"][:-1], *before, row["prompt"][-1]]} for row in rows]
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [completion.text for (completion,) in chat.answer(asked, begun)]
 
 
-def find_constant(
-    ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example], judge: Judge = ANNOTATORS
-) -> str:
+def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
     """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
     n = len(CONSTANTS)
     outcomes = [

@@ -46,6 +46,7 @@ T = TypeVar("T")
 
 Example = dict[str, Any]
 """A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
+Rows = Sequence[Example]
 
 HELD_OUT_SPLITS = ("test", "validation")
 """Splits on which stages are measured, the better one first."""
@@ -174,7 +175,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
 
 
 def _read_for_baselines(
-    reader: Reader, parts: Mapping[str, Part], problems: Sequence[Example], settings: Mapping[str, Any], most: int
+    reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Mapping[str, Any], most: int
 ) -> dict[str, Any]:
     """Return the fields of `HeldOut` that only baselines need; of the prompts for validation, at most `most`."""
     # Problems of the user have no training split here, whose answers would say anything.
@@ -228,7 +229,7 @@ def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple
     return found
 
 
-def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
+def drop_ungradable(rows: Rows) -> list[Example]:
     """Drop the rows whose answers are code, with one line in the log, where code cannot be graded."""
     if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
         logger.warning("answers that are code are left out: %s", fault)

@@ -20,7 +20,7 @@ from datasets import Features, List, Value
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.graders import Grader, grade_rows
-from pipeline.evaluation.held_out import Example, HeldOut, subsample
+from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion, end_tokens, stopped
@@ -114,12 +114,7 @@ class PassAtK(Metric):
     columns = Features(predictions=List(STRING))
 
     def _compute(
-        self,
-        predictions: list[list[str]],
-        rows: Sequence[Example],
-        k: int = 1,
-        seed: int = 0,
-        grader: Grader = grade_rows,
+        self, predictions: list[list[str]], rows: Rows, k: int = 1, seed: int = 0, grader: Grader = grade_rows
     ) -> dict[str, Any]:
         # All answers are graded at once, so each of them needs the row of its problem.
         row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
@@ -139,9 +134,7 @@ class MajorityVote(Metric):
 
     columns = Features(predictions=List(STRING))
 
-    def _compute(
-        self, predictions: list[list[str]], rows: Sequence[Example], grader: Grader = grade_rows
-    ) -> dict[str, Any]:
+    def _compute(self, predictions: list[list[str]], rows: Rows, grader: Grader = grade_rows) -> dict[str, Any]:
         elected = []
         for answers in predictions:
             # "1/2" and "0.5" are one answer, so numbers vote as numbers.
@@ -167,7 +160,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def measure_bits(result: StageResult, chat: ChatModel, rows: Sequence[Example], of_answers: bool = False) -> None:
+def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: bool = False) -> None:
     """Record `bits_per_byte` of documents or, `of_answers`, `answer_bits_per_byte` of the last messages of rows.
 
     The `weight` of an example is the size of its text in bytes.
@@ -248,9 +241,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
 
 
-def record_greedy(
-    result: StageResult, name: str, answers: Sequence[str], rows: Sequence[Example], grader: Grader
-) -> list[float]:
+def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[float]:
     """Record under `name` how many of the answers, one to each problem, are right. Return 1 or 0 for each."""
     greedy = share(grader(answers, rows))
     # The report breaks pass@1 down by the length of problems, if their rows have one.
@@ -263,9 +254,7 @@ def record_greedy(
     return values
 
 
-def record_ends(
-    result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Sequence[Example], name: str
-) -> None:
+def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:
     """Record the length of the answers under `name`, and `stop_rate` unless it has been measured on other answers."""
     if "stop_rate" not in result.metrics:
         tokens = [completion.tokens for completion in completions]
@@ -274,7 +263,7 @@ def record_ends(
     record_mean(result, name, [len(completion.tokens) for completion in completions], rows)
 
 
-def record_mean(result: StageResult, name: str, values: Sequence[float], rows: Sequence[Example]) -> None:
+def record_mean(result: StageResult, name: str, values: Sequence[float], rows: Rows) -> None:
     """Record the mean of values, one for each row, overall and by kind."""
     values = list(map(float, values))
     result.record(name, output(intervals.mean(values, result.seed), values), rows, by_kind=intervals.mean)

@@ -7,23 +7,24 @@ of RewardBench; docs/tools.md says how the tool `rewardbench` itself reads one.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Features
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, standing
 from pipeline.evaluation import intervals
 from pipeline.evaluation.evaluate_yaml import VOTES
-from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.metrics import NUMBER, Metric, output
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list, read_json
-from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
+
+Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
+"""Conversations that end with an answer -> a score for each."""
 
 BINS = 10
 """Bins of confidence between 0.5 and 1."""
@@ -98,15 +99,13 @@ class RewardAccuracy(Metric):
         }
 
 
-def measure_pairs(
-    result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
-) -> None:
+def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
     `reward_accuracy_noise_free` is against the annotators' taste (`taste_chosen`, `taste_rejected`, if known), on the
     pairs between which they are not indifferent. All intervals are over prompts, which may have several pairs.
     """
-    scores = _score_both(model, tokenizer, pairs)
+    scores = _score_both(rate, pairs)
     labelled = _record_accuracy(result, "reward_accuracy", scores, pairs)
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
@@ -129,7 +128,7 @@ def measure_pairs(
     result.metrics["reward_length_correlation"] = intervals.statistic(correlation, units, result.seed)
 
 
-def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on.
 
     These are the test split of the votes if it was trained on votes, and all votes otherwise.
@@ -140,21 +139,20 @@ def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTr
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:
-        _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
+        _record_accuracy(result, "reward_accuracy_people", _score_both(rate, pairs), pairs)
 
 
-def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Sequence[Example]) -> dict[str, Any]:
+def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Rows) -> dict[str, Any]:
     """Record how often the first answer of a pair scores higher; return what `RewardAccuracy` computed."""
     units = [json.dumps(row["prompt"]) for row in pairs]
     better, worse = scores.T.tolist()
-    measured: dict[str, Any] = RewardAccuracy().compute(
-        predictions=better, references=worse, units=units, seed=result.seed
-    )
+    scored = {"predictions": better, "references": worse}
+    measured: dict[str, Any] = RewardAccuracy().compute(**scored, units=units, seed=result.seed)
     result.record(name, measured, pairs, units=units)
     return measured
 
 
-def _score_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]) -> np.ndarray:
+def _score_both(rate: Rate, pairs: Rows) -> np.ndarray:
     """Return the scores of both answers of each pair, shape (pairs, 2), the preferred one first."""
     sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
-    return np.array(score(model, tokenizer, sides)).reshape(2, -1).T
+    return np.array(rate(sides)).reshape(2, -1).T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
-from pipeline.evaluation.held_out import Example, HeldOut, subsample
+from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
@@ -118,17 +118,18 @@ def _measure_reward_model(result: StageResult, run: Path, held_out: HeldOut, set
     path = model_of(run, result.name, settings)
     model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
     model = model.to(hardware.accelerator() or "cpu").eval()
+    rate = partial(score, model, tokenizer)
     if held_out.pairs:
         with RouteCounter(model) as counter:
-            measure_pairs(result, model, tokenizer, held_out.pairs)
+            measure_pairs(result, rate, held_out.pairs)
         record_load(result, counter)
     else:
         result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
-    measure_people(result, model, tokenizer, run)
+    measure_people(result, rate, run)
     # A judge would choose what it judges.
     if settings["best_of"] and path in map(Path, settings["reward_models"]):
         # Answers are compared in the precision that is fast on this machine, pairs in float32.
-        rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
+        model.to(hardware.fast_dtype())
         judge = _find_judge(result, run, held_out, settings)
         asked = _load_chats(run, settings["against"], settings, "--against")
         baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
@@ -236,7 +237,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 
 
 def _find_opponent(
-    result: StageResult, run: Path, rows: Sequence[Example], own: ChatModel, settings: Settings, folder: Path
+    result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path
 ) -> ChatModel | dict[str, list[list[str]]] | None:
     """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
 

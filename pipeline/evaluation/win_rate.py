@@ -21,7 +21,7 @@ from datasets import Features
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
 from pipeline.evaluation.metrics import NUMBER, Metric, output, record_mean, share
 from pipeline.evaluation.results import StageResult
@@ -60,7 +60,7 @@ class LastSentenceShare(Metric):
 def answer_both(
     chat: ChatModel,
     opponent: ChatModel | Mapping[str, list[list[str]]],
-    rows: Sequence[Example],
+    rows: Rows,
     seed: int = 0,
     samples: int = SAMPLES,
 ) -> Matches:
@@ -81,7 +81,7 @@ def answer_both(
     return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, greedy if opponent is chat else answer(opponent))}
 
 
-def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Example], judge: Judge) -> None:
+def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Judge) -> None:
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
@@ -90,7 +90,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Exampl
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
 
 
-def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Sequence[Example]) -> None:
+def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
         kl       mean of log p(answer) - log p_reference(answer)
@@ -121,7 +121,7 @@ def record_wins(
     name: str,
     ours: Sequence[Sequence[str]],
     theirs: Sequence[Sequence[str]],
-    rows: Sequence[Example],
+    rows: Rows,
     judge: Judge,
 ) -> None:
     """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
@@ -154,7 +154,7 @@ def record_wins(
     result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 
-def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str:
+def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine.
 
     It is empty for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
