@@ -41,35 +41,26 @@ BATCH_SIZE = 8
 
 
 @cache
-def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, list[str], list[str]]:
-    """Return lm-eval's index with the tasks, their names or paths in it, and those that cannot be found.
-
-    A name may have wildcards, as for lm-eval's command.
-    """
+def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]]]:
+    """Return lm-eval's index, and the names in it of each task: several for a name with wildcards, or none."""
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
-    # takes seconds to build.
+    # lm-eval opens a task by its path. A group may consist of tasks from its folder, which must be in the index then.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
-    has_own = bool(groups) or len(files) < len(tasks)
-    index = TaskManager(include_path=[path.parent for path in groups], include_defaults=has_own)
-    # A task of the user's file is known to the index by its name, if its folder is indexed.
+    index = TaskManager(include_path=[path.parent for path in groups])
     names = {entry.yaml_path: name for name, entry in index.task_index.items()}
-    found = {
-        task: index.match_tasks([task]) if task not in files else [names.get(files[task], str(files[task]))]
-        for task in tasks
-    }
-    return index, [name for matches in found.values() for name in matches], [task for task in tasks if not found[task]]
+    own = {task: [names.get(path, str(path))] for task, path in files.items()}
+    return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}
 
 
 def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
     """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
-    unknown = find_tasks(tuple(tasks))[2] if tasks else []
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
-    return [Problem(field, task, remedy) for task in unknown]
+    found = find_tasks(tuple(tasks))[1] if tasks else {}
+    return [Problem(field, task, remedy) for task in tasks if not found[task]]
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
@@ -86,14 +77,14 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
 
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    index, found, _ = find_tasks(tuple(tasks))
+    index, found = find_tasks(tuple(tasks))
     # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
     try:
         measured = simple_evaluate(
             HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
-            tasks=found,
+            tasks=[name for names in found.values() for name in names],
             task_manager=index,
             limit=limit,
             bootstrap_iters=intervals.RESAMPLES,
@@ -140,12 +131,11 @@ def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
 
 def _record(result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]]) -> None:
     """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
-    same = partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
     metric, _, way = key.partition(",")
     name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
     # A mean over examples is estimated like the project's own metrics.
-    if values and all(isinstance(value, Real) for value in values) and same(fmean(values), estimate.value):
+    if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         values = list(map(float, values))
         result.record(name, output(intervals.outcome_mean(values, result.seed), values), rows)
@@ -155,5 +145,8 @@ def _record(result: StageResult, task: str, key: str, estimate: Estimate, sample
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
         for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
-            if same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
+            if _same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
                 result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
+
+
+_same = partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
