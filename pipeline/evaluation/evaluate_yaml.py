@@ -43,8 +43,6 @@ CALLED = "called"
 DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
-IDENTITY = ("dataset_name", "dataset_config")
-"""Fields by which two sources are the same data set."""
 DIVISION = ("validation_share", "dataset_train_split", "document")
 """Fields that determine which rows of a single split are held out."""
 TOOLS = ("tools", "environment")
@@ -209,7 +207,8 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
             # Of a data set that a stage trains on as well, only the rows that this stage holds out are measured.
-            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in IDENTITY))
+            identity = ("dataset_name", "dataset_config")
+            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in identity))
             shared: Values = next(same, {})
             settings[key] = {name: shared[name] for name in DIVISION if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):

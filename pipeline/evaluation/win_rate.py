@@ -175,9 +175,9 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[
     saved = StageResult.read(folder / f"{stage}.json", notes)
     if not wanted or saved.opponent != wanted or notes:
         return None
-    answers: dict[str, list[list[str]]] = {"win_rate": [], "win_rate_greedy": []}
-    for example in saved.examples:
-        if example["metric"] in answers:
-            answers[example["metric"]].append(example.get("opponents") or [example["opponent"]])
+    answers = {
+        name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
+        for name in ("win_rate", "win_rate_greedy")
+    }
     # The examples may be missing.
     return answers if all(answers.values()) else None
