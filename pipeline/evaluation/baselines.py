@@ -85,15 +85,10 @@ def measure_best_of(
     rate: Rate,
     judge: Judge | None,
 ) -> None:
-    """Record `best_of_N` for each of `numbers`: of N sampled answers, the one that `rate` scores highest.
+    """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
 
-    Args:
-        result: Result of the reward model.
-        chats: The opponent, by the keys of the data that it answers, which are problems and prompts.
-        held_out: These data.
-        numbers: Answers to each, of which the smaller numbers take the first.
-        rate: Scores conversations.
-        judge: Judge of the win rate, against single answers of the opponent; None for no win rate.
+    `result` is the reward model's. `chats` are the opponent, by the keys of the data that it answers: problems and, if
+    there is a judge, prompts, where its single answers are the other side.
     """
 
     def best(key: str, rows: Rows) -> dict[int, list[str]]:

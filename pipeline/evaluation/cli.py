@@ -58,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate the stage, write both files and print the metrics. Return the exit code.
-
-    Raises:
-        UserError: If the run, the stage, a setting or a data set cannot be used.
-    """
+    """Evaluate the stage, write both files and print the metrics. Return the exit code."""
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox
@@ -126,9 +122,6 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
 
     Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
     follows from the stages.
-
-    Raises:
-        UserError: If the file of `--config` cannot be read.
     """
     from pipeline.config.yaml_file import read_yaml
 

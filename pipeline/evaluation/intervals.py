@@ -100,7 +100,6 @@ def bootstrap(
     Args:
         totals: Shape (units,), for instance the bits of each document.
         weights: Shape (units,), for instance the bytes of each document. Default: 1 each, which gives a plain mean.
-        seed: Seed of the resampling.
 
     Returns:
         (low, high), both None for fewer than two units: how much one unit differs from others is not known.
@@ -135,19 +134,16 @@ def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | Non
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
     """Estimate the mean of outcomes between 0 and 1: Wilson's interval if all are 0 or 1, else the bootstrap's.
 
-    Args:
-        outcomes: One outcome per unit, or several.
-        seed: Seed of the bootstrap.
-        units: The unit that each outcome belongs to. Default: a unit of its own. If units have several outcomes,
-            Wilson's interval is computed for as many independent outcomes as have the same variance (Kish 1965).
+    Each outcome belongs to one of the `units`, by default its own. If units have several, Wilson's interval is computed
+    for as many independent outcomes as have the same variance (Kish 1965).
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
     n, successes = len(outcomes), float(sum(outcomes))
     if units is None or not outcomes:
         return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
-    # Eight answers to one prompt are worth between one and eight independent ones, the less the more alike they are:
-    # as many as the variance of the grouped outcomes' mean exceeds the variance for as many independent outcomes.
+    # Eight answers to one prompt are worth between one and eight independent ones, the less the more alike they are.
+    # The effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
     number = _numbered(units)
     groups = int(number.max()) + 1
     deviations = np.asarray(outcomes, dtype=np.float64) - successes / n

@@ -78,9 +78,7 @@ class StageResult:
             try:
                 result.metrics[name] = Estimate.from_json(entry)
             except ValueError as error:
-                # An older release wrote null for a metric that it could not measure.
-                if entry is not None:
-                    notes.append(f"{path}: {name}: {error}; skipped")
+                notes.append(f"{path}: {name}: {error}; skipped")
         for name in WRITTEN:
             setattr(result, name, content.get(name) or getattr(result, name))
         examples = path.with_suffix(".jsonl")

@@ -271,9 +271,6 @@ def _load_chats(
     """Load the model of a stage, for each kind of data: its answers have other limits, and perhaps another template.
 
     The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
-
-    Raises:
-        UserError: If the user wants longer answers than the model's context.
     """
     words = settings["base_tokenizer"] if stage == BASE else None
     path = str(model_of(run, stage, settings))
