@@ -100,7 +100,9 @@ class EvaluationArguments:
 
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
-DEFAULTS = {item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT}
+DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT
+}
 """Values of the keys that do not name data."""
 
 

@@ -46,9 +46,11 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder, which must be in the index then.
+    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
+    # takes seconds to build.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
-    index = TaskManager(include_path=[path.parent for path in groups])
+    defaults = bool(groups) or len(files) < len(tasks)
+    index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
     names = {entry.yaml_path: name for name, entry in index.task_index.items()}
     own = {task: [names.get(path, str(path))] for task, path in files.items()}
     return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}

@@ -109,7 +109,7 @@ def bootstrap(
     if len(numerator) < 2:
         return None, None
     # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
-    counts = _draw_counts(len(numerator), seed).astype(np.float64)
+    counts: np.ndarray = _draw_counts(len(numerator), seed).astype(np.float64)
     total, drawn = counts @ numerator, counts @ denominator
     # A resample may draw only units without weight.
     low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
