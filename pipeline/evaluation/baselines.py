@@ -40,7 +40,7 @@ CONSTANTS = (
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
     """Record `elicited`, by the way to ask that is best on other problems, and `majority`."""
-    grader = held_out.graders["problems"]
+    grader = held_out.grader
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
     # Each way has a name, what the answer begins with, and the examples before the problem.
     ways: list[tuple[str, str, list[dict[str, str]]]] = [(text, text, []) for text in elicit]
@@ -104,7 +104,7 @@ def measure_best_of(
 
     if problems := held_out.problems:
         for number, answers in best("problems", problems).items():
-            record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.graders["problems"])
+            record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.grader)
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
         asked = [row["prompt"] for row in prompts]
         single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)

@@ -34,7 +34,7 @@ from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import Source
-from pipeline.evaluation.graders import COMPARED, Grader, load_grader
+from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.files import as_list
 from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
@@ -92,7 +92,7 @@ class HeldOut:
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
         trials: Other problems, for the baseline `elicited`.
         shots: Several beginnings of a conversation, each of solved training problems, for the same baseline.
-        graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
+        grader: Grades `problems`. Instructions say themselves how they are graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
@@ -108,7 +108,7 @@ class HeldOut:
     trials: list[Example] = field(default_factory=list)
     shots: list[list[dict[str, str]]] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
-    graders: Mapping[str, Grader] = field(default_factory=dict)
+    grader: Grader = grade_rows
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
@@ -139,11 +139,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         if any(row[column][0]["role"] != "system" for row in rows[key]):
             logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
 
-    graders: dict[str, Grader] = {}
-    for key in ("instructions", "problems"):
-        if key in parts and (parts[key].source.grade is not None or key == "problems"):
-            graders[key] = load_grader(parts[key].source.grade, f"{key}: grade")
-
+    grade = parts["problems"].source.grade if "problems" in parts else None
     # Fixed prompts that nobody names are held-out prompts, unless the run generates its data.
     texts: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
     fixed = [[{"role": "user", "content": text}] for text in texts]
@@ -162,8 +158,8 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         longer=reader.read("problems", longer, most["longer"]) if longer else [],
         prompts=drop_ungradable(rows.get("prompts", ())),
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
-        graders=graders,
-        can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
+        grader=load_grader(grade, "problems: grade"),
+        can_vote=grade in COMPARED,
         fixed_prompts=fixed,
         suspects=_find_suspects(reader, parts),
         **for_baselines,

@@ -184,20 +184,13 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
 
 def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
     """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
-    rows, grader = held_out.instructions, held_out.graders.get("instructions")
+    rows = held_out.instructions
     completions = chat.greedy([row["messages"][:-1] for row in rows])
-    graded = [i for i, row in enumerate(rows) if grader or is_gradable(row)]
+    graded = [(row, completion.text) for row, completion in zip(rows, completions, strict=True) if is_gradable(row)]
     if graded:
-        some, texts = [rows[i] for i in graded], [completions[i].text for i in graded]
-        if grader:
-            # A conversation is a problem whose reference is the last message, unless the row has an answer.
-            problems = [
-                {"answer": row["messages"][-1]["content"], **row, "prompt": row["messages"][:-1]} for row in some
-            ]
-            accuracy = share(grader(texts, problems))
-        else:
-            rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
-            accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
+        some, texts = zip(*graded, strict=True)
+        rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
+        accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
         result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
     record_ends(result, chat, completions, rows, "mean_length")
 
@@ -210,7 +203,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
     what its calls cost.
     """
-    rows, grader = held_out.problems, held_out.graders["problems"]
+    rows, grader = held_out.problems, held_out.grader
     # One greedy answer to every problem.
     completions = [completion for (completion,) in chat.answer(rows)]
     answers = [completion.text for completion in completions]

@@ -168,8 +168,7 @@ def _measure_language_model(
     greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
     sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
     chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * (_samples(settings) + 1)
-    ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
-    if ungraded:
+    if ungraded := [row for row in held_out.instructions if not is_gradable(row)]:
         metrics.measure_bits(result, chat, ungraded, of_answers=True)
 
     model.to(hardware.fast_dtype())
@@ -182,7 +181,7 @@ def _measure_language_model(
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
     if held_out.longer:
         longer = [answer.text for (answer,) in chats["problems"].answer(held_out.longer)]
-        metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])
+        metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.grader)
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
         result.judge = judge.name
