@@ -190,7 +190,7 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
     if graded:
         some, texts = zip(*graded, strict=True)
         rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
-        accuracy = InstructionAccuracy().compute(predictions=texts, references=rules)
+        accuracy = InstructionAccuracy().compute(predictions=list(texts), references=rules)
         result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
     record_ends(result, chat, completions, rows, "mean_length")
 
