@@ -89,9 +89,8 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
     for key in KEYS:
         # A run can be shown without its data.
         with suppress(UserError):
-            part = reader.find(key)
             without = "reasoning" if key == "instructions" else None
-            for row in reader.read(key, part, EXAMPLES[key], without) if part else ():
+            for row in reader.read(key, reader.find(key), EXAMPLES[key], without):
                 # A conversation ends with its answer, a prompt comes with a column for it.
                 messages, answer = row.get("prompt", []), str(row.get("answer") or "")
                 if key == "instructions":

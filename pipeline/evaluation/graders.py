@@ -31,13 +31,9 @@ def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
     return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 
-def load_grader(grade: str | None, field: str = "grade") -> Grader:
-    """Load a grader: a key of `GRADES`, a reward, or `package.module:function`. Default: `grade_rows`.
-
-    Raises:
-        UserError: If there is no such reward; it names `field`.
-    """
+def load_grader(grade: str | None) -> Grader:
+    """Load the grader of problems: a key of `GRADES`, a reward, or `package.module:function`. Default: `grade_rows`."""
     if grade is None:
         return grade_rows
-    (reward,) = load_rewards([GRADES.get(grade, grade)], field)
+    (reward,) = load_rewards([GRADES.get(grade, grade)], "problems: grade")
     return lambda answers, rows: [value == 1.0 for value in call_reward(reward, answers, rows)]

@@ -148,17 +148,16 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         fixed += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
         fixed = (fixed or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
 
-    longer = reader.find("problems", "test_longer")
     problems = rows.get("problems", [])
     for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"]) if baselines else {}
     found = HeldOut(
         text=[row for row in rows.get("text", ()) if row["text"].strip()],
         instructions=drop_ungradable(rows.get("instructions", ())),
         problems=problems,
-        longer=reader.read("problems", longer, most["longer"]) if longer else [],
+        longer=reader.read("problems", reader.find("problems", "test_longer"), most["longer"]),
         prompts=drop_ungradable(rows.get("prompts", ())),
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
-        grader=load_grader(grade, "problems: grade"),
+        grader=load_grader(grade),
         can_vote=grade in COMPARED,
         fixed_prompts=fixed,
         suspects=_find_suspects(reader, parts),
@@ -177,16 +176,16 @@ def _read_for_baselines(
     # Problems of the user have no training split here, whose answers would say anything.
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
-    for row in reader.read("problems", part, MAX_TRAINING_ROWS) if part else ():
+    for row in reader.read("problems", part, MAX_TRAINING_ROWS):
         if row.get("answer"):
             counts[row["kind"]][row["answer"]] += 1
 
     # Solved problems are among the conversations that a stage trains on.
     shots: list[list[dict[str, str]]] = []
     number = settings["shots"]
-    if part := reader.find("instructions", trained_on=True) if number > 0 else None:
+    if number > 0:
         kinds = {"reasoning", *(row["kind"] for row in problems)}
-        rows = reader.read("instructions", part, MAX_TRAINING_ROWS)
+        rows = reader.read("instructions", reader.find("instructions", trained_on=True), MAX_TRAINING_ROWS)
         solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
         draw = random.Random(0)
         draws = [draw.sample(solved, number) for _ in range(DRAWS)] if len(solved) >= number else []
@@ -197,7 +196,7 @@ def _read_for_baselines(
         part = reader.find(key, "validation")
         if key in parts and (part is None or part.place == parts[key].place):
             part = reader.find(key, trained_on=True)
-        return reader.read(key, part, most) if part else []
+        return reader.read(key, part, most)
 
     return {
         "majority": {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()},
@@ -361,13 +360,15 @@ class Reader:
             self._opened[opened] = keep_rows(whole, source)
         return self._opened[opened]
 
-    def read(self, key: str, part: Part, most: int, without: str | None = None) -> list[Example]:
+    def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
         """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
 
         Raises:
             UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a
                 few malformed rows, they are skipped here too.
         """
+        if part is None:
+            return []
         columns = column_names(part.data)
         with _problems_of(key):
             convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
