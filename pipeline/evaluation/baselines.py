@@ -22,18 +22,8 @@ from pipeline.preferences.judges import ANNOTATORS, Judge
 
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
-    "… Have a nice day. That is all.",
-    "… Do not ask again.",
-    "Obviously. …",
-    "Of course. …",
-    "Good question. …",
-    "Moving on. …",
-    "In short, …",
-    f"{WORKING} …",
-    "Hooray! :-) …",
-    "… You are welcome!",
-    "….",
-    "…\n\n",
+    *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
+    *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
 )
 """Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
 

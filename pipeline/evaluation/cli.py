@@ -1,14 +1,10 @@
 """`python -m pipeline evaluate RUN --stage 2_sft`: measure one stage on held-out data.
 
-Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) and STAGE.jsonl (one line per example,
-from which the report computes paired differences between stages).
+Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) and STAGE.jsonl (a line for each example).
+The data are what the run's `evaluate.yaml`, or another file, names, and the held-out rows of the stages' own data.
+Options name other data; with `--name`, their result does not replace the run's own, but lies in a folder beside it:
 
-The data are what the run's `evaluate.yaml` names, and the held-out rows of the stages' own data (see `evaluate_yaml`).
-Another file is named by `--config`, other data by options. `--name` is the folder in RUN/evaluations for the result,
-next to the run's own:
-
-    python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question \\
-        --grade math
+    python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question
 """
 
 from __future__ import annotations
