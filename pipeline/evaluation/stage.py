@@ -164,10 +164,11 @@ def _measure_language_model(
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
-    # About how many answers the model writes; the baselines come to some more.
+    # About how many answers the model writes, perhaps as its own opponent; the baselines come to some more.
     greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
     sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
-    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * (_samples(settings) + 1)
+    sides = 0 if opponent is None else 2 if opponent is chats["prompts"] else 1
+    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * sides * (_samples(settings) + 1)
     if ungraded := [row for row in held_out.instructions if not is_gradable(row)]:
         metrics.measure_bits(result, chat, ungraded, of_answers=True)
 
