@@ -171,8 +171,7 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
         found = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
     else:
         documents = [row["text"] for row in rows]
-        losses = document_losses(chat.model, chat.tokenizer, documents, context=context)
-        found = list(zip(losses, documents, strict=True))
+        found = list(zip(document_losses(chat.model, chat.tokenizer, documents, context), documents, strict=True))
     # Of an answer behind the context, nothing is scored.
     scored = [(row, loss, text) for row, (loss, text) in zip(rows, found, strict=True) if text]
     if scored:
