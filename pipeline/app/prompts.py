@@ -76,9 +76,8 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
     for key in KEYS:
         # A run can be shown without its data.
         with suppress(UserError):
-            part = reader.find(key)
             without = "reasoning" if key == "instructions" else None
-            for row in reader.read(key, part, EXAMPLES[key], without) if part else ():
+            for row in reader.read(key, reader.find(key), EXAMPLES[key], without):
                 # A conversation ends with its answer.
                 messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
                 roles = [turn["role"] for turn in messages if turn["role"] != "system"]

@@ -1,52 +1,36 @@
 """Baselines: what the stage that others are compared with reaches by tricks, without being trained any further.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") that counts as part of each, or
-behind some solved problems; of several such ways, the best on other problems.
-`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest; of any
-other number likewise. It is measured with the reward model.
-`constant/win_rate` and `constant/win_rate_greedy`: its answers to the prompts with the same text glued to each, against
-its answers without. The text is the one of `CONSTANTS` that wins most often on other prompts: on the validation split
-or, without one, on some prompts that are trained on.
+`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") or behind some solved problems.
+`best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
+`constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text glued to each, against those without.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import Example, HeldOut, subsample
+from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
+from pipeline.evaluation.reward_model import Rate
 from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
 
-Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
-"""Conversations that end with an answer -> a score for each."""
-
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
-    "… Have a nice day. That is all.",
-    "… Do not ask again.",
-    "Obviously. …",
-    "Of course. …",
-    "Good question. …",
-    "Moving on. …",
-    "In short, …",
-    f"{WORKING} …",
-    "Hooray! :-) …",
-    "… You are welcome!",
-    "….",
-    "…\n\n",
+    *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
+    *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
 )
 """Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
-    """Record `elicited`, by the best of the ways to ask (the beginnings `elicit` or the examples), and `majority`."""
-    grader = held_out.graders["problems"]
+    """Record `elicited`, by the way to ask that is best on other problems, and `majority`."""
+    grader = held_out.grader
     # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
     # Each way has a name, what the answer begins with, and the examples before the problem.
     ways: list[tuple[str, str, list[dict[str, str]]]] = [(text, text, []) for text in elicit]
@@ -67,11 +51,8 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
 def measure_constant(
     result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
 ) -> None:
-    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice.
-
-    The text is chosen on other prompts than the ones it is measured on, so that the best of twenty is not best by
-    chance.
-    """
+    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice."""
+    # The text is chosen on other prompts than the ones it is measured on: the best of twenty is best by chance, too.
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
     if not validation:
         return
@@ -94,18 +75,13 @@ def measure_best_of(
     rate: Rate,
     judge: Judge | None,
 ) -> None:
-    """Record `best_of_N` for each of `numbers`: of N sampled answers, the one that `rate` scores highest.
+    """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
 
-    Args:
-        result: Of the reward model.
-        chats: The opponent, which answers the problems and the prompts, by these keys.
-        held_out: Both of them.
-        numbers: Answers to each, of which the smaller numbers take the first.
-        rate: Scores conversations.
-        judge: Of the win rate, against single answers of the opponent; None for no win rate.
+    `result` is the reward model's. `chats` are the opponent, by the keys of the data that it answers: problems and, if
+    there is a judge, prompts, where its single answers are the other side.
     """
 
-    def best(key: str, rows: Sequence[Example]) -> dict[int, list[str]]:
+    def best(key: str, rows: Rows) -> dict[int, list[str]]:
         prompts, most = [row["prompt"] for row in rows], max(numbers)
         sampled = chats[key].sample(prompts, samples=most, temperature=1.0, seed=2 * result.seed)
         answered = [(prompt, answer.text) for prompt, some in zip(prompts, sampled, strict=True) for answer in some]
@@ -118,7 +94,7 @@ def measure_best_of(
 
     if problems := held_out.problems:
         for number, answers in best("problems", problems).items():
-            record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.graders["problems"])
+            record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.grader)
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
         asked = [row["prompt"] for row in prompts]
         single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
@@ -128,21 +104,14 @@ def measure_best_of(
     result.texts |= {f"best_of_{number}": {"text": f"{number} answers"} for number in numbers}
 
 
-def answer_begun(
-    chat: ChatModel, rows: Sequence[Example], prefix: str, before: Sequence[dict[str, str]] = ()
-) -> list[str]:
-    """Return the greedy answers that begin with `prefix`, which counts towards the length limit.
-
-    The messages `before` come before the last one of each prompt, and behind its system prompt.
-    """
+def answer_begun(chat: ChatModel, rows: Rows, prefix: str, before: Sequence[dict[str, str]] = ()) -> list[str]:
+    """Return the greedy answers that begin with `prefix`. The messages `before` precede the last one of each prompt."""
     asked = [{**row, "prompt": [*row["prompt"][:-1], *before, row["prompt"][-1]]} for row in rows]
     begun = chat.tokenizer(prefix, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [completion.text for (completion,) in chat.answer(asked, begun)]
 
 
-def find_constant(
-    ours: Sequence[str], theirs: Sequence[str], rows: Sequence[Example], judge: Judge = ANNOTATORS
-) -> str:
+def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
     """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
     n = len(CONSTANTS)
     outcomes = [

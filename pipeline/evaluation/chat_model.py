@@ -17,19 +17,16 @@ from pipeline.progress import Tally
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox
 
-BATCH = 256
-"""Answers generated at once, fewer if they are long."""
-GROUP = 64
-"""The same of prompts that nearly fill the context."""
+BATCH, GROUP = 256, 64
+"""Answers generated at once, fewer if they are long; and to prompts that nearly fill the context."""
 
 
 @dataclass(frozen=True)
 class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
-    `vllm` samples in the place of the model if it is given. `counts` are of the answers so far and, under `"cut off"`,
-    of those that the limit or the context cut off. `template` are further arguments of the chat template. `tally`
-    reports the answers of an evaluation. `toolbox` is what the model may call while it answers rows.
+    `vllm` samples in the place of the model. `counts` are of the answers so far and, under `"cut off"`, of those that
+    the limit or the context cut off. `template` are arguments of the chat template, `toolbox` what the model may call.
     """
 
     model: PreTrainedModel
@@ -60,10 +57,16 @@ class ChatModel:
 
         They begin with the ids `begun`, which count towards the length limit.
         """
+        room = max(1, self.max_new_tokens - len(begun))
         if self.toolbox is None:
             prompts = [[*ids, *begun] for ids in self.encode([row["prompt"] for row in rows])]
-            found = self.complete(prompts, max(1, self.max_new_tokens - len(begun)), **options)
-            return [[self._with_beginning(begun, one) for one in some] for some in found] if begun else found
+            found = self.complete(prompts, room, **options)
+            for some in found if begun else ():
+                for place, one in enumerate(some):
+                    tokens = [*begun, *one.tokens]
+                    text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    some[place] = Completion(text, tokens, one.stopped)
+            return found
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
         template = {**self.template, **self.toolbox.template(self.tokenizer)}
@@ -76,7 +79,7 @@ class ChatModel:
             found = single.complete(texts, room, seed=next(turns), **options)
             return [completion.tokens for (completion,) in found], None
 
-        started = complete([[*ids, *begun] for ids in encoded], max(1, self.max_new_tokens - len(begun)))[0]
+        started = complete([[*ids, *begun] for ids in encoded], room)[0]
         for dialogue, further in zip(dialogues, started, strict=True):
             tokens = [*begun, *further]
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
@@ -90,11 +93,6 @@ class ChatModel:
         self.counts["answers"] += len(completions)
         self.counts["cut off"] += sum(not completion.stopped for completion in completions)
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
-
-    def _with_beginning(self, begun: Sequence[int], completion: Completion) -> Completion:
-        tokens = [*begun, *completion.tokens]
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        return Completion(text, tokens, completion.stopped)
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""

@@ -1,27 +1,23 @@
 """`python -m pipeline evaluate RUN --stage 2_sft`: measure one stage on held-out data.
 
-Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) and STAGE.jsonl (one line per example,
-from which the report computes paired differences between stages). The stage that others are compared with also gets
-the baselines of `pipeline.evaluation.baselines`.
+Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) and STAGE.jsonl (a line for each example).
+The data are what the run's `evaluate.yaml`, or another file, names, and the held-out rows of the stages' own data.
+Options name other data; with `--name`, their result does not replace the run's own, but lies in a folder beside it:
 
-The data are what the run's `evaluate.yaml` names, and the held-out rows of the stages' own data (see `evaluate_yaml`).
-Another file is named by `--config`, other data by options. `--name` is the folder in RUN/evaluations for the result,
-next to the run's own:
-
-    python -m pipeline evaluate RUN --stage 1_pretrain --name shakespeare --text shakespeare.txt
-    python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question \\
-        --grade math
+    python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation import evaluate_yaml
+from pipeline.files import read_json, read_run
 from pipeline.stages import HELD_OUT
 
 if TYPE_CHECKING:
@@ -41,17 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="evaluate.yaml to use instead of the run's own")
     parser.add_argument("--name", help="write to RUN/evaluations/NAME, not among the run's own figures")
     for item in fields(evaluate_yaml.EvaluationArguments):
-        # `--reasoning` is the earlier name of `--problems`.
-        names = [f"--{item.name}", *(["--reasoning"] if item.name == "problems" else [])]
-        meaning = item.metadata["help"]
+        about: dict[str, Any] = {"type": int if "int" in str(item.type) else str}
         if item.name in HELD_OUT:
-            parser.add_argument(*names, metavar="DATASET", help=meaning)
+            about = {"metavar": "DATASET"}
         elif item.name == "vllm":
-            parser.add_argument(*names, action="store_true", default=None, help=meaning)
+            about = {"action": "store_true", "default": None}
         elif item.name == "lm_eval_tasks":
-            parser.add_argument(*names, nargs="+", metavar="TASK", help=meaning)
-        elif item.name != "fixed_prompts":
-            parser.add_argument(*names, type=int if "int" in str(item.type) else str, help=meaning)
+            about = {"nargs": "+", "metavar": "TASK"}
+        if item.name != "fixed_prompts":
+            parser.add_argument(f"--{item.name}", help=item.metadata["help"], **about)
     for item in fields(evaluate_yaml.Source):
         if item.name in COLUMNS:
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
@@ -60,11 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluate the stage, write both files and print the metrics. Returns the exit code.
-
-    Raises:
-        UserError: If the run, the stage, a setting or a data set cannot be used.
-    """
+    """Evaluate the stage, write both files and print the metrics. Return the exit code."""
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox
@@ -91,13 +81,19 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         UserError: If the run, the stage, a setting or a data set cannot be used; it names keys of `evaluate.yaml`.
     """
     from pipeline.evaluation.held_out import read_held_out
-    from pipeline.evaluation.results import check_own
     from pipeline.evaluation.stage import check_stages, evaluate_stage
 
     run = Path(args.run)
     settings, problems = read_settings(args)
-    if not args.name:
-        problems += check_own(run, args.stage, evaluate_yaml.without_derived(settings))
+    written = evaluate_yaml.without_derived(settings)
+    step = read_run(run).get("steps", {}).get(f"evaluate_{args.stage}", {})
+    saved = read_json(run / "evaluations" / f"{args.stage}.json").get("settings")
+    if not args.name and step.get("finished_at") and isinstance(saved, dict):
+        # What the runner measured is not replaced by what is measured on other data or with other settings.
+        now = json.loads(json.dumps(written, default=str))
+        if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
+            remedy = f"the run's own figures were measured with another {' and '.join(changed)}"
+            problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))
     if problems:
         raise UserError(*problems)
     moved = evaluate_yaml.with_layout(evaluate_yaml.move(settings, run), run)
@@ -113,7 +109,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     flags = [name for name in HELD_OUT if getattr(args, name)]
     held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
-    result.settings = evaluate_yaml.without_derived(settings)
+    result.settings = written
     return result
 
 
@@ -122,9 +118,6 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
 
     Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
     follows from the stages.
-
-    Raises:
-        UserError: If the file of `--config` cannot be read.
     """
     from pipeline.config.yaml_file import read_yaml
 
@@ -141,7 +134,7 @@ def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Proble
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    content |= data | {name: options[name] for name in evaluate_yaml.defaults() if name in options}
+    content |= data | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
     only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
     settings = evaluate_yaml.complete(content, own, only_named)
 
@@ -161,5 +154,5 @@ def as_option(problem: Problem, args: argparse.Namespace) -> Problem:
     if colon and key in HELD_OUT and getattr(args, key):
         name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
         return replace(problem, field=f"--{name}")
-    is_option = key in evaluate_yaml.defaults() and getattr(args, key, None) is not None
+    is_option = key in evaluate_yaml.DEFAULTS and getattr(args, key, None) is not None
     return replace(problem, field=f"--{key}") if is_option and not colon else problem

@@ -1,13 +1,14 @@
 """How the stages of a run are measured: `evaluate.yaml`, completed with what the stages themselves read and are set to.
 
     problems: {dataset_name: gsm8k-test.jsonl, prompt_column: question, grade: math}
-    judge: runs/mine/3_judge
     limit: 200
 
 The file is optional, and so is each key. Data that it does not name are the held-out rows of the stages' own data sets;
-`null` leaves them out. The runner completes the file before training and records the result with each evaluation in
-`run.json`, where `python -m pipeline evaluate` finds it.
+`null` leaves them out. The runner completes the file before training and records the result in `run.json`.
 """
+
+# `option` returns a field.
+# ruff: noqa: RUF009
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.arguments import DataArguments
+from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
@@ -42,8 +43,6 @@ CALLED = "called"
 DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
-IDENTITY = ("dataset_name", "dataset_config")
-"""Fields by which two sources are the same data set."""
 DIVISION = ("validation_share", "dataset_train_split", "document")
 """Fields that determine which rows of a single split are held out."""
 TOOLS = ("tools", "environment")
@@ -62,94 +61,84 @@ class Source(DataArguments):
     rows that it holds out.
     """
 
-    dataset_test_split: str = field(
-        default="", metadata={"help": "Split to measure on (default: test, validation, or the only one)."}
+    dataset_test_split: str = option("", "Split to measure on (default: test, validation, or the only one).")
+    validation_share: float = option(0.0, "Share of a single split that training holds out.")
+    grade: str | None = option(
+        None, "exact, math, choice, code, another reward, or module:function (default: exact or math)."
     )
-    validation_share: float = field(default=0.0, metadata={"help": "Share of a single split that training holds out."})
-    grade: str | None = field(
-        default=None,
-        metadata={"help": "exact, math, choice, code, another reward, or module:function (default: exact or math)."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.dataset_name, list):
-            raise UserError(Problem("dataset_name", ", ".join(self.dataset_name), "name one data set to measure on"))
 
 
 @dataclass
 class EvaluationArguments:
     """The keys of `evaluate.yaml`. The first five name data, by the fields of `Source` or by `dataset_name` alone."""
 
-    text: Data = field(default=None, metadata={"help": "Text to predict, for bits_per_byte."})
-    instructions: Data = field(default=None, metadata={"help": "Conversations, or questions with answers."})
-    problems: Data = field(default=None, metadata={"help": "Problems with final answers, for pass@k."})
-    prompts: Data = field(default=None, metadata={"help": "Prompts of the win rate."})
-    pairs: Data = field(default=None, metadata={"help": "Pairs of answers, for reward_accuracy."})
-    judge: str | None = field(
-        default=None,
-        metadata={"help": "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."},
+    text: Data = option(None, "Text to predict, for bits_per_byte.")
+    instructions: Data = option(None, "Conversations, or questions with answers.")
+    problems: Data = option(None, "Problems with final answers, for pass@k.")
+    prompts: Data = option(None, "Prompts of the win rate.")
+    pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
+    judge: str | None = option(
+        None, "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."
     )
-    against: str | None = field(default=None, metadata={"help": "Opponent in the win rate (default: the last SFT)."})
-    elicit: list[str] | str | None = field(
-        default="Working:",
-        metadata={
-            "help": "Beginning of elicited answers; of a list, the best on validation problems (own data: none)."
-        },
+    against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
+    elicit: list[str] | str | None = option(
+        "Working:", "Beginning of elicited answers; of a list, the best on validation problems (own data: none)."
     )
-    shots: int = field(
-        default=0, metadata={"help": "Solved training problems before each problem; tried like another beginning."}
+    shots: int = option(0, "Solved training problems before each problem; tried like another beginning.")
+    best_of: list[int] | int = option(
+        0, "Sampled answers of which PPO's reward model chooses one, as a baseline; or several numbers."
     )
-    best_of: list[int] | int = field(
-        default=0,
-        metadata={
-            "help": "Sampled answers of which PPO's reward model chooses one, as a baseline; or several numbers."
-        },
+    fixed_prompts: list[str] | None = option(None, "Prompts that every stage answers.")
+    limit: int | None = option(None, "Examples of each kind of measurement, at most (default: some hundreds).")
+    samples: int = option(8, "Answers sampled to each problem.")
+    max_new_tokens: int | None = option(
+        None, "Tokens of an answer (default: the stages' max_length, max_completion_length)."
     )
-    fixed_prompts: list[str] | None = field(default=None, metadata={"help": "Prompts that every stage answers."})
-    limit: int | None = field(
-        default=None, metadata={"help": "Examples of each kind of measurement, at most (default: some hundreds)."}
-    )
-    samples: int = field(default=8, metadata={"help": "Answers sampled to each problem."})
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of an answer (default: the stages' max_length, max_completion_length)."}
-    )
-    lm_eval_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval."})
-    seed: int = field(default=0, metadata={"help": "Seed of the sampled answers and of the intervals."})
-    vllm: bool | None = field(default=None, metadata={"help": "Sample answers with vLLM, on a GPU (default: no)."})
+    lm_eval_tasks: list[str] | None = option(None, "Tasks of lm-eval.")
+    seed: int = option(0, "Seed of the sampled answers and of the intervals.")
+    vllm: bool | None = option(None, "Sample answers with vLLM, on a GPU (default: no).")
 
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
+DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT
+}
+"""Values of the keys that do not name data."""
 
 
 def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
-    """Return what the settings of a run's stages say about how it is measured.
+    """Return what the settings of a run's stages say about how it is measured: the values of `DERIVED`.
 
     Args:
         stages: Name of the directory, kind and settings of each, in order.
-        home: Directory in which they write.
-
-    Returns:
-        The values of `DERIVED`, with paths as the settings have them.
+        home: Directory in which they write; paths in the settings are as if it were there.
     """
     stages = list(stages)
     last: dict[str, tuple[str, Values]] = {}
+    templates: dict[str, Any] = {}
     for name, kind, values in stages:
         # The first reward model is the one that PPO is trained with; another one is a judge.
         if kind not in last or kind not in STAGES or STAGES[kind].generates:
             last[kind] = (name, values)
+        template = values.get(ADDED)
+        # It may be JSON, as on a command line. If it is not, the stage itself is refused.
+        with contextlib.suppress(ValueError):
+            template = json.loads(template) if isinstance(template, str) else template
+        if template and isinstance(template, dict):
+            templates[name] = template
+
     trained_on: dict[str, Any] = {}
     lengths: dict[str, Any] = {}
     called: dict[str, Any] = {}
-    templates = {name: given for name, _, values in stages if (given := _template(values))}
     for key, held_out in HELD_OUT.items():
-        values = next((last[kind][1] for kind in kinds_with_data(key) if kind in last), {})
-        if values.get("dataset_name"):
-            trained_on[key] = _own_source(key, values)
-            if held_out.length:
-                lengths[key] = values.get(held_out.length)
-                templates |= {key: given} if (given := _template(values)) else {}
-                called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
+        name, values = next((last[kind] for kind in kinds_with_data(key) if kind in last), ("", {}))
+        if not values.get("dataset_name"):
+            continue
+        trained_on[key] = _own_source(key, values)
+        if held_out.length:
+            lengths[key] = values.get(held_out.length)
+            templates |= {key: templates[name]} if name in templates else {}
+            called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
 
     # The run starts from the first model that a stage names, unless another stage makes it.
     outputs = {str(home / name) for name, _, _ in stages}
@@ -173,27 +162,8 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     }
 
 
-def _template(values: Values) -> dict[str, Any]:
-    """Return the `chat_template_kwargs` of a stage, which may be JSON as on a command line."""
-    given = values.get(ADDED)
-    # The stage itself is refused if this is not JSON.
-    with contextlib.suppress(ValueError):
-        given = json.loads(given) if isinstance(given, str) else given
-    return given if isinstance(given, dict) else {}
-
-
-def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
-    """Return the arguments of the chat template with which a stage is asked what `key` names.
-
-    They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on such
-    data. Otherwise what that stage gains could be due to another prompt.
-    """
-    found = settings.get(ADDED) or {}
-    return found.get(stage) or found.get(key) or {}
-
-
 def _own_source(key: str, values: Values) -> dict[str, Any]:
-    """Return the data set of a stage as a `Source`."""
+    """Return the data set of a stage as the fields of a `Source`."""
     source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
     names = source["dataset_name"]
     if isinstance(names, list):
@@ -210,9 +180,14 @@ def _own_source(key: str, values: Values) -> dict[str, Any]:
     return source
 
 
-def defaults() -> dict[str, Any]:
-    """Return the values of the keys that do not name data where they are not given."""
-    return {item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT}
+def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
+    """Return the arguments of the chat template with which a stage is asked what `key` names.
+
+    They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on such
+    data. Otherwise what that stage gains could be due to another prompt.
+    """
+    found = settings.get(ADDED) or {}
+    return found.get(stage) or found.get(key) or {}
 
 
 def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
@@ -225,7 +200,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     """
     own: Values = derived["trained_on"]
     # What the file says comes before what the stages say, and that before the defaults.
-    settings = defaults() | {name: derived[name] for name in DERIVED} | dict(content)
+    settings = DEFAULTS | {name: derived[name] for name in DERIVED} | dict(content)
     settings["against"] = content.get("against") or derived["against"]
     if isinstance(tasks := settings["lm_eval_tasks"], str):
         settings["lm_eval_tasks"] = [tasks]
@@ -234,7 +209,8 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
             # Of a data set that a stage trains on as well, only the rows that this stage holds out are measured.
-            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in IDENTITY))
+            identity = ("dataset_name", "dataset_config")
+            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in identity))
             shared: Values = next(same, {})
             settings[key] = {name: shared[name] for name in DIVISION if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):
@@ -271,7 +247,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     settings: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
     # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
     stages = [
-        (path.parent.name, path.parent.name.partition("_")[2].partition("_")[0], read_json(path))
+        (path.parent.name, path.parent.name.split("_")[1], read_json(path))
         for path in sorted(run.glob("[0-9]*_*/arguments.json"))
     ]
     known = {name: settings[name] for name in DERIVED if name in settings}
@@ -280,7 +256,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
         settings = complete(settings, derive(stages, home) | known)
 
     # Earlier releases did not know every key.
-    return defaults() | settings
+    return DEFAULTS | settings
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
@@ -303,22 +279,13 @@ def with_layout(settings: Values, run: Path) -> dict[str, Any]:
 def check(settings: Values, prefix: str = "") -> list[Problem]:
     """Check completed settings: the keys of `evaluate.yaml`, and what can be seen of its data and its judge.
 
-    Args:
-        settings: From `complete`.
-        prefix: What precedes the field in a message.
+    `prefix` precedes the field in a message.
     """
     # These import transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm
     from pipeline.rewards.loading import load_rewards
-
-    def check_function(name: str, field: str) -> list[Problem]:
-        try:
-            load_rewards([name], field)
-        except UserError as error:
-            return list(error.problems)
-        return []
 
     def is_missing(path: str) -> bool:
         # "data.jsonl" is a file, where "org/data" is an id on the Hub.
@@ -335,6 +302,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
     if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
+    functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = settings.get(key)
         # A stage's own data are checked with the stage.
@@ -342,24 +310,31 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             continue
         _, found = check_values(source, [Source])
         name, grade = source.get("dataset_name"), source.get("grade")
-        if not isinstance(name, str) or is_missing(name):
+        if isinstance(name, list):
+            found.append(Problem("dataset_name", ", ".join(map(str, name)), "name one data set to measure on"))
+        elif not isinstance(name, str) or is_missing(name):
             found.append(Problem("dataset_name", name, "there is no such file or folder; give another, or a Hub id"))
         if isinstance(grade, str):
-            found += check_function(GRADES.get(grade, grade), "grade")
+            functions[f"{key}: grade"] = GRADES.get(grade, grade)
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
+
     # A judge may be a function, people, or a reward model that PPO does not see: otherwise PPO would be measured by
     # what it is trained to please. The model may be written by a later step of the run.
     judge = settings.get("judge")
-    if isinstance(judge, str) and ":" in judge:
-        problems += check_function(judge, "judge")
-    elif isinstance(judge, str) and _training(judge) in map(_training, map(str, settings["reward_models"])):
-        problems.append(Problem("judge", judge, "PPO is trained to please this model; give one that it does not see"))
-    elif isinstance(judge, str) and judge != VOTES and is_missing(judge):
-        problems.append(Problem("judge", judge, "there is no such folder; give a reward model, votes or a function"))
+    if isinstance(judge, str):
+        models = [Path(os.path.realpath(model)) for model in (judge, *settings["reward_models"])]
+        models = [path.parent if path.name.startswith("checkpoint-") else path for path in models]
+        if ":" in judge:
+            functions["judge"] = judge
+        elif models[0] in models[1:]:
+            remedy = "PPO is trained to please this model; give one that it does not see"
+            problems.append(Problem("judge", judge, remedy))
+        elif judge != VOTES and is_missing(judge):
+            remedy = "there is no such folder; give a reward model, votes or a function"
+            problems.append(Problem("judge", judge, remedy))
+    for field, name in functions.items():
+        try:
+            load_rewards([name], field)
+        except UserError as error:
+            problems += error.problems
     return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]
-
-
-def _training(model: str) -> Path:
-    """Return the folder that a training wrote a model to, which is the model or has it as a checkpoint."""
-    path = Path(os.path.realpath(model))
-    return path.parent if path.name.startswith("checkpoint-") else path

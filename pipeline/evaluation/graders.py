@@ -18,10 +18,8 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 
 
 def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically.
-
-    The `prompt` of the rows decides what rewards also judge by the problem, such as whether "50%" is 50.
-    """
+    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
+    # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
@@ -33,17 +31,9 @@ def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
     return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 
-def load_grader(grade: str | None, field: str = "grade") -> Grader:
-    """Load a grader by the name that `evaluate.yaml` gives it.
-
-    Args:
-        grade: A key of `GRADES`, a reward, or `package.module:function`. Default: `grade_final_answers`.
-        field: Key that named it, for messages.
-
-    Raises:
-        UserError: If there is no such reward.
-    """
+def load_grader(grade: str | None) -> Grader:
+    """Load the grader of problems: a key of `GRADES`, a reward, or `package.module:function`. Default: `grade_rows`."""
     if grade is None:
         return grade_rows
-    (reward,) = load_rewards([GRADES.get(grade, grade)], field)
+    (reward,) = load_rewards([GRADES.get(grade, grade)], "problems: grade")
     return lambda answers, rows: [value == 1.0 for value in call_reward(reward, answers, rows)]

@@ -1,13 +1,11 @@
 """Tasks of lm-evaluation-harness, which `python -m pipeline evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures.
 
-They need the extra `[eval]`. A task, a group or a tag is named as `lm-eval ls tasks` lists it, or by the path of a YAML
-file of one's own. It is measured with lm-eval's defaults, so that its command gives the same values:
+They need the extra `[eval]`. A task is measured with lm-eval's defaults, so that its command gives the same values:
 
     lm-eval run --model hf --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
 
-That is: with as many examples in the prompt as the task's file says, and without a chat template. The metric `acc_norm`
-of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways, the name of the way
-follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways,
+the name of the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -43,45 +41,35 @@ BATCH_SIZE = 8
 
 
 @cache
-def load_index(folders: tuple[Path, ...] = (), own: bool = True) -> TaskManager:
-    """Return lm-eval's index of tasks and groups: of its `own`, which takes seconds to build, and of more folders."""
+def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]]]:
+    """Return lm-eval's index, and the names in it of each task: several for a name with wildcards, or none."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=list(folders), include_defaults=own)
-
-
-def find_tasks(tasks: Sequence[str]) -> tuple[TaskManager, list[str], list[str]]:
-    """Return the index with the tasks, their names or paths in it, and those that cannot be found.
-
-    A name may have wildcards, as for lm-eval's command.
-    """
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own.
+    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
+    # takes seconds to build.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
-    index = load_index(tuple(path.parent for path in groups), own=bool(groups) or len(files) < len(tasks))
-    # A task of the user's file is known to the index by its name, if its folder is indexed.
+    defaults = bool(groups) or len(files) < len(tasks)
+    index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
     names = {entry.yaml_path: name for name, entry in index.task_index.items()}
-    found = {
-        task: index.match_tasks([task]) if task not in files else [names.get(files[task], str(files[task]))]
-        for task in tasks
-    }
-    return index, [name for matches in found.values() for name in matches], [task for task in tasks if not found[task]]
+    own = {task: [names.get(path, str(path))] for task, path in files.items()}
+    return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}
 
 
 def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
     """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
-    unknown = find_tasks(tasks)[2] if tasks else []
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
-    return [Problem(field, task, remedy) for task in unknown]
+    found = find_tasks(tuple(tasks))[1] if tasks else {}
+    return [Problem(field, task, remedy) for task in tasks if not found[task]]
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
-    A mean over examples is recorded with each of them, and has an interval like the project's own metrics, as have
-    perplexities. Any other figure, such as a group's, has the interval that follows from lm-eval's standard error.
+    A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
+    figure, such as a group's, has the interval that follows from lm-eval's standard error.
 
     Raises:
         UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
@@ -91,14 +79,14 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
 
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    index, found, _ = find_tasks(tasks)
+    index, found = find_tasks(tuple(tasks))
     # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
     try:
         measured = simple_evaluate(
             HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
-            tasks=found,
+            tasks=[name for names in found.values() for name in names],
             task_manager=index,
             limit=limit,
             bootstrap_iters=intervals.RESAMPLES,
@@ -163,5 +151,4 @@ def _record(result: StageResult, task: str, key: str, estimate: Estimate, sample
                 result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
 
 
-def _same(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-9)
+_same = partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)

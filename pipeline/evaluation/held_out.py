@@ -1,16 +1,8 @@
 """The held-out rows that stages are measured on.
 
-    evaluate.yaml, completed by what the stages read           a data set whose rows are all in one split
-            |    pipeline.evaluation.evaluate_yaml                  (validation_share 0.05, so the period is 20)
-            v
-    Source: data set, columns, share to hold out                   row  0    held out
-            |    Reader.find                                       row  1    trained on
-            v                                                      ...
-    Part: the rows of a split that are held out, or                row 19    trained on
-          the rows that a stage trains on                          row 20    held out
-            |    Part.sample, Reader.read                          ...
-            v
-    Example: a row with the columns that metrics expect
+    Source   a data set of evaluate.yaml, or of a stage, with its columns and the share that it holds out
+    Part     the rows of a split that are held out, such as 0, 20, 40 of a single split, or those that are trained on
+    Example  a row with the columns that metrics expect
 
 Training divides a single split in the same way (`pipeline.data.splits`), so no stage is measured on rows that it trains
 on. However large a data set is, only a sample of it is kept in memory.
@@ -42,9 +34,9 @@ from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import Source
-from pipeline.evaluation.graders import COMPARED, Grader, load_grader
+from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.files import as_list
-from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
+from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT
 
@@ -54,9 +46,13 @@ T = TypeVar("T")
 
 Example = dict[str, Any]
 """A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
+Rows = Sequence[Example]
 
 HELD_OUT_SPLITS = ("test", "validation")
 """Splits on which stages are measured, the better one first."""
+
+NO_RULE: Mapping[str, Any] = {"require": [], "reject": [], "max_words": 0, "test": ""}
+"""How an answer is graded that nothing is required of."""
 
 READ_WHOLE_BYTES = 64 << 20
 """Size of Parquet files up to which they are read directly; `datasets` copies larger ones into its cache."""
@@ -91,17 +87,12 @@ class HeldOut:
     """Held-out examples, in a list for each key of `evaluate.yaml`; without data of a kind, its list is empty.
 
     Attributes:
-        text: `text` and `kind`, for bits per byte.
-        instructions: `messages`, `kind` and perhaps how they are graded.
-        problems: `prompt`, `answer` and `kind`, for pass@k.
         longer: Problems that are longer than any in the training split.
         majority: Most frequent answer of each kind of problem in the training split.
-        prompts: `prompt`, `kind` and perhaps how they are graded, for the win rate.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
         trials: Other problems, for the baseline `elicited`.
         shots: Several beginnings of a conversation, each of solved training problems, for the same baseline.
-        pairs: `prompt`, `chosen` and `rejected`, for reward models.
-        graders: Graders of `instructions` and `problems`; without one, each instruction says how it is graded.
+        grader: Grades `problems`. Instructions say themselves how they are graded.
         can_vote: Whether samples can vote on the answer to a problem.
         fixed_prompts: Conversations that every stage answers.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
@@ -117,20 +108,19 @@ class HeldOut:
     trials: list[Example] = field(default_factory=list)
     shots: list[list[dict[str, str]]] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
-    graders: Mapping[str, Grader] = field(default_factory=dict)
+    grader: Grader = grade_rows
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
-    """Read the held-out rows of the data that the settings name.
+    """Read the held-out rows of the data that the settings name and, for `baselines`, what only these need.
 
     Args:
         run: Directory of the run.
         settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         flags: Keys of the data that options name.
-        baselines: Whether to read what only baselines need as well.
 
     Raises:
         UserError: If data that options name have no rows, or a data set cannot be read.
@@ -143,38 +133,35 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         key: reader.read(key, part, most[key], without="reasoning" if key == "instructions" else None)
         for key, part in parts.items()
     }
-    _warn_of_system_prompts(reader, rows)
+    trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
+    for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
+        column = "messages" if key == "instructions" else "prompt"
+        if any(row[column][0]["role"] != "system" for row in rows[key]):
+            logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
 
-    graders: dict[str, Grader] = {}
-    for key in ("instructions", "problems"):
-        if key in parts and (parts[key].source.grade is not None or key == "problems"):
-            graders[key] = load_grader(parts[key].source.grade, f"{key}: grade")
+    grade = parts["problems"].source.grade if "problems" in parts else None
+    # Fixed prompts that nobody names are held-out prompts, unless the run generates its data.
+    texts: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
+    fixed = [[{"role": "user", "content": text}] for text in texts]
+    if not fixed:
+        fixed = [row["messages"][:-1] for row in rows.get("instructions", ())[:5]]
+        fixed += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
+        fixed = (fixed or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
 
-    def others(key: str, most: int) -> list[Example]:
-        """Return rows to choose a baseline on: of the validation split or, without another one, of those trained on."""
-        part = reader.find(key, "validation")
-        if key in parts and (part is None or part.place == parts[key].place):
-            part = reader.find(key, trained_on=True)
-        return reader.read(key, part, most) if part else []
-
-    shots = _solved_problems(reader, rows.get("problems", ()), settings["shots"]) if baselines else []
-    is_chosen = baselines and len(as_list(settings["elicit"] or [])) + len(shots) > 1
-    longer = reader.find("problems", "test_longer")
+    problems = rows.get("problems", [])
+    for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"]) if baselines else {}
     found = HeldOut(
         text=[row for row in rows.get("text", ()) if row["text"].strip()],
         instructions=drop_ungradable(rows.get("instructions", ())),
-        problems=rows.get("problems", []),
-        longer=reader.read("problems", longer, most["longer"]) if longer else [],
-        majority=_most_frequent_answers(reader) if baselines else {},
+        problems=problems,
+        longer=reader.read("problems", reader.find("problems", "test_longer"), most["longer"]),
         prompts=drop_ungradable(rows.get("prompts", ())),
-        validation=[row for row in others("prompts", most["prompts"]) if not row.get("test")] if baselines else [],
-        trials=others("problems", TRIALS) if is_chosen else [],
-        shots=shots,
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
-        graders=graders,
-        can_vote="problems" in parts and parts["problems"].source.grade in COMPARED,
-        fixed_prompts=_fixed_prompts(run, settings, rows),
+        grader=load_grader(grade),
+        can_vote=grade in COMPARED,
+        fixed_prompts=fixed,
         suspects=_find_suspects(reader, parts),
+        **for_baselines,
     )
     if flags and not any(getattr(found, key) for key in HELD_OUT):
         remedy = "has no rows to measure on"
@@ -182,11 +169,47 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     return found
 
 
-def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
-    """Return the training rows that may have copies of held-out rows, as in `HeldOut`.
+def _read_for_baselines(
+    reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Mapping[str, Any], most: int
+) -> dict[str, Any]:
+    """Return the fields of `HeldOut` that only baselines need; of the prompts for validation, at most `most`."""
+    # Problems of the user have no training split here, whose answers would say anything.
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
+    for row in reader.read("problems", part, MAX_TRAINING_ROWS):
+        if row.get("answer"):
+            counts[row["kind"]][row["answer"]] += 1
 
-    The rows of every stage may, because pairs, for instance, can be made of test problems. Only data that the run
-    generates itself never have copies. A stream is searched for held-out rows of its own only.
+    # Solved problems are among the conversations that a stage trains on.
+    shots: list[list[dict[str, str]]] = []
+    number = settings["shots"]
+    if number > 0:
+        kinds = {"reasoning", *(row["kind"] for row in problems)}
+        rows = reader.read("instructions", reader.find("instructions", trained_on=True), MAX_TRAINING_ROWS)
+        solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
+        draw = random.Random(0)
+        draws = [draw.sample(solved, number) for _ in range(DRAWS)] if len(solved) >= number else []
+        shots = [[message for messages in drawn for message in messages] for drawn in draws]
+
+    def others(key: str, most: int) -> list[Example]:
+        """Return rows to choose a baseline on: of the validation split or, without another one, of those trained on."""
+        part = reader.find(key, "validation")
+        if key in parts and (part is None or part.place == parts[key].place):
+            part = reader.find(key, trained_on=True)
+        return reader.read(key, part, most)
+
+    return {
+        "majority": {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()},
+        "shots": shots,
+        "validation": [row for row in others("prompts", most) if not row.get("test")],
+        "trials": others("problems", TRIALS) if len(as_list(settings["elicit"] or [])) + len(shots) > 1 else [],
+    }
+
+
+def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
+    """Return the `suspects` of `HeldOut`. Pairs, for instance, can be made of test problems.
+
+    Only data that the run generates itself never have copies. A stream is searched for held-out rows of its own only.
     """
     found = {}
     for trained, source in reader.own.items():
@@ -201,53 +224,7 @@ def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple
     return found
 
 
-def _most_frequent_answers(reader: Reader) -> dict[str, str]:
-    """Return the most frequent answer to each kind of problem that a stage trains on."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
-    # Problems of the user have no training split here, whose answers would say anything.
-    for row in reader.read("problems", part, MAX_TRAINING_ROWS) if part else ():
-        if row.get("answer"):
-            counts[row["kind"]][row["answer"]] += 1
-    return {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()}
-
-
-def _solved_problems(reader: Reader, problems: Sequence[Example], number: int) -> list[list[dict[str, str]]]:
-    """Return `DRAWS` draws of so many problems with their answers from the conversations that a stage trains on."""
-    part = reader.find("instructions", trained_on=True) if number else None
-    rows = reader.read("instructions", part, MAX_TRAINING_ROWS) if part else []
-    kinds = {"reasoning", *(row["kind"] for row in problems)}
-    solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
-    draw = random.Random(0)
-    draws = [draw.sample(solved, number) for _ in range(DRAWS)] if len(solved) >= number > 0 else []
-    return [[message for messages in drawn for message in messages] for drawn in draws]
-
-
-def _warn_of_system_prompts(reader: Reader, rows: Mapping[str, Sequence[Example]]) -> None:
-    """Warn of named data without a system prompt, if a stage was trained with one."""
-    trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
-    for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
-        column = "messages" if key == "instructions" else "prompt"
-        if any(row[column][0]["role"] != "system" for row in rows[key]):
-            logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
-
-
-def _fixed_prompts(
-    run: Path, settings: Mapping[str, Any], rows: Mapping[str, Sequence[Example]]
-) -> list[list[dict[str, str]]]:
-    """Return the prompts that the settings name or, for data that the run generates, `FIXED_PROMPTS`.
-
-    Without either, they are some held-out prompts or, if there are none, the first of `FIXED_PROMPTS`.
-    """
-    own: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
-    if own:
-        return [[{"role": "user", "content": text}] for text in own]
-    held_out = [row["messages"][:-1] for row in rows.get("instructions", ())[:5]]
-    held_out += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
-    return (held_out or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
-
-
-def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
+def drop_ungradable(rows: Rows) -> list[Example]:
     """Drop the rows whose answers are code, with one line in the log, where code cannot be graded."""
     if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
         logger.warning("answers that are code are left out: %s", fault)
@@ -259,10 +236,8 @@ def drop_ungradable(rows: Sequence[Example]) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on.
 
-    Attributes:
-        place: What messages call the split.
-        period: One row in so many is held out, and the others are trained on; 1 if all rows of `data` belong to it.
-        trained_on: Whether it consists of the others.
+    `place` is what messages call the split. One row in a `period` is held out; the others belong to a part that is
+    `trained_on`. With a period of 1, all rows of `data` belong to the part.
     """
 
     data: Split
@@ -276,25 +251,23 @@ class Part:
 
         Rows of the kind `without` are skipped.
         """
+        # The rows 0, 20, 40 are held out for a period of 20.
+        others = self.trained_on and self.period > 1
         if not isinstance(self.data, Dataset):
             numbered = (
                 (number, row)
                 for number, row in enumerate(self.data)
-                if self._belongs(number) and (without is None or row.get("kind") != without)
+                if (number % self.period > 0) == others and (without is None or row.get("kind") != without)
             )
             yield from islice(numbered, most)
             return
         # An array, because a list of the numbers of millions of rows takes seconds.
         numbers = np.arange(len(self.data))
-        numbers = numbers[self._belongs(numbers)]
+        numbers = numbers[(numbers % self.period > 0) == others]
         if without and "kind" in self.data.column_names:
             numbers = numbers[np.array(self.data["kind"][:])[numbers] != without]
         chosen = list(map(int, subsample(numbers, most)))
         yield from zip(chosen, self.data.select(chosen), strict=True)
-
-    def _belongs(self, number: Any) -> Any:
-        """Return whether rows with these numbers belong to the part: 0, 20, 40 are held out for a period of 20."""
-        return (number % self.period > 0) == (self.trained_on and self.period > 1)
 
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
@@ -311,8 +284,7 @@ class Reader:
     """Opens data sets, each once, and reads the rows that are held out or trained on.
 
     Attributes:
-        sources: What stages are measured on, by key of `evaluate.yaml`.
-        own: What stages are trained on, by the same keys.
+        sources, own: What stages are measured on and trained on, by key of `evaluate.yaml`.
         named: Keys whose data the user names. No stage may train on them, so all their rows may be measured.
     """
 
@@ -328,12 +300,9 @@ class Reader:
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
-        """Return rows of the data set of `key`, None if there are none.
+        """Return rows of the data set of a key of `evaluate.yaml`, None if there are none.
 
-        Args:
-            key: Key of `evaluate.yaml`.
-            split: The split. Default: the held-out rows, wherever they are.
-            trained_on: Return the rows that a stage trains on instead.
+        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`.
 
         Raises:
             UserError: If a split that the user names does not exist.
@@ -341,46 +310,49 @@ class Reader:
         source = (self.own if trained_on else self.sources).get(key)
         if source is None:
             return None
-        train, named = source.dataset_train_split, source.dataset_test_split
-        is_exact = key in self.named and bool(named)
-        held_out = [named] if is_exact else [named, *HELD_OUT_SPLITS]
+        name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split
+        held_out = [named] if key in self.named and named else [named, *HELD_OUT_SPLITS]
         with _problems_of(key):
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
-                return self._divide(key, source, splits[train], trained_on)
-        if not splits:
-            return None
+                return _divide(key, source, splits[train], trained_on)
         wanted = [split] if split else [train] if trained_on else held_out
         if wanted is held_out and key in self.named and len(splits) == 1 and not named:
             # The user's file has one split, whatever it is called.
             wanted = list(splits)
-        found = next((name for name in wanted if name in splits), None)
+        found = next((one for one in wanted if one in splits), None)
         if found is None:
-            if wanted is held_out and key in self.named:
+            if splits and wanted is held_out and key in self.named:
                 remedy = f"there is no such split; choose from: {', '.join(splits)}"
                 raise UserError(Problem(f"{key}: dataset_test_split", named or "test", remedy))
             return None
         rows = splits[found]
-        if isinstance(rows, Path):
-            return Part(_read_parquet(rows), source, str(rows))
-        return Part(rows, source, f"{source.dataset_names[0]}, split {found}")
+        if not isinstance(rows, Path):
+            return Part(rows, source, f"{name}, split {found}")
+        try:
+            if rows.stat().st_size <= READ_WHOLE_BYTES:
+                data = Dataset(pq.read_table(rows))
+            else:
+                data = load_dataset("parquet", data_files=str(rows), split="train")
+        except (OSError, pa.ArrowException, DatasetGenerationError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(Problem("RUN", rows, f"cannot be read ({reason}); generate the data again")) from None
+        return Part(data, source, str(rows))
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name. It has none if a step of the run has not made it yet.
 
-        A folder with a Parquet file for each split, such as the run's own data, is not opened by `datasets`, which
-        would copy it: of the `wanted` splits, it returns the files.
+        `datasets` would copy a folder with a Parquet file for each split: its files, for `wanted` splits, are returned.
         """
         name, train = source.dataset_names[0], source.dataset_train_split
         path = Path(name)
         if (path / VOTES_FILE).is_file():
             update_data_set(path)
-        folder = path / (source.dataset_config or "")
-        files = {split: folder / f"{split}.parquet" for split in wanted}
+        files = {split: path / (source.dataset_config or "") / f"{split}.parquet" for split in wanted}
         files = {split: file for split, file in files.items() if file.is_file()}
         if files.keys() - {train}:
             return files
-        if path.is_relative_to(self.run) and not path.exists():
+        if self.is_made(source) and not path.exists():
             return {}
         opened = (name, source.dataset_config, source.document, *(source.keep_rows or []))
         if opened not in self._opened:
@@ -388,33 +360,15 @@ class Reader:
             self._opened[opened] = keep_rows(whole, source)
         return self._opened[opened]
 
-    def _divide(self, key: str, source: Source, rows: Any, trained_on: bool) -> Part:
-        """Return the rows of the only split that are held out, or the others, as training divides them."""
-        if key == "pairs":
-            # Training drops the pairs that say nothing before it divides the others.
-            divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
-            standard = replace(source, prompt_column="prompt")
-            return Part(divided[0 if trained_on else 1], standard, source.dataset_names[0])
-        if not isinstance(rows, Dataset):
-            # Training holds out rows of the stream's first file only.
-            rows = rows.shard(rows.num_shards, 0)
-        period = round(1 / source.validation_share)
-        place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
-        return Part(rows, source, place, period, trained_on)
-
-    def read(self, key: str, part: Part, most: int, without: str | None = None) -> list[Example]:
-        """Return rows with the columns that metrics expect, and their own.
-
-        Args:
-            key: Key of `evaluate.yaml`, which determines these columns.
-            part: The rows.
-            most: Number of rows to draw.
-            without: Kind of rows to skip.
+    def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
+        """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
 
         Raises:
             UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a
                 few malformed rows, they are skipped here too.
         """
+        if part is None:
+            return []
         columns = column_names(part.data)
         with _problems_of(key):
             convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
@@ -425,20 +379,38 @@ class Reader:
         faults: list[tuple[int, ShapeError]] = []
         for number, row in part.sample(most, without):
             try:
-                example = _with_rule({**row, **convert(row)})
+                example = {**row, **convert(row)}
+                if fault := validate_rule(example):
+                    raise ShapeError(fault)
             except ShapeError as error:
                 faults.append((number, error))
                 continue
+            if example.keys() & NO_RULE.keys():
+                example |= {column: example.get(column) or nothing for column, nothing in NO_RULE.items()}
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
         if faults:
-            number, fault = faults[0]
-            read = len(faults) + len(examples)
-            if not may_drop(part.source, len(faults), read):
-                remedy = f"{fault}; correct or remove that row"
+            number, first = faults[0]
+            count = len(faults) + len(examples)
+            if not may_drop(part.source, len(faults), count):
+                remedy = f"{first}; correct or remove that row"
                 raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))
-            what = f"{part.place}: {len(faults)} of {read} rows are left out"
-            logger.warning("%s, as in training; row %d, for instance: %s.", what, number, fault)
+            what = f"{part.place}: {len(faults)} of {count} rows are left out"
+            logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
+
+
+def _divide(key: str, source: Source, rows: Any, trained_on: bool) -> Part:
+    """Return the rows of the only split that are held out, or the others, as training divides them."""
+    if key == "pairs":
+        # Training drops the pairs that say nothing before it divides the others.
+        divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
+        standard = replace(source, prompt_column="prompt")
+        return Part(divided[0 if trained_on else 1], standard, source.dataset_names[0])
+    if not isinstance(rows, Dataset):
+        # Training holds out rows of the stream's first file only.
+        rows = rows.shard(rows.num_shards, 0)
+    place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
+    return Part(rows, source, place, round(1 / source.validation_share), trained_on)
 
 
 @contextmanager
@@ -448,27 +420,3 @@ def _problems_of(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(*(replace(one, field=f"{key}: {one.field}") for one in error.problems)) from None
-
-
-def _read_parquet(path: Path) -> Dataset:
-    try:
-        if path.stat().st_size <= READ_WHOLE_BYTES:
-            return Dataset(pq.read_table(path))
-        return load_dataset("parquet", data_files=str(path), split="train")
-    except (OSError, pa.ArrowException, DatasetGenerationError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(Problem("RUN", path, f"cannot be read ({reason}); generate the data again")) from None
-
-
-def _with_rule(row: Example) -> Example:
-    """Return a row with all columns of the rule by which it is graded, if it has one of them.
-
-    Raises:
-        ShapeError: If a column does not contain what its name says.
-    """
-    if not set(RULE_COLUMNS) & set(row):
-        return row
-    if fault := validate_rule(row):
-        raise ShapeError(fault)
-    defaults = {"require": [], "reject": [], "max_words": 0, "test": ""}
-    return {**row, **{column: row.get(column) or defaults[column] for column in RULE_COLUMNS}}

@@ -7,7 +7,7 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
@@ -29,9 +29,6 @@ LARGEST = 1e100
 class Estimate:
     """A measured value with its 95% interval, as evaluation writes it to disk and the report reads it.
 
-    The interval always contains the value: ends that rounding, or a bootstrap of a skewed statistic, puts on the wrong
-    side of it are moved to the value.
-
     Attributes:
         low, high: Ends of the interval, None if they are not known.
         n: Number of examples, None if it is not known.
@@ -45,6 +42,7 @@ class Estimate:
     by_kind: Mapping[str, Estimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Rounding, or a bootstrap of a skewed statistic, may put an end on the wrong side of the value.
         object.__setattr__(self, "value", float(self.value))
         if self.low is not None:
             object.__setattr__(self, "low", min(float(self.low), self.value))
@@ -77,11 +75,9 @@ def finite(value: Any) -> float | None:
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Return the score interval of a proportion (Wilson 1927), which keeps its coverage near 0 and 1.
+    """Return the score interval of a proportion of `n` trials (Wilson 1927), which keeps its coverage near 0 and 1.
 
-    Args:
-        successes: How many of the `n` independent trials succeeded, 0 to `n`.
-        n: Number of trials. Without trials the interval is (0, 1).
+    Without trials the interval is (0, 1).
     """
     if n == 0:
         return 0.0, 1.0
@@ -104,63 +100,31 @@ def bootstrap(
     Args:
         totals: Shape (units,), for instance the bits of each document.
         weights: Shape (units,), for instance the bytes of each document. Default: 1 each, which gives a plain mean.
-        seed: Seed of the resampling.
 
     Returns:
         (low, high), both None for fewer than two units: how much one unit differs from others is not known.
     """
     numerator = np.asarray(totals, dtype=np.float64)
     denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
-    n = len(numerator)
-    if n < 2:
+    if len(numerator) < 2:
         return None, None
     # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
-    parts = [_kept_counts(n, seed)] if n <= KEPT_UNITS else _counts(n, seed)
-    sums = [(counts @ numerator, counts @ denominator) for counts in parts]
-    total, drawn = map(np.concatenate, zip(*sums, strict=True))
+    counts: np.ndarray = _draw_counts(len(numerator), seed).astype(np.float64)
+    total, drawn = counts @ numerator, counts @ denominator
     # A resample may draw only units without weight.
-    ratios = total[drawn > 0] / drawn[drawn > 0]
-    low, high = np.quantile(ratios, TAILS)
+    low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
     return float(low), float(high)
 
 
-def _counts(n: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `n` units is drawn, one row per resample, by which the units are not copied.
-
-    However many units there are, the rows of one array have at most `MOST_COUNTS` entries.
-    """
-    generator, rows = np.random.default_rng(seed), max(1, MOST_COUNTS // n)
-    for start in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - start)
-        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
-
-
-@lru_cache(maxsize=32)
-def _kept_counts(n: int, seed: int) -> np.ndarray:
-    return next(_counts(n, seed))
-
-
-MOST_COUNTS = 4_000_000
-"""32 MB."""
-
-KEPT_UNITS = 400
-"""Units up to which draws are kept, 6 MB at most for each number of them: a report asks for few numbers, many times."""
-
-
-def proportion(outcomes: Sequence[float]) -> Estimate:
-    """Estimate the share of `outcomes` (zeros and ones, or bools) that are 1, with Wilson's interval."""
-    n, successes = len(outcomes), float(sum(outcomes))
-    return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
+# A report asks for few numbers of units, many times.
+@lru_cache(maxsize=16)
+def _draw_counts(n: int, seed: int) -> np.ndarray:
+    """Return how often each of `n` units is drawn, shape (RESAMPLES, n)."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.int16)
 
 
 def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
-    """Estimate a mean, with a bootstrap interval.
-
-    Args:
-        values: One value per unit, or several.
-        seed: Seed of the bootstrap.
-        units: The unit that each value belongs to. Default: a unit of its own.
-    """
+    """Estimate a mean, with a bootstrap interval over the unit that each value belongs to, by default its own."""
     n = len(values)
     value = float(np.mean(values)) if n else float("nan")
     number = np.arange(n) if units is None else _numbered(units)
@@ -170,32 +134,28 @@ def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | Non
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
     """Estimate the mean of outcomes between 0 and 1: Wilson's interval if all are 0 or 1, else the bootstrap's.
 
-    Args:
-        outcomes: One outcome per unit, or several.
-        seed: Seed of the bootstrap.
-        units: The unit that each outcome belongs to. Default: a unit of its own. If units have several outcomes,
-            Wilson's interval is computed for as many independent outcomes as have the same variance (Kish 1965).
+    Each outcome belongs to one of the `units`, by default its own. If units have several, Wilson's interval is computed
+    for as many independent outcomes as have the same variance (Kish 1965).
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
+    n, successes = len(outcomes), float(sum(outcomes))
     if units is None or not outcomes:
-        return proportion(outcomes)
+        return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
     # Eight answers to one prompt are worth between one and eight independent ones, the less the more alike they are.
-    n, share = len(outcomes), float(np.mean(outcomes))
-    independent = n / max(1.0, _design_effect(np.asarray(outcomes, dtype=np.float64), _numbered(units)))
-    return Estimate(share, *wilson(share * independent, independent), n)
-
-
-def _design_effect(outcomes: np.ndarray, number: np.ndarray) -> float:
-    """Return the variance of the grouped outcomes' mean, divided by the variance for as many independent outcomes."""
-    n, groups = len(outcomes), int(number.max()) + 1
-    deviations = outcomes - outcomes.mean()
+    # The effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
+    number = _numbered(units)
+    groups = int(number.max()) + 1
+    deviations = np.asarray(outcomes, dtype=np.float64) - successes / n
     alone = float(np.square(deviations).sum())
-    if alone == 0 or groups < 2:
-        # How alike the outcomes of a unit are is unknown: assume that they are all the same.
-        return n / groups
-    grouped = float(np.square(np.bincount(number, deviations)).sum())
-    return (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
+    # If all outcomes are equal, how alike those of a unit are is unknown: assume that they are all the same.
+    effect = n / groups
+    if alone > 0 and groups > 1:
+        grouped = float(np.square(np.bincount(number, deviations)).sum())
+        effect = (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
+    independent = n / max(1.0, effect)
+    share = successes / n
+    return Estimate(share, *wilson(share * independent, independent), n)
 
 
 def _numbered(units: Sequence[Hashable]) -> np.ndarray:
@@ -212,16 +172,11 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
 
 
 def mean_difference(differences: Sequence[float], weights: Sequence[float], of_share: bool = False) -> Estimate:
-    """Estimate the weighted mean of paired differences, with a bootstrap interval.
+    """Estimate the weighted mean of paired differences, one per unit, with a bootstrap interval.
 
-    Differences of a share that are all equal, or differences of right and wrong answers, get the interval of Bonett and
-    Price (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data"): the
-    normal one after one more gain and one more loss. A bootstrap of 24 zeros would have no width.
-
-    Args:
-        differences: One per unit.
-        weights: The weight of each.
-        of_share: Whether they lie between -1 and 1.
+    Differences `of_share`, between -1 and 1, that are all equal or of right and wrong answers get the interval of
+    Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+    data"): the normal one after one more gain and one more loss. A bootstrap of 24 zeros would have no width.
     """
     n = len(differences)
     counted = set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1
@@ -256,19 +211,14 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 
 
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-    """Estimate the mean of a figure over runs that differ in their seed.
+    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over runs that differ in their seed.
 
     The interval is Student's over the runs' values, which vary with the training and with the test rows. A few runs can
     agree by chance, so neither end is nearer to the mean than in the widest of the runs' own intervals. Those are over
     rows and do not shrink with the number of runs, because seeds often share their test rows.
 
-    Args:
-        runs: The figure of each run. That of a single run is returned as it is: its interval is over rows only.
-        lowest: The smallest value that the figure can have.
-        highest: The largest one.
-
     Returns:
-        The estimate, whose `n` is the number of runs if there are several.
+        The estimate, whose `n` is the number of runs. The figure of a single run is returned as it is.
     """
     if len(runs) == 1:
         return runs[0]

@@ -28,13 +28,8 @@ def document_losses(
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
     Each document is scored alone, after the token that begins one (`bos_token`, or `eos_token` if there is none), so
-    that its first token is predicted too. A document longer than the context is cut into independent windows.
-
-    Args:
-        model: A causal language model.
-        tokenizer: A tokenizer with a bos or an eos token.
-        texts: Documents of any length.
-        context: Window length in tokens, including the first token, which is not predicted.
+    that its first token is predicted too. A document longer than the `context` is cut into independent windows of so
+    many tokens, with the first one.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -63,14 +58,8 @@ def answer_losses(
 ) -> list[tuple[float, str]]:
     """Return the negative log-likelihood of the last message of each conversation in nats, and what is scored of it.
 
-    Its end-of-turn token is predicted as well. Of what exceeds the context, nothing is scored.
-
-    Args:
-        model: A causal language model.
-        tokenizer: A tokenizer with a chat template.
-        conversations: Messages that end with the assistant's.
-        context: Length in tokens up to which conversations are scored.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
+    Its end-of-turn token is predicted as well. Of what exceeds the `context`, in tokens, nothing is scored. `template`
+    are arguments of the chat template, `chat_template_kwargs`.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]
@@ -94,16 +83,11 @@ def sequence_losses(
 ) -> list[float]:
     """Return the negative log-likelihood of each sequence in nats, summed over the tokens that are predicted.
 
-    With a vocabulary of 150,000, all logits of a default batch would take 10 GB and their softmax as much again. A
-    batch has so few rows that `MAX_LOGITS` are not exceeded, but always one row.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer, for the token that fills up the rows of a batch.
-        sequences: Tokens of each, and the position of the first one that is predicted, at least 1.
+    `sequences` are the tokens of each, and the position of the first one that is predicted, at least 1.
     """
     model.eval()
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    # With a vocabulary of 150,000, all logits of a batch of 16,384 tokens would take 10 GB.
     batch_tokens = min(BATCH_TOKENS, MAX_LOGITS // model.config.get_text_config().vocab_size)
     losses = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number][0]))

@@ -24,14 +24,12 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):
-        if key == "text":
-            tests[key] = [{"text": row["text"]} for row in held_out.text]
-            continue
+        column = {"text": "text", "instructions": "messages"}.get(key, "prompt")
+        contents = [row[column] for row in getattr(held_out, key)]
         # Many rows share their system message, which says nothing about a copy.
-        column = "messages" if key == "instructions" else "prompt"
         tests[key] = [
-            {"messages": [message for message in row[column] if message["role"] != "system"]}
-            for row in getattr(held_out, key)
+            {"text": one} if key == "text" else {"messages": [turn for turn in one if turn["role"] != "system"]}
+            for one in contents
         ]
     copies: dict[str, set[int]] = {key: set() for key in tests}
     found: dict[str, dict[str, Any]] = {

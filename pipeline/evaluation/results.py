@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, outcome_mean
-from pipeline.files import read_json, read_run, write_text
+from pipeline.files import read_json, write_text
 
 Outcomes = dict[str, tuple[float, float, str]]
 """Id of an example, followed by the hash of its content -> (value, weight, kind)."""
@@ -28,25 +27,21 @@ class StageResult:
     """Everything that is known about a stage, or about a baseline that was measured with it.
 
     Attributes:
-        name: Directory name, such as "2_sft".
         metrics: Metric -> estimate. The metric of a baseline is named `<baseline>/<metric>`.
         examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
             its content.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
-        opponent: What its answers in the win rates depend on, if others are compared with it; see `win_rate`.
-        against: The stage that it is compared with in the win rates.
-        judge: Who judges the win rates, as reports name it.
+        opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
         experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
             with the expert `chosen` for each, by layer; {} for a dense model.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
-        seconds: How long the evaluation took, loading included; None if that is not known.
-        state: The content of trainer_state.json, with the logged values in `log_history`.
-        parameters: Number of weights saved, None if there are none.
-        active_parameters: Number of weights that a token passes: of the experts, only the ones it is routed to.
+        seconds: How long the evaluation took, loading included.
+        state, config: The content of trainer_state.json and config.json.
+        parameters, active_parameters: Number of weights saved, and of those that a token passes.
         seed: Seed of its sampled answers and of its intervals.
     """
 
@@ -73,11 +68,9 @@ class StageResult:
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json and STAGE.jsonl. A missing file is empty; a damaged one is skipped, with a line in `notes`.
+        """Read STAGE.json, which is `path`, and STAGE.jsonl. A missing file is empty.
 
-        Args:
-            path: Path of STAGE.json.
-            notes: Takes one line for each damaged file and each figure that is not a number.
+        `notes` takes a line for each damaged file and each figure that is not a number, which are skipped.
         """
         content = read_json(path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))
@@ -85,9 +78,7 @@ class StageResult:
             try:
                 result.metrics[name] = Estimate.from_json(entry)
             except ValueError as error:
-                # An older release wrote null for a metric that it could not measure.
-                if entry is not None:
-                    notes.append(f"{path}: {name}: {error}; skipped")
+                notes.append(f"{path}: {name}: {error}; skipped")
         for name in WRITTEN:
             setattr(result, name, content.get(name) or getattr(result, name))
         examples = path.with_suffix(".jsonl")
@@ -133,9 +124,8 @@ class StageResult:
             units: The unit that each row belongs to, if several rows may share one.
             extras: Further fields of each example, its answer for instance.
         """
-        values = measured["values"]
+        values, kinds = measured["values"], {}
         names = sorted({row["kind"] for row in rows})
-        kinds = {}
         if by_kind is not None and len(names) > 1:
             for kind in names:
                 members = [index for index, row in enumerate(rows) if row["kind"] == kind]
@@ -163,20 +153,19 @@ class StageResult:
 
     def take_baselines(self) -> dict[str, StageResult]:
         """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
-        found: dict[str, StageResult] = {}
-
-        def owner(baseline: str) -> StageResult:
-            texts = {baseline: self.texts.get(baseline, {})}
-            return found.setdefault(baseline, StageResult(baseline, texts=texts)) if baseline else self
-
+        found: dict[str, StageResult] = {"": self}
         metrics, examples, self.metrics, self.examples = self.metrics, self.examples, {}, []
         # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
         for figure, estimate in metrics.items():
             baseline, _, metric = figure.rpartition("/")
-            owner(baseline).metrics[metric] = estimate
+            if baseline not in found:
+                found[baseline] = StageResult(baseline, texts={baseline: self.texts.get(baseline, {})})
+            found[baseline].metrics[metric] = estimate
         for example in examples:
             baseline, _, metric = example["metric"].rpartition("/")
-            owner(baseline).examples.append({**example, "metric": metric})
+            if baseline in found:
+                found[baseline].examples.append({**example, "metric": metric})
+        del found[""]
         return found
 
     def remarks(self) -> list[str]:
@@ -198,22 +187,6 @@ def copies_in(found: Mapping[str, Any]) -> str:
     """Return in which training rows copies were found, and how many: ": pairs 32, text 1"."""
     counts = ", ".join(f"{name} {count}" for name, count in found.get("in", {}).items())
     return f": {counts}" if counts else ""
-
-
-def check_own(run: Path, stage: str, settings: Mapping[str, Any]) -> list[Problem]:
-    """Refuse to replace what the runner measured by what is measured on other data or with other settings.
-
-    `settings` are as in `StageResult`.
-    """
-    step = read_run(run).get("steps", {}).get(f"evaluate_{stage}", {})
-    saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
-    if not step.get("finished_at") or not isinstance(saved, dict):
-        return []
-    # As they would be read again.
-    now = json.loads(json.dumps(settings, default=str))
-    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    remedy = f"the run's own figures were measured with another {' and '.join(changed)}; choose a name for these"
-    return [Problem("--name", "nothing", remedy)] if changed else []
 
 
 def format_table(result: StageResult) -> str:

@@ -7,23 +7,24 @@ of RewardBench; docs/tools.md says how the tool `rewardbench` itself reads one.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Features
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, standing
 from pipeline.evaluation import intervals
 from pipeline.evaluation.evaluate_yaml import VOTES
-from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.metrics import NUMBER, Metric, output
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list, read_json
-from pipeline.preferences.judges import score
 from pipeline.rewards.annotators import INDIFFERENCE
+
+Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
+"""Conversations that end with an answer -> a score for each."""
 
 BINS = 10
 """Bins of confidence between 0.5 and 1."""
@@ -32,15 +33,12 @@ BINS = 10
 def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debiased: bool = True) -> float:
     """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
 
-    The accuracy in a bin of a few pairs is off by chance, so even a calibrated model shows a gap. The debiased estimate
-    subtracts what chance adds to the square (Kumar et al. 2019, "Verified Uncertainty Calibration", 1909.10155), and
-    may be negative.
-
     Args:
         margins: Score of the preferred answer minus the score of the other. The model's confidence in its own choice is
             sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
         agrees: 1 where its choice is the preferred answer, 0 where it is not, 0.5 where the scores are equal.
-        debiased: Whether to subtract the effect of chance, without bins that have a single pair.
+        debiased: Whether to subtract what chance adds to the square in bins of a few pairs (Kumar et al. 2019,
+            "Verified Uncertainty Calibration", 1909.10155). The result may be negative; bins of one pair do not count.
     """
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
@@ -61,11 +59,10 @@ def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debias
 def calibration_error(
     margins: np.ndarray, agrees: np.ndarray, units: Sequence[Hashable], seed: int = 0
 ) -> intervals.Estimate:
-    """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval.
+    """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval over units.
 
     A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval is
-    the spread of the plain estimate about its own mean, moved to the debiased one. The resampled `units` are the
-    prompts of the pairs.
+    the spread of the plain estimate about its own mean, moved to the debiased one.
     """
     squared = squared_calibration_error(margins, agrees)
     if len(set(units)) < 2:
@@ -82,11 +79,11 @@ def calibration_error(
 class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
-    `compute` also returns `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over
-    `units`, such as the prompts, which several pairs may share. Default: each pair is its own unit.
+    Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
+    `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over `units`, such as the
+    prompts, which several pairs may share. Default: each pair is its own unit.
     """
 
-    inputs = "predictions: scores of the preferred answers; references: scores of the others; units: prompts."
     columns = Features(predictions=NUMBER, references=NUMBER)
 
     def _compute(
@@ -102,17 +99,13 @@ class RewardAccuracy(Metric):
         }
 
 
-def measure_pairs(
-    result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]
-) -> None:
+def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     """Record the accuracy of a reward model, its margin, its calibration error and its correlation with length.
 
-    `reward_accuracy` is against the labels, `reward_accuracy_noise_free` against the annotators' taste, on the pairs
-    between which they are not indifferent (`taste_chosen` and `taste_rejected`, if they are known). All intervals are
-    over prompts, which may have several pairs.
+    `reward_accuracy_noise_free` is against the annotators' taste (`taste_chosen`, `taste_rejected`, if known), on the
+    pairs between which they are not indifferent. All intervals are over prompts, which may have several pairs.
     """
-    # Scores of both answers of each pair, shape (pairs, 2): the preferred answer comes first.
-    scores = _score_both(model, tokenizer, pairs)
+    scores = _score_both(rate, pairs)
     labelled = _record_accuracy(result, "reward_accuracy", scores, pairs)
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
@@ -122,22 +115,23 @@ def measure_pairs(
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
     if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
-        some = [pairs[i] for i in tasted]
-        _record_accuracy(result, "reward_accuracy_noise_free", better_first[tasted], some)
+        _record_accuracy(result, "reward_accuracy_noise_free", better_first[tasted], [pairs[i] for i in tasted])
 
     lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
-    result.metrics["reward_length_correlation"] = intervals.statistic(
-        lambda index: correlation(lengths[index].ravel(), scores[index].ravel()), _prompts(pairs), result.seed
-    )
+
+    def correlation(index: np.ndarray) -> float:
+        """Return Pearson's correlation of the lengths and scores of some pairs, 0 if either is constant."""
+        x, y = lengths[index].ravel(), scores[index].ravel()
+        return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0
+
+    units = [json.dumps(row["prompt"]) for row in pairs]
+    result.metrics["reward_length_correlation"] = intervals.statistic(correlation, units, result.seed)
 
 
-def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on.
 
-    These are the test split of the votes if it was trained on votes, and all votes otherwise. Each is a pair.
-
-    Raises:
-        UserError: If the votes of the run are damaged.
+    These are the test split of the votes if it was trained on votes, and all votes otherwise.
     """
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
@@ -145,31 +139,20 @@ def measure_people(result: StageResult, model: PreTrainedModel, tokenizer: PreTr
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:
-        _record_accuracy(result, "reward_accuracy_people", _score_both(model, tokenizer, pairs), pairs)
+        _record_accuracy(result, "reward_accuracy_people", _score_both(rate, pairs), pairs)
 
 
-def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Sequence[Example]) -> dict[str, Any]:
+def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Rows) -> dict[str, Any]:
     """Record how often the first answer of a pair scores higher; return what `RewardAccuracy` computed."""
-    units = _prompts(pairs)
+    units = [json.dumps(row["prompt"]) for row in pairs]
     better, worse = scores.T.tolist()
-    measured: dict[str, Any] = RewardAccuracy().compute(
-        predictions=better, references=worse, units=units, seed=result.seed
-    )
+    scored = {"predictions": better, "references": worse}
+    measured: dict[str, Any] = RewardAccuracy().compute(**scored, units=units, seed=result.seed)
     result.record(name, measured, pairs, units=units)
     return measured
 
 
-def _prompts(pairs: Sequence[Example]) -> list[str]:
-    """Return the prompt of each pair, over which the intervals are."""
-    return [json.dumps(row["prompt"]) for row in pairs]
-
-
-def _score_both(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Example]) -> np.ndarray:
-    """Return the scores of both answers of each pair, shape (pairs, 2)."""
+def _score_both(rate: Rate, pairs: Rows) -> np.ndarray:
+    """Return the scores of both answers of each pair, shape (pairs, 2), the preferred one first."""
     sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
-    return np.array(score(model, tokenizer, sides)).reshape(2, -1).T
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Pearson's correlation, 0 if `x` or `y` is constant."""
-    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0
+    return np.array(rate(sides)).reshape(2, -1).T

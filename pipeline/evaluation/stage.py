@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
-from pipeline.evaluation.held_out import Example, HeldOut, subsample
+from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
 from pipeline.evaluation.results import StageResult
@@ -54,12 +53,9 @@ WITHOUT = {
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Check, before anything is loaded, that the evaluations can be written and the stages are models.
+    """Refuse, before anything is loaded, a run that cannot be written to and stages that are not models.
 
     `named` are the stages by the options that name them.
-
-    Raises:
-        UserError: If one of these is not so, or the opponent in the win rates is a reward model.
     """
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
@@ -72,13 +68,6 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
             found = sorted(path.name for path in run.iterdir() if holds_model(path))
             remedy = f"is not the directory of a model; choose from: {', '.join(found) or 'none, train one first'}"
             raise UserError(Problem(option, stage, remedy))
-    against = settings["against"]
-    if against and holds_model(run / against):
-        with user_error_for("--against", against):
-            rewards = is_reward_model(load_config(str(run / against)))
-        if rewards:
-            remedy = "is a reward model, which does not write answers; choose another"
-            raise UserError(Problem("--against", against, remedy))
 
 
 def model_of(run: Path, stage: str, settings: Settings) -> Path:
@@ -92,7 +81,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     Args:
         run: The run directory.
         stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
-        held_out: What it is measured on.
+        held_out: What it is measured on; random weights answer fewer of its rows.
         settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
         folder: Where the evaluations are written; the answers of the opponent are read from there.
 
@@ -108,25 +97,15 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     with user_error_for("--stage", path):
         rewards = is_reward_model(load_config(str(path)))
     if rewards:
-        model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
-        model = model.to(hardware.accelerator() or "cpu").eval()
-        if held_out.pairs:
-            with RouteCounter(model) as counter:
-                measure_pairs(result, model, tokenizer, held_out.pairs)
-            record_load(result, counter)
-        else:
-            result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
-        measure_people(result, model, tokenizer, run)
-        # A judge would choose what it judges.
-        if settings["best_of"] and path in map(Path, settings["reward_models"]):
-            # Answers are compared in the precision that is fast on this machine, pairs in float32.
-            rate = partial(score, model.to(hardware.fast_dtype()), tokenizer)
-            judge = _find_judge(result, run, held_out, settings)
-            asked = _load_chats(run, settings["against"], settings, "--against")
-            baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
+        _measure_reward_model(result, run, held_out, settings)
     else:
+        answered, kind = held_out, STAGES.get(stage.partition("_")[2])
+        if kind is not None and kind.measured and not kind.trained:
+            keys = ("instructions", "problems", "longer")
+            fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in keys}
+            answered = replace(held_out, **fewer)
         try:
-            _measure_language_model(result, run, _answered(stage, held_out), settings, folder)
+            _measure_language_model(result, run, answered, settings, folder)
         except TemplateError as error:
             remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
             raise UserError(Problem("--stage", path, remedy)) from None
@@ -135,27 +114,40 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     return result
 
 
-def _answered(stage: str, held_out: HeldOut) -> HeldOut:
-    """Return the rows that a stage answers; random weights answer fewer."""
-    kind = STAGES.get(stage.partition("_")[2])
-    if kind is None or kind.trained or not kind.measured:
-        return held_out
-    fewer = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in ("instructions", "problems", "longer")}
-    return replace(held_out, **fewer)  # type: ignore[arg-type]
+def _measure_reward_model(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> None:
+    path = model_of(run, result.name, settings)
+    model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
+    model = model.to(hardware.accelerator() or "cpu").eval()
+    rate = partial(score, model, tokenizer)
+    if held_out.pairs:
+        with RouteCounter(model) as counter:
+            measure_pairs(result, rate, held_out.pairs)
+        record_load(result, counter)
+    else:
+        result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
+    measure_people(result, rate, run)
+    # A judge would choose what it judges.
+    if settings["best_of"] and path in map(Path, settings["reward_models"]):
+        # Answers are compared in the precision that is fast on this machine, pairs in float32.
+        model.to(hardware.fast_dtype())
+        judge = _find_judge(result, run, held_out, settings)
+        asked = _load_chats(run, settings["against"], settings, "--against")
+        baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
 
 
 def _measure_language_model(
     result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
 ) -> None:
     chats = _load_chats(run, result.name, settings, "--stage")
-    model, tokenizer = chats["instructions"].model, chats["instructions"].tokenizer
+    chat = chats["instructions"]
+    model, tokenizer = chat.model, chat.tokenizer
     result.against = settings["against"] or ""
     result.left_out += [line for name, line in WITHOUT.items() if not getattr(held_out, name)]
 
     # Likelihoods are computed in float32, answers in the precision that is fast on this machine.
     if held_out.text:
         with RouteCounter(model) as counter:
-            metrics.measure_texts(result, chats["instructions"], held_out.text)
+            metrics.measure_bits(result, chat, held_out.text)
         record_load(result, counter)
         for row in held_out.text[:DRAWN] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
@@ -165,21 +157,24 @@ def _measure_language_model(
         # lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
 
-        measure_tasks(result, chats["instructions"], settings["lm_eval_tasks"], settings["limit"])
+        measure_tasks(result, chat, settings["lm_eval_tasks"], settings["limit"])
     if not tokenizer.chat_template:
         result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
-    chats["instructions"].tally.total = _count_answers(held_out, settings, len(judged), opponent)
-    ungraded = [row for row in held_out.instructions if not ("instructions" in held_out.graders or is_gradable(row))]
-    if ungraded:
-        metrics.measure_answers(result, chats["instructions"], ungraded)
+    # About how many answers the model writes, perhaps as its own opponent; the baselines come to some more.
+    greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
+    sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
+    sides = 0 if opponent is None else 2 if opponent is chats["prompts"] else 1
+    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * sides * (_samples(settings) + 1)
+    if ungraded := [row for row in held_out.instructions if not is_gradable(row)]:
+        metrics.measure_bits(result, chat, ungraded, of_answers=True)
 
     model.to(hardware.fast_dtype())
     if held_out.instructions:
-        metrics.measure_instructions(result, chats["instructions"], held_out)
+        metrics.measure_instructions(result, chat, held_out)
     elif held_out.prompts:
         completions = chats["prompts"].greedy([row["prompt"] for row in held_out.prompts])
         metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
@@ -187,18 +182,18 @@ def _measure_language_model(
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
     if held_out.longer:
         longer = [answer.text for (answer,) in chats["problems"].answer(held_out.longer)]
-        metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.graders["problems"])
+        metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.grader)
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
         result.judge = judge.name
         answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, _samples(settings))
         win_rate.measure_matches(result, answers, judged, judge)
     result.cut_off = {
-        key: {**chat.counts, "limit": chat.max_new_tokens} for key, chat in chats.items() if chat.counts["answers"]
+        key: {**one.counts, "limit": one.max_new_tokens} for key, one in chats.items() if one.counts["answers"]
     }
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
-    chats = {key: replace(chat, counts=Counter()) for key, chat in chats.items()}
+    chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
     if result.name == result.against and held_out.problems:
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if result.name == result.against and answers and judge:
@@ -223,20 +218,6 @@ def _samples(settings: Settings) -> int:
     return 1 if settings["judge"] == VOTES else win_rate.SAMPLES
 
 
-def _count_answers(held_out: HeldOut, settings: Settings, judged: int, opponent: object) -> int:
-    """Return about how many answers the model of a stage writes; the baselines come to some more."""
-    problems = len(held_out.problems)
-    sampled = settings["samples"] * min(problems, metrics.MAX_SAMPLED_PROBLEMS)
-    # Sampled and greedy answers to the prompts; an opponent may have given its own before.
-    own = _samples(settings) + 1
-    matches = 0 if opponent is None else judged * (own if isinstance(opponent, dict) else 2 * own - 1)
-    greedy = len(held_out.instructions or held_out.prompts) + problems + len(held_out.longer)
-    # The trials of the baseline `elicited`, and the problems, which are answered in the best of the ways.
-    ways = len(as_list(settings["elicit"] or [])) + len(held_out.shots)
-    begun = ways * len(held_out.trials) + problems if held_out.trials else 0
-    return greedy + sampled + matches + begun + len(held_out.fixed_prompts)
-
-
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
     """Return the judge of the win rates; None, with a line that says why, if there is none yet."""
     name = settings["judge"]
@@ -256,12 +237,11 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 
 
 def _find_opponent(
-    result: StageResult, run: Path, rows: Sequence[Example], own: ChatModel, settings: Settings, folder: Path
+    result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path
 ) -> ChatModel | dict[str, list[list[str]]] | None:
     """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
 
-    Every stage is compared with the same answers. They are written with the evaluation of the opponent, and identified
-    by a hash of all that they depend on; without them, it answers again.
+    Every stage is compared with the same answers, which are written with the evaluation of the opponent.
     """
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
@@ -299,6 +279,22 @@ def _load_chats(
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
     dtype = hardware.fast_dtype() if is_opponent else torch.float32
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
+    if given := settings["max_new_tokens"]:
+        if problems := check_lengths(positions, max_new_tokens=given):
+            raise UserError(*problems)
+        limits = dict.fromkeys(keys, int(given))
+    else:
+        # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
+        from trl import GRPOConfig, SFTConfig
+
+        default = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
+        found = {key: length or default[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
+        other = next(iter(found.values()), DEFAULT_LENGTH)
+        limits = {key: min(found.get(key, other), positions or 1 << 30) for key in keys}
+
     vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
     tally = Tally("answers")
     return {
@@ -311,7 +307,7 @@ def _load_chats(
             tally=tally,
             toolbox=load_toolbox((settings[CALLED] or {}).get(key), tokenizer),
         )
-        for key, limit in answer_lengths(model, settings).items()
+        for key, limit in limits.items()
     }
 
 
@@ -324,24 +320,3 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     layers = [[round(share, 4) for share in layer] for layer in counter.shares]
     result.experts = {"layers": layers, "documents": []}
-
-
-def answer_lengths(model: PreTrainedModel, settings: Settings) -> dict[str, int]:
-    """Return the length limit of answers to instructions, problems and prompts, in tokens.
-
-    Raises:
-        UserError: If one that the user gave exceeds the model's context.
-    """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    answered = [key for key, held_out in HELD_OUT.items() if held_out.length]
-    if given := settings["max_new_tokens"]:
-        if problems := check_lengths(positions, max_new_tokens=given):
-            raise UserError(*problems)
-        return dict.fromkeys(answered, int(given))
-    # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
-    from trl import GRPOConfig, SFTConfig
-
-    own = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
-    found: dict[str, int] = {key: length or own[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
-    other = next(iter(found.values()), DEFAULT_LENGTH)
-    return {key: min(found.get(key, other), positions or 1 << 30) for key in answered}

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 import transformers
 from datasets import Features
-from transformers import PreTrainedModel
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.held_out import Example
+from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
-from pipeline.evaluation.metrics import STRING, Metric, output, share
+from pipeline.evaluation.metrics import NUMBER, Metric, output, record_mean, share
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
-from pipeline.rewards.annotators import judge_match
 
 Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
 """`win_rate` (sampled) and `win_rate_greedy` -> the answers to each prompt by a model and by its opponent."""
@@ -41,21 +39,12 @@ FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.t
 
 
 class WinRate(Metric):
-    """The mean outcome: 1 for a win, 0 for a loss, 0.5 for a tie."""
+    """The mean outcome of matches: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
-    inputs = "predictions: answers; references: the opponent's; rows: what they answer; outcomes: a judge's."
-    columns = Features(predictions=STRING, references=STRING)
+    columns = Features(predictions=NUMBER)
 
-    def _compute(
-        self,
-        predictions: list[str],
-        references: list[str],
-        rows: Sequence[Mapping[str, Any]],
-        seed: int = 0,
-        outcomes: Sequence[float] | None = None,
-    ) -> dict[str, Any]:
-        values = judge_match(predictions, references, rows) if outcomes is None else outcomes
-        return output(intervals.outcome_mean(values, seed), values)
+    def _compute(self, predictions: list[float], seed: int = 0) -> dict[str, Any]:
+        return output(intervals.outcome_mean(predictions, seed), predictions)
 
 
 class LastSentenceShare(Metric):
@@ -71,14 +60,13 @@ class LastSentenceShare(Metric):
 def answer_both(
     chat: ChatModel,
     opponent: ChatModel | Mapping[str, list[list[str]]],
-    rows: Sequence[Example],
+    rows: Rows,
     seed: int = 0,
     samples: int = SAMPLES,
 ) -> Matches:
     """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
 
-    The opponent samples with a different seed, so that a model against itself does not tie every time. Its answers may
-    be given.
+    The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
 
     def answer(model: ChatModel, **options: Any) -> list[list[str]]:
@@ -93,7 +81,7 @@ def answer_both(
     return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, greedy if opponent is chat else answer(opponent))}
 
 
-def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Example], judge: Judge) -> None:
+def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Judge) -> None:
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
@@ -102,7 +90,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Sequence[Exampl
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
 
 
-def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Sequence[Example]) -> None:
+def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
         kl       mean of log p(answer) - log p_reference(answer)
@@ -116,18 +104,16 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
     # These are others than the samples of the win rate, whose seeds are small.
     sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed + 1_000_000)
     sequences = [([*prompt, *answer.tokens], len(prompt)) for prompt, (answer,) in zip(prompts, sampled, strict=True)]
-
-    def losses(model: PreTrainedModel) -> list[float]:
+    losses = []
+    for model in (chat.model, reference.model):
         # The weights stay rounded as they were for sampling; only the arithmetic is exact.
         dtype = model.dtype
-        found = sequence_losses(model.float(), chat.tokenizer, sequences)
+        losses.append(sequence_losses(model.float(), chat.tokenizer, sequences))
         model.to(dtype)
-        return found
-
-    own, others = losses(chat.model), losses(reference.model)
+    own, others = losses
     moved = [other - one for one, other in zip(own, others, strict=True)]
-    for name, values in {"kl": moved, "entropy": own}.items():
-        result.record(name, output(intervals.mean(values, result.seed), values), rows, by_kind=intervals.mean)
+    record_mean(result, "kl", moved, rows)
+    record_mean(result, "entropy", own, rows)
 
 
 def record_wins(
@@ -135,7 +121,7 @@ def record_wins(
     name: str,
     ours: Sequence[Sequence[str]],
     theirs: Sequence[Sequence[str]],
-    rows: Sequence[Example],
+    rows: Rows,
     judge: Judge,
 ) -> None:
     """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
@@ -150,32 +136,25 @@ def record_wins(
     numbers, answers, others = zip(*matches, strict=True)
     outcomes = judge.match(list(answers), list(others), [rows[number] for number in numbers])
     of_prompt: dict[int, list[float]] = defaultdict(list)
-    # People may not have voted on a match yet.
     for number, outcome in zip(numbers, outcomes, strict=True):
+        # People may not have voted on a match yet.
         if outcome is not None:
             of_prompt[number].append(outcome)
     if missing := sum(outcome is None for outcome in outcomes):
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
     if not of_prompt:
         return
-    judged = [rows[number] for number in of_prompt]
     extras: list[dict[str, Any]] = []
     for number in of_prompt:
         extras.append({"answer": ours[number][0], "opponent": theirs[number][0]})
         # The other answers of the opponent are for later evaluations.
         if len(ours[number]) > 1:
             extras[-1] |= {"answers": ours[number], "opponents": theirs[number]}
-    wins = WinRate().compute(
-        predictions=[extra["answer"] for extra in extras],
-        references=[extra["opponent"] for extra in extras],
-        rows=judged,
-        seed=result.seed,
-        outcomes=list(map(fmean, of_prompt.values())),
-    )
-    result.record(name, wins, judged, extras=extras)
+    wins = WinRate().compute(predictions=list(map(fmean, of_prompt.values())), seed=result.seed)
+    result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 
-def fingerprint(model: Path, rows: Sequence[Example], **settings: object) -> str:
+def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine.
 
     It is empty for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
@@ -196,9 +175,9 @@ def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[
     saved = StageResult.read(folder / f"{stage}.json", notes)
     if not wanted or saved.opponent != wanted or notes:
         return None
-    answers: dict[str, list[list[str]]] = {"win_rate": [], "win_rate_greedy": []}
-    for example in saved.examples:
-        if example["metric"] in answers:
-            answers[example["metric"]].append(example.get("opponents") or [example["opponent"]])
+    answers = {
+        name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
+        for name in ("win_rate", "win_rate_greedy")
+    }
     # The examples may be missing.
     return answers if all(answers.values()) else None

@@ -172,7 +172,7 @@ def judge(args: argparse.Namespace, folder: Path) -> tuple[list[float], dict[str
     import torch
     from transformers import AutoTokenizer
 
-    from pipeline.evaluation.reward_model import score
+    from pipeline.preferences.judges import score
     from pipeline.rewards.annotators import taste
 
     prompts = [row for split in ("validation", "test") for row in rows(args, "preferences", split)]

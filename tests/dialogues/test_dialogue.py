@@ -186,7 +186,7 @@ def test_a_template_that_rewrites_a_turn_before_results_gives_way_to_the_one_for
 def test_calls_and_what_they_cost_are_measured() -> None:
     chat = ChatModel(toy.policy(calls=0.9), TOKENIZER, 24, toolbox=Toolbox([toy.double]))
     problems = [{**row, "id": number} for number, row in enumerate(rows(4, call_cost=0.1))]
-    held_out = HeldOut(problems=problems, graders={"problems": lambda answers, rows: [True] * len(answers)})
+    held_out = HeldOut(problems=problems, grader=lambda answers, rows: [True] * len(answers))
     result = StageResult("2_sft")
     measure_problems(result, chat, held_out, samples=1)
     calls = result.metrics["tool_calls"].value

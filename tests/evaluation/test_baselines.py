@@ -117,7 +117,7 @@ def test_of_several_ways_to_ask_the_best_on_other_problems_is_taken(monkeypatch:
     encode = ChatModel.encode
     monkeypatch.setattr(ChatModel, "encode", lambda self, prompts: asked.append(prompts) or encode(self, prompts))
     example = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "one two"}]
-    data: dict[str, Any] = {"graders": {"problems": begins_as_wanted}, "shots": [example]}
+    data: dict[str, Any] = {"grader": begins_as_wanted, "shots": [example]}
     result = StageResult("2_sft")
     held_out = HeldOut(problems=problems("red"), trials=problems("blue"), **data)
     measure_reasoning(result, chat, held_out, ["red", "blue", "green"])
@@ -143,7 +143,7 @@ def test_the_answer_with_the_highest_score_is_the_best_of_several() -> None:
 
     result = StageResult("3_reward")
     other = {"id": 2, "kind": "", "prompt": [{"role": "user", "content": "What?"}], "wanted": "2"}
-    held_out = HeldOut(problems=[*problems("2"), other], prompts=QUESTIONS, graders={"problems": begins_as_wanted})
+    held_out = HeldOut(problems=[*problems("2"), other], prompts=QUESTIONS, grader=begins_as_wanted)
     chats: Any = dict.fromkeys(("problems", "prompts"), Talker())
     measure_best_of(result, chats, held_out, [2, 4], rate, ANNOTATORS)
     assert result.metrics["best_of_4/pass@1"].value == pytest.approx(2 / 3)

@@ -244,7 +244,7 @@ def test_the_users_own_data_are_measured(run, tmp_path):
         "0_random",
         "--text",
         text,
-        "--reasoning",
+        "--problems",
         gsm8k,
         "--prompt_column",
         "question",
@@ -315,7 +315,7 @@ def test_a_reward_model_cannot_be_the_opponent(run, capsys):
     write_reward_model(run)
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", str(run), "--stage", "0_random", "--against", "3_reward"])
-    assert exit_.value.code == 2 and "--against: 3_reward: is a reward model" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "3_reward: is a reward model" in capsys.readouterr().err
 
 
 def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
@@ -384,7 +384,7 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
         (
-            ["RUN", "--stage", "0_random", "--reasoning", "DATA/preferences/test.parquet"],
+            ["RUN", "--stage", "0_random", "--problems", "DATA/preferences/test.parquet"],
             "--answer_column: answer: does not exist; choose from:",
         ),
     ],

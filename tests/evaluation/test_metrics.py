@@ -27,18 +27,19 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.reward_model import RewardAccuracy, calibration_error, squared_calibration_error
 from pipeline.evaluation.win_rate import LastSentenceShare, WinRate
 from pipeline.report.differences import judge, paired
+from pipeline.rewards.annotators import judge_match
 
 ROW = {"require": [["red"]], "reject": ["blue"], "max_words": 3, "test": ""}
 INPUTS = {
     BitsPerByte: {"predictions": [1.0], "references": ["text"]},
     InstructionAccuracy: {"predictions": ["red"], "references": [ROW]},
     LastSentenceShare: {"predictions": ["red"]},
-    MajorityVote: {"predictions": [["The answer is 3."]], "references": ["3"]},
-    PassAtK: {"predictions": [["The answer is 3."]], "references": ["3"]},
+    MajorityVote: {"predictions": [["The answer is 3."]], "rows": [{"answer": "3"}]},
+    PassAtK: {"predictions": [["The answer is 3."]], "rows": [{"answer": "3"}]},
     RewardAccuracy: {"predictions": [1.0], "references": [0.0]},
     StepRate: {"predictions": ["1 + 1 = 2. The answer is 2."]},
     StopRate: {"predictions": [[1, 2]], "eos_token_id": 2},
-    WinRate: {"predictions": ["red"], "references": ["blue"], "rows": [ROW]},
+    WinRate: {"predictions": [0.5]},
 }
 
 
@@ -61,7 +62,7 @@ def test_every_metric_computes_offline(metric, monkeypatch):
         assert metric in (BitsPerByte, WinRate), "a bootstrap over one example says nothing about others"
     else:
         assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
-    assert metric().description and metric().inputs_description
+    assert metric().description
 
 
 def interval(estimate):
@@ -85,8 +86,9 @@ def test_pass_at_k_refuses_impossible_counts(n, correct, k):
 
 def test_pass_at_k_averages_over_problems():
     answers = [["The answer is 3.", "The answer is 4."], ["The answer is 1.", "The answer is 2."]]
-    one = PassAtK().compute(predictions=answers, references=["3", "9"], k=1)
-    two = PassAtK().compute(predictions=answers, references=["3", "9"], k=2)
+    rows = [{"answer": "3"}, {"answer": "9"}]
+    one = PassAtK().compute(predictions=answers, rows=rows, k=1)
+    two = PassAtK().compute(predictions=answers, rows=rows, k=2)
     assert one["values"] == [0.5, 0.0] and one["value"] == 0.25 and one["n"] == 2
     assert two["values"] == [1.0, 0.0] and two["value"] == 0.5
     assert two["ci95"] == pytest.approx(intervals.wilson(1, 2))
@@ -108,7 +110,7 @@ def test_pass_at_k_averages_over_problems():
 )
 def test_the_majority_of_the_samples_decides(finals, reference, right):
     answers = ["I do not know 3." if final is None else f"1+1=2. The answer is {final}." for final in finals]
-    assert MajorityVote().compute(predictions=[answers], references=[reference])["values"] == [right]
+    assert MajorityVote().compute(predictions=[answers], rows=[{"answer": reference}])["values"] == [right]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +159,6 @@ def test_bootstrap_resamples_whole_units():
     # One long document decides the ratio: resampling tokens instead of documents would hide how much.
     low, high = intervals.bootstrap([1.0, 1.0, 1000.0], [1.0, 1.0, 100.0])
     assert low == pytest.approx(1.0) and high == pytest.approx(10.0)
-
-
-def test_bootstrap_of_many_units_is_computed_in_parts_that_fit_into_memory(monkeypatch):
-    values = [i % 7 for i in range(500)]
-    whole = intervals.bootstrap(values)
-    monkeypatch.setattr(intervals, "MOST_COUNTS", 3 * 500)
-    assert intervals.bootstrap(values) == pytest.approx(whole)
 
 
 def test_one_unit_has_no_interval():
@@ -282,9 +277,9 @@ def test_intervals_of_independent_pairs_do_not_get_narrower():
 def test_win_rate_prefers_the_right_answer_and_ties_with_itself():
     rows = [{"require": [["red"]], "reject": [], "max_words": 0, "test": ""}] * 40
     right, wrong = ["A fox is red."] * 40, ["A fox is blue."] * 40
-    assert WinRate().compute(predictions=right, references=wrong, rows=rows)["value"] == 1.0
-    assert WinRate().compute(predictions=wrong, references=right, rows=rows)["value"] == 0.0
-    assert WinRate().compute(predictions=right, references=right, rows=rows)["value"] == 0.5
+    assert WinRate().compute(predictions=judge_match(right, wrong, rows))["value"] == 1.0
+    assert WinRate().compute(predictions=judge_match(wrong, right, rows))["value"] == 0.0
+    assert WinRate().compute(predictions=judge_match(right, right, rows))["value"] == 0.5
 
 
 NUMBERS = st.floats(-1e6, 1e6)
@@ -304,7 +299,7 @@ def test_every_interval_contains_its_estimate(rows):
     values, outcomes, binary, units, weights = map(list, zip(*rows, strict=True))
     array = np.array(values)
     for estimate in (
-        intervals.proportion(binary),
+        intervals.outcome_mean(binary),
         intervals.mean(values),
         intervals.outcome_mean(outcomes),
         intervals.ratio(values, weights),

@@ -522,9 +522,10 @@ def test_a_model_that_no_stage_makes_is_the_base() -> None:
 def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
     content = {"lmit": 3, "limit": 0, "samples": 5000, "judge": "runs/x/3_reward", "text": "nowhere/a.txt"}
     content["problems"] = {"dataset_name": "q.jsonl", "prompt_colum": "q", "grade": "exakt"}
+    content["pairs"] = {"dataset_name": ["a.jsonl", "b.jsonl"]}
     problems = check(complete(content, derive(STAGES, Path("runs/x"))), "evaluate.yaml: ")
     assert sorted(problem.field.removeprefix("evaluate.yaml: ") for problem in problems) == [
-        *("judge", "limit", "lmit", "problems: dataset_name", "problems: grade", "problems: prompt_colum"),
-        *("samples", "text: dataset_name"),
+        *("judge", "limit", "lmit", "pairs: dataset_name", "problems: dataset_name", "problems: grade"),
+        *("problems: prompt_colum", "samples", "text: dataset_name"),
     ]
     assert all(isinstance(problem.remedy, str) for problem in problems) and UserError(*problems)

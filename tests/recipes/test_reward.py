@@ -14,7 +14,7 @@ from trl import ModelConfig, RewardConfig
 
 from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
-from pipeline.evaluation.reward_model import score
+from pipeline.preferences.judges import score
 from pipeline.training import train as training
 from pipeline.training.optimizer import OptimizerArguments
 from recipes import reward

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
-from pipeline.evaluation.intervals import proportion
+from pipeline.evaluation.intervals import outcome_mean
 
 pytest.importorskip("lm_eval")
 
@@ -75,7 +75,7 @@ def test_a_task_is_measured_with_n_and_interval_and_shown_in_the_report(run: Pat
             taken = logps[len(start) - 1 :].gather(1, ids[0, len(start) :, None])
             scores.append(taken.sum().item())
         correct.append(float(scores.index(max(scores)) == row["answer"]))
-    expected = proportion(correct)
+    expected = outcome_mean(correct)
     assert figure == expected.to_json() and figure["n"] == len(DOCUMENTS)
     lines = [json.loads(line) for line in (run / "evaluations" / "2_sft.jsonl").read_text().splitlines()]
     assert [line["value"] for line in lines if line["metric"] == "toy_choice:acc"] == correct

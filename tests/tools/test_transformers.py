@@ -23,9 +23,9 @@ from peft import AutoPeftModelForSequenceClassification
 from small_model import conversation, run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from pipeline.evaluation.reward_model import score
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model
+from pipeline.preferences.judges import score
 
 QUESTION = conversation("What is 3?", "")[:1]
 SHORT = ("--bf16", "false", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no")
