@@ -25,16 +25,13 @@ SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
 
 
 class InterruptCallback(TrainerCallback):
-    """Save and stop at the end of the step during which a signal arrived.
+    """Save and stop at the end of the step during which a signal arrived, the same one in all processes of a run.
 
-    The second signal has its usual effect immediately, unless a terminal has closed, which may send several. All
-    processes of a run stop at the same step.
-
-    Attributes:
-        received: Signal that one of the processes has received, or None. The same on every process.
+    The second signal has its usual effect immediately, unless a terminal has closed, which may send several.
     """
 
     def __init__(self) -> None:
+        # The signal that one of the processes has received. The same on every process.
         self.received: signal.Signals | None = None
         self._own = 0
         self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
@@ -71,11 +68,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """Return the error that ends a run whose training was stopped early by a signal.
-
-        Returns:
-            An error with exit code 128 + the signal's number. None if a signal did not arrive before the last step.
-        """
+        """Return the error, of exit code 128 + the signal's number, if a signal has stopped training early."""
         if self.received is None or state.global_step >= state.max_steps:
             return None
         return RunStopped(
@@ -124,16 +117,15 @@ class FiguresCallback(TrainerCallback):
         """Add the figures."""
         if logs is None or "loss" not in logs:
             return
-        figures = self._speed(args, state) | (self._load_of_experts(args) if self.counter.routers else {})
         # The trainer has copied the log into its history already.
         history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
+        figures = self._speed(args, state) | (self._load_of_experts(args) if self.counter.routers else {})
         for entry in (logs, *history):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
 
     def _speed(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
-        """Return the speed since the last log, and the time left at that speed."""
         now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
         if steps <= 0 or seconds <= 0:
@@ -151,14 +143,12 @@ class FiguresCallback(TrainerCallback):
         """Return the figures of the experts on all processes, and start counting again."""
         counter = self.counter
         counter.counts = sum_over_processes(counter.counts, args).cpu()
-        counter.entropy = sum_over_processes(counter.entropy, args).cpu()
-        figures = {}
-        for layer, shares in enumerate(counter.shares):
-            for expert, share in enumerate(shares):
-                figures[f"router/layer_{layer}/expert_{expert}"] = round(share, 3)
+        entropy = sum_over_processes(counter.entropy, args).cpu()
         # A token is counted once for each expert that it goes to.
-        tokens = counter.counts.sum(1) / counter.routers[0].top_k
-        for layer, mean in enumerate((counter.entropy / tokens).tolist()):
+        means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
+        figures = {}
+        for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
+            figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
             figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
         counter.clear()
         return figures

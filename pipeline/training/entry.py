@@ -15,7 +15,6 @@ from pipeline.config.command_line import FLAGS, describe_options, split_config
 from pipeline.config.fields import argument_types
 from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
-from pipeline.files import read_json
 
 
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
@@ -27,9 +26,6 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
         argv: Command line without the program name; `--help` prints its options. Default: `sys.argv`.
-
-    Raises:
-        SystemExit: As `exit_on_user_error`.
     """
     if argv is None:
         search_here_last()
@@ -51,25 +47,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         # live as long as the process: unless they are frozen, each collection looks through all of them.
         gc.enable()
         gc.freeze()
-        _keep_documents(arguments)
         with _without_new_directories(arguments), stop_as_one():
             main(*arguments)
-
-
-def _keep_documents(arguments: Iterable[Any]) -> None:
-    """Let a run that a release without `document` began go on with the documents that it had."""
-    # This import takes seconds, too long for `--help`.
-    from pipeline.config.output_directory import RECORD, RESOLVED
-    from pipeline.data.arguments import OLD
-
-    items = list(arguments)
-    training = next((item for item in items if hasattr(item, RESOLVED)), None)
-    earlier = read_json(Path(training.output_dir) / RECORD) if training is not None else {}
-    for item in items:
-        if earlier and "document" not in earlier and getattr(item, "document", "") is None:
-            item.document = OLD
-            # The record stays as it was, which tells evaluations and further resumptions the same.
-            getattr(training, RESOLVED).pop("document", None)
 
 
 @contextmanager

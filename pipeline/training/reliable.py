@@ -9,8 +9,8 @@ before it saves. Here, the end of a step with a checkpoint and an evaluation loo
     in a thread     |        |       | checksums, manifest, fsync, rename to checkpoint-N, delete surplus ones
     training        |        |       | (wait for the thread) | evaluate | replace trainer_state.json | step N + 1 ...
 
-What a checkpoint contains besides the files of transformers is a list of parts (`Part`). How its folder is validated
-stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in writing checkpoints.
+How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
+writing checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,24 +62,6 @@ DISK_IS_FULL = 2**23
 which did not fit, is what remained free."""
 
 
-class Part(Protocol):
-    """Something that a checkpoint contains besides what transformers saves.
-
-    Attributes:
-        belongs_to_model: Whether it is saved and loaded wherever the model is, also as the final and as the best model,
-            by the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes,
-            by every process.
-    """
-
-    belongs_to_model: bool
-
-    def save(self, folder: Path) -> None:
-        """Write files into the folder of a checkpoint."""
-
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Called after transformers has loaded its own files."""
-
-
 class Reliable(Trainer):
     """A trainer with whole checkpoints, exact resumption, evaluations without side effects, and no NaN in its weights.
 
@@ -93,12 +75,16 @@ class Reliable(Trainer):
     - A loss that is not a number ends the run before its gradient is applied.
 
     Attributes:
-        parts: What checkpoints contain besides the files of transformers.
+        parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
+            `load(folder)`, which is called after transformers has loaded its own files. A part that
+            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best model, by
+            the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes, by
+            every process.
         saved_step: Step of the latest checkpoint that was written or begun.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[Any] = []
         self.saved_step = 0
         # While a checkpoint is written, the folder that takes the place of `output_dir`.
         self._written_to: Path | None = None
@@ -111,7 +97,10 @@ class Reliable(Trainer):
         self._fetched_rows: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
-        self.add_callback(_TrainingBegins(self))
+        # Training begins after the callbacks that the trainer was made with.
+        last = TrainerCallback()
+        last.on_train_begin = lambda *_, **__: self._begin()  # type: ignore[method-assign]
+        self.add_callback(last)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and wait until the last checkpoint is complete.
@@ -150,9 +139,6 @@ class Reliable(Trainer):
 
         Checksums of a large model take long. Training waits for them only if it ends, is evaluated or has callbacks
         that read the checkpoint. A run that is killed meanwhile resumes from the checkpoint before.
-
-        Raises:
-            RunStopped: If this checkpoint or the one before could not be written.
         """
         args, state = self.args, self.state
         unfinished = Path(args.output_dir) / UNFINISHED
@@ -187,11 +173,9 @@ class Reliable(Trainer):
             self._written_to = None
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        """Return where checkpoints are written."""
         return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model and the parts that belong to it."""
         folder = output_dir or self.args.output_dir
         with cache_enabled(self.model):
             super()._save(folder, state_dict)
@@ -231,11 +215,7 @@ class Reliable(Trainer):
             self.finish_checkpoint()
 
     def finish_checkpoint(self) -> None:
-        """Wait until the latest checkpoint is complete.
-
-        Raises:
-            RunStopped: If it could not be written.
-        """
+        """Wait until the latest checkpoint is complete, or raise a `RunStopped` if it could not be written."""
         completion, self._completion = self._completion, None
         try:
             if completion is not None:
@@ -273,11 +253,8 @@ class Reliable(Trainer):
         """Load the model and the state of a complete checkpoint if it is the one of the last step.
 
         transformers would resume from it with one more step, so that a run killed between its last checkpoint and its
-        end would differ from an undisturbed one.
-
-        Returns:
-            Whether the checkpoint was of the last step. Always False for models that are loaded after sharding (FSDP,
-            DeepSpeed).
+        end would differ from an undisturbed one. Return whether it was; False for FSDP and DeepSpeed, which load models
+        after sharding.
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if state.global_step < total_steps(self) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -343,12 +320,11 @@ class Reliable(Trainer):
 
     def _record_evaluation(self) -> None:
         """Write the results of an evaluation into the checkpoint of the same step."""
-        state = self.state
-        checkpoint = checkpoint_folder(self.args.output_dir, state.global_step)
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(checkpoint)
+        checkpoint = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
         if self.args.should_save:
-            replace_state(checkpoint, state)
+            replace_state(checkpoint, self.state)
 
     def _adopt_present_length(self) -> None:
         """Follow the present arguments where they may have changed since the checkpoint.
@@ -378,12 +354,9 @@ class Reliable(Trainer):
     # ---- Steps, batches, tokens and evaluations
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Take a step, and stop at a loss that is NaN or infinite before its gradient is applied.
+        """Take a step, and raise a `RunStopped` for a loss that is NaN or infinite before its gradient is applied.
 
         transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
-
-        Raises:
-            RunStopped: If the loss is not finite.
         """
         rows = self._fetched_rows.popleft() if self._fetched_rows else None
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -443,16 +416,6 @@ def reliable(trainer_class: type[Any]) -> type[Any]:
     return type(trainer_class.__name__, (Reliable, trainer_class), {})
 
 
-class _TrainingBegins(TrainerCallback):
-    """Calls `Reliable._begin` after the callbacks that the trainer was made with."""
-
-    def __init__(self, trainer: Reliable) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin()
-
-
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch at the end of the block."""
@@ -468,13 +431,10 @@ def cache_enabled(model: Any) -> Iterator[None]:
     """Save the configuration of a model with `use_cache`, which transformers disables for training only."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    config.use_cache = True
-    try:
-        yield
-    finally:
+    if before is not None:
+        config.use_cache = True
+    yield
+    if before is not None:
         config.use_cache = before
 
 

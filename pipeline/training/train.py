@@ -75,9 +75,6 @@ def train_and_save(trainer: Reliable) -> None:
     SIGTERM and SIGHUP, and stops at a loss that is not a number. Other runs cannot write to the output directory
     meanwhile.
 
-    Args:
-        trainer: Any trainer of transformers or TRL with `Reliable` mixed in.
-
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
         UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
@@ -87,25 +84,20 @@ def train_and_save(trainer: Reliable) -> None:
     # A name that is not a folder is a checkpoint on the Hub. The best one so far is downloaded with it.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
     named = fetched or ([Path(name)] if name else [])
-    checkpoint = named[0] if named else None
     for folder in named:
-        if damage := _on_first(trainer, partial(_damage, folder)):
+        # A checkpoint that another program wrote does not have a manifest.
+        if (folder / MANIFEST).exists() and (damage := _on_first(trainer, partial(validate_checkpoint, folder))):
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
-    if checkpoint is not None:
-        check_architecture(checkpoint, trainer.model.config)
-        check_length(checkpoint, trainer)
+    if named:
+        check_architecture(named[0], trainer.model.config)
+        check_length(named[0], trainer)
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
-        own = [_copy_checkpoint(folder, trainer) for folder in fetched]
+        named = [_copy_checkpoint(folder, trainer) for folder in fetched] or named
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, own[0] if own else checkpoint)
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint. One that another program wrote does not have a manifest."""
-    return validate_checkpoint(checkpoint) if (checkpoint / MANIFEST).exists() else None
+        _train_and_save(trainer, named[0] if named else None)
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
@@ -116,19 +108,11 @@ def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Reject a checkpoint of a different model, whose weights would be loaded only in part.
-
-    Adapters pass, because their checkpoints do not contain a model configuration.
-
-    Raises:
-        UserError: If the model type or a size differs.
-    """
+    """Raise a `UserError` for a checkpoint of a different model, whose weights would be loaded only in part."""
+    # The checkpoints of adapters do not contain a model configuration.
     saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
-    changed = [
-        f"{name} {saved[name]} instead of {present[name]}"
-        for name in SIZES
-        if name in saved and name in present and saved[name] != present[name]
-    ]
+    both = [name for name in SIZES if name in saved and name in present]
+    changed = [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]
     if changed:
         remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
@@ -153,8 +137,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    own = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PushCallback)]
-    pushes = own[0] if own else PushCallback(trainer.args)
+    callbacks = trainer.callback_handler.callbacks
+    pushes = next((one for one in callbacks if isinstance(one, PushCallback)), None) or PushCallback(trainer.args)
     # Lines of the log take the place of transformers' dictionaries and bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -201,9 +185,6 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
-    except SystemExit as error:
-        message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
-        raise RunStopped(f"{message}; {trainer.last_good()}.") from error
     finally:
         # Something else has ended the run, so a failure is reported and not raised.
         if (failure := trainer.failed_completion()) is not None:
@@ -269,11 +250,6 @@ def _model_card(trainer: Reliable) -> str:
     kind = type(args).__name__.removesuffix("Config").lower()
     runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
     command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
-    trained = Trained(
-        folder=Path(args.output_dir),
-        kind=kind,
-        name=args.hub_model_id or str(args.output_dir),
-        settings=asked["settings"],
-        step={"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()},
-    )
-    return model_card(trained)
+    step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
+    name = args.hub_model_id or str(args.output_dir)
+    return model_card(Trained(Path(args.output_dir), kind, name, settings=asked["settings"], step=step))

@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 from small_model import conversation, write_lines
-from transformers import TrainingArguments
 
-from pipeline.config.output_directory import RECORD, claim
 from pipeline.data.arguments import OLD, DataArguments
 from pipeline.data.columns import Kind
 from pipeline.data.documents import LONGEST
@@ -23,7 +21,6 @@ from pipeline.data.overlap import overlap, words
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.training.entry import run
 
 POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
 ASKED = conversation("Why?", "Because.")
@@ -97,25 +94,6 @@ def test_long_files_and_single_ones_are_cut_at_blank_lines_or_line_ends(tmp_path
 )
 def test_what_a_document_is_can_be_chosen(tmp_path: Path, rule: str, expected: list[str]) -> None:
     assert texts(lay(tmp_path, a__txt="a\nb\n\n\nc", b__txt="d\n"), document=rule) == expected
-
-
-def test_a_run_of_an_earlier_release_goes_on_with_the_documents_that_it_had(tmp_path: Path) -> None:
-    folder = lay(tmp_path / "text", a__txt="a\nb\n\n\nc", b__txt="d\n")
-    output, seen = tmp_path / "run", []
-
-    def main(data: DataArguments, training: TrainingArguments) -> None:
-        claim(training)
-        seen.append(data.document)
-
-    argv = ["--dataset_name", str(folder), "--output_dir", str(output)]
-    run(main, argv)
-    record = json.loads((output / RECORD).read_text())
-    assert seen == [None] and record.pop("document", "") is None
-    (output / RECORD).write_text(json.dumps(record))
-    run(main, argv)
-    run(main, argv)
-    assert seen == [None, OLD, OLD], "also when it is resumed once more"
-    assert texts(folder, document=seen[-1]) == ["a\nb\n\n\nc\nd\n"]
 
 
 def test_files_belong_to_splits_by_their_names_and_none_is_dropped(tmp_path: Path) -> None:
