@@ -42,11 +42,7 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Read the file of `--config PATH`, which may be a file of a recipe that comes with the package.
-
-    Returns:
-        The content of the file, empty without one, and what is wrong with it.
-    """
+    """Return the content of the file of `--config`, also of one that comes with the package, and what is wrong."""
     if not paths:
         return {}, []
     if "" in paths:
@@ -60,32 +56,26 @@ def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Read the options in one pass, in which every option takes any number of words.
+    """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
     With types, `argparse` would stop at the first word that does not fit. Here it only finds out which words belong to
     which option; they are then converted and judged as the values of a YAML file are.
-
-    Args:
-        arguments: The command line without `--config`.
-        dataclass_types: Dataclasses whose fields are the options.
-
-    Returns:
-        The values by field name, and the problems of the rest.
     """
     # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
     for name, item in fields.items():
-        reader.add_argument(*_spellings(name), *item.metadata.get("aliases", ()), dest=name, nargs="*")
+        hyphens = name.replace("_", "-")
+        spellings = (f"--{name}", f"--{hyphens}", *item.metadata.get("aliases", ()))
+        reader.add_argument(*spellings, dest=name, nargs="*")
         if item.default is True:
-            reader.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"])
+            reader.add_argument(f"--no_{name}", f"--no-{hyphens}", dest=name, action="store_const", const=["false"])
     found, rest = reader.parse_known_args(arguments)
 
     hints = field_types(*dataclass_types)
     given: dict[str, Any] = {}
     switched_on: dict[str, Any] = {}
-    strays: list[str] = []
-    problems = []
+    strays, problems = [], []
     for name, words in vars(found).items():
         kinds = members(hints[name])
         lists = [kind for kind in kinds if get_origin(kind) is list]
@@ -116,17 +106,11 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
     return values | switched_on, refused + problems
 
 
-def _spellings(name: str) -> list[str]:
-    """Return how an option may be written: with underscores or with hyphens."""
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
-
-
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
     """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
     for kind in kinds:
         if get_origin(kind) is Literal or is_enumeration(kind):
-            known = get_args(kind) or [option.value for option in kind]
-            for value in known:
+            for value in get_args(kind) or [option.value for option in kind]:
                 if str(value) == word:
                     return value
     if bool in kinds and word.lower() in SWITCH:
@@ -146,13 +130,8 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
-    ours = {
-        name
-        for kind in dataclass_types
-        for base in kind.__mro__
-        if base.__module__.startswith("pipeline.")
-        for name in vars(base).get("__annotations__", ())
-    }
+    bases = {base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")}
+    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
     often = [item for item in items if item.name in usual | ours]
     rest = [item for item in items if item not in often]
     lines = [USAGE.format(module=module), *(_describe(item, hints[item.name], everything) for item in often)]

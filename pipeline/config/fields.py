@@ -111,7 +111,6 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_to(value: Any, kind: Any) -> Any:
-    """Convert a value to one type that is not a union; the message of its `TypeError` is not shown."""
     origin = get_origin(kind) or kind
     if origin is list and value is not None:
         return [convert(item, get_args(kind)[0]) for item in as_list(value)]

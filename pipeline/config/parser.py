@@ -54,9 +54,6 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
         argv: Command line without the program's name. Default: `sys.argv`.
 
-    Returns:
-        One instance of each type, in order.
-
     Raises:
         UserError: With everything that is wrong with the file and the command line.
     """
@@ -112,12 +109,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file, without the files that they name.
-
-    Args:
-        config: Its content.
-        dataclass_types: Dataclasses whose fields are its keys.
-        processes: Processes that will run.
+    """Check the values of a YAML file for a step of so many processes, without the files that they name.
 
     Returns:
         The dataclasses, as far as they can be built, and the problems.
@@ -159,7 +151,7 @@ def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
-    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
+    problems += checks.check_supported(asked) + checks.check_options(asked)
     for kind in rollouts:
         problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
     # Subclasses have groups of one, and TRL's message does not name the field.
@@ -178,17 +170,9 @@ def _build_checked(
     problems: list[Problem],
     on_command_line: Collection[str] = (),
 ) -> list[Any]:
-    """Build the dataclasses, and check their fields together.
+    """Build as many of the dataclasses as can be, check their fields together, and append what is wrong to `problems`.
 
-    Args:
-        dataclass_types: The dataclasses.
-        asked: Values that the user gave.
-        machine: Values of fields that the user did not give.
-        problems: Problems found so far; new ones are appended.
-        on_command_line: Fields that the command line gave.
-
-    Returns:
-        The dataclasses that could be built.
+    The values of `machine` are for fields that the user did not give.
     """
     reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
@@ -217,21 +201,23 @@ def _build_checked(
     for item in built:
         if isinstance(item, TrainingArguments):
             launch.use_one_gpu(item)
-    problems += _split_model_revision(built, asked) + checks.check_together(built, reported, on_command_line)
+        # `model_name_or_path: NAME/repo@revision` is that name and `model_revision`.
+        name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
+        if revision is not None and hasattr(item, "model_revision"):
+            if (other := asked.get("model_revision")) not in (None, revision):
+                remedy = f"model_name_or_path asks for {revision}; omit one of them"
+                problems.append(Problem("model_revision", other, remedy))
+            item.model_name_or_path, item.model_revision = name, revision
+    problems += checks.check_together(built, reported, on_command_line)
     return built
 
 
 def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
-    """Return the problems that a dataclass lists, or its message as the problem of the field that it names.
-
-    Args:
-        error: What the constructor raised.
-        kind: The dataclass.
-        own: The values that it was given.
-        is_expected: Whether values of the user are missing, so that a message about another field is a consequence.
+    """Return the problems that a dataclass of the values `own` lists, or its message under the field that it names.
 
     Raises:
-        Exception: `error`, if it names no field: then this is a defect.
+        Exception: `error`, if it names no field: then this is a defect, unless it `is_expected` as a consequence of
+            values of the user that are missing.
     """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
@@ -254,24 +240,3 @@ def _named_in(message: str, names: Iterable[str]) -> str | None:
     found = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in names}
     places = {name: match.start() for name, match in found.items() if match}
     return min(places, key=lambda name: places[name], default=None)
-
-
-def _split_model_revision(arguments: Iterable[Any], asked: Mapping[str, Any]) -> list[Problem]:
-    """Turn `model_name_or_path: NAME/repo@revision` into that name and `model_revision`, in place.
-
-    Args:
-        arguments: Argument dataclasses.
-        asked: Values that the user gave.
-
-    Returns:
-        The problem of two different revisions, if both are given.
-    """
-    for item in arguments:
-        name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
-        if revision is None or not hasattr(item, "model_revision"):
-            continue
-        if asked.get("model_revision") not in (None, revision):
-            remedy = f"model_name_or_path asks for {revision}; omit one of them"
-            return [Problem("model_revision", asked["model_revision"], remedy)]
-        item.model_name_or_path, item.model_revision = name, revision
-    return []

@@ -28,9 +28,7 @@ MAX_FILES = 100
 def find_shipped(path: Path) -> Path:
     """Return `path` if it exists, otherwise the recipe or launch file of that name in the package or on the Hub.
 
-    Args:
-        path: `recipes/pocket`, `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, `NAME/repo@revision`,
-            which `fetch_recipes` downloads, or any other path.
+    It is `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, `NAME/repo@revision`, or any other path.
     """
     if os.path.exists(path) or path.is_absolute():
         return path
@@ -44,10 +42,7 @@ def find_shipped(path: Path) -> Path:
 
 @functools.cache
 def fetch_recipes(name: str) -> Path | None:
-    """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub.
-
-    Returns:
-        Their folder in the cache of the Hub's client, or None if there is no such repository.
+    """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub, if any.
 
     Raises:
         UserError: If the Hub cannot be reached, or with all that the files say and may not say (`untrusted`).
@@ -105,12 +100,7 @@ def show_fetched(path: Path) -> str:
 
 
 def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
-    """Return the input of a step that an earlier step of its folder has yet to write, with the command that does.
-
-    Args:
-        arguments: The step's argument dataclasses.
-        config: Its YAML file.
-    """
+    """Return the input of a step, of the file `config`, that an earlier step has yet to write, with its command."""
     folder = Path(config).parent
     steps: list[tuple[str, Path]] = []
     for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):
@@ -120,13 +110,12 @@ def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
             steps += [(path.stem, output)] if output.parts else []
     missing: dict[str, tuple[str, str]] = {}
     for name in READ:
-        for value in (getattr(item, name, None) for item in arguments):
-            for text in filter(None, as_list(value)):
+        for item in arguments:
+            for text in filter(None, as_list(getattr(item, name, None))):
                 writer = next((step for step, output in steps if Path(text).is_relative_to(output)), None)
                 if writer is not None and not os.path.exists(text):
                     missing.setdefault(writer, (name, text))
     if not missing:
         return None
     last = max(missing)
-    command = as_typed("run", folder, "--until", last)
-    return Problem(*missing[last], f"does not exist yet; first run `{command}`")
+    return Problem(*missing[last], f"does not exist yet; first run `{as_typed('run', folder, '--until', last)}`")

@@ -50,12 +50,9 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a changed run can go on from what it has saved: a checkpoint, of no more steps than it now has.
+    """Return whether a run of these `values` can go on from what it has saved, although fields with an effect changed.
 
-    Args:
-        output_dir: Where it has saved.
-        changed: Fields that have an effect, and were changed.
-        values: Its present settings.
+    It can if a checkpoint has no more steps than the run now has.
     """
     if not changed or not LENGTH.issuperset(changed) or values.get("save_only_model"):
         return False
