@@ -11,9 +11,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from pipeline.config.fields import describe_type, field_types, is_enumeration, members, read_values, unknown_field
+from pipeline.config.fields import describe_type, field_types, known_values, members, read_values, unknown_field
 from pipeline.config.recipe_folder import SHIPPED, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
@@ -109,10 +109,9 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
     """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
     for kind in kinds:
-        if get_origin(kind) is Literal or is_enumeration(kind):
-            for value in get_args(kind) or [option.value for option in kind]:
-                if str(value) == word:
-                    return value
+        for value in known_values(kind):
+            if str(value) == word:
+                return value
     if bool in kinds and word.lower() in SWITCH:
         return SWITCH[word.lower()]
     for number in (int, float):

@@ -96,12 +96,10 @@ class FiguresCallback(TrainerCallback):
     - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
       the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
-
-    Args:
-        length: Tokens per training sequence, which determine the cost of attention.
     """
 
     def __init__(self, length: int) -> None:
+        # Tokens per training sequence, which determine the cost of attention.
         self.length = length
         self.flops_per_token = 0.0
         # Time in seconds, step and tokens at the last log.

@@ -161,10 +161,8 @@ def check_length(checkpoint: Path, trainer: Trainer) -> None:
 def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> tuple[int, int]:
     """Return how many checkpoints are on the disk at once, and the bytes of these and of the model.
 
-    Args:
-        parameters: Weights that are saved with each checkpoint, in 4 bytes each.
-        trainable: Weights for which the optimizer keeps two numbers each.
-        beside: Weights of a base model that is saved once, next to an adapter.
+    Each contains `parameters` of 4 bytes, and two numbers of the optimizer for `trainable` ones. `beside` are those of
+    a base model that is saved once, next to an adapter.
     """
     if args.save_strategy == "no":
         kept = 0
@@ -196,7 +194,14 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
     If it is `early`, and other steps run before, a server of vLLM does not have to be there yet.
     """
-    problems = _try_optimizer(args) + _try_schedule(args)
+    problems = _try_schedule(args)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+    except LIBRARY_ERRORS as error:
+        # Either a package is missing, or an option is wrong.
+        field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
+        value = getattr(args, field)
+        problems.append(Problem(field, getattr(value, "value", value), str(error)))
     if args.use_liger_kernel and not is_liger_kernel_available():
         problems.append(Problem("use_liger_kernel", True, "liger-kernel is not installed; omit it"))
     for name in args.report_to or []:
@@ -222,17 +227,6 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
         skip_unreachable_hub()
         problems += check_access([repo_id], "push_to_hub", token=args.hub_token)
     return problems
-
-
-def _try_optimizer(args: TrainingArguments) -> list[Problem]:
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
-    except LIBRARY_ERRORS as error:
-        # Either a package is missing, or an option is wrong.
-        field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
-        value = getattr(args, field)
-        return [Problem(field, getattr(value, "value", value), str(error))]
-    return []
 
 
 def _try_schedule(args: TrainingArguments) -> list[Problem]:

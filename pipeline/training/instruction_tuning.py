@@ -13,12 +13,7 @@ from pipeline.training.reliable import Reliable
 
 
 class SFTTrainer(Reliable, trl.SFTTrainer):
-    """TRL's `SFTTrainer` with three kernels, each of them optional.
-
-    Args:
-        *args, **kwargs: As for TRL's.
-        attn_implementation: The attention that was requested. Default: the one that suits the machine.
-    """
+    """TRL's `SFTTrainer` with three kernels, each of them optional, and the attention that was requested, if any."""
 
     def __init__(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -23,13 +23,8 @@ class WithReference(Reliable):
     disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
     started from: it is copied.
 
-    Args:
-        model: As for TRL's, or an adapter that `starting_model` has merged into its base model.
-        args, **kwargs: As for TRL's.
-        attn_implementation: The attention that was requested. Default: the one that suits the machine.
-
-    Raises:
-        UserError: If the reference is to be computed beforehand for the rows of a stream.
+    `attn_implementation` is the attention if one was requested. A reference that is to be computed beforehand for the
+    rows of a stream raises a `UserError`.
     """
 
     def __init__(

@@ -116,11 +116,15 @@ class Reliable(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do what is due after a step. A checkpoint is saved before the evaluation, which may take long."""
-        self._add_up_tokens()
+        control, counts = self.control, self.args.include_num_input_tokens_seen == "all"
+        is_due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        if counts and is_due:
+            counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
+            self.state.num_input_tokens_seen += int(sum_over_processes(counted, self.args))
+            self._uncounted_tokens = 0
         # A checkpoint that could not be completed ends the run at the next step, not at the next checkpoint.
         if self._completion is not None and self._completion.done() and self._completion.exception() is not None:
             self.finish_checkpoint()
-        control = self.control
         both_due = control.should_save and control.should_evaluate
         if not both_due or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -373,12 +377,12 @@ class Reliable(Trainer):
     def get_train_dataloader(self) -> Any:
         """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none.
 
-        Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
-        training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.
+        Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
         """
         args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
+        # As an argument, it would also drop rows from evaluations.
         asked, args.dataloader_drop_last = args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
@@ -386,24 +390,12 @@ class Reliable(Trainer):
             args.dataloader_drop_last = asked
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of this process.
-
-        transformers gathers the count of each micro-batch, for which the fastest process waits for the slowest, and the
-        host for its GPU. Here the counts are added up when a step logs or saves.
-        """
+        # transformers gathers the count of each micro-batch, for which the fastest process waits for the slowest, and
+        # the host for its GPU. Here the counts are added up when a step logs or saves.
         if self.args.include_num_input_tokens_seen != "all":
             super()._track_num_input_tokens(inputs)
         elif (ids := inputs.get(self.model.main_input_name)) is not None:
             self._uncounted_tokens += ids.numel()
-
-    def _add_up_tokens(self) -> None:
-        control = self.control
-        if self.args.include_num_input_tokens_seen != "all":
-            return
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
-            self.state.num_input_tokens_seen += int(sum_over_processes(counted, self.args))
-            self._uncounted_tokens = 0
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and restore the random state of training."""

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -95,9 +94,15 @@ def train_and_save(trainer: Reliable) -> None:
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
-        named = [_copy_checkpoint(folder, trainer) for folder in fetched] or named
+        own = []
+        for folder in fetched:
+            step = TrainerState.load_from_json(str(folder / STATE)).global_step
+            own.append(checkpoint_folder(args.output_dir, step))
+            if first:
+                with files.write_folder(own[-1]) as copied:
+                    shutil.copytree(folder, copied, dirs_exist_ok=True)
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, named[0] if named else None)
+        _train_and_save(trainer, next(iter(own or named), None))
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
@@ -116,20 +121,6 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
     if changed:
         remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
-
-
-def _copy_checkpoint(checkpoint: Path, trainer: Reliable) -> Path:
-    """Copy a checkpoint into a trainer's output directory, on the first process. Return where it lies there."""
-    step = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
-    target = checkpoint_folder(trainer.args.output_dir, step)
-    if trainer.is_world_process_zero():
-        try:
-            with files.write_folder(target) as folder:
-                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-        except OSError as error:
-            reason = shorten(str(error), 200)
-            raise RunStopped(f"The checkpoint could not be copied to {target}: {reason}. Free some space.") from error
-    return target
 
 
 def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
@@ -231,7 +222,14 @@ def save_final(trainer: Reliable) -> None:
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
             save_state(trainer.state, output_dir / STATE)
-            files.write_text(output_dir / "README.md", _model_card(trainer))
+            # The card says what this recipe knows; a run knows more when it is pushed.
+            asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
+            kind = type(args).__name__.removesuffix("Config").lower()
+            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+            command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
+            step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
+            trained = Trained(output_dir, kind, args.hub_model_id or args.output_dir, asked["settings"], step)
+            files.write_text(output_dir / "README.md", model_card(trained))
     except WRITE_ERRORS as error:
         raise RunStopped(
             f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
@@ -241,15 +239,3 @@ def save_final(trainer: Reliable) -> None:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-
-
-def _model_card(trainer: Reliable) -> str:
-    """Return the card of a trained model. It says what this recipe knows; a run knows more when it is pushed."""
-    args = trainer.args
-    asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
-    kind = type(args).__name__.removesuffix("Config").lower()
-    runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
-    command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
-    step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
-    name = args.hub_model_id or str(args.output_dir)
-    return model_card(Trained(Path(args.output_dir), kind, name, settings=asked["settings"], step=step))
