@@ -19,14 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-EXIT_USER_ERROR = 2
-"""Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
-
-EXIT_PUSH_FAILED = 3
-"""Exit code of a run that is complete on this disk, but could not be pushed to the Hub."""
-
-EXIT_WAITING = 4
-"""Exit code of a step that waits for people."""
+EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_WAITING = 2, 3, 4
+"""Exit codes of a run refused because of its input (the convention of `argparse` and of POSIX shells), of one that is
+complete on this disk but could not be pushed to the Hub, and of a step that waits for people."""
 
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A token of the Hub, which no message repeats."""

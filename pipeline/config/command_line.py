@@ -18,10 +18,7 @@ from pipeline.config.recipe_folder import SHIPPED, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError
 
-SWITCH = {
-    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
-}
+SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
 """What may be written after a switch, in any case. A switch without a word is on."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")

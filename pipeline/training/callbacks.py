@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import hardware
@@ -78,14 +78,6 @@ class InterruptCallback(TrainerCallback):
         )
 
 
-def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
-    """Add up a tensor of every process."""
-    if args.world_size > 1:
-        tensor = tensor.to(args.device)
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
 class FiguresCallback(TrainerCallback):
     """Add figures to every log of training, where trackers see them and in the trainer's state.
 
@@ -140,8 +132,8 @@ class FiguresCallback(TrainerCallback):
     def _load_of_experts(self, args: TrainingArguments) -> dict[str, float]:
         """Return the figures of the experts on all processes, and start counting again."""
         counter = self.counter
-        counter.counts = sum_over_processes(counter.counts, args).cpu()
-        entropy = sum_over_processes(counter.entropy, args).cpu()
+        counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
+        entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
         # A token is counted once for each expert that it goes to.
         means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
         figures = {}

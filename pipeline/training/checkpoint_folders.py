@@ -48,13 +48,10 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        # Other programs write folders such as checkpoint-best.
-        if step.isdecimal() and path.is_dir():
-            found[path] = int(step)
-    return sorted(found, key=found.__getitem__)
+    start = f"{PREFIX_CHECKPOINT_DIR}-"
+    # Other programs write folders such as checkpoint-best.
+    steps = {path: path.name.removeprefix(start) for path in Path(output_dir).glob(f"{start}*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +46,14 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         # live as long as the process: unless they are frozen, each collection looks through all of them.
         gc.enable()
         gc.freeze()
-        with _without_new_directories(arguments), stop_as_one():
-            main(*arguments)
-
-
-@contextmanager
-def _without_new_directories(arguments: Iterable[Any]) -> Iterator[None]:
-    """Remove the output directory again that a trainer's constructor has made for a run that is then refused."""
-    output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        yield
-    except UserError:
-        for folder in missing:
-            # One that something was written to is kept.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+        output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
+        missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+        try:
+            with stop_as_one():
+                main(*arguments)
+        except UserError:
+            # A trainer's constructor has made the directory of a run that is refused. Others are not empty, and stay.
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise

@@ -28,16 +28,8 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
+from pipeline.models import loading
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
-from pipeline.models.loading import (
-    base_of,
-    is_reward_model,
-    load_config,
-    load_tokenizer,
-    skip_unreachable_hub,
-    user_error_for,
-    validate_weights,
-)
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
@@ -79,7 +71,7 @@ def load_inputs(
     named = [name, own, *data_args.dataset_names, getattr(reward_args, "value_model_path", None)]
     named += as_list(getattr(reward_args, "reward_model_path", None))
     if not all(os.path.exists(other) or is_missing_path(other) for other in named if other):
-        skip_unreachable_hub()
+        loading.skip_unreachable_hub()
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
     config = tokenizer = None
@@ -91,7 +83,7 @@ def load_inputs(
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
         with collect(problems):
-            tokenizer = load_tokenizer(words_from[1], words_from[0], revision)
+            tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
     shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
     splits = _load_splits("tokens" if shards else kind, data_args, training_args, tokenizer, problems)
     if tokenizer is not None:
@@ -153,7 +145,7 @@ def _check_model(
     if all(fault.field in length for fault in problems):
         problems += check_weights(config, training_args, model_args, reward_args)
     if kind == "prompt":
-        problems += checks.check_generation_config(base_of(name) or name, model_args.model_revision)
+        problems += checks.check_generation_config(loading.base_of(name) or name, model_args.model_revision)
     return problems
 
 
@@ -294,13 +286,13 @@ def _load_config(model_args: ModelConfig) -> Any:
     name = model_args.model_name_or_path
     if not name:
         raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
-    with user_error_for("model_name_or_path", name):
-        base = base_of(name, model_args.model_revision)
+    with loading.user_error_for("model_name_or_path", name):
+        base = loading.base_of(name, model_args.model_revision)
         if base and PeftConfig.from_pretrained(name, revision=model_args.model_revision).is_prompt_learning:
             remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
             raise UserError(Problem("model_name_or_path", name, remedy))
-    with user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
-        return load_config(name, model_args.model_revision)
+    with loading.user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
+        return loading.load_config(name, model_args.model_revision)
 
 
 def check_weights(
@@ -311,7 +303,7 @@ def check_weights(
     If it is `early`, the model is still to be made, so that there are no weights, and nobody knows the disk of then.
     """
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
-    if reward and not is_reward_model(config):
+    if reward and not loading.is_reward_model(config):
         config.num_labels = 1
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     attention = model_args.attn_implementation
@@ -323,7 +315,7 @@ def check_weights(
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
-    fault = None if early else validate_weights(name, config, model_class)
+    fault = None if early else loading.validate_weights(name, config, model_class)
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     weight = getattr(args, "router_aux_loss_coef", None)
     if weight and not hasattr(config.get_text_config(), "output_router_logits"):
@@ -337,5 +329,5 @@ def check_weights(
         # The critic is trained in full unless it is an adapter, too.
         trained += trained if reward_args.value_use_peft else size
     # An adapter of an adapter is saved with its base model, into which the earlier one was merged.
-    beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0
+    beside = size if model_args.use_peft and loading.base_of(name, model_args.model_revision) else 0
     return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)

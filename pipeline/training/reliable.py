@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,21 +36,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
-from pipeline.files import read_json, replace_folder
+from pipeline.files import MANIFEST, STATE, read_json, replace_folder
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
-from pipeline.training.callbacks import sum_over_processes
-from pipeline.training.checkpoint_folders import (
-    MANIFEST,
-    STATE,
-    UNFINISHED,
-    checkpoint_folder,
-    delete_surplus,
-    newest_complete,
-    replace_state,
-    save_state,
-    write_manifest,
-)
+from pipeline.training import checkpoint_folders as folders
+from pipeline.training.checkpoint_folders import checkpoint_folder, newest_complete
 from pipeline.training.checks import total_steps
 
 logger = logging.getLogger(__name__)
@@ -120,7 +111,7 @@ class Reliable(Trainer):
         is_due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
         if counts and is_due:
             counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
-            self.state.num_input_tokens_seen += int(sum_over_processes(counted, self.args))
+            self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
             self._uncounted_tokens = 0
         # A checkpoint that could not be completed ends the run at the next step, not at the next checkpoint.
         if self._completion is not None and self._completion.done() and self._completion.exception() is not None:
@@ -145,7 +136,7 @@ class Reliable(Trainer):
         that read the checkpoint. A run that is killed meanwhile resumes from the checkpoint before.
         """
         args, state = self.args, self.state
-        unfinished = Path(args.output_dir) / UNFINISHED
+        unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
         self._written_to = unfinished
         try:
@@ -166,7 +157,7 @@ class Reliable(Trainer):
                 # A pickle, which may contain a token; and the card that PEFT drafts, with paths of this machine.
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
-                save_state(state, written / STATE)
+                folders.save_state(state, written / STATE)
                 self._complete_in_background(written)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
@@ -199,12 +190,12 @@ class Reliable(Trainer):
 
         def complete() -> None:
             try:
-                write_manifest(written, step, due)
+                folders.write_manifest(written, step, due)
                 # A checkpoint of this step that exists is damaged: the run did not resume from it.
                 replace_folder(target, written)
             finally:
                 shutil.rmtree(written.parent, ignore_errors=True)
-            delete_surplus(args.output_dir, args.save_total_limit, keep)
+            folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
 
         thread = ThreadPoolExecutor(1)
         self._completion = thread.submit(complete)
@@ -328,7 +319,7 @@ class Reliable(Trainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(checkpoint)
         if self.args.should_save:
-            replace_state(checkpoint, self.state)
+            folders.replace_state(checkpoint, self.state)
 
     def _adopt_present_length(self) -> None:
         """Follow the present arguments where they may have changed since the checkpoint.

@@ -30,16 +30,8 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.download import fetch_checkpoints
 from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
+from pipeline.training import checkpoint_folders as folders
 from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
-from pipeline.training.checkpoint_folders import (
-    MANIFEST,
-    STATE,
-    UNFINISHED,
-    checkpoint_folder,
-    newest_complete,
-    save_state,
-    validate_checkpoint,
-)
 from pipeline.training.checks import check_length
 from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
@@ -85,7 +77,9 @@ def train_and_save(trainer: Reliable) -> None:
     named = fetched or ([Path(name)] if name else [])
     for folder in named:
         # A checkpoint that another program wrote does not have a manifest.
-        if (folder / MANIFEST).exists() and (damage := _on_first(trainer, partial(validate_checkpoint, folder))):
+        has_manifest = (folder / files.MANIFEST).exists()
+        damage = _on_first(trainer, partial(folders.validate_checkpoint, folder)) if has_manifest else None
+        if damage:
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     if named:
         check_architecture(named[0], trainer.model.config)
@@ -96,8 +90,8 @@ def train_and_save(trainer: Reliable) -> None:
             output_directory.claim(args)
         own = []
         for folder in fetched:
-            step = TrainerState.load_from_json(str(folder / STATE)).global_step
-            own.append(checkpoint_folder(args.output_dir, step))
+            step = TrainerState.load_from_json(str(folder / files.STATE)).global_step
+            own.append(folders.checkpoint_folder(args.output_dir, step))
             if first:
                 with files.write_folder(own[-1]) as copied:
                     shutil.copytree(folder, copied, dirs_exist_ok=True)
@@ -138,7 +132,7 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     for tracker in trainer.args.report_to:
         trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
     if checkpoint is None:
-        checkpoint = _on_first(trainer, partial(newest_complete, trainer.args.output_dir))
+        checkpoint = _on_first(trainer, partial(folders.newest_complete, trainer.args.output_dir))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
@@ -209,7 +203,7 @@ def save_final(trainer: Reliable) -> None:
     """Save the trained model, its tokenizer and its card in the output directory, next to the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
-    tmp_dir = output_dir / UNFINISHED
+    tmp_dir = output_dir / folders.UNFINISHED
     try:
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
@@ -221,7 +215,7 @@ def save_final(trainer: Reliable) -> None:
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            save_state(trainer.state, output_dir / STATE)
+            folders.save_state(trainer.state, output_dir / files.STATE)
             # The card says what this recipe knows; a run knows more when it is pushed.
             asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
             kind = type(args).__name__.removesuffix("Config").lower()
