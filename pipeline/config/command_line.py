@@ -55,25 +55,28 @@ def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
-    With types, `argparse` would stop at the first word that does not fit. Here it only finds out which words belong to
-    which option; they are then converted and judged as the values of a YAML file are.
+    An option is written with underscores or hyphens, and never abbreviated. Its words are converted and judged as the
+    values of a YAML file are.
     """
-    # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
-    for name, item in fields.items():
-        hyphens = name.replace("_", "-")
-        spellings = (f"--{name}", f"--{hyphens}", *item.metadata.get("aliases", ()))
-        reader.add_argument(*spellings, dest=name, nargs="*")
-        if item.default is True:
-            reader.add_argument(f"--no_{name}", f"--no-{hyphens}", dest=name, action="store_const", const=["false"])
-    found, rest = reader.parse_known_args(arguments)
+    found: dict[str, list[str]] = {}
+    strays, problems = [], []
+    words = strays
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            words = found[name.replace("-", "_")] = [value] if equals else []
+        else:
+            words.append(word)
 
+    fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
     hints = field_types(*dataclass_types)
     given: dict[str, Any] = {}
     switched_on: dict[str, Any] = {}
-    strays, problems = [], []
-    for name, words in vars(found).items():
+    for name, words in found.items():
+        if name not in hints:
+            problems.append(unknown_field(name, "".join(words[:1]), hints))
+            strays += words[1:]
+            continue
         kinds = members(hints[name])
         lists = [kind for kind in kinds if get_origin(kind) is list]
         on = fields[name].metadata.get("const", True if bool in kinds else None)
@@ -90,15 +93,6 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
             given[name] = _from_word(words[0], kinds)
             strays += words[1:]
     values, refused = read_values(given, dataclass_types)
-
-    while rest:
-        name, _, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            strays.append(name)
-            continue
-        if not value and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
     problems += [Problem("command line", word, "does not belong to any option; see --help") for word in strays]
     return values | switched_on, refused + problems
 
