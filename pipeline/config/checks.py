@@ -332,16 +332,13 @@ def check_together(
         refuse("sync_ref_model", "needs a reference other than the policy without its adapter (use_peft); omit it")
     if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
-    return problems + _check_checkpoint(str(get("resume_from_checkpoint") or ""))
 
-
-def _check_checkpoint(name: str) -> list[Problem]:
-    """Check the folder of a checkpoint, unless `name` is empty or an id on the Hub."""
+    # A folder, or an id on the Hub.
+    name = str(get("resume_from_checkpoint") or "")
     path = Path(name)
     on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
-    if not name or on_hub or "global_step" in read_json(path / STATE):
-        return []
-    fault = "is not a directory" if not path.is_dir() else "is not a checkpoint"
-    fault = "is damaged" if (path / STATE).is_file() else fault
-    remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
-    return [Problem("resume_from_checkpoint", name, remedy)]
+    if name and not on_hub and "global_step" not in read_json(path / STATE):
+        fault = "is not a directory" if not path.is_dir() else "is not a checkpoint"
+        fault = "is damaged" if (path / STATE).is_file() else fault
+        refuse("resume_from_checkpoint", f"{fault}; omit it to resume from the latest complete checkpoint")
+    return problems

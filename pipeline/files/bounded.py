@@ -155,7 +155,16 @@ def check_files(folder: Path) -> None:
     counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
     limits = [(name, value, MAX_USUAL_COUNT if counts.search(name) else MAX_USUAL) for name, value in numbers]
     unusual = [f"{name}: {value}" for name, value, limit in limits if value > limit]
-    if unusual and (fault := exceeds(lambda: _build(folder))):
+
+    def build() -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+    if unusual and (fault := exceeds(build)):
         raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
 
 
@@ -181,15 +190,6 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(item, name)
     elif isinstance(value, int):
         yield name, value
-
-
-def _build(folder: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def longest(value: Any) -> int:

@@ -107,41 +107,32 @@ class FiguresCallback(TrainerCallback):
         """Add the figures."""
         if logs is None or "loss" not in logs:
             return
+        figures: dict[str, float] = {}
+        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
+        if steps > 0 and seconds > 0:
+            self.last = now
+            figures["eta_seconds"] = round(seconds / steps * (state.max_steps - state.global_step))
+            if tokens > 0:
+                dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+                peak = hardware.matmul_peak(dtype) * args.world_size
+                figures["tokens_per_second"] = round(tokens / seconds)
+                figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
+        if (counter := self.counter).routers:
+            counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
+            entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
+            # A token is counted once for each expert that it goes to.
+            means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
+            for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
+                figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
+                figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
+            counter.clear()
         # The trainer has copied the log into its history already.
         history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
-        figures = self._speed(args, state) | (self._load_of_experts(args) if self.counter.routers else {})
         for entry in (logs, *history):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
-
-    def _speed(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
-        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
-        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
-        if steps <= 0 or seconds <= 0:
-            return {}
-        self.last = now
-        figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
-        if tokens > 0:
-            dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            peak = hardware.matmul_peak(dtype) * args.world_size
-            figures["tokens_per_second"] = round(tokens / seconds)
-            figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
-        return figures
-
-    def _load_of_experts(self, args: TrainingArguments) -> dict[str, float]:
-        """Return the figures of the experts on all processes, and start counting again."""
-        counter = self.counter
-        counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
-        entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
-        # A token is counted once for each expert that it goes to.
-        means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
-        figures = {}
-        for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
-            figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
-            figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
-        counter.clear()
-        return figures
 
 
 class ReportCallback(TrainerCallback):

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import search_here_last
-from pipeline.config.command_line import FLAGS, describe_options, split_config
+from pipeline.config.command_line import FLAGS, describe_options
 from pipeline.config.fields import argument_types
-from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
 
 
@@ -20,7 +19,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
     Everything that is wrong with the arguments is reported together. What is wrong with the inputs that they name is
-    reported by `main`. If an earlier step of the recipe has not run yet, the message is the command that runs it.
+    reported by `main`.
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
@@ -39,9 +38,6 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
     with exit_on_user_error():
         arguments = parse(*argument_types(main), argv=argv)
-        configs, _ = split_config(words)
-        if configs and (problem := missing_input(arguments, configs[0])):
-            raise UserError(problem)
         # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects
         # live as long as the process: unless they are frozen, each collection looks through all of them.
         gc.enable()

@@ -230,9 +230,18 @@ def _encode(
         seed = args.seed if args.data_seed is None else args.data_seed
         singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
         train, held_out = (single and single.shuffle(seed=seed) for single in singles)
+
+    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
+        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
+        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
+        return [max(map(len, pair)) <= args.max_length for pair in zip(*encoded, strict=True)]
+
     if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
-        # Other trainers of TRL encode all rows, whatever columns they have.
-        train, held_out = (split and _drop_long(split, tokenizer, args.max_length) for split in (train, held_out))
+        # Other trainers than TRL's `RewardTrainer` encode all rows, whatever columns they have, and learn from answers
+        # that are cut: rows that are too long are dropped here.
+        if args.max_length is not None:
+            columns = ["prompt", *_answers(train)]
+            train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))
         return train, held_out
     answers_only = bool(getattr(args, "assistant_only_loss", False))
     num_proc = getattr(args, "dataset_num_proc", None)
@@ -247,19 +256,6 @@ def _encode(
 def _answers(split: Split) -> list[str]:
     """Return the columns of answers to a prompt."""
     return [name for name in column_names(split) if name in ("chosen", "rejected", "completion")]
-
-
-def _drop_long(split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Split:
-    """Drop rows whose answers are too long, as TRL's `RewardTrainer` does: its others would learn from cut answers."""
-    if limit is None:
-        return split
-
-    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
-        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
-        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
-        return [max(map(len, pair)) <= limit for pair in zip(*encoded, strict=True)]
-
-    return split.filter(fits, batched=True, input_columns=["prompt", *_answers(split)])
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:

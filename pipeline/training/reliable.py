@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +36,6 @@ from transformers.trainer_utils import SaveStrategy
 from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import MANIFEST, STATE, read_json, replace_folder
-from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training import checkpoint_folders as folders
 from pipeline.training.checkpoint_folders import checkpoint_folder, newest_complete
@@ -84,8 +82,6 @@ class Reliable(Trainer):
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
-        # The rows of each batch that was fetched and not yet trained on.
-        self._fetched_rows: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
         # Training begins after the callbacks that the trainer was made with.
@@ -94,11 +90,7 @@ class Reliable(Trainer):
         self.add_callback(last)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and wait until the last checkpoint is complete.
-
-        Raises:
-            RunStopped: If a checkpoint could not be written, or a loss was not finite.
-        """
+        """Train, and wait until the last checkpoint is complete; a `RunStopped` says why that was not possible."""
         output = super().train(*args, **kwargs)
         self.finish_checkpoint()
         return output
@@ -285,9 +277,6 @@ class Reliable(Trainer):
         """Prepare what depends on the state that training begins with."""
         self._find_best()
         self._evaluate_if_missed()
-        # Worker processes fetch rows of their own.
-        if self.args.dataloader_num_workers == 0:
-            self._fetched_rows = record_rows(self.callback_handler.train_dataloader)
         self._adopt_present_length()
 
     def _find_best(self) -> None:
@@ -353,16 +342,13 @@ class Reliable(Trainer):
 
         transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
         """
-        rows = self._fetched_rows.popleft() if self._fetched_rows else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
-        where = "of unknown rows (streamed data)" if rows is None else f"of rows {rows} of the training data"
         raise RunStopped(
             f"The loss became {float(loss.detach().float().mean())} in step {self.state.global_step + 1} "
-            f"(process {self.args.process_index}), on the batch {where}; {self.last_good()}. Nothing was learned from "
-            "that batch. Lower learning_rate or max_grad_norm, or correct those rows, and start again with another "
-            "output_dir."
+            f"(process {self.args.process_index}); {self.last_good()}. Nothing was learned from that batch. Lower "
+            "learning_rate or max_grad_norm, or correct the data, and start again with another output_dir."
         )
 
     def get_train_dataloader(self) -> Any:
