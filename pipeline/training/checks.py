@@ -232,19 +232,18 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 def _try_schedule(args: TrainingArguments) -> list[Problem]:
     """Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
-    steps = max(args.max_steps, 10)
+    kind, options, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, max(args.max_steps, 10)
+    fault = ""
     try:
         made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
         shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
+        if shares and not (min(shares) >= 0 and max(shares) <= 1):
+            fault = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
     except LIBRARY_ERRORS as error:
-        if options:
-            return [Problem("lr_scheduler_kwargs", options, str(error))]
-        return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")]
-    if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
-        remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
-        return [Problem("lr_scheduler_kwargs", options, remedy)]
-    return []
+        fault = str(error)
+        if not options:
+            return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({fault})")]
+    return [Problem("lr_scheduler_kwargs", options, fault)] if options and fault else []
 
 
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,6 @@ def load_inputs(
 
     Args:
         kind: Content of the data, as for `load_splits`.
-        data_args: Data and tokenizer.
-        training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
         model_args: The model to load, or the sizes of a new one.
         reward_args: What is rewarded, if anything is: one of the dataclasses of `pipeline.rl.arguments`.
 
@@ -182,7 +181,6 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
     """Check that the first rows fit into the lengths that the arguments set.
 
     Raises:
-        UserError: If all are too long.
         ValueError: If the chat template drops calls of tools that the rows have, or their results.
     """
     rows = list(split.take(min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM))
@@ -201,12 +199,8 @@ def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, 
     if args.max_length is None:
         return
     if kind == "conversation":
-        prompts = []
-        for row in rows:
-            roles = [message["role"] for message in row["messages"]]
-            if "assistant" in roles:
-                prompts.append(row["messages"][: roles.index("assistant")])
-        shortest = min((count(prompt, add_generation_prompt=True) for prompt in prompts), default=0)
+        prompts = [list(takewhile(lambda message: message["role"] != "assistant", row["messages"])) for row in rows]
+        shortest = min(count(prompt, add_generation_prompt=True) for prompt in prompts)
         if shortest >= args.max_length:
             remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
             raise UserError(Problem("max_length", args.max_length, remedy))
