@@ -46,13 +46,7 @@ NETWORK_ERRORS = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectErr
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the user's input.
-
-    Attributes:
-        field: Argument, YAML key or file that is wrong, as the user writes it.
-        value: Its value.
-        remedy: What to write or do instead, as a phrase.
-    """
+    """An argument, YAML key or file that is wrong, its value, and what to write or do instead, as a phrase."""
 
     field: str
     value: object

@@ -4,7 +4,7 @@ A value goes through four checks, and the first that refuses it ends its way:
 
     read_values       its type, for the YAML file and for the command line, which overrides the file
     _check_each       the value by itself: ranges, words, what this machine supports
-    _build            the dataclass that has the field, as far as the library that it belongs to checks it
+    _build_checked    the dataclass that has the field, as far as the library that it belongs to checks it
     check_together    fields that contradict each other
 
 A field that was refused is omitted from the later checks, and what is wrong only because it is missing is not reported.
@@ -50,12 +50,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     What the machine decides (`hardware.training_defaults`: precision, backend, ...) applies where the user gave
     nothing. The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
 
-    Args:
-        *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
-        argv: Command line without the program's name. Default: `sys.argv`.
-
-    Raises:
-        UserError: With everything that is wrong with the file and the command line.
+    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` has everything that is
+    wrong with the file and the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     paths, options = split_config(words)
@@ -109,10 +105,9 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file for a step of so many processes, without the files that they name.
+    """Check the values of a YAML file, but not the files that they name, for a step of so many processes.
 
-    Returns:
-        The dataclasses, as far as they can be built, and the problems.
+    Return the dataclasses, as far as they can be built, and the problems.
     """
     config = dict(config)
     before = dict(os.environ)

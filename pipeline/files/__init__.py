@@ -38,11 +38,9 @@ LOCK_SECONDS = 120.0
 def check_replaceable(
     output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
 ) -> list[Problem]:
-    """Check that a step that replaces its whole output directory would delete only files of its own.
+    """Check that a step that replaces its whole output directory would delete only files of its `own`.
 
     Args:
-        output_dir: The directory; it need not exist.
-        own: Names of the files and folders that the step writes there.
         title: Text in the step's README.md that identifies it; empty if the step does not write one.
         read: A directory that the step reads, if any.
     """
@@ -70,10 +68,7 @@ def check_replaceable(
 def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:
     """Report what cannot be a directory, such as a file, or cannot be created or written to.
 
-    Args:
-        path: The directory; it need not exist.
-        field: Argument that named it, for messages.
-        writable: Whether to try to write there, because not every file system honours its permissions.
+    It need not exist. If it is to be `writable`, that is tried: not every file system honours its permissions.
     """
     path = Path(path)
     try:
@@ -230,13 +225,8 @@ def is_locked(path: Path) -> bool:
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
 
-    Args:
-        path: The lock file. Its folder is created if it does not exist.
-        orphans_only: Wait only for child processes whose parent took the lock and died. By default, wait for any
-            process, up to `LOCK_SECONDS`.
-
-    Yields:
-        File descriptors; a child process that inherits them holds the lock as well.
+    Wait up to `LOCK_SECONDS` for another process, but with `orphans_only` just for children of one that took the lock
+    and died. A child process that inherits the file descriptors in the tuple holds the lock as well.
 
     Raises:
         UserError: If another process still holds the lock, or the folder cannot be written to.

@@ -144,11 +144,7 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
 
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
-    """Compute the checksum of each file on all cores.
-
-    Args:
-        files: Whether the checksum is the one of the whole content (`sha256`) or of its blocks (`sha256_of_blocks`).
-    """
+    """Compute on all cores the checksum of the whole content of each file (`sha256`), or of its blocks if False."""
 
     def hash_block(path: Path, start: int) -> str:
         digest, left = hashlib.sha256(), BLOCK

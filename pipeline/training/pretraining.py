@@ -75,11 +75,8 @@ class PretrainTrainer(Reliable):
     stream has a thread of its own.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
-    layers with experts. The model returns the logits of its routers, and computes neither. An evaluation measures the
-    loss of the text alone.
-
-    Args:
-        router_losses: `router_aux_loss_coef` and `router_z_loss_coef`, the factors of the two losses; 0 for none.
+    layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
+    text alone.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
@@ -136,12 +133,8 @@ class StreamEpoch(TrainerCallback):
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of each sequence, so that an evaluation does not keep the logits.
 
-    Args:
-        logits: Logits of shape (batch, length, vocabulary).
-        labels: Labels of shape (batch, length), not shifted; `IGNORED` for tokens without a loss.
-
-    Returns:
-        Losses of shape (batch,), summed over tokens, in nats.
+    From logits of shape (batch, length, vocabulary) and labels of shape (batch, length), which are not shifted, and
+    `IGNORED` for tokens without a loss: losses of shape (batch,), summed over tokens, in nats.
     """
     # Row by row, because a copy of all logits in float32 would be the largest tensor of the run.
     losses = [

@@ -62,9 +62,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
-    The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT,
-    SIGTERM and SIGHUP, and stops at a loss that is not a number. Other runs cannot write to the output directory
-    meanwhile.
+    Other runs cannot write to the output directory meanwhile.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
