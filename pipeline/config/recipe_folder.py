@@ -1,4 +1,4 @@
-"""Find recipe folders, in the package and on the Hub, and the inputs of a step that other steps write."""
+"""Find recipe folders, in the package and on the Hub."""
 
 from __future__ import annotations
 
