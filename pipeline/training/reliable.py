@@ -4,10 +4,8 @@ A run may be killed at any moment and loses at most the steps since its latest c
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
 before it saves. Here, the end of a step with a checkpoint and an evaluation looks like this:
 
-    training        | step N | write |  step N + 1 ...            or, if an evaluation is due:
-    output_dir      |        | .unfinished/checkpoint-N
-    in a thread     |        |       | checksums, manifest, fsync, rename to checkpoint-N, delete surplus ones
-    training        |        |       | (wait for the thread) | evaluate | replace trainer_state.json | step N + 1 ...
+    training     step N | write | checksums, manifest, fsync | rename | evaluate | replace trainer_state.json | step N + 1
+    output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
 
 How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
 writing checkpoints.
@@ -19,7 +17,6 @@ import logging
 import random
 import shutil
 from collections.abc import Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,16 +66,12 @@ class Reliable(Trainer):
             `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best model, by
             the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes, by
             every process.
-        saved_step: Step of the latest checkpoint that was written or begun.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parts: list[Any] = []
-        self.saved_step = 0
         # While a checkpoint is written, the folder that takes the place of `output_dir`.
         self._written_to: Path | None = None
-        # What completes the latest checkpoint in a thread.
-        self._completion: Future[None] | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
@@ -88,12 +81,6 @@ class Reliable(Trainer):
         last = TrainerCallback()
         last.on_train_begin = lambda *_, **__: self._begin()  # type: ignore[method-assign]
         self.add_callback(last)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and wait until the last checkpoint is complete; a `RunStopped` says why that was not possible."""
-        output = super().train(*args, **kwargs)
-        self.finish_checkpoint()
-        return output
 
     # ---- Writing checkpoints
 
@@ -105,9 +92,6 @@ class Reliable(Trainer):
             counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
             self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
             self._uncounted_tokens = 0
-        # A checkpoint that could not be completed ends the run at the next step, not at the next checkpoint.
-        if self._completion is not None and self._completion.done() and self._completion.exception() is not None:
-            self.finish_checkpoint()
         both_due = control.should_save and control.should_evaluate
         if not both_due or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -122,10 +106,9 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint below `.unfinished`, and let a thread complete and rename it while training goes on.
+        """Write a checkpoint below `.unfinished`, and rename it once it is complete.
 
-        Checksums of a large model take long. Training waits for them only if it ends, is evaluated or has callbacks
-        that read the checkpoint. A run that is killed meanwhile resumes from the checkpoint before.
+        A run that is killed meanwhile resumes from the checkpoint before. One that cannot write it is stopped.
         """
         args, state = self.args, self.state
         unfinished = Path(args.output_dir) / folders.UNFINISHED
@@ -133,9 +116,7 @@ class Reliable(Trainer):
         self._written_to = unfinished
         try:
             if args.should_save:
-                self.finish_checkpoint()
                 shutil.rmtree(unfinished, ignore_errors=True)
-            self.saved_step = state.global_step
             self.accelerator.wait_for_everyone()
             written.mkdir(parents=True, exist_ok=True)
             for part in self.parts:
@@ -150,7 +131,13 @@ class Reliable(Trainer):
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
                 folders.save_state(state, written / STATE)
-                self._complete_in_background(written)
+                folders.write_manifest(written, state.global_step, self._evaluation_due)
+                # A checkpoint of this step that exists is damaged: the run did not resume from it.
+                target = checkpoint_folder(args.output_dir, state.global_step)
+                replace_folder(target, written)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                keep = {target.name, Path(state.best_model_checkpoint or target).name}
+                folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
             stop = self._failed_save(error)
@@ -171,49 +158,6 @@ class Reliable(Trainer):
             if part.belongs_to_model and self.args.should_save:
                 part.save(Path(folder))
 
-    def _complete_in_background(self, written: Path) -> None:
-        """Start the thread that completes a checkpoint, and wait for it if something reads the checkpoint."""
-        args, state = self.args, self.state
-        target = checkpoint_folder(args.output_dir, state.global_step)
-        step, due = state.global_step, self._evaluation_due
-        keep = {target.name}
-        if state.best_model_checkpoint is not None:
-            keep.add(Path(state.best_model_checkpoint).name)
-
-        def complete() -> None:
-            try:
-                folders.write_manifest(written, step, due)
-                # A checkpoint of this step that exists is damaged: the run did not resume from it.
-                replace_folder(target, written)
-            finally:
-                shutil.rmtree(written.parent, ignore_errors=True)
-            folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
-
-        thread = ThreadPoolExecutor(1)
-        self._completion = thread.submit(complete)
-        thread.shutdown(wait=False)
-        # With `best`, the checkpoint is loaded at the end without another save.
-        best_only = args.save_strategy == SaveStrategy.BEST
-        read_by_callback = any(
-            getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
-            for callback in self.callback_handler.callbacks
-        )
-        if best_only or due or self.control.should_training_stop or read_by_callback:
-            self.finish_checkpoint()
-
-    def finish_checkpoint(self) -> None:
-        """Wait until the latest checkpoint is complete, or raise a `RunStopped` if it could not be written."""
-        completion, self._completion = self._completion, None
-        try:
-            if completion is not None:
-                completion.result()
-        except WRITE_ERRORS as error:
-            raise self._failed_save(error) from error
-
-    def failed_completion(self) -> BaseException | None:
-        """Wait until the latest checkpoint is complete, and return what prevented that, or None."""
-        return None if self._completion is None else self._completion.exception()
-
     def _failed_save(self, error: Exception) -> RunStopped:
         output_dir = self.args.output_dir
         free = shutil.disk_usage(output_dir).free
@@ -224,7 +168,7 @@ class Reliable(Trainer):
         last = newest_complete(output_dir)
         restart = f"resumes from {last}" if last else "starts again"
         return RunStopped(
-            f"The checkpoint of step {self.saved_step} could not be written to {output_dir}: {reason}. "
+            f"The checkpoint of step {self.state.global_step} could not be written to {output_dir}: {reason}. "
             f"Free some space or correct the cause; the same command then {restart}."
         )
 
@@ -232,7 +176,6 @@ class Reliable(Trainer):
 
     def last_good(self) -> str:
         """Name the checkpoint to resume from, as part of a message."""
-        self.failed_completion()
         last = newest_complete(self.args.output_dir)
         return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"
 

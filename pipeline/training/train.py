@@ -168,10 +168,6 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
-    finally:
-        # Something else has ended the run, so a failure is reported and not raised.
-        if (failure := trainer.failed_completion()) is not None:
-            logger.warning("The checkpoint of step %d could not be written: %s", trainer.saved_step, failure)
 
 
 def _name_base(trainer: Reliable) -> None:
