@@ -4,7 +4,7 @@ A run may be killed at any moment and loses at most the steps since its latest c
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
 before it saves. Here, the end of a step with a checkpoint and an evaluation looks like this:
 
-    training     step N | write | checksums, manifest, fsync | rename | evaluate | replace trainer_state.json | step N + 1
+    training     step N | write | checksums, manifest, fsync | rename | evaluate | replace the state | step N + 1
     output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
 
 How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
