@@ -237,8 +237,26 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     except OSError as error:
         remedy = f"cannot be written to ({error.strerror}); choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error
+    deadline, reported = time.monotonic() + LOCK_SECONDS, 0
     with file:
-        _acquire(file, path, orphans_only)
+        while True:
+            # The lock ends with the last process that has the descriptor. That may be a child which goes on writing
+            # after its parent was killed, and whose files the next run must not touch.
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = int(path.read_bytes() or 0)
+            except OSError as error:
+                logger.warning("%s has no locks (%s): make sure that no other run writes there.", path.parent, error)
+                break
+            if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
+                remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
+                raise UserError(Problem("output_dir", path.parent, remedy))
+            if holder != reported:
+                logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
+                reported = holder
+            time.sleep(0.2)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         try:
@@ -247,29 +265,6 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             # Children that still have the descriptor do not keep the lock.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _acquire(file: FileIO, path: Path, orphans_only: bool) -> None:
-    """Take the lock of an open file; arguments and exceptions as for `lock`."""
-    deadline, reported = time.monotonic() + LOCK_SECONDS, 0
-    while True:
-        # The lock ends with the last process that has the descriptor. That may be a child which goes on writing after
-        # its parent was killed, and whose files the next run must not touch.
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            holder = int(path.read_bytes() or 0)
-        except OSError as error:
-            logger.warning("%s has no locks (%s): make sure that no other run writes there.", path.parent, error)
-            return
-        if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
-            remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
-            raise UserError(Problem("output_dir", path.parent, remedy))
-        if holder != reported:
-            logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
-            reported = holder
-        time.sleep(0.2)
 
 
 def as_list(value: Any) -> list[Any]:
