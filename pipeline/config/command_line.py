@@ -59,8 +59,8 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
     values of a YAML file are.
     """
     found: dict[str, list[str]] = {}
-    strays, problems = [], []
-    words = strays
+    strays: list[str] = []
+    problems, words = [], strays
     for word in arguments:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import EnumMeta
+from enum import Enum, EnumType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline.errors import Problem
@@ -70,13 +70,13 @@ def known_values(hint: Any) -> list[Any]:
     """Return the values of a `Literal` or an `Enum`, and none of other types."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
-    return [option.value for option in hint] if isinstance(hint, EnumMeta) else []
+    return [option.value for option in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
 
 
 def _options(hint: Any) -> list[Any]:
     """Return the members of a type, without `None` and without `str` where that only stands for an enumeration."""
     found = [member for member in members(hint) if member is not types.NoneType]
-    return [member for member in found if member is not str or not any(isinstance(one, EnumMeta) for one in found)]
+    return [member for member in found if member is not str or not any(isinstance(one, EnumType) for one in found)]
 
 
 def describe_type(hint: Any) -> str:

@@ -223,7 +223,7 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
     except HFValidationError as error:
         return [*problems, Problem("hub_model_id", repo_id, str(error))]
     # The first process alone asks whether the token may write there.
-    if args.push_to_hub and os.environ.get("RANK", "0") == "0":
+    if repo_id is not None and args.push_to_hub and os.environ.get("RANK", "0") == "0":
         skip_unreachable_hub()
         problems += check_access([repo_id], "push_to_hub", token=args.hub_token)
     return problems
