@@ -9,14 +9,13 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from pipeline.config.fields import describe_type, field_types, known_values, members, read_values, unknown_field
-from pipeline.config.recipe_folder import SHIPPED, find_shipped
+from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.yaml_file import read_yaml
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem
 
 SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
 """What may be written after a switch, in any case. A switch without a word is on."""
@@ -36,20 +35,6 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     parser.add_argument("--config", action="append", nargs="?", const="", default=[])
     found, rest = parser.parse_known_args(arguments)
     return found.config, rest
-
-
-def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the content of the file of `--config`, also of one that comes with the package, and what is wrong."""
-    if not paths:
-        return {}, []
-    if "" in paths:
-        return {}, [Problem("--config", "nothing", "give the path of a YAML file")]
-    if len(paths) > 1:
-        return {}, [Problem("--config", " and ".join(paths), "only one file is read; name one")]
-    try:
-        return read_yaml(str(find_shipped(Path(paths[0])))), []
-    except UserError as error:
-        return {}, list(error.problems)
 
 
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:

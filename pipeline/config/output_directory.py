@@ -78,13 +78,10 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collecti
         earlier = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
-    # The record is compared, not the YAML file: defaults of the libraries may change from release to release.
-    changed = [
-        name
-        # Another release may know other fields.
-        for name in sorted(set(earlier) & set(present))
-        if earlier[name] != present[name] and name != "output_dir" and name not in machine and has_effect(name, present)
-    ]
+    # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
+    # another release may know other fields.
+    known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
+    changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
     if not changed or continues(path, changed, present):
         return None
     differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
@@ -25,9 +26,11 @@ from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import read_command_line, read_config, split_config
+from pipeline.config.command_line import read_command_line, split_config
 from pipeline.config.fields import field_types, read_values
-from pipeline.errors import Problem, UserError
+from pipeline.config.recipe_folder import find_shipped
+from pipeline.config.yaml_file import read_yaml
+from pipeline.errors import Problem, UserError, collect
 from pipeline.files import split_revision
 
 REQUIRED = "is required"
@@ -55,7 +58,15 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     """
     words = list(sys.argv[1:] if argv is None else argv)
     paths, options = split_config(words)
-    content, problems = read_config(paths)
+    content: dict[str, Any] = {}
+    problems: list[Problem] = []
+    if "" in paths:
+        problems.append(Problem("--config", "nothing", "give the path of a YAML file"))
+    elif len(paths) > 1:
+        problems.append(Problem("--config", " and ".join(paths), "only one file is read; name one"))
+    elif paths:
+        with collect(problems):
+            content = read_yaml(str(find_shipped(Path(paths[0]))))
     is_unreadable = bool(problems)
     problems += _set_environment(content.pop("env", None))
     from_command_line, more = read_command_line(options, dataclass_types)

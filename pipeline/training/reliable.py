@@ -140,9 +140,17 @@ class Reliable(Trainer):
                 folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
-            stop = self._failed_save(error)
+            free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
+            # torch reports a full disk as an unexpected position in the file.
+            if free < DISK_IS_FULL:
+                reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise stop from error
+            last = newest_complete(args.output_dir)
+            raise RunStopped(
+                f"The checkpoint of step {state.global_step} could not be written to {args.output_dir}: {reason}. Free "
+                "some space or correct the cause; the same command then "
+                + (f"resumes from {last}." if last else "starts again.")
+            ) from error
         finally:
             self._written_to = None
 
@@ -157,20 +165,6 @@ class Reliable(Trainer):
         for part in self.parts:
             if part.belongs_to_model and self.args.should_save:
                 part.save(Path(folder))
-
-    def _failed_save(self, error: Exception) -> RunStopped:
-        output_dir = self.args.output_dir
-        free = shutil.disk_usage(output_dir).free
-        reason = " ".join(str(error).split())
-        # torch reports a full disk as an unexpected position in the file.
-        if free < DISK_IS_FULL:
-            reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
-        last = newest_complete(output_dir)
-        restart = f"resumes from {last}" if last else "starts again"
-        return RunStopped(
-            f"The checkpoint of step {self.state.global_step} could not be written to {output_dir}: {reason}. "
-            f"Free some space or correct the cause; the same command then {restart}."
-        )
 
     # ---- Resuming
 
