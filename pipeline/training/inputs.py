@@ -149,12 +149,7 @@ def _check_model(
 
 
 def _fit_rows(
-    kind: Kind,
-    splits: tuple[Split, Split | None],
-    tokenizer: PreTrainedTokenizerBase,
-    args: Any,
-    config: Any,
-    words_from: tuple[str, str | None],
+    kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: tuple[str, Any]
 ) -> tuple[Split, Split | None]:
     """Drop the prompts after which the model has no room for an answer, and check the lengths of other rows.
 
