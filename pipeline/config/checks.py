@@ -46,9 +46,6 @@ def _each(table: Mapping[str, T]) -> dict[str, T]:
     return {name: value for names, value in table.items() for name in names.split()}
 
 
-ANY_OTHER = _at_least(0)
-"""Range of the numbers that `RANGES` does not list."""
-
 RANGES: dict[str, Range] = _each(
     {
         "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt lora_r "
@@ -83,7 +80,7 @@ RANGES: dict[str, Range] = _each(
         "reward_weights": (math.isfinite, "must be numbers"),
     }
 )
-"""Sensible values of fields, in any dataclass. Every item of a list must have one."""
+"""Sensible values of fields, in any dataclass, and of the items of lists. Any other number is at least 0."""
 
 NEVER_NULL = ("num_generations",)
 """Fields whose types allow null, with which TRL fails."""
@@ -164,12 +161,6 @@ SWITCHES: dict[str, tuple[str, Any]] = _each(
 )
 """Fields that have an effect only if another field has a certain value: field -> the other field, and its value."""
 
-WARMUPS = {"warmup_steps": "the learning rate would never be reached", "value_warmup_steps": "the policy never trained"}
-"""Lengths of warm-ups, and what happens in a run that is shorter."""
-
-ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""The values of `optim` that name the optimizer which updates what Muon does not."""
-
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
 
@@ -179,7 +170,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
-        fits, remedy = RANGES.get(name, ANY_OTHER)
+        fits, remedy = RANGES.get(name, _at_least(0))
         if not all(map(fits, numbers)):
             problems.append(Problem(name, value, remedy))
     return problems
@@ -242,8 +233,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
     if hardware.accelerator() is None:
-        needed = {"use_cpu": False, "activation_offloading": True}
-        for name, value in needed.items():
+        for name, value in (("use_cpu", False), ("activation_offloading", True)):
             if asked.get(name) is value:
                 problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
     for name, why in UNSUPPORTED.items():
@@ -290,7 +280,11 @@ def check_together(
     steps = get("max_steps", 0)
     if get("dataset_streaming") and get("max_steps", 1) <= 0:
         refuse("max_steps", "must be given: a stream has no length")
-    for field, result in WARMUPS.items():
+    never = {
+        "warmup_steps": "the learning rate would never be reached",
+        "value_warmup_steps": "the policy never trained",
+    }
+    for field, result in never.items():
         # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
         is_trial = "max_steps" in on_command_line and field not in on_command_line
         if get(field, 0) > steps > 0 and not is_trial:
@@ -305,7 +299,7 @@ def check_together(
     # Muon updates the matrices inside of the blocks, and AdamW everything else, with rates of their own.
     if own := [name for name in ("use_muon", "embedding_learning_rate") if get(name)]:
         for field in ("optim", "optim_args", "optim_target_modules"):
-            if get(field) and get(field) not in ADAMW:
+            if get(field) and get(field) not in ("adamw_torch", "adamw_torch_fused"):
                 refuse(field, f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them")
     if get("use_muon") and (get("deepspeed") or launch.is_asked("DeepSpeed")):
         refuse("use_muon", "needs matrices, and DeepSpeed's optimizers get flat tensors; omit it, or use fsdp2.yaml")

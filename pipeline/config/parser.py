@@ -35,9 +35,6 @@ from pipeline.files import split_revision
 
 REQUIRED = "is required"
 
-REFUSALS = (ValueError, ImportError, OSError)
-"""What argument dataclasses raise for a value, for a package that is missing, and for a file that a field names."""
-
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
 """Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
 
@@ -194,7 +191,8 @@ def _build_checked(
             try:
                 built.append(kind(**own))
                 break
-            except (UserError, *REFUSALS) as error:
+            # A value, a package that is missing, and a file that a field names.
+            except (UserError, ValueError, ImportError, OSError) as error:
                 refused = _problems_of(error, kind, own, is_expected=bool(problems))
             # A field that is already reported was omitted, and its default is not to be judged.
             problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]

@@ -18,8 +18,6 @@ LAUNCH_FILE = "accelerate_config.yaml"
 PATTERNS = ("[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml")
 """Files that are downloaded of a recipe folder. Its launch file is not among them: it can start any program."""
 
-MAX_FILES = 100
-
 
 def find_shipped(path: Path) -> Path:
     """Return `path` if it exists, otherwise the recipe or launch file of that name in the package or on the Hub.
@@ -60,7 +58,7 @@ def fetch_recipes(name: str) -> Path | None:
             files = [file for file in listed if FILE.fullmatch(file.rfilename)]
             if listed and not files:
                 raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
-            if len(files) > MAX_FILES or any((file.size or 0) > MAX_BYTES for file in files):
+            if len(files) > 100 or any((file.size or 0) > MAX_BYTES for file in files):
                 raise UserError(Problem("recipe", name, "is larger than a recipe can be; name another"))
             folder = Path(snapshot_download(repo_id, allow_patterns=list(PATTERNS), **options))
         except RepositoryNotFoundError:

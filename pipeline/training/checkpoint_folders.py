@@ -37,9 +37,6 @@ BLOCK = 1 << 28
 """Bytes of a file that one thread hashes. A larger file has the checksum of its blocks' checksums, `sha256_of_blocks`,
 so that all cores work on it: the weights and the optimizer of a large model are few files."""
 
-PIECE = 1 << 20
-"""Bytes that are read at a time."""
-
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
@@ -150,7 +147,7 @@ def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
         digest, left = hashlib.sha256(), BLOCK
         with path.open("rb") as file:
             file.seek(start)
-            while left > 0 and (piece := file.read(min(PIECE, left))):
+            while left > 0 and (piece := file.read(min(1 << 20, left))):
                 digest.update(piece)
                 left -= len(piece)
         return digest.hexdigest()

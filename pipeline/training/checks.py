@@ -30,9 +30,6 @@ from pipeline.models.kernels.sampler import unsupported_settings
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 
-LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
-"""Layers that PEFT can put a LoRA adapter on."""
-
 UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
 
 UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -68,7 +65,9 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     #     ["q_proj"]     model.layers.0.self_attn.q_proj
     #     ".*q_proj"     the same
     modules = dict(model.named_modules())
-    layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
+    # Layers that PEFT can put a LoRA adapter on.
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
+    layers = {name: module for name, module in modules.items() if isinstance(module, kinds)}
     projections = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name.endswith("_proj")}))
     places = {
         "lora_target_modules": list(layers),
