@@ -332,7 +332,7 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
         "tokens": round(rows(stage) * row_length(stage)),
         "flops": flops(stage),
         "memory_bytes": {**parts, "total": total},
-        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage)[1] if stage.trained else 0,
+        "disk_bytes": disk_bytes(stage.trained, stage)[1] if stage.trained else 0,
         "hours": (START + computing + sampling) / 3600,
         "sampling_hours": sampling / 3600,
         "fits": total <= args.processor.memory,

@@ -157,11 +157,10 @@ def check_length(checkpoint: Path, trainer: Trainer) -> None:
         raise UserError(Problem("max_steps", total, remedy))
 
 
-def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> tuple[int, int]:
+def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
     """Return how many checkpoints are on the disk at once, and the bytes of these and of the model.
 
-    Each contains `parameters` of 4 bytes, and two numbers of the optimizer for `trainable` ones. `beside` are those of
-    a base model that is saved once, next to an adapter.
+    Each of the `trained` weights takes 4 bytes, and so does each of the two numbers that the optimizer keeps for it.
     """
     if args.save_strategy == "no":
         kept = 0
@@ -171,13 +170,12 @@ def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside:
     else:
         # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
-    optimizer = 0 if args.save_only_model else 8 * trainable
-    return kept, kept * (4 * parameters + optimizer) + 4 * (parameters + beside)
+    return kept, kept * (4 if args.save_only_model else 12) * trained + 4 * trained
 
 
-def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
-    """Report a disk with less free space than the checkpoints and the model need; arguments as for `disk_bytes`."""
-    kept, needed = disk_bytes(parameters, trainable, args, beside)
+def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
+    """Report a disk with less free space than the checkpoints and the model need."""
+    kept, needed = disk_bytes(trained, args)
     free = shutil.disk_usage(nearest(Path(args.output_dir))).free
     if needed <= free:
         return []

@@ -137,7 +137,7 @@ def _check_model(
         if tokenizer is not None:
             with torch.device("meta"):
                 size = build_model(model_args, tokenizer, 0).num_parameters()
-            problems += checks.check_disk(size, size, training_args)
+            problems += checks.check_disk(size, training_args)
         return problems
     name = str(model_args.model_name_or_path)
     problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **length)
@@ -313,6 +313,4 @@ def check_weights(
     if reward_args is not None and reward_args.trains_critic:
         # The critic is trained in full unless it is an adapter, too.
         trained += trained if reward_args.value_use_peft else size
-    # An adapter of an adapter is saved with its base model, into which the earlier one was merged.
-    beside = size if model_args.use_peft and loading.base_of(name, model_args.model_revision) else 0
-    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
+    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, args)
