@@ -19,14 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-EXIT_USER_ERROR = 2
-"""Exit code of a run refused because of its input (the convention of `argparse` and of POSIX shells)."""
-
-EXIT_PUSH_FAILED = 3
-"""Exit code of a run that is complete on this disk, but could not be pushed to the Hub."""
-
-EXIT_WAITING = 4
-"""Exit code of a step that waits for people."""
+EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_WAITING = 2, 3, 4
+"""Exit codes of a run refused because of its input (the convention of `argparse` and of POSIX shells), of one that is
+complete on this disk but could not be pushed to the Hub, and of a step that waits for people."""
 
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A token of the Hub, which no message repeats."""
@@ -51,13 +46,7 @@ NETWORK_ERRORS = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectErr
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the user's input.
-
-    Attributes:
-        field: Argument, YAML key or file that is wrong, as the user writes it.
-        value: Its value.
-        remedy: What to write or do instead, as a phrase.
-    """
+    """An argument, YAML key or file that is wrong, its value, and what to write or do instead, as a phrase."""
 
     field: str
     value: object
@@ -72,11 +61,7 @@ class Problem:
 
 
 class UserError(Exception):
-    """Everything that is wrong with the user's input, as far as it could be found together.
-
-    Args:
-        *problems: At least one problem, in the order of the report; duplicates are dropped.
-    """
+    """Everything that is wrong with the user's input: at least one problem; duplicates are dropped."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = tuple({str(problem): problem for problem in problems}.values())
@@ -87,12 +72,7 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run that cannot or should not continue, for a known reason that is not its input.
-
-    Args:
-        message: What happened and how to resume, for the user.
-        exit_code: Exit code of the process.
-    """
+    """A run that cannot or should not continue for a known reason; the message says how to resume."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         self.exit_code = exit_code
@@ -100,10 +80,7 @@ class RunStopped(Exception):
 
 
 def as_typed(*words: object) -> str:
-    """Return a command of this program as its user types it, such as `fourstage status runs/mine`.
-
-    It is `python -m pipeline status runs/mine` if this process was started in that way.
-    """
+    """Return a command as its user types it: `fourstage status runs/mine`, or with `python -m pipeline`."""
     is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
     program = ["python", "-m", "pipeline"] if is_module else ["fourstage"]
     return shlex.join([*program, *map(str, words)])
@@ -111,12 +88,7 @@ def as_typed(*words: object) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback.
-
-    Raises:
-        SystemExit: With code 2 after a `UserError` (one line per problem), with its own code after a `RunStopped`, with
-            130 after Ctrl-C.
-    """
+    """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback."""
     # Several processes of one machine find the same mistakes; one reports them.
     first = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     try:
@@ -143,14 +115,10 @@ def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals after which a run saves and ends: Ctrl-C, a cluster's SIGTERM, a terminal that closes.
-
-    A run under `nohup` ignores the last one, and goes on.
-    """
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    return signals
+    """Return the signals after which a run saves and ends: Ctrl-C, a cluster's SIGTERM, a terminal that closes."""
+    # A run under `nohup` ignores the last one, and goes on.
+    ignores_closing = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignores_closing else [signal.SIGHUP])]
 
 
 @contextmanager
@@ -163,10 +131,7 @@ def collect(problems: list[Problem]) -> Iterator[None]:
 
 
 def leave_closed_terminal() -> None:
-    """Send output to the null device if the terminal was closed, because writing to it fails.
-
-    May be called in a signal handler.
-    """
+    """Send output to the null device if the terminal was closed; may be called in a signal handler."""
     for descriptor in (1, 2):
         try:
             os.get_terminal_size(descriptor)

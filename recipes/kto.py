@@ -30,8 +30,8 @@ def main(data_args: DataArguments, training_args: KTOConfig, model_args: ModelCo
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
+    from pipeline.training.fine_tuning import KTOTrainer
     from pipeline.training.inputs import load_inputs
-    from pipeline.training.preference_tuning import KTOTrainer
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("unpaired", data_args, training_args, model_args)

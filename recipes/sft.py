@@ -37,8 +37,8 @@ def main(
 
     from pipeline.data.packing import log_truncated
     from pipeline.models.adapters import starting_model
+    from pipeline.training.fine_tuning import SFTTrainer
     from pipeline.training.inputs import load_inputs
-    from pipeline.training.instruction_tuning import SFTTrainer
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
     from pipeline.training.train import run_callbacks, train_and_save
 

@@ -575,12 +575,12 @@ CASES |= {
     "an unknown option of checkpointing": Case(
         "sft",
         '--gradient_checkpointing_kwargs {{"foo":1}}',
-        ("gradient_checkpointing_kwargs:", "unknown option foo", "use_reentrant"),
+        ("gradient_checkpointing_kwargs:", "Unexpected keyword arguments: foo", "correct it"),
     ),
     "an option of checkpointing of the wrong type": Case(
         "pretrain",
         '--gradient_checkpointing_kwargs {{"determinism_check":"foo"}}',
-        ("gradient_checkpointing_kwargs:", "determinism_check must be one of default, none"),
+        ("gradient_checkpointing_kwargs:", "determinism_check should be one of", "correct it"),
     ),
     "an unknown option of accelerate's accumulation": Case(
         "sft",

@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, as_typed
-from pipeline.files import as_list, is_missing_path, read_json, split_revision
+from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
 from pipeline.files.bounded import MAX_LAYERS
 
 T = TypeVar("T")
@@ -44,58 +46,42 @@ def _each(table: Mapping[str, T]) -> dict[str, T]:
     return {name: value for names, value in table.items() for name in names.split()}
 
 
-ANY_OTHER = _at_least(0)
-"""Range of the numbers that `RANGES` does not list."""
-
 RANGES: dict[str, Range] = _each(
     {
-        # Data
-        "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt": _at_least(1),
+        "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt lora_r "
+        "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb max_completion_length "
+        "max_new_tokens ref_model_sync_steps vllm_tensor_parallel_size vllm_max_model_length "
+        "intermediate_size_mlp interleave_moe_layer_step no_rope_layer_interval attention_chunk_size": _at_least(1),
         "block_size max_length samples_per_prompt": _at_least(2),
+        "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
+        "local_rank": _at_least(-1),
+        "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
+        "rope_theta initializer_range lora_alpha num_train_epochs logging_steps eval_steps save_steps epsilon delta "
+        "neftune_noise_alpha epsilon_high cliprange cliprange_value sapo_temperature_neg sapo_temperature_pos "
+        "vllm_server_timeout": _above(0),
+        "adam_epsilon top_p top_entropy_quantile vllm_gpu_memory_utilization": _above(0, 1),
+        "learning_rate muon_learning_rate embedding_learning_rate temperature repetition_penalty": _above(0, 100),
+        "value_learning_rate weight_decay": _between(0, 100),
+        "validation_share": _between(0, 0.5),
+        "warmup_ratio gamma lam value_lam ref_model_mixup_alpha": _between(0, 1),
+        "seed data_seed": _between(0, 2**32 - 1),
+        "size_mb": _between(0, 1e6),
         "dataset_num_proc": _between(1, 1024),
         "dataloader_num_workers": _between(0, 1024),
         "dataloader_prefetch_factor pad_to_multiple_of": _between(1, 1 << 16),
-        "validation_share": _between(0, 0.5),
-        "size_mb": _between(0, 1e6),
-        # Models
-        "hidden_size intermediate_size max_position_embeddings model_max_length": _between(1, 1 << 24),
         "num_hidden_layers": _between(1, MAX_LAYERS),
         "num_attention_heads num_key_value_heads num_local_experts num_experts_per_tok": _between(1, 4096),
-        "intermediate_size_mlp interleave_moe_layer_step no_rope_layer_interval attention_chunk_size": _at_least(1),
-        # The trainer of the tokenizer allocates all of it at once.
-        "vocab_size": _between(1, 1 << 24),
-        "rope_theta initializer_range": _above(0),
-        "lora_r": _at_least(1),
-        "lora_alpha": _above(0),
-        # Training
-        "learning_rate muon_learning_rate embedding_learning_rate": _above(0, 100),
-        "value_learning_rate weight_decay": _between(0, 100),
-        "num_train_epochs logging_steps eval_steps save_steps neftune_noise_alpha": _above(0),
-        "adam_epsilon": _above(0, 1),
-        "per_device_train_batch_size per_device_eval_batch_size batch_size": _between(1, 1 << 24),
-        "gradient_accumulation_steps num_generations num_generations_eval num_iterations": _between(1, 1 << 24),
-        "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb": _at_least(1),
+        # The trainer of the tokenizer allocates all of a vocabulary at once.
+        "vocab_size hidden_size intermediate_size max_position_embeddings model_max_length batch_size num_generations "
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations_eval "
+        "num_iterations steps_per_generation generation_batch_size": _between(1, 1 << 24),
         # More seconds overflow a timedelta.
         "ddp_timeout": _between(1, 10**9),
-        "warmup_ratio": _between(0, 1),
-        "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
-        "seed data_seed": _between(0, 2**32 - 1),
-        "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
-        "local_rank": _at_least(-1),
-        # Rollouts
-        "steps_per_generation generation_batch_size": _between(1, 1 << 24),
-        "max_completion_length max_new_tokens ref_model_sync_steps": _at_least(1),
-        "temperature repetition_penalty": _above(0, 100),
-        "epsilon epsilon_high delta cliprange cliprange_value": _above(0),
-        "sapo_temperature_neg sapo_temperature_pos vllm_server_timeout": _above(0),
-        "top_p top_entropy_quantile vllm_gpu_memory_utilization": _above(0, 1),
-        "gamma lam value_lam ref_model_mixup_alpha": _between(0, 1),
         "vllm_server_port vllm_group_port": _between(1, 65535),
-        "vllm_tensor_parallel_size vllm_max_model_length": _at_least(1),
         "reward_weights": (math.isfinite, "must be numbers"),
     }
 )
-"""Sensible values of fields, in any dataclass. Every item of a list must have one."""
+"""Sensible values of fields, in any dataclass, and of the items of lists. Any other number is at least 0."""
 
 NEVER_NULL = ("num_generations",)
 """Fields whose types allow null, with which TRL fails."""
@@ -176,17 +162,6 @@ SWITCHES: dict[str, tuple[str, Any]] = _each(
 )
 """Fields that have an effect only if another field has a certain value: field -> the other field, and its value."""
 
-WARMUPS = {"warmup_steps": "the learning rate would never be reached", "value_warmup_steps": "the policy never trained"}
-"""Lengths of warm-ups, and what happens in a run that is shorter."""
-
-ADAMW = ("adamw_torch", "adamw_torch_fused")
-"""The values of `optim` that name the optimizer which updates what Muon does not."""
-
-CHECKPOINT_OPTIONS: dict[str, tuple[Any, ...]] = _each(
-    {"use_reentrant debug early_stop preserve_rng_state": (True, False), "determinism_check": ("default", "none")}
-)
-"""Options of `torch.utils.checkpoint.checkpoint`, for activation checkpointing, and their values."""
-
 MAY_BE_EMPTY = ("debug", "system_prompt")
 """Text fields for which the empty string is a value."""
 
@@ -196,7 +171,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
-        fits, remedy = RANGES.get(name, ANY_OTHER)
+        fits, remedy = RANGES.get(name, _at_least(0))
         if not all(map(fits, numbers)):
             problems.append(Problem(name, value, remedy))
     return problems
@@ -205,10 +180,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
 def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
     """Return the text that is empty, that is not one of the choices, or that is given for a mapping.
 
-    Args:
-        asked: Values that the user gave, by field.
-        hints: Type of every field of the recipe, by name.
-        rollouts: Whether the fields of `GRPOConfig` are among them.
+    `hints` are the types of the recipe's fields, `GRPOConfig`'s among them if it makes `rollouts`.
     """
     problems = []
     choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
@@ -222,27 +194,31 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
         # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
-            fault = ""
             try:
-                is_mapping = isinstance(json.loads(value), dict)
+                fault = "" if isinstance(json.loads(value), dict) else "it is something else"
             except (ValueError, RecursionError) as error:
-                is_mapping, fault = False, f" ({error})"
-            if not is_mapping:
-                problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}'{fault}"))
+                fault = str(error)
+            if fault:
+                problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}' ({fault})"))
     return problems
 
 
-def check_accelerator(asked: Mapping[str, Any]) -> list[Problem]:
-    """Try a mapping for `accelerator_config`; transformers itself reads the path of a file, and says what is wrong."""
-    value = asked.get("accelerator_config")
-    if value is None or (isinstance(value, str) and not value.startswith("{")):
-        return []
-    try:
-        made = AcceleratorConfig(**(json.loads(value) if isinstance(value, str) else value))
-        GradientAccumulationPlugin(**(made.gradient_accumulation_kwargs or {}))
-    except (TypeError, ValueError) as error:
-        return [Problem("accelerator_config", value, str(error))]
-    return []
+def check_options(asked: Mapping[str, Any]) -> list[Problem]:
+    """Try mappings whose options accelerate and torch would only refuse in words that name no field, or in training."""
+    problems = []
+    for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
+        value = asked.get(name)
+        try:
+            # transformers itself reads the path of a file, and says what is wrong.
+            options = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+            if isinstance(options, dict) and name == "accelerator_config":
+                made = AcceleratorConfig(**options)
+                GradientAccumulationPlugin(**(made.gradient_accumulation_kwargs or {}))
+            elif isinstance(options, dict):
+                checkpoint(torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False, **options})
+        except (TypeError, ValueError) as error:
+            problems.append(Problem(name, value, f"{error}; correct it, or omit it"))
+    return problems
 
 
 def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
@@ -258,8 +234,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
     if hardware.accelerator() is None:
-        needed = {"use_cpu": False, "activation_offloading": True}
-        for name, value in needed.items():
+        for name, value in (("use_cpu", False), ("activation_offloading", True)):
             if asked.get(name) is value:
                 problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
     for name, why in UNSUPPORTED.items():
@@ -273,13 +248,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
-    """Return the fields of a dataclass that would have no effect, and are given with another value than the default.
-
-    Args:
-        given: Values by field.
-        kind: The dataclass.
-        unused: Fields without effect, and why they have none.
-    """
+    """Return the fields of a dataclass that are given with another value than the default, and why that is `unused`."""
     defaults = {
         item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         for item in dataclasses.fields(kind)
@@ -296,9 +265,7 @@ def check_together(
 ) -> list[Problem]:
     """Return the fields of argument dataclasses that contradict each other, or the files that they name.
 
-    Args:
-        reported: Fields whose values are known to be wrong, and were omitted.
-        on_command_line: Fields that the command line gave.
+    The fields that are `reported` have values that are wrong, and were omitted.
     """
     # Most fields have a default, and a check must not confuse it with a wish. The rules are therefore written so that
     # the defaults of every recipe pass them, and a field that only some recipes have is None in all others.
@@ -314,7 +281,11 @@ def check_together(
     steps = get("max_steps", 0)
     if get("dataset_streaming") and get("max_steps", 1) <= 0:
         refuse("max_steps", "must be given: a stream has no length")
-    for field, result in WARMUPS.items():
+    never = {
+        "warmup_steps": "the learning rate would never be reached",
+        "value_warmup_steps": "the policy never trained",
+    }
+    for field, result in never.items():
         # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
         is_trial = "max_steps" in on_command_line and field not in on_command_line
         if get(field, 0) > steps > 0 and not is_trial:
@@ -329,11 +300,10 @@ def check_together(
     # Muon updates the matrices inside of the blocks, and AdamW everything else, with rates of their own.
     if own := [name for name in ("use_muon", "embedding_learning_rate") if get(name)]:
         for field in ("optim", "optim_args", "optim_target_modules"):
-            if get(field) and get(field) not in ADAMW:
+            if get(field) and get(field) not in ("adamw_torch", "adamw_torch_fused"):
                 refuse(field, f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them")
     if get("use_muon") and (get("deepspeed") or launch.is_asked("DeepSpeed")):
-        remedy = "needs matrices, and DeepSpeed's optimizers get flat tensors; set it to false, or use fsdp2.yaml"
-        refuse("use_muon", remedy)
+        refuse("use_muon", "needs matrices, and DeepSpeed's optimizers get flat tensors; omit it, or use fsdp2.yaml")
     layers = f"{get('lora_target_modules')} {get('lora_modules_to_save')}"
     if get("use_peft") and "embed" not in layers and "lm_head" not in layers:
         for field in own:
@@ -346,8 +316,7 @@ def check_together(
         if get(field) and get("eval_strategy") == "no":
             refuse(field, "needs an eval_strategy other than no; omit it")
     if get("save_strategy") == "best" and not get("metric_for_best_model"):
-        remedy = "needs metric_for_best_model to compare checkpoints; set that, or choose another strategy"
-        refuse("save_strategy", remedy)
+        refuse("save_strategy", "needs metric_for_best_model to compare checkpoints; set that, or choose another one")
     if get("packing") and get("max_length", 0) is None:
         refuse("max_length", "must be given with packing, whose rows are of that length")
     if get("padding_free") and not get("packing") and get("max_length") is not None:
@@ -355,39 +324,16 @@ def check_together(
     if get("sync_ref_model") and not get("beta"):
         refuse("sync_ref_model", "needs a reference model, and there is none with a beta of 0; raise beta, or omit it")
     elif get("sync_ref_model") and get("use_peft"):
-        remedy = "needs a reference model of its own, and with use_peft it is the policy without its adapter; omit it"
-        refuse("sync_ref_model", remedy)
+        refuse("sync_ref_model", "needs a reference other than the policy without its adapter (use_peft); omit it")
     if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
-    problems += _check_checkpoint(str(get("resume_from_checkpoint") or ""))
-    return problems + _check_checkpointing_options(get("gradient_checkpointing_kwargs"))
 
-
-def _check_checkpoint(name: str) -> list[Problem]:
-    """Check the folder of a checkpoint, unless `name` is empty or an id on the Hub."""
+    # A folder, or an id on the Hub.
+    name = str(get("resume_from_checkpoint") or "")
     path = Path(name)
     on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
-    if not name or on_hub:
-        return []
-    fault = None
-    if not path.is_dir():
-        fault = "is not a directory"
-    elif not (path / "trainer_state.json").is_file():
-        fault = "is not a checkpoint"
-    elif "global_step" not in read_json(path / "trainer_state.json"):
-        fault = "is damaged"
-    remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
-    return [Problem("resume_from_checkpoint", name, remedy)] if fault else []
-
-
-def _check_checkpointing_options(options: Any) -> list[Problem]:
-    """Check the options of activation checkpointing, which torch would only reject once training has begun."""
-    if not isinstance(options, dict):
-        return []
-    remedies = []
-    if unknown := sorted(set(options) - set(CHECKPOINT_OPTIONS)):
-        remedies = [f"unknown option {', '.join(unknown)}; choose from: {', '.join(sorted(CHECKPOINT_OPTIONS))}"]
-    for name, known in CHECKPOINT_OPTIONS.items():
-        if name in options and options[name] not in known:
-            remedies.append(f"{name} must be one of {', '.join(map(str, known))}")
-    return [Problem("gradient_checkpointing_kwargs", options, remedy) for remedy in remedies]
+    if name and not on_hub and "global_step" not in read_json(path / STATE):
+        fault = "is not a directory" if not path.is_dir() else "is not a checkpoint"
+        fault = "is damaged" if (path / STATE).is_file() else fault
+        refuse("resume_from_checkpoint", f"{fault}; omit it to resume from the latest complete checkpoint")
+    return problems

@@ -9,19 +9,15 @@ import re
 import shutil
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args, get_origin
 
-from pipeline.config.fields import describe_type, field_types, is_enumeration, members, read_values, unknown_field
-from pipeline.config.recipe_folder import SHIPPED, find_shipped
+from pipeline.config.fields import describe_type, field_types, known_values, members, read_values, unknown_field
+from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.yaml_file import read_yaml
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem
 
-SWITCH = {
-    **dict.fromkeys(("true", "t", "yes", "y", "1"), True),
-    **dict.fromkeys(("false", "f", "no", "n", "0"), False),
-}
+SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
 """What may be written after a switch, in any case. A switch without a word is on."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
@@ -41,52 +37,31 @@ def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return found.config, rest
 
 
-def read_config(paths: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Read the file of `--config PATH`, which may be a file of a recipe that comes with the package.
-
-    Returns:
-        The content of the file, empty without one, and what is wrong with it.
-    """
-    if not paths:
-        return {}, []
-    if "" in paths:
-        return {}, [Problem("--config", "nothing", "give the path of a YAML file")]
-    if len(paths) > 1:
-        return {}, [Problem("--config", " and ".join(paths), "only one file is read; name one")]
-    try:
-        return read_yaml(str(find_shipped(Path(paths[0])))), []
-    except UserError as error:
-        return {}, list(error.problems)
-
-
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Read the options in one pass, in which every option takes any number of words.
+    """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
-    With types, `argparse` would stop at the first word that does not fit. Here it only finds out which words belong to
-    which option; they are then converted and judged as the values of a YAML file are.
-
-    Args:
-        arguments: The command line without `--config`.
-        dataclass_types: Dataclasses whose fields are the options.
-
-    Returns:
-        The values by field name, and the problems of the rest.
+    An option is written with underscores or hyphens, and never abbreviated. Its words are converted and judged as the
+    values of a YAML file are.
     """
-    # Abbreviations (`--learn 1`) are off: the next release may give them another meaning.
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
-    for name, item in fields.items():
-        reader.add_argument(*_spellings(name), *item.metadata.get("aliases", ()), dest=name, nargs="*")
-        if item.default is True:
-            reader.add_argument(*_spellings(f"no_{name}"), dest=name, action="store_const", const=["false"])
-    found, rest = reader.parse_known_args(arguments)
+    found: dict[str, list[str]] = {}
+    strays: list[str] = []
+    problems, words = [], strays
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            words = found[name.replace("-", "_")] = [value] if equals else []
+        else:
+            words.append(word)
 
+    fields = {item.name: item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init}
     hints = field_types(*dataclass_types)
     given: dict[str, Any] = {}
     switched_on: dict[str, Any] = {}
-    strays: list[str] = []
-    problems = []
-    for name, words in vars(found).items():
+    for name, words in found.items():
+        if name not in hints:
+            problems.append(unknown_field(name, "".join(words[:1]), hints))
+            strays += words[1:]
+            continue
         kinds = members(hints[name])
         lists = [kind for kind in kinds if get_origin(kind) is list]
         on = fields[name].metadata.get("const", True if bool in kinds else None)
@@ -103,32 +78,16 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
             given[name] = _from_word(words[0], kinds)
             strays += words[1:]
     values, refused = read_values(given, dataclass_types)
-
-    while rest:
-        name, _, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            strays.append(name)
-            continue
-        if not value and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
-        problems.append(unknown_field(name[2:].replace("-", "_"), value, hints))
     problems += [Problem("command line", word, "does not belong to any option; see --help") for word in strays]
     return values | switched_on, refused + problems
-
-
-def _spellings(name: str) -> list[str]:
-    """Return how an option may be written: with underscores or with hyphens."""
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
     """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
     for kind in kinds:
-        if get_origin(kind) is Literal or is_enumeration(kind):
-            known = get_args(kind) or [option.value for option in kind]
-            for value in known:
-                if str(value) == word:
-                    return value
+        for value in known_values(kind):
+            if str(value) == word:
+                return value
     if bool in kinds and word.lower() in SWITCH:
         return SWITCH[word.lower()]
     for number in (int, float):
@@ -146,13 +105,8 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
-    ours = {
-        name
-        for kind in dataclass_types
-        for base in kind.__mro__
-        if base.__module__.startswith("pipeline.")
-        for name in vars(base).get("__annotations__", ())
-    }
+    bases = {base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")}
+    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
     often = [item for item in items if item.name in usual | ours]
     rest = [item for item in items if item not in often]
     lines = [USAGE.format(module=module), *(_describe(item, hints[item.name], everything) for item in often)]

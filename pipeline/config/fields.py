@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from enum import Enum
+from enum import Enum, EnumType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline.errors import Problem
@@ -66,15 +66,17 @@ def members(hint: Any) -> list[Any]:
     return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
-def is_enumeration(hint: Any) -> bool:
-    """Return whether a type is an `Enum`."""
-    return isinstance(hint, type) and issubclass(hint, Enum)
+def known_values(hint: Any) -> list[Any]:
+    """Return the values of a `Literal` or an `Enum`, and none of other types."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [option.value for option in hint] if isinstance(hint, type) and issubclass(hint, Enum) else []
 
 
 def _options(hint: Any) -> list[Any]:
     """Return the members of a type, without `None` and without `str` where that only stands for an enumeration."""
     found = [member for member in members(hint) if member is not types.NoneType]
-    return [member for member in found if member is not str or not any(map(is_enumeration, found))]
+    return [member for member in found if member is not str or not any(isinstance(one, EnumType) for one in found)]
 
 
 def describe_type(hint: Any) -> str:
@@ -83,10 +85,8 @@ def describe_type(hint: Any) -> str:
     if len(options) > 1:
         return " or ".join(map(describe_type, options))
     (kind,) = options
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if is_enumeration(kind):
-        return "one of " + ", ".join(str(option.value) for option in kind)
+    if known := known_values(kind):
+        return "one of " + ", ".join(map(str, known))
     if get_origin(kind) is list:
         return f"a list, each item {describe_type(get_args(kind)[0])}"
     if dataclasses.is_dataclass(kind):
@@ -111,12 +111,11 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_to(value: Any, kind: Any) -> Any:
-    """Convert a value to one type that is not a union; the message of its `TypeError` is not shown."""
     origin = get_origin(kind) or kind
     if origin is list and value is not None:
         return [convert(item, get_args(kind)[0]) for item in as_list(value)]
-    if origin is Literal or is_enumeration(kind):
-        if value in (get_args(kind) or [option.value for option in kind]):
+    if known := known_values(kind):
+        if value in known:
             return value
         raise TypeError
     # For Python, True is a number as well.

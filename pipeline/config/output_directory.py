@@ -45,12 +45,8 @@ def recorded_template(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    Args:
-        arguments: The run's argument dataclasses. Without `TrainingArguments` among them nothing is checked.
-        machine: Fields that the machine decided. A run may be resumed on another one.
-
-    Returns:
-        Why it may not: it is not writable, it is what the run reads, or it belongs to another run.
+    It may not if it is not writable, if it is what the run reads, or if it belongs to another run. Nothing is checked
+    without `TrainingArguments`. A run may be resumed on another machine, which decides the fields `machine`.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)
@@ -59,24 +55,17 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
     path, present = Path(output_dir), to_record(items)
     if problem := check_directory(path):
         return [problem]
-    if path.resolve() == Path(path.resolve().anchor):
-        return [Problem("output_dir", path, "is the root of the file system; choose another directory")]
-    if remedy := _check_inputs(path, present) or _check_earlier_run(path, present, machine):
-        return [Problem("output_dir", output_dir, remedy)]
-    return []
-
-
-def _check_inputs(path: Path, present: Mapping[str, Any]) -> str | None:
-    """Return why a run that reads `present` must not write to `path`, or None."""
+    real, remedy = path.resolve(), None
+    if real == Path(real.anchor):
+        remedy = "is the root of the file system; choose another directory"
     for name in READ:
-        value = present.get(name)
-        for other in map(Path, map(str, filter(None, as_list(value)))):
-            if os.path.exists(other) and other.resolve() == path.resolve():
-                return f"is the value of {name} too, and would be overwritten; choose another directory"
-            inside = name == "dataset_name" and os.path.isdir(other) and path.resolve().is_relative_to(other.resolve())
-            if inside:
-                return "lies inside dataset_name, and would be read as data; choose another directory"
-    return None
+        for other in map(Path, map(str, filter(None, as_list(present.get(name))))):
+            if os.path.exists(other) and other.resolve() == real:
+                remedy = f"is the value of {name} too, and would be overwritten; choose another directory"
+            elif name == "dataset_name" and os.path.isdir(other) and real.is_relative_to(other.resolve()):
+                remedy = "lies inside dataset_name, and would be read as data; choose another directory"
+    remedy = remedy or _check_earlier_run(path, present, machine)
+    return [Problem("output_dir", output_dir, remedy)] if remedy else []
 
 
 def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collection[str]) -> str | None:
@@ -89,13 +78,10 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collecti
         earlier = dict(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"{record} cannot be read ({error}); choose another directory"
-    # The record is compared, not the YAML file: defaults of the libraries may change from release to release.
-    changed = [
-        name
-        # Another release may know other fields.
-        for name in sorted(set(earlier) & set(present))
-        if earlier[name] != present[name] and name != "output_dir" and name not in machine and has_effect(name, present)
-    ]
+    # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
+    # another release may know other fields.
+    known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
+    changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
     if not changed or continues(path, changed, present):
         return None
     differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)
@@ -112,11 +98,7 @@ def expand(field: str, value: Any) -> Any:
 
 
 def claim(args: TrainingArguments) -> None:
-    """Record in the output directory which run it belongs to.
-
-    Args:
-        args: Training arguments; nothing is recorded if they were not built by `parser.parse`.
-    """
+    """Record in the output directory which run it belongs to, if `parser.parse` has built the arguments."""
     resolved = getattr(args, RESOLVED, None)
     if resolved is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")

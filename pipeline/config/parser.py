@@ -4,7 +4,7 @@ A value goes through four checks, and the first that refuses it ends its way:
 
     read_values       its type, for the YAML file and for the command line, which overrides the file
     _check_each       the value by itself: ranges, words, what this machine supports
-    _build            the dataclass that has the field, as far as the library that it belongs to checks it
+    _build_checked    the dataclass that has the field, as far as the library that it belongs to checks it
     check_together    fields that contradict each other
 
 A field that was refused is omitted from the later checks, and what is wrong only because it is missing is not reported.
@@ -18,6 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
@@ -25,15 +26,14 @@ from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import read_command_line, read_config, split_config
+from pipeline.config.command_line import read_command_line, split_config
 from pipeline.config.fields import field_types, read_values
-from pipeline.errors import Problem, UserError
+from pipeline.config.recipe_folder import find_shipped
+from pipeline.config.yaml_file import read_yaml
+from pipeline.errors import Problem, UserError, collect
 from pipeline.files import split_revision
 
 REQUIRED = "is required"
-
-REFUSALS = (ValueError, ImportError, OSError)
-"""What argument dataclasses raise for a value, for a package that is missing, and for a file that a field names."""
 
 SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
 """Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
@@ -50,19 +50,20 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     What the machine decides (`hardware.training_defaults`: precision, backend, ...) applies where the user gave
     nothing. The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
 
-    Args:
-        *dataclass_types: Dataclasses whose fields are the options, as for TRL's and transformers' parsers.
-        argv: Command line without the program's name. Default: `sys.argv`.
-
-    Returns:
-        One instance of each type, in order.
-
-    Raises:
-        UserError: With everything that is wrong with the file and the command line.
+    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` has everything that is
+    wrong with the file and the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     paths, options = split_config(words)
-    content, problems = read_config(paths)
+    content: dict[str, Any] = {}
+    problems: list[Problem] = []
+    if "" in paths:
+        problems.append(Problem("--config", "nothing", "give the path of a YAML file"))
+    elif len(paths) > 1:
+        problems.append(Problem("--config", " and ".join(paths), "only one file is read; name one"))
+    elif paths:
+        with collect(problems):
+            content = read_yaml(str(find_shipped(Path(paths[0]))))
     is_unreadable = bool(problems)
     problems += _set_environment(content.pop("env", None))
     from_command_line, more = read_command_line(options, dataclass_types)
@@ -112,15 +113,9 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file, without the files that they name.
+    """Check the values of a YAML file, but not the files that they name, for a step of so many processes.
 
-    Args:
-        config: Its content.
-        dataclass_types: Dataclasses whose fields are its keys.
-        processes: Processes that will run.
-
-    Returns:
-        The dataclasses, as far as they can be built, and the problems.
+    Return the dataclasses, as far as they can be built, and the problems.
     """
     config = dict(config)
     before = dict(os.environ)
@@ -159,7 +154,7 @@ def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
-    problems += checks.check_supported(asked) + checks.check_accelerator(asked)
+    problems += checks.check_supported(asked) + checks.check_options(asked)
     for kind in rollouts:
         problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
     # Subclasses have groups of one, and TRL's message does not name the field.
@@ -178,17 +173,9 @@ def _build_checked(
     problems: list[Problem],
     on_command_line: Collection[str] = (),
 ) -> list[Any]:
-    """Build the dataclasses, and check their fields together.
+    """Build as many of the dataclasses as can be, check their fields together, and append what is wrong to `problems`.
 
-    Args:
-        dataclass_types: The dataclasses.
-        asked: Values that the user gave.
-        machine: Values of fields that the user did not give.
-        problems: Problems found so far; new ones are appended.
-        on_command_line: Fields that the command line gave.
-
-    Returns:
-        The dataclasses that could be built.
+    The values of `machine` are for fields that the user did not give.
     """
     reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
@@ -204,7 +191,8 @@ def _build_checked(
             try:
                 built.append(kind(**own))
                 break
-            except (UserError, *REFUSALS) as error:
+            # A value, a package that is missing, and a file that a field names.
+            except (UserError, ValueError, ImportError, OSError) as error:
                 refused = _problems_of(error, kind, own, is_expected=bool(problems))
             # A field that is already reported was omitted, and its default is not to be judged.
             problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
@@ -217,21 +205,23 @@ def _build_checked(
     for item in built:
         if isinstance(item, TrainingArguments):
             launch.use_one_gpu(item)
-    problems += _split_model_revision(built, asked) + checks.check_together(built, reported, on_command_line)
+        # `model_name_or_path: NAME/repo@revision` is that name and `model_revision`.
+        name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
+        if revision is not None and hasattr(item, "model_revision"):
+            if (other := asked.get("model_revision")) not in (None, revision):
+                remedy = f"model_name_or_path asks for {revision}; omit one of them"
+                problems.append(Problem("model_revision", other, remedy))
+            item.model_name_or_path, item.model_revision = name, revision
+    problems += checks.check_together(built, reported, on_command_line)
     return built
 
 
 def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
-    """Return the problems that a dataclass lists, or its message as the problem of the field that it names.
-
-    Args:
-        error: What the constructor raised.
-        kind: The dataclass.
-        own: The values that it was given.
-        is_expected: Whether values of the user are missing, so that a message about another field is a consequence.
+    """Return the problems that a dataclass of the values `own` lists, or its message under the field that it names.
 
     Raises:
-        Exception: `error`, if it names no field: then this is a defect.
+        Exception: `error`, if it names no field: then this is a defect, unless it `is_expected` as a consequence of
+            values of the user that are missing.
     """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
@@ -254,24 +244,3 @@ def _named_in(message: str, names: Iterable[str]) -> str | None:
     found = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in names}
     places = {name: match.start() for name, match in found.items() if match}
     return min(places, key=lambda name: places[name], default=None)
-
-
-def _split_model_revision(arguments: Iterable[Any], asked: Mapping[str, Any]) -> list[Problem]:
-    """Turn `model_name_or_path: NAME/repo@revision` into that name and `model_revision`, in place.
-
-    Args:
-        arguments: Argument dataclasses.
-        asked: Values that the user gave.
-
-    Returns:
-        The problem of two different revisions, if both are given.
-    """
-    for item in arguments:
-        name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
-        if revision is None or not hasattr(item, "model_revision"):
-            continue
-        if asked.get("model_revision") not in (None, revision):
-            remedy = f"model_name_or_path asks for {revision}; omit one of them"
-            return [Problem("model_revision", asked["model_revision"], remedy)]
-        item.model_name_or_path, item.model_revision = name, revision
-    return []

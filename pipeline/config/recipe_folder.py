@@ -1,20 +1,16 @@
-"""Find recipe folders, in the package and on the Hub, and the inputs of a step that other steps write."""
+"""Find recipe folders, in the package and on the Hub."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from pipeline.config.fields import READ
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
-from pipeline.config.yaml_file import MAX_BYTES, read_yaml
-from pipeline.errors import Problem, UserError, as_typed, is_network_error
-from pipeline.files import as_list, split_revision
+from pipeline.config.yaml_file import MAX_BYTES
+from pipeline.errors import Problem, UserError, is_network_error
+from pipeline.files import split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
@@ -22,15 +18,11 @@ LAUNCH_FILE = "accelerate_config.yaml"
 PATTERNS = ("[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml")
 """Files that are downloaded of a recipe folder. Its launch file is not among them: it can start any program."""
 
-MAX_FILES = 100
-
 
 def find_shipped(path: Path) -> Path:
     """Return `path` if it exists, otherwise the recipe or launch file of that name in the package or on the Hub.
 
-    Args:
-        path: `recipes/pocket`, `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, `NAME/repo@revision`,
-            which `fetch_recipes` downloads, or any other path.
+    It is `pocket`, `recipes/pocket/2_sft.yaml`, `accelerate_config.yaml`, `NAME/repo@revision`, or any other path.
     """
     if os.path.exists(path) or path.is_absolute():
         return path
@@ -44,10 +36,7 @@ def find_shipped(path: Path) -> Path:
 
 @functools.cache
 def fetch_recipes(name: str) -> Path | None:
-    """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub.
-
-    Returns:
-        Their folder in the cache of the Hub's client, or None if there is no such repository.
+    """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub, if any.
 
     Raises:
         UserError: If the Hub cannot be reached, or with all that the files say and may not say (`untrusted`).
@@ -69,7 +58,7 @@ def fetch_recipes(name: str) -> Path | None:
             files = [file for file in listed if FILE.fullmatch(file.rfilename)]
             if listed and not files:
                 raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
-            if len(files) > MAX_FILES or any((file.size or 0) > MAX_BYTES for file in files):
+            if len(files) > 100 or any((file.size or 0) > MAX_BYTES for file in files):
                 raise UserError(Problem("recipe", name, "is larger than a recipe can be; name another"))
             folder = Path(snapshot_download(repo_id, allow_patterns=list(PATTERNS), **options))
         except RepositoryNotFoundError:
@@ -102,31 +91,3 @@ def show_fetched(path: Path) -> str:
     files = recipe_files(find_shipped(path))
     text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in files)
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
-
-
-def missing_input(arguments: Iterable[Any], config: str) -> Problem | None:
-    """Return the input of a step that an earlier step of its folder has yet to write, with the command that does.
-
-    Args:
-        arguments: The step's argument dataclasses.
-        config: Its YAML file.
-    """
-    folder = Path(config).parent
-    steps: list[tuple[str, Path]] = []
-    for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):
-        # The file of another step may be wrong, which is reported when that step runs.
-        with contextlib.suppress(UserError):
-            output = Path(str(read_yaml(str(path)).get("output_dir", "")))
-            steps += [(path.stem, output)] if output.parts else []
-    missing: dict[str, tuple[str, str]] = {}
-    for name in READ:
-        for value in (getattr(item, name, None) for item in arguments):
-            for text in filter(None, as_list(value)):
-                writer = next((step for step, output in steps if Path(text).is_relative_to(output)), None)
-                if writer is not None and not os.path.exists(text):
-                    missing.setdefault(writer, (name, text))
-    if not missing:
-        return None
-    last = max(missing)
-    command = as_typed("run", folder, "--until", last)
-    return Problem(*missing[last], f"does not exist yet; first run `{command}`")

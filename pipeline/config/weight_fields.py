@@ -25,12 +25,6 @@ BY_EVALUATION = re.compile(
 """Those that do have an effect if evaluations choose the weights. `logging_steps` is the default of `eval_steps`, and
 only a checkpoint that was saved can be the best one."""
 
-STEERED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-"""Values of `lr_scheduler_type` that follow the evaluations."""
-
-LENGTH = frozenset({"max_steps", "num_train_epochs"})
-"""Fields that say how long a run trains."""
-
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
@@ -45,19 +39,21 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     # Each process packs a part of the data, so that their number changes the rows.
     if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):
         return True
-    chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_BY_EVALUATION
+    # Evaluations choose the weights, or these schedules follow them.
+    chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in (
+        "reduce_lr_on_plateau",
+        "greedy",
+    )
     return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a changed run can go on from what it has saved: a checkpoint, of no more steps than it now has.
+    """Return whether a run of these `values` can go on from what it has saved, although fields with an effect changed.
 
-    Args:
-        output_dir: Where it has saved.
-        changed: Fields that have an effect, and were changed.
-        values: Its present settings.
+    It can if a checkpoint has no more steps than the run now has.
     """
-    if not changed or not LENGTH.issuperset(changed) or values.get("save_only_model"):
+    is_length = {"max_steps", "num_train_epochs"}.issuperset(changed)
+    if not changed or not is_length or values.get("save_only_model"):
         return False
     state = newest_state(output_dir)
     if (steps := number_of(values, "max_steps")) > 0:

@@ -34,32 +34,21 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            fault = None
             if not isinstance(key, yaml.ScalarNode):
-                fault = "a key must be a name"
-            elif key.value in seen:
-                fault = f"duplicate key {key.value!r}"
-            if fault:
-                raise yaml.constructor.ConstructorError(None, None, fault, key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Read a recipe's YAML file.
-
-    Args:
-        path: File that contains one mapping from field names to values.
-
-    Returns:
-        The mapping.
+    """Return the mapping from field names to values in a recipe's YAML file.
 
     Raises:
         UserError: If the file cannot be read, is not valid YAML, or does not contain a mapping.

@@ -11,14 +11,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import safe_open
 
 from pipeline.errors import Problem, UserError, as_typed
@@ -38,41 +38,37 @@ LOCK_SECONDS = 120.0
 def check_replaceable(
     output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
 ) -> list[Problem]:
-    """Check that a step that replaces its whole output directory would delete only files of its own.
+    """Check that a step that replaces its whole output directory would delete only files of its `own`.
 
     Args:
-        output_dir: The directory; it need not exist.
-        own: Names of the files and folders that the step writes there.
         title: Text in the step's README.md that identifies it; empty if the step does not write one.
         read: A directory that the step reads, if any.
-
-    Returns:
-        Why the directory cannot be replaced: it is a file, contains other files or the input, or is not writable.
     """
     path = Path(output_dir)
     if problem := check_directory(path):
         return [problem]
+    remedy = ""
     if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
-        return [Problem("output_dir", output_dir, "is or lies inside the folder of dataset_name; choose another one")]
-    if path.resolve() == Path.cwd():
-        return [Problem("output_dir", output_dir, "is the current directory, which cannot be replaced; name another")]
-    if path.exists():
+        remedy = "is or lies inside the folder of dataset_name; choose another one"
+    elif path.resolve() == Path.cwd():
+        remedy = "is the current directory, which cannot be replaced; name another"
+    elif path.exists():
         found = {inner.name for inner in path.iterdir()}
         card = path / "README.md"
         has_title = card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
         if not found <= set(own) or (found and title and not has_title):
-            return [Problem("output_dir", output_dir, "contains other files; give a new or an empty folder")]
+            remedy = "contains other files; give a new or an empty folder"
+    if remedy:
+        return [Problem("output_dir", output_dir, remedy)]
     # The folder itself is replaced, for which its parent must be writable.
     problem = check_directory(path.absolute().parent)
     return [problem] if problem else []
 
 
-def check_path(path: str | Path, field: str = "output_dir") -> Problem | None:
-    """Report what cannot be the path of a directory, such as a file.
+def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:
+    """Report what cannot be a directory, such as a file, or cannot be created or written to.
 
-    Args:
-        path: The directory; it need not exist.
-        field: Argument that named it, for messages.
+    It need not exist. If it is to be `writable`, that is tried: not every file system honours its permissions.
     """
     path = Path(path)
     try:
@@ -87,26 +83,12 @@ def check_path(path: str | Path, field: str = "output_dir") -> Problem | None:
         return Problem(field, path, f"{where}is a dangling symlink; create its target")
     if not found.is_dir():
         return Problem(field, path, f"{where}is not a directory; choose another one")
-    return None
-
-
-def check_directory(path: str | Path, field: str = "output_dir") -> Problem | None:
-    """Report a directory that cannot be created, or written to.
-
-    It tries to write, because not every file system honours its permissions.
-
-    Args:
-        path: The directory; it need not exist.
-        field: Argument that named it, for messages.
-    """
-    if problem := check_path(path, field):
-        return problem
-    found = nearest(Path(path))
     try:
         before = found.stat()
-        tempfile.TemporaryDirectory(dir=found).cleanup()
-        # Leave the folder as if nothing had been written.
-        os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if writable:
+            tempfile.TemporaryDirectory(dir=found).cleanup()
+            # Leave the folder as if nothing had been written.
+            os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
         remedy = f"no permission to write to {found} ({error.strerror}); choose another directory"
         return Problem(field, path, remedy)
@@ -150,10 +132,7 @@ def describe_folder(path: str | Path) -> str:
 
 
 def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
-    """Return a setting in which each path inside the folder `home` is the same path inside the folder `to`.
-
-    Lists and mappings are searched for paths. All other values are returned as they are.
-    """
+    """Return a setting in which each path inside the folder `home`, also in lists and mappings, is inside `to`."""
     if isinstance(value, Mapping):
         return {key: relocate(item, home, to) for key, item in value.items()}
     if isinstance(value, list):
@@ -164,20 +143,13 @@ def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split `NAME/repo@revision`, an id on the Hub, into `NAME/repo` and the revision, None if there is none.
-
-    The path of a file or folder that exists is not split.
-    """
+    """Split `NAME/repo@revision`, an id on the Hub, into both, or return a name without one, or a path, and None."""
     repo, at, revision = name.partition("@")
     return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
 
 
 def append_line(file: FileIO, line: bytes) -> None:
-    """Append a line to a file, and flush it to the disk, either whole or not at all.
-
-    Args:
-        file: An unbuffered file, opened for appending, to which no other process appends meanwhile.
-        line: The line without its end.
+    """Append a line, given without its end, to an unbuffered file, and flush it, either whole or not at all.
 
     Raises:
         OSError: If it cannot be written, for instance because the disk is full. The file is as before.
@@ -194,10 +166,7 @@ def append_line(file: FileIO, line: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, either whole or not at all.
-
-    Its folder is created if it does not exist. Lone surrogates, which UTF-8 cannot encode, become question marks.
-    """
+    """Write a text file in UTF-8, and its folder, whole or not at all; lone surrogates become question marks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
@@ -208,11 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
-    """Write a folder, either whole or not at all.
-
-    Yields:
-        An empty folder next to `path`, which replaces it once the block has ended without an error.
-    """
+    """Yield an empty folder next to `path`, which replaces it once the block has ended without an error."""
     tmp_dir = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(tmp_dir, ignore_errors=True)
     tmp_dir.mkdir(parents=True)
@@ -260,71 +225,46 @@ def is_locked(path: Path) -> bool:
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
 
-    The kernel keeps the lock where the file system supports that. Elsewhere a marker file names the process that holds
-    it, and `filelock` removes the marker once that process has died.
-
-    Args:
-        path: The lock file. Its folder is created if it does not exist.
-        orphans_only: Wait only for child processes whose parent took the lock and died. By default, wait for any
-            process, up to `LOCK_SECONDS`.
-
-    Yields:
-        File descriptors; a child process that inherits them holds the lock as well. Empty with markers.
+    Wait up to `LOCK_SECONDS` for another process, but with `orphans_only` just for children of one that took the lock
+    and died. A child process that inherits the file descriptors in the tuple holds the lock as well.
 
     Raises:
         UserError: If another process still holds the lock, or the folder cannot be written to.
     """
-    descriptors: list[int] = []
-
-    def publish(descriptor: int) -> None:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        # filelock closes its own descriptor in forked children.
-        descriptors.append(os.dup(descriptor))
-
-    held = _acquire(path, publish, orphans_only)
-    try:
-        yield tuple(descriptors)
-    finally:
-        held.release()
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _acquire(path: Path, publish: Callable[[int], None], orphans_only: bool) -> BaseFileLock:
-    """Take a lock file, and call `publish` with its descriptor; arguments and exceptions as for `lock`."""
-    holder: int | None = None
-
-    def give_up() -> bool:
-        nonlocal holder
-        earlier, holder = holder, getattr(held, "pid", None)
-        with suppress(OSError, ValueError), path.open("rb", buffering=0) as file:
-            holder = holder or int(file.read(32))
-        if orphans_only and (holder is None or psutil.pid_exists(holder)):
-            return True
-        if holder != earlier:
-            logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
-        return False
-
-    # The lock of the kernel ends with the last process that has the descriptor. That may be a child which goes on
-    # writing after its parent was killed, and whose files the next run must not touch.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held: BaseFileLock = FileLock(path, LOCK_SECONDS, poll_interval=0.2, on_acquired=publish)
-            held.acquire(cancel_check=give_up)
-        except Timeout:
-            raise
-        except (OSError, ValueError):
-            # This file system or platform does not have such locks.
-            held = SoftFileLock(path.with_name(f"{path.name}.pid"), LOCK_SECONDS, poll_interval=0.2)
-            held.acquire(cancel_check=give_up)
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         remedy = f"cannot be written to ({error.strerror}); choose another directory"
-        if isinstance(error, Timeout):
-            remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error
-    return held
+    deadline, reported = time.monotonic() + LOCK_SECONDS, 0
+    with file:
+        while True:
+            # The lock ends with the last process that has the descriptor. That may be a child which goes on writing
+            # after its parent was killed, and whose files the next run must not touch.
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                holder = int(path.read_bytes() or 0)
+            except OSError as error:
+                logger.warning("%s has no locks (%s): make sure that no other run writes there.", path.parent, error)
+                break
+            if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
+                remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
+                raise UserError(Problem("output_dir", path.parent, remedy))
+            if holder != reported:
+                logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
+                reported = holder
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        try:
+            yield (file.fileno(),)
+        finally:
+            # Children that still have the descriptor do not keep the lock.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -345,12 +285,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if there is none, or the file is damaged.
-
-    Args:
-        path: The file.
-        notes: Takes a line if the file exists and is damaged.
-    """
+    """Return the JSON object in a file; {} if there is none, or the file is damaged, of which `notes` takes a line."""
     content, fault = _read_object(path)
     if fault and notes is not None:
         notes.append(f"{path}: {fault}; skipped")
@@ -374,7 +309,6 @@ def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
 
 
 def _is_step(entry: Any) -> bool:
-    """Return whether this is an entry of a step in run.json."""
     if not isinstance(entry, dict):
         return False
     numbers = [entry.get(key, 0) for key in ("seconds", "peak_memory")]

@@ -60,14 +60,13 @@ TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "give
 
 
 def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
-    """Call a function in a child process with limits of time and memory.
+    """Call a function in a child process, and return which limit it exceeds, as the end of a sentence, or None.
+
+    Only Linux forks safely; elsewhere it is not called.
 
     Args:
         call: The function. Anything but `TOO_LONG` that it returns or raises is ignored; the caller will see it.
         mapped: Bytes of a file that it maps into memory, which count like memory but take none.
-
-    Returns:
-        Which limit it exceeds, as the end of a sentence, or None. Only Linux forks safely; elsewhere it is not called.
     """
     if sys.platform != "linux":
         return None
@@ -101,7 +100,6 @@ def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
 
 
 def _run(call: Callable[[], object], mapped: int) -> NoReturn:
-    """Call a function under limits, and end this process without a word."""
     import faulthandler
     import resource
 
@@ -134,10 +132,7 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
 
 
 def check_files(folder: Path) -> None:
-    """Check the configuration of a model and the sizes of its tokenizer's files before anything is made of them.
-
-    Args:
-        folder: A local model, or the folder of the cache that has its config.json.
+    """Check the config.json in a folder and the sizes of its tokenizer's files before anything is made of them.
 
     Raises:
         ValueError: If they ask for more than a model can have.
@@ -157,16 +152,23 @@ def check_files(folder: Path) -> None:
         what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
         if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
             raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
-    unusual = [
-        f"{name}: {value}" for name, value in numbers
-        if value > (MAX_USUAL_COUNT if re.search(r"^(num|n)_|layer|expert|block|head|depth|stage", name) else MAX_USUAL)
-    ]  # fmt: skip
-    if unusual and (fault := exceeds(lambda: _build(folder))):
+    counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
+    limits = [(name, value, MAX_USUAL_COUNT if counts.search(name) else MAX_USUAL) for name, value in numbers]
+    unusual = [f"{name}: {value}" for name, value, limit in limits if value > limit]
+
+    def build() -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+    if unusual and (fault := exceeds(build)):
         raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a configuration. Anything that transformers could not read raises a `ValueError`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -188,16 +190,6 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(item, name)
     elif isinstance(value, int):
         yield name, value
-
-
-def _build(folder: Path) -> None:
-    """Build a model without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def longest(value: Any) -> int:

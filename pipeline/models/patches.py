@@ -6,8 +6,7 @@ makes by itself, or that it hands on to wrappers which look for the method by it
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -24,25 +23,6 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> None:
 def bind_forward(module: Any, forward: Callable[..., Any]) -> None:
     """Make a layer compute with another function, which is given the layer: also in a copy, where it gets the copy."""
     module.forward = MethodType(forward, module)
-
-
-def record_rows(train_dataloader: Any) -> deque[list[int]]:
-    """Record which rows of the data set each batch is made of, in the order of the batches; nothing of a stream.
-
-    A collator gets rows without their numbers, and accelerate replaces the sampler by one of its own, so the place
-    where the numbers are known is the data set's `__getitems__`. There must not be worker processes.
-    """
-    fetched: deque[list[int]] = deque()
-    dataset: Any = getattr(train_dataloader, "dataset", None)
-    fetch: Any = getattr(dataset, "__getitems__", None)
-
-    def fetch_and_record(indices: Sequence[int]) -> Any:
-        fetched.append([int(index) for index in indices])
-        return fetch(indices)
-
-    if fetch is not None:
-        dataset.__getitems__ = fetch_and_record
-    return fetched
 
 
 def name_body_of_llama4() -> None:

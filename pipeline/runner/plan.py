@@ -321,7 +321,7 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
         "tokens": round(stage.rows * stage.average),
         "flops": stage.flops,
         "memory_bytes": {**parts, "total": total},
-        "disk_bytes": disk_bytes(stage.trained, stage.trained, stage)[1] if stage.trained else 0,
+        "disk_bytes": disk_bytes(stage.trained, stage)[1] if stage.trained else 0,
         "hours": (START + computing + sampling) / 3600,
         "sampling_hours": sampling / 3600,
         "fits": total <= args.processor.memory,

@@ -25,7 +25,7 @@ from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
-from pipeline.files import as_list, check_path, read_json, relocate, split_revision
+from pipeline.files import as_list, check_directory, read_json, relocate, split_revision
 from pipeline.runner.records import TRASH
 from pipeline.runner.steps import REPORT, Step, smoke_overrides
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
@@ -163,7 +163,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
     """Refuse a directory that contains more than a run, or that cannot be created."""
-    if problem := check_path(run_dir):
+    if problem := check_directory(run_dir, writable=False):
         raise UserError(problem)
     # A link is followed, because what matters is which files the run would be written among.
     real = Path(os.path.realpath(run_dir))

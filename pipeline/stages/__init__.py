@@ -51,6 +51,8 @@ BASELINES = {
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
 """Lines of the charts that show it."""
 
+ENTROPY = LoggedChart("Entropy, nats per token", (("entropy", "entropy"),))
+
 SMOKE = "smoke: two steps of each stage; the figures mean nothing"
 """What the terminal, the report and the page say about a run with `--smoke`."""
 
@@ -68,11 +70,7 @@ SMOKE_TRAINING: Mapping[str, Any] = {
     "push_to_hub": False,
 }
 # Each process samples four completions in a step.
-SMOKE_ROLLOUTS: Mapping[str, Any] = {
-    **SMOKE_TRAINING,
-    "per_device_train_batch_size": 4,
-    "max_completion_length": 16,
-}
+SMOKE_ROLLOUTS: Mapping[str, Any] = {**SMOKE_TRAINING, "per_device_train_batch_size": 4, "max_completion_length": 16}
 SMOKE_MODEL: Mapping[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -85,9 +83,10 @@ SMOKE_SAMPLING: Mapping[str, Any] = {"max_prompts": 64, "max_eval_prompts": 32, 
 SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
 
 
-def _training(smoke: Mapping[str, Any] = SMOKE_TRAINING, **about: Any) -> StageKind:
+def _training(data: Any, smoke: Mapping[str, Any] = SMOKE_TRAINING, **about: Any) -> StageKind:
     """Return a kind of step that trains a model, under `accelerate launch`; the model is then measured."""
-    return StageKind(launched=True, measured=True, smoke=smoke, **about)
+    length = {"text": "block_size", "prompt": "max_completion_length"}.get(data, "max_length")
+    return StageKind(launched=True, measured=True, data=data, length=length, smoke=smoke, **about)
 
 
 STAGES: dict[str, StageKind] = {
@@ -139,7 +138,6 @@ STAGES: dict[str, StageKind] = {
         from_scratch=True,
         data="text",
         held_out="text",
-        length="block_size",
         aims=("bits_per_byte",),
         # With fewer rows, the held-out texts would not fill a block.
         smoke={**SMOKE_MODEL, **SMOKE_TRAINING, "max_train_samples": 512, "block_size": 256},
@@ -167,7 +165,6 @@ STAGES: dict[str, StageKind] = {
         seconds=29,
         data="conversation",
         held_out="instructions",
-        length="max_length",
         aims=("instruction_accuracy", "answer_bits_per_byte", "stop_rate"),
         charts=(
             LoggedChart("Loss, nats per token", LOSS, note="Answers only."),
@@ -218,7 +215,6 @@ STAGES: dict[str, StageKind] = {
         generates=False,
         data="preference",
         held_out="pairs",
-        length="max_length",
         aims=("reward_accuracy", "reward_accuracy_noise_free"),
         charts=(
             LoggedChart(
@@ -248,7 +244,6 @@ STAGES: dict[str, StageKind] = {
         has_critic=True,
         data="prompt",
         held_out="prompts",
-        length="max_completion_length",
         aims=("win_rate", "win_rate_greedy"),
         smoke=SMOKE_ROLLOUTS,
         charts=(
@@ -258,8 +253,7 @@ STAGES: dict[str, StageKind] = {
                 note="Scores are normalised as in training.",
             ),
             LoggedChart("KL to the initial policy, nats per answer", (("KL", "objective/kl"),)),
-            # Earlier releases logged it as `policy/entropy_avg`.
-            LoggedChart("Entropy, nats per token", (("entropy", "entropy"), ("entropy", "policy/entropy_avg"))),
+            ENTROPY,
             LoggedChart("Answer length, tokens", (("mean", "completions/mean_length"),)),
         ),
         box=Box(
@@ -294,7 +288,6 @@ STAGES: dict[str, StageKind] = {
         seconds=80,
         data="preference",
         held_out="pairs",
-        length="max_length",
         aims=("win_rate", "win_rate_greedy"),
         charts=(
             LoggedChart(
@@ -308,7 +301,7 @@ STAGES: dict[str, StageKind] = {
                 note="beta times the log of how much likelier the answer became.",
             ),
             LoggedChart("Loss", LOSS),
-            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+            ENTROPY,
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
@@ -324,7 +317,6 @@ STAGES: dict[str, StageKind] = {
         module="recipes.kto",
         seconds=150,
         data="unpaired",
-        length="max_length",
         aims=("win_rate", "win_rate_greedy"),
         charts=(
             LoggedChart(
@@ -334,7 +326,7 @@ STAGES: dict[str, StageKind] = {
             ),
             LoggedChart("KL to the initial policy, nats per answer", (("KL", "kl"),)),
             LoggedChart("Loss", LOSS),
-            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+            ENTROPY,
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
@@ -352,12 +344,11 @@ STAGES: dict[str, StageKind] = {
         samples=True,
         data="prompt",
         held_out="problems",
-        length="max_completion_length",
         aims=("pass@1", "pass@1_sampled", "pass@8", "step_rate"),
         smoke={**SMOKE_ROLLOUTS, "num_generations": 4},
         charts=(
             LoggedChart("Reward", (("training", "reward"), ("validation", "eval_reward")), note="Correctness only."),
-            LoggedChart("Entropy, nats per token", (("entropy", "entropy"),)),
+            ENTROPY,
             LoggedChart(
                 "Answer length, tokens",
                 (("mean", "completions/mean_length"), ("validation", "eval_completions/mean_length")),

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import hardware
@@ -25,16 +25,13 @@ SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
 
 
 class InterruptCallback(TrainerCallback):
-    """Save and stop at the end of the step during which a signal arrived.
+    """Save and stop at the end of the step during which a signal arrived, the same one in all processes of a run.
 
-    The second signal has its usual effect immediately, unless a terminal has closed, which may send several. All
-    processes of a run stop at the same step.
-
-    Attributes:
-        received: Signal that one of the processes has received, or None. The same on every process.
+    The second signal has its usual effect immediately, unless a terminal has closed, which may send several.
     """
 
     def __init__(self) -> None:
+        # The signal that one of the processes has received. The same on every process.
         self.received: signal.Signals | None = None
         self._own = 0
         self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
@@ -71,11 +68,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """Return the error that ends a run whose training was stopped early by a signal.
-
-        Returns:
-            An error with exit code 128 + the signal's number. None if a signal did not arrive before the last step.
-        """
+        """Return the error, of exit code 128 + the signal's number, if a signal has stopped training early."""
         if self.received is None or state.global_step >= state.max_steps:
             return None
         return RunStopped(
@@ -83,14 +76,6 @@ class InterruptCallback(TrainerCallback):
             f"{output_dir}. The same command resumes from there.",
             exit_code=128 + int(self.received),
         )
-
-
-def sum_over_processes(tensor: Tensor, args: TrainingArguments) -> Tensor:
-    """Add up a tensor of every process."""
-    if args.world_size > 1:
-        tensor = tensor.to(args.device)
-        torch.distributed.all_reduce(tensor)
-    return tensor
 
 
 class FiguresCallback(TrainerCallback):
@@ -103,12 +88,10 @@ class FiguresCallback(TrainerCallback):
     - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
       the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
-
-    Args:
-        length: Tokens per training sequence, which determine the cost of attention.
     """
 
     def __init__(self, length: int) -> None:
+        # Tokens per training sequence, which determine the cost of attention.
         self.length = length
         self.flops_per_token = 0.0
         # Time in seconds, step and tokens at the last log.
@@ -124,44 +107,32 @@ class FiguresCallback(TrainerCallback):
         """Add the figures."""
         if logs is None or "loss" not in logs:
             return
-        figures = self._speed(args, state) | (self._load_of_experts(args) if self.counter.routers else {})
+        figures: dict[str, float] = {}
+        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
+        if steps > 0 and seconds > 0:
+            self.last = now
+            figures["eta_seconds"] = round(seconds / steps * (state.max_steps - state.global_step))
+            if tokens > 0:
+                dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+                peak = hardware.matmul_peak(dtype) * args.world_size
+                figures["tokens_per_second"] = round(tokens / seconds)
+                figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
+        if (counter := self.counter).routers:
+            counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
+            entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
+            # A token is counted once for each expert that it goes to.
+            means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
+            for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
+                figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
+                figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
+            counter.clear()
         # The trainer has copied the log into its history already.
         history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
         for entry in (logs, *history):
             entry.update(figures)
             # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
             entry.pop("num_tokens", None)
-
-    def _speed(self, args: TrainingArguments, state: TrainerState) -> dict[str, float]:
-        """Return the speed since the last log, and the time left at that speed."""
-        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
-        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
-        if steps <= 0 or seconds <= 0:
-            return {}
-        self.last = now
-        figures: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
-        if tokens > 0:
-            dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-            peak = hardware.matmul_peak(dtype) * args.world_size
-            figures["tokens_per_second"] = round(tokens / seconds)
-            figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
-        return figures
-
-    def _load_of_experts(self, args: TrainingArguments) -> dict[str, float]:
-        """Return the figures of the experts on all processes, and start counting again."""
-        counter = self.counter
-        counter.counts = sum_over_processes(counter.counts, args).cpu()
-        counter.entropy = sum_over_processes(counter.entropy, args).cpu()
-        figures = {}
-        for layer, shares in enumerate(counter.shares):
-            for expert, share in enumerate(shares):
-                figures[f"router/layer_{layer}/expert_{expert}"] = round(share, 3)
-        # A token is counted once for each expert that it goes to.
-        tokens = counter.counts.sum(1) / counter.routers[0].top_k
-        for layer, mean in enumerate((counter.entropy / tokens).tolist()):
-            figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
-        counter.clear()
-        return figures
 
 
 class ReportCallback(TrainerCallback):

@@ -37,9 +37,6 @@ BLOCK = 1 << 28
 """Bytes of a file that one thread hashes. A larger file has the checksum of its blocks' checksums, `sha256_of_blocks`,
 so that all cores work on it: the weights and the optimizer of a large model are few files."""
 
-PIECE = 1 << 20
-"""Bytes that are read at a time."""
-
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
     """Return the folder of the checkpoint of a step."""
@@ -48,13 +45,10 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
-    found = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        # Other programs write folders such as checkpoint-best.
-        if step.isdecimal() and path.is_dir():
-            found[path] = int(step)
-    return sorted(found, key=found.__getitem__)
+    start = f"{PREFIX_CHECKPOINT_DIR}-"
+    # Other programs write folders such as checkpoint-best.
+    steps = {path: path.name.removeprefix(start) for path in Path(output_dir).glob(f"{start}*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
@@ -68,13 +62,8 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest checkpoints in a folder.
-
-    Args:
-        limit: Maximum number of checkpoints that stay; None or 0 for all.
-        keep: Names of checkpoints that stay in any case: the newest and the best.
-    """
-    if limit is None or limit <= 0:
+    """Delete the oldest of more than `limit` checkpoints, except for those named in `keep`."""
+    if not limit:
         return
     found = checkpoints(output_dir)
     surplus = max(0, len(found) - max(limit, len(keep)))
@@ -90,24 +79,12 @@ def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) ->
 
 
 def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
-    """List the files of a checkpoint, and flush all of them to the disk.
-
-    Args:
-        checkpoint: Folder of a finished checkpoint, whatever its name.
-        step: Optimizer steps so far.
-        evaluation_due: Whether an evaluation of the same step comes next.
-    """
+    """List the files of a checkpoint of this step, which an evaluation may follow, and flush them to the disk."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     checksums = _checksums({path: path.stat().st_size <= BLOCK for path in files})
-    entries = {
-        path.relative_to(checkpoint).as_posix(): {"size": path.stat().st_size, **checksums[path]} for path in files
-    }
-    content = {
-        "step": step,
-        "evaluation_due": evaluation_due,
-        "states": [hash_file(checkpoint / STATE)],
-        "files": entries,
-    }
+    entries = {str(path.relative_to(checkpoint)): {"size": path.stat().st_size, **checksums[path]} for path in files}
+    states = [hash_file(checkpoint / STATE)]
+    content = {"step": step, "evaluation_due": evaluation_due, "states": states, "files": entries}
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
     # The folder comes last: once its entries are on the disk, so is everything that they name.
     for path in [*files, checkpoint / STATE, checkpoint]:
@@ -164,31 +141,26 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
 
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
-    """Compute the checksum of each file on all cores.
+    """Compute on all cores the checksum of the whole content of each file (`sha256`), or of its blocks if False."""
 
-    Args:
-        files: Whether the checksum is the one of the whole content (`sha256`) or of its blocks (`sha256_of_blocks`).
-    """
+    def hash_block(path: Path, start: int) -> str:
+        digest, left = hashlib.sha256(), BLOCK
+        with path.open("rb") as file:
+            file.seek(start)
+            while left > 0 and (piece := file.read(min(1 << 20, left))):
+                digest.update(piece)
+                left -= len(piece)
+        return digest.hexdigest()
+
+    checksums = {}
     with ThreadPoolExecutor(hardware.cores()) as pool:
         hashing = {}
         for path, whole in files.items():
             starts = range(0, path.stat().st_size, BLOCK)
-            hashing[path] = pool.map(hash_file, [path]) if whole else pool.map(partial(_hash_block, path), starts)
-    checksums = {}
-    for path, digests in hashing.items():
-        if files[path]:
-            checksums[path] = {"sha256": next(digests)}
-        else:
-            checksums[path] = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
+            hashing[path] = pool.map(hash_file, [path]) if whole else pool.map(partial(hash_block, path), starts)
+        for path, digests in hashing.items():
+            if files[path]:
+                checksums[path] = {"sha256": next(digests)}
+            else:
+                checksums[path] = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
     return checksums
-
-
-def _hash_block(path: Path, start: int) -> str:
-    """Return the checksum of the block of a file that begins at `start`."""
-    digest, left = hashlib.sha256(), BLOCK
-    with open(path, "rb") as file:
-        file.seek(start)
-        while left > 0 and (piece := file.read(min(PIECE, left))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest.hexdigest()

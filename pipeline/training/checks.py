@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -31,11 +30,6 @@ from pipeline.models.kernels.sampler import unsupported_settings
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 
-logger = logging.getLogger(__name__)
-
-LORA_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
-"""Layers that PEFT can put a LoRA adapter on."""
-
 UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
 
 UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
@@ -63,9 +57,7 @@ VLLM_SERVER = (
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
     """Check that the modules that LoRA adapts exist, that its rank does not exceed theirs, and that PEFT accepts it.
 
-    Args:
-        model_args: The LoRA options.
-        model: The model. PEFT puts adapters on it, and so it cannot be used afterwards.
+    PEFT puts adapters on the model, which cannot be used afterwards.
     """
     if not model_args.use_peft:
         return []
@@ -73,64 +65,57 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     #     ["q_proj"]     model.layers.0.self_attn.q_proj
     #     ".*q_proj"     the same
     modules = dict(model.named_modules())
-    layers = {name: module for name, module in modules.items() if isinstance(module, LORA_LAYERS)}
-    projections = sorted({end for name in modules if (end := name.rpartition(".")[2]).endswith("_proj")})
+    # Layers that PEFT can put a LoRA adapter on.
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
+    layers = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+    projections = ", ".join(sorted({name.rpartition(".")[2] for name in modules if name.endswith("_proj")}))
+    places = {
+        "lora_target_modules": list(layers),
+        "lora_modules_to_save": list(modules),
+        "lora_target_parameters": [name for name, _ in model.named_parameters()],
+    }
     problems = []
-    for field, names in (
-        ("lora_target_modules", list(layers)),
-        ("lora_modules_to_save", list(modules)),
-        ("lora_target_parameters", [name for name, _ in model.named_parameters()]),
-    ):
+    for field, names in places.items():
         targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
             if any(isinstance(module, Llama4TextExperts) for module in modules.values()):
-                remedy = f"includes the routers, to which LoRA cannot add; name projections: {', '.join(projections)}"
+                remedy = f"includes the routers, to which LoRA cannot add; name projections: {projections}"
                 problems.append(Problem(field, "all-linear", remedy))
         # PEFT checks a pattern, but only that some name of a list is found.
         elif not isinstance(targets, str):
             missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
             if missing:
-                remedy = f"the model does not have such modules; choose from: {', '.join(projections)}, or all-linear"
+                remedy = f"the model does not have such modules; choose from: {projections}, or all-linear"
                 problems.append(Problem(field, ", ".join(missing), remedy))
     rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
     if model_args.lora_r > rank:
-        remedy = f"no matrix of the model has a rank above {rank}; lower it"
-        problems.append(Problem("lora_r", model_args.lora_r, remedy))
-    return problems or _try_lora(model_args, model)
+        problems.append(
+            Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
+        )
+    if problems:
+        return problems
 
-
-def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
-    """Put the adapter on a model of the meta device, which becomes useless, and return what PEFT refuses."""
-    config = get_peft_config(model_args)
+    config, field, remedy = get_peft_config(model_args), "lora_target_modules", ""
     if "SequenceClassification" in type(model).__name__:
         # PEFT saves the head of a reward model whole, as `recipes.reward` asks for, so that LoRA cannot adapt it.
         config.task_type = "SEQ_CLS"
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             get_peft_model(model, config)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            remedy = "an adapter of the output layer would not be trained; name it in lora_modules_to_save instead"
     except re.error as error:
-        return [
-            Problem("lora_target_modules", model_args.lora_target_modules, f"is not a regular expression ({error})")
-        ]
+        remedy = f"is not a regular expression ({error})"
     except (ValueError, NotImplementedError, ImportError) as error:
-        message = " ".join(str(error).split())
-        names = {name: name.removeprefix("lora_") for name in vars(model_args) if name.startswith(("lora_", "use_"))}
-        named = (name for name, own in names.items() if re.search(rf"\b(lora_)?{own}\b", message))
-        field = next(named, "lora_target_modules")
-        return [Problem(field, getattr(model_args, field), message)]
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        remedy = "an adapter of the output layer would not be trained; name it in lora_modules_to_save instead"
-        return [Problem("lora_target_modules", model_args.lora_target_modules, remedy)]
-    return []
+        remedy = " ".join(str(error).split())
+        options = [name for name in vars(model_args) if name.startswith(("lora_", "use_"))]
+        named = (name for name in options if re.search(rf"\b(lora_)?{name.removeprefix('lora_')}\b", remedy))
+        field = next(named, field)
+    return [Problem(field, getattr(model_args, field), remedy)] if remedy else []
 
 
 def check_generation_config(name: str, revision: str | None) -> list[Problem]:
-    """Report options in a policy's generation_config.json with which sampling differs from what training assumes.
-
-    Args:
-        name: A folder or an id on the Hub.
-        revision: Branch, tag or commit on the Hub. Default: "main".
-    """
+    """Report options in a policy's generation_config.json with which sampling differs from what training assumes."""
     try:
         file = GenerationConfig.from_pretrained(name, revision=revision or "main")
     except OSError:
@@ -142,16 +127,8 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
     return []
 
 
-def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows") -> list[Problem]:
-    """Check that the batches leave something to train on.
-
-    Args:
-        rows: Rows of the training data; None if unknown (streamed).
-        args: Training arguments.
-        what: What the rows are called.
-    """
-    if rows is None:
-        return []
+def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
+    """Check that batches of `rows` rows leave something to train on."""
     field, needed = "per_device_train_batch_size", 1
     if args.dataloader_drop_last:
         needed = args.per_device_train_batch_size * args.world_size
@@ -160,7 +137,7 @@ def check_batches(rows: int | None, args: TrainingArguments, what: str = "rows")
         field, needed = "generation_batch_size", max(1, args.generation_batch_size // (args.num_generations or 1))
     if rows >= needed:
         return []
-    remedy = f"takes {needed} {what} and the data set has {rows}, so that nothing would be trained on; lower it"
+    remedy = f"takes {needed} rows and the data set has {rows}, so that nothing would be trained on; lower it"
     return [Problem(field, getattr(args, field), remedy)]
 
 
@@ -173,24 +150,17 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def check_length(checkpoint: Path, trainer: Trainer) -> None:
-    """Reject a checkpoint of more steps than the run is to have, from which nothing would be trained.
-
-    Raises:
-        UserError: If it has more.
-    """
+    """Raise a `UserError` for a checkpoint of more steps than the run is to have."""
     done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
     if done > total:
         remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
         raise UserError(Problem("max_steps", total, remedy))
 
 
-def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> tuple[int, int]:
+def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
     """Return how many checkpoints are on the disk at once, and the bytes of these and of the model.
 
-    Args:
-        parameters: Weights that are saved with each checkpoint, in 4 bytes each.
-        trainable: Weights for which the optimizer keeps two numbers each.
-        beside: Weights of a base model that is saved once, next to an adapter.
+    Each of the `trained` weights takes 4 bytes, and so does each of the two numbers that the optimizer keeps for it.
     """
     if args.save_strategy == "no":
         kept = 0
@@ -200,13 +170,12 @@ def disk_bytes(parameters: int, trainable: int, args: TrainingArguments, beside:
     else:
         # Without a limit all are kept, as many as the number of steps says if that is known.
         kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
-    optimizer = 0 if args.save_only_model else 8 * trainable
-    return kept, kept * (4 * parameters + optimizer) + 4 * (parameters + beside)
+    return kept, kept * (4 if args.save_only_model else 12) * trained + 4 * trained
 
 
-def check_disk(parameters: int, trainable: int, args: TrainingArguments, beside: int = 0) -> list[Problem]:
-    """Report a disk with less free space than the checkpoints and the model need; arguments as for `disk_bytes`."""
-    kept, needed = disk_bytes(parameters, trainable, args, beside)
+def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
+    """Report a disk with less free space than the checkpoints and the model need."""
+    kept, needed = disk_bytes(trained, args)
     free = shutil.disk_usage(nearest(Path(args.output_dir))).free
     if needed <= free:
         return []
@@ -222,55 +191,56 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
     If it is `early`, and other steps run before, a server of vLLM does not have to be there yet.
     """
-    rollouts = _check_rollouts(args, early) if isinstance(args, GRPOConfig) else []
-    problems = [*_try_optimizer(args), *_try_schedule(args), *_check_packages(args), *rollouts, *_check_hub(args)]
-    if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
-        remedy = "a pair has two lengths; omit it"
-        problems.append(Problem("train_sampling_strategy", "group_by_length", remedy))
-    return problems
-
-
-def _try_optimizer(args: TrainingArguments) -> list[Problem]:
+    problems = _try_schedule(args)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
         # Either a package is missing, or an option is wrong.
         field = "optim_args" if args.optim_args and not isinstance(error, ImportError) else "optim"
         value = getattr(args, field)
-        return [Problem(field, getattr(value, "value", value), str(error))]
-    return []
-
-
-def _try_schedule(args: TrainingArguments) -> list[Problem]:
-    """Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    kind, options = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
-    steps = max(args.max_steps, 10)
-    try:
-        made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
-        shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
-    except LIBRARY_ERRORS as error:
-        if options:
-            return [Problem("lr_scheduler_kwargs", options, str(error))]
-        return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")]
-    if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
-        remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
-        return [Problem("lr_scheduler_kwargs", options, remedy)]
-    return []
-
-
-def _check_packages(args: TrainingArguments) -> list[Problem]:
-    installed = get_available_reporting_integrations()
-    problems = []
+        problems.append(Problem(field, getattr(value, "value", value), str(error)))
     if args.use_liger_kernel and not is_liger_kernel_available():
         problems.append(Problem("use_liger_kernel", True, "liger-kernel is not installed; omit it"))
     for name in args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(INTEGRATION_TO_CALLBACK)
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
-        elif name not in installed:
+        elif name not in get_available_reporting_integrations():
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
+    if isinstance(args, GRPOConfig):
+        problems += _check_rollouts(args, early)
+    if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
+        remedy = "a pair has two lengths; omit it"
+        problems.append(Problem("train_sampling_strategy", "group_by_length", remedy))
+
+    repo_id = args.hub_model_id or (Path(args.output_dir).absolute().name if args.push_to_hub else None)
+    try:
+        if repo_id is not None:
+            validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return [*problems, Problem("hub_model_id", repo_id, str(error))]
+    # The first process alone asks whether the token may write there.
+    if repo_id is not None and args.push_to_hub and os.environ.get("RANK", "0") == "0":
+        skip_unreachable_hub()
+        problems += check_access([repo_id], "push_to_hub", token=args.hub_token)
     return problems
+
+
+def _try_schedule(args: TrainingArguments) -> list[Problem]:
+    """Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kind, options, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, max(args.max_steps, 10)
+    fault = ""
+    try:
+        made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
+        shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
+        if shares and not (min(shares) >= 0 and max(shares) <= 1):
+            fault = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
+    except LIBRARY_ERRORS as error:
+        fault = str(error)
+        if not options:
+            return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({fault})")]
+    return [Problem("lr_scheduler_kwargs", options, fault)] if options and fault else []
 
 
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
@@ -328,18 +298,3 @@ def _check_vllm(args: GRPOConfig, early: bool) -> list[Problem]:
         if fault:
             problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     return problems
-
-
-def _check_hub(args: TrainingArguments) -> list[Problem]:
-    """Check the id on the Hub and, on the first process if the run pushes, whether the token may write there."""
-    repo_id = args.hub_model_id or (Path(args.output_dir).absolute().name if args.push_to_hub else None)
-    if repo_id is None:
-        return []
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        return [Problem("hub_model_id", repo_id, str(error))]
-    if not args.push_to_hub or os.environ.get("RANK", "0") != "0":
-        return []
-    skip_unreachable_hub()
-    return check_access([repo_id], "push_to_hub", token=args.hub_token)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import search_here_last
-from pipeline.config.command_line import FLAGS, describe_options, split_config
+from pipeline.config.command_line import FLAGS, describe_options
 from pipeline.config.fields import argument_types
-from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
 
 
@@ -21,14 +19,11 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
     Everything that is wrong with the arguments is reported together. What is wrong with the inputs that they name is
-    reported by `main`. If an earlier step of the recipe has not run yet, the message is the command that runs it.
+    reported by `main`.
 
     Args:
         main: A recipe's function, whose parameters are annotated with argument dataclasses.
         argv: Command line without the program name; `--help` prints its options. Default: `sys.argv`.
-
-    Raises:
-        SystemExit: As `exit_on_user_error`.
     """
     if argv is None:
         search_here_last()
@@ -43,27 +38,18 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
     with exit_on_user_error():
         arguments = parse(*argument_types(main), argv=argv)
-        configs, _ = split_config(words)
-        if configs and (problem := missing_input(arguments, configs[0])):
-            raise UserError(problem)
         # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects
         # live as long as the process: unless they are frozen, each collection looks through all of them.
         gc.enable()
         gc.freeze()
-        with _without_new_directories(arguments), stop_as_one():
-            main(*arguments)
-
-
-@contextmanager
-def _without_new_directories(arguments: Iterable[Any]) -> Iterator[None]:
-    """Remove the output directory again that a trainer's constructor has made for a run that is then refused."""
-    output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        yield
-    except UserError:
-        for folder in missing:
-            # One that something was written to is kept.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+        output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
+        missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+        try:
+            with stop_as_one():
+                main(*arguments)
+        except UserError:
+            # A trainer's constructor has made the directory of a run that is refused. Others are not empty, and stay.
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +29,17 @@ from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
+from pipeline.models import loading
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
-from pipeline.models.loading import (
-    base_of,
-    is_reward_model,
-    load_config,
-    load_tokenizer,
-    skip_unreachable_hub,
-    user_error_for,
-    validate_weights,
-)
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
 from pipeline.stages import STAGES
 from pipeline.training import checks
 
-ROWS_MEASURED = 1000
-"""Rows whose tokens are counted to see whether they leave room; counting all of a large data set takes minutes."""
-
-ROWS_MEASURED_OF_STREAM = 100
-"""The same for a stream, whose rows are read over the network."""
+ROWS_MEASURED, ROWS_MEASURED_OF_STREAM = 1000, 100
+"""Rows whose tokens are counted to see whether they leave room; counting all of a large data set takes minutes, and a
+stream is read over the network."""
 
 
 def load_inputs(
@@ -66,8 +55,6 @@ def load_inputs(
 
     Args:
         kind: Content of the data, as for `load_splits`.
-        data_args: Data and tokenizer.
-        training_args: Any `TrainingArguments`; they say whether an evaluation split is needed.
         model_args: The model to load, or the sizes of a new one.
         reward_args: What is rewarded, if anything is: one of the dataclasses of `pipeline.rl.arguments`.
 
@@ -80,53 +67,40 @@ def load_inputs(
     problems: list[Problem] = []
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
     name, own = pretrained.model_name_or_path if pretrained else None, data_args.tokenizer_name_or_path
-    _ask_hub_once([name, own, *data_args.dataset_names], reward_args)
+    named = [name, own, *data_args.dataset_names, getattr(reward_args, "value_model_path", None)]
+    named += as_list(getattr(reward_args, "reward_model_path", None))
+    if not all(os.path.exists(other) or is_missing_path(other) for other in named if other):
+        loading.skip_unreachable_hub()
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
     config = tokenizer = None
-    with collect(problems):
-        config = _load_config(pretrained) if pretrained else None
+    if pretrained is not None:
+        with collect(problems):
+            config = _load_config(pretrained)
     # The field that names the tokenizer, and its value.
     words_from = ("tokenizer_name_or_path", own) if own or not name else ("model_name_or_path", name)
     if own is not None or config is not None or pretrained is None:
         revision = pretrained.model_revision if pretrained and not own else None
         with collect(problems):
-            tokenizer = load_tokenizer(words_from[1], words_from[0], revision)
-    splits = _load_splits(kind, data_args, training_args, tokenizer, problems)
+            tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
+    shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
+    splits = _load_splits("tokens" if shards else kind, data_args, training_args, tokenizer, problems)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
-        for folder in _shards(kind, data_args) if not faults else ():
+        for folder in shards if not faults else ():
             faults += check_tokenizers(folder, tokenizer)
         problems += faults
         # Nothing can be encoded with it.
         tokenizer = None if faults else tokenizer
 
-    length = _length_limit(kind, training_args)
-    if pretrained is None:
-        problems += check_lengths(model_args.max_position_embeddings, **length)
-        if tokenizer is not None:
-            with torch.device("meta"):
-                size = build_model(model_args, tokenizer, 0).num_parameters()
-            problems += checks.check_disk(size, size, training_args)
-    elif config is not None:
-        faults = check_model(config, tokenizer, str(name), reward=isinstance(training_args, RewardConfig), **length)
-        problems += faults
-        if kind == "prompt":
-            problems += checks.check_generation_config(base_of(str(name)) or str(name), pretrained.model_revision)
-        if all(fault.field in length for fault in faults):
-            problems += check_weights(config, training_args, pretrained, reward_args)
-
+    if pretrained is None or config is not None:
+        problems += _check_model(kind, config, tokenizer, training_args, model_args, reward_args)
     if splits is not None and tokenizer is not None:
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-        with collect(problems), _user_error_for_template(words_from):
-            if kind == "prompt":
-                splits = _drop_long_prompts(splits, tokenizer, training_args, positions)
-            else:
-                for split in splits if kind in ("preference", "unpaired") else splits[:1]:
-                    problems += _check_tokens(kind, split, tokenizer, training_args) if split is not None else []
-    if splits is not None:
-        problems += checks.check_batches(len(splits[0]) if isinstance(splits[0], Dataset) else None, training_args)
+        with collect(problems):
+            splits = _fit_rows(kind, splits, tokenizer, training_args, config, words_from)
+    if splits is not None and isinstance(splits[0], Dataset):
+        problems += checks.check_batches(len(splits[0]), training_args)
     if reward_args is not None:
         problems += reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
     problems += checks.preflight(training_args)
@@ -135,73 +109,128 @@ def load_inputs(
     return tokenizer, *_encode(kind, splits, tokenizer, training_args)
 
 
-def _ask_hub_once(names: list[str | None], reward_args: Any) -> None:
-    """Stop asking a Hub that cannot be reached, if a model or a data set that is named may lie there."""
-    for field in ("reward_model_path", "value_model_path"):
-        names = names + as_list(getattr(reward_args, field, None))
-    if not all(os.path.exists(name) or is_missing_path(name) for name in names if name):
-        skip_unreachable_hub()
-
-
-def _length_limit(kind: Kind, training_args: TrainingArguments) -> dict[str, int | None]:
-    """Return the field that limits the length of this stage's sequences, such as `max_length`, and its value."""
-    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
-    return {field: getattr(training_args, field, None) for field in fields}
-
-
 def _load_splits(
-    kind: Kind,
-    data_args: DataArguments,
-    training_args: TrainingArguments,
-    tokenizer: PreTrainedTokenizerBase | None,
-    problems: list[Problem],
+    kind: Kind, data_args: DataArguments, training_args: TrainingArguments, tokenizer: Any, problems: list[Problem]
 ) -> tuple[Split, Split | None] | None:
     """Load the data, and check that neither they nor the system prompt contain special tokens of the tokenizer."""
-    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
+    tokens = special_tokens(tokenizer) if tokenizer is not None and kind not in ("text", "tokens") else None
     if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
         remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
         problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
         # Every row would be refused because of it.
         tokens = None
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    content: Kind = "tokens" if _shards(kind, data_args) else kind
-    evaluates = training_args.eval_strategy != "no"
     with once_per_node(training_args), collect(problems):
-        return load_splits(data_args, content, evaluates, tokens, seed)
+        return load_splits(data_args, kind, training_args.eval_strategy != "no", tokens, seed)
     return None
 
 
-def _drop_long_prompts(
-    splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any, positions: int | None
+def _check_model(
+    kind: Kind, config: Any, tokenizer: Any, training_args: TrainingArguments, model_args: Any, reward_args: Any
+) -> list[Problem]:
+    """Check a model to load by its `config`, or a new one, of which that is None, by its sizes."""
+    # The field that limits the length of this stage's sequences, such as `max_length`.
+    limits = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
+    length = {field: getattr(training_args, field, None) for field in limits}
+    if config is None:
+        problems = check_lengths(model_args.max_position_embeddings, **length)
+        if tokenizer is not None:
+            with torch.device("meta"):
+                size = build_model(model_args, tokenizer, 0).num_parameters()
+            problems += checks.check_disk(size, training_args)
+        return problems
+    name = str(model_args.model_name_or_path)
+    problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **length)
+    if all(fault.field in length for fault in problems):
+        problems += check_weights(config, training_args, model_args, reward_args)
+    if kind == "prompt":
+        problems += checks.check_generation_config(loading.base_of(name) or name, model_args.model_revision)
+    return problems
+
+
+def _fit_rows(
+    kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: tuple[str, Any]
 ) -> tuple[Split, Split | None]:
-    """Drop the prompts after which the model has no room for an answer; `positions` is its context."""
-    given = args.chat_template_kwargs or {}
-    template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
-    limit = args.max_completion_length or 0
-    train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
-    return train, held_out
+    """Drop the prompts after which the model has no room for an answer, and check the lengths of other rows.
 
-
-@contextmanager
-def _user_error_for_template(words_from: tuple[str, str | None]) -> Iterator[None]:
-    """Raise what a chat template raises for the data as a `UserError` about the field and value `words_from`."""
+    Raises:
+        UserError: If none is left, or the chat template, of which the field `words_from` is the source, rejects a row.
+    """
     try:
-        yield
+        if kind != "prompt":
+            for split in splits if kind in ("preference", "unpaired") else splits[:1]:
+                if split is not None:
+                    _check_tokens(kind, split, tokenizer, args)
+            return splits
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+        given, limit = args.chat_template_kwargs or {}, args.max_completion_length or 0
+        template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
+        train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
+        return train, held_out
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
         raise UserError(Problem(*words_from, remedy)) from error
+
+
+def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
+    """Check that the first rows fit into the lengths that the arguments set.
+
+    Raises:
+        ValueError: If the chat template drops calls of tools that the rows have, or their results.
+    """
+    rows = list(split.take(min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM))
+    calls = kind == "conversation" and has_calls(split if isinstance(split, Dataset) else rows)
+    if calls and not supports_tool_calling(tokenizer):
+        raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
+    if kind == "text":
+        if TOKENS in rows[0]:
+            Encoder.of(tokenizer)([row[TOKENS] for row in rows])
+        return
+
+    def count(messages: Any, **options: Any) -> int:
+        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return len(encoded["input_ids"])
+
+    if args.max_length is None:
+        return
+    if kind == "conversation":
+        prompts = [list(takewhile(lambda message: message["role"] != "assistant", row["messages"])) for row in rows]
+        shortest = min(count(prompt, add_generation_prompt=True) for prompt in prompts)
+        if shortest >= args.max_length:
+            remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
+            raise UserError(Problem("max_length", args.max_length, remedy))
+        return
+    sizes = [max(count(row["prompt"] + row[answer]) for answer in _answers(split)) for row in rows]
+    if min(sizes) > args.max_length:
+        remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
+        raise UserError(Problem("max_length", args.max_length, remedy))
+    if longer := sum(size > args.max_length for size in sizes):
+        what = f"pairs that were looked at are longer than max_length {args.max_length} (up to {max(sizes)} tokens) "
+        report_lost(longer, len(sizes), f"{what}and are dropped", "raise it")
 
 
 def _encode(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> tuple[Split, Split | None]:
     """Add the tokens of the rows, as `add_tokens` describes them."""
+    train, held_out = splits
     if kind == "unpaired":
+        # Each answer of a pair becomes a row of its own. The rows are shuffled because TRL's KTO reads them in order.
         seed = args.seed if args.data_seed is None else args.data_seed
-        splits = _single_answers(splits[0], seed), splits[1] and _single_answers(splits[1], seed)
+        singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
+        train, held_out = (single and single.shuffle(seed=seed) for single in singles)
+
+    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
+        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
+        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
+        return [max(map(len, pair)) <= args.max_length for pair in zip(*encoded, strict=True)]
+
     if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
-        # Other trainers of TRL encode all rows, whatever columns they have.
-        train, held_out = (split and _drop_long(split, tokenizer, args.max_length) for split in splits)
+        # Other trainers than TRL's `RewardTrainer` encode all rows, whatever columns they have, and learn from answers
+        # that are cut: rows that are too long are dropped here.
+        if args.max_length is not None:
+            columns = ["prompt", *_answers(train)]
+            train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))
         return train, held_out
     answers_only = bool(getattr(args, "assistant_only_loss", False))
     num_proc = getattr(args, "dataset_num_proc", None)
@@ -213,32 +242,9 @@ def _encode(
     return train, held_out
 
 
-def _single_answers(split: Split, seed: int) -> Split:
-    """Make each answer of a pair a row of its own, and shuffle the rows: TRL's KTO reads them in order."""
-    rows = unpair_preference_dataset(split) if "chosen" in column_names(split) else split
-    return rows.shuffle(seed=seed)
-
-
 def _answers(split: Split) -> list[str]:
     """Return the columns of answers to a prompt."""
     return [name for name in column_names(split) if name in ("chosen", "rejected", "completion")]
-
-
-def _drop_long(split: Split, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Split:
-    """Drop rows whose answers are too long, as TRL's `RewardTrainer` does: its others would learn from cut answers."""
-
-    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
-        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
-        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
-        return [limit is None or max(map(len, pair)) <= limit for pair in zip(*encoded, strict=True)]
-
-    columns = ["prompt", *_answers(split)]
-    return split if limit is None else split.filter(fits, batched=True, input_columns=columns)
-
-
-def _shards(kind: Kind, data_args: DataArguments) -> list[Path]:
-    """Return the data sets of documents that are tokens already."""
-    return [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
@@ -265,13 +271,13 @@ def _load_config(model_args: ModelConfig) -> Any:
     name = model_args.model_name_or_path
     if not name:
         raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
-    with user_error_for("model_name_or_path", name):
-        base = base_of(name, model_args.model_revision)
+    with loading.user_error_for("model_name_or_path", name):
+        base = loading.base_of(name, model_args.model_revision)
         if base and PeftConfig.from_pretrained(name, revision=model_args.model_revision).is_prompt_learning:
             remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
             raise UserError(Problem("model_name_or_path", name, remedy))
-    with user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
-        return load_config(name, model_args.model_revision)
+    with loading.user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
+        return loading.load_config(name, model_args.model_revision)
 
 
 def check_weights(
@@ -282,7 +288,7 @@ def check_weights(
     If it is `early`, the model is still to be made, so that there are no weights, and nobody knows the disk of then.
     """
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
-    if reward and not is_reward_model(config):
+    if reward and not loading.is_reward_model(config):
         config.num_labels = 1
     model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     attention = model_args.attn_implementation
@@ -294,7 +300,7 @@ def check_weights(
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
-    fault = None if early else validate_weights(name, config, model_class)
+    fault = None if early else loading.validate_weights(name, config, model_class)
     problems = [Problem("model_name_or_path", name, fault)] if fault else []
     weight = getattr(args, "router_aux_loss_coef", None)
     if weight and not hasattr(config.get_text_config(), "output_router_logits"):
@@ -307,59 +313,4 @@ def check_weights(
     if reward_args is not None and reward_args.trains_critic:
         # The critic is trained in full unless it is an adapter, too.
         trained += trained if reward_args.value_use_peft else size
-    # An adapter of an adapter is saved with its base model, into which the earlier one was merged.
-    beside = size if model_args.use_peft and base_of(name, model_args.model_revision) else 0
-    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, trained, args, beside)
-
-
-def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> list[Problem]:
-    """Check that the first rows fit into the lengths that the arguments set, and fill at least one batch.
-
-    Raises:
-        ValueError: If the chat template drops calls of tools that the rows have, or their results.
-    """
-    number = min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM
-    rows = list(split.take(number))
-    calls = kind == "conversation" and has_calls(split if isinstance(split, Dataset) else rows)
-    if calls and not supports_tool_calling(tokenizer):
-        raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
-
-    def count(messages: Any, add_generation_prompt: bool = False) -> int:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )
-        return len(encoded["input_ids"])
-
-    if kind == "text":
-        if TOKENS in rows[0]:
-            Encoder.of(tokenizer)([row[TOKENS] for row in rows])
-        # A thousand documents fill enough blocks.
-        if not isinstance(split, Dataset) or len(rows) < len(split):
-            return []
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        tokens = sum(len(tokenizer(row["text"], **options)["input_ids"]) + 2 for row in rows)
-        if tokens >= args.block_size:
-            return checks.check_batches(tokens // args.block_size, args, what="blocks")
-        remedy = f"the training data have only {tokens} tokens, which do not fill a block; lower it or give more text"
-        return [Problem("block_size", args.block_size, remedy)]
-    if args.max_length is None:
-        return []
-    if kind == "conversation":
-        prompts = []
-        for row in rows:
-            roles = [message["role"] for message in row["messages"]]
-            if "assistant" in roles:
-                prompts.append(row["messages"][: roles.index("assistant")])
-        shortest = min((count(prompt, True) for prompt in prompts), default=0)
-        if shortest >= args.max_length:
-            remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
-            return [Problem("max_length", args.max_length, remedy)]
-        return []
-    sizes = [max(count(row["prompt"] + row[answer]) for answer in _answers(split)) for row in rows]
-    if min(sizes) > args.max_length:
-        remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
-        return [Problem("max_length", args.max_length, remedy)]
-    if longer := sum(size > args.max_length for size in sizes):
-        what = f"pairs that were looked at are longer than max_length {args.max_length} (up to {max(sizes)} tokens) "
-        report_lost(longer, len(sizes), f"{what}and are dropped", "raise it")
-    return []
+    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, args)

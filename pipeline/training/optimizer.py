@@ -64,12 +64,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a model, with weight decay only for the matrices of its blocks.
 
-    Args:
-        model: The model to train. Parameters that do not require gradients are skipped.
-        muon_lr: Learning rate of Muon for the matrices of the blocks. If None, AdamW with `lr` updates them.
-        lr: Learning rate of everything else.
-        embedding_lr: Learning rate of embeddings and output layer. If None, `lr`.
-        weight_decay, betas, eps: As for torch's optimizers.
+    Muon updates these with `muon_lr`, or AdamW with `lr` if that is None. AdamW updates embeddings and the output layer
+    with `embedding_lr`, and everything else with `lr`. Parameters that do not require gradients are skipped.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
@@ -82,12 +78,9 @@ def build_optimizer(
     others = [parameter for parameter in trained if id(parameter) not in tables]
     matrices = [parameter for parameter in others if parameter.ndim == 2 or id(parameter) in stacks]
     vectors = [parameter for parameter in others if parameter.ndim != 2 and id(parameter) not in stacks]
+    rates = ((embeddings, lr if embedding_lr is None else embedding_lr), (vectors, lr))
     # torch refuses a group without parameters.
-    groups: list[dict[str, Any]] = [
-        {"params": params, "lr": rate}
-        for params, rate in ((embeddings, lr if embedding_lr is None else embedding_lr), (vectors, lr))
-        if params
-    ]
+    groups: list[dict[str, Any]] = [{"params": params, "lr": rate} for params, rate in rates if params]
     if muon_lr is None:
         groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
     # Weight decay is for matrices, which either Muon or the first group of AdamW has.

@@ -22,11 +22,7 @@ MOVING = "a resumed run would not have the reference that it had reached; omit i
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """TRL's `DPOConfig`, which refuses what TRL would refuse, or fail with, once the model is loaded.
-
-    Raises:
-        ValueError: If a value is out of range, or contradicts another one.
-    """
+    """TRL's `DPOConfig`, which raises a `ValueError` for what TRL would fail with once the model is loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,9 +41,7 @@ class DPOConfig(trl.DPOConfig):
             or (smoothed and not 0 <= self.label_smoothing < 0.5 and "must be at least 0 and below 0.5"),
             "ld_alpha": self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1 and "must be between 0 and 1",
             "discopop_tau": self.discopop_tau == 0 and "must be above 0",
-            "use_weighting": self.use_weighting
-            and losses & {"aot", "aot_unpaired"}
-            and "has no weights for aot, which sorts the pairs; omit it",
+            "use_weighting": self.use_weighting and losses & {"aot", "aot_unpaired"} and "aot sorts the pairs; omit it",
             "padding_free": self.padding_free and "TRL pads the pairs at present; omit it",
             "sync_ref_model": self.sync_ref_model and MOVING,
             "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
@@ -58,11 +52,7 @@ class DPOConfig(trl.DPOConfig):
 
 @dataclass
 class KTOConfig(trl.KTOConfig):
-    """TRL's `KTOConfig`, which refuses what TRL would refuse, or fail with, once the model is loaded.
-
-    Raises:
-        ValueError: If a value is out of range, or contradicts another one.
-    """
+    """TRL's `KTOConfig`, which raises a `ValueError` for what TRL would fail with once the model is loaded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,15 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
@@ -55,12 +47,9 @@ class PretrainConfig(TrainingArguments):
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Choose the attention, and `args.torch_compile` unless the user has set it; log the reasons.
+    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons.
 
-    Args:
-        args: Changed in place.
-        model: Changed in place.
-        train_dataset: Its length determines the length of the run if `args.max_steps` is not given.
+    The length of the data set is that of the run if `args.max_steps` is not given.
     """
     choose_attention(model, args.attn_implementation)
     # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
@@ -73,8 +62,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
     # Compiling takes a minute or more, which pays only in a run that is long enough.
-    flops = training_flops_per_token(model, args.block_size) * args.block_size * sequences
-    choice = hardware.compilation(flops)
+    choice = hardware.compilation(training_flops_per_token(model, args.block_size) * args.block_size * sequences)
     args.torch_compile = choice.value
     args.torch_compile_backend = "inductor" if choice.value else None
     logger.info("torch.compile: %s (%s)", choice.value, choice.reason)
@@ -87,12 +75,8 @@ class PretrainTrainer(Reliable):
     stream has a thread of its own.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
-    layers with experts. The model returns the logits of its routers, and computes neither. An evaluation measures the
-    loss of the text alone.
-
-    Args:
-        *args, **kwargs: As for transformers' `Trainer`.
-        router_losses: `router_aux_loss_coef` and `router_z_loss_coef`, the factors of the two losses; 0 for none.
+    layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
+    text alone.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
@@ -103,9 +87,7 @@ class PretrainTrainer(Reliable):
             # A stream resumes at its own place. transformers would first read and discard all batches before it.
             self.args.ignore_data_skip = True
             if self.args.dataloader_num_workers and self.is_world_process_zero():
-                logger.warning(
-                    "dataloader_num_workers has no effect on training: a stream is read by a thread of its own"
-                )
+                logger.warning("dataloader_num_workers has no effect on training: a thread reads the stream")
             self.parts.append(StreamPlace(self.train_dataset, self.args))
             self.add_callback(StreamEpoch())
 
@@ -144,27 +126,21 @@ class PretrainTrainer(Reliable):
 class StreamEpoch(TrainerCallback):
     """The share of a stream that was trained on, which transformers counts from where training was resumed."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Correct the epoch."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of each sequence, so that an evaluation does not keep the logits.
 
-    Args:
-        logits: Logits of shape (batch, length, vocabulary).
-        labels: Labels of shape (batch, length), not shifted; `IGNORED` for tokens without a loss.
-
-    Returns:
-        Losses of shape (batch,), summed over tokens, in nats.
+    From logits of shape (batch, length, vocabulary) and labels of shape (batch, length), which are not shifted, and
+    `IGNORED` for tokens without a loss: losses of shape (batch,), summed over tokens, in nats.
     """
-    losses = []
     # Row by row, because a copy of all logits in float32 would be the largest tensor of the run.
-    for row, label in zip(logits, labels, strict=True):
-        losses.append(
-            torch.nn.functional.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
-        )
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
+        for row, label in zip(logits, labels, strict=True)
+    ]
     return torch.stack(losses)
 
 
@@ -176,12 +152,8 @@ def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPredictio
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         # The first token of a row is never predicted.
-        predicted = np.asarray(prediction.label_ids)[:, 1:]
-        texts = tokenizer.batch_decode(
-            [row[row != IGNORED] for row in predicted],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
+        texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         size = sum(len(text.encode()) for text in texts)
         return {"bits_per_byte": float(np.sum(prediction.predictions)) / math.log(2) / max(size, 1)}
 

@@ -4,13 +4,11 @@ A run may be killed at any moment and loses at most the steps since its latest c
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
 before it saves. Here, the end of a step with a checkpoint and an evaluation looks like this:
 
-    training        | step N | write |  step N + 1 ...            or, if an evaluation is due:
-    output_dir      |        | .unfinished/checkpoint-N
-    in a thread     |        |       | checksums, manifest, fsync, rename to checkpoint-N, delete surplus ones
-    training        |        |       | (wait for the thread) | evaluate | replace trainer_state.json | step N + 1 ...
+    training     step N | write | checksums, manifest, fsync | rename | evaluate | replace the state | step N + 1
+    output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
 
-What a checkpoint contains besides the files of transformers is a list of parts (`Part`). How its folder is validated
-stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in writing checkpoints.
+How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
+writing checkpoints.
 """
 
 from __future__ import annotations
@@ -18,15 +16,14 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections import deque
 from collections.abc import Iterator, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,21 +32,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
-from pipeline.files import read_json, replace_folder
-from pipeline.models.patches import record_rows
+from pipeline.files import MANIFEST, STATE, read_json, replace_folder
 from pipeline.models.weights import RenamedWeights
-from pipeline.training.callbacks import sum_over_processes
-from pipeline.training.checkpoint_folders import (
-    MANIFEST,
-    STATE,
-    UNFINISHED,
-    checkpoint_folder,
-    delete_surplus,
-    newest_complete,
-    replace_state,
-    save_state,
-    write_manifest,
-)
+from pipeline.training import checkpoint_folders as folders
+from pipeline.training.checkpoint_folders import checkpoint_folder, newest_complete
 from pipeline.training.checks import total_steps
 
 logger = logging.getLogger(__name__)
@@ -60,24 +46,6 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 DISK_IS_FULL = 2**23
 """Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, and the last piece,
 which did not fit, is what remained free."""
-
-
-class Part(Protocol):
-    """Something that a checkpoint contains besides what transformers saves.
-
-    Attributes:
-        belongs_to_model: Whether it is saved and loaded wherever the model is, also as the final and as the best model,
-            by the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes,
-            by every process.
-    """
-
-    belongs_to_model: bool
-
-    def save(self, folder: Path) -> None:
-        """Write files into the folder of a checkpoint."""
-
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Called after transformers has loaded its own files."""
 
 
 class Reliable(Trainer):
@@ -93,45 +61,37 @@ class Reliable(Trainer):
     - A loss that is not a number ends the run before its gradient is applied.
 
     Attributes:
-        parts: What checkpoints contain besides the files of transformers.
-        saved_step: Step of the latest checkpoint that was written or begun.
+        parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
+            `load(folder)`, which is called after transformers has loaded its own files. A part that
+            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best model, by
+            the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes, by
+            every process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.parts: list[Part] = []
-        self.saved_step = 0
+        self.parts: list[Any] = []
         # While a checkpoint is written, the folder that takes the place of `output_dir`.
         self._written_to: Path | None = None
-        # What completes the latest checkpoint in a thread.
-        self._completion: Future[None] | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
-        # The rows of each batch that was fetched and not yet trained on.
-        self._fetched_rows: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
-        self.add_callback(_TrainingBegins(self))
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and wait until the last checkpoint is complete.
-
-        Raises:
-            RunStopped: If a checkpoint could not be written, or a loss was not finite.
-        """
-        output = super().train(*args, **kwargs)
-        self.finish_checkpoint()
-        return output
+        # Training begins after the callbacks that the trainer was made with.
+        last = TrainerCallback()
+        last.on_train_begin = lambda *_, **__: self._begin()  # type: ignore[method-assign]
+        self.add_callback(last)
 
     # ---- Writing checkpoints
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do what is due after a step. A checkpoint is saved before the evaluation, which may take long."""
-        self._add_up_tokens()
-        # A checkpoint that could not be completed ends the run at the next step, not at the next checkpoint.
-        if self._completion is not None and self._completion.done() and self._completion.exception() is not None:
-            self.finish_checkpoint()
-        control = self.control
+        control, counts = self.control, self.args.include_num_input_tokens_seen == "all"
+        is_due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        if counts and is_due:
+            counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
+            self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
+            self._uncounted_tokens = 0
         both_due = control.should_save and control.should_evaluate
         if not both_due or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -146,23 +106,17 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint below `.unfinished`, and let a thread complete and rename it while training goes on.
+        """Write a checkpoint below `.unfinished`, and rename it once it is complete.
 
-        Checksums of a large model take long. Training waits for them only if it ends, is evaluated or has callbacks
-        that read the checkpoint. A run that is killed meanwhile resumes from the checkpoint before.
-
-        Raises:
-            RunStopped: If this checkpoint or the one before could not be written.
+        A run that is killed meanwhile resumes from the checkpoint before. One that cannot write it is stopped.
         """
         args, state = self.args, self.state
-        unfinished = Path(args.output_dir) / UNFINISHED
+        unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
         self._written_to = unfinished
         try:
             if args.should_save:
-                self.finish_checkpoint()
                 shutil.rmtree(unfinished, ignore_errors=True)
-            self.saved_step = state.global_step
             self.accelerator.wait_for_everyone()
             written.mkdir(parents=True, exist_ok=True)
             for part in self.parts:
@@ -176,22 +130,34 @@ class Reliable(Trainer):
                 # A pickle, which may contain a token; and the card that PEFT drafts, with paths of this machine.
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
-                save_state(state, written / STATE)
-                self._complete_in_background(written)
+                folders.save_state(state, written / STATE)
+                folders.write_manifest(written, state.global_step, self._evaluation_due)
+                # A checkpoint of this step that exists is damaged: the run did not resume from it.
+                target = checkpoint_folder(args.output_dir, state.global_step)
+                replace_folder(target, written)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                keep = {target.name, Path(state.best_model_checkpoint or target).name}
+                folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
-            stop = self._failed_save(error)
+            free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
+            # torch reports a full disk as an unexpected position in the file.
+            if free < DISK_IS_FULL:
+                reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise stop from error
+            last = newest_complete(args.output_dir)
+            raise RunStopped(
+                f"The checkpoint of step {state.global_step} could not be written to {args.output_dir}: {reason}. Free "
+                "some space or correct the cause; the same command then "
+                + (f"resumes from {last}." if last else "starts again.")
+            ) from error
         finally:
             self._written_to = None
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        """Return where checkpoints are written."""
         return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model and the parts that belong to it."""
         folder = output_dir or self.args.output_dir
         with cache_enabled(self.model):
             super()._save(folder, state_dict)
@@ -200,72 +166,10 @@ class Reliable(Trainer):
             if part.belongs_to_model and self.args.should_save:
                 part.save(Path(folder))
 
-    def _complete_in_background(self, written: Path) -> None:
-        """Start the thread that completes a checkpoint, and wait for it if something reads the checkpoint."""
-        args, state = self.args, self.state
-        target = checkpoint_folder(args.output_dir, state.global_step)
-        step, due = state.global_step, self._evaluation_due
-        keep = {target.name}
-        if state.best_model_checkpoint is not None:
-            keep.add(Path(state.best_model_checkpoint).name)
-
-        def complete() -> None:
-            try:
-                write_manifest(written, step, due)
-                # A checkpoint of this step that exists is damaged: the run did not resume from it.
-                replace_folder(target, written)
-            finally:
-                shutil.rmtree(written.parent, ignore_errors=True)
-            delete_surplus(args.output_dir, args.save_total_limit, keep)
-
-        thread = ThreadPoolExecutor(1)
-        self._completion = thread.submit(complete)
-        thread.shutdown(wait=False)
-        # With `best`, the checkpoint is loaded at the end without another save.
-        best_only = args.save_strategy == SaveStrategy.BEST
-        read_by_callback = any(
-            getattr(callback.on_save, "__func__", None) is not TrainerCallback.on_save
-            for callback in self.callback_handler.callbacks
-        )
-        if best_only or due or self.control.should_training_stop or read_by_callback:
-            self.finish_checkpoint()
-
-    def finish_checkpoint(self) -> None:
-        """Wait until the latest checkpoint is complete.
-
-        Raises:
-            RunStopped: If it could not be written.
-        """
-        completion, self._completion = self._completion, None
-        try:
-            if completion is not None:
-                completion.result()
-        except WRITE_ERRORS as error:
-            raise self._failed_save(error) from error
-
-    def failed_completion(self) -> BaseException | None:
-        """Wait until the latest checkpoint is complete, and return what prevented that, or None."""
-        return None if self._completion is None else self._completion.exception()
-
-    def _failed_save(self, error: Exception) -> RunStopped:
-        output_dir = self.args.output_dir
-        free = shutil.disk_usage(output_dir).free
-        reason = " ".join(str(error).split())
-        # torch reports a full disk as an unexpected position in the file.
-        if free < DISK_IS_FULL:
-            reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
-        last = newest_complete(output_dir)
-        restart = f"resumes from {last}" if last else "starts again"
-        return RunStopped(
-            f"The checkpoint of step {self.saved_step} could not be written to {output_dir}: {reason}. "
-            f"Free some space or correct the cause; the same command then {restart}."
-        )
-
     # ---- Resuming
 
     def last_good(self) -> str:
         """Name the checkpoint to resume from, as part of a message."""
-        self.failed_completion()
         last = newest_complete(self.args.output_dir)
         return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"
 
@@ -273,11 +177,8 @@ class Reliable(Trainer):
         """Load the model and the state of a complete checkpoint if it is the one of the last step.
 
         transformers would resume from it with one more step, so that a run killed between its last checkpoint and its
-        end would differ from an undisturbed one.
-
-        Returns:
-            Whether the checkpoint was of the last step. Always False for models that are loaded after sharding (FSDP,
-            DeepSpeed).
+        end would differ from an undisturbed one. Return whether it was; False for FSDP and DeepSpeed, which load models
+        after sharding.
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if state.global_step < total_steps(self) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -313,9 +214,6 @@ class Reliable(Trainer):
         """Prepare what depends on the state that training begins with."""
         self._find_best()
         self._evaluate_if_missed()
-        # Worker processes fetch rows of their own.
-        if self.args.dataloader_num_workers == 0:
-            self._fetched_rows = record_rows(self.callback_handler.train_dataloader)
         self._adopt_present_length()
 
     def _find_best(self) -> None:
@@ -343,12 +241,11 @@ class Reliable(Trainer):
 
     def _record_evaluation(self) -> None:
         """Write the results of an evaluation into the checkpoint of the same step."""
-        state = self.state
-        checkpoint = checkpoint_folder(self.args.output_dir, state.global_step)
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(checkpoint)
+        checkpoint = checkpoint_folder(self.args.output_dir, self.state.global_step)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(checkpoint)
         if self.args.should_save:
-            replace_state(checkpoint, state)
+            folders.replace_state(checkpoint, self.state)
 
     def _adopt_present_length(self) -> None:
         """Follow the present arguments where they may have changed since the checkpoint.
@@ -378,34 +275,28 @@ class Reliable(Trainer):
     # ---- Steps, batches, tokens and evaluations
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Take a step, and stop at a loss that is NaN or infinite before its gradient is applied.
+        """Take a step, and raise a `RunStopped` for a loss that is NaN or infinite before its gradient is applied.
 
         transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
-
-        Raises:
-            RunStopped: If the loss is not finite.
         """
-        rows = self._fetched_rows.popleft() if self._fetched_rows else None
         loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
-        where = "of unknown rows (streamed data)" if rows is None else f"of rows {rows} of the training data"
         raise RunStopped(
             f"The loss became {float(loss.detach().float().mean())} in step {self.state.global_step + 1} "
-            f"(process {self.args.process_index}), on the batch {where}; {self.last_good()}. Nothing was learned from "
-            "that batch. Lower learning_rate or max_grad_norm, or correct those rows, and start again with another "
-            "output_dir."
+            f"(process {self.args.process_index}); {self.last_good()}. Nothing was learned from that batch. Lower "
+            "learning_rate or max_grad_norm, or correct the data, and start again with another output_dir."
         )
 
     def get_train_dataloader(self) -> Any:
         """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none.
 
-        Accelerate would repeat rows to give every process a batch, so that training on two processes would differ from
-        training on one. `dataloader_drop_last` does the same, but also drops rows from evaluations.
+        Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
         """
         args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
+        # As an argument, it would also drop rows from evaluations.
         asked, args.dataloader_drop_last = args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
@@ -413,24 +304,12 @@ class Reliable(Trainer):
             args.dataloader_drop_last = asked
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of this process.
-
-        transformers gathers the count of each micro-batch, for which the fastest process waits for the slowest, and the
-        host for its GPU. Here the counts are added up when a step logs or saves.
-        """
+        # transformers gathers the count of each micro-batch, for which the fastest process waits for the slowest, and
+        # the host for its GPU. Here the counts are added up when a step logs or saves.
         if self.args.include_num_input_tokens_seen != "all":
             super()._track_num_input_tokens(inputs)
         elif (ids := inputs.get(self.model.main_input_name)) is not None:
             self._uncounted_tokens += ids.numel()
-
-    def _add_up_tokens(self) -> None:
-        control = self.control
-        if self.args.include_num_input_tokens_seen != "all":
-            return
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
-            self.state.num_input_tokens_seen += int(sum_over_processes(counted, self.args))
-            self._uncounted_tokens = 0
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, and restore the random state of training."""
@@ -441,16 +320,6 @@ class Reliable(Trainer):
 def reliable(trainer_class: type[Any]) -> type[Any]:
     """Return a trainer class of transformers or TRL with `Reliable` mixed in."""
     return type(trainer_class.__name__, (Reliable, trainer_class), {})
-
-
-class _TrainingBegins(TrainerCallback):
-    """Calls `Reliable._begin` after the callbacks that the trainer was made with."""
-
-    def __init__(self, trainer: Reliable) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin()
 
 
 @contextmanager
@@ -468,13 +337,10 @@ def cache_enabled(model: Any) -> Iterator[None]:
     """Save the configuration of a model with `use_cache`, which transformers disables for training only."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
-    if before is None:
-        yield
-        return
-    config.use_cache = True
-    try:
-        yield
-    finally:
+    if before is not None:
+        config.use_cache = True
+    yield
+    if before is not None:
         config.use_cache = before
 
 

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -31,16 +30,8 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.hub.download import fetch_checkpoints
 from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
+from pipeline.training import checkpoint_folders as folders
 from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
-from pipeline.training.checkpoint_folders import (
-    MANIFEST,
-    STATE,
-    UNFINISHED,
-    checkpoint_folder,
-    newest_complete,
-    save_state,
-    validate_checkpoint,
-)
 from pipeline.training.checks import check_length
 from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
@@ -71,12 +62,7 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
-    The run logs the hardware and settings in use, writes only complete checkpoints, saves and stops on SIGINT,
-    SIGTERM and SIGHUP, and stops at a loss that is not a number. Other runs cannot write to the output directory
-    meanwhile.
-
-    Args:
-        trainer: Any trainer of transformers or TRL with `Reliable` mixed in.
+    Other runs cannot write to the output directory meanwhile.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
@@ -86,25 +72,28 @@ def train_and_save(trainer: Reliable) -> None:
     # A name that is not a folder is a checkpoint on the Hub. The best one so far is downloaded with it.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
     named = fetched or ([Path(name)] if name else [])
-    checkpoint = named[0] if named else None
     for folder in named:
-        if damage := _on_first(trainer, partial(_damage, folder)):
+        # A checkpoint that another program wrote does not have a manifest.
+        has_manifest = (folder / files.MANIFEST).exists()
+        damage = _on_first(trainer, partial(folders.validate_checkpoint, folder)) if has_manifest else None
+        if damage:
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
-    if checkpoint is not None:
-        check_architecture(checkpoint, trainer.model.config)
-        check_length(checkpoint, trainer)
+    if named:
+        check_architecture(named[0], trainer.model.config)
+        check_length(named[0], trainer)
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
-        own = [_copy_checkpoint(folder, trainer) for folder in fetched]
+        own = []
+        for folder in fetched:
+            step = TrainerState.load_from_json(str(folder / files.STATE)).global_step
+            own.append(folders.checkpoint_folder(args.output_dir, step))
+            if first:
+                with files.write_folder(own[-1]) as copied:
+                    shutil.copytree(folder, copied, dirs_exist_ok=True)
         trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, own[0] if own else checkpoint)
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint. One that another program wrote does not have a manifest."""
-    return validate_checkpoint(checkpoint) if (checkpoint / MANIFEST).exists() else None
+        _train_and_save(trainer, next(iter(own or named), None))
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
@@ -115,36 +104,14 @@ def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Reject a checkpoint of a different model, whose weights would be loaded only in part.
-
-    Adapters pass, because their checkpoints do not contain a model configuration.
-
-    Raises:
-        UserError: If the model type or a size differs.
-    """
+    """Raise a `UserError` for a checkpoint of a different model, whose weights would be loaded only in part."""
+    # The checkpoints of adapters do not contain a model configuration.
     saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
-    changed = [
-        f"{name} {saved[name]} instead of {present[name]}"
-        for name in SIZES
-        if name in saved and name in present and saved[name] != present[name]
-    ]
+    both = [name for name in SIZES if name in saved and name in present]
+    changed = [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]
     if changed:
         remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
-
-
-def _copy_checkpoint(checkpoint: Path, trainer: Reliable) -> Path:
-    """Copy a checkpoint into a trainer's output directory, on the first process. Return where it lies there."""
-    step = TrainerState.load_from_json(str(checkpoint / STATE)).global_step
-    target = checkpoint_folder(trainer.args.output_dir, step)
-    if trainer.is_world_process_zero():
-        try:
-            with files.write_folder(target) as folder:
-                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-        except OSError as error:
-            reason = shorten(str(error), 200)
-            raise RunStopped(f"The checkpoint could not be copied to {target}: {reason}. Free some space.") from error
-    return target
 
 
 def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
@@ -152,8 +119,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    own = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, PushCallback)]
-    pushes = own[0] if own else PushCallback(trainer.args)
+    callbacks = trainer.callback_handler.callbacks
+    pushes = next((one for one in callbacks if isinstance(one, PushCallback)), None) or PushCallback(trainer.args)
     # Lines of the log take the place of transformers' dictionaries and bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -162,7 +129,7 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     for tracker in trainer.args.report_to:
         trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
     if checkpoint is None:
-        checkpoint = _on_first(trainer, partial(newest_complete, trainer.args.output_dir))
+        checkpoint = _on_first(trainer, partial(folders.newest_complete, trainer.args.output_dir))
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
@@ -200,13 +167,6 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
-    except SystemExit as error:
-        message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
-        raise RunStopped(f"{message}; {trainer.last_good()}.") from error
-    finally:
-        # Something else has ended the run, so a failure is reported and not raised.
-        if (failure := trainer.failed_completion()) is not None:
-            logger.warning("The checkpoint of step %d could not be written: %s", trainer.saved_step, failure)
 
 
 def _name_base(trainer: Reliable) -> None:
@@ -236,7 +196,7 @@ def save_final(trainer: Reliable) -> None:
     """Save the trained model, its tokenizer and its card in the output directory, next to the checkpoints."""
     args = trainer.args
     output_dir = Path(args.output_dir)
-    tmp_dir = output_dir / UNFINISHED
+    tmp_dir = output_dir / folders.UNFINISHED
     try:
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
@@ -248,8 +208,15 @@ def save_final(trainer: Reliable) -> None:
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
                 os.replace(path, output_dir / path.name)
-            save_state(trainer.state, output_dir / STATE)
-            files.write_text(output_dir / "README.md", _model_card(trainer))
+            folders.save_state(trainer.state, output_dir / files.STATE)
+            # The card says what this recipe knows; a run knows more when it is pushed.
+            asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
+            kind = type(args).__name__.removesuffix("Config").lower()
+            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+            command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
+            step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
+            trained = Trained(output_dir, kind, args.hub_model_id or args.output_dir, asked["settings"], step)
+            files.write_text(output_dir / "README.md", model_card(trained))
     except WRITE_ERRORS as error:
         raise RunStopped(
             f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
@@ -259,20 +226,3 @@ def save_final(trainer: Reliable) -> None:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-
-
-def _model_card(trainer: Reliable) -> str:
-    """Return the card of a trained model. It says what this recipe knows; a run knows more when it is pushed."""
-    args = trainer.args
-    asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
-    kind = type(args).__name__.removesuffix("Config").lower()
-    runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
-    command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
-    trained = Trained(
-        folder=Path(args.output_dir),
-        kind=kind,
-        name=args.hub_model_id or str(args.output_dir),
-        settings=asked["settings"],
-        step={"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()},
-    )
-    return model_card(trained)

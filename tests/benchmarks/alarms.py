@@ -73,8 +73,8 @@ from pipeline.rl import alarms
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
 from pipeline.rl.rewards import RewardModel
+from pipeline.training.fine_tuning import DPOTrainer
 from pipeline.training.preference_config import DPOConfig
-from pipeline.training.preference_tuning import DPOTrainer
 from tests import ten_words as world
 
 STEPS, BATCH, LOGGED = 60, 64, 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_every_checkpoint_is_complete_and_only_the_wanted_number_stays(tmp_path:
     make_trainer(tmp_path, save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-9", "checkpoint-12"]
     assert [validate_checkpoint(path) for path in checkpoints(tmp_path)] == [None, None]
-    assert not (tmp_path / module.UNFINISHED).exists()
+    assert not (tmp_path / folders.UNFINISHED).exists()
     assert not list(tmp_path.rglob("training_args.bin")), "a pickle that may hold a token"
 
 
@@ -120,7 +119,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_weights(
         if killed_at == "save_pretrained":
             patch.setattr(trainer, "_save_optimizer_and_scheduler", lambda *_: stop())
         elif killed_at == "manifest":
-            patch.setattr(module, "write_manifest", lambda *_: stop())
+            patch.setattr(folders, "write_manifest", lambda *_: stop())
         elif killed_at == "rename":
             patch.setattr(module, "replace_folder", lambda *_: stop())
         elif killed_at == "evaluation":
@@ -276,21 +275,25 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     check_architecture(tmp_path / "an adapter", LlamaConfig())
 
 
-def test_the_last_good_checkpoint_survives_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["_save_optimizer_and_scheduler", "write_manifest"])
+def test_the_last_good_checkpoint_survives_a_failed_save(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(tmp_path, save_total_limit=1)
-    save = trainer._save_optimizer_and_scheduler
+    owner: Any = trainer if hasattr(trainer, place) else folders
+    save = getattr(owner, place)
 
-    def full(output_dir: str) -> None:
+    def full(*args: Any) -> None:
         if trainer.state.global_step == 6:
             raise OSError(28, "No space left on device")
-        save(output_dir)
+        save(*args)
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(owner, place, full)
     with pytest.raises(RunStopped, match=r"step 6 could not be written.*No space left.*checkpoint-3"):
         trainer.train()
     assert names(tmp_path) == ["checkpoint-3"]
     assert validate_checkpoint(tmp_path / "checkpoint-3") is None
-    assert not (tmp_path / module.UNFINISHED).exists()
+    assert not (tmp_path / folders.UNFINISHED).exists()
 
 
 def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
@@ -312,61 +315,11 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path: Path) -> 
     with pytest.raises(RunStopped) as stopped:
         trainer.train()
     message = str(stopped.value)
-    assert "nan" in message and "17" in message.split("rows")[1].split("]")[0]
+    assert "nan" in message
     last = newest_complete(tmp_path)
     assert (str(last) in message) if last else ("no checkpoint yet" in message)
     assert f"step {trainer.state.global_step + 1}" in message
     assert all(weight.isfinite().all() for weight in trainer.model.state_dict().values())
-
-
-def test_training_goes_on_while_checksums_are_computed_and_a_kill_then_costs_no_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make_trainer(tmp_path, eval_strategy="no", save_total_limit=1)
-    seen, may_go_on, write = {}, threading.Event(), module.write_manifest
-
-    def slow(checkpoint: Path, step: int, due: bool) -> None:
-        assert step != 6 or may_go_on.wait(60)
-        write(checkpoint, step, due)
-
-    def look() -> None:
-        seen[trainer.state.global_step] = names(tmp_path)
-        may_go_on.set()
-
-    monkeypatch.setattr(module, "write_manifest", slow)
-    trainer.add_callback(At("on_step_begin", 7, look))
-    trainer.train()
-    assert seen == {7: ["checkpoint-3"]}, "what a killed run would resume from"
-    assert names(tmp_path) == ["checkpoint-12"]
-
-
-@pytest.mark.parametrize("disturbed", [False, True])
-def test_a_checkpoint_that_cannot_be_completed_ends_the_run_at_the_next_step(
-    tmp_path: Path, disturbed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = make_trainer(tmp_path, eval_strategy="no", save_steps=6)
-    write = module.write_manifest
-
-    def fail(checkpoint: Path, step: int, due: bool) -> None:
-        if step == 6:
-            raise OSError("no quota left")
-        write(checkpoint, step, due)
-
-    def go_on_once_it_has_failed() -> None:
-        assert trainer.failed_completion()
-        assert not (tmp_path / module.UNFINISHED).exists(), "its room on the disk is free again"
-        if disturbed:
-            raise RunStopped("The loss is not a number.")
-
-    monkeypatch.setattr(module, "write_manifest", fail)
-    trainer.add_callback(At("on_step_begin", 6, go_on_once_it_has_failed))
-    message = "step 6 could not be written"
-    expected = "not a number" if disturbed else rf"{message} .*no quota left.* then starts again"
-    with pytest.raises(RunStopped, match=expected):
-        train(trainer, None)
-    assert trainer.state.global_step == (6 if disturbed else 7)
-    assert (message in caplog.text) == disturbed, "reported although something else ends the run"
-    trainer.failed_completion()
 
 
 def test_the_best_checkpoint_alone_is_complete_before_it_is_loaded(
@@ -374,14 +327,14 @@ def test_the_best_checkpoint_alone_is_complete_before_it_is_loaded(
 ) -> None:
     options = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
     trainer = make_trainer(tmp_path, greater_is_better=False, **options)
-    values, found, write = iter([0.5, 0.4, 0.1, 0.2]), [], module.write_manifest
+    values, found, write = iter([0.5, 0.4, 0.1, 0.2]), [], folders.write_manifest
     evaluate = trainer._evaluate
 
     def slow(checkpoint: Path, step: int, due: bool) -> None:
         time.sleep(0.3)
         write(checkpoint, step, due)
 
-    monkeypatch.setattr(module, "write_manifest", slow)
+    monkeypatch.setattr(folders, "write_manifest", slow)
     monkeypatch.setattr(trainer, "_evaluate", lambda *given: {**evaluate(*given), "eval_loss": next(values)})
     monkeypatch.setattr(trainer, "_load_best_model", lambda: found.extend(names(tmp_path)))
     trainer.train()

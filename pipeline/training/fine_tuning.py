@@ -1,4 +1,4 @@
-"""Preference tuning without samples: TRL's `DPOTrainer` and `KTOTrainer` with the right reference."""
+"""TRL's trainers for instructions and for preferences: cheaper steps of the same loss, and the right reference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,21 @@ from transformers import PreTrainedModel
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.attention import choose_attention
-from pipeline.training.preference_config import DPOConfig, KTOConfig
+from pipeline.models.kernels.output_layer import project_labelled_positions
+from pipeline.models.kernels.packed_rows import PackedRows, pads_rows
 from pipeline.training.reliable import Reliable
+
+
+class SFTTrainer(Reliable, trl.SFTTrainer):
+    """TRL's `SFTTrainer` with three kernels, each of them optional, and the attention that was requested, if any."""
+
+    def __init__(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # TRL does not accept a collator as an argument if it packs.
+        if pads_rows(self.args, self.model.config):
+            self.data_collator = PackedRows(self.processing_class.pad_token_id, return_position_ids=True)
+        project_labelled_positions(self.model)
+        choose_attention(self.model, attn_implementation)
 
 
 class WithReference(Reliable):
@@ -23,22 +36,11 @@ class WithReference(Reliable):
     disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
     started from: it is copied.
 
-    Args:
-        model: As for TRL's, or an adapter that `starting_model` has merged into its base model.
-        args, **kwargs: As for TRL's.
-        attn_implementation: The attention that was requested. Default: the one that suits the machine.
-
-    Raises:
-        UserError: If the reference is to be computed beforehand for the rows of a stream.
+    `attn_implementation` is the attention if one was requested. A reference that is to be computed beforehand for the
+    rows of a stream raises a `UserError`.
     """
 
-    def __init__(
-        self,
-        model: str | PreTrainedModel,
-        args: DPOConfig | KTOConfig,
-        attn_implementation: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: Any, args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
         if args.precompute_ref_log_probs and isinstance(kwargs["train_dataset"], IterableDataset):
             remedy = "needs rows that are read twice; turn dataset_streaming off, or omit it"
             raise UserError(Problem("precompute_ref_log_probs", True, remedy))
