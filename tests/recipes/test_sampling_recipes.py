@@ -123,7 +123,8 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
                 assert a[name] == pytest.approx(b[name], rel=1e-2, abs=1e-4), name
 
     if tools:
-        assert any(0.2 < entry.get("tools/failure_frequency", 0) < 0.8 for entry in log_of(outputs[1]))
+        assert any(entry.get("tools/call_frequency", 0) >= 0.5 for entry in log_of(outputs[1]))
+        assert any(entry.get("tools/failure_frequency", 0) > 0 for entry in log_of(outputs[1]))
     # GRPO's rollouts are kept by the code that keeps PPO's.
     if recipe == "grpo":
         return
