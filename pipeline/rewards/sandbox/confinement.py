@@ -30,9 +30,12 @@ import errno
 import math
 import os
 import platform
-import resource
 import struct
 import sys
+
+# Windows lacks it, and imports this module all the same.
+with contextlib.suppress(ImportError):
+    import resource
 
 OPEN_FILES = 32
 FILE_BYTES = 1 << 20
