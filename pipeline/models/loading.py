@@ -370,12 +370,13 @@ def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = Fal
     if not any(isinstance(module, adapters) for module in model.modules()):
         return model
     merged = model if in_place else copy.deepcopy(model)
-    # Adapters of several parameters of one layer wrap each other: the inner ones come first.
-    for name, module in reversed(list(merged.named_modules())):
+    for name, module in list(merged.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             merged.set_submodule(name, plain)
-        elif isinstance(module, BaseTunerLayer):
+    # Adapters of several parameters of one layer wrap each other: the inner ones come first.
+    for name, module in reversed(list(merged.named_modules())):
+        if isinstance(module, BaseTunerLayer):
             module.merge()
             merged.set_submodule(name, module.base_layer)
     # By what it noted while it loaded the adapters, transformers would save these alone, under the names of their file.
