@@ -575,7 +575,7 @@ CASES |= {
     "an unknown option of checkpointing": Case(
         "sft",
         '--gradient_checkpointing_kwargs {{"foo":1}}',
-        ("gradient_checkpointing_kwargs:", "Unexpected keyword arguments: foo", "correct it"),
+        ("gradient_checkpointing_kwargs:", "unexpected keyword argument 'foo'", "correct it"),
     ),
     "an option of checkpointing of the wrong type": Case(
         "pretrain",
