@@ -65,15 +65,19 @@ class CollapseAlarms(TrainerCallback):
     """
 
     def __init__(self, checked: bool) -> None:
-        self.checked = checked
+        self.checked, self._patience = checked, MIN_ENTRIES
+        self._forget()
 
-    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Read what was logged before a resumed run stopped."""
+    def _forget(self) -> None:
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
         # The figures of each alarm so far, None for one that is not bad.
         self._figures: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
+
+    def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Read what was logged before a resumed run stopped."""
+        self._forget()
         self._patience = max(MIN_ENTRIES, math.ceil(MIN_COMPLETIONS / args.generation_batch_size))
         for entry in state.log_history:
             self._read(entry)

@@ -138,17 +138,19 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # The settings are the trainer's, then the model's, as `model.generate` combines them.
-        config = copy.deepcopy(self.generation_config)
-        config.update(**model.generation_config.to_dict(), defaults_only=True)
         plain = self._whole_and_bare and not (
             self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm
         )
         # Mamba, for one, does not take positions.
         plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
+        if plain:
+            # The settings are the trainer's, then the model's, as `model.generate` combines them.
+            config = copy.deepcopy(self.generation_config)
+            config.update(**model.generation_config.to_dict(), defaults_only=True)
+            plain = not unsupported_settings(config)
         # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
         with self.accelerator.autocast():
-            if not plain or unsupported_settings(config):
+            if not plain:
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
                 is_loaded = is_merged and self.state.global_step != self._last_loaded_step
                 with unrounded(self.model) if is_loaded else nullcontext():

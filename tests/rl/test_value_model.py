@@ -180,7 +180,8 @@ def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
     config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(config)
     reward_model.save_pretrained(tmp_path / "reward")
-    ppo = trainer(tmp_path, [reward_model], model=policy, value_model=str(tmp_path / "reward"))
+    path = str(tmp_path / "reward")
+    ppo = trainer(tmp_path, [path], model=policy, value_model=path)
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
 
 
