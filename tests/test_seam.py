@@ -280,7 +280,15 @@ def private_attributes() -> Iterator[tuple[str, Path]]:
 
 def test_all_that_is_relied_on_is_listed() -> None:
     # The last one is a trainer's that samples with vLLM, see `tests/rl/test_vllm.py`.
-    listed = {*TRAINER_ATTRIBUTES, *TOOL_ATTRIBUTES, "_name_or_path", "_asdict", "_orig_mod", "_last_loaded_step"}
+    listed = {
+        *TRAINER_ATTRIBUTES,
+        *TOOL_ATTRIBUTES,
+        "_name_or_path",
+        "_asdict",
+        "_orig_mod",
+        "_last_loaded_step",
+        "_exit",
+    }
     listed |= {name.rpartition(".")[2] for name in (*OVERRIDDEN, *CALLED, *ATTRIBUTES)}
     used = {(name, path) for name, path in private_attributes() if not str(path).startswith(OURS)}
     unlisted = sorted(f"{name} ({path})" for name, path in used if name not in listed)
