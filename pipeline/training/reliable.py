@@ -78,9 +78,7 @@ class Reliable(Trainer):
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
         # Training begins after the callbacks that the trainer was made with.
-        last = TrainerCallback()
-        last.on_train_begin = lambda *_, **__: self._begin()  # type: ignore[method-assign]
-        self.add_callback(last)
+        self.add_callback(_TrainingBegins(self))
 
     # ---- Writing checkpoints
 
@@ -320,6 +318,14 @@ class Reliable(Trainer):
 def reliable(trainer_class: type[Any]) -> type[Any]:
     """Return a trainer class of transformers or TRL with `Reliable` mixed in."""
     return type(trainer_class.__name__, (Reliable, trainer_class), {})
+
+
+class _TrainingBegins(TrainerCallback):
+    def __init__(self, trainer: Reliable) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -89,9 +90,15 @@ def train_and_save(trainer: Reliable) -> None:
         for folder in fetched:
             step = TrainerState.load_from_json(str(folder / files.STATE)).global_step
             own.append(folders.checkpoint_folder(args.output_dir, step))
-            if first:
-                with files.write_folder(own[-1]) as copied:
-                    shutil.copytree(folder, copied, dirs_exist_ok=True)
+            try:
+                if first:
+                    with files.write_folder(own[-1]) as copied:
+                        shutil.copytree(folder, copied, dirs_exist_ok=True)
+            except OSError as error:
+                message = (
+                    f"The checkpoint could not be copied to {own[-1]}: {shorten(str(error), 200)}. Free some space."
+                )
+                raise RunStopped(message) from error
         trainer.accelerator.wait_for_everyone()
         _train_and_save(trainer, next(iter(own or named), None))
 

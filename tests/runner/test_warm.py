@@ -291,11 +291,11 @@ print(forked, {name: os.environ.get(name) for name in sorted(names)})
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are made on Linux only")
 @pytest.mark.parametrize(
-    ("options", "processes"),
+    ("options", "number"),
     [((), 1), (("--mixed_precision", "bf16"), 1), (("--num_processes", "2"), 2), (("--debug",), 1)],
 )
 def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
-    options: tuple[str, ...], processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("stand_in.py").write_text(LAUNCHED)
@@ -304,7 +304,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
     launch = ["--config_file", str(ROOT / "accelerate_config.yaml"), *options, "-m", "stand_in"]
     launcher = "pipeline.runner.launcher"
     # Tests launch several processes as forks of a fork.
-    ranks = {"ranks": "tests.ranks"} if processes > 1 else {}
+    ranks = {"ranks": "tests.ranks"} if number > 1 else {}
     found = {}
     with WarmProcess(os.environ) as process:
         for name, module in ({"new": launcher, "fork": launcher} | ranks).items():
@@ -313,7 +313,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
                 assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
             lines = [line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False "))]
             found[name] = [line.partition(" ") for line in sorted(lines)]
-            assert len(lines) == processes
+            assert len(lines) == number
     for name, lines in found.items():
         forked = name == "ranks" or (name == "fork" and options not in (("--num_processes", "2"), ("--debug",)))
         assert lines == [(str(forked), " ", environment) for _, _, environment in found["new"]]
