@@ -66,15 +66,11 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-RESERVED = (*PASSED_BY_TRL, "image", "images")
-"""Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
 
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 
-MOST_NAMED, ROWS_LOGGED = 20, 100
-"""Columns that an error message names, at most, and rows whose messages are searched for other keys than these."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
@@ -121,18 +117,11 @@ def standardise(
 ) -> Split:
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
-    A row without the expected shape is an error, unless `drop_bad_rows` is set, or the data come from the Hub, whose
-    users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents that are
-    not text become empty instead: dropping them would change the numbers of the rows after them, and with these which
-    rows are held out. Pairs that do not say which answer is better are dropped.
-
-    Args:
-        args: Names of the columns, and of this data set alone.
-        kind, tokens: As for `pipeline.data.splits.load_splits`.
-        calls: Whether rows are known to call tools; otherwise they are converted again if one does.
-
-    Raises:
-        UserError: If a column does not exist, or a row does not have the expected shape.
+    A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
+    whose users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents
+    that are not text become empty instead: dropping them would change the numbers of the rows after them, and with
+    these which rows are held out. `args` names this data set alone. Rows that are not known to have `calls` of tools
+    are converted again if one has.
     """
     columns, place = column_names(split), place_of(split, args)
     if kind == "tokens":
@@ -178,8 +167,9 @@ def standardise(
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
-    # Rewards read the other columns.
-    others = [name for name in columns if kind == "prompt" and name not in (*made, *RESERVED)]
+    # Rewards read the other columns, unless TRL passes arguments of their names, or reads images in them.
+    dropped = (*made, *PASSED_BY_TRL, "image", "images")
+    others = [name for name in columns if kind == "prompt" and name not in dropped]
     if others:
         features = {name: split.features[name] for name in others} | features if split.features else {}
     if not is_stream:
@@ -191,17 +181,15 @@ def standardise(
         if HAS_CALLS in standard.unique(FAULT):
             return standardise(split, args, kind, tokens, calls=True)
         standard = _drop_faults(standard, place, args)
-    return _drop_uninformative(standard, place) if "chosen" in made else standard
-
-
-def _drop_uninformative(pairs: Split, place: str) -> Split:
-    """Drop pairs that do not say which answer is better; machine-made collections contain some."""
-    kept = pairs.filter(is_informative)
-    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
+    if "chosen" not in made:
+        return standard
+    # Machine-made collections contain pairs that do not say which answer is better.
+    kept = standard.filter(is_informative)
+    if not is_stream and len(kept) < len(standard):
         if not len(kept):
             raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
         what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(len(pairs) - len(kept), len(pairs), what, f"correct {place}")
+        report_lost(len(standard) - len(kept), len(standard), what, f"correct {place}")
     return kept
 
 
@@ -225,7 +213,7 @@ def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArg
     """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
     unread = [column for column in columns if column not in used]
     read = [column for column in columns if column in used and kind not in ("text", "prompt")]
-    for row in split.select_columns(read).take(ROWS_LOGGED) if read else ():
+    for row in split.select_columns(read).take(100) if read else ():
         messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
         keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
         unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
@@ -239,7 +227,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # Only an argument can name another column.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
-    choices = ", ".join(columns[:MOST_NAMED])
+    choices = ", ".join(columns[:20])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
     if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
         raise UserError(*problems)
@@ -317,8 +305,7 @@ def _prompt_reader(
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
     used = [prompt, *contexts]
     if contexts:
-        line = f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}"
-        _log_once(logging.INFO, line)
+        _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}")
 
     def read(row: Row) -> Messages:
         text = row[prompt]
@@ -393,29 +380,28 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
     try:
         pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
     except re.error as error:
-        remedy = f"is not a regular expression ({error})"
-        raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
+        raise UserError(
+            Problem("answer_pattern", args.answer_pattern, f"is not a regular expression ({error})")
+        ) from None
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
 
     def convert(row: Row) -> dict[str, Any]:
         pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} if has_pairs else {}
         is_pair = has_pairs and not has_prompt(pair, prompt)
         messages = read_pair(pair, None, args.system_prompt)["prompt"] if is_pair else read(row)
-        return {"prompt": messages, **({"answer": _final_answer(row[answer], answer, pattern)} if answer else {})}
+        if not answer:
+            return {"prompt": messages}
+        value = as_answer(row[answer])
+        if value is None or isinstance(value, list | dict):
+            raise ShapeError(f"{answer} is {shorten(row[answer])}, not one answer as text or as a number")
+        final = str(value)
+        # By default, the final answer is what follows GSM8K's mark.
+        if match := (pattern or GSM8K_ANSWER).search(final):
+            final = match.group(1) if match.re.groups else match.group(0)
+            if final is None:
+                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(row[answer])}")
+        elif pattern is not None:
+            raise ShapeError(f"answer_pattern does not occur in {shorten(final)}")
+        return {"prompt": messages, "answer": final.strip()}
 
     return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
-
-
-def _final_answer(value: object, column: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the final answer in the content of a column, by default what follows GSM8K's mark."""
-    answer = as_answer(value)
-    if answer is None or isinstance(answer, list | dict):
-        raise ShapeError(f"{column} is {shorten(value)}, not one answer as text or as a number")
-    answer = str(answer)
-    if match := (pattern or GSM8K_ANSWER).search(answer):
-        answer = match.group(1) if match.re.groups else match.group(0)
-        if answer is None:
-            raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
-    elif pattern is not None:
-        raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
-    return answer.strip()

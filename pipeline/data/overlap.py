@@ -28,9 +28,6 @@ ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output",
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
-EXAMPLES = 5
-"""Overlapping rows that the command shows."""
-
 
 class Match(NamedTuple):
     """A test row, the first training row that shares words with it, and these words."""
@@ -132,9 +129,8 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
     # The question of a conversation, without its answer.
     for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
-        found.append(
-            _flatten([turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}])
-        )
+        asked = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
+        found.append(_flatten(asked))
     return list(dict.fromkeys(text for text in found if text))
 
 
@@ -151,9 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fourstage check-overlap` to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     for name in ("train", "test"):
-        parser.add_argument(
-            f"--{name}", nargs="+", required=True, metavar="DATASET", help=f"{name} {where} (split: {name})"
-        )
+        help = f"{name} {where} (split: {name})"
+        parser.add_argument(f"--{name}", nargs="+", required=True, metavar="DATASET", help=help)
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
 
 
@@ -167,10 +162,11 @@ def main(args: argparse.Namespace) -> int:
     for name, rows in tests.items():
         found = overlap(chain.from_iterable(trains), rows, args.n)
         overlaps |= bool(found.matches)
-        shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
+        share = len(found.matches) / found.test_rows if found.test_rows else 0.0
+        shared = f"{len(found.matches)} of {found.test_rows} rows ({share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
-        for match in found.matches[:EXAMPLES]:
+        for match in found.matches[:5]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(overlaps)
 

@@ -64,11 +64,8 @@ class Encoder:
     bos: int
     eos: int
     largest: int
-
-    @property
-    def dtype(self) -> str:
-        """Unsigned integers that hold all tokens, in 16 bits if possible."""
-        return "uint16" if self.largest < 2**16 else "uint32"
+    # Unsigned integers that hold all tokens, in 16 bits if possible.
+    dtype: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -82,7 +79,8 @@ class Encoder:
         backend.no_padding()
         # Ids may have gaps, so that the size of the vocabulary is not enough.
         largest = max(tokenizer.get_vocab().values())
-        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest)
+        dtype = "uint16" if largest < 2**16 else "uint32"
+        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest, dtype)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
         """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,)."""

@@ -57,8 +57,8 @@ SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?"
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
 
-POINTER, NAMED = b"version https://git-lfs", 5
-"""The beginning of a file that Git LFS has not fetched, and the number of unread files that the log names."""
+POINTER = b"version https://git-lfs"
+"""The beginning of a file that Git LFS has not fetched."""
 
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, ImportError, zlib.error, lzma.LZMAError,
@@ -70,15 +70,12 @@ UNREADABLE = (
 def open_source(
     name: str | None, config: str | None = None, streaming: bool = False, document: str | None = None
 ) -> Splits:
-    """Open all splits of a data set, by name; a plain file is one split, `train`.
+    """Open all splits of a data set; a plain file is one split, `train`. A `UserError` says why it cannot be opened.
 
     Args:
         name: A Hub id, also with a revision (`NAME/repo@revision`), a file or a folder: the argument `dataset_name`.
         config: Configuration of a data set repository; plain files ignore it.
         document: What is a document of a text file: see `pipeline.data.documents`.
-
-    Raises:
-        UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with the line).
     """
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
@@ -93,8 +90,7 @@ def open_source(
         return open_shards(path)
 
     # `datasets` converts every file into its cache.
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    if check_directory(cache):
+    if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
     # It logs the traceback of a file that cannot be parsed, which is reported below in one line.
@@ -140,8 +136,8 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
         remedy = HUB_UNREACHABLE
     except (DatasetNotFoundError, FileNotFoundError):
         what = f"a public data set on the Hub{f' with a revision {revision}' if revision else ''}"
-        is_offline = constants.HF_HUB_OFFLINE
-        remedy = HUB_UNREACHABLE if is_offline else f"is neither a local path nor {what} (log in for a private one)"
+        remedy = f"is neither a local path nor {what} (log in for a private one)"
+        remedy = HUB_UNREACHABLE if constants.HF_HUB_OFFLINE else remedy
     except UNREADABLE as error:
         raise UserError(*locate_error(Path(name), error)) from None
     raise UserError(Problem("dataset_name", name, remedy))
@@ -171,7 +167,12 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
 def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     """Open a file, or the files in a folder, each by its suffix, and join the files of a split."""
     files = _list_files(path)
-    found = {file: _split_of(file.relative_to(path)) for file in files}
+    found: dict[Path, str | None] = {}
+    for file in files:
+        # The split that a file in a folder belongs to, by the names of its folders or its own, if to any.
+        name = file.relative_to(path)
+        match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
+        found[file] = SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
     other = next((file for file, split in found.items() if split is None), None)
     if other is not None and "train" in found.values():
         known = next(file for file, split in found.items() if split)
@@ -203,7 +204,7 @@ def _list_files(path: Path) -> list[Path]:
             is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
     files = [file for file in is_data if is_data[file]]
     others = [file.name for file in is_data if not is_data[file]]
-    named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+    named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     if not files:
         remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
         raise UserError(Problem("dataset_name", path, remedy))
@@ -217,34 +218,23 @@ def _suffix(path: Path) -> str:
     return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
 
 
-def _split_of(name: Path) -> str | None:
-    """Return the split that a file in a folder belongs to, by the names of its folders or its own, if to any."""
-    match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
-    return SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
-
-
-def _choose_reader(file: Path) -> tuple[str, dict[str, Any]]:
-    """Return the builder that reads a file, and its options."""
-    builder = BUILDERS[_suffix(file)]
-    with file.open("rb") as content:
-        if content.read(len(POINTER)) == POINTER:
-            remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
-            raise UserError(Problem("dataset_name", file, remedy))
-    if _suffix(file) == ".json":
-        # Any value but a list or an object crashes pyarrow's reader.
-        with open_bytes(file) as content:
-            if content.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-                remedy = "must contain a list of rows, or an object; correct the file"
-                raise UserError(Problem("dataset_name", file, remedy))
-    return (builder, choose_table(file)) if builder == "csv" else (builder, {})
-
-
 def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
     """Open the files of a split, and join rows that have the same columns, or else their texts."""
     # Files that are read in the same way are opened together.
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
-        builder, options = _choose_reader(file)
+        with file.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
+                raise UserError(Problem("dataset_name", file, remedy))
+        if _suffix(file) == ".json":
+            # Any value but a list or an object crashes pyarrow's reader.
+            with open_bytes(file) as content:
+                if content.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+                    remedy = "must contain a list of rows, or an object; correct the file"
+                    raise UserError(Problem("dataset_name", file, remedy))
+        builder = BUILDERS[_suffix(file)]
+        options = choose_table(file) if builder == "csv" else {}
         groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
     # The first file of each part, and its rows.
     parts: list[tuple[Path, Split]] = []
@@ -263,10 +253,10 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     for file, part in parts:
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
-            remedy = f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; "
-            remedy += (
-                "rename or remove columns, or put the files into folders of their own, and name both in dataset_name"
+            remedy = (
+                f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; rename "
             )
+            remedy += "or remove columns, or put the files into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)

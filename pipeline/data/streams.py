@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -194,15 +195,8 @@ def pack_splits(
 ) -> list[Dataset | PackedStream | None]:
     """Pack documents for pretraining: once on each node, or while a stream is read.
 
-    Args:
-        splits: Documents to train on, and to evaluate on or None.
-        args: A `pipeline.training.pretraining.PretrainConfig`.
-
-    Returns:
-        Blocks for each split. Those of an evaluation are kept, so that a stream of them is read once.
-
-    Raises:
-        UserError: If the documents of a split do not fill a block.
+    `splits` are documents to train on, and to evaluate on or None; `args` are `PretrainConfig`. Return the blocks of
+    each split, or raise a `UserError` if its documents do not fill one.
     """
     if args.dataset_num_proc:
         # Each of the processes tokenizes with one thread.
@@ -241,13 +235,13 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[0], "places": places}
 
 
+@dataclass
 class StreamPlace:
     """The place in a stream, a part of every checkpoint (`pipeline.training.reliable`), also of the model alone."""
 
+    stream: PackedStream
+    args: TrainingArguments
     belongs_to_model = False
-
-    def __init__(self, stream: PackedStream, args: TrainingArguments) -> None:
-        self.stream, self.args = stream, args
 
     def save(self, folder: Path) -> None:
         """Write the places of all processes, joined."""

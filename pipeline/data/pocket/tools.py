@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import DOCUMENT, MESSAGES, STRING, PocketArguments, check_arguments
+from pipeline.data.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
 from pipeline.data.pocket.conversations import distinct
 from pipeline.data.writing import card, write_data_set
 from pipeline.errors import UserError
@@ -29,28 +29,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": CONVERSATION,
     "direct": CONVERSATION,
-    "reasoning": pa.schema(
-        {
-            "prompt": MESSAGES,
-            **dict.fromkeys(("answer", "kind"), STRING),
-            "length": pa.int64(),
-            "hidden": STRING,
-            "call_cost": pa.float64(),
-        }
-    ),
+    "reasoning": pa.schema([*REASONING, pa.field("hidden", STRING), pa.field("call_cost", pa.float64())]),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 
 WORDINGS = (
-    "What is {sum}?",
-    "Add up {sum}.",
-    "How much is {sum}?",
-    "{sum} = ?",
-    "Compute {sum}.",
-    "What does {sum} make?",
-    "Give the value of {sum}.",
-    "{sum} is what?",
-)
+    "What is {sum}?", "Add up {sum}.", "How much is {sum}?", "{sum} = ?", "Compute {sum}.", "What does {sum} make?",
+    "Give the value of {sum}.", "{sum} is what?",
+)  # fmt: skip
 GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
 QUESTIONS = 3
 SIZES = range(8, 15)
@@ -67,21 +53,13 @@ HALVING = 0.35
 """Share of the players in `sft` who halve what is left; the others ask about one letter after the other."""
 HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
 """Rows of each kind in the held-out splits; there are more games."""
-
-KINDS = (*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet")
-"""Kinds of documents, as often as they are drawn."""
-
 LETTERS = string.ascii_uppercase
 
 Row = dict[str, Any]
 
 
 def build(args: PocketArguments) -> None:
-    """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
-
-    Raises:
-        UserError: If `output_dir` contains other files, or a size is out of range.
-    """
+    """Generate all splits and write the repository; arguments and errors as for `pipeline.data.pocket.build.build`."""
     if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS):
         raise UserError(*problems)
     parts = [(config, split) for config, splits in CONFIG_SPLITS.items() for split in splits]
@@ -110,8 +88,7 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
         problems = []
         for kind in ("longer",) if split == "test_longer" else kinds:
             number = HELD_OUT_ROWS[split] * 6 // 5 if kind == "game" else HELD_OUT_ROWS[split]
-            drawn = (_problem(rng, split, kind) for _ in range(100 * number))
-            problems += distinct(drawn, number)
+            problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
     for problem in problems:
         yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
 
@@ -129,8 +106,9 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if kind == "game":
             low, high = _range(rng)
             if _split_of(low, high) == own:
-                hidden = LETTERS[rng.randint(low, high)]
-                return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), hidden, kind, 0, 0.0, hidden)
+                answer = hidden = LETTERS[rng.randint(low, high)]
+                text, length, cost = GAME.format(low=LETTERS[low], high=LETTERS[high]), 0, 0.0
+                break
             continue
         if kind == "one digit":
             terms = [rng.randrange(10), rng.randrange(10)]
@@ -141,8 +119,11 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         place = rng.randrange(len(WORDINGS))
         # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
         if _split_of(*terms, place if kind == "one digit" else 0) == own:
-            text = WORDINGS[place].format(sum=" + ".join(map(str, terms)))
-            return _row(text, str(sum(terms)), kind, max(len(str(term)) for term in terms), CALL_COST)
+            text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
+            length, cost, hidden = max(len(str(term)) for term in terms), CALL_COST, None
+            break
+    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
+    return {**row, "hidden": hidden, "call_cost": cost}
 
 
 def _range(rng: random.Random) -> tuple[int, int]:
@@ -150,11 +131,6 @@ def _range(rng: random.Random) -> tuple[int, int]:
     size = rng.choice(SIZES)
     low = rng.randint(0, len(LETTERS) - size)
     return low, low + size - 1
-
-
-def _row(text: str, answer: str, kind: str, length: int, cost: float, hidden: str | None = None) -> Row:
-    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
-    return {**row, "hidden": hidden, "call_cost": cost}
 
 
 def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
@@ -192,7 +168,8 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers or letters."""
-    kind = rng.choice(KINDS)
+    # As often as they are drawn.
+    kind = rng.choice((*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet"))
     lines: list[str] = []
     while len(lines) < 6:
         a, b = rng.randrange(10), rng.randrange(10)
@@ -211,11 +188,11 @@ def _document(rng: random.Random, split: str) -> Row:
             lines.append(f"{' + '.join(numbers)}: {'+'.join(numbers)}.")
         elif _split_of(low, high) == split:
             a, b = sorted(rng.sample(range(low, high + 1), 2))
+            early, late = LETTERS[a], LETTERS[b]
             if kind == "order":
-                early, late = LETTERS[a], LETTERS[b]
                 lines.append(rng.choice((f"{late} is later than {early}.", f"{early} is earlier than {late}.")))
             elif kind == "middle":
-                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}, the middle is {LETTERS[(a + b) // 2]}.")
+                lines.append(f"From {early} to {late}, the middle is {LETTERS[(a + b) // 2]}.")
             else:
-                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}: {' '.join(LETTERS[a : b + 1])}.")
+                lines.append(f"From {early} to {late}: {' '.join(LETTERS[a : b + 1])}.")
     return {"text": " ".join(lines), "kind": kind}

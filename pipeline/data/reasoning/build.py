@@ -73,8 +73,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     sizes = ((name, getattr(args, name)) for name in ("size_mb", "sft_rows"))
     problems += [Problem(name, size, "must not be negative") for name, size in sizes if size < 0]
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
-    largest = 2**32 // (len(POOLS) * SEEDS) - 1
-    if not 0 <= args.seed <= largest:
+    if not 0 <= args.seed <= (largest := 2**32 // (len(POOLS) * SEEDS) - 1):
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
     # Report the tasks whose verifier refuses their own answers, or pays whatever is answered.
     for grade in grades if not problems else ():
@@ -101,7 +100,18 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
             convert = {"reasoning": to_row, "sft": mix.conversation, "pretrain": mix.document}[config]
             splits[split] = starmap(convert, drawn if config == "reasoning" else some)
     parts = ((config, split, splits[split]) for config, splits in rows.items() for split in SPLITS)
-    write_data_set(args.output_dir, SCHEMAS, parts, write_card(args, list(rows)))
+    careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
+    careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
+    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    text = text.format(
+        version=version("reasoning-gym"),
+        seed=args.seed,
+        tasks=", ".join(args.tasks or ()),
+        rows="\n".join(f"| `{config}` | {USES[config]} |" for config in rows),
+        careless=careless if len(rows) > 1 else "",
+    )
+    about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
+    write_data_set(args.output_dir, SCHEMAS, parts, card(dict.fromkeys(rows, SPLITS), text, **about))
     for task, number in mix.refused.items():
         logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)
 
@@ -176,19 +186,3 @@ class Mix:
     def _solution(self, task: str, entry: Entry) -> str:
         steps, reached = WORKED[task](entry["metadata"], lambda: self.rng.random() < self.args.carelessness)
         return f"{WORKING} {steps} The answer is {reached}."
-
-
-def write_card(args: ReasoningArguments, configs: Sequence[str]) -> str:
-    """Return the data set card."""
-    careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
-    careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
-    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(
-        version=version("reasoning-gym"),
-        seed=args.seed,
-        tasks=", ".join(args.tasks or ()),
-        rows="\n".join(f"| `{config}` | {USES[config]} |" for config in configs),
-        careless=careless if len(configs) > 1 else "",
-    )
-    splits = dict.fromkeys(configs, SPLITS)
-    return card(splits, text, license="apache-2.0", language="en", pretty_name="Reasoning tasks")
