@@ -33,10 +33,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
 
 logger = logging.getLogger(__name__)
-
 TOKENS = "input_ids"
 """Column of blocks, and of documents that are tokens already: `bos + text + eos`."""
-
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
@@ -50,7 +48,6 @@ FEATURES = {
     "label": Value("bool"),
 }
 """Types of the columns that converters make."""
-
 FEW, MOST_LEFT_OUT = 50, 0.1
 """First documents of a stream of the Hub, one of which must be text, and the share of the rows of a data set of the Hub
 that may lack the expected shape. Otherwise, it is the wrong column."""
@@ -66,11 +63,9 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
-
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
@@ -248,7 +243,20 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
     if kind == "unpaired" and not find_column(columns, "chosen"):
-        return _unpaired_converter(args, columns)
+        prompt = _find_prompt(args, columns)
+        completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
+        names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
+        prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names, label="label")
+        read, used = _prompt_reader(args, columns, prompt, completion)
+
+        def from_unpaired(row: Row) -> dict[str, Any]:
+            if row[label] not in (True, False):
+                raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
+            answer = answer_message(row[completion], completion)
+            return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
+
+        return from_unpaired, ["prompt", "completion", "label"], [*used, completion, label]
+
     if kind == "text":
         (text,) = _require(columns, text_column=args.text_column)
 
@@ -274,17 +282,6 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
     margin = ["margin"] if "margin" in columns else []
     return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
-
-
-def check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
-    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
-    columns, others = column_names(train), column_names(test)
-    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
-    # Prompts may be read from the answers, and margins are optional.
-    read = [name for name in used if name != "margin" and find_column(columns, name)]
-    if lacking := [name for name in read if not find_column(others, name)]:
-        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
-        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
@@ -349,22 +346,6 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return {"messages": [*read(row), answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
-
-
-def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
-    prompt = _find_prompt(args, columns)
-    completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
-    names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
-    prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names, label="label")
-    read, used = _prompt_reader(args, columns, prompt, completion)
-
-    def convert(row: Row) -> dict[str, Any]:
-        if row[label] not in (True, False):
-            raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
-        answer = answer_message(row[completion], completion)
-        return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
-
-    return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:

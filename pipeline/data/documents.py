@@ -33,10 +33,8 @@ LONGEST = 4096
 PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
 """The only file of a split is cut into so many documents at least, unless they had fewer characters than these. Small
 files with so many bytes make one file of a stream, the first of which rows are held out of."""
-
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
-
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 QUOTED = 1 << 24
@@ -48,24 +46,19 @@ def open_documents(
 ) -> Dataset | IterableDataset:
     """Open the documents of a split's text files, as rows with the column `text`.
 
-    Args:
-        rule: `file`, `blank_line` or `lines:N`; None for the default.
-        is_single: Whether the split has no other file, of any type.
-
-    Raises:
-        UserError: If a file cannot be read as text, or there is no such rule.
+    `rule` is `file`, `blank_line`, `lines:N` or None for the default; `is_single`, whether the split has no other file,
+    of any type. Raise a `UserError` if a file cannot be read as text, or there is no such rule.
     """
     if rule not in (None, "file", "blank_line") and not re.fullmatch(r"lines:[1-9]\d*", rule):
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
     parts: list[list[str]] = [[]]
-    size = 0
+    size, longest = 0, LONGEST
     for file in files:
         if size > PART_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(str(file))
         size += file.stat().st_size
-    longest = LONGEST
     if is_single:
         with open_text(files[0]) as text:
             longest = min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))

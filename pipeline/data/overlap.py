@@ -162,8 +162,7 @@ def main(args: argparse.Namespace) -> int:
     for name, rows in tests.items():
         found = overlap(chain.from_iterable(trains), rows, args.n)
         overlaps |= bool(found.matches)
-        share = len(found.matches) / found.test_rows if found.test_rows else 0.0
-        shared = f"{len(found.matches)} of {found.test_rows} rows ({share:.2%}) share {args.n} words in a row"
+        shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
         for match in found.matches[:5]:

@@ -37,12 +37,9 @@ def pack_documents(
 ) -> Dataset:
     """Pack documents, in order, into blocks: the column `input_ids`, arrays of `block_size` integers.
 
-    Each document is `bos + text + eos`. One that is cut by the end of a block continues in the next one as if it began
-    there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than 65,536.
-
-    Args:
-        column: Column of the texts, or of their tokens. All columns are replaced.
-        num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
+    Each document, a text of `column` or its tokens, is `bos + text + eos`. One that is cut by the end of a block
+    continues in the next one as if it began there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than
+    65,536. By default, there is one process, whose tokenizer uses all cores.
     """
     encode = Encoder.of(tokenizer)
 

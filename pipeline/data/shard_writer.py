@@ -57,8 +57,7 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
     """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
 
-    Raises:
-        UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
+    Raise a `UserError` if an argument is wrong, or the folder has shards of other documents or of another tokenizer.
     """
     # By default, loguru logs the values of all variables with an error.
     for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):
@@ -89,7 +88,6 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_text(folder / name, content)
-
     # Not shuffled, because a stream of shards is shuffled when it is read.
     options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
     write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)

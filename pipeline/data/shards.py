@@ -25,7 +25,6 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
-
 TOKENIZER = "tokenizer.json"
 """File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
 RECORD = "documents.json"

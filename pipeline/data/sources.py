@@ -33,7 +33,6 @@ from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
 from pipeline.files import check_directory, is_missing_path, split_revision
 
 logger = logging.getLogger(__name__)
-
 JSON_LINES = (".jsonl", ".ndjson")
 BUILDERS = {
     ".parquet": "parquet",
@@ -50,16 +49,11 @@ NO_DATA = re.compile(
     re.IGNORECASE,
 )
 """Files of a folder that are about the data, or what `datasets` has made of them."""
-
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?", re.IGNORECASE)
 """Names of files and folders that belong to a split: `test.jsonl` and `my-train-1.csv`, but not `contest.txt`."""
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
-
-POINTER = b"version https://git-lfs"
-"""The beginning of a file that Git LFS has not fetched."""
-
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, ImportError, zlib.error, lzma.LZMAError,
     yaml.YAMLError, StopIteration, DatasetGenerationError,
@@ -178,7 +172,6 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
         known = next(file for file, split in found.items() if split)
         remedy = f"does not belong to a split by its name, as {known} does ({found[known]}); rename or move one of them"
         raise UserError(Problem("dataset_name", other, remedy))
-
     joined: dict[str, Split] = {}
     for split in dict.fromkeys((*SPLITS, *sorted(filter(None, found.values())))):
         if own := [file for file in files if (found[file] or "train") == split]:
@@ -224,7 +217,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
         with file.open("rb") as content:
-            if content.read(len(POINTER)) == POINTER:
+            if content.read(32).startswith(b"version https://git-lfs"):
                 remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
                 raise UserError(Problem("dataset_name", file, remedy))
         if _suffix(file) == ".json":
@@ -242,13 +235,12 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         if builder == "text":
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
-        load = partial(_load, builder=builder, split=split, streaming=streaming, options=options)
+        load = partial(_load, builder=builder, split=split, streaming=streaming, **options)
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:
             # The types are those of the first file, where a column may be without values.
             parts += [(file, load([file])) for file in some]
-
     first, columns = parts[0][0], set(column_names(parts[0][1]))
     for file, part in parts:
         others = set(column_names(part))
@@ -270,11 +262,11 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     return concatenate_datasets([part for _, part in parts])
 
 
-def _load(files: list[Path], builder: str, split: str, streaming: bool, options: dict[str, Any]) -> Split:
+def _load(files: list[Path], builder: str, split: str, **options: Any) -> Split:
     # `datasets` reads paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:
-        return datasets.load_dataset(builder, data_files=names, split=split, streaming=streaming, **options)
+        return datasets.load_dataset(builder, data_files=names, split=split, **options)
     except UNREADABLE as error:
         if len(files) > 1:
             raise

@@ -41,14 +41,12 @@ from pipeline.errors import LIBRARY_ERRORS, Problem, RunStopped, UserError
 from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
-
 LANES, DOCUMENTS = 16, 256
 """Most lanes, each of which has a file open, and the documents of a lane that are shuffled and tokenized together."""
 CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
 """Fields of the data arguments that choose the rows of a stream."""
 STATE = "stream.json"
 """File in a checkpoint."""
-
 Place = dict[str, Any]
 """Where a lane is: `file` and `epoch` that it reads, `rows` (the state of that file), `chunk` and `block` that come
 next, and the tokens before that block (`rest`)."""
@@ -57,11 +55,9 @@ next, and the tokens before that block (`rest`)."""
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of `block_size` tokens of packed documents, which process number `process` of `processes` reads.
 
-    Args:
-        rows: Documents, with the column `text`, or `input_ids` of a tokenizer that is the same.
-        tokenizer: A tokenizer with bos and eos tokens.
-        chosen: Fields of the data arguments that choose rows. With `max_train_samples`, the stream is read as one file,
-            because `datasets` would take so many from each.
+    `rows` are documents, with the column `text`, or `input_ids` of a tokenizer that is the same. `chosen` has the
+    fields of the data arguments that choose rows: with `max_train_samples`, the stream is read as one file, because
+    `datasets` would take so many from each.
     """
 
     def __init__(

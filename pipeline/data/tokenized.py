@@ -26,13 +26,9 @@ def drop_long_prompts(
 ) -> Split:
     """Drop prompts that leave no room for an answer of `length` tokens; their number is logged.
 
-    Args:
-        positions: `max_position_embeddings` of the model, if it has any.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
-
-    Raises:
-        UserError: If no prompt leaves room; of a stream, none of the first.
-        ValueError: If the chat template makes no tokens of a prompt.
+    `positions` is the model's `max_position_embeddings`, if any; `template` has the `chat_template_kwargs`. Raise a
+    `UserError` if no prompt leaves room (of a stream, none of the first), and a `ValueError` if the chat template makes
+    no tokens of a prompt.
     """
 
     def count(prompts: list[Any]) -> list[int]:
@@ -79,12 +75,8 @@ def add_tokens(
 
     A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
 
-    Args:
-        answers_only: Whether only the assistant's tokens are labels of a conversation.
-        num_proc: Processes, unless the split is a stream. Default: this one.
-
-    Raises:
-        UserError: If the assistant's tokens of a conversation cannot be found.
+    With `answers_only`, only the assistant's tokens are labels of a conversation. `num_proc` is the number of
+    processes, unless the split is a stream. Raise a `UserError` if the assistant's tokens cannot be found.
     """
     template = template_for_labels(tokenizer) if answers_only else None
 

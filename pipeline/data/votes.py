@@ -47,7 +47,6 @@ WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (F
 """Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
 TEXT = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
 """Fields of a vote that are text."""
-
 CARD = """\
 # People's preferences between two answers
 
@@ -59,7 +58,6 @@ votes on a prompt are in one split. The configuration `judgements` has single an
 {table}
 Made from `votes.jsonl` with the SHA-256 digest {digest}.
 """
-
 Vote = dict[str, Any]
 
 

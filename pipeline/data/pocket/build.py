@@ -134,10 +134,8 @@ def build(args: PocketArguments) -> None:
     """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
 
     Validation and test come first. A training row that shares an n-gram of `OVERLAP_N` words with one of their rows, or
-    contains a shorter row whole, is dropped as it is generated, so that memory stays constant.
-
-    Raises:
-        UserError: If `output_dir` contains other files, or a size is out of range.
+    contains a shorter row whole, is dropped as it is generated, so that memory stays constant. A `UserError` says that
+    `output_dir` contains other files, or a size is out of range.
     """
     if problems := check_arguments(args):
         raise UserError(*problems)

@@ -54,7 +54,6 @@ HALVING = 0.35
 HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
 """Rows of each kind in the held-out splits; there are more games."""
 LETTERS = string.ascii_uppercase
-
 Row = dict[str, Any]
 
 

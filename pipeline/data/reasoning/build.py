@@ -24,7 +24,6 @@ from pipeline.data.writing import card, write_data_set
 from pipeline.errors import Problem, RunStopped, UserError
 
 logger = logging.getLogger(__name__)
-
 SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": pa.schema({"messages": MESSAGES, "kind": STRING}),
@@ -40,7 +39,6 @@ RECITALS = 0.2
 PROBES, MAX_REFUSED, PATIENCE = 50, 0.05, 1_000
 """Problems of each task that are tried before anything is written, in which share of them the verifier may be wrong,
 and problems in a row that may be unusable before a task counts as exhausted."""
-
 Reward = Callable[..., list[float | None]]
 
 
@@ -60,12 +58,9 @@ class ReasoningArguments(PocketArguments):
 def build(args: ReasoningArguments, reward: Reward) -> None:
     """Draw all problems and write the repository; an interrupted build leaves `output_dir` as it was.
 
-    Args:
-        reward: What the answers will be rewarded by; rows whose own answer it does not score with 1 are dropped.
-
-    Raises:
-        UserError: If `output_dir` contains other files, a size or a setting is wrong, the reward refuses the own
-            answers of a task, or a task has too few different problems.
+    Rows whose own answer the `reward` does not score with 1 are dropped. Raise a `UserError` if `output_dir` contains
+    other files, a size or a setting is wrong, the reward refuses the own answers of a task, or a task has too few
+    different problems.
     """
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
