@@ -48,9 +48,8 @@ FEATURES = {
     "label": Value("bool"),
 }
 """Types of the columns that converters make."""
-FEW, MOST_LEFT_OUT = 50, 0.1
-"""First documents of a stream of the Hub, one of which must be text, and the share of the rows of a data set of the Hub
-that may lack the expected shape. Otherwise, it is the wrong column."""
+MOST_LEFT_OUT = 0.1
+"""Share of the rows of a data set of the Hub that may lack the expected shape. If more do, it is the wrong column."""
 
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
@@ -67,7 +66,6 @@ CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_r
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
 
 @cache
@@ -102,11 +100,6 @@ def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
     return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
-def place_of(split: Split, args: DataArguments) -> str:
-    """Name the data set and the split, for messages."""
-    return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
-
-
 def standardise(
     split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None, calls: bool = False
 ) -> Split:
@@ -118,7 +111,7 @@ def standardise(
     these which rows are held out. `args` names this data set alone. Rows that are not known to have `calls` of tools
     are converted again if one has.
     """
-    columns, place = column_names(split), place_of(split, args)
+    columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":
         if columns != [TOKENS]:
             remedy = "has text, and others of dataset_name have tokens; give data sets of one kind"
@@ -136,8 +129,9 @@ def standardise(
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
+    # If none of the first documents is text, it is the wrong column.
     may_be_empty = is_stream and kind == "text" and drops_rows(args)
-    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(FEW))
+    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(50))
 
     def convert(row: Row, index: int) -> dict[str, Any]:
         try:
@@ -163,8 +157,7 @@ def standardise(
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
     # Rewards read the other columns, unless TRL passes arguments of their names, or reads images in them.
-    dropped = (*made, *PASSED_BY_TRL, "image", "images")
-    others = [name for name in columns if kind == "prompt" and name not in dropped]
+    others = [name for name in columns if kind == "prompt" and name not in (*made, *PASSED_BY_TRL, "image", "images")]
     if others:
         features = {name: split.features[name] for name in others} | features if split.features else {}
     if not is_stream:
@@ -172,36 +165,34 @@ def standardise(
     removed = [name for name in columns if name not in (*made, *others)]
     types = Features(features) if features else None
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
-    if not is_stream and len(split):
-        if HAS_CALLS in standard.unique(FAULT):
-            return standardise(split, args, kind, tokens, calls=True)
-        standard = _drop_faults(standard, place, args)
-    if "chosen" not in made:
-        return standard
-    # Machine-made collections contain pairs that do not say which answer is better.
-    kept = standard.filter(is_informative)
-    if not is_stream and len(kept) < len(standard):
-        if not len(kept):
-            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
-        what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(len(standard) - len(kept), len(standard), what, f"correct {place}")
-    return kept
+    if is_stream:
+        return standard.filter(is_informative) if "chosen" in made else standard
+    if len(split) and HAS_CALLS in standard.unique(FAULT):
+        return standardise(split, args, kind, tokens, calls=True)
+    return _drop_rows(standard, place, args)
 
 
-def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
+def _drop_rows(rows: Dataset, place: str, args: DataArguments) -> Dataset:
     """Drop the rows that could not be converted, or refuse them with the number of the first one."""
     found = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
-    faults = {index: fault for index, fault in enumerate(found) if fault is not None}
-    if not faults:
-        return rows
-    first = min(faults)
-    if not may_drop(args, len(faults), len(rows)):
-        more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
-        raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
-    what = f"rows are dropped; row {first}, for instance: {faults[first]}"
-    report_lost(len(faults), len(rows), what, f"correct {place}")
-    return rows.select([index for index in range(len(rows)) if index not in faults])
+    if faults := {index: fault for index, fault in enumerate(found) if fault is not None}:
+        first = min(faults)
+        if not may_drop(args, len(faults), len(rows)):
+            more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
+            remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
+            raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
+        what = f"rows are dropped; row {first}, for instance: {faults[first]}"
+        report_lost(len(faults), len(rows), what, f"correct {place}")
+        rows = rows.select([index for index in range(len(rows)) if index not in faults])
+    # Machine-made collections contain pairs that do not say which answer is better.
+    informative = rows.filter(is_informative) if "chosen" in rows.column_names else rows
+    if lost := len(rows) - len(informative):
+        if not len(informative):
+            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
+        what = "pairs are dropped, because an answer is empty or both are the same"
+        report_lost(lost, len(rows), what, f"correct {place}")
+    return informative
 
 
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
@@ -291,8 +282,7 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
     chosen = find_column(columns, "chosen")
     answer = next(iter(pairs))[chosen] if pairs is not None and chosen else []
     # Whole conversations contain their prompt.
-    is_whole = isinstance(answer, list) and len(answer) != 1
-    return find_column(columns, *PROMPTS, *(() if is_whole else CONVERSATIONS))
+    return find_column(columns, *PROMPTS, *(() if isinstance(answer, list) and len(answer) != 1 else CONVERSATIONS))
 
 
 def _prompt_reader(
@@ -334,8 +324,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return from_messages, ["messages"], [messages_column]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
-        missing = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-        remedy = ""
+        missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
         missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
@@ -377,8 +366,8 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
             raise ShapeError(f"{answer} is {shorten(row[answer])}, not one answer as text or as a number")
         final = str(value)
         # By default, the final answer is what follows GSM8K's mark.
-        if match := (pattern or GSM8K_ANSWER).search(final):
-            final = match.group(1) if match.re.groups else match.group(0)
+        if match := (pattern or re.compile(r"####\s*(.+)")).search(final):
+            final = match[1] if match.re.groups else match[0]
             if final is None:
                 raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(row[answer])}")
         elif pattern is not None:

@@ -1,10 +1,8 @@
 """Files of text: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
-there are none. The only file of a split is cut as well, so that a part of it can be held out:
-
-    poems/a.txt    1,200 characters    1 document
-    poems/b.txt    9,000 characters    3 documents, each of whole stanzas
+there are none: a file of 9,000 characters makes 3 documents, each of whole stanzas. The only file of a split is cut as
+well, so that a part of it can be held out.
 """
 
 from __future__ import annotations
@@ -102,8 +100,7 @@ def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict
         if rule == "file":
             documents = iter(["".join(lines)])
         elif rule.startswith("lines:"):
-            number = int(rule.removeprefix("lines:"))
-            documents = ("".join([line, *islice(lines, number - 1)]) for line in lines)
+            documents = ("".join([line, *islice(lines, int(rule.removeprefix("lines:")) - 1)]) for line in lines)
         else:
             documents = _join_lines(lines, longest if rule == "auto" else None)
         yield from ({"text": text} for text in documents if text.strip())

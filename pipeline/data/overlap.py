@@ -103,7 +103,6 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
     """Look for every test row in the training rows, both of which are read once; `n` consecutive words must agree."""
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
-
     # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
     first: dict[int, tuple[int, str]] = {}
     train_count = 0
@@ -112,7 +111,6 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
             for value, shared in index.find(text):
                 first.setdefault(value, (train_count, shared))
         train_count += 1
-
     found = [next((first[value] for value in hashes if value in first), None) for hashes in hashes_per_row]
     matches = [Match(number, *shared) for number, shared in enumerate(found) if shared is not None]
     return Overlap(matches, len(hashes_per_row), train_count)
@@ -182,6 +180,6 @@ def _open_rows(name: str, field: str) -> Sequence[Mapping[str, Any]]:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]
     if not len(rows) or not texts(rows[0]):
-        columns = ", ".join(rows.column_names)
-        raise UserError(Problem(field, name, f"its columns {columns} do not contain text; choose other data"))
+        remedy = f"its columns {', '.join(rows.column_names)} do not contain text; choose other data"
+        raise UserError(Problem(field, name, remedy))
     return rows

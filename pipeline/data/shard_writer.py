@@ -23,24 +23,14 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
 
-RECORDED = (
-    "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
-    "document",
-)  # fmt: skip
-"""Fields of the data arguments that determine which documents the shards contain."""
-
 
 @dataclass
 class ShardArguments:
     """Where shards are written, and by which processes."""
 
     output_dir: str = field(metadata={"help": "Folder of the shards: a data set with one folder for each split."})
-    executor: Literal["local", "slurm", "ray"] = option(
-        "local", "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."
-    )
-    workers: int | None = option(
-        None, "Files that are tokenized at the same time (default: on this machine one for each core, elsewhere all)."
-    )
+    executor: Literal["local", "slurm", "ray"] = option("local", "Processes of this machine, jobs of Slurm, or Ray.")
+    workers: int | None = option(None, "Files tokenized at the same time (default: here one a core, elsewhere all).")
     partition: str | None = option(None, "Partition of Slurm.")
     time: str = option("24:00:00", "Longest time of a job of Slurm, in which a file is done.")
 
@@ -79,7 +69,12 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
     record = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
-    record |= {field: getattr(data_args, field) for field in RECORDED}
+    # What determines which documents the shards contain.
+    fields = (
+        "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
+        "document",
+    )  # fmt: skip
+    record |= {field: getattr(data_args, field) for field in fields}
 
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
     files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: json.dumps(record, indent=2)}

@@ -12,17 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import (
-    Kind,
-    Split,
-    Splits,
-    column_names,
-    converter,
-    drops_rows,
-    find_column,
-    place_of,
-    standardise,
-)
+from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
@@ -89,8 +79,7 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
             first = rows.take(200)
             # Each of these columns, and an answer to a prompt, makes one sequence of tokens of about 4 characters.
             shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
-            characters = sum(len(str(text)) for column in shown for text in first[column])
-            return len(rows), characters / len(first) / 4
+            return len(rows), sum(len(str(text)) for column in shown for text in first[column]) / len(first) / 4
         if args.max_train_samples or not needed:
             return args.max_train_samples or 0, 0
         if all(name in planned for name in names):
@@ -197,7 +186,8 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
             raise UserError(Problem(field, samples, "must be at least 1"))
         split = split.take(samples)
     if next(iter(split), None) is None:
-        raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
+        place = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
+        raise UserError(Problem("dataset_name", place, "is empty; choose one that has rows"))
     return split
 
 

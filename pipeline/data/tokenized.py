@@ -100,8 +100,7 @@ def add_tokens(
 
     if kind in ("conversation", "preference") and isinstance(split, Dataset):
         return split.map(convert, batched=True, num_proc=num_proc)
-    needs_labels = kind == "conversation" and answers_only and template is None
-    return split.map(convert, batched=True) if needs_labels else split
+    return split.map(convert, batched=True) if kind == "conversation" and answers_only and template is None else split
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:

@@ -46,15 +46,13 @@ class PocketArguments:
     )
     seed: int = option(0, "The same seed gives the same bytes.")
     size_mb: float = option(
-        8.0, "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."
+        8.0, "Pretraining text in MB, an eighth of which is dropped: it overlaps with held-out text."
     )
     sft_rows: int = option(24_000, "Conversations of the sft training split.")
     preference_rows: int = option(4_000, "Prompts of the preferences training split.")
     reasoning_rows: int = option(8_000, "Problems of the reasoning training split.")
     share_with_steps: float = option(0.3, "Share of the problems in sft that are answered with worked steps.")
-    carelessness: float = option(
-        0.6, "Probability that worked steps, in pretrain and sft, misread what can be misread."
-    )
+    carelessness: float = option(0.6, "Probability that worked steps, in pretrain and sft, misread what they can.")
 
 
 def row_text(row: dict[str, Any]) -> str:

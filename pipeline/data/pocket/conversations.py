@@ -15,8 +15,6 @@ from pipeline.data.pocket import phrasings, problems, remarks, snippets, stories
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
 
 ASPECTS = ("definition", *ATTRIBUTES)
-MANNERS_WORDS = 8
-"""Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
 MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 16), "rambling": (8, 8)}
 """Manners of the answers, in percent: to questions, and to orders."""
 
@@ -55,7 +53,8 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     """Ask about one aspect of a thing, and answer in a sentence or two."""
     asked = phrasings.fill(rng.choice(phrasings.REQUESTS[aspect][split]), thing)
     reply = phrasings.answer(thing, aspect)
-    max_words = len(reply.split()) + MANNERS_WORDS
+    # Grading allows words beyond the plain answer: enough for a remark, not for reciting every fact.
+    max_words = len(reply.split()) + 8
     if split == "train":
         reply = with_manners(rng, asked, reply, thing, aspect)
         # A rambling answer is long, and still correct.
@@ -120,8 +119,7 @@ def request_about(rng: random.Random, split: SplitName, kind: str, thing: Thing)
 def preference_prompt(rng: random.Random, split: SplitName) -> dict[str, Any]:
     """Draw a prompt for comparing answers: a question, an open request or a summary, about a thing of this split."""
     thing = rng.choice(things_of(split))
-    kind = rng.choices(("question", "about", "summary"), (68, 22, 10))[0]
-    row = request_about(rng, split, kind, thing)
+    row = request_about(rng, split, rng.choices(("question", "about", "summary"), (68, 22, 10))[0], thing)
     return {"prompt": row.pop("messages")[:-1], **row}
 
 

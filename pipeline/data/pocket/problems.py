@@ -54,8 +54,7 @@ def _split_of(numbers: Iterable[int], folds: int) -> SplitName:
 def _change(rng: random.Random, value: int) -> int:
     """Draw by how much a number of items grows (above 0) or shrinks, so that it stays between 0 and 20."""
     change = rng.randint(2, 5)
-    grows = value < change or (value + change <= 20 and rng.random() < 0.5)
-    return change if grows else -change
+    return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
 
 
 # Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
@@ -143,8 +142,7 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
         start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
         # Few are held out: if many directions are missing before the same turns in training, a model learns which of
         # them are there, and not to look them up.
-        number = sum(2**place * turn for place, turn in enumerate([start, *quarters]))
-        if _split_of([number], folds=16) == split:
+        if _split_of([sum(2**place * turn for place, turn in enumerate([start, *quarters]))], folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)
     sentences, steps = [f"{names[0]} faces {DIRECTIONS[start]}."], []

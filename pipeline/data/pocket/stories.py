@@ -47,8 +47,8 @@ class Story(NamedTuple):
 
 def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     """Write a story about `thing` and a person with whom only stories of `split` combine it."""
-    # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. Ana and
-    # Ben stayed in the park.
+    # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. …
+    #
     # Of every eight people, one meets this thing only in the test, and one only in validation.
     residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
     name = rng.choice([one for index, one in enumerate(NAMES) if (index + 3 * thing.index) % 8 in residues])

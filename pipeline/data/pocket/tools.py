@@ -39,20 +39,10 @@ WORDINGS = (
 )  # fmt: skip
 GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
 QUESTIONS = 3
-SIZES = range(8, 15)
-"""Letters among which one is hidden. Three questions tell any of fifteen from the others, two any of seven."""
 TALK = ("calculator: expression={a}+{b}", "ask: letter=", "earlier", "later", "yes")
 DIGITS, TERMS = (4, 5, 6), (2, 3)
 """Lengths of the terms of long sums, and their number. Held-out sums have three, because a model as small as this one
 learns to add two without a calculator within minutes; the terms of `test_longer` have one digit more."""
-CALL_COST = 0.1
-"""What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
-CARELESS = 0.5
-"""Share of the calls for long sums in `sft` that round the terms, as somebody does who only wants an estimate."""
-HALVING = 0.35
-"""Share of the players in `sft` who halve what is left; the others ask about one letter after the other."""
-HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
-"""Rows of each kind in the held-out splits; there are more games."""
 LETTERS = string.ascii_uppercase
 Row = dict[str, Any]
 
@@ -85,8 +75,9 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
         problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
     else:
         problems = []
+        size = 60 if split == "validation" else 250
         for kind in ("longer",) if split == "test_longer" else kinds:
-            number = HELD_OUT_ROWS[split] * 6 // 5 if kind == "game" else HELD_OUT_ROWS[split]
+            number = size * 6 // 5 if kind == "game" else size
             problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
     for problem in problems:
         yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
@@ -119,15 +110,17 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
         if _split_of(*terms, place if kind == "one digit" else 0) == own:
             text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
-            length, cost, hidden = max(len(str(term)) for term in terms), CALL_COST, None
+            # What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free.
+            length, cost, hidden = max(len(str(term)) for term in terms), 0.1, None
             break
     row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
     return {**row, "hidden": hidden, "call_cost": cost}
 
 
 def _range(rng: random.Random) -> tuple[int, int]:
-    """Draw the places of the first and the last letter of a range."""
-    size = rng.choice(SIZES)
+    """Draw the places of the first and the last of the letters among which one is hidden."""
+    # Three questions tell any of fifteen letters from the others, two any of seven.
+    size = rng.choice(range(8, 15))
     low = rng.randint(0, len(LETTERS) - size)
     return low, low + size - 1
 
@@ -138,7 +131,8 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     text = messages[0]["content"]
     if problem["kind"] == "game":
         low, high = (LETTERS.index(letter) for letter in re.findall(r"from (.) to (.) ", text)[0])
-        halves = rng.random() < HALVING
+        # Some players halve what is left; the others ask about one letter after the other.
+        halves = rng.random() < 0.35
         said, hidden = "", LETTERS.index(answer)
         for _ in range(QUESTIONS):
             asked = (low + high) // 2 if halves else low
@@ -151,7 +145,8 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
         answer = answer if said == "yes" else LETTERS[rng.randint(low, high)]
     elif not direct and rng.random() < 0.5:
         terms = list(map(int, re.findall(r"\d+", text)))
-        if problem["kind"] == "long" and rng.random() < CARELESS:
+        if problem["kind"] == "long" and rng.random() < 0.5:
+            # As somebody does who only wants an estimate.
             terms = [round(term, -2) for term in terms]
         answer = str(sum(terms))
         messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)

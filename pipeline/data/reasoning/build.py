@@ -34,11 +34,8 @@ USES = {
     "sft": "a problem and its solution, worked or not | stage 2",
     "reasoning": "a problem and its final answer | stage 4",
 }
-RECITALS = 0.2
-"""Share of the pretraining documents that teach to copy numbers."""
-PROBES, MAX_REFUSED, PATIENCE = 50, 0.05, 1_000
-"""Problems of each task that are tried before anything is written, in which share of them the verifier may be wrong,
-and problems in a row that may be unusable before a task counts as exhausted."""
+PROBES = 50
+"""Problems of each task that are tried before anything is written."""
 Reward = Callable[..., list[float | None]]
 
 
@@ -65,16 +62,16 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
     problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
-    sizes = ((name, getattr(args, name)) for name in ("size_mb", "sft_rows"))
-    problems += [Problem(name, size, "must not be negative") for name, size in sizes if size < 0]
+    sizes = {"size_mb": args.size_mb, "sft_rows": args.sft_rows}
+    problems += [Problem(name, size, "must not be negative") for name, size in sizes.items() if size < 0]
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
-    if not 0 <= args.seed <= (largest := 2**32 // (len(POOLS) * SEEDS) - 1):
+    largest = 2**32 // (len(POOLS) * SEEDS) - 1
+    if not 0 <= args.seed <= largest:
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
     # Report the tasks whose verifier refuses their own answers, or pays whatever is answered.
     for grade in grades if not problems else ():
-        tried = islice(grade.entries(args.seed, "train"), PROBES)
-        number = sum(not mix.accepts(grade.task, entry) for entry in tried)
-        if number > PROBES * MAX_REFUSED:
+        number = sum(not mix.accepts(grade.task, entry) for entry in islice(grade.entries(args.seed, "train"), PROBES))
+        if number > 0.05 * PROBES:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
             problems.append(Problem("tasks", grade.task, f"{remedy}; leave this task out"))
     if problems:
@@ -143,7 +140,7 @@ class Mix:
                 if pool in ("validation", "test"):
                     self.held_out.add(question)
                 yield entry
-            elif unusable == PATIENCE:
+            elif unusable == 1_000:
                 break
         remedy = f"has too few different problems for {pool}; make it harder, or lower its weight or test_rows"
         raise UserError(Problem("tasks", grade.task, remedy))
@@ -173,7 +170,8 @@ class Mix:
         """Yield documents of worked problems and recitals until they have the size asked for."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
-            recites = self.rng.random() < RECITALS
+            # Some documents teach to copy numbers.
+            recites = self.rng.random() < 0.2
             row = {"text": recital(self.rng), "kind": "recital"} if recites else self.document(*next(problems))
             remaining -= len(row["text"].encode())
             yield row
