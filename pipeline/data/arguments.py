@@ -49,9 +49,7 @@ class DataArguments:
     max_eval_samples: int | None = option(None, "Evaluate on this many rows, the first ones.")
     text_column: str = option("text", "Column of the documents (pretraining).")
     messages_column: str = option(
-        "messages",
-        "Column of the conversations: a list of {role, content}, or ShareGPT's of {from, value}; the assistant "
-        "may call tools in both (instruction tuning).",
+        "messages", "Column of the conversations: lists of {role, content}, or of ShareGPT's {from, value}."
     )
     prompt_column: str = option(
         "prompt",

@@ -159,8 +159,27 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
 
 
 def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
-    """Open a file, or the files in a folder, each by its suffix, and join the files of a split."""
-    files = _list_files(path)
+    """Open a file, or the files in a folder, each by its suffix, and join the files of a split. Log the others."""
+    kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
+    if path.is_file() and _suffix(path) not in BUILDERS:
+        remedy = f"files of this type are not supported; save it as one of {kinds}"
+        raise UserError(Problem("dataset_name", path, remedy))
+    is_data: dict[Path, bool] = {}
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
+            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
+            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
+            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
+            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
+    files = [file for file in is_data if is_data[file]]
+    unread = [file.name for file in is_data if not is_data[file]]
+    named = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    if not files:
+        remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
+        raise UserError(Problem("dataset_name", path, remedy))
+    if unread:
+        logger.info("%s: not read, because they are not data, or empty: %s", path, named)
+
     found: dict[Path, str | None] = {}
     for file in files:
         # The split that a file in a folder belongs to, by the names of its folders or its own, if to any.
@@ -179,31 +198,6 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
             rows = "a stream" if streaming else f"{len(joined[split]):,} rows"
             logger.info("%-11s %s, split %s: read %d files, %s", "data", path, split, len(own), rows)
     return (IterableDatasetDict if streaming else DatasetDict)(joined)
-
-
-def _list_files(path: Path) -> list[Path]:
-    """Return the files to read: the file itself, or the ones in a folder, in order. Log the others."""
-    kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
-    if path.is_file() and _suffix(path) not in BUILDERS:
-        remedy = f"files of this type are not supported; save it as one of {kinds}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    is_data: dict[Path, bool] = {}
-    for file in found:
-        if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
-            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
-            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
-            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
-            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
-    files = [file for file in is_data if is_data[file]]
-    others = [file.name for file in is_data if not is_data[file]]
-    named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    if not files:
-        remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    if others:
-        logger.info("%s: not read, because they are not data, or empty: %s", path, named)
-    return files
 
 
 def _suffix(path: Path) -> str:
@@ -235,7 +229,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         if builder == "text":
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
-        load = partial(_load, builder=builder, split=split, streaming=streaming, **options)
+        load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:
@@ -262,7 +256,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     return concatenate_datasets([part for _, part in parts])
 
 
-def _load(files: list[Path], builder: str, split: str, **options: Any) -> Split:
+def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) -> Split:
     # `datasets` reads paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:

@@ -112,7 +112,6 @@ def keep_rows(source: Splits, args: DataArguments) -> Splits:
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    """Load one data set, as `load_splits` does."""
     train = args.dataset_train_split
     opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
     source = keep_rows(opened, args)

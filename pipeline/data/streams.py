@@ -7,7 +7,6 @@ two processes with half the batch each train on the batches of one. If W divides
 read twice; otherwise processes share lanes, and each tokenizes the lanes that it has a part in. With four lanes:
 
     lane        a    b    c    d    a    b    c    d    a  ...
-    block       0    1    2    3    4    5    6    7    8
     process     0    1    0    1    0    1    0    1    0        two processes: 0 tokenizes a and c, 1 tokenizes b and d
     process     0    1    2    0    1    2    0    1    2        three processes: all lanes are tokenized three times
 

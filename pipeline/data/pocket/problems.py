@@ -3,10 +3,8 @@
 The worked solutions that a model learns from are careless, as people's are: each step repeats a part of the problem and
 calculates right, but may misread what it repeats. 'gives away' is taken for a gain, white and grey groups and the last
 of several ages are overlooked, and 'opposite of' is taken for 'left of'. A model that imitates them makes the same
-mistakes, however it is asked.
-
-Problems come in several lengths. With one length, a model learns a rhythm ("always three steps") instead of reading the
-problem, and fails at anything shorter.
+mistakes, however it is asked. Problems come in several lengths: with one, a model learns a rhythm ("always three
+steps") instead of reading the problem, and fails at anything shorter.
 """
 
 import random

@@ -96,7 +96,7 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if kind == "game":
             low, high = _range(rng)
             if _split_of(low, high) == own:
-                answer = hidden = LETTERS[rng.randint(low, high)]
+                answer = LETTERS[rng.randint(low, high)]
                 text, length, cost = GAME.format(low=LETTERS[low], high=LETTERS[high]), 0, 0.0
                 break
             continue
@@ -111,10 +111,10 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if _split_of(*terms, place if kind == "one digit" else 0) == own:
             text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
             # What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free.
-            length, cost, hidden = max(len(str(term)) for term in terms), 0.1, None
+            length, cost = max(len(str(term)) for term in terms), 0.1
             break
     row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
-    return {**row, "hidden": hidden, "call_cost": cost}
+    return {**row, "hidden": answer if kind == "game" else None, "call_cost": cost}
 
 
 def _range(rng: random.Random) -> tuple[int, int]:

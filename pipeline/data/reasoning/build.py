@@ -134,13 +134,12 @@ class Mix:
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
             # Only the splits of `reasoning` are rewarded by the verifier; `sft` and `pretrain` are not.
-            is_usable = question not in self.held_out and (pool not in SPLITS or self.accepts(grade.task, entry))
-            unusable = 0 if is_usable else unusable + 1
-            if is_usable:
+            if question not in self.held_out and (pool not in SPLITS or self.accepts(grade.task, entry)):
                 if pool in ("validation", "test"):
                     self.held_out.add(question)
+                unusable = 0
                 yield entry
-            elif unusable == 1_000:
+            elif (unusable := unusable + 1) == 1_000:
                 break
         remedy = f"has too few different problems for {pool}; make it harder, or lower its weight or test_rows"
         raise UserError(Problem("tasks", grade.task, remedy))
