@@ -32,9 +32,7 @@ class DataArguments:
     dataset_test_split: str = option("validation", "Split to evaluate on during training; else `test`, if that exists.")
     dataset_streaming: bool = option(False, "Read the data during training, in constant memory.")
     validation_share: float = option(
-        0.05,
-        "Share of the rows held out for evaluation, and never trained on, if the data set has a single split (a plain "
-        "file, for instance): every 20th row for 0.05. With 0, all rows are trained on.",
+        0.05, "Share of the rows held out for evaluation if the data set has a single split: every 20th row for 0.05."
     )
     keep_rows: list[str] | None = option(  # noqa: RUF009
         None, "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any case."

@@ -35,8 +35,6 @@ TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`,
 """Remedy for a file that is not UTF-8."""
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
-QUOTED = 1 << 24
-"""Characters of a table in which quotes are looked at."""
 
 
 def open_documents(
@@ -141,7 +139,7 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
-        sample = text.read(QUOTED)
+        sample = text.read(1 << 24)
     # The separator is the most frequent one of the header.
     line = next(filter(str.strip, io.StringIO(sample)), "")
     separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=line.count)
@@ -159,7 +157,7 @@ def choose_table(file: Path) -> dict[str, Any]:
             raise UserError(Problem("dataset_name", file, remedy))
         deque(rows, maxlen=0)
     except csv.Error as error:
-        # Other errors are a field that is too long for Python's limit, and one that is cut.
+        # Other errors are a field that is too long for Python's limit, and one that is cut at the end of the sample.
         stray = rows.line_num if "expected after" in str(error) else 0
     # pandas would take all lines up to the next quote for one field.
     if stray and separator != "\t":

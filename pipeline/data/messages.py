@@ -12,8 +12,6 @@ from typing import Any
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
 
-AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
-"""The beginning of messages that were written as text."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
 NOT_READ = "calls a tool, which is not read; write the call into the content"
@@ -64,7 +62,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
 
 def _as_text(value: str, column: str) -> str:
     """Return a text, and refuse a list of messages that a table has as text."""
-    if AS_TEXT.match(value):
+    if re.match(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:", value):
         raise ShapeError(f"{column} has messages as text, {shorten(value)}; save them as JSONL or Parquet")
     return value
 

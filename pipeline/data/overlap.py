@@ -78,11 +78,9 @@ class NgramIndex:
         tokens = words(text)
         for size, indexed in self._hashes.items():
             # Almost no text overlaps, and `isdisjoint` runs in C.
-            if indexed.isdisjoint(map(hash, ngrams(tokens, size))):
-                continue
-            for gram in ngrams(tokens, size):
-                if hash(gram) in indexed:
-                    yield hash(gram), " ".join(gram)
+            if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):
+                found = (gram for gram in ngrams(tokens, size) if hash(gram) in indexed)
+                yield from ((hash(gram), " ".join(gram)) for gram in found)
 
     def overlaps(self, text: str) -> bool:
         """Return whether a text shares an n-gram with, or contains, an indexed text."""

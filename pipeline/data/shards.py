@@ -25,10 +25,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
-TOKENIZER = "tokenizer.json"
-"""File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
-RECORD = "documents.json"
-"""File next to them that says what was tokenized."""
+TOKENIZER, RECORD = "tokenizer.json", "documents.json"
+"""Files of `pipeline.data.shard_writer` next to shards: what `document_tokenizer` returns, and what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:

@@ -44,9 +44,8 @@ BUILDERS = {
 """The builder of `datasets` for each suffix; text is read by `pipeline.data.documents`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 NO_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
-    r"|cache-\w+\.arrow",
-    re.IGNORECASE,
+    r"(?i)(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
+    r"|cache-\w+\.arrow"
 )
 """Files of a folder that are about the data, or what `datasets` has made of them."""
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}

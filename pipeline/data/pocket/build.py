@@ -42,7 +42,7 @@ class PocketArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
     world: Literal["things", "tools"] = option(
-        "things", "What it is about: things and what they are, or sums for a calculator and a game of questions."
+        "things", "Things and what they are, or sums for a calculator and a game."
     )
     seed: int = option(0, "The same seed gives the same bytes.")
     size_mb: float = option(

@@ -95,13 +95,9 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
     careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(
-        version=version("reasoning-gym"),
-        seed=args.seed,
-        tasks=", ".join(args.tasks or ()),
-        rows="\n".join(f"| `{config}` | {USES[config]} |" for config in rows),
-        careless=careless if len(rows) > 1 else "",
-    )
+    filled = {"version": version("reasoning-gym"), "seed": args.seed, "tasks": ", ".join(args.tasks or ())}
+    uses = "\n".join(f"| `{config}` | {USES[config]} |" for config in rows)
+    text = text.format(**filled, rows=uses, careless=careless if len(rows) > 1 else "")
     about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
     write_data_set(args.output_dir, SCHEMAS, parts, card(dict.fromkeys(rows, SPLITS), text, **about))
     for task, number in mix.refused.items():
