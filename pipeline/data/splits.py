@@ -113,8 +113,8 @@ def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
     train = args.dataset_train_split
-    opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
-    source = keep_rows(opened, args)
+    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
+    source = keep_rows(source, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")

@@ -1,13 +1,9 @@
 """People's votes: the log to which the page appends them, and the preference data set that is made from it.
 
-Both lie in one folder, such as `runs/pocket/votes`:
-
-    votes.jsonl                          the log: one line per vote, appended and never changed
-    train.parquet, validation.parquet,   the data set: one row per vote that prefers one of the two answers,
-    test.parquet, README.md              written again whenever the log has grown
-    judgements/train.parquet, ...        its configuration `judgements`: each answer alone, and whether it is wanted
-
-A line of the log is a vote of a person on two answers to a prompt, `a` by `model_a` and `b` by `model_b`:
+Both lie in one folder, such as `runs/pocket/votes`. The data set is written again whenever the log, `votes.jsonl`, has
+grown: one row per vote that prefers one of the two answers and, as the configuration `judgements`, each answer alone,
+and whether it is wanted. A line of the log, which is appended and never changed, is a vote of a person on two answers
+to a prompt, `a` by `model_a` and `b` by `model_b`:
 
     {"id": "…", "pair": "…", "time": "…", "annotator": "ann", "prompt": [...], "a": "It is red.", "b": "Red.",
      "model_a": "2_sft", "model_b": "3_ppo", "sampling": {...}, "shown_first": "b", "choice": "a",

@@ -21,17 +21,12 @@ DEEDS = (
 LEADS = ("One day", "Last week", "After lunch", "This morning", "On holiday", "At last", "Once more", "All at once")
 BEFORE = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
 ECHOES = (
-    "It was {spot} that {name} {deed} {x}.",
-    "Nobody but {name} {deed} {x} {spot}.",
-    "{friend} heard that {name} {deed} {x}.",
-    "{friend} had never {deed} {x}.",
-    "So {name} {deed} {x} and {friend} did not.",
-    "What {name} {deed} {spot} was {x}.",
-    "Why {name} {deed} {x}, nobody knows.",
-    "{friend} asked who {deed} {x}. It was {name}.",
-    "{name} and {friend} stayed {spot}.",
-    "{friend} found {name} {spot}.",
-)
+    "It was {spot} that {name} {deed} {x}.", "Nobody but {name} {deed} {x} {spot}.",
+    "{friend} heard that {name} {deed} {x}.", "{friend} had never {deed} {x}.",
+    "So {name} {deed} {x} and {friend} did not.", "What {name} {deed} {spot} was {x}.",
+    "Why {name} {deed} {x}, nobody knows.", "{friend} asked who {deed} {x}. It was {name}.",
+    "{name} and {friend} stayed {spot}.", "{friend} found {name} {spot}.",
+)  # fmt: skip
 """Sentences that repeat part of the event. They teach copying, which a summary needs."""
 AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")

@@ -70,8 +70,7 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
         number = args.reasoning_rows if config == "reasoning" else args.sft_rows
         problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
     else:
-        problems = []
-        size = 60 if split == "validation" else 250
+        problems, size = [], 60 if split == "validation" else 250
         for kind in ("longer",) if split == "test_longer" else kinds:
             number = size * 6 // 5 if kind == "game" else size
             problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
@@ -100,7 +99,7 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
             terms = [rng.randrange(10), rng.randrange(10)]
         else:
             # Held-out sums have three terms, because a model as small as this one learns to add two without a
-            # calculator within minutes.
+            # calculator within minutes. Longer ones have terms of one digit more.
             number = rng.choice((2, 3)) if split == "train" else 3
             lengths = [7 if kind == "longer" else rng.choice((4, 5, 6)) for _ in range(number)]
             terms = [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
@@ -160,7 +159,7 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers or letters."""
-    # As often as they are drawn.
+    # Each kind is named as often as it is drawn.
     kind = rng.choice((*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet"))
     lines: list[str] = []
     while len(lines) < 6:
