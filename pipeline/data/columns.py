@@ -165,9 +165,9 @@ def standardise(
     removed = [name for name in columns if name not in (*made, *others)]
     types = Features(features) if features else None
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
-    if is_stream:
+    if is_stream or not len(split):
         return standard.filter(is_informative) if "chosen" in made else standard
-    if len(split) and HAS_CALLS in standard.unique(FAULT):
+    if HAS_CALLS in standard.unique(FAULT):
         return standardise(split, args, kind, tokens, calls=True)
     return _drop_rows(standard, place, args)
 
@@ -350,9 +350,8 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
     try:
         pattern = re.compile(args.answer_pattern) if args.answer_pattern is not None else None
     except re.error as error:
-        raise UserError(
-            Problem("answer_pattern", args.answer_pattern, f"is not a regular expression ({error})")
-        ) from None
+        remedy = f"is not a regular expression ({error})"
+        raise UserError(Problem("answer_pattern", args.answer_pattern, remedy)) from None
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
 
     def convert(row: Row) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
         remedy = HUB_UNREACHABLE
     except (DatasetNotFoundError, FileNotFoundError):
         what = f"a public data set on the Hub{f' with a revision {revision}' if revision else ''}"
-        remedy = f"is neither a local path nor {what} (log in for a private one)"
-        remedy = HUB_UNREACHABLE if constants.HF_HUB_OFFLINE else remedy
+        unknown = f"is neither a local path nor {what} (log in for a private one)"
+        remedy = HUB_UNREACHABLE if constants.HF_HUB_OFFLINE else unknown
     except UNREADABLE as error:
         raise UserError(*locate_error(Path(name), error)) from None
     raise UserError(Problem("dataset_name", name, remedy))
@@ -238,10 +238,11 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     for file, part in parts:
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
+            names, other_names = ", ".join(sorted(columns)), ", ".join(sorted(others))
             remedy = (
-                f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; rename "
+                f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the files "
             )
-            remedy += "or remove columns, or put the files into folders of their own, and name both in dataset_name"
+            remedy += "into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
