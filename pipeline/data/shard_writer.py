@@ -62,7 +62,6 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     if others:
         remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
-
     source = Path(name).expanduser()
     name = str(source.absolute()) if source.exists() else name
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)

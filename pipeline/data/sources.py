@@ -81,7 +81,6 @@ def open_source(
             remedy = f"must be true for the shards of {name}, which are read during training"
             raise UserError(Problem("dataset_streaming", streaming, remedy))
         return open_shards(path)
-
     # `datasets` converts every file into its cache.
     if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"

@@ -33,7 +33,7 @@ def drop_long_prompts(
 
     def count(prompts: list[Any]) -> list[int]:
         encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
-        return [len(ids) for ids in encoded["input_ids"]]
+        return list(map(len, encoded["input_ids"]))
 
     # Prompts of a stream may have to be downloaded for it.
     first = count([row["prompt"] for row in split.take(100)])

@@ -103,14 +103,12 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
             remaining -= len(row["text"].encode())
             yield row
     elif config == "sft":
-        for _ in range(args.sft_rows):
-            yield conversations.training_row(rng, args.share_with_steps, args.carelessness)
+        shares = args.share_with_steps, args.carelessness
+        yield from (conversations.training_row(rng, *shares) for _ in range(args.sft_rows))
     elif config == "preferences":
-        for _ in range(args.preference_rows):
-            yield conversations.preference_prompt(rng, "train")
+        yield from (conversations.preference_prompt(rng, "train") for _ in range(args.preference_rows))
     else:
-        for _ in range(args.reasoning_rows):
-            yield conversations.reasoning_prompt(rng, "train")
+        yield from (conversations.reasoning_prompt(rng, "train") for _ in range(args.reasoning_rows))
 
 
 def check_arguments(
