@@ -169,10 +169,10 @@ def standardise(
         return standard.filter(is_informative) if "chosen" in made else standard
     if HAS_CALLS in standard.unique(FAULT):
         return standardise(split, args, kind, tokens, calls=True)
-    return _drop_rows(standard, place, args)
+    return _drop_rows(standard, place, args, are_pairs="chosen" in made)
 
 
-def _drop_rows(rows: Dataset, place: str, args: DataArguments) -> Dataset:
+def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) -> Dataset:
     """Drop the rows that could not be converted, or refuse them with the number of the first one."""
     found = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
@@ -186,7 +186,7 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments) -> Dataset:
         report_lost(len(faults), len(rows), what, f"correct {place}")
         rows = rows.select([index for index in range(len(rows)) if index not in faults])
     # Machine-made collections contain pairs that do not say which answer is better.
-    informative = rows.filter(is_informative) if "chosen" in rows.column_names else rows
+    informative = rows.filter(is_informative) if are_pairs else rows
     if lost := len(rows) - len(informative):
         if not len(informative):
             raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
