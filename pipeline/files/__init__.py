@@ -317,7 +317,7 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight in a safetensors file, from its header, or raise `SafetensorError` or `OSError`."""
+    """Return the shape of each weight in a safetensors file, from its header; raise `SafetensorError` or `OSError`."""
     check_regular(file)
     with file.open("rb") as start:
         header = int.from_bytes(start.read(8), "little")

@@ -30,12 +30,7 @@ from typing import Any
 from pipeline.rewards.answers import number
 from pipeline.rewards.checker import serve
 
-_WRONG = ("x", "0", "True", "nonsense")
-"""Answers that a verifier may only pay in full if they occur in the task's own answer."""
 _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?![^\W_])", re.IGNORECASE)
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME")
-_TOLERANCE = 1e-3
-"""By how much of itself a number may differ from the task's own answer and still be right."""
 
 
 def _serve() -> None:
@@ -53,7 +48,8 @@ def _serve() -> None:
         # A lambda or a comprehension is a constant of the code around it.
         code = arguments[0]
         nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
-        if nested or any(instruction.opname in _ATTRIBUTES for instruction in dis.get_instructions(code)):
+        used = {instruction.opname for instruction in dis.get_instructions(code)}
+        if nested or used & {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"}:
             raise PermissionError("an answer may use neither attributes nor functions of its own")
         for name in code.co_names:
             value = getattr(sympy, name, None)
@@ -85,14 +81,15 @@ def _serve() -> None:
         expected, stated = number(own), number(given)
         added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:
-            differs = abs(stated - expected) > _TOLERANCE * abs(expected)
+            differs = abs(stated - expected) > 1e-3 * abs(expected)
         else:
             differs = any(letter.isdigit() for letter in added)
         return 0.0 if differs or pay_by_verifier(task, given, {}) >= 1.0 else 1.0
 
     @lru_cache(maxsize=4096)
     def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:
-        wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
+        # These may only be paid in full if they occur in the task's own answer.
+        wrong = [text for text in ("x", "0", "True", "nonsense") if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
         return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
     def judge(question: tuple[str, str, str, str, str]) -> float | None:

@@ -51,7 +51,18 @@ class Candidate(Peer):
     def answer(self, request: dict[str, Any]) -> None:
         """Run the code or do something with an object that is kept, and send what came of it."""
         try:
-            reply = self.define(request["code"]) if "code" in request else self.operate(request)
+            if "operation" in request:
+                reply = self.operate(request)
+            else:
+                # dataclasses and typing look names up in the module.
+                sys.modules["answer"] = self.module
+                # This process is confined for what comes now.
+                exec(compile(request["code"], "answer", "exec"), vars(self.module))  # noqa: S102
+                # Containers stay here, where the code may change them.
+                kinds = {dict, *CONTAINERS.values()}
+                defined = vars(self.module).items()
+                names = {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}
+                reply = {"names": names}
         # Whatever the code raises, SystemExit too, is for the examiner to judge.
         except BaseException as error:  # noqa: BLE001
             reply = self.failure(error)
@@ -60,17 +71,6 @@ class Candidate(Peer):
                 with contextlib.suppress(OSError):
                     traceback.print_exc(limit=-3)
         self.send(reply)
-
-    def define(self, code: str) -> dict[str, Any]:
-        """Run the code, and describe what its names refer to."""
-        # dataclasses and typing look names up in the module.
-        sys.modules["answer"] = self.module
-        # This process is confined for what comes now.
-        exec(compile(code, "answer", "exec"), vars(self.module))  # noqa: S102
-        # Containers stay here, where the code may change them.
-        kinds = {dict, *CONTAINERS.values()}
-        defined = vars(self.module).items()
-        return {"names": {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}}
 
     def operate(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do with an object what the test does with its stand-in."""
@@ -117,13 +117,11 @@ class Candidate(Peer):
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
         """Return a kept object, or a stand-in for a function of the test."""
-        return self.kept[content] if kind == "kept" else self.functions.setdefault(content, self.function(content))
-
-    def function(self, number: int) -> Callable[..., Any]:
-        """Return a stand-in for a function of the test."""
+        if kind == "kept":
+            return self.kept[content]
 
         def call(*args: object, **named: object) -> object:
-            self.send({"call": number, "args": self.encode(args), "named": self.encode(named)})
+            self.send({"call": content, "args": self.encode(args), "named": self.encode(named)})
             # The function may use what the code has defined.
             while "operation" in (reply := self.receive()):
                 self.answer(reply)
@@ -131,4 +129,4 @@ class Candidate(Peer):
                 raise self.find_exception(reply["error"])(*self.decode(reply["args"]))
             return self.decode(reply["value"])
 
-        return call
+        return self.functions.setdefault(content, call)

@@ -42,8 +42,6 @@ del sys.path[0]
 sys.dont_write_bytecode = True
 
 VERDICT = 3
-MAX_SECONDS = 90
-"""Ends both processes if the parent has died."""
 
 
 def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -> None:
@@ -78,7 +76,8 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     os.close(requests[0])
     os.close(replies[1])
 
-    signal.setitimer(signal.ITIMER_REAL, seconds + MAX_SECONDS)
+    # This ends both processes if the parent has died.
+    signal.setitimer(signal.ITIMER_REAL, seconds + 90)
     confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
     os.write(VERDICT, f"{work['token']} {candidate}\n".encode())

@@ -37,8 +37,6 @@ import sys
 with contextlib.suppress(ImportError):
     import resource
 
-OPEN_FILES = 32
-FILE_BYTES = 1 << 20
 # prctl(2), capset(2), landlock(7), seccomp(2)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
@@ -62,17 +60,15 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
     "sigaltstack": (131, 132), "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "gettimeofday": (96, 169), "times": (100, 153),
-    "getrandom": (318, 278), "poll": (7, None), "ppoll": (271, 73), "select": (23, None),
-    "pselect6": (270, 72), "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260),
-    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
-    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
-    "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
-    "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
+    "getrandom": (318, 278), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260), "getpid": (39, 172), "getppid": (110, 173),
+    "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "getrusage": (98, 165), "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123), "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
 }  # fmt: skip
 # changes to the directory, which are safe only where Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
-    "unlink": (87, None), "unlinkat": (263, 35),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
 # allowed commands of calls with dangerous ones: F_SETOWN and FIOSETOWN signal other processes
 COMMANDS: dict[str, tuple[int, ...]] = {
@@ -82,10 +78,9 @@ COMMANDS: dict[str, tuple[int, ...]] = {
     "ioctl": (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451),
 }
 REFUSED_EVENTS = (
-    "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-    "os.kill", "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.symlink", "os.link",
-    "os.utime", "os.setxattr", "pty.", "shutil.", "syslog.", "signal.pthread_kill",
-    "_thread.start_new_thread", "resource.",
+    "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill",
+    "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.utime", "os.setxattr", "pty.",
+    "shutil.", "syslog.", "signal.pthread_kill", "_thread.start_new_thread", "resource.",
 )  # fmt: skip
 
 
@@ -95,8 +90,8 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
     wanted = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
         resource.RLIMIT_AS: (memory_mb << 20,) * 2,
-        resource.RLIMIT_FSIZE: (FILE_BYTES,) * 2,
-        resource.RLIMIT_NOFILE: (OPEN_FILES,) * 2,
+        resource.RLIMIT_FSIZE: (1 << 20,) * 2,
+        resource.RLIMIT_NOFILE: (32, 32),
         resource.RLIMIT_CORE: (0, 0),
     }
     for limit, values in wanted.items():

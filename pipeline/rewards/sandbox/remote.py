@@ -30,9 +30,9 @@ OBJECT: for an object, because the test has used an attribute that plain values 
 CLASS: for a class, whose name begins with a capital.
 """
 
+# Names of the attributes that plain values have.
 _PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
-"""Names of the attributes that plain values have."""
 
 _OPERATORS = ("getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format")
 _CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "pos", "abs", "invert", "int", "float", "index", "round")
