@@ -31,11 +31,11 @@ _LETTER = re.compile(
     r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
     re.IGNORECASE | re.DOTALL,
 )
+# Another letter in what follows the answer's, or a word that takes it back.
 _OTHER_LETTER = re.compile(
     r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
     r"|^\W*(?:[Oo]r|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
 )
-"""Another letter in what follows the answer's, or a word that takes it back."""
 
 math_judge = Checker("pipeline.rewards.math_judge", "math-verify, which math_answer", slow=False)
 task_judge = Checker("pipeline.rewards.task_check", "reasoning-gym, which the reward reasoning_gym", slow=0.0)
