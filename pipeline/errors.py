@@ -79,23 +79,20 @@ def as_typed(*words: object) -> str:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback."""
-    # Several processes of one machine find the same mistakes; one reports them.
-    first = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         yield
+        return
     except UserError as error:
-        if first:
-            print(*error.problems, sep="\n", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        message, code = str(error), EXIT_USER_ERROR
     except RunStopped as stop:
-        if first or stop.exit_code == 1:
-            print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        message, code = str(stop), stop.exit_code
     except KeyboardInterrupt:
-        if first:
-            print("Interrupted.", file=sys.stderr)
         # The convention of POSIX shells.
-        sys.exit(128 + signal.SIGINT)
+        message, code = "Interrupted.", 128 + signal.SIGINT
+    # Several processes of one machine find the same mistakes; one reports them.
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def signal_with_parent(number: signal.Signals) -> Callable[[], object]:

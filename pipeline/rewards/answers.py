@@ -16,9 +16,8 @@ last one counts, so that a correction counts and listing many answers gains noth
 #                                     20 apples                             unwrapped: `extract_answer`
 #                                     20                                    `number`, apples being a unit
 #
-# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, so that it
-# is not paid. That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy
-# found.
+# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, and not paid.
+# That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy found.
 
 from __future__ import annotations
 
@@ -263,9 +262,8 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     r"""Return the value of a plain number, or None: "1,234", "-0.5", "3/4", "1\frac{1}{2}", "$72", "50%", "14 apples".
 
     An equation has the value of its right side ("x = 5", "2 + 3 = 5"), and brackets around a number do not count.
-    Decimal digits of every script do, but not Roman numerals or circled numbers. "1.5 million", "1.5e6",
-    "1.5 \times 10^6" and "10^3" are plain, but not other powers, nor "12e1". A number with more than 1,000 digits is
-    not plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
+    "1.5 million", "1.5e6", "1.5 \times 10^6" and "10^3" are plain, but not other powers, "12e1", Roman numerals or more
+    than 1,000 digits, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
     """
     return _quantity(answer, reduced)[0]
 

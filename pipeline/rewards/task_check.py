@@ -1,20 +1,11 @@
 """Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
 
 Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child refuses to evaluate
-anything but literals and formulas: no attributes, and no names but SymPy's functions and variables of one letter.
-
-Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for any text, `puzzle24` for
-the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So what they pay is checked.
+anything but literals and formulas. Some pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
+any text, `puzzle24` for the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So an
+answer is only paid in full if it agrees with the task's own, and the verifier pays neither it without the problem nor
+nonsense.
 """
-
-# An answer is paid in full only if, in this order,
-#
-#     it holds neither "nan" nor "1e999"                             pay
-#     nothing in it that the verifier evaluates is a program         refuse_programs, called by Python itself
-#     the verifier pays it in full                                   pay
-#     ... and it is the same number as the task's own answer         pay
-#     ... and the verifier does not pay it without the problem       pay
-#     ... and the verifier does not pay "nonsense", too              pays_nonsense
 
 from __future__ import annotations
 

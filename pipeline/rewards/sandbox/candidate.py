@@ -65,8 +65,17 @@ class Candidate(Peer):
                 reply = {"names": names}
         # Whatever the code raises, SystemExit too, is for the examiner to judge.
         except BaseException as error:  # noqa: BLE001
-            reply = self.failure(error)
-            if reply["status"] != "failed" or "code" in request:
+            is_refused = isinstance(error, PermissionError)
+            status = "memory" if isinstance(error, MemoryError) else "refused" if is_refused else "failed"
+            reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
+            # The code may define the class, its __str__ and what it holds.
+            with contextlib.suppress(BaseException):
+                reply["message"] = str(error)[:500]
+            with contextlib.suppress(BaseException):
+                reply["args"] = self.encode(tuple(error.args))
+                reply["attributes"] = self.encode(dict(vars(error)))
+            reply["error"] = self.describe_exception(type(error))
+            if status != "failed" or "code" in request:
                 # It may have printed as much as it can.
                 with contextlib.suppress(OSError):
                     traceback.print_exc(limit=-3)
@@ -101,19 +110,6 @@ class Candidate(Peer):
             self.kept.append(value)
         base = type if isinstance(value, type) else base_of(type(value))
         return {"kept": [self.numbers[id(value)], base and base.__name__]}
-
-    def failure(self, error: BaseException) -> dict[str, Any]:
-        """Describe an exception that the code has raised."""
-        kinds = {MemoryError: "memory", PermissionError: "refused"}
-        status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
-        reply: dict[str, Any] = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
-        # The code may define the class, its __str__ and what it holds.
-        with contextlib.suppress(BaseException):
-            reply["message"] = str(error)[:500]
-        with contextlib.suppress(BaseException):
-            reply["args"] = self.encode(tuple(error.args))
-            reply["attributes"] = self.encode(dict(vars(error)))
-        return {**reply, "error": self.describe_exception(type(error))}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
         """Return a kept object, or a stand-in for a function of the test."""

@@ -1,17 +1,9 @@
 """Irreversible confinement of the calling process, so that hostile code cannot harm the machine, even as root.
 
-Each of these layers stops most attacks on its own:
-
-1. resource limits: CPU time, address space, file size, open files, processes, core dumps;
-2. Landlock (Linux 5.13 and later): reads only below the standard library and the system's shared libraries, writes only
-   below one directory; with Linux 6.7, no TCP, and with 6.12, no signals to other processes;
-3. no capabilities and `no_new_privs`, so that root is not exempt from the limits above;
-4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All others are refused
-   (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
-5. an audit hook that refuses the same with a message that says what was refused.
-
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without
-Landlock root becomes `nobody`. Side channels and the wall-clock time are not covered.
+Each of these layers stops most attacks on its own: limits of resources; Landlock (Linux 5.13 and later); the loss of
+all capabilities; seccomp (x86-64 and arm64); and an audit hook that says what was refused. Without Landlock or seccomp
+(macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without Landlock root becomes `nobody`.
+Side channels and the wall-clock time are not covered.
 """
 
 # In the child of the sandbox, from left to right:
@@ -106,7 +98,10 @@ def landlock_abi(libc: ctypes.CDLL) -> int:
 
 
 def confine_files(directory: str) -> bool:
-    """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded."""
+    """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded.
+
+    With Linux 6.7, there is no TCP either, and with 6.12, no signals to other processes.
+    """
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -151,7 +146,10 @@ def drop_privileges(files_confined: bool) -> None:
 
 
 def confine_calls(files_confined: bool) -> bool:
-    """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded."""
+    """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded.
+
+    These are what plain computation needs: no processes, threads, sockets, signals, namespaces or `io_uring`.
+    """
     # For systems without seccomp; this does not bind a root that has its capabilities.
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
