@@ -98,8 +98,7 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
         for stream in range(3):
             os.dup2(silent, stream)
         memory = psutil.Process().memory_info().vms + mapped + MEMORY
-        limits = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory))
-        for limit, value in limits:
+        for limit, value in (resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory):
             # A lower limit, set by the user, cannot be raised.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(limit, (value, value))

@@ -13,7 +13,7 @@ when it takes too much CPU time, so that the verdict does not depend on the load
 #         true                               <-
 #
 # The kernel ends a child whose timer runs out; the end of the connection is then the reply, and the next question
-# starts another child. If no reply comes although the child still has CPU time, the machine is too busy for a verdict.
+# starts another child.
 
 from __future__ import annotations
 

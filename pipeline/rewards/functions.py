@@ -128,7 +128,6 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
     _logged("code_tests", codes, rewards, columns)
-
     # All pairs run in one batch, so that every core has work.
     pairs = {
         index: (code, source) for index, (code, source) in enumerate(zip(codes, tests, strict=True)) if code and source
@@ -194,8 +193,7 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem."""
     texts, problems = [], []
-    prompts = columns.get("prompts") or [""] * len(completions)
-    for completion, prompt in zip(completions, prompts, strict=True):
+    for completion, prompt in zip(completions, columns.get("prompts") or [""] * len(completions), strict=True):
         asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
         problems.append(str(asked.get("content") or ""))
         # A prompt that is repeated is cut off: what it says is not the model's answer.
@@ -245,7 +243,6 @@ def _letter(answer: str | None) -> str | None:
 
 
 def _python(source: object) -> str | None:
-    """Return `source` if it is Python code, or None."""
     # On hostile source, the parser raises any of these.
     with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
         if isinstance(source, str) and ast.parse(source) and source.strip():

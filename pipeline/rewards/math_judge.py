@@ -126,7 +126,6 @@ def split(text: str) -> tuple[str, list[str]]:
 
 
 def _split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Split a text at separators outside of brackets."""
     parts, start = [], 0
     depths = accumulate((letter in _OPENING) - (letter in _CLOSING) for letter in text)
     for position, depth in enumerate(depths):
@@ -145,7 +144,6 @@ def _is_label(reference: str) -> bool:
 
 
 def _is_readable(reference: str) -> bool:
-    """Return whether a reference can be compared with, all of its elements."""
     kind, parts = split(reference)
     if kind and parts:
         return all(map(_is_readable, parts))

@@ -25,7 +25,6 @@ _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?!
 
 
 def _serve() -> None:
-    """Judge answers: the main function of the child."""
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 

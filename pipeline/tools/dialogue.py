@@ -94,8 +94,7 @@ def converse(
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
         # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
-        room = limit - min(len(dialogue.tokens) for dialogue in going_on)
-        sampled, logps = complete(texts, max(1, room))
+        sampled, logps = complete(texts, max(1, limit - min(len(dialogue.tokens) for dialogue in going_on)))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)

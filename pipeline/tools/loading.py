@@ -118,7 +118,6 @@ def check_tools(
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:
-    """Return why a model cannot call a function, or None."""
     if inspect.iscoroutinefunction(tool):
         return "is asynchronous; write a plain function"
     if tool is python and (fault := validate_sandbox()):
@@ -132,7 +131,6 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return why a model with this tokenizer cannot call tools, or None."""
     if not supports_tool_calling(tokenizer):
         return "the model's chat template does not write calls of tools; give a model whose template does"
     if getattr(tokenizer, "response_template", None) is None:

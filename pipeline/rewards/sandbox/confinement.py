@@ -138,8 +138,7 @@ def drop_privileges(files_confined: bool) -> None:
         os.setuid(65534)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
-        libc.capset(header, bytes(24))
+        libc.capset(struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         # This also closes /proc/PID to its siblings.
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -171,8 +170,7 @@ def confine_calls(files_confined: bool) -> bool:
     allowed = (answer, 0, 0, allow)
     architecture = (0xC000003E, 0xC00000B7)[column]
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
-    for name, numbers in calls.items():
+    for name, numbers in (SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})).items():
         if (number := numbers[column]) is None:
             continue
         body = [allowed]
@@ -190,12 +188,10 @@ def confine_calls(files_confined: bool) -> bool:
             body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, allowed]
         code += [(equal, 0, len(body), number), *body]
     packed = b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])
-
     # struct sock_fprog: the number of instructions, and where they are
     program = ctypes.create_string_buffer(packed, len(packed))
     described = struct.pack("HP", len(packed) // 8, ctypes.addressof(program))
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
+    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
 
 
 def watch(directory: str) -> None:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 
 class Examiner(Peer):
-    """Runs the test against stand-ins for what the code defines."""
-
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
         self.members = {
@@ -59,7 +57,6 @@ class Examiner(Peer):
             found = re.findall(rf"\b{name}\.(\w+)", test)
             if found and all(hasattr(importlib.import_module(name), attribute) for attribute in found):
                 namespace[name] = importlib.import_module(name)
-
         # The test runs in a process that is confined as well.
         exec(compile(test, "test", "exec"), namespace)  # noqa: S102
         # The test or the code may have caught these.

@@ -53,9 +53,8 @@ for promise, attempt in {
 class Outcome:
     """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
-    `status` is "passed" (the code and the whole test ran without an exception), "failed" (an exception), "timeout",
-    "memory", "refused" (an attempt to use the network, a process or a file outside; too many files), "crashed" (the
-    process ended without a verdict) or "busy" (the machine was too busy to give the code its time).
+    `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
+    process or a file outside; too many files), "crashed" (no verdict) or "busy" (the machine, so that time ran out).
     """
 
     status: str
@@ -111,7 +110,6 @@ def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS,
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
-    """Start the child, wait for its verdict, and kill all of its processes."""
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
@@ -167,8 +165,7 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
         if len(sizes) > 64 or sum(sizes) > 8 << 20:
             return "refused"
         if candidate:
-            times = zip(_times(examiner, candidate, elapsed), before, strict=True)
-            ran, waited = (now - then for now, then in times)
+            ran, waited = (now - then for now, then in zip(_times(examiner, candidate, elapsed), before, strict=True))
             # If they talk, one may run while the other one waits.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
