@@ -29,8 +29,6 @@ MAX_ENTRIES = {
     "generation_config.json": 200_000, "adapter_config.json": 200_000,
 }  # fmt: skip
 """Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
-MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
-"""Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
 MAX_MIB = {
     "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
     "tokenizer_config.json": 32, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
@@ -53,7 +51,7 @@ TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "give
 def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
     """Call a function in a child process, and return which limit it exceeds, as the end of a sentence, or None.
 
-    Only Linux forks safely; elsewhere it is not called. Anything but `TOO_LONG` that it returns or raises is ignored;
+    Only Linux forks safely; elsewhere it is not called. Whatever it returns or raises, but `TOO_LONG`, is ignored;
     the caller will see it. `mapped` are the bytes of a file that it maps into memory, which are not counted.
     """
     if sys.platform != "linux":
@@ -130,8 +128,8 @@ def check_files(folder: Path) -> None:
         if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
             raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
     counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
-    limits = [(name, value, MAX_USUAL_COUNT if counts.search(name) else MAX_USUAL) for name, value in numbers]
-    unusual = [f"{name}: {value}" for name, value, limit in limits if value > limit]
+    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Others are first tried.
+    unusual = [f"{name}: {value}" for name, value in numbers if value > (1024 if counts.search(name) else 1 << 24)]
 
     def build() -> None:
         import torch

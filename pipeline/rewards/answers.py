@@ -194,10 +194,8 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
     """
-    text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:])
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
+    _, ended, text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:]).rpartition("</think>")
+    if not ended and "<think>" in text:
         return None
     if not (announcements := list(ANNOUNCEMENT.finditer(text))):
         return None

@@ -108,26 +108,21 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
         return rewards
 
-    # TRL checks whether a function is asynchronous before it calls it, so there must be two versions.
-    guarded: Any
-    if is_async_callable(function):
+    @functools.wraps(function)
+    def guarded(completions: Any = None, **columns: Any) -> Any:
+        with _named(name, field):
+            return checked(function(**copied(completions, columns)), completions, columns)
 
-        @functools.wraps(function)
-        async def guarded(completions: Any = None, **columns: Any) -> Any:
-            with _named(name, field):
-                return checked(await function(**copied(completions, columns)), completions, columns)
+    @functools.wraps(function)
+    async def awaited(completions: Any = None, **columns: Any) -> Any:
+        with _named(name, field):
+            return checked(await function(**copied(completions, columns)), completions, columns)
 
-    else:
-
-        @functools.wraps(function)
-        def guarded(completions: Any = None, **columns: Any) -> Any:
-            with _named(name, field):
-                return checked(function(**copied(completions, columns)), completions, columns)
-
-    # TRL logs the reward under this name.
-    guarded.__name__ = get_callable_name(function)
-    guarded.is_guarded = True
-    return guarded
+    # TRL checks whether a function is asynchronous before it calls it, and logs the reward under its name.
+    guard: Any = awaited if is_async_callable(function) else guarded
+    guard.__name__ = get_callable_name(function)
+    guard.is_guarded = True
+    return guard
 
 
 @contextlib.contextmanager
