@@ -29,7 +29,6 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.likelihood import MAX_LOGITS
-from pipeline.evaluation.metrics import output
 from pipeline.evaluation.results import StageResult
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ def _record(result: StageResult, task: str, key: str, estimate: Estimate, sample
     # A mean over examples is estimated like the project's own metrics.
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
-        values = list(map(float, values))
-        result.record(name, output(intervals.outcome_mean(values, result.seed), values), rows)
+        result.record(name, values, rows)
         return
     result.metrics[name] = estimate
     if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):

@@ -107,10 +107,11 @@ class StageResult:
     def record(
         self,
         name: str,
-        measured: Mapping[str, Any],
+        measured: Mapping[str, Any] | Sequence[float],
         rows: Sequence[Mapping[str, Any]],
         *,
-        by_kind: Callable[..., Estimate] | None = outcome_mean,
+        how: Callable[..., Estimate] = outcome_mean,
+        by_kind: bool = True,
         units: Sequence[Hashable] | None = None,
         extras: Sequence[dict[str, Any]] | None = None,
     ) -> None:
@@ -118,19 +119,21 @@ class StageResult:
 
         Args:
             name: Name of the metric, `<baseline>/<metric>` for a baseline.
-            measured: What `compute` of a metric returned.
+            measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
-            by_kind: Makes the estimate of each kind, if there are several, from its values; None for no such estimates.
+            how: Makes an estimate of values.
+            by_kind: Whether to estimate each kind as well, if there are several.
             units: The unit that each row belongs to, if several rows may share one.
             extras: Further fields of each example, its answer for instance.
         """
+        if not isinstance(measured, Mapping):
+            values = list(map(float, measured))
+            measured = how(values, self.seed, units).to_json() | {"values": values}
         values, kinds = measured["values"], {}
         names = sorted({row["kind"] for row in rows})
-        if by_kind is not None and len(names) > 1:
-            for kind in names:
-                members = [index for index, row in enumerate(rows) if row["kind"] == kind]
-                shared = {} if units is None else {"units": [units[i] for i in members]}
-                kinds[kind] = by_kind([values[i] for i in members], **shared)
+        for kind in names if by_kind and len(names) > 1 else ():
+            members = [index for index, row in enumerate(rows) if row["kind"] == kind]
+            kinds[kind] = how([values[i] for i in members], units=units and [units[i] for i in members])
         self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
         # Examples are paired by their number and their content, in case the data change between two evaluations.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):

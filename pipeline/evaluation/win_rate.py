@@ -23,7 +23,7 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
-from pipeline.evaluation.metrics import NUMBER, Metric, output, record_mean, share
+from pipeline.evaluation.metrics import NUMBER, Metric
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
@@ -42,19 +42,17 @@ class WinRate(Metric):
     """The mean outcome of matches: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
     columns = Features(predictions=NUMBER)
-
-    def _compute(self, predictions: list[float], seed: int = 0) -> dict[str, Any]:
-        return output(intervals.outcome_mean(predictions, seed), predictions)
+    outcomes = staticmethod(list)
 
 
 class LastSentenceShare(Metric):
     """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
 
-    def _compute(self, predictions: list[str]) -> dict[str, Any]:
+    def outcomes(self, predictions: list[str]) -> list[bool]:
         # "It is red. Have a nice day!" ends in "have a nice day".
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
         ((most, _),) = Counter(last).most_common(1)
-        return share(sentence == most for sentence in last)
+        return [sentence == most for sentence in last]
 
 
 def answer_both(
@@ -87,7 +85,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
         record_wins(result, name, ours, theirs, rows, judge)
         # Of each prompt, the first answer counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
-        result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
+        result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
 
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
@@ -112,8 +110,8 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
         model.to(dtype)
     own, others = losses
     moved = [other - one for one, other in zip(own, others, strict=True)]
-    record_mean(result, "kl", moved, rows)
-    record_mean(result, "entropy", own, rows)
+    result.record("kl", moved, rows, how=intervals.mean)
+    result.record("entropy", own, rows, how=intervals.mean)
 
 
 def record_wins(
