@@ -98,22 +98,17 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
         raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
 
     # A group is recorded with its tasks as kinds, which have no metrics of their own then.
-    results, groups = measured["results"], measured.get("groups", {})
-    parts = {group: measured["group_subtasks"][group] for group in groups}
+    parts = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
     inner = {part for found in parts.values() for part in found}
-    estimates = {name: dict(_estimates(figures)) for name, figures in results.items()}
-    for task, samples in measured["samples"].items():
+    estimates = {name: dict(_estimates(figures)) for name, figures in measured["results"].items()}
+    for task in [*measured["samples"], *parts]:
         for key, estimate in estimates[task].items() if task not in inner else ():
-            _record(result, task, key, estimate, samples)
-    for group in groups:
-        for key, estimate in estimates[group].items() if group not in inner else ():
-            kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
-            result.metrics[_name(group, key)] = replace(estimate, by_kind=kinds)
-
-
-def _name(task: str, key: str) -> str:
-    """Return the name of a metric that lm-eval calls `key`; a slash would mean a baseline."""
-    return f"{task}:{key.removesuffix(',none')}".replace("/", "_")
+            # A slash in the name would mean a baseline.
+            name = f"{task}:{key.removesuffix(',none')}".replace("/", "_")
+            kinds = {part: estimates[part][key] for part in parts.get(task, ()) if key in estimates[part]}
+            result.metrics[name] = replace(estimate, by_kind=kinds)
+            if task not in parts:
+                _use_examples(result, name, task, key, measured["samples"][task])
 
 
 def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
@@ -130,18 +125,16 @@ def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
             yield key, estimate
 
 
-def _record(result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
-    metric, _, way = key.partition(",")
-    name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
+def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Record a metric with the examples that it is the mean of; of other examples, only take its interval."""
+    estimate, (metric, _, way) = result.metrics[name], key.partition(",")
+    samples = [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
     # A mean over examples is estimated like the project's own metrics.
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         result.record(name, values, rows)
-        return
-    result.metrics[name] = estimate
-    if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+    elif values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
         for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):

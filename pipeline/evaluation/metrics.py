@@ -28,10 +28,6 @@ from pipeline.tools import dialogue
 
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
-
-WINDOW = 1024
-"""Tokens that are scored at once; more would take more memory for hardly any gain in bits."""
-
 NUMBER, STRING = Value("float64"), Value("string")
 RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 
@@ -39,18 +35,19 @@ RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Valu
 class Metric(evaluate.Metric):
     """A metric that is described by its docstring.
 
-    `columns` are the types of predictions and references, of which `outcomes` returns a value between 0 and 1 for each
+    `columns` are the types of predictions and references, of which `outcomes` makes a value between 0 and 1 for each
     example. `compute` returns `{"value", "ci95": [low, high], "n", "values"}`: the estimate, its interval or None, the
     number of independent examples, and the value of each.
     """
 
     columns = Features(predictions=STRING)
-    outcomes: Callable[..., Iterable[float]]
+    outcomes: Callable[..., Iterable[float]] = staticmethod(list)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", features=self.columns)
 
-    def _compute(self, *, seed: int = 0, **inputs: Any) -> dict[str, Any]:
+    def _compute(self, *_: Any, **inputs: Any) -> dict[str, Any]:
+        seed = inputs.pop("seed", 0)
         given = [inputs.pop(name) for name in self.columns]
         values = list(map(float, self.outcomes(*given, **inputs)))
         return intervals.outcome_mean(values, seed).to_json() | {"values": values}
@@ -159,7 +156,8 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
 
     The `weight` of an example is the size of its text in bytes.
     """
-    context = min(chat.positions or WINDOW, WINDOW)
+    # To score more tokens at once would take more memory for hardly any gain in bits.
+    context = min(chat.positions or 1024, 1024)
     if of_answers:
         conversations = [row["messages"] for row in rows]
         found = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
@@ -178,7 +176,7 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
 def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
     """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
     rows = held_out.instructions
-    completions = chat.greedy([row["messages"][:-1] for row in rows])
+    completions = [completion for (completion,) in chat.sample([row["messages"][:-1] for row in rows])]
     graded = [(row, completion.text) for row, completion in zip(rows, completions, strict=True) if is_gradable(row)]
     if graded:
         some, texts = zip(*graded, strict=True)
@@ -197,7 +195,6 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     what its calls cost.
     """
     rows, grader = held_out.problems, held_out.grader
-    # One greedy answer to every problem.
     completions = [completion for (completion,) in chat.answer(rows)]
     answers = [completion.text for completion in completions]
     right = record_greedy(result, "pass@1", answers, rows, grader)
@@ -247,7 +244,7 @@ def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Comp
 
 
 def readable(completion: Completion) -> str:
-    """Return an answer as reports show it, with calls and results; why there is nothing to read, if there is not."""
+    """Return an answer as reports show it, with calls and results, or why there is nothing to read."""
     if completion.messages:
         return dialogue.readable(completion.messages)
     if completion.text.strip():

@@ -28,16 +28,15 @@ class StageResult:
 
     Attributes:
         metrics: Metric -> estimate. The metric of a baseline is named `<baseline>/<metric>`.
-        examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
-            its content.
+        examples: `{"metric", "id", "row", "kind", "value", ...}` of each example, where `row` is a hash of its content.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
         opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
-        experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
-            with the expert `chosen` for each, by layer; {} for a dense model.
+        experts: Of a model with experts: their loads in `layers`, over the fair share, and in `documents` the `pieces`
+            of some texts with the expert `chosen` for each, by layer.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
         state, config: The content of trainer_state.json and config.json.
@@ -118,7 +117,7 @@ class StageResult:
         """Add a metric: its estimate, overall and by kind of example, and the value of every example.
 
         Args:
-            name: Name of the metric, `<baseline>/<metric>` for a baseline.
+            name: `<baseline>/<metric>` for a baseline.
             measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
             how: Makes an estimate of values.

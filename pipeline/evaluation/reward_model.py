@@ -33,18 +33,17 @@ BINS = 10
 def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> float:
     """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
 
-    Args:
-        margins: Score of the preferred answer minus the score of the other. The model's confidence in its own choice is
-            sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
-        debiased: Whether to subtract what chance adds to the square in bins of a few pairs (Kumar et al. 2019,
-            "Verified Uncertainty Calibration", 1909.10155). The result may be negative; bins of one pair do not count.
+    `margins` are the scores of the preferred answers minus those of the others. If it is `debiased`, what chance adds
+    to the square in bins of a few pairs is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
+    arXiv:1909.10155). The result may be negative then, and bins of one pair do not count.
     """
-    # Its choice is right, wrong or, of equal scores, half right.
+    # The model's choice is right, wrong or, of equal scores, half right. Its confidence in it is sigmoid(|margin|), 0.5
+    # to 1, as in the Bradley-Terry model that it was trained as.
     agrees = (np.sign(margins) + 1) / 2
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
     sizes = np.bincount(index, minlength=BINS)
-    used = sizes > (1 if debiased else 0)
+    used = sizes > int(debiased)
     n = sizes[used]
     if not len(n):
         return 0.0
@@ -58,16 +57,13 @@ def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> 
 
 
 def calibration_error(margins: np.ndarray, units: Sequence[Hashable], seed: int = 0) -> intervals.Estimate:
-    """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval over units.
-
-    A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval is
-    the spread of the plain estimate about its own mean, moved to the debiased one.
-    """
+    """Estimate the root of `squared_calibration_error`, from 0 to about 0.5, with a bootstrap interval over units."""
     squared = squared_calibration_error(margins)
     if len(set(units)) < 2:
         return intervals.Estimate(max(squared, 0.0) ** 0.5, n=len(margins))
     resampled = intervals.resample(lambda index: squared_calibration_error(margins[index], debiased=False), units, seed)
-    # Resampling adds chance once more, so only the spread of the resamples is used, not where they lie.
+    # A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval
+    # is the spread of the plain estimate about its own mean, moved to the debiased one.
     ends = squared + np.quantile(resampled, intervals.TAILS) - resampled.mean()
     value, low, high = np.sqrt(np.maximum([squared, *ends], 0.0))
     return intervals.Estimate(value, low, high, len(margins))
@@ -77,8 +73,8 @@ class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over `units`, such as the
-    prompts, which several pairs may share. Default: each pair is its own unit.
+    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as the prompts, which
+    several pairs may share, by default over pairs.
     """
 
     columns = Features(predictions=NUMBER, references=NUMBER)

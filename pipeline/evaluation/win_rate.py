@@ -33,7 +33,6 @@ Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
 
 SAMPLES = 4
 """Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
-
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
 """Files of a model that its answers depend on, unlike the records of its training in the same folder."""
 
@@ -42,7 +41,6 @@ class WinRate(Metric):
     """The mean outcome of matches: 1 for a win, 0 for a loss, 0.5 for a tie."""
 
     columns = Features(predictions=NUMBER)
-    outcomes = staticmethod(list)
 
 
 class LastSentenceShare(Metric):
@@ -142,21 +140,18 @@ def record_wins(
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
     if not of_prompt:
         return
-    extras: list[dict[str, Any]] = []
-    for number in of_prompt:
-        extras.append({"answer": ours[number][0], "opponent": theirs[number][0]})
-        # The other answers of the opponent are for later evaluations.
-        if len(ours[number]) > 1:
-            extras[-1] |= {"answers": ours[number], "opponents": theirs[number]}
+    # All answers of the opponent are for later evaluations.
+    extras: list[dict[str, Any]] = [
+        {"answer": one[0], "opponent": other[0], **({"answers": one, "opponents": other} if len(one) > 1 else {})}
+        for one, other in ((ours[number], theirs[number]) for number in of_prompt)
+    ]
     wins = WinRate().compute(predictions=list(map(fmean, of_prompt.values())), seed=result.seed)
     result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 
 def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
-    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine.
-
-    It is empty for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
-    """
+    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine, or ""."""
+    # The base model of an adapter may change elsewhere, and so may a model that is not on this disk.
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""
     # Other releases, threads or kernels may sample other answers from the same weights.
