@@ -1,11 +1,8 @@
-"""Tasks of lm-evaluation-harness, which `python -m pipeline evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures.
+"""Tasks of lm-evaluation-harness, which `evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures (extra `[eval]`).
 
-They need the extra `[eval]`. A task is measured with lm-eval's defaults, so that its command gives the same values:
-
-    lm-eval run --model hf --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
-
-The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways,
-the name of the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+They have lm-eval's defaults, so `lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa` gives the
+same values. The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in
+several ways, the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
 """
 
 from __future__ import annotations
@@ -35,8 +32,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 FIELD = "lm_eval_tasks"
-BATCH_SIZE = 8
-"""Requests in a batch on a CPU, at most."""
 
 
 @cache
@@ -68,10 +63,8 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
-    figure, such as a group's, has the interval that follows from lm-eval's standard error.
-
-    Raises:
-        UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
+    figure, such as a group's, has the interval that follows from lm-eval's standard error. A UserError is raised if a
+    task cannot be loaded or measured, for instance because the Hub does not answer.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -79,9 +72,10 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
-    # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
+    # It computes the logits of a whole batch, of at most 8 requests on a CPU. On an accelerator, it finds the largest
+    # batch that fits.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
-    batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
+    batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:
         measured = simple_evaluate(
             HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),

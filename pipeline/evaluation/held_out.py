@@ -45,8 +45,6 @@ Example = dict[str, Any]
 """A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
 Rows = Sequence[Example]
 
-NO_RULE: Mapping[str, Any] = {"require": [], "reject": [], "max_words": 0, "test": ""}
-"""How an answer is graded that nothing is required of."""
 EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
 MAX_TRAINING_ROWS = 10_000
@@ -100,20 +98,14 @@ class HeldOut:
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
     """Read the held-out rows of the data that the settings name and, for `baselines`, what only these need.
 
-    `settings` are from `evaluate_yaml.complete`, with paths that exist; `flags` are the keys of the data that options
-    name.
-
-    Raises:
-        UserError: If data that options name have no rows, or a data set cannot be read.
+    A UserError is raised if a data set cannot be read, or if the data that options name, the `flags`, have no rows.
     """
     reader = Reader(run, settings, flags)
     most = {name: settings.get("limit") or n for name, n in EXAMPLES.items()}
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
-    rows = {
-        key: reader.read(key, part, most[key], without="reasoning" if key == "instructions" else None)
-        for key, part in parts.items()
-    }
+    without = {"instructions": "reasoning"}
+    rows = {key: reader.read(key, part, most[key], without.get(key)) for key, part in parts.items()}
     trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
     for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
         column = "messages" if key == "instructions" else "prompt"
@@ -222,19 +214,13 @@ class Part:
     trained_on: bool = False
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number in the split and the content of at most `most` rows, in order; of a stream, the first ones.
-
-        Rows of the kind `without` are skipped.
-        """
+        """Yield the number in the split and the content of at most `most` rows that are not of the kind `without`."""
         # The rows 0, 20, 40 are held out for a period of 20.
         others = self.trained_on and self.period > 1
         if not isinstance(self.data, Dataset):
-            numbered = (
-                (number, row)
-                for number, row in enumerate(self.data)
-                if (number % self.period > 0) == others and (without is None or row.get("kind") != without)
-            )
-            yield from islice(numbered, most)
+            # Of a stream, these are the first ones.
+            numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
+            yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
         # An array, because a list of the numbers of millions of rows takes seconds.
         numbers = np.arange(len(self.data))
@@ -274,10 +260,8 @@ class Reader:
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
         """Return rows of the data set of a key of `evaluate.yaml`, None if there are none.
 
-        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`.
-
-        Raises:
-            UserError: If a split that the user names does not exist.
+        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
+        UserError is raised if a split that the user names does not exist.
         """
         source = (self.own if trained_on else self.sources).get(key)
         if source is None:
@@ -344,9 +328,8 @@ class Reader:
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
         """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
 
-        Raises:
-            UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a
-                few malformed rows, they are skipped here too.
+        A UserError is raised if a column is missing or a row is malformed. In a data set of the Hub, where training
+        skips a few malformed rows, they are skipped here too.
         """
         if part is None:
             return []
@@ -366,12 +349,13 @@ class Reader:
             except ShapeError as error:
                 faults.append((number, error))
                 continue
-            if example.keys() & NO_RULE.keys():
-                example |= {column: example.get(column) or nothing for column, nothing in NO_RULE.items()}
+            # Of an answer with some of these columns, nothing more is required.
+            nothing = {"require": [], "reject": [], "max_words": 0, "test": ""}
+            if example.keys() & nothing.keys():
+                example |= {column: example.get(column) or default for column, default in nothing.items()}
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
         if faults:
-            number, first = faults[0]
-            count = len(faults) + len(examples)
+            (number, first), count = faults[0], len(faults) + len(examples)
             if not may_drop(part.source, len(faults), count):
                 remedy = f"{first}; correct or remove that row"
                 raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))

@@ -21,8 +21,6 @@ TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
 Z = NormalDist().inv_cdf(TAILS[1])
 """Half the width of a normal interval, in standard errors."""
-LARGEST = 1e100
-"""Bound of every figure; with larger ones, differences and squares would overflow."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,7 @@ class Estimate:
 
     @classmethod
     def from_json(cls, entry: object) -> Estimate:
-        """Read what `to_json` returns.
-
-        Raises:
-            ValueError: If the "value" of `entry` is missing or not a finite number.
-        """
+        """Read what `to_json` returns. A ValueError is raised if its "value" is missing or not a finite number."""
         if not isinstance(entry, dict) or (value := finite(entry.get("value"))) is None:
             raise ValueError('no number under "value"')
         kinds = {kind: cls.from_json(inner) for kind, inner in entry.get("by_kind", {}).items()}
@@ -68,14 +62,12 @@ class Estimate:
 
 def finite(value: Any) -> float | None:
     """Return `value` as a float, or None if it is not a finite number that others can be compared with."""
-    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None
+    # With larger ones, differences and squares would overflow.
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else None
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Return the score interval of a proportion of `n` trials (Wilson 1927), which keeps its coverage near 0 and 1.
-
-    Without trials the interval is (0, 1).
-    """
+    """Return the score interval of a proportion of `n` trials (Wilson 1927); (0, 1) without trials."""
     if n == 0:
         return 0.0, 1.0
     share = successes / n
@@ -191,17 +183,15 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 
 
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over runs that differ in their seed.
+    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over `n` runs of different seeds.
 
-    The interval is Student's over the runs' values, which vary with the training and with the test rows. A few runs can
-    agree by chance, so neither end is nearer to the mean than in the widest of the runs' own intervals. Those are over
-    rows and do not shrink with the number of runs, because seeds often share their test rows.
-
-    Returns:
-        The estimate, whose `n` is the number of runs. The figure of a single run is returned as it is.
+    The interval is Student's over the runs' values, which vary with the training and with the test rows. The figure of
+    a single run is returned as it is.
     """
     if len(runs) == 1:
         return runs[0]
+    # A few runs can agree by chance, so neither end is nearer to the mean than in the widest of the runs' intervals.
+    # Those are over rows and do not shrink with the number of runs, because seeds often share their test rows.
     n, value = len(runs), fmean(run.value for run in runs)
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])

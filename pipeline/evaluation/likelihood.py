@@ -54,8 +54,8 @@ def answer_losses(
 ) -> list[tuple[float, str]]:
     """Return the negative log-likelihood of the last message of each conversation in nats, and what is scored of it.
 
-    Its end-of-turn token is predicted as well. Of what exceeds the `context`, in tokens, nothing is scored. `template`
-    are arguments of the chat template, `chat_template_kwargs`.
+    Its end-of-turn token is predicted as well; what exceeds the `context`, in tokens, is not. `template` are arguments
+    of the chat template.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]

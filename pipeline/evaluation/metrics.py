@@ -70,10 +70,9 @@ class BitsPerByte(Metric):
 
 
 class InstructionAccuracy(Metric):
-    """The share of answers that are right by the rule of their row: words required and forbidden, length, code tests.
+    """The share of answers that are right by the rule of their row, see `pipeline.rewards.grading`.
 
     An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
-    References are rules, see `pipeline.rewards.grading`.
     """
 
     columns = Features(predictions=STRING, references=RULE)
@@ -98,9 +97,8 @@ class StepRate(Metric):
 class PassAtK(Metric):
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
-    The interval is over problems, never over samples. Predictions are the sampled answers to each problem, and `rows`
-    the problems with their `answer`. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code,
-    arXiv:2107.03374.
+    Predictions are the sampled answers to each problem, and `rows` the problems, over which the interval is, with their
+    `answer`. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
     """
 
     columns = Features(predictions=List(STRING))
@@ -141,10 +139,8 @@ class MajorityVote(Metric):
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
-    It is the share of all sets of k of the n samples that contain at least one right sample.
-
-    Raises:
-        ValueError: Unless 1 <= k <= n and 0 <= correct <= n.
+    It is the share of all sets of k of the n samples that contain a right one. A ValueError is raised unless
+    1 <= k <= n and 0 <= correct <= n.
     """
     if not (1 <= k <= n and 0 <= correct <= n):
         raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
@@ -187,12 +183,11 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
 
 
 def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
-    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, and `pass@k` and `maj@k` for
-    k = `samples`; the stop rate as well if it is not measured on instructions.
+    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
 
     At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. `maj@k` needs samples that can
     vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost.
+    what its calls cost; without instructions, also `stop_rate`.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]

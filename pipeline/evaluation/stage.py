@@ -43,14 +43,11 @@ WITHOUT = {
     "problems": "pass@k: left out, no problems are held out (`problems`)",
     "prompts": "win rate: left out, no prompts are held out (`prompts`)",
 }
-"""What to say if there is no data of a kind, and the key of evaluate.yaml that names them."""
+"""Key of evaluate.yaml -> what to say if it names no data."""
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Refuse, before anything is loaded, a run that cannot be written to and stages that are not models.
-
-    `named` are the stages by the options that name them.
-    """
+    """Refuse a run that cannot be written to, and stages that are not models, by the options that name them."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     if problem := check_directory(run / "evaluations", "RUN"):
@@ -179,9 +176,8 @@ def _measure_language_model(
         result.judge = judge.name
         answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, samples)
         win_rate.measure_matches(result, answers, judged, judge)
-    result.cut_off = {
-        key: {**one.counts, "limit": one.max_new_tokens} for key, one in chats.items() if one.counts["answers"]
-    }
+    counted = {key: one for key, one in chats.items() if one.counts["answers"]}
+    result.cut_off = {key: {**one.counts, "limit": one.max_new_tokens} for key, one in counted.items()}
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
@@ -224,7 +220,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 
 def _find_opponent(
     result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path, samples: int
-) -> ChatModel | dict[str, list[list[str]]] | None:
+) -> ChatModel | dict[str, win_rate.Answers] | None:
     """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
 
     Every stage is compared with the same answers, which are written with the evaluation of the opponent.

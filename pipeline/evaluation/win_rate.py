@@ -1,7 +1,6 @@
 """The metrics of preference: answers of two models to the same prompts, and a judge who says which are better.
 
-The answers of the stage that others are compared with are saved with its evaluation, where the other evaluations find
-them.
+The answers of the stage that others are compared with are saved with its evaluation, and found there by the others.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,9 +28,10 @@ from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
 
-Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
-"""`win_rate` (sampled) and `win_rate_greedy` -> the answers to each prompt by a model and by its opponent."""
-
+Answers = Sequence[Sequence[str]]
+"""One or several answers to each prompt."""
+Matches = dict[str, tuple[Answers, Answers]]
+"""`win_rate` (sampled) and `win_rate_greedy` -> the answers by a model and by its opponent."""
 SAMPLES = 4
 """Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
@@ -54,18 +55,14 @@ class LastSentenceShare(Metric):
 
 
 def answer_both(
-    chat: ChatModel,
-    opponent: ChatModel | Mapping[str, list[list[str]]],
-    rows: Rows,
-    seed: int = 0,
-    samples: int = SAMPLES,
+    chat: ChatModel, opponent: ChatModel | Mapping[str, Answers], rows: Rows, seed: int = 0, samples: int = SAMPLES
 ) -> Matches:
     """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
 
     The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
 
-    def answer(model: ChatModel, **options: Any) -> list[list[str]]:
+    def answer(model: ChatModel, **options: Any) -> Answers:
         completions = model.sample([row["prompt"] for row in rows], **options)
         return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
@@ -89,10 +86,8 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
-        kl       mean of log p(answer) - log p_reference(answer)
-        entropy  mean of -log p(answer)
-
-    Nothing is recorded if the reference has other tokens.
+    They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
+    reference has other tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
@@ -107,30 +102,17 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
         losses.append(sequence_losses(model.float(), chat.tokenizer, sequences))
         model.to(dtype)
     own, others = losses
-    moved = [other - one for one, other in zip(own, others, strict=True)]
-    result.record("kl", moved, rows, how=intervals.mean)
+    result.record("kl", [b - a for a, b in zip(own, others, strict=True)], rows, how=intervals.mean)
     result.record("entropy", own, rows, how=intervals.mean)
 
 
-def record_wins(
-    result: StageResult,
-    name: str,
-    ours: Sequence[Sequence[str]],
-    theirs: Sequence[Sequence[str]],
-    rows: Rows,
-    judge: Judge,
-) -> None:
+def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, rows: Rows, judge: Judge) -> None:
     """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
 
     The outcome of a prompt is the mean of its matches, of each answer with the opponent's of the same number.
     """
-    matches = [
-        (number, answer, other)
-        for number, sides in enumerate(zip(ours, theirs, strict=True))
-        for answer, other in zip(*sides, strict=True)
-    ]
-    numbers, answers, others = zip(*matches, strict=True)
-    outcomes = judge.match(list(answers), list(others), [rows[number] for number in numbers])
+    numbers = [number for number, (some, _) in enumerate(zip(ours, theirs, strict=True)) for _ in some]
+    outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[number] for number in numbers])
     of_prompt: dict[int, list[float]] = defaultdict(list)
     for number, outcome in zip(numbers, outcomes, strict=True):
         # People may not have voted on a match yet.
@@ -162,13 +144,13 @@ def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     return digest.hexdigest()
 
 
-def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[str]]] | None:
+def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, Answers] | None:
     """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`."""
     notes: list[str] = []
     saved = StageResult.read(folder / f"{stage}.json", notes)
     if not wanted or saved.opponent != wanted or notes:
         return None
-    answers = {
+    answers: dict[str, Answers] = {
         name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
         for name in ("win_rate", "win_rate_greedy")
     }
