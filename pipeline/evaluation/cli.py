@@ -83,10 +83,8 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     """Measure the stage by the options of the command.
 
     Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
-    follows from the stages.
-
-    Raises:
-        UserError: If the run, the stage, a setting or a data set cannot be used; it names keys of `evaluate.yaml`.
+    follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
+    setting or a data set cannot be used.
     """
     from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.held_out import read_held_out

@@ -60,9 +60,7 @@ class Source(DataArguments):
 
     dataset_test_split: str = option("", "Split to measure on (default: test, validation, or the only one).")
     validation_share: float = option(0.0, "Share of a single split that training holds out.")
-    grade: str | None = option(
-        None, "exact, math, choice, code, a reward, or module:function (default: exact or math)."
-    )
+    grade: str | None = option(None, "exact, math, choice, code, a reward or module:function (default: exact or math).")
 
 
 @dataclass
@@ -75,7 +73,7 @@ class EvaluationArguments:
     prompts: Data = option(None, "Prompts of the win rate.")
     pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
     judge: str | None = option(
-        None, "Judge of the win rate: a reward model that PPO does not see, votes or a function."
+        None, "Judge of win rates: a reward model that PPO does not see, `votes`, or a function."
     )
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
@@ -215,8 +213,7 @@ def move(settings: Values, run: Path) -> dict[str, Any]:
 def recorded(run: Path, stage: str) -> dict[str, Any]:
     """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
 
-    What the record lacks follows from the arguments that the stages left in their directories: all of it if the stages
-    were trained without the runner, or a key that an earlier release did not record.
+    What it did not record follows from the arguments that the stages left in their directories.
     """
     steps: dict[str, Any] = read_run(run).get("steps", {})
     # All evaluations of a run have the same settings.
@@ -251,10 +248,7 @@ def with_layout(settings: Values, run: Path) -> dict[str, Any]:
 
 
 def check(settings: Values, prefix: str = "") -> list[Problem]:
-    """Check completed settings: the keys of `evaluate.yaml`, and what can be seen of its data and its judge.
-
-    `prefix` precedes the field in a message.
-    """
+    """Check settings: keys of `evaluate.yaml`, its data and its judge. `prefix` precedes the field in a message."""
     # These import transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS

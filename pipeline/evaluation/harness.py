@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -94,7 +95,16 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # A group is recorded with its tasks as kinds, which have no metrics of their own then.
     parts = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
     inner = {part for found in parts.values() for part in found}
-    estimates = {name: dict(_estimates(figures)) for name, figures in measured["results"].items()}
+    estimates: dict[str, dict[str, Estimate]] = defaultdict(dict)
+    for task, figures in measured["results"].items():
+        for key, value in figures.items():
+            metric, comma, way = key.partition(",")
+            number, stderr = intervals.finite(value), intervals.finite(figures.get(f"{metric}_stderr,{way}"))
+            if comma and not metric.endswith("_stderr") and number is not None:
+                half = None if stderr is None else intervals.Z * stderr
+                low, high = (None, None) if half is None else (number - half, number + half)
+                n = figures.get("sample_count", {}).get(key, figures.get("sample_len"))
+                estimates[task][key] = Estimate(number, low, high, n)
     for task in [*measured["samples"], *parts]:
         for key, estimate in estimates[task].items() if task not in inner else ():
             # A slash in the name would mean a baseline.
@@ -103,20 +113,6 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
             result.metrics[name] = replace(estimate, by_kind=kinds)
             if task not in parts:
                 _use_examples(result, name, task, key, measured["samples"][task])
-
-
-def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    """Yield the metrics of a task or a group, with the intervals that follow from lm-eval's standard errors."""
-    for key, value in figures.items():
-        metric, comma, way = key.partition(",")
-        number = intervals.finite(value)
-        if comma and not metric.endswith("_stderr") and number is not None:
-            error = intervals.finite(figures.get(f"{metric}_stderr,{way}"))
-            estimate = Estimate(number, n=figures.get("sample_count", {}).get(key, figures.get("sample_len")))
-            if error is not None:
-                half = intervals.Z * error
-                estimate = replace(estimate, low=number - half, high=number + half)
-            yield key, estimate
 
 
 def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:

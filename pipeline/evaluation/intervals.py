@@ -76,9 +76,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
     scale = 1 + Z * Z / n
     # At 0 and n the ends are exactly 0 and 1.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == n else (centre + half) / scale
-    return low, high
+    return 0.0 if successes == 0 else (centre - half) / scale, 1.0 if successes == n else (centre + half) / scale
 
 
 # A report asks for few numbers of units, many times.

@@ -56,8 +56,7 @@ class Metric(evaluate.Metric):
 class BitsPerByte(Metric):
     """Total negative log-likelihood over total bytes, whatever the tokenizer: a long document weighs more.
 
-    Predictions are the loss of each document in nats, references the documents, over which the interval is
-    bootstrapped.
+    Predictions are the loss of each document in nats, references the documents. The interval is over documents.
     """
 
     columns = Features(predictions=NUMBER, references=STRING)
@@ -116,9 +115,8 @@ class PassAtK(Metric):
 class MajorityVote(Metric):
     """The share of problems whose most frequent final answer, among the samples, is right; inputs as for `PassAtK`.
 
-    Equal numbers are one answer. Samples without a final answer do not vote. Of answers with equally many votes, the
-    one that was drawn first counts. Source: Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning,
-    arXiv:2203.11171.
+    Samples without a final answer do not vote. Of answers with equally many votes, the first one drawn counts. Source:
+    Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171.
     """
 
     columns = Features(predictions=List(STRING))

@@ -15,9 +15,8 @@ OVERLAP_WORDS = 13
 def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """Look for held-out rows among the training rows of all stages.
 
-    Returns:
-        For each kind of data: the number of `rows`, how many of them are `found`, the number `trained_on` that were
-        searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
+    For each kind of data, return the number of `rows`, how many of them are `found`, the number `trained_on` that were
+    searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):

@@ -35,8 +35,7 @@ class StageResult:
         opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
-        experts: Of a model with experts: their loads in `layers`, over the fair share, and in `documents` the `pieces`
-            of some texts with the expert `chosen` for each, by layer.
+        experts: Their loads over the fair share by `layers`, and `documents` with the expert `chosen` for its `pieces`.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
         state, config: The content of trainer_state.json and config.json.
@@ -67,10 +66,7 @@ class StageResult:
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json, which is `path`, and STAGE.jsonl. A missing file is empty.
-
-        `notes` takes a line for each damaged file and each figure that is not a number, which are skipped.
-        """
+        """Read STAGE.json, which is `path`, and STAGE.jsonl; `notes` takes a line for what is damaged and skipped."""
         content = read_json(path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))
         for name, entry in content.get("metrics", {}).items():

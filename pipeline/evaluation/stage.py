@@ -70,11 +70,8 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     """Measure RUN/STAGE, as a reward model if it is a sequence classifier.
 
     With the same arguments on the same machine, only the seconds differ between two results. The `settings` are from
-    `evaluate_yaml.complete`, with paths that exist. Evaluations are written to `folder`, from where the answers of the
-    opponent are read.
-
-    Raises:
-        UserError: If a model is broken, or does not fit its tokenizer.
+    `evaluate_yaml.complete`, with paths that exist. Evaluations are written to `folder`, where the answers of the
+    opponent are found. A UserError is raised if a model is broken, or does not fit its tokenizer.
     """
     # Loading counts as part of the time, as it does for the user.
     began = time.perf_counter()
@@ -221,10 +218,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 def _find_opponent(
     result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path, samples: int
 ) -> ChatModel | dict[str, win_rate.Answers] | None:
-    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
-
-    Every stage is compared with the same answers, which are written with the evaluation of the opponent.
-    """
+    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet."""
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
         return None
@@ -234,9 +228,19 @@ def _find_opponent(
     if result.name == against:
         result.opponent = answered
         return own
-    # People's votes are about the answers that they were shown, so both models answer again.
-    saved = None if settings["judge"] == VOTES else win_rate.saved_answers(folder, against, answered)
-    return _load_chats(run, against, settings, "--against")["prompts"] if saved is None else saved
+    # Every stage is compared with the answers that are written with the evaluation of the opponent. But people's votes
+    # are about the answers that they were shown, so both models answer again.
+    notes: list[str] = []
+    saved = StageResult.read(folder / f"{against}.json", notes)
+    if settings["judge"] != VOTES and answered and saved.opponent == answered and not notes:
+        answers: dict[str, win_rate.Answers] = {
+            name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
+            for name in ("win_rate", "win_rate_greedy")
+        }
+        # The examples may be missing.
+        if all(answers.values()):
+            return answers
+    return _load_chats(run, against, settings, "--against")["prompts"]
 
 
 def _load_chats(
@@ -253,7 +257,6 @@ def _load_chats(
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
     dtype = hardware.fast_dtype() if is_opponent else torch.float32
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
-
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
     if given := settings["max_new_tokens"]:

@@ -142,17 +142,3 @@ def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
         digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
-
-
-def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, Answers] | None:
-    """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`."""
-    notes: list[str] = []
-    saved = StageResult.read(folder / f"{stage}.json", notes)
-    if not wanted or saved.opponent != wanted or notes:
-        return None
-    answers: dict[str, Answers] = {
-        name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
-        for name in ("win_rate", "win_rate_greedy")
-    }
-    # The examples may be missing.
-    return answers if all(answers.values()) else None
