@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+PRE_TOKENIZER = "smollm"
+"""llama.cpp's name for single digits and GPT-2's pattern.
+
+It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a text
+lets them apply elsewhere, because no merge begins with the last byte of a character.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gguf` to `parser`."""
     parser.add_argument("model", type=Path, help="directory of a language model, for instance runs/pocket/4_grpo")
@@ -52,10 +60,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
 
     recognise = TextModel.get_vocab_base_pre
-    # llama.cpp's name for single digits and GPT-2's pattern. It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a
-    # text lets them apply elsewhere, because no merge begins with the last byte of a character.
-    own = "smollm"
-    name_pre_tokenizers(TextModel, lambda text, tokenizer: own if is_own(tokenizer) else recognise(text, tokenizer))
+    name_pre_tokenizers(TextModel, lambda text, words: PRE_TOKENIZER if is_own(words) else recognise(text, words))
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
     try:
