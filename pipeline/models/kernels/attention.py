@@ -116,13 +116,10 @@ class Documents:
     longest: int
 
 
-def varlen_mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any
-) -> Documents | Tensor | None:
-    """Find the documents of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
+def varlen_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any) -> Any:
+    """Find the `Documents` of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
 
-    Returns:
-        The documents; torch's mask if there is padding or a cache, or if attention is computed in float32.
+    Returns torch's mask if there is padding or a cache, or if attention is computed in float32.
     """
     padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
     dtype = autocast_dtype(device, kwargs.get("dtype", torch.float32))
@@ -130,8 +127,7 @@ def varlen_mask(
     if cached or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
     row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
-    # Rows are put one after the other, so each row begins a document as well.
-    # A token that does not see the one before it begins a document.
+    # A token that does not see the one before it begins a document. So does each row, as rows follow one another.
     sees = mask_function(row, row.new_zeros(()), place, place - 1).expand(batch_size, q_length)
     begins = (~sees | (place == 0)).flatten().nonzero()[:, 0]
     bounds = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
@@ -158,12 +154,9 @@ def varlen_attention(
     rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
     # Rotary embeddings leave float32, also under autocast.
     dtype = autocast_dtype(query.device, query.dtype)
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
-    shared = query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
-    )
-    return output.unflatten(0, (rows, -1)), None
+    states = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_attn(*states, bounds, bounds, longest, longest, **options).unflatten(0, (rows, -1)), None
 
 
 AttentionInterface.register(BLOCKWISE, blockwise_attention)

@@ -73,11 +73,9 @@ def token_log_probs(
     """Compute the log-probabilities of the last tokens of each text.
 
     Args:
-        model: A causal language model, wrapped or not.
-        ids: As for `over_passes`, like `attention_mask`, `length`, `batch_size` and `autocast`.
+        model: A causal language model, wrapped or not. Other arguments are as for `over_passes`.
         temperature: What the logits are divided by.
-        entropy: Whether to compute entropies, too.
-        entropy_gradient: Whether gradients flow through them.
+        entropy_gradient: Whether gradients flow through entropies, if those are asked for.
 
     Returns:
         Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
@@ -117,14 +115,11 @@ def over_passes(
     autocast: Callable[[], AbstractContextManager[None]],
     twice: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Compute something for each token of the completions.
-
-    Positions are counted from each text's first token, as they are during sampling.
+    """Compute something for each token of the completions. Positions count from each text's first token.
 
     Args:
         compute: Takes a model and the layout of a forward pass; returns any number of tensors (N,), for the N tokens of
             the completions in it.
-        model: The model, bare or wrapped for DDP.
         ids: (B, L), prompts padded on the left followed by completions padded on the right.
         attention_mask: (B, L).
         length: Columns of the completions, which come last; less than L.
@@ -223,8 +218,29 @@ def forward_passes(
         if group and not (fits and sum(other.texts for other in group) + row.texts <= texts):
             groups.append(group := [])
         group.append(row)
+
+    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(values) for values in lists], True, padding).to(ids.device)
+
     positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
-    return [_forward_pass(group, positioned, dtype, ids.device) for group in groups]
+    passes = []
+    for group in groups:
+        owners = padded([row.owners for row in group], -1)
+        inputs: dict[str, Tensor | bool] = {"input_ids": padded([row.ids for row in group]), "use_cache": False}
+        inputs["attention_mask"] = (owners >= 0).long()
+        if any(row.texts > 1 for row in group):
+            of_prompt, same = owners[:, None, :] == 0, owners[:, None, :] == owners[:, :, None]
+            seen = (of_prompt | same).tril()
+            allowed = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+            inputs["attention_mask"] = allowed[:, None]
+        if positioned:
+            inputs["position_ids"] = padded([row.positions for row in group])
+        before = [number * owners.shape[1] + place for number, row in enumerate(group) for place in row.before]
+        drawn = [token for row in group for token in row.ids[row.size :]]
+        places = [place for row in group for place in row.places]
+        of_tokens = (torch.tensor(of, dtype=torch.long, device=ids.device) for of in (before, drawn, places))
+        passes.append(ForwardPass(inputs, *of_tokens))
+    return passes
 
 
 def shares_prompts(model: nn.Module) -> bool:
@@ -242,26 +258,3 @@ def shares_prompts(model: nn.Module) -> bool:
         and not hasattr(config, "window_size")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
-
-
-def _forward_pass(rows: list[Row], positioned: bool, dtype: torch.dtype, device: torch.device) -> ForwardPass:
-    """Make tensors of rows, padded to the longest of them."""
-
-    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
-        return pad_sequence([torch.tensor(values) for values in lists], True, padding).to(device)
-
-    owners = padded([row.owners for row in rows], -1)
-    inputs: dict[str, Tensor | bool] = {"input_ids": padded([row.ids for row in rows]), "use_cache": False}
-    inputs["attention_mask"] = (owners >= 0).long()
-    if any(row.texts > 1 for row in rows):
-        of_prompt, same = owners[:, None, :] == 0, owners[:, None, :] == owners[:, :, None]
-        seen = (of_prompt | same).tril()
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        inputs["attention_mask"] = mask[:, None]
-    if positioned:
-        inputs["position_ids"] = padded([row.positions for row in rows])
-    before = [number * owners.shape[1] + place for number, row in enumerate(rows) for place in row.before]
-    tokens = [token for row in rows for token in row.ids[row.size :]]
-    places = [place for row in rows for place in row.places]
-    of_tokens = (torch.tensor(values, dtype=torch.long, device=device) for values in (before, tokens, places))
-    return ForwardPass(inputs, *of_tokens)
