@@ -44,20 +44,14 @@ class ScratchArguments:
     attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2: small models copy earlier.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
-    model_type: Literal["llama", "llama4_text"] = HfArg(
-        default="llama", help="llama is dense, llama4_text a mixture of experts."
-    )
+    model_type: Literal["llama", "llama4_text"] = HfArg(default="llama", help="Dense, or a mixture of experts.")
     intermediate_size_mlp: int | None = HfArg(
         default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
     num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
     num_experts_per_tok: int | None = HfArg(default=None, help="Llama 4: experts chosen for a token (default: 1).")
-    interleave_moe_layer_step: int | None = HfArg(
-        default=None, help="Llama 4: every n-th layer has experts (default: 1, each)."
-    )
-    no_rope_layer_interval: int | None = HfArg(
-        default=None, help="Llama 4: every n-th layer has no rotary embedding (default: 4)."
-    )
+    interleave_moe_layer_step: int | None = HfArg(default=None, help="Llama 4: experts every n-th layer (default: 1).")
+    no_rope_layer_interval: int | None = HfArg(default=None, help="Llama 4: no RoPE every n-th layer (default: 4).")
     attention_chunk_size: int | None = HfArg(
         default=None, help="Llama 4: tokens of a chunk, within which layers with rotary embedding attend."
     )
@@ -72,12 +66,13 @@ class ScratchArguments:
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         problems = []
-        if self.hidden_size % (2 * heads):
-            remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
+        if self.hidden_size % (factor := 2 * heads):
+            remedy = f"must be a multiple of 2 x num_attention_heads ({factor})"
             problems.append(Problem("hidden_size", self.hidden_size, remedy))
         if groups is not None and heads % groups:
-            remedy = f"must be a divisor of num_attention_heads ({heads})"
-            problems.append(Problem("num_key_value_heads", groups, remedy))
+            problems.append(
+                Problem("num_key_value_heads", groups, f"must be a divisor of num_attention_heads ({heads})")
+            )
         given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
         if self.model_type == "llama":
             problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
@@ -109,10 +104,7 @@ LLAMA4: dict[str, Any] = {
 
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model with random weights in float32; the global random state does not change.
-
-    The tokenizer sets the vocabulary size, and the ids of pad, bos and eos in both configurations.
-    """
+    """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
     import torch
     from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
