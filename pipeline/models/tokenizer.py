@@ -157,7 +157,7 @@ _verdicts: dict[bytes, str | None] = {}
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None."""
+    """Report a tokenizer that takes too long for a word, or its chat template for a turn; return None if neither."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     # Tokenizers that do the same to a text share a verdict. The vocabulary, which may be large, does not matter.

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pipeline.files import read_json, read_shapes
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Trainer
 
 WEIGHTS = "model.safetensors"
-
-
-def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the names and values of all weights in a folder, one at a time."""
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
-            yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
 
 
 def _validate_file(file: Path) -> str | None:
@@ -41,7 +34,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
 
     transformers would fill missing weights with random numbers and log a table.
     """
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not files:
         if any(folder.glob("*.bin")):
             return "its weights are a pickle, which may run code; save the model as safetensors"
@@ -82,7 +75,7 @@ def validate_complete(names: Collection[str]) -> str | None:
     return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the files of a model whose weights are in one file, or in several that an index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -90,6 +83,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names.values())) if isinstance(name, str)]
 
 
+@dataclass(eq=False)
 class RenamedWeights:
     """A part of checkpoints (`pipeline.training.reliable`): weights whose names in the files the model does not know.
 
@@ -99,8 +93,7 @@ class RenamedWeights:
 
     belongs_to_model = True
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    trainer: Trainer
 
     def save(self, folder: Path) -> None:
         """Write nothing: the weights are in the files of the model."""
@@ -114,7 +107,7 @@ class RenamedWeights:
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if sharded or not isinstance(model, PreTrainedModel):
             return
-        if {name for file in _weight_files(folder) for name in read_shapes(file)} <= set(model.state_dict()):
+        if {name for file in weight_files(folder) for name in read_shapes(file)} <= set(model.state_dict()):
             return
         # Loading initialises weights at random before it fills them.
         with torch.random.fork_rng(devices=[]):

@@ -154,9 +154,6 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
     return call
 
 
-# ---- The layout
-
-
 @dataclass
 class Row:
     """A prompt, followed by some of its completions; lists have an entry for each token, or each of a completion.
@@ -175,17 +172,6 @@ class Row:
     texts: int = 0
     before: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-
-    def append(self, completion: list[int], place: int) -> None:
-        """Append a completion, whose tokens are from `place` on in the flattened completions of the batch."""
-        first, length = len(self.ids), len(completion)
-        self.texts += 1
-        self.ids += completion
-        self.positions += range(self.size, self.size + length)
-        self.owners += [self.texts] * length
-        # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
-        self.before += [self.size - 1, *range(first, first + length - 1)][:length]
-        self.places += range(place, place + length)
 
 
 def forward_passes(
@@ -208,7 +194,14 @@ def forward_passes(
             if row is None or 2 * len(completion) * (len(row.ids) - size) > size * (size + ATTENTION_COSTS):
                 row = Row(list(prompt), size, list(range(size)), [0] * size)
                 rows.append(row)
-            row.append(completion, place)
+            first, more = len(row.ids), len(completion)
+            row.texts += 1
+            row.ids += completion
+            row.positions += range(size, size + more)
+            row.owners += [row.texts] * more
+            # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
+            row.before += [size - 1, *range(first, first + more - 1)][:more]
+            row.places += range(place, place + more)
 
     groups: list[list[Row]] = [[]]
     texts = batch_size or len(ids)
@@ -246,8 +239,7 @@ def forward_passes(
 def shares_prompts(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, computes the same for several completions behind one prompt.
 
-    Its layers have to see every token that the mask allows, wherever it is, and have no other sense of order than the
-    positions they are given.
+    Its layers have to see all tokens that the mask allows, and know their order from the given positions alone.
     """
     config = extract_model_from_parallel(model).config.get_text_config()
     return (
