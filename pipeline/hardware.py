@@ -103,10 +103,8 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def threads() -> Choice:
-    """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number.
-
-    Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
-    """
+    """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number."""
+    # Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0:
         # The environment in which the user started the launcher, where it can be read.
@@ -181,10 +179,7 @@ class Processor(NamedTuple):
 
 
 def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
-    """Return a GPU by its name or its figures, or what this machine has for each of its processes, as measured.
-
-    None if the name is not known, and not both figures are given.
-    """
+    """Return a GPU by its name or both figures, or what each process has here, as measured; None if it is unknown."""
     if gpu or tflops or gigabytes:
         known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
         half, single, memory = tflops or known[0], tflops or known[1], gigabytes or known[2]
@@ -197,10 +192,7 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Measure the FLOP/s of large matrix multiplications in "bf16", "fp16" or "fp32" with the process's threads.
-
-    Utilisation refers to it, because the peak of a data sheet is out of reach on most machines.
-    """
+    """Measure the FLOP/s of large matrix products in "bf16", "fp16" or "fp32", which are below a data sheet's peak."""
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

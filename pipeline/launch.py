@@ -33,10 +33,7 @@ SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEE
 
 
 def prepare_process(*, shards: bool = False) -> None:
-    """Prepare a process before it builds its training arguments.
-
-    Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
-    stderr, the libraries' bars and announcements of their own changes are off, and the process ends with its launcher.
+    """Prepare a process before it builds its training arguments: telemetry, logs, CPU, and its end with the launcher.
 
     Args:
         shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
@@ -124,10 +121,8 @@ def is_asked(sharding: str) -> bool:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Train on one GPU if there is no process group: change `args` in place.
-
-    transformers would use every visible GPU, and multiply the batch by their number, at the same learning rate.
-    """
+    """Train on one GPU if there is no process group: change `args` in place."""
+    # transformers would use every visible GPU, and multiply the batch by their number, at the same learning rate.
     if args.n_gpu > 1:
         args._n_gpu = 1
 
@@ -167,10 +162,10 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
         inactive = "is never active on CPUs, so that the model would not be sharded"
     elif args.parallel_mode.value != "distributed":
         inactive = "needs a process group, even for one process; start it by `accelerate launch`"
-    for name in SHARDING:
-        if inactive and is_asked(name):
+    for name in SHARDING if inactive else ():
+        if is_asked(name):
             problems.append(Problem("distributed_type", name, f"{inactive}; or use accelerate_config.yaml"))
-        elif inactive and (value := getattr(args, name.lower(), None)):
+        elif value := getattr(args, name.lower(), None):
             problems.append(Problem(name.lower(), value, f"{inactive}; or omit it"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):

@@ -25,9 +25,6 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
     TRL loads the model by the `model_init_kwargs` that `training_args` get, and the adapter is loaded in the same way.
-
-    Raises:
-        UserError: If the adapter cannot be merged.
     """
     name = str(model_args.model_name_or_path)
     dtype: Any = model_args.dtype

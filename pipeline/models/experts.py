@@ -29,14 +29,11 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Return the floating-point operations that training a decoder spends on one token, forward and backward.
+    """Return the floating-point operations that training a decoder spends on one token of sequences of `length`.
 
     Six for each weight of a matrix that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language
     Models", section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM",
-    appendix B), halved because attention is causal.
-
-    Args:
-        length: Tokens per sequence; 0 for the operations without attention.
+    appendix B), halved because attention is causal. A length of 0 leaves attention out.
     """
     config = model.config.get_text_config()
     weights = active_parameters(model)
@@ -77,13 +74,10 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class RouteCounter(ExitStack):
-    """Counts how many tokens each expert of a model, if any, takes. As a context manager, it stops at the end.
+    """Counts how many tokens, without padding, each expert of a model takes; as a context manager, until its end.
 
-    Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
-    does not change any share.
-
-    Args:
-        training: Count only what is computed in training mode.
+    With `training`, only what is computed in training mode counts. A forward pass that is computed again, for
+    activation checkpointing, counts twice, which does not change any share.
 
     Attributes:
         counts: Tokens of each expert since the last `clear`, shape (layers, experts); (0, 0) if there are no experts.

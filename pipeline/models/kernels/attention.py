@@ -9,8 +9,7 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
     queries 2                 x    x                     another one begins in the middle of block 1
     queries 3                      x    x
 
-`varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
-where it cannot do what is asked.
+`varlen`, for GPUs, is FlashAttention, which reads each document alone, or torch's attention where that cannot be used.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN = "blockwise", "varlen"
-BLOCK = 64
-"""Queries, and keys, of a block."""
+BLOCKWISE, VARLEN, BLOCK = "blockwise", "varlen", 64
+"""The names of the two, and the queries, and keys, of a block."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,11 @@ def blockwise_attention(
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch whose rows are put one after the other.
+    """The documents of a batch whose rows are put one after the other."""
 
-    Attributes:
-        bounds: (documents + 1,), places at which they begin, then the number of tokens, in int32.
-        longest: Tokens of the longest one.
-    """
-
+    # (documents + 1,), places at which they begin, then the number of tokens, in int32.
     bounds: Tensor
+    # Tokens of the longest one.
     longest: int
 
 
@@ -166,11 +161,7 @@ AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why.
-
-    Raises:
-        UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
-    """
+    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why."""
     config, device = model.config.get_text_config(), hardware.accelerator()
     if requested == "flex_attention" and device is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
@@ -187,10 +178,9 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention cannot compute what a model asks for on a device, or None.
+    """Return why FlashAttention cannot compute what a model, which may be elsewhere, asks for on a device, or None.
 
-    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU. The model need not
-    be on that device yet.
+    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU.
     """
     config = model.config.get_text_config()
     windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}

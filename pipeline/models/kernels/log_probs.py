@@ -1,7 +1,6 @@
 """Log-probabilities from a model's plain logits, in forward passes without the padding of the batch, each prompt once.
 
-A batch as TRL has it, of two completions of one prompt and one of another (`p`, `q` and letters are tokens, `.` is
-padding), is a rectangle as wide as the longest prompt and the longest completion together:
+A batch as TRL has it, of two completions of one prompt and one of another (letters are tokens, `.` is padding):
 
     . p p | a a a .          one row of a forward pass here:        p p a a a b
     . p p | b . . .    ──►   and another one, in the same pass:     q q q c c c c
@@ -118,14 +117,13 @@ def over_passes(
     """Compute something for each token of the completions. Positions count from each text's first token.
 
     Args:
-        compute: Takes a model and the layout of a forward pass; returns any number of tensors (N,), for the N tokens of
-            the completions in it.
+        compute: Takes a model and a forward pass; returns any number of tensors (N,), for its completions' tokens.
         ids: (B, L), prompts padded on the left followed by completions padded on the right.
         attention_mask: (B, L).
         length: Columns of the completions, which come last; less than L.
         batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
-        twice: Whether the backward pass computes each forward pass again, in place of keeping what it needs.
+        twice: Whether the backward pass computes each forward pass again, which takes less memory.
 
     Returns:
         As many tensors (B, `length`), 0 at padding.

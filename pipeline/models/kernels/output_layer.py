@@ -5,8 +5,7 @@
     projected                        x       x x               3 of 11 positions: each predicts the next token
 
 The output matrix is the largest one of a small model. TRL's fused head projects only these positions where Triton
-exists. On a CPU it projects all positions, prompts and padding included, in tiles that the backward pass computes again
-in float32, which takes three times as long as projecting them in one piece.
+exists. On a CPU it projects all of them, in tiles that the backward pass computes again: three times as long.
 """
 
 from __future__ import annotations
