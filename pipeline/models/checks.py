@@ -43,10 +43,7 @@ def check_model(
     reward: bool = False,
     **lengths: int | None,
 ) -> list[Problem]:
-    """Check, by its configuration, that the model `name` fits the stage, the tokenizer and the lengths.
-
-    `tokenizer` is None if it failed to load, and `reward` says whether a reward model is trained.
-    """
+    """Check, by its configuration, that the model `name` fits the stage, the tokenizer (if any) and the lengths."""
     faults, architectures = [], config.architectures or []
     if getattr(config, "quantization_config", None):
         faults.append("is quantised, and quantised training is not supported; give the original weights")
@@ -80,8 +77,6 @@ def check_room(field: str, value: int, longest: int, positions: int | None) -> l
     """Check that a prompt of `longest` tokens leaves room for an answer of `value` tokens, which `field` sets."""
     if positions is None or longest + value <= positions:
         return []
-    remedy = (
-        f"the longest prompt takes {longest} of the model's {positions} tokens of context (max_position_embeddings), "
-        f"which leaves {max(0, positions - longest)}; lower it or shorten prompts"
-    )
-    return [Problem(field, value, remedy)]
+    taken = f"the longest prompt takes {longest} of the model's {positions} tokens of context (max_position_embeddings)"
+    left = max(0, positions - longest)
+    return [Problem(field, value, f"{taken}, which leaves {left}; lower it or shorten prompts")]

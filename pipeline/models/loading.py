@@ -37,18 +37,12 @@ from pipeline.models.weights import validate_adapter, validate_complete, validat
 
 logger = logging.getLogger(__name__)
 
-REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
-"""Exceptions by which the libraries reject files."""
-
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
 
 
 def skip_unreachable_hub() -> None:
-    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s.
-
-    Files in the cache still load.
-    """
+    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s."""
     hub = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return
@@ -70,8 +64,9 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
     except UserError:
         raise
     except Exception as error:
-        # A damaged tokenizer.json or config.json raises anything.
-        is_expected = isinstance(error, REJECTIONS)
+        # Libraries reject files by these. A damaged tokenizer.json or config.json raises anything.
+        rejections = OSError | ValueError | RuntimeError | UserWarning | SafetensorError | MemoryError
+        is_expected = isinstance(error, rejections)
         if checked and not is_expected:
             raise
         reason = shorten(str(error) if is_expected else repr(error), 250)
@@ -151,9 +146,9 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Let a tokenizer that has no pad token or pads with its eos token pad with a special token that is not used.
+    """Let a tokenizer without a pad token of its own pad with an unused special token; `name` is for the log.
 
-    Without one, it pads with eos: the trainers here know the lengths of rows. `name` is for the log.
+    Without one, it pads with eos: the trainers here know the lengths of rows.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if eos is None or pad not in (None, eos):
@@ -219,8 +214,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
+    # Saving the trained model does this as well, and would fail at the end of the run.
     if (Path(base or name) / "generation_config.json").is_file():
-        # Saving the trained model does this as well, and would fail at the end of the run.
         transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
@@ -344,10 +339,7 @@ def load_model(
 
 
 def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
-    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
-
-    It is a `PeftModel`, or transformers has loaded adapters into it. With `in_place`, it is not copied.
-    """
+    """Return a model itself if it has no adapter, else a copy (or itself, `in_place`) with active adapters merged."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         return model

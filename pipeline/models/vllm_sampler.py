@@ -18,8 +18,7 @@ from pipeline.models.generation import Completion, end_tokens, stopped
 LENGTH_THAT_FITS = -1
 """Value of `max_model_len` that makes vLLM use as many of a model's positions as its memory has room for.
 
-By default, vLLM does not start if there is no room for one text of all positions, which are 131,072 in many small
-models."""
+By default, vLLM does not start if there is no room for one text of all, which are 131,072 in many small models."""
 
 
 def validate_vllm() -> str | None:
@@ -35,8 +34,7 @@ def validate_vllm() -> str | None:
 class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
-    vLLM starts, in the precision that the model then has, with the first call. It reads models from folders, so that
-    the model, which has no adapters, is written to a temporary one.
+    vLLM starts, in the precision that the model then has, with the first call, and reads it from a temporary folder.
     """
 
     model: PreTrainedModel

@@ -30,10 +30,7 @@ def _validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Report how a local model's files differ from what a model on the meta device expects; None if they do not.
-
-    transformers would fill missing weights with random numbers and log a table.
-    """
+    """Report how a local model's files differ from what a model on the meta device expects; None if they do not."""
     files = weight_files(folder)
     if not files:
         if any(folder.glob("*.bin")):

@@ -35,8 +35,8 @@ BLOCKWISE, VARLEN, BLOCK = "blockwise", "varlen", 64
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Attention mask of a forward pass: for each block of queries, the blocks of keys in which some query sees some
-    key, and what is added to their scores, of shape (batch, 1, queries, keys)."""
+    """For each block of queries, the blocks of keys in which some query sees some key, and what is added to their
+    scores, of shape (batch, 1, queries, keys)."""
 
     keys: list[slice]
     biases: list[Tensor]
