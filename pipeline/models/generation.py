@@ -18,18 +18,14 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion.
+    """A completion, and whether the model ended its turn (`stopped`) within the limit."""
 
-    Attributes:
-        text: Decoded without special tokens, with white space at both ends removed.
-        tokens: Generated ids, including the end-of-turn token if the model generated one.
-        stopped: Whether the model ended its turn within the limit.
-        messages: The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
-    """
-
+    # Decoded without special tokens, with white space at both ends removed.
     text: str
+    # Generated ids, including the end-of-turn token if the model generated one.
     tokens: list[int]
     stopped: bool
+    # The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
     messages: Sequence[dict[str, Any]] = ()
 
 

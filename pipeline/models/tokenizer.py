@@ -78,10 +78,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2) with a chat template.
 
-    Args:
-        texts: Documents to learn the merges from; read once.
-        vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
-        algorithm, model_max_length, tools: See `TokenizerArguments`.
+    The texts are read once. Few or short ones give a smaller vocabulary than `vocab_size`.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.

@@ -80,7 +80,6 @@ def blockwise_attention(
     Args:
         query: Shape (batch, heads, queries, channels).
         key, value: Shape (batch, key heads, keys, channels).
-        attention_mask: Result of `blockwise_mask`.
         scaling: Factor of the scores. Default: the channels to the power of -0.5.
 
     Returns:

@@ -42,17 +42,12 @@ ATTENTION_COSTS = 256
 
 
 class ForwardPass(NamedTuple):
-    """Some of the texts of a batch.
-
-    Attributes:
-        inputs: Arguments of the model.
-        before: (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
-        tokens: (N,), the tokens of the completions.
-        places: (N,), their places in the flattened completions of the batch.
-    """
+    """Some of the texts of a batch: arguments of the model, and the N tokens of the completions."""
 
     inputs: dict[str, Tensor | bool]
+    # (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
     before: Tensor
+    # (N,), the tokens, and their places in the flattened completions of the batch.
     tokens: Tensor
     places: Tensor
 
@@ -154,20 +149,15 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
 
 @dataclass
 class Row:
-    """A prompt, followed by some of its completions; lists have an entry for each token, or each of a completion.
-
-    Attributes:
-        size: Tokens of the prompt.
-        owners: Whose each token is: 0 stands for the prompt, 1 and up for the completions.
-        before: Where in the row the token before each token of the completions is.
-        places: As in `ForwardPass`.
-    """
+    """A prompt of `size` tokens, then completions; lists have an entry for each token, or for each of a completion."""
 
     ids: list[int]
     size: int
     positions: list[int]
+    # Whose each token is: 0 stands for the prompt, 1 and up for the completions.
     owners: list[int]
     texts: int = 0
+    # Where in the row the token before each token of the completions is, and `places` as in `ForwardPass`.
     before: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
