@@ -71,12 +71,3 @@ def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]
         for field, length in lengths.items()
         if length is not None and positions is not None and length > positions
     ]
-
-
-def check_room(field: str, value: int, longest: int, positions: int | None) -> list[Problem]:
-    """Check that a prompt of `longest` tokens leaves room for an answer of `value` tokens, which `field` sets."""
-    if positions is None or longest + value <= positions:
-        return []
-    taken = f"the longest prompt takes {longest} of the model's {positions} tokens of context (max_position_embeddings)"
-    left = max(0, positions - longest)
-    return [Problem(field, value, f"{taken}, which leaves {left}; lower it or shorten prompts")]

@@ -68,11 +68,6 @@ def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     return router.num_experts * (shares * probabilities).sum(-1).mean()
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Return the router z-loss of a layer (Zoph et al. 2022, "ST-MoE", eq. 5), which keeps logits small."""
-    return logits.float().logsumexp(-1).square().mean()
-
-
 class RouteCounter(ExitStack):
     """Counts how many tokens, without padding, each expert of a model takes; as a context manager, until its end.
 

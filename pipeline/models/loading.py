@@ -78,6 +78,9 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
 
+_download = functools.cache(snapshot_download)
+
+
 def local_copy(name: str, inner: str | None = None) -> str:
     """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
@@ -89,15 +92,11 @@ def local_copy(name: str, inner: str | None = None) -> str:
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
         return name
-    folder = Path(_download(repo_id, revision))
+    # Without the checkpoints of a run.
+    files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+    checkpoints = ("checkpoint-*", "last-checkpoint/*")
+    folder = Path(_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints))
     return str(folder / inner if inner and (folder / inner).is_dir() else folder)
-
-
-@functools.cache
-def _download(repo_id: str, revision: str | None) -> str:
-    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-    checkpoints = ["checkpoint-*", "last-checkpoint/*"]
-    return snapshot_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints)
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:

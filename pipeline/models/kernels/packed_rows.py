@@ -13,15 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
-from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-
-def pads_rows(args: SFTConfig, config: PreTrainedConfig) -> bool:
-    """Return whether rows are packed, and padded at less cost than flattened: not with FlashAttention."""
-    packs = args.packing and args.packing_strategy != "wrapped"
-    return packs and "flash" not in (config._attn_implementation or "") and not args.pad_to_multiple_of
 
 
 class PackedRows(DataCollatorForLanguageModeling):
