@@ -191,7 +191,8 @@ def log_active(trainer: Trainer) -> None:
         sharding = f"FSDP {state.fsdp_plugin.fsdp_version}"
     elif trainer.is_deepspeed_enabled:
         sharding = f"DeepSpeed ZeRO stage {state.deepspeed_plugin.zero_stage}"
-    dtype, best = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32", hardware.precision()
+    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    best = hardware.precision()
     reason = best.reason if best.value == dtype else "requested"
     logger.info("processes   %s", processes)
     logger.info("sharding    %s", sharding)

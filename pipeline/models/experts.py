@@ -20,7 +20,8 @@ def routers(model: nn.Module) -> list[Llama4Router]:
 
 def active_parameters(model: nn.Module) -> int:
     """Return the number of parameters that a token passes: all except the experts that it is not routed to."""
-    total, chosen = sum(map(Tensor.numel, model.parameters())), {r.num_experts: r.top_k for r in routers(model)}
+    total = sum(map(Tensor.numel, model.parameters()))
+    chosen = {router.num_experts: router.top_k for router in routers(model)}
     for module in model.modules():
         if isinstance(module, Llama4TextExperts):
             size = sum(map(Tensor.numel, module.parameters()))

@@ -41,7 +41,9 @@ class ScratchArguments:
     attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2: small models copy earlier.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
-    model_type: Literal["llama", "llama4_text"] = HfArg(default="llama", help="Dense, or a mixture of experts.")
+    model_type: Literal["llama", "llama4_text"] = HfArg(
+        default="llama", help="llama is dense, llama4_text has experts."
+    )
     intermediate_size_mlp: int | None = HfArg(
         default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
@@ -51,12 +53,8 @@ class ScratchArguments:
     no_rope_layer_interval: int | None = HfArg(default=None, help="Llama 4: no RoPE every n-th layer (default: 4).")
     attention_chunk_size: int | None = HfArg(default=None, help="Llama 4: chunk within which RoPE layers attend.")
     use_qk_norm: bool | None = HfArg(default=None, help="Llama 4: normalise queries and keys (default: true).")
-    router_aux_loss_coef: float | None = HfArg(
-        default=None, help="Llama 4: weight of the balancing loss (default: 0.01)."
-    )
-    router_z_loss_coef: float | None = HfArg(
-        default=None, help="Llama 4: weight of the router z-loss (default: 0.001)."
-    )
+    router_aux_loss_coef: float | None = HfArg(default=None, help="Llama 4: weight of balancing loss (default: 0.01).")
+    router_z_loss_coef: float | None = HfArg(default=None, help="Llama 4: weight of router z-loss (default: 0.001).")
 
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -65,9 +63,8 @@ class ScratchArguments:
             remedy = f"must be a multiple of 2 x num_attention_heads ({factor})"
             problems.append(Problem("hidden_size", self.hidden_size, remedy))
         if groups is not None and heads % groups:
-            problems.append(
-                Problem("num_key_value_heads", groups, f"must be a divisor of num_attention_heads ({heads})")
-            )
+            remedy = f"must be a divisor of num_attention_heads ({heads})"
+            problems.append(Problem("num_key_value_heads", groups, remedy))
         given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
         if self.model_type == "llama":
             problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]

@@ -29,8 +29,9 @@ from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN, BLOCK = "blockwise", "varlen", 64
-"""The names of the two, and the queries, and keys, of a block."""
+BLOCKWISE, VARLEN = "blockwise", "varlen"
+BLOCK = 64
+"""Queries, and keys, of a block."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class PackedRows(DataCollatorForLanguageModeling):
     """TRL's collator, with `return_position_ids=True`, for rows that consist of several conversations."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows into `input_ids`, `labels` and `position_ids`, each (batch, longest row)."""
+        """Collate rows, with the lengths of their conversations in `seq_lengths`, into tensors (batch, longest row)."""
         batch: dict[str, Any] = super().torch_call(examples)
         # Without a mask, transformers keeps apart what the positions say. Padding is a sequence of its own.
         del batch["attention_mask"]

@@ -2,7 +2,7 @@
 
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
 samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
-output equals its output for each prompt alone, and samples follow the same distribution. The first prompt twice:
+output equals its output for each prompt alone, and samples follow the same distribution. Two prompts, the first twice:
 
     encoded once      rows of the batch    step 0   step 1   step 2     returned
     . . a b c    ->   . . a b c            d        END                 d END
