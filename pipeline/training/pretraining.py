@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 from pipeline import hardware
 from pipeline.data.packing import IGNORED
 from pipeline.data.streams import PackedStream, StreamPlace
-from pipeline.models.experts import balancing_loss, routers, training_flops_per_token, z_loss
+from pipeline.models.experts import balancing_loss, routers, training_flops_per_token
 from pipeline.models.kernels.attention import choose_attention
 from pipeline.training.reliable import Reliable
 
@@ -115,8 +115,9 @@ class PretrainTrainer(Reliable):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         balance, size = self.router_losses
         rows = len(inputs["input_ids"])
+        # The router z-loss (Zoph et al. 2022, "ST-MoE", eq. 5) keeps logits small.
         added = sum(
-            balance * balancing_loss(router, logits, rows) + size * z_loss(logits)
+            balance * balancing_loss(router, logits, rows) + size * logits.float().logsumexp(-1).square().mean()
             for router, logits in zip(self._routers, outputs.router_logits, strict=True)
         )
         loss = loss + added / len(self._routers) / self.current_gradient_accumulation_steps
