@@ -27,6 +27,8 @@ from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
+PROGRESS_SECONDS = 10
+"""Without a live view, a step that has taken longer than this prints its progress at each quarter."""
 MAX_COLUMNS = 100
 """Width of the live view, at most."""
 LAST_LINES = 20
@@ -116,31 +118,34 @@ class RunConsole:
             output.write(f"$ {command}\n".encode())
             self._log_begin = printed.seek(0, os.SEEK_END)
             ended = threading.Event()
-
-            def watch() -> None:
-                while not ended.wait(REFRESH_SECONDS):
-                    self._take_in(reported, printed)
-
-            watcher = threading.Thread(target=watch, daemon=True)
+            watcher = threading.Thread(target=self._follow, args=(reported, printed, ended), daemon=True)
             watcher.start()
             try:
                 yield output.fileno(), {VARIABLE: str(reports.absolute())}
             finally:
                 ended.set()
                 watcher.join()
-                self._take_in(reported, printed)
                 reports.unlink(missing_ok=True)
 
-    def _take_in(self, reported: IO[str], printed: IO[str]) -> None:
-        """Take in what the running step has reported and printed since the last time."""
-        for line in reported:
-            # The last line may be half written.
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                self.state.progress.update(json.loads(line))
-        if self._args.verbose:
-            print(printed.read(), end="", flush=True)
-        elif self._live is not None:
-            self._live.refresh()
+    def _follow(self, reported: IO[str], printed: IO[str], ended: threading.Event) -> None:
+        """Show what the running step reports and prints, until it has `ended`."""
+        progress, shown, is_last = self.state.progress, 0, False
+        while not is_last:
+            is_last = ended.wait(REFRESH_SECONDS)
+            for line in reported:
+                # The last line may be half written.
+                with contextlib.suppress(ValueError, TypeError, LookupError):
+                    progress.update(json.loads(line))
+            quarter = 4 * progress.facts["done"] // progress.facts["total"] if progress.facts.get("total") else 0
+            if self._args.verbose:
+                print(printed.read(), end="", flush=True)
+            elif self._live is not None:
+                self._live.refresh()
+            elif shown < quarter < 4 and progress.elapsed >= PROGRESS_SECONDS:
+                shown = quarter
+                left = zip(self.state.seconds_left(), ("left", "left of the run"), strict=True)
+                times = [f"{time_in_words(seconds)} {what}" for seconds, what in left if seconds is not None]
+                print("    " + ", ".join([*self.state.doing.split("  "), *times]))
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
