@@ -54,7 +54,7 @@ def is_live(args: argparse.Namespace) -> bool:
 
 
 class RunConsole:
-    """The view of one run; a context manager, within which its steps run one after the other.
+    """The view of one run, whose steps run one after the other, until `close`.
 
     A step writes two files, which a thread reads while the step runs:
 
@@ -72,16 +72,10 @@ class RunConsole:
         # A step that resumes appends to its log; its own part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
-        live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
-        self._live = live if is_live(args) else None
-
-    def __enter__(self) -> RunConsole:
-        if self._live is not None:
+        self._live: Live | None = None
+        if is_live(args):
+            self._live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
             self._live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the live view, whose last state stays on the screen."""
@@ -100,11 +94,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """Show a step while it runs.
-
-        Yields:
-            A descriptor for its output, and environment variables by which it reports its progress.
-        """
+        """Show a step while it runs. Yield a descriptor for its output, and the variables by which it reports progress."""
         log, reports = self.log(step), self.log(step).with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
@@ -114,7 +104,7 @@ class RunConsole:
             log.open(encoding="utf-8", errors="replace") as printed,
             reports.open(encoding="utf-8") as reported,
         ):
-            # A log begins with the command, so that it can be repeated by hand.
+            # The command can be repeated by hand.
             output.write(f"$ {command}\n".encode())
             self._log_begin = printed.seek(0, os.SEEK_END)
             ended = threading.Event()
@@ -156,10 +146,7 @@ class RunConsole:
         self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
-        """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
-
-        If it failed, print the last lines of its output as well, and where all of it is.
-        """
+        """End the view of a step that was stopped (`code` 0) or failed; print the end of its output and `messages`."""
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
         if code and not self._args.verbose:
@@ -176,25 +163,25 @@ class RunConsole:
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
         stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
-            what: RenderableType = stage.note
-            when = ""
+            what, when = stage.note, ""
+            bar: Table | None = None
             if stage.status == "running":
                 done, total = progress.facts.get("done", 0), progress.facts.get("total")
                 if not total and step_left:
                     # A step that reports nothing is shown by the time that it took before.
                     done, total = progress.elapsed, progress.elapsed + step_left
-                what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
-                what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
+                bar = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+                bar.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
                 when = f"{time_in_words(step_left)} left" if step_left else time_in_words(progress.elapsed)
             elif stage.status == "kept":
                 what, when = stage.figure, "kept"
             elif stage.status in ("done", "stopped"):
-                reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-                what, when = "; ".join(filter(None, reached)), time_in_words(stage.seconds)
+                parts = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
+                what, when = "; ".join(filter(None, parts)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
             dim = "dim" if style == "dim" else ""
-            what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what
-            stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
+            reached = Text(what, dim if stage.status == "waiting" else "")
+            stages.add_row(Text(mark, style), Text(stage.name, dim), bar or reached, Text(when, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
             so_far = f"{time_in_words(time.monotonic() - self._args.began)} so far"
