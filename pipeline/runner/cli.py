@@ -175,7 +175,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
-    """Read the plan of a run and decide about its steps. Raise a `UserError` with what a step that is due would refuse."""
+    """Read the plan of a run and decide about its steps; raise a `UserError` with what one that is due would refuse."""
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
     # A directory that cannot be made makes all others in it impossible.

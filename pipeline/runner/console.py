@@ -60,11 +60,6 @@ class RunConsole:
 
         logs/2_sft.log        all that it prints                         -> --verbose, and the last lines if it fails
         logs/2_sft.progress   a line of JSON for each fact it reports    -> the bar, the loss and the time that is left
-
-    Args:
-        title: First line of the live view.
-        state: What is known about the run.
-        args: The command's options.
     """
 
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
@@ -94,7 +89,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """Show a step while it runs. Yield a descriptor for its output, and the variables by which it reports progress."""
+        """Show a step while it runs. Yield a descriptor for its output, and variables by which it reports progress."""
         log, reports = self.log(step), self.log(step).with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
@@ -163,15 +158,15 @@ class RunConsole:
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
         stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
-            what, when = stage.note, ""
-            bar: Table | None = None
+            what: RenderableType = stage.note
+            when = ""
             if stage.status == "running":
                 done, total = progress.facts.get("done", 0), progress.facts.get("total")
                 if not total and step_left:
                     # A step that reports nothing is shown by the time that it took before.
                     done, total = progress.elapsed, progress.elapsed + step_left
-                bar = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
-                bar.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
+                what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+                what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
                 when = f"{time_in_words(step_left)} left" if step_left else time_in_words(progress.elapsed)
             elif stage.status == "kept":
                 what, when = stage.figure, "kept"
@@ -180,8 +175,8 @@ class RunConsole:
                 what, when = "; ".join(filter(None, parts)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
             dim = "dim" if style == "dim" else ""
-            reached = Text(what, dim if stage.status == "waiting" else "")
-            stages.add_row(Text(mark, style), Text(stage.name, dim), bar or reached, Text(when, "dim"))
+            what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what
+            stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
         lines: list[RenderableType] = [Text(self.title, "bold"), stages]
         if (step := self.state.running) is not None:
             so_far = f"{time_in_words(time.monotonic() - self._args.began)} so far"

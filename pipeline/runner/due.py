@@ -22,9 +22,6 @@ from pipeline.files import read_json
 from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import Step
 
-FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
-"""Fields of pretraining that an untrained model depends on, besides its sizes."""
-
 Changes = dict[str, tuple[Any, Any]]
 """The settings that differ, by field: the value before and the present one."""
 
@@ -140,9 +137,10 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     hints = field_types(*types)
     defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
     machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
-    # An untrained model reads few of the fields in the file that it shares with pretraining.
+    # An untrained model reads few of the fields in the file that it shares with pretraining, its sizes among them.
     if step.stage.file_of:
-        read = {*FIELDS_OF_UNTRAINED, *(item.name for item in dataclasses.fields(ScratchArguments))}
+        read = {item.name for item in dataclasses.fields(ScratchArguments)}
+        read |= {"seed", "tokenizer_name_or_path", "output_dir"}
         effective = {name: pair for name, pair in effective.items() if name in read}
 
     def resolve(name: str, values: Mapping[str, Any]) -> Any:

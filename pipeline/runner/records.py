@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,21 +48,17 @@ class RunRecord:
     """
 
     path: Path
-    content: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, Any]
+    steps: dict[str, dict[str, Any]]
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
         """Return the record of the run in `run_dir`, empty if the run has not been started; it must not be damaged."""
         path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
-        if not all(isinstance(entry.get("id"), str) for entry in content.get("steps", {}).values()):
+        steps = content.setdefault("steps", {})
+        if not all(isinstance(entry.get("id"), str) for entry in steps.values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
-        return cls(path, content)
-
-    @property
-    def steps(self) -> dict[str, dict[str, Any]]:
-        """The entry of each step that was started, by name."""
-        steps: dict[str, dict[str, Any]] = self.content.setdefault("steps", {})
-        return steps
+        return cls(path, content, steps)
 
     def is_finished(self, name: str) -> bool:
         """Return whether the step has finished."""
@@ -127,7 +123,8 @@ def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str
             shutil.copytree(path, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
         elif path.exists():
             _link(path, target)
-    own.update(since=since, steps={step.name: record.steps[step.name] for step in finished})
+    own.steps.update({step.name: record.steps[step.name] for step in finished})
+    own.update(since=since)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
