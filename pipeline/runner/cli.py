@@ -101,7 +101,6 @@ def main(args: argparse.Namespace) -> int:
     args.launch = ["--config_file", launch_file(args)]
     args.launch += ["--num_processes", str(args.num_processes)] if args.num_processes else []
     args.launcher = shlex.split(args.launcher)
-
     alone = args.num_processes in (None, 1) and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     # The warm process imports the libraries while this one checks the steps.
@@ -123,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
 def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
-    run_dir, problems = whole.run_dir, list[Problem]()
+    run_dir = whole.run_dir
     # With --from, the runs of new seeds share the steps before that one with the run itself, which must be able to go
     # on from there. The run's own seed shares all but the report, which is over one run.
     since: dict[int, Step] = {}
@@ -137,6 +136,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
             share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
 
     # Every seed is checked before the first one runs.
+    problems: list[Problem] = []
     runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
@@ -146,7 +146,6 @@ def _run_seeds(args: argparse.Namespace) -> int:
             runs.append((own, *_prepare(own)))
     if problems:
         raise UserError(*problems)
-
     report = Step(REPORT, "report", ("report", str(run_dir), "--seeds", *map(str, args.seeds)), run_dir / "report")
     command = shlex.join(report.command(()))
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
@@ -188,7 +187,6 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
         first = [step.name for step in shared].index(since)
         plan = replace(plan, steps=shared[:first] + plan.steps[first:])
     decided = _decide(plan, record, args)
-
     due = [step for step, decision in decided if decision.action != "skip"]
     if not due:
         return plan, decided
@@ -313,7 +311,6 @@ def _run_all(
         log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
         for line in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
             console.event(line)
-
         command = shlex.join(step.command(args.launch, args.launcher))
         console.event(f"$ {command}")
         record.start(step, decision.action, command)
@@ -325,7 +322,6 @@ def _run_all(
         # A step whose push failed is complete, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
-
         if received is not None:
             kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
             console.stop(step, seconds, 0, kept, f"to resume: {args.resume}")

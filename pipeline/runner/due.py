@@ -109,14 +109,10 @@ def _decide_one(
 
 
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:
-    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes.
-
-    A field that is not given has its default, so that writing the default down is not a change.
-    """
+    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes."""
     now = recorded_values(step)
     pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
     effective = dict(changed)
     if step.kind == "evaluate":
         # Reward models are named to check the judge, and lengths limit answers if nothing else does.
@@ -128,7 +124,7 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     if not (effective and step.stage.module):
         return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
-    # What still differs once defaults and types are known. These imports take seconds.
+    # A field that is not given has its default: to write that down is not a change. These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments

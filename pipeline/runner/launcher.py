@@ -34,9 +34,7 @@ BEYOND_ONE_PROCESS = (
 """Arguments of `accelerate launch` that change more than the environment of one process."""
 
 VALUES: Mapping[str, range | tuple[str, ...]] = {
-    "num_machines": range(1 << 16),
-    "machine_rank": range(1 << 16),
-    "main_process_port": range(1 << 16),
+    **dict.fromkeys(("num_machines", "machine_rank", "main_process_port"), range(1 << 16)),
     "num_processes": range(1, 1 << 16),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
@@ -48,8 +46,8 @@ PLUGIN_OPTIONS = {
     "mpirun_config": ("mpirun_",),
     "parallelism_config": ("parallelism_config_",),
 }
-"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these mappings into its
-arguments, also `main_process_ip`; it adds the beginning to the keys of the others (`fsdp_config`) itself."""
+"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these into its arguments,
+also `main_process_ip`; to the keys of the others (`fsdp_config`), it adds the beginning itself."""
 
 ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
     "compute_environment": ("LOCAL_MACHINE",),
@@ -155,8 +153,8 @@ def _end_with_program() -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+        # Several processes may fail; the first one counts.
         if isinstance(error, ChildFailedError):
-            # Several processes may fail; this is the first.
             sys.exit(exit_code(error.get_first_failure()[1].exitcode))
         if isinstance(error, subprocess.CalledProcessError):
             sys.exit(exit_code(error.returncode))
@@ -169,10 +167,10 @@ def _end_with_program() -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
-    """Launch as `accelerate launch` does; `argv` are its arguments, by default the arguments of this process.
+    """Launch as `accelerate launch` does, with its arguments `argv`. Return 0, or 2 for a broken launch file.
 
-    A process that was `forked` to run the program becomes the program where a single one is asked for. Return 0, or 2
-    for a broken launch file. If the launched program fails, raise an error that becomes its exit code.
+    A process that was `forked` to run the program becomes the program where a single one is asked for. If the program
+    fails, raise an error that becomes its exit code.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env

@@ -66,11 +66,10 @@ class Settings(SimpleNamespace):
 
 
 def count_work(stage: Settings) -> None:
-    """Add to the settings of a stage what it computes.
+    """Add to the settings of a stage what it computes: `rows` of blocks, texts (two in a pair), or prompts and answers.
 
-    `average` and `longest` are the tokens of a row: a block, a text, or a prompt with its answer. `rows` are blocks,
-    texts, both texts of pairs, or answers; `passes` are over each token, where a backward pass counts as two; `flops`
-    are those of all processes. `at_once` are the answers that a process samples at once.
+    `average` and `longest` are the tokens of a row, `passes` are over each token, where a backward pass counts as two,
+    `flops` are those of all processes, and `at_once` are the answers that a process samples at once.
     """
     from pipeline.models.experts import training_flops_per_token
 
@@ -183,9 +182,9 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
 
     They have `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
     tokens (or of prompts, if answers are sampled), `cut` as the longest text or answer, `frozen` other networks, and
-    `size`, the bytes of an activation.
-    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows; the length of a row by
-    ("tokens", folder), and what the chat template adds to a prompt by ("template", folder). This step's is added.
+    `size`, the bytes of an activation. `made` holds what earlier steps make, and is given what this one does, by
+    folder: a model, the size of a vocabulary, or rows; by ("tokens", folder) the length of a row, and by
+    ("template", folder) what the chat template adds to a prompt.
     """
     from trl import ModelConfig
 
@@ -290,7 +289,6 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--gpu", args.gpu, remedy))
     if problems:
         raise UserError(*problems)
-
     made: dict[Any, Any] = {}
     stages: dict[str, Settings] = {}
     others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}

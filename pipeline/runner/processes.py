@@ -55,7 +55,7 @@ PRELOADED = (
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
 
-class WarmProcess:
+class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
     """The runner's side of a warm process, which ends with this context, and of the step that was forked last."""
 
     pid: int
@@ -74,9 +74,6 @@ class WarmProcess:
                 preexec_fn=signal_with_parent(signal.SIGKILL),
             )
         self._is_ready: bool | None = None
-
-    def __enter__(self) -> WarmProcess:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
@@ -179,7 +176,7 @@ def run(
                 # The step saves when the runner dies.
                 preexec_fn=signal_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
             )
-        # A signal may come between installing the handlers and starting the child.
+        # It came between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
         if isinstance(process, WarmProcess):
@@ -199,12 +196,9 @@ def run(
 
 
 def wait_measured(pid: int) -> tuple[int, int]:
-    """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes.
-
-    The peak is the resident memory of the largest process among the child and the descendants that were waited for.
-    """
+    """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes."""
     _, status, usage = os.wait4(pid, 0)
-    # Linux counts in KiB, macOS in bytes.
+    # This is the largest process among the child and its descendants. Linux counts in KiB, macOS in bytes.
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -93,7 +93,6 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         if order.index(against) < trained:
             order.remove(against)
             order.insert(trained, against)
-
     changed = overrides("evaluate", settings)
     planned: list[Step] = []
     for item in order:
@@ -119,7 +118,6 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
         raise UserError(Problem("recipe", folder, f"{reason}; {remedy}")) from error
     if not paths:
         raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
-
     problems: list[Problem] = []
     order = [name for name, stage in STAGES.items() if stage.module]
     read: Files = {}
@@ -172,17 +170,15 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
     # A link is followed, because what matters is which files the run would be written among.
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
-    remedy = ""
-    if str(run_dir).startswith("~"):
-        remedy = "write the whole path, without ~"
-    elif (run_dir / "config.json").exists():
-        remedy = "is the directory of a model; choose another directory"
-    elif Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real):
-        remedy = "is or contains the current directory or this project; choose one of its own, such as runs/mine"
-    elif folder.resolve() == real:
-        remedy = "is the recipe folder; choose another directory"
-    if remedy:
-        raise UserError(Problem("output_dir", run_dir, remedy))
+    contains = Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real)
+    refusals = {
+        "write the whole path, without ~": str(run_dir).startswith("~"),
+        "is the directory of a model; choose another directory": (run_dir / "config.json").exists(),
+        "is or contains the current directory or this project; choose one of its own, such as runs/mine": contains,
+        "is the recipe folder; choose another directory": folder.resolve() == real,
+    }
+    if found := [remedy for remedy, holds in refusals.items() if holds]:
+        raise UserError(Problem("output_dir", run_dir, found[0]))
 
 
 def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
@@ -226,13 +222,9 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     ordered: list[Step] = []
     for step in steps:
         written, number = str(home / step.output.name), step.name.partition("_")[0]
-        readers = (
-            place
-            for place, other in enumerate(ordered)
-            if other.name.partition("_")[0] == number and written in map(str, other.values.values())
-        )
+        same = ((i, other) for i, other in enumerate(ordered) if other.name.partition("_")[0] == number)
+        readers = (place for place, other in same if written in map(str, other.values.values()))
         ordered.insert(next(readers, len(ordered)), step)
-
     problems, connected = [], []
     writers: dict[Path, str] = {}
     for step in ordered:
@@ -273,7 +265,6 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
     file = folder / EVALUATE
     content = relocate(read_yaml(str(file)), home, home) if file.exists() else {}
     settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
-
     problems = []
     written = [home / step.output.name for step in steps]
     for key in ("judge", *HELD_OUT):
@@ -284,10 +275,8 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
         if not any(Path(text).is_relative_to(output) for output in written) and not os.path.exists(text):
             problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
     known = [step.output.name for step in steps if step.stage.measured]
-    if settings["base"]:
-        known.append(BASE)
-    against = content.get("against")
-    if against is not None and against not in known:
+    known += [BASE] if settings["base"] else []
+    if (against := content.get("against")) is not None and against not in known:
         problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
     if problems:
         raise UserError(*problems)

@@ -109,10 +109,7 @@ class RunRecord:
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
-    """Give a new run in `seed_dir` the finished ones of `steps` of the run in `run_dir`, and what they wrote.
-
-    Files are linked, so that models take no further space; checkpoints are left out. `since` is recorded.
-    """
+    """Link the finished ones of `steps` of the run in `run_dir` into a new run, without checkpoints; record `since`."""
     record, own = RunRecord.read(run_dir), RunRecord.read(seed_dir)
     finished = [step for step in steps if record.is_finished(step.name)]
     for path in (path for step in finished for path in step.leftovers or (step.output,)):
@@ -136,8 +133,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
     """Move files, and the content of directories, to the same place below `trash`, or delete them without one.
 
-    The run's record is copied there, because it says with which settings they were made. Paths that do not exist are
-    skipped. What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
+    What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
     """
     lines = []
     for path in filter(Path.exists, paths):
@@ -153,8 +149,8 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
             lines.append(f"removed {path}")
             continue
         # `trash` is <run>/.trash/<time>.
-        run_dir = trash.parents[1]
-        target = trash / path.relative_to(run_dir)
+        run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
+        # The record of the run says with which settings they were made.
         if not trash.exists():
             trash.mkdir(parents=True)
             shutil.copy2(run_dir / "run.json", trash)
@@ -178,10 +174,8 @@ def recorded_values(step: Step) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
-
-    In a folder of people's votes, only the votes count. The other files there are made from them, or wait for more.
-    """
+    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time."""
+    # In a folder of people's votes, the other files are made from these, or wait for more.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()

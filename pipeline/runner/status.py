@@ -57,7 +57,6 @@ def main(args: argparse.Namespace) -> int:
             usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
             seconds = share * measured.get(step.name, usual) if decision.action != "skip" else 0.0
             left += seconds
-
             if decision.action == "skip":
                 state = "done"
             elif not entry:

@@ -27,8 +27,6 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `STAGES`, "evaluate" or "report".
-        arguments: Arguments of its module.
-        output: Directory that it writes.
         leftovers: Files and directories to remove before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
