@@ -26,11 +26,8 @@ def check_steps(
 ) -> list[Problem]:
     """Return values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
 
-    Args:
-        steps: The steps of a run, each after all that it needs.
-        due: Names of the steps whose problems are reported. Default: all.
-        processes: Processes of a training step.
-        rewards: Whether reward functions are loaded, which may need packages.
+    Each step comes after all that it needs, and trains in so many `processes`; only those that are `due` are reported
+    (default: all). Without `rewards`, reward functions are not loaded, which may need packages.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check

@@ -130,7 +130,6 @@ def run(
     child and all its descendants, unless it is a SIGHUP, which a terminal that closes may send twice.
 
     Args:
-        environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
         output: File descriptor to which the child's stdout and stderr go; by default where the runner's own go.
         warm: Process from which the command is forked, if that is possible; by default it is a new process.

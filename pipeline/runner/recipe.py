@@ -47,10 +47,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     """Read the steps of a recipe folder, with an untrained model before pretraining, the evaluations and the report.
 
     Args:
-        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`, or the name of one
-            that is installed with the package, such as pocket.
-        output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
-            that name with `-smoke` appended.
+        folder: Folder with files named `<number>_<kind>[_<anything>].yaml`, or one that is installed, such as pocket.
+        output_dir: Directory of the run. Default: where the files' `output_dir` lie; for a smoke run, with `-smoke`.
         seed: Seed of every step. Default: each step's own.
         smoke: Whether every stage takes two steps on a miniature.
 
