@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -22,26 +21,11 @@ SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
 
-USAGE = """usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]
-
-Every option is also a key of the YAML file, which the command line overrides.
-
-Often set:"""
-
-
-def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the values of `--config`, "" for one without a value, and the rest of a command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
-    found, rest = parser.parse_known_args(arguments)
-    return found.config, rest
-
 
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
-    An option is written with underscores or hyphens, and never abbreviated. Its words are converted and judged as the
-    values of a YAML file are.
+    An option is written with underscores or hyphens, and never abbreviated. Its words are judged as values of YAML are.
     """
     found: dict[str, list[str]] = {}
     strays: list[str] = []
@@ -84,10 +68,9 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
 
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
     """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
-    for kind in kinds:
-        for value in known_values(kind):
-            if str(value) == word:
-                return value
+    for value in (value for kind in kinds for value in known_values(kind)):
+        if str(value) == word:
+            return value
     if bool in kinds and word.lower() in SWITCH:
         return SWITCH[word.lower()]
     for number in (int, float):
@@ -105,11 +88,15 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
-    bases = {base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")}
-    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
-    often = [item for item in items if item.name in usual | ours]
+    for base in (base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")):
+        usual.update(vars(base).get("__annotations__", ()))
+    often = [item for item in items if item.name in usual]
     rest = [item for item in items if item not in often]
-    lines = [USAGE.format(module=module), *(_describe(item, hints[item.name], everything) for item in often)]
+    lines = [
+        f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]",
+        "\nEvery option is also a key of the YAML file, which the command line overrides.\n\nOften set:",
+        *(_describe(item, hints[item.name], everything) for item in often),
+    ]
     if everything:
         lines += ["", "Of the libraries:", *(_describe(item, hints[item.name], True) for item in rest)]
     elif rest:

@@ -88,24 +88,14 @@ def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collecti
     return f"contains a run with other settings ({differences}); choose another directory or delete it"
 
 
-def expand(field: str, value: Any) -> Any:
-    """Expand `~` in the value of a field that names a path, as the shell would."""
-    if field not in (*READ, "output_dir", "resume_from_checkpoint"):
-        return value
-    if isinstance(value, list):
-        return [expand(field, item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
-
-
 def claim(args: TrainingArguments) -> None:
     """Record in the output directory which run it belongs to, if `parser.parse` has built the arguments."""
-    resolved = getattr(args, RESOLVED, None)
-    if resolved is not None:
+    if (resolved := getattr(args, RESOLVED, None)) is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 
 def to_record(arguments: Iterable[Any]) -> dict[str, Any]:
     """Return resolved argument dataclasses as one mapping, as JSON represents it, without tokens."""
     values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
-    plain = {name: value for name, value in values.items() if not name.endswith("_token")}
-    return json.loads(json.dumps(plain, sort_keys=True, default=str))
+    values = {name: value for name, value in values.items() if not name.endswith("_token")}
+    return json.loads(json.dumps(values, sort_keys=True, default=str))

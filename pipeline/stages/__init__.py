@@ -382,11 +382,6 @@ STAGES: dict[str, StageKind] = {
 """Steps of the same number run in this order, and are shown in it."""
 
 
-def kinds_with_data(held_out: str) -> list[str]:
-    """Return the kinds of stages whose own data serve as `held_out`, the last in the order of training first."""
-    return [name for name, kind in reversed(STAGES.items()) if kind.held_out == held_out]
-
-
 def find_baseline(name: str) -> Baseline | None:
     """Return what is known of a baseline; `best_of_4` is `best_of` with its number."""
     return BASELINES.get(re.sub(r"_\d+$", "", name))

@@ -20,9 +20,6 @@ from pipeline.progress import report_progress, time_in_words
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
-"""Metrics in the line of a log; all of them are in `trainer_state.json`."""
-
 
 class InterruptCallback(TrainerCallback):
     """Save and stop at the end of the step during which a signal arrived, the same one in all processes of a run.
@@ -83,8 +80,7 @@ class FiguresCallback(TrainerCallback):
 
     - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the share of the measured speed of large
       matrix multiplications (`hardware.matmul_peak`) that the model's arithmetic reached; evaluations and checkpoints
-      count as lost time. Only the time left is logged if the trainer does not count tokens
-      (`include_num_input_tokens_seen`).
+      count as lost time. Without `include_num_input_tokens_seen`, only the time left is logged.
     - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
       the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
@@ -148,7 +144,9 @@ class ReportCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Log the main figures of `logs`, to which `FiguresCallback` has added its own."""
         logs = logs or {}
-        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in SHOWN]
+        # All metrics are in `trainer_state.json`.
+        main = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
+        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in main]
         if figures and state.is_world_process_zero:
             if "learning_rate" in logs:
                 figures.append(f"learning rate {logs['learning_rate']:.2e}")

@@ -54,8 +54,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def newest_complete(output_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None. Skip damaged ones with a warning."""
     for checkpoint in reversed(checkpoints(output_dir)):
-        damage = validate_checkpoint(checkpoint)
-        if damage is None:
+        if (damage := validate_checkpoint(checkpoint)) is None:
             return checkpoint
         logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
@@ -63,12 +62,9 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) -> None:
     """Delete the oldest of more than `limit` checkpoints, except for those named in `keep`."""
-    if not limit:
-        return
     found = checkpoints(output_dir)
-    surplus = max(0, len(found) - max(limit, len(keep)))
-    candidates = [path for path in found if path.name not in keep]
-    for checkpoint in candidates[:surplus]:
+    surplus = max(0, len(found) - max(limit, len(keep))) if limit else 0
+    for checkpoint in [path for path in found if path.name not in keep][:surplus]:
         # Rename the folder first, so that a kill in between does not leave half of a checkpoint.
         trash_dir = checkpoint.parent / UNFINISHED
         os.replace(checkpoint, trash_dir)

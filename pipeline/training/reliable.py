@@ -208,12 +208,6 @@ class Reliable(Trainer):
             if part.belongs_to_model == belongs_to_model:
                 part.load(Path(checkpoint))
 
-    def _begin(self) -> None:
-        """Prepare what depends on the state that training begins with."""
-        self._find_best()
-        self._evaluate_if_missed()
-        self._adopt_present_length()
-
     def _find_best(self) -> None:
         """Set the path of the best checkpoint. A state on the disk contains its name only."""
         state, saving = self.state, self._written_to is not None
@@ -325,7 +319,10 @@ class _TrainingBegins(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin()
+        # What depends on the state that training begins with.
+        self.trainer._find_best()
+        self.trainer._evaluate_if_missed()
+        self.trainer._adopt_present_length()
 
 
 @contextmanager
