@@ -91,27 +91,23 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     for base in (base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")):
         usual.update(vars(base).get("__annotations__", ()))
     often = [item for item in items if item.name in usual]
-    rest = [item for item in items if item not in often]
-    lines = [
-        f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]",
-        "\nEvery option is also a key of the YAML file, which the command line overrides.\n\nOften set:",
-        *(_describe(item, hints[item.name], everything) for item in often),
-    ]
-    if everything:
-        lines += ["", "Of the libraries:", *(_describe(item, hints[item.name], True) for item in rest)]
-    elif rest:
+    rest = [item for item in items if item.name not in usual]
+    lines = [f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]", ""]
+    lines += ["Every option is also a key of the YAML file, which the command line overrides.", "", "Often set:"]
+    width = min(shutil.get_terminal_size().columns, 120)
+    # What each does, or the first sentence of that, its type and its default.
+    for item in [*often, *(rest if everything else ())]:
+        if rest and item is rest[0]:
+            lines += ["", "Of the libraries:"]
+        meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+        notes = [describe_type(hints[item.name])] if everything else []
+        if item.default not in (None, "", dataclasses.MISSING):
+            notes.append(f"default: {item.default}")
+        # Not at the end of "e.g."
+        text = meaning if everything else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
+        text += f" ({'; '.join(notes)})" if notes else ""
+        start = f"  --{item.name}".ljust(32) + " "
+        lines.append(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * 33))
+    if rest and not everything:
         lines += ["", f"--help-all describes these in full, and {len(rest)} more, most of transformers and TRL."]
     return "\n".join(lines)
-
-
-def _describe(item: dataclasses.Field[Any], hint: Any, in_full: bool) -> str:
-    """Return the lines of one option: what it does, or the first sentence of that, its type and its default."""
-    meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
-    notes = [describe_type(hint)] if in_full else []
-    if item.default not in (None, "", dataclasses.MISSING):
-        notes.append(f"default: {item.default}")
-    # Not at the end of "e.g."
-    text = meaning if in_full else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
-    text += f" ({'; '.join(notes)})" if notes else ""
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.fill(text, width, initial_indent=f"  --{item.name}".ljust(32) + " ", subsequent_indent=" " * 33)

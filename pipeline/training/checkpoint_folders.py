@@ -1,13 +1,11 @@
 """Checkpoints on the disk: a folder is complete if every file is as its manifest says.
 
-    runs/pocket/2_sft/
-      checkpoint-100/             a complete checkpoint
-        model.safetensors, optimizer.pt, ...
-        trainer_state.json        replaced once, when the evaluation of the same step has ended
-        manifest.json             size and checksum of each file, and the checksums of one or two states
-      .unfinished/                what a kill may leave half-written; never resumed from
-
-`pipeline.training.reliable` writes them.
+runs/pocket/2_sft/
+  checkpoint-100/             a complete checkpoint
+    model.safetensors, optimizer.pt, ...
+    trainer_state.json        replaced once, when the evaluation of the same step has ended
+    manifest.json             size and checksum of each file, and the checksums of one or two states
+  .unfinished/                what a kill may leave half-written; never resumed from
 """
 
 from __future__ import annotations

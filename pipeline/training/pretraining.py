@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
+from pipeline.data.arguments import option
 from pipeline.data.packing import IGNORED
 from pipeline.data.streams import PackedStream, StreamPlace
 from pipeline.models.experts import balancing_loss, routers, training_flops_per_token, z_loss
@@ -29,21 +29,19 @@ logger = logging.getLogger(__name__)
 class PretrainConfig(TrainingArguments):
     """Arguments of transformers' `Trainer`, and the length of the blocks that documents are packed into."""
 
-    block_size: int = HfArg(default=512, help="Tokens per training sequence, filled completely by packed documents.")
-    dataset_num_proc: int | None = HfArg(
-        default=None,
-        help="Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of "
-        "the data, whose end it drops if it does not fill a block.",
+    block_size: int = option(512, "Tokens per training sequence, filled completely by packed documents.")
+    dataset_num_proc: int | None = option(
+        None,
+        "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of the "
+        "data, whose end it drops if it does not fill a block.",
     )
-    torch_compile: bool | None = HfArg(
-        default=None, help="Compile the model (default: if that makes a run of this length shorter)."
+    torch_compile: bool | None = option(None, "Compile the model (default: if that makes such a run shorter).")
+    attn_implementation: str | None = option(
+        None,
+        "Attention (default: the fastest that this machine has for packed documents).",
+        choices=["eager", "sdpa", "flex_attention"],
     )
-    attn_implementation: str | None = HfArg(
-        default=None,
-        help="Attention (default: the fastest that this machine has for packed documents).",
-        metadata={"choices": ["eager", "sdpa", "flex_attention"]},
-    )
-    include_num_input_tokens_seen: str | bool = HfArg(default="all", help="Count tokens, for the speed in the logs.")
+    include_num_input_tokens_seen: str | bool = option("all", "Count tokens, for the speed in the logs.")
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
@@ -113,8 +111,7 @@ class PretrainTrainer(Reliable):
         # Each layer with experts returns the logits of its router.
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        balance, size = self.router_losses
-        rows = len(inputs["input_ids"])
+        (balance, size), rows = self.router_losses, len(inputs["input_ids"])
         added = sum(
             balance * balancing_loss(router, logits, rows) + size * z_loss(logits)
             for router, logits in zip(self._routers, outputs.router_logits, strict=True)

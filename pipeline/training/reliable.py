@@ -1,4 +1,4 @@
-"""What every recipe adds to a trainer of transformers or TRL, as a mixin: `reliable(SFTTrainer)(model, args, ...)`.
+"""What every recipe mixes into a trainer of transformers or TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
 
 A run may be killed at any moment and loses at most the steps since its latest checkpoint. transformers' `Trainer`
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
@@ -6,9 +6,6 @@ before it saves. Here, the end of a step with a checkpoint and an evaluation loo
 
     training     step N | write | checksums, manifest, fsync | rename | evaluate | replace the state | step N + 1
     output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
-
-How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
-writing checkpoints.
 """
 
 from __future__ import annotations
@@ -50,9 +47,6 @@ which did not fit, is what remained free."""
 
 class Reliable(Trainer):
     """A trainer with whole checkpoints, exact resumption, evaluations without side effects, and no NaN in its weights.
-
-    Mix it into a trainer of transformers or TRL, whose arguments it takes: `class SFT(Reliable, SFTTrainer)`, or
-    `reliable(SFTTrainer)`. By itself, it is transformers' `Trainer`.
 
     - Checkpoints are complete or absent, and are saved before the evaluation of the same step (`_save_checkpoint`).
     - A resumed run follows its present arguments, and catches up on an evaluation that a kill prevented.
