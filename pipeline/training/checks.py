@@ -30,6 +30,12 @@ from pipeline.models.kernels.sampler import unsupported_settings
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 
+VLLM_SERVER = (
+    'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
+    "--logprobs-mode processed_logprobs --max-logprobs -1"
+)
+"""Command that starts a server which accepts the weights of each step from TRL."""
+
 UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
 
 NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
@@ -220,21 +226,49 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
 
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
+    """Check how GRPO and PPO sample. Unless it is `early`, this waits for a server of vLLM that is to do so."""
     problems = check_template_arguments(args.chat_template_kwargs)
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
-    if args.use_vllm:
-        problems += _check_vllm(args, early)
-        # vLLM's probabilities are those after all filters, and the loss is corrected by them.
-        if args.vllm_importance_sampling_correction:
-            return problems
+    given = args.generation_kwargs or {}
+    if args.use_vllm and (fault := validate_vllm()):
+        problems.append(Problem("use_vllm", True, fault))
+    elif args.use_vllm:
+        if args.use_cpu:
+            problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
+        # TRL cannot use the output of vLLM without its own values of these. With a seed, equal prompts get equal
+        # answers.
+        if taken := {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}.intersection(given):
+            remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
+            problems.append(Problem("generation_kwargs", given, remedy))
+        if args.vllm_mode == "colocate":
+            if args.world_size % args.vllm_tensor_parallel_size:
+                remedy = f"must divide the number of processes, {args.world_size}"
+                problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
+        elif not (args.use_cpu or taken or early) and os.environ.get("RANK", "0") == "0":
+            # This imports parts of vLLM, which take seconds.
+            from trl.generation.vllm_client import VLLMClient
+
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            try:
+                server = VLLMClient(url, connection_timeout=args.vllm_server_timeout).get_server_info()
+                mode, fault = server["model_config"]["logprobs_mode"], ""
+            except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
+                fault = str(error)
+            if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
+                fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
+            if fault:
+                problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
+    # vLLM's probabilities are those after all filters, and the loss is corrected by them.
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        return problems
     # Fields that change what is sampled, and the values with which they do not.
     unfiltered = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
     for name, neutral in unfiltered.items():
         if (value := getattr(args, name)) not in neutral:
             problems.append(Problem(name, value, f"{UNSEEN}; omit it"))
     cache = {"cache_implementation": args.cache_implementation}
-    for field, options in {"generation_kwargs": args.generation_kwargs or {}, "cache_implementation": cache}.items():
+    for field, options in {"generation_kwargs": given, "cache_implementation": cache}.items():
         if others := [name for name in options if name not in NEUTRAL]:
             remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
             problems.append(Problem(field, options, remedy))
@@ -243,42 +277,4 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
             GenerationConfig(**options).validate(strict=True)
         except (ValueError, TypeError, ImportError) as error:
             problems.append(Problem(field, getattr(args, field), str(error)))
-    return problems
-
-
-def _check_vllm(args: GRPOConfig, early: bool) -> list[Problem]:
-    """Check that vLLM can sample here or, unless it is `early`, that a server can, for which this waits."""
-    if fault := validate_vllm():
-        return [Problem("use_vllm", True, fault)]
-    problems = []
-    if args.use_cpu:
-        problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
-    options = args.generation_kwargs or {}
-    # TRL cannot use the output of vLLM without its own values of these. With a seed, equal prompts get equal answers.
-    if taken := {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}.intersection(options):
-        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
-        problems.append(Problem("generation_kwargs", options, remedy))
-    if args.vllm_mode == "colocate":
-        if args.world_size % args.vllm_tensor_parallel_size:
-            remedy = f"must divide the number of processes, {args.world_size}"
-            problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
-    elif not problems and not early and os.environ.get("RANK", "0") == "0":
-        # This imports parts of vLLM, which take seconds.
-        from trl.generation.vllm_client import VLLMClient
-
-        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        try:
-            server = VLLMClient(url, connection_timeout=args.vllm_server_timeout).get_server_info()
-            mode, fault = server["model_config"]["logprobs_mode"], ""
-        except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
-            fault = str(error)
-        if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
-            fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
-        if fault:
-            # Such a server accepts the weights of each step from TRL.
-            command = (
-                'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
-                "--logprobs-mode processed_logprobs --max-logprobs -1"
-            )
-            problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {command}"))
     return problems

@@ -50,7 +50,7 @@ def load_inputs(
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them together with the model's configuration and the arguments.
 
-    Each part is loaded even if an earlier one could not be, so that the report lists everything that is wrong.
+    Each part is loaded even if an earlier one could not be, so that the `UserError` lists everything that is wrong.
 
     Args:
         kind: Content of the data, as for `load_splits`.
@@ -59,9 +59,6 @@ def load_inputs(
 
     Returns:
         The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
-
-    Raises:
-        UserError: With everything that is wrong.
     """
     problems: list[Problem] = []
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
@@ -72,7 +69,7 @@ def load_inputs(
         loading.skip_unreachable_hub()
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
-    config = tokenizer = None
+    config = tokenizer = splits = None
     if pretrained is not None:
         with collect(problems):
             if not name:
@@ -92,7 +89,16 @@ def load_inputs(
         with collect(problems):
             tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
     shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
-    splits = _load_splits("tokens" if shards else kind, data_args, training_args, tokenizer, problems)
+    # Neither the data nor the system prompt, with which every row would be refused, may contain special tokens.
+    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
+    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
+        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
+        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
+        tokens = None
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    with once_per_node(training_args), collect(problems):
+        evaluates = training_args.eval_strategy != "no"
+        splits = load_splits(data_args, "tokens" if shards else kind, evaluates, tokens, seed)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
@@ -115,22 +121,6 @@ def load_inputs(
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
     return tokenizer, *_encode(kind, splits, tokenizer, training_args)
-
-
-def _load_splits(
-    kind: Kind, data_args: DataArguments, training_args: TrainingArguments, tokenizer: Any, problems: list[Problem]
-) -> tuple[Split, Split | None] | None:
-    """Load the data, and check that neither they nor the system prompt contain special tokens of the tokenizer."""
-    tokens = special_tokens(tokenizer) if tokenizer is not None and kind not in ("text", "tokens") else None
-    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
-        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
-        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
-        # Every row would be refused because of it.
-        tokens = None
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    with once_per_node(training_args), collect(problems):
-        return load_splits(data_args, kind, training_args.eval_strategy != "no", tokens, seed)
-    return None
 
 
 def _check_model(
