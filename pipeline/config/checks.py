@@ -164,10 +164,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
-    """Return the text that is empty, that is not one of the choices, or that is given for a mapping.
-
-    `hints` are the types of the recipe's fields, `GRPOConfig`'s among them if it makes `rollouts`.
-    """
+    """Return the text that is empty, not one of the choices, or given for a mapping; `hints` are types of fields."""
     problems = []
     choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
     for name, value in asked.items():
@@ -203,17 +200,13 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem(name, value, remedy))
     if asked.get("bf16") and asked.get("fp16"):
         problems.append(Problem("bf16", True, "excludes fp16; choose one"))
-    if hardware.accelerator() is None:
-        for name, value in (("use_cpu", False), ("activation_offloading", True)):
-            if asked.get(name) is value:
-                problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
-    for name, why in UNSUPPORTED.items():
-        if asked.get(name):
-            problems.append(Problem(name, asked[name], f"{why}; omit it"))
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() not in CHOICES["torch_compile_backend"]:
-        remedy = f"must be one of {', '.join(CHOICES['torch_compile_backend'])}"
-        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, remedy))
+    for name, value in (("use_cpu", False), ("activation_offloading", True)):
+        if asked.get(name) is value and hardware.accelerator() is None:
+            problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
+    problems += [Problem(name, asked[name], f"{why}; omit it") for name, why in UNSUPPORTED.items() if asked.get(name)]
+    backend, known = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), CHOICES["torch_compile_backend"]
+    if backend.lower() not in known:
+        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(known)}"))
 
     # Options that would only be refused in words that name no field, or in training, are tried.
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):

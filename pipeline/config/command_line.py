@@ -16,7 +16,7 @@ from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem
 
-SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
+SWITCH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 """What may be written after a switch, in any case. A switch without a word is on."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
@@ -81,10 +81,7 @@ def _from_word(word: str, kinds: Sequence[Any]) -> Any:
 
 
 def describe_options(dataclass_types: Sequence[Any], module: str, everything: bool) -> str:
-    """Return the help of a recipe, such as recipes.sft, whose options are the fields of `dataclass_types`.
-
-    Unless `everything` is described in full, only options of this project and options that a file in `recipes/` sets.
-    """
+    """Return the help of a recipe: on `everything`, or on options of this project and of the files in `recipes/`."""
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]

@@ -120,10 +120,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file, but not the files that they name, for a step of so many processes.
-
-    Return the dataclasses, as far as they can be built, and the problems.
-    """
+    """Return the dataclasses of a YAML file's values, as far as they can be built, and what is wrong with them."""
     config, before = dict(config), dict(os.environ)
     try:
         problems = _set_environment(config.pop("env", None))
@@ -179,10 +176,7 @@ def _build_checked(
     problems: list[Problem],
     on_command_line: Collection[str] = (),
 ) -> list[Any]:
-    """Build as many of the dataclasses as can be, check their fields together, and append what is wrong to `problems`.
-
-    The values of `machine` are for fields that the user did not give.
-    """
+    """Build as many of the dataclasses as can be, check their fields together, and append to the `problems`."""
     reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
     built = []
@@ -225,9 +219,7 @@ def _build_checked(
 def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
     """Return the problems that a dataclass of the values `own` lists, or its message under the field that it names.
 
-    Raises:
-        Exception: `error`, if it names no field: then this is a defect, unless it `is_expected` as a consequence of
-            values of the user that are missing.
+    An `error` that names none is a defect, and raised, unless it `is_expected` because values of the user are missing.
     """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):

@@ -35,8 +35,7 @@ class InterruptCallback(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Only note the signal: this may interrupt anything, and the step has to end first.
-        self._own = number
-        name = signal.Signals(number).name
+        self._own, name = number, signal.Signals(number).name
         self.restore()
         if name == "SIGHUP":
             signal.signal(number, signal.SIG_IGN)
@@ -52,8 +51,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
-        # A signal that arrives from here on is for the next step: a process that stopped alone would leave the others
-        # waiting for it.
+        # A later signal is for the next step: a process that stopped alone would leave the others waiting for it.
         agreed = self._own
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(agreed, device=args.device)
@@ -156,5 +154,4 @@ class ReportCallback(TrainerCallback):
                 figures.append(f"{time_in_words(logs['eta_seconds'])} left")
             step = str(state.global_step).rjust(len(str(state.max_steps)))
             logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(figures))
-        shown = ("loss", "reward", "tokens_per_second")
-        report_progress(**{name: logs[name] for name in shown if name in logs})
+        report_progress(**{name: logs[name] for name in ("loss", "reward", "tokens_per_second") if name in logs})

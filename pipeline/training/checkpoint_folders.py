@@ -64,9 +64,8 @@ def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) ->
     surplus = max(0, len(found) - max(limit, len(keep))) if limit else 0
     for checkpoint in [path for path in found if path.name not in keep][:surplus]:
         # Rename the folder first, so that a kill in between does not leave half of a checkpoint.
-        trash_dir = checkpoint.parent / UNFINISHED
-        os.replace(checkpoint, trash_dir)
-        shutil.rmtree(trash_dir, ignore_errors=True)
+        renamed = checkpoint.rename(checkpoint.parent / UNFINISHED)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 # ---- The manifest

@@ -45,10 +45,7 @@ class PretrainConfig(TrainingArguments):
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons.
-
-    The length of the data set is that of the run if `args.max_steps` is not given.
-    """
+    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons."""
     choose_attention(model, args.attn_implementation)
     # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
     # because the blocks of attention differ from batch to batch.
@@ -69,8 +66,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
 class PretrainTrainer(Reliable):
     """transformers' `Trainer` for packed documents, stored or streamed, and for models with experts.
 
-    Each process reads its stream by itself, and checkpoints contain the place in it. Workers are not used, because a
-    stream has a thread of its own.
+    Each process reads its stream by itself, in a thread and not in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
     layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
@@ -142,9 +138,9 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a metric of held-out text: the bits that the model needs to encode a byte, whatever the tokenizer.
+    """Return a function `compute_metrics` for held-out text: the bits that the model needs to encode a byte.
 
-    It is a `compute_metrics` function for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
+    The `preprocess_logits_for_metrics` of the trainer is `sequence_losses`.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -57,9 +57,8 @@ class Reliable(Trainer):
     Attributes:
         parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
             `load(folder)`, which is called after transformers has loaded its own files. A part that
-            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best model, by
-            the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes, by
-            every process.
+            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best one, by the
+            process that saves it. Other parts are saved in checkpoints and loaded to resume, by every process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -98,10 +97,7 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint below `.unfinished`, and rename it once it is complete.
-
-        A run that is killed meanwhile resumes from the checkpoint before. One that cannot write it is stopped.
-        """
+        """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop a run that cannot."""
         args, state = self.args, self.state
         unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
@@ -166,11 +162,10 @@ class Reliable(Trainer):
         return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"
 
     def restore_finished(self, checkpoint: Path) -> bool:
-        """Load the model and the state of a complete checkpoint if it is the one of the last step.
+        """Load the model and the state of a complete checkpoint if it is of the last step, and return whether it is.
 
         transformers would resume from it with one more step, so that a run killed between its last checkpoint and its
-        end would differ from an undisturbed one. Return whether it was; False for FSDP and DeepSpeed, which load models
-        after sharding.
+        end would differ from an undisturbed one. FSDP and DeepSpeed load models after sharding: for them, it is not.
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if state.global_step < total_steps(self) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -219,8 +214,7 @@ class Reliable(Trainer):
         manifest = read_json(checkpoint_folder(self.args.output_dir, step) / MANIFEST)
         if step == 0 or not manifest.get("evaluation_due"):
             return
-        logged = [entry for entry in self.state.log_history if entry.get("step") == step]
-        if not any("eval_loss" in entry for entry in logged):
+        if not any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step):
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
             self._record_evaluation()
@@ -236,8 +230,7 @@ class Reliable(Trainer):
     def _adopt_present_length(self) -> None:
         """Follow the present arguments where they may have changed since the checkpoint.
 
-        transformers takes from a checkpoint how often to log, save and evaluate, and the learning rate of the next
-        step, which belongs to the schedule of the total that the checkpoint knows.
+        transformers takes from it how often to log, save and evaluate, and a learning rate by the total of then.
         """
         checkpoint, self._resumed_from = self._resumed_from, None
         if checkpoint is None:
@@ -275,10 +268,8 @@ class Reliable(Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none.
-
-        Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
-        """
+        """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none."""
+        # Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
         args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
@@ -298,7 +289,6 @@ class Reliable(Trainer):
             self._uncounted_tokens += ids.numel()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and restore the random state of training."""
         with unchanged_random_state():
             return super()._evaluate(*args, **kwargs)
 

@@ -40,12 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks of every recipe's trainer, and let them count tokens and push as `args` say.
-
-    The arguments are changed: a trainer that is made with them does not push by itself, and does not look for unused
-    parameters after every forward pass of several processes. All trainers here use all parameters that they train, also
-    of experts, which are one tensor; a model that does not needs `ddp_find_unused_parameters: true`.
-    """
+    """Return the callbacks of every recipe's trainer; change `args` so that they count tokens and push in its place."""
+    # All trainers here use all parameters that they train, also of experts, which are one tensor, so that several
+    # processes need not look for others after every forward pass. Any other needs `ddp_find_unused_parameters: true`.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
     if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
@@ -110,8 +107,7 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
     # The checkpoints of adapters do not contain a model configuration.
     saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
     both = [name for name in sizes if name in saved and name in present]
-    changed = [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]
-    if changed:
+    if changed := [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]:
         remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
@@ -121,8 +117,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    callbacks = trainer.callback_handler.callbacks
-    pushes = next((one for one in callbacks if isinstance(one, PushCallback)), None) or PushCallback(trainer.args)
+    found = (one for one in trainer.callback_handler.callbacks if isinstance(one, PushCallback))
+    pushes = next(found, None) or PushCallback(trainer.args)
     # Lines of the log take the place of transformers' dictionaries and bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -143,9 +139,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
-    # Finish the trackers and the process group. Models wrapped for several processes refer to the group and are
-    # released first: a group that lives until the interpreter ends sometimes aborts the process ("terminate called
-    # without an active exception").
+    # Finish the trackers and the process group, which may abort a process that it outlives ("terminate called without
+    # an active exception"). Models wrapped for several processes refer to it, and are released first.
     for name, value in list(vars(trainer).items()):
         if isinstance(value, DistributedDataParallel):
             setattr(trainer, name, value.module)
@@ -199,7 +194,7 @@ def save_final(trainer: Reliable) -> None:
     try:
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
-            # Files are moved one by one, so that a kill leaves only whole files.
+            # Files are moved one by one, so that a kill leaves only whole ones.
             for path in sorted(tmp_dir.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
