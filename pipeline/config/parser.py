@@ -34,9 +34,6 @@ from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError, collect
 from pipeline.files import split_revision
 
-SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
-"""Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
-
 OF_THE_MACHINE = (
     "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
 )  # fmt: skip
@@ -88,11 +85,10 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         os.environ["HF_TOKEN"] = token = asked.pop("hub_token")
         words = [text.replace(token, "hf_***") for text in words]
 
-    machine = {
-        name: choice.value
-        for name, choice in hardware.training_defaults().items()
-        if name in field_types(*dataclass_types) and SAME_SETTING.get(name) not in asked
-    }
+    # The user may have set the same thing with another field.
+    same = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
+    defaults, known_fields = hardware.training_defaults(), field_types(*dataclass_types)
+    machine = {name: defaults[name].value for name in defaults if name in known_fields and same.get(name) not in asked}
     problems += _check_each(asked, dataclass_types)
     built = _build_checked(dataclass_types, asked, machine, problems, from_command_line)
     if is_unreadable:

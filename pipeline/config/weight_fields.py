@@ -55,8 +55,7 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
     """Return a number among settings, or 0 if it is not given or is something else, which the step will report."""
-    value = values.get(name)
-    return value if isinstance(value, int | float) else 0
+    return value if isinstance(value := values.get(name), int | float) else 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:

@@ -87,13 +87,11 @@ class FiguresCallback(TrainerCallback):
     def __init__(self, length: int) -> None:
         # Tokens per training sequence, which determine the cost of attention.
         self.length = length
-        self.flops_per_token = 0.0
-        # Time in seconds, step and tokens at the last log.
-        self.last = (0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the clock, and start counting."""
         self.flops_per_token = training_flops_per_token(model, self.length)
+        # Time in seconds, step and tokens at the last log.
         self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         self.counter = RouteCounter(model, training=True)
 

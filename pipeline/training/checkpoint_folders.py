@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -56,16 +55,6 @@ def newest_complete(output_dir: str | Path) -> Path | None:
             return checkpoint
         logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
-
-
-def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest of more than `limit` checkpoints, except for those named in `keep`."""
-    found = checkpoints(output_dir)
-    surplus = max(0, len(found) - max(limit, len(keep))) if limit else 0
-    for checkpoint in [path for path in found if path.name not in keep][:surplus]:
-        # Rename the folder first, so that a kill in between does not leave half of a checkpoint.
-        renamed = checkpoint.rename(checkpoint.parent / UNFINISHED)
-        shutil.rmtree(renamed, ignore_errors=True)
 
 
 # ---- The manifest

@@ -150,14 +150,13 @@ def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
 
     Each of the `trained` weights takes 4 bytes, and so does each of the two numbers that the optimizer keeps for it.
     """
+    # Without a limit all are kept, as many as the number of steps says if that is known.
+    kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     if args.save_strategy == "no":
         kept = 0
     elif args.save_total_limit:
         # The next checkpoint is written before the oldest is deleted.
         kept = args.save_total_limit + 1
-    else:
-        # Without a limit all are kept, as many as the number of steps says if that is known.
-        kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     return kept, kept * (4 if args.save_only_model else 12) * trained + 4 * trained
 
 
@@ -167,10 +166,8 @@ def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
     free = shutil.disk_usage(nearest(Path(args.output_dir))).free
     if needed <= free:
         return []
-    remedy = (
-        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-        "make room, lower save_total_limit or choose another disk"
-    )
+    sizes = f"take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free"
+    remedy = f"{kept} checkpoints and the model {sizes}; make room, lower save_total_limit or choose another disk"
     return [Problem("output_dir", args.output_dir, remedy)]
 
 

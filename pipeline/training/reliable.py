@@ -125,7 +125,11 @@ class Reliable(Trainer):
                 replace_folder(target, written)
                 shutil.rmtree(unfinished, ignore_errors=True)
                 keep = {target.name, Path(state.best_model_checkpoint or target).name}
-                folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
+                found = folders.checkpoints(args.output_dir)
+                surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
+                for oldest in [path for path in found if path.name not in keep][:surplus]:
+                    # Renamed first, so that a kill in between does not leave half of a checkpoint.
+                    shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
             free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())

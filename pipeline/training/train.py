@@ -205,16 +205,14 @@ def save_final(trainer: Reliable) -> None:
             # The card says what this recipe knows; a run knows more when it is pushed.
             asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
             kind = type(args).__name__.removesuffix("Config").lower()
-            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
             command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
+            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
             step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
             trained = Trained(output_dir, kind, args.hub_model_id or args.output_dir, asked["settings"], step)
             files.write_text(output_dir / "README.md", model_card(trained))
     except WRITE_ERRORS as error:
-        raise RunStopped(
-            f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
-            "same command then resumes from the last checkpoint."
-        ) from error
+        remedy = "Free some space or correct the cause; the same command then resumes from the last checkpoint."
+        raise RunStopped(f"The model could not be written to {output_dir}: {error}. {remedy}") from error
     finally:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)
