@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
@@ -20,7 +20,6 @@ from pipeline.errors import Problem, as_typed
 from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
 from pipeline.files.bounded import MAX_LAYERS
 
-T = TypeVar("T")
 Range = tuple[Callable[[Any], bool], str]
 
 LARGEST = 2**53
@@ -41,7 +40,7 @@ def _between(low: float, high: float) -> Range:
     return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
 
 
-def _each(table: Mapping[str, T]) -> dict[str, T]:
+def _each(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table by name of one whose keys are several names, with spaces between them."""
     return {name: value for names, value in table.items() for name in names.split()}
 

@@ -94,11 +94,7 @@ def describe_type(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value to the type of its field (1 to 1.0, one item to a list of one).
-
-    Raises:
-        TypeError: If it has a different type.
-    """
+    """Convert a value to the type of its field (1 to 1.0, one item to a list of one), or raise a `TypeError`."""
     if value is None and types.NoneType in members(hint):
         return None
     # An exact match first: for `int | str`, 5 stays a number.

@@ -45,9 +45,8 @@ def recorded_template(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    It may not if it is not writable, if it is what the run reads, or if it belongs to another run, which it can neither
-    resume nor continue. Nothing is checked without `TrainingArguments`. A run may be resumed on another machine, which
-    decides the fields `machine`.
+    It may not if it is not writable, is what the run reads, or belongs to another run. Nothing is checked without
+    `TrainingArguments`. A run may be resumed on another machine, which decides the fields `machine`.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)

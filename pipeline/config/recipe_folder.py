@@ -35,8 +35,7 @@ def find_shipped(path: Path) -> Path:
 def fetch_recipes(name: str) -> Path | None:
     """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub, if any.
 
-    Raises:
-        UserError: If the Hub cannot be reached, or with all that the files say and may not say (`untrusted`).
+    A `UserError` says that the Hub cannot be reached, or all that the files say and may not say (`untrusted`).
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError

@@ -4,8 +4,8 @@ A recipe folder holds one file for each step, named `<number>_<kind>.yaml`. `STA
 
     3_ppo.yaml  ->  STAGES["ppo"]  ->  recipes/ppo.py, "Preference tuning (PPO)", win_rate, two steps of --smoke, ...
 
-To add a kind, write its recipe and its entry here. Recipes are given by dotted names, and imported when they are used,
-so that this module can lie below all others. The signature of a recipe's `main` names its argument dataclasses.
+To add a kind, write its recipe and its entry here. Recipes are imported when they are used, so that this module can lie
+below all others. The signature of a recipe's `main` names its argument dataclasses.
 """
 
 from __future__ import annotations

@@ -151,8 +151,7 @@ def _fit_rows(
 ) -> tuple[Split, Split | None]:
     """Drop the prompts after which the model has no room for an answer, and check the lengths of the first other rows.
 
-    Raises:
-        UserError: If none is left, or the chat template, of which the field `words_from` is the source, rejects a row.
+    The chat template, of which the field `words_from` is the source, may reject a row.
     """
 
     def count(messages: Any, **options: Any) -> int:

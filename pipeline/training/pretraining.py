@@ -107,7 +107,8 @@ class PretrainTrainer(Reliable):
         # Each layer with experts returns the logits of its router.
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        (balance, size), rows = self.router_losses, len(inputs["input_ids"])
+        balance, size = self.router_losses
+        rows = len(inputs["input_ids"])
         added = sum(
             balance * balancing_loss(router, logits, rows) + size * z_loss(logits)
             for router, logits in zip(self._routers, outputs.router_logits, strict=True)

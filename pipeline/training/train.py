@@ -53,8 +53,6 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
 def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
 
-    Other runs cannot write to the output directory meanwhile.
-
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
         UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
@@ -73,6 +71,7 @@ def train_and_save(trainer: Reliable) -> None:
         check_architecture(named[0], trainer.model.config)
         check_length(named[0], trainer)
     first = trainer.is_world_process_zero()
+    # Other runs cannot write to the output directory meanwhile.
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
