@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
-from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
@@ -121,7 +121,9 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     lengths: dict[str, Any] = {}
     called: dict[str, Any] = {}
     for key, held_out in HELD_OUT.items():
-        name, values = next((last[kind] for kind in kinds_with_data(key) if kind in last), ("", {}))
+        # The last kind, in the order of training, whose own data serve as these.
+        kinds = [kind for kind, about in reversed(STAGES.items()) if about.held_out == key and kind in last]
+        name, values = last[kinds[0]] if kinds else ("", {})
         if not values.get("dataset_name"):
             continue
         source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}

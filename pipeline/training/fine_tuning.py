@@ -35,10 +35,7 @@ class WithReference(Reliable):
 
     The reference is the policy as it was before training. TRL loads it by the name of the policy or, under LoRA,
     disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
-    started from: it is copied.
-
-    `attn_implementation` is the attention if one was requested. A reference that is to be computed beforehand for the
-    rows of a stream raises a `UserError`.
+    started from: it is copied. `attn_implementation` is the attention if one was requested.
     """
 
     def __init__(self, model: Any, args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
