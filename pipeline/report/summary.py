@@ -16,9 +16,6 @@ from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
 from pipeline.report.verdict import conclude, find_failures
 
-NAMED = ("stage", "before", "metric", "aim", "verdict")
-"""What an entry of `differences` says about the change that it gives."""
-
 
 def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
     return {metric: estimate.to_json() for metric, estimate in metrics.items()}
@@ -67,7 +64,11 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
         "flops": {name: flops for name, (_, flops) in costs.items() if flops},
-        "differences": [{name: getattr(item, name) for name in NAMED} | item.change.to_json() for item in found],
+        "differences": [
+            {name: getattr(item, name) for name in ("stage", "before", "metric", "aim", "verdict")}
+            | item.change.to_json()
+            for item in found
+        ],
         "promises": [{"promise": str(one.target), "measured": one.measured, "kept": one.met} for one in results],
         "verdict": list(map(asdict, failures)),
         "conclusion": conclude(run, failures),

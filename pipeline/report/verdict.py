@@ -60,14 +60,13 @@ def find_failures(run: Run) -> list[Finding]:
     """Return what did not work, in the order of training; nothing of a miniature."""
     if run.is_smoke:
         return []
-    found = [*_data(run)]
+    found = list(_data(run))
     for stage in run.stages.values():
         info = stage_info(stage.name)
         if not info.generates:
             found += _chance(stage)
         elif info.aims and stage.name not in twins(run.stages):
-            before = run.origin(stage)
-            found += [*_no_spread(stage), *_endless(stage, before), *_aim(run, stage, before)]
+            found += _training(run, stage)
     order = [*run.steps, *run.stages]
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
 
@@ -120,8 +119,30 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
     yield Finding(stage.name, shown, accuracy.value, remedy)
 
 
-def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
-    """Find an aim that a stage does not improve, and baselines that it does not beat."""
+def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
+    """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
+    # Rewards that are nearly always equal leave nothing to learn.
+    useless, rewards, spread = (
+        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
+    )
+    if useless and (share := fmean(useless)) >= MAX_WITHOUT_SPREAD:
+        reward = f", reward {number(fmean(rewards))}" if rewards else ""
+        remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
+        remedy += "right, raise num_generations, or start from a stage that solves some of them"
+        yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
+    elif not useless and spread and max(spread) < MIN_SPREAD:
+        remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
+        yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
+
+    # Endless answers may come from the stage before, and are then not the fault of this one.
+    before, rate = run.origin(stage), stage.metrics.get("stop_rate")
+    inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
+    endless, was_endless = (found is not None and found.value < MIN_STOP_RATE for found in (rate, inherited))
+    if rate and stage_info(stage.name).chats and endless and not was_endless:
+        remedy = "its answers run into the limit: train longer, keep the ends of conversations (max_length), or raise "
+        remedy += "the limit (max_new_tokens in evaluate.yaml)"
+        yield Finding(stage.name, f"stop rate is {_shown('stop_rate', rate)}", rate.value, remedy)
+
     aim = main_aim(stage)
     if aim is None:
         return
@@ -157,33 +178,6 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
                 figure, title = _shown(metric, baseline.metrics[metric]), run.baseline_title(baseline)
                 than = f"not better than {figure} without training ({title})"
                 yield Finding(stage.name, f"{reached}, {than}", stage.metrics[metric].value, remedy)
-
-
-def _endless(stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
-    """Find a stage whose answers do not end, unless it has that from the stage before it."""
-    rate = stage.metrics.get("stop_rate")
-    if rate is None or not stage_info(stage.name).chats or rate.value >= MIN_STOP_RATE:
-        return
-    inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
-    if inherited is None or inherited.value >= MIN_STOP_RATE:
-        remedy = "its answers run into the limit: train longer, keep the ends of conversations (max_length), or raise "
-        remedy += "the limit (max_new_tokens in evaluate.yaml)"
-        yield Finding(stage.name, f"stop rate is {_shown('stop_rate', rate)}", rate.value, remedy)
-
-
-def _no_spread(stage: StageResult) -> Iterator[Finding]:
-    """Find rewards that were nearly always equal, so that there was nothing to learn from them."""
-    useless, rewards, spread = (
-        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
-    )
-    if useless and (share := fmean(useless)) >= MAX_WITHOUT_SPREAD:
-        reward = f", reward {number(fmean(rewards))}" if rewards else ""
-        remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
-        remedy += "right, raise num_generations, or start from a stage that solves some of them"
-        yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
-    elif not useless and spread and max(spread) < MIN_SPREAD:
-        remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
-        yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
 
 
 def _data(run: Run) -> Iterator[Finding]:
