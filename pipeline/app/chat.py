@@ -134,7 +134,6 @@ def reply(
     except UserError as error:
         print(*error.problems, "; or /new" if messages else "", sep="")
         return messages
-
     shown, answer = "", None
     with contextlib.suppress(KeyboardInterrupt):
         for answer in write(loaded, opened.prompt, sampling, opened.tools):
@@ -144,9 +143,8 @@ def reply(
             text = visible(answer.text, len(answer.text))
             print(text[len(shown) :], end="", flush=True)
             shown = text
-
-    stopped = answer.stopped if answer else ""
     # An answer without a reason to stop was ended by Ctrl-C.
-    print("" if stopped == ENDED else f" [{stopped or 'stopped'}]")
+    stopped = (answer and answer.stopped) or "stopped"
+    print("" if stopped == ENDED else f" [{stopped}]")
     turns = answer.messages if answer else [{"role": "assistant", "content": ""}]
     return [*asked, *({**turn, "content": str(turn.get("content") or "").strip()} for turn in turns)]

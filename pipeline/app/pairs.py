@@ -202,20 +202,13 @@ class Pairs:
         else:
             of_first, of_second = self._answer(first, for_first, 1, seed), self._answer(second, for_second, 1, seed + 1)
             answers = [one + other for one, other in zip(of_first, of_second, strict=True)]
-        sampling = self.sampling | {"seed": seed}
-        return [
-            Pair(
-                secrets.token_hex(8),
-                list(row["prompt"]),
-                a,
-                b,
-                *source,
-                sampling,
-                {k: row[k] for k in RULE_COLUMNS if row.get(k)},
-            )
-            for row, (a, b) in zip(kept, answers, strict=True)
-            if a and b and a != b
-        ]
+        pairs = []
+        for row, (a, b) in zip(kept, answers, strict=True):
+            if a and b and a != b:
+                rule = {column: row[column] for column in RULE_COLUMNS if row.get(column)}
+                prompt, sampling = list(row["prompt"]), self.sampling | {"seed": seed}
+                pairs.append(Pair(secrets.token_hex(8), prompt, a, b, *source, sampling, rule))
+        return pairs
 
     def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
         """Return `samples` answers to each prompt, "" for one that spells special tokens, which no data may contain."""

@@ -44,8 +44,6 @@ POLICY = (
 """What the browser may load: nothing from another host, and no script but the page's own."""
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """The same for the report, which has no scripts."""
-OFFERED = 12
-"""Held-out prompts of each kind that the page offers."""
 
 
 class Gate:
@@ -121,8 +119,7 @@ class Gate:
                 return login_form("Name or password is wrong.", 401, name)
         if not name:
             return login_form("Give a name as well.", 401)
-        response = RedirectResponse("./", 303)
-        month = 30 * 86400
+        response, month = RedirectResponse("./", 303), 30 * 86400
         response.set_cookie(self.cookie, self.sign(name), max_age=month, httponly=True, samesite="lax")
         return response
 
@@ -183,7 +180,8 @@ def build_app(site: Site) -> ASGIApp:
         offered = []
         for one in site.prompts:
             counts[one.key, one.kind] += 1
-            if counts[one.key, one.kind] <= OFFERED:
+            # A dozen of each kind is enough to choose from.
+            if counts[one.key, one.kind] <= 12:
                 offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
         return offered
 
@@ -199,8 +197,7 @@ def build_app(site: Site) -> ASGIApp:
 
 
 def serve(site: Site) -> None:
-    app = build_app(site)
-    options = site.options
+    app, options = build_app(site), site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()

@@ -57,10 +57,6 @@ LONGEST = 200_000
 """Characters of a text that the page shows."""
 FEW_SHARED = 20
 """Pairs that several people voted on, below which nothing is said about their agreement."""
-PRINTED = 10
-"""After so many votes, the terminal says again what they say so far, if the page must not."""
-OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
-"""What the outcome of a match means to somebody who sees the answers A and B."""
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 
@@ -86,8 +82,6 @@ class Ballot(Page):
 
 
 class Typed(Page):
-    """A prompt that was typed."""
-
     text: str = Field(min_length=1)
 
 
@@ -147,10 +141,8 @@ class Voting:
     """The votes on the pairs of a run; each public method answers a request of the page."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.source = site, compared_models(site)
-        self.folder = site.run / VOTES
+        self.site, self.source, self.folder = site, compared_models(site), site.run / VOTES
         self.log = VoteLog(self.folder)
-
         # The command line comes before the run's step for votes, and both before the defaults.
         step = votes_step(site.run)
         sampling = dict(SAMPLING)
@@ -175,7 +167,6 @@ class Voting:
         self.goal: int | None = step.get("min_votes")
         recipe = read_run(site.run).get("recipe")
         self.command = as_typed("run", recipe) if recipe and step else ""
-
         # The pair that each page shows, by annotator and page.
         self._open: dict[tuple[str, str], Pair] = {}
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -204,9 +195,8 @@ class Voting:
         identify(request, ballot)
         name, pair = ballot.annotator, self._find(ballot.pair)
         # Another annotator may have seen the answers in the other order, in which "first" means the other one.
-        if pair not in self.pairs.sequence(name, (pair.model_a, pair.model_b)) and not self.log.has_vote(
-            name, pair.pair
-        ):
+        allotted = self.pairs.sequence(name, (pair.model_a, pair.model_b))
+        if pair not in allotted and not self.log.has_vote(name, pair.pair):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
         # The page knows the answers by their order, the log as `a` and `b`.
         first = pair.shown_first(name)
@@ -223,8 +213,8 @@ class Voting:
         refused = ""
         try:
             self.log.add(vote)
-            # The terminal of whoever runs a page that others can open says what no visitor may see.
-            if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
+            # Every ten votes, the terminal of whoever runs a page that others can open says what no visitor may see.
+            if not self.site.is_private and len(self.log.standing()) % 10 == 0:
                 print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
             refused = f"Not counted: {error}."
@@ -239,36 +229,38 @@ class Voting:
     def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
         """Return an annotator's newest votes, the newest first and shortened."""
         identify(request, page)
-        newest = [vote for vote in reversed(self.log.standing(page.annotator)) if vote["pair"] in self.pairs.by_id]
+        known = [vote for vote in self.log.standing(page.annotator) if vote["pair"] in self.pairs.by_id]
         listed = []
-        for vote in newest[:200]:
-            first = vote["shown_first"]
-            texts = {"first": vote[first], "second": vote[OTHER[first]], "comment": vote.get("comment") or ""}
-            texts["prompt"] = vote["prompt"][-1]["content"]
-            shown = {name: visible(text, 300) for name, text in texts.items()}
+        for vote in known[:-201:-1]:
+            first, prompt = vote["shown_first"], vote["prompt"][-1]["content"]
+            texts = {
+                "prompt": prompt,
+                "first": vote[first],
+                "second": vote[OTHER[first]],
+                "comment": vote.get("comment"),
+            }
+            shown = {name: visible(text or "", 300) for name, text in texts.items()}
             listed.append({"vote": vote["id"], "pair": vote["pair"], "choice": as_shown(vote, first), **shown})
         return listed
 
     def opinions(self, request: Request, page: Page, pair: str) -> list[str]:
         """Return what others would have said about a pair that has the annotator's vote, one line each."""
         identify(request, page)
-        voted = self._find(pair)
+        voted, lines = self._find(pair), []
         if not self.log.has_vote(page.annotator, pair):
             raise HTTPException(403, "Vote first.")
         first = voted.shown_first(page.annotator)
-        texts = [getattr(voted, side) for side in (first, OTHER[first])]
-        names = [getattr(voted, f"model_{side}") for side in (first, OTHER[first])]
-        lines = []
+        texts, names = ([getattr(voted, of + side) for side in (first, OTHER[first])] for of in ("", "model_"))
         if is_gradable(voted.rule):
             (outcome,) = judge_match(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
-            lines.append(f"The simulated annotators, without noise, would have preferred {OPINIONS[outcome]}.")
+            preferred = {1.0: "A", 0.0: "B", 0.5: "neither"}[outcome]
+            lines.append(f"The simulated annotators, without noise, would have preferred {preferred}.")
         if self.reward_model is not None:
             conversations = [[*voted.prompt, {"role": "assistant", "content": text}] for text in texts]
-            scores = score(*self.reward_model, conversations)
-            lines.append(f"The reward model scores A {scores[0]:+.2f} and B {scores[1]:+.2f}.")
+            a, b = score(*self.reward_model, conversations)
+            lines.append(f"The reward model scores A {a:+.2f} and B {b:+.2f}.")
         votes = [vote for vote in self.log.standing() if vote["pair"] == pair]
-        others = [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]
-        if others:
+        if others := [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]:
             counts = f"{others.count('first')} A, {others.count('second')} B"
             lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")
         return [*lines, f"A was written by {names[0]}, B by {names[1]}."]
@@ -301,17 +293,12 @@ class Voting:
                 pair = self._open[name, page.page] = find()
         except UserError as error:
             return {"pair": {"error": visible(str(error), 1000)}, "state": self._summary(name)}
+        turns = [{"role": visible(one["role"], 40), "content": visible(one["content"], LONGEST)} for one in pair.prompt]
         first = pair.shown_first(name)
-        shown = {
-            "pair": pair.pair,
-            "prompt": [
-                {"role": visible(turn["role"], 40), "content": visible(turn["content"], LONGEST)}
-                for turn in pair.prompt
-            ],
-            "first": visible(getattr(pair, first), LONGEST),
-            "second": visible(getattr(pair, OTHER[first]), LONGEST),
+        answers = {
+            place: visible(getattr(pair, side), LONGEST) for place, side in (("first", first), ("second", OTHER[first]))
         }
-        return {"pair": shown, "state": self._summary(name)}
+        return {"pair": {"pair": pair.pair, "prompt": turns, **answers}, "state": self._summary(name)}
 
     def _choose(self, page: Page, have: str) -> Pair:
         """Return the pair `have`, or else the annotator's first one that is free and has no vote, or a new one."""
@@ -354,8 +341,8 @@ class Voting:
             lines = ["no votes between two different models yet; choose two below, or start the page with --pair"]
         alpha, shared = agreement(self.log.standing())
         if shared >= FEW_SHARED and not math.isnan(alpha):
-            meaning = "1 is perfect, 0 is chance"
-            lines.append(f"agreement on {shared} shared pairs: Krippendorff's alpha {number(alpha, 2)} ({meaning})")
+            said = f"Krippendorff's alpha {number(alpha, 2)} (1 is perfect, 0 is chance)"
+            lines.append(f"agreement on {shared} shared pairs: {said}")
         return [visible(line) for line in lines]
 
 
