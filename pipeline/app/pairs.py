@@ -6,12 +6,9 @@ A line of the file is a pair, or allots one to an annotator:
     {"pair": "5f…", "for": "ann", "shared": false}
 
 What the server knows of pairs follows from these lines, in their order, so that a restarted server goes on where it
-was. For each two models it has
-
-- a stock of pairs that nobody has seen, which another thread fills up while people read;
-- a sequence for each annotator: the pairs that were allotted to them, and are shown until they have a vote;
-- shared pairs, which everybody sees. They come at regular intervals of each sequence: with an overlap of 0.25, every
-  fourth pair is a shared one.
+was. For each two models it has a stock of pairs that nobody has seen, which another thread fills up while people read,
+and for each annotator a sequence: the pairs that were allotted to them, shown until they have a vote. Shared pairs,
+which everybody sees, come at regular intervals of each sequence: every fourth pair with an overlap of 0.25.
 """
 
 from __future__ import annotations

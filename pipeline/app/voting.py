@@ -1,10 +1,8 @@
 """Prefer: which of two answers is better? The section of the page where people vote, and the server's side of it.
 
-`static/voting.js` sends a vote again until it is confirmed, also to a server that was started anew:
-
     page    POST /prefer/next            which pair?
     server  the pair that this page has, or the annotator's first one without a vote, or a new one
-    page    POST /prefer/vote            "the first one is better"
+    page    POST /prefer/vote            "the first one is better", again until it is confirmed
     server  appends the vote to votes/votes.jsonl, then answers with the next pair
 
 A pair comes without the names of its models. What the simulated annotators and the reward model would have said is
@@ -100,18 +98,11 @@ def content(site: Site) -> dict[str, Any]:
 def routes(site: Site) -> APIRouter:
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
-    answers: dict[str, Callable[..., Any]] = {
-        "next": voting.next_pair,
-        "prompt": voting.typed_prompt,
-        "vote": voting.vote,
-        "state": voting.state,
-        "votes": voting.own_votes,
-        "opinions": voting.opinions,
-        # What the votes say so far, only on a page that nobody else can open.
-        **({"rates": voting.rates} if site.is_private else {}),
-    }
-    for path, answer in answers.items():
-        router.add_api_route(f"/{path}", answer, methods=["POST"])
+    answers: list[Callable[..., Any]] = [voting.next, voting.prompt, voting.vote, voting.state, voting.votes]
+    # What the votes say so far, only on a page that nobody else can open.
+    answers += [voting.opinions, *([voting.rates] if site.is_private else [])]
+    for answer in answers:
+        router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
     return router
 
 
@@ -138,7 +129,7 @@ def compared_models(site: Site) -> Source:
 
 
 class Voting:
-    """The votes on the pairs of a run; each public method answers a request of the page."""
+    """The votes on the pairs of a run; each public method answers the page's request of its name."""
 
     def __init__(self, site: Site) -> None:
         self.site, self.source, self.folder = site, compared_models(site), site.run / VOTES
@@ -181,12 +172,12 @@ class Voting:
             logger.warning("The data set of the votes cannot be written (%s).", error)
         self.log.close()
 
-    def next_pair(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
+    def next(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
         """Return the pair that a page shows; `have` is the id of the one that it has shown so far."""
         identify(request, page)
         return self._answer(page, lambda: self._choose(page, have))
 
-    def typed_prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
+    def prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
         identify(request, typed)
         return self._answer(typed, lambda: self.pairs.typed(typed.annotator, self._source_of(typed), typed.text))
 
@@ -226,7 +217,7 @@ class Voting:
         identify(request, page)
         return self._summary(page.annotator)
 
-    def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
+    def votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
         """Return an annotator's newest votes, the newest first and shortened."""
         identify(request, page)
         known = [vote for vote in self.log.standing(page.annotator) if vote["pair"] in self.pairs.by_id]
@@ -317,16 +308,10 @@ class Voting:
         own = [vote for vote in standing if vote["annotator"] == annotator]
         # The pace of the last 20 votes.
         seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
-        return {
-            "annotator": annotator,
-            "count": len(own),
-            "all": len(standing),
-            "usable": sum(vote["choice"] in OTHER for vote in standing),
-            "people": len({vote["annotator"] for vote in standing}),
-            "goal": self.goal,
-            "pace": round(median(seconds), 1) if seconds else None,
-            "command": self.command,
-        }
+        usable, people = sum(vote["choice"] in OTHER for vote in standing), {vote["annotator"] for vote in standing}
+        counts = {"count": len(own), "all": len(standing), "usable": usable, "people": len(people), "goal": self.goal}
+        pace = round(median(seconds), 1) if seconds else None
+        return {"annotator": annotator, **counts, "pace": pace, "command": self.command}
 
     def rates(self) -> list[str]:
         """Return who is preferred, and how far people agree, one line each."""

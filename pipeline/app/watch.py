@@ -162,20 +162,12 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     unread = {item.name for item in fields(TrainingArguments) if not item.name.startswith(OPTIMIZER)}
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
-    fixed: dict[str, Any] = {
-        "beta": 0.0,
-        "num_generations": len(group),
-        "num_iterations": 1,
-        "per_device_train_batch_size": len(group),
-        "max_steps": 1,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": loaded.model.device.type == "cpu",
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
+    # One step on the whole group at a constant rate, of which nothing is logged or saved.
+    fixed: dict[str, Any] = {}
+    fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
+    fixed |= {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
+    fixed |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    fixed |= {"use_cpu": loaded.model.device.type == "cpu"}
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
     prompts, tokens = [one.prompt for one in group], [one.tokens for one in group]
     toolbox = toolbox_of(settings, loaded)

@@ -74,9 +74,8 @@ def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
         rewards = LoggedChart("Rewards", tuple(line for line in means if "taste" not in line[0]))
         # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
         if len(rewards.lines) < 2:
-            rewards = LoggedChart(
-                "Reward-model score", (("score", rewards.lines[0][1] if rewards.lines else "reward"),)
-            )
+            score = rewards.lines[0][1] if rewards.lines else "reward"
+            rewards = LoggedChart("Reward-model score", (("score", score),))
         hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
         taste = LoggedChart("Hidden taste", tuple(line for line in means if "taste" in line[0]), hidden)
         over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
@@ -189,13 +188,7 @@ def layout(chart: Chart) -> dict[str, Any]:
         above = max(above + apart, min(y + 4, HEIGHT - BOTTOM - apart * (len(ends) - place)))
         label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
         values.append({"css": f"s{index % 6}", "y": above, "label": label})
-    return {
-        "title": f"{stage_info(chart.stage).title}: {chart.title}",
-        "series": chart.series,
-        "x_label": chart.x_label,
-        "x_ticks": x_ticks,
-        "y_ticks": y_ticks,
-        "lines": lines,
-        "values": values,
-        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
-    }
+    title = f"{stage_info(chart.stage).title}: {chart.title}"
+    axes = {"x_label": chart.x_label, "x_ticks": x_ticks, "y_ticks": y_ticks}
+    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM}
+    return {"title": title, "series": chart.series, "lines": lines, "values": values, "size": frame, **axes}

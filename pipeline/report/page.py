@@ -69,11 +69,10 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
     problems, charts = showcase(run), charts_of(run)
-    given = {
-        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
-        for stage in run.stages.values()
-        if stage.answers
-    }
+    given: dict[str, dict[str, str]] = {}
+    for stage in run.stages.values():
+        for item in stage.answers:
+            given.setdefault(stage.name, {})[str(item["prompt"])] = str(item["answer"]).strip(" \n")
     # Stages that were evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     # A box of the path leads to the part of the report about it, if there is one.
@@ -114,9 +113,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             {"stage": stage, "before": before, "rows": list(changes)}
             for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before))
         ],
-        "baselines": {
-            one.name: (run.baseline_title(one), one.metrics) for one in run.baselines.values() if one.metrics
-        },
+        "baselines": {it.name: (run.baseline_title(it), it.metrics) for it in run.baselines.values() if it.metrics},
         "answering": list(given),
         "answers": [
             {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
@@ -179,11 +176,10 @@ def lengths(run: Run) -> dict[str, Any]:
 def experts(run: Run) -> dict[str, Any]:
     """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
     loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
-    rows = [
-        {"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]}
-        for name, layers in loads.items()
-        for layer, shares in enumerate(layers, 1)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, layers in loads.items():
+        for layer, shares in enumerate(layers, 1):
+            rows.append({"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]})
     # The texts are read by pretraining, where experts specialise.
     shown = next((name for name in loads if stage_info(name).from_scratch), "")
     drawn = []
@@ -221,25 +217,19 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
             "parameters": magnitude(summary["parameters"].get(name)),
         }
         rows.append(row)
-    return {
-        "rows": rows,
-        "time": duration(whole if steps else None),
-        "evaluation": duration(sum(filter(None, measuring.values())) or None),
-        "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–",
-        "tokens": magnitude(sum(tokens.values()) or None),
-        "flops": magnitude(sum(flops.values()) or None),
-    }
+    times = {"time": whole if steps else None, "evaluation": sum(filter(None, measuring.values())) or None}
+    together = {name: duration(time) for name, time in times.items()}
+    together |= {"tokens": magnitude(sum(tokens.values()) or None), "flops": magnitude(sum(flops.values()) or None)}
+    return {"rows": rows, "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–", **together}
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for chart in charts:
-        legend = [line.name for line in chart.series]
-        svg = Markup(render("chart.html.jinja", layout(chart)))
+        legend, svg = [line.name for line in chart.series], Markup(render("chart.html.jinja", layout(chart)))
+        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
         group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
-        groups.setdefault(chart.stage, group)["charts"].append(
-            {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
-        )
+        groups.setdefault(chart.stage, group)["charts"].append(shown)
     return list(groups.values())
 
 

@@ -41,15 +41,10 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
     mean = over_seeds(found, *bounds)
-    return {
-        "mean": mean.value,
-        "sd": stdev(values) if len(values) > 1 else None,
-        "ci95": mean.to_json()["ci95"],
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-        "values": [None if run is None else run.value for run in runs],
-    }
+    sd = stdev(values) if len(values) > 1 else None
+    of_mean = {"mean": mean.value, "sd": sd, "ci95": mean.to_json()["ci95"]}
+    each = [run and run.value for run in runs]
+    return of_mean | {"min": min(values), "max": max(values), "n": len(values), "values": each}
 
 
 def write_seeds(
@@ -90,10 +85,8 @@ def write_seeds(
         titles[group] = " / ".join(dict.fromkeys(found_titles))
     how = "The intervals are over the test rows of the only run. How much training varies is not known."
     if len(runs) > 1:
-        how = (
-            "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of "
-        )
-        how += "the runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
+        how = "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest "
+        how += "of the runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
     content = {
         "name": counted(len(runs), "run"),
         "headline": f"{counted(len(runs), 'run')}: mean and spread",
@@ -152,11 +145,6 @@ def _groups(stages: Spreads, titles: Mapping[str, str] | None = None, sign: bool
 
 
 def _row(name: str, figures: Spread, show: Callable[..., str]) -> dict[str, Any]:
-    return {
-        "label": name,
-        "aim": False,
-        "mean": show(figures["mean"]),
-        "range": " to ".join(map(show, figures["ci95"] or ())),
-        "sd": show(figures["sd"]),
-        "values": list(map(show, figures["values"])),
-    }
+    values, ends = (list(map(show, figures[key] or ())) for key in ("values", "ci95"))
+    shown = {"mean": show(figures["mean"]), "sd": show(figures["sd"]), "range": " to ".join(ends), "values": values}
+    return {"label": name, "aim": False, **shown}

@@ -20,14 +20,6 @@ from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import HELD_OUT, SMOKE
 
-MIN_STOP_RATE = 0.5
-"""Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
-MIN_SHARE_RIGHT = 0.1
-"""Share of right answers below which a stage leaves the next one little to start from, however much it gained."""
-MAX_WITHOUT_SPREAD = 0.95
-"""Share of groups with equal rewards, over all of training: above it, 19 of 20 samples taught nothing."""
-MIN_SPREAD = 1e-3
-"""Standard deviation of a batch's rewards, below which PPO sees them as equal."""
 MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
 CHANCE = 0.5
@@ -121,23 +113,25 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
-    # Rewards that are nearly always equal leave nothing to learn.
+    # Where 19 of 20 groups have equal rewards, little is learned. PPO sees a batch's rewards as equal below a standard
+    # deviation of 0.001.
     useless, rewards, spread = (
         [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
     )
-    if useless and (share := fmean(useless)) >= MAX_WITHOUT_SPREAD:
+    if useless and (share := fmean(useless)) >= 0.95:
         reward = f", reward {number(fmean(rewards))}" if rewards else ""
         remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
         remedy += "right, raise num_generations, or start from a stage that solves some of them"
         yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
-    elif not useless and spread and max(spread) < MIN_SPREAD:
+    elif not useless and spread and max(spread) < 1e-3:
         remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
         yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
 
-    # Endless answers may come from the stage before, and are then not the fault of this one.
+    # Below a stop rate of one half, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms). If that is so of the
+    # stage before too, it is not the fault of this one.
     before, rate = run.origin(stage), stage.metrics.get("stop_rate")
     inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
-    endless, was_endless = (found is not None and found.value < MIN_STOP_RATE for found in (rate, inherited))
+    endless, was_endless = (found is not None and found.value < 0.5 for found in (rate, inherited))
     if rate and stage_info(stage.name).chats and endless and not was_endless:
         remedy = "its answers run into the limit: train longer, keep the ends of conversations (max_length), or raise "
         remedy += "the limit (max_new_tokens in evaluate.yaml)"
@@ -166,7 +160,8 @@ def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
         gained = now.value > 0
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
-    elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < MIN_SHARE_RIGHT:
+    # With fewer than a tenth right, the next stage has little to start from, however much this one gained.
+    elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < 0.1:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for baseline in run.bars:
         for metric in stage_info(stage.name).aims:
