@@ -58,7 +58,6 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
-
     run = Path(args.run)
     args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
     problems = check_limits(args, LIMITS)
@@ -77,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--guidelines", args.guidelines, "is not a file; give one in Markdown"))
     if problems:
         raise UserError(*problems)
-
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
     from datasets import disable_progress_bars

@@ -26,9 +26,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipeline.app import compare, rollout, voting
 from pipeline.app.prompts import what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
+from pipeline.report.differences import differences
 from pipeline.report.load import load_run
-from pipeline.report.page import render, report_html
+from pipeline.report.page import contents, render
 from pipeline.report.path_picture import headline, path_boxes, title
+from pipeline.report.targets import is_pocket, load_targets
 from pipeline.report.text import visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
@@ -172,7 +174,9 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/report")
     def report() -> HTMLResponse:
-        return HTMLResponse(report_html(load_run(site.run)), headers={"Content-Security-Policy": REPORT_POLICY})
+        run = load_run(site.run)
+        _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
+        return HTMLResponse(render("report.html.jinja", content), headers={"Content-Security-Policy": REPORT_POLICY})
 
     @app.post("/prompts")
     def prompts() -> list[dict[str, str]]:

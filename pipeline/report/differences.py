@@ -56,8 +56,7 @@ def _between(before: StageResult, stage: StageResult) -> list[Difference]:
     shared = [name for name in stage.metrics if name in before.metrics]
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was, now = before.metrics[metric], stage.metrics[metric]
-        change = paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind))
-        if change is not None:
+        if change := paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind)):
             aim, verdict = metric in aims, judge(metric, change)
             rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))
     return rows
@@ -74,8 +73,7 @@ def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = 
     whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:
-        part = paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric)
-        if part is not None:
+        if part := paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric):
             parts[kind] = part
     return replace(whole, by_kind=parts)
 

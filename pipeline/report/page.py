@@ -15,19 +15,14 @@ from markupsafe import Markup
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of, layout
-from pipeline.report.differences import Difference, differences
+from pipeline.report.differences import Difference
 from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.summary import by_length, summarise
-from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
+from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
-
-
-def report_html(run: Run) -> str:
-    _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
-    return render("report.html.jinja", content)
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
@@ -134,16 +129,15 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     stages = [stage for stage in run.stages.values() if stage.metrics]
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
-        info = metric_info(metric)
-        whole = [stage.metrics.get(metric) for stage in stages]
+        info, whole = metric_info(metric), [stage.metrics.get(metric) for stage in stages]
         for kind in sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]:
             estimates = [item.by_kind.get(kind) if item and kind else item for item in whole]
             label = f"{info.label}: {kind}" if kind else info.label
             meaning = "" if kind else info.meaning.replace("{against}", run.against).replace("{judge}", run.judge)
             counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
             n = f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}" if counts else ""
-            meaning = "; ".join(filter(None, (meaning, n)))
-            rows.append({"label": label, "metric": metric, "meaning": meaning, "estimates": estimates})
+            said = "; ".join(filter(None, (meaning, n)))
+            rows.append({"label": label, "metric": metric, "meaning": said, "estimates": estimates})
     return {"columns": [stage.name for stage in stages], "rows": rows}
 
 

@@ -34,7 +34,7 @@ def title(run: Run) -> str:
 def headline(run: Run) -> str:
     """Return one sentence that says it all: from what to what, in which time, on what, with which figures."""
     names = [stage_info(name).name.lower() for name, stage in run.stages.items() if stage.metrics or stage.history]
-    said = f"From {names[0]} to {names[-1]}" if len(names) > 1 else "".join(names).capitalize() or "Nothing yet"
+    said = f"From {names[0]} to {names[-1]}" if names[1:] else "".join(names).capitalize() or "Nothing yet"
     if taken := sum(seconds(run).values()):
         said += f" in {duration(taken)}"
     if gpu := run.hardware.get("gpu"):

@@ -52,7 +52,24 @@ def find_failures(run: Run) -> list[Finding]:
     """Return what did not work, in the order of training; nothing of a miniature."""
     if run.is_smoke:
         return []
-    found = list(_data(run))
+    found = []
+    # Data sets that lost many rows, cut or dropped by a step.
+    for step, entry in run.steps.items():
+        for lost in entry.get("lost", []):
+            if lost["rows"] >= MAX_LOST * lost["of"] > 0:
+                share, what = lost["rows"] / lost["of"], f"{lost['rows']:,} of {lost['of']:,} {lost['what']}"
+                found.append(Finding(step, what, share, lost["remedy"]))
+    # Held-out data that the run trains on. Several pairs may share a prompt, which does not say which answer is better.
+    for key in [key for key in HELD_OUT if key != "pairs"]:
+        # The stage that is judged by these data, or else the last one that was measured on them.
+        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
+        seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
+        copies = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
+        if (share := copies["found"] / copies["rows"]) >= MAX_LOST:
+            remedy = "figures that are measured on them are partly memory: remove these rows from training "
+            remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
+            what = f"{copies['found']:,} of {copies['rows']:,} held-out {key} are among the training rows"
+            found.append(Finding(seen[-1].name, what + copies_in(copies), share, remedy))
     for stage in run.stages.values():
         info = stage_info(stage.name)
         if not info.generates:
@@ -173,23 +190,3 @@ def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
                 figure, title = _shown(metric, baseline.metrics[metric]), run.baseline_title(baseline)
                 than = f"not better than {figure} without training ({title})"
                 yield Finding(stage.name, f"{reached}, {than}", stage.metrics[metric].value, remedy)
-
-
-def _data(run: Run) -> Iterator[Finding]:
-    """Find data sets that lost many rows, cut or dropped by a step, and held-out data that the run trains on."""
-    for step, entry in run.steps.items():
-        for lost in entry.get("lost", []):
-            if lost["rows"] >= MAX_LOST * lost["of"] > 0:
-                share = lost["rows"] / lost["of"]
-                yield Finding(step, f"{lost['rows']:,} of {lost['of']:,} {lost['what']}", share, lost["remedy"])
-    # Several pairs may share a prompt, which does not say which answer is better.
-    for key in [key for key in HELD_OUT if key != "pairs"]:
-        # The stage that is judged by these data, or else the last one that was measured on them.
-        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
-        seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
-        found = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
-        if (share := found["found"] / found["rows"]) >= MAX_LOST:
-            remedy = "figures that are measured on them are partly memory: remove these rows from training "
-            remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
-            what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
-            yield Finding(seen[-1].name, what + copies_in(found), share, remedy)
