@@ -60,7 +60,6 @@ def main(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     loaded = load(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-
     # With readline, `input` has a history and understands arrow keys.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401

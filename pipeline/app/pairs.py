@@ -76,12 +76,10 @@ class Pairs:
         self._stock: dict[Source, list[Pair]] = defaultdict(list)
         self._shared: dict[Source, dict[str, Pair]] = defaultdict(dict)
         self._sequences: dict[tuple[str, Source], list[Pair]] = defaultdict(list)
-
         self._mutex = threading.RLock()
         # One thread samples for all, a batch at a time, so that a slow model does not keep the others waiting.
         self._sampler = ThreadPoolExecutor(1)
         self._batches: dict[Source, Future[int]] = {}
-
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for line in lines:
@@ -190,7 +188,6 @@ class Pairs:
                 fitting.append((row, first.encode(row["prompt"]), second.encode(row["prompt"])))
         if not fitting:
             return []
-
         kept, for_first, for_second = zip(*fitting, strict=True)
         seed = secrets.randbelow(1 << 31)
         if first is second:

@@ -87,12 +87,9 @@ def content(site: Site) -> dict[str, Any]:
     guidelines = site.options.guidelines or files(__package__) / "static" / "guidelines.md"
     # Without raw HTML and images, nothing in the file acts on the page or is fetched from elsewhere.
     markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
-    return {
-        "guidelines": Markup(markdown.render(guidelines.read_text(encoding="utf-8"))),
-        "models": site.models.names,
-        "chosen": compared_models(site),
-        "shows_rates": site.is_private,
-    }
+    text = Markup(markdown.render(guidelines.read_text(encoding="utf-8")))
+    models = {"models": site.models.names, "chosen": compared_models(site)}
+    return {"guidelines": text, **models, "shows_rates": site.is_private}
 
 
 def routes(site: Site) -> APIRouter:
@@ -200,7 +197,6 @@ class Voting:
             **ballot.model_dump(include={"undoes", "seconds", "comment"}),
         }
         del vote["rule"]
-
         refused = ""
         try:
             self.log.add(vote)

@@ -134,7 +134,6 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
         raise UserError(*problems)
-
     runs = [load_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:

@@ -231,11 +231,8 @@ def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return seed, commit and model, hardware and versions by name, None for what is not known."""
     # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    about = {
-        "seed": summary["seed"],
-        "commit": summary["commit"] or "unknown",
-        "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
-        **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
-    }
+    recipe = Path(str(run.record.get("recipe") or "unknown")).name
+    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
+    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
     versions = summary["versions"] or {"packages": "unknown"}
     return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}
