@@ -219,14 +219,10 @@ class Voting:
         known = [vote for vote in self.log.standing(page.annotator) if vote["pair"] in self.pairs.by_id]
         listed = []
         for vote in known[:-201:-1]:
-            first, prompt = vote["shown_first"], vote["prompt"][-1]["content"]
-            texts = {
-                "prompt": prompt,
-                "first": vote[first],
-                "second": vote[OTHER[first]],
-                "comment": vote.get("comment"),
-            }
-            shown = {name: visible(text or "", 300) for name, text in texts.items()}
+            first = vote["shown_first"]
+            texts = {"prompt": vote["prompt"][-1]["content"], "comment": vote.get("comment") or ""}
+            texts |= {"first": vote[first], "second": vote[OTHER[first]]}
+            shown = {name: visible(text, 300) for name, text in texts.items()}
             listed.append({"vote": vote["id"], "pair": vote["pair"], "choice": as_shown(vote, first), **shown})
         return listed
 
@@ -282,9 +278,8 @@ class Voting:
             return {"pair": {"error": visible(str(error), 1000)}, "state": self._summary(name)}
         turns = [{"role": visible(one["role"], 40), "content": visible(one["content"], LONGEST)} for one in pair.prompt]
         first = pair.shown_first(name)
-        answers = {
-            place: visible(getattr(pair, side), LONGEST) for place, side in (("first", first), ("second", OTHER[first]))
-        }
+        texts = {"first": getattr(pair, first), "second": getattr(pair, OTHER[first])}
+        answers = {place: visible(text, LONGEST) for place, text in texts.items()}
         return {"pair": {"pair": pair.pair, "prompt": turns, **answers}, "state": self._summary(name)}
 
     def _choose(self, page: Page, have: str) -> Pair:
