@@ -164,11 +164,8 @@ def load_run(path: Path) -> Run:
     last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
     # The record of an older run has these keys once, for all steps.
     shown = facts[last] if last else run.record
-    run.hardware, run.versions, run.commit = (
-        shown.get("hardware") or {},
-        shown.get("versions") or {},
-        shown.get("commit"),
-    )
+    run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
+    run.commit = shown.get("commit")
     if others := [name for name, found in facts.items() if found != shown]:
         keys = " and ".join(key for key in described if any(facts[name][key] != shown[key] for name in others))
         note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"

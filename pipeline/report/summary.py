@@ -44,10 +44,9 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
         "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
         "judge": run.judge,
-        **{
-            key: {name: entry for name, stage in run.stages.items() if (entry := getattr(stage, key))}
-            for key in ("left_out", "cut_off", "overlap")
-        },
+        "left_out": {name: stage.left_out for name, stage in run.stages.items() if stage.left_out},
+        "cut_off": {name: stage.cut_off for name, stage in run.stages.items() if stage.cut_off},
+        "overlap": {name: stage.overlap for name, stage in run.stages.items() if stage.overlap},
         # Trainers log an alarm as `alarm/<what>`.
         "alarms": [
             {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
