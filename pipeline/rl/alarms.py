@@ -103,14 +103,14 @@ class CollapseAlarms(TrainerCallback):
     def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
         """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
         entry = {name: value for name, value in logged.items() if value is not None}
-        # The figure of each alarm that the entry has, and whether it is bad.
-        judged: dict[str, tuple[float, bool]] = {}
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
         # A mean reward that is nearly as high as any single one was is success, not collapse.
         way = self._highest - self._lowest
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
+        # The figure of each alarm that the entry has, and whether it is bad.
+        judged: dict[str, tuple[float, bool]] = {}
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
             judged["length_near_zero"] = length, length <= limit
@@ -127,7 +127,6 @@ class CollapseAlarms(TrainerCallback):
         kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
         if kl is not None:
             judged["kl"] = kl, kl >= MAX_KL
-
         raised = {}
         for name, (figure, is_bad) in judged.items():
             figures = self._figures.setdefault(name, [])

@@ -49,8 +49,7 @@ class SampledArguments:
     ) -> list[Problem]:
         """Check tools, rewards and critic, as `pipeline.training.inputs.load_inputs` asks for it.
 
-        Tokenizer and data are None if they failed to load. If it is `early`, reward models and critic are still to be
-        made.
+        Tokenizer and data are None if they failed to load. If `early`, reward models and critic are still to be made.
         """
         from datasets import Dataset
 
@@ -73,9 +72,8 @@ class SampledArguments:
             problems += check_value_model(critic, tokenizer)
         can_shuffle = train is None or (isinstance(train, Dataset) and "answer" in train.column_names)
         if getattr(self, "shuffle_answers", False) and not can_shuffle:
-            problems.append(
-                Problem("shuffle_answers", "true", "needs an answer column, and data that are not streamed")
-            )
+            remedy = "needs an answer column, and data that are not streamed"
+            problems.append(Problem("shuffle_answers", "true", remedy))
         return problems
 
 
@@ -110,9 +108,7 @@ class GRPORewardArguments(SampledArguments):
         metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
     )
     shuffle_answers: bool = option(
-        False,
-        "Shuffle the reference answers among the training prompts: a control experiment, whose run must not get "
-        "better.",
+        False, "Shuffle the answers among the training prompts: a control experiment, whose run must not get better."
     )
 
 

@@ -52,8 +52,7 @@ class Critic:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The scale of fp16 is updated after the step of the policy, which comes next.
-        scaler = self.accelerator.scaler
-        if scaler is not None:
+        if (scaler := self.accelerator.scaler) is not None:
             scaler.unscale_(self.optimizer)
         # As in `Trainer`, 0 means that nothing is clipped.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
@@ -101,7 +100,7 @@ class CriticOptimizer:
         self.critic, self.args = critic, args
 
     def save(self, folder: Path) -> None:
-        """Save the state, unless only models are saved."""
+        """Save the state, unless only the models are saved."""
         if self.args.should_save and not self.args.save_only_model:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 

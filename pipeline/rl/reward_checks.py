@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
@@ -29,6 +29,10 @@ from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 
 
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of the parameters that TRL can pass to a reward function."""
+
+
 def check_rewards(
     models: Sequence[str],
     functions: Sequence[str],
@@ -38,8 +42,8 @@ def check_rewards(
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
-    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If it is `early`, the
-    models are still to be made, and not looked at.
+    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If `early`, the models
+    are still to be made, and not looked at.
     """
     problems = []
     number = len(models) + len(functions)
@@ -61,9 +65,26 @@ def check_rewards(
             if inspect.unwrap(function) in MEASURED_ONLY and weight != 0:
                 remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
                 problems.append(Problem("reward_weights", weight if weights else "nothing", remedy))
-            if train is not None:
-                missing = _check_columns(name, function, column_names(train))
-                problems += missing or (_try_reward(function, next(iter(train))) if ":" in name else [])
+            if train is None:
+                continue
+            columns = column_names(train)
+            parameters = inspect.signature(function).parameters.values()
+            required = [item.name for item in parameters if item.default is item.empty and item.kind in BY_NAME]
+            if missing := [column for column in required if column not in (*PASSED_BY_TRL, *columns)]:
+                hint = " (set answer_column)" if missing == ["answer"] else ""
+                remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
+                problems.append(Problem("reward_funcs", name, remedy + ", ".join(columns)))
+            elif ":" in name:
+                # The user's own function is called once, so that one that fails is found before training. TRL passes
+                # each column as a list, with a row for each completion.
+                row = next(iter(train))
+                given: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
+                given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
+                given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
+                with collect(problems):
+                    returned = function(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
+                    if is_async_callable(function):
+                        asyncio.run(returned)
     return problems
 
 
@@ -110,29 +131,3 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
             # A critic is saved without a tokenizer.
             faults.append(validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
     return [Problem(field, path, fault) for fault in faults if fault]
-
-
-def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
-    """Check that the data have the columns that a reward function requires, by its signature."""
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind in by_name]
-    missing = [parameter.name for parameter in required if parameter.name not in (*PASSED_BY_TRL, *columns)]
-    if not missing:
-        return []
-    hint = " (set answer_column)" if missing == ["answer"] else ""
-    remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: {', '.join(columns)}"
-    return [Problem("reward_funcs", name, remedy)]
-
-
-def _try_reward(reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
-    """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
-    # TRL passes each column as a list, with a row for each completion.
-    given: dict[str, Any] = {column: [value, value] for column, value in row.items() if column != "prompt"}
-    given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
-    given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
-    problems: list[Problem] = []
-    with collect(problems):
-        returned = reward(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
-        if is_async_callable(reward):
-            asyncio.run(returned)
-    return problems
