@@ -7,8 +7,9 @@ gradients of all micro-batches of an optimizer step are there.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -91,13 +92,13 @@ class Critic:
         set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
 
 
+@dataclass
 class CriticOptimizer:
     """The state of the critic's optimizer, as a part of checkpoints."""
 
-    belongs_to_model = False
-
-    def __init__(self, critic: Critic, args: TrainingArguments) -> None:
-        self.critic, self.args = critic, args
+    critic: Critic
+    args: TrainingArguments
+    belongs_to_model: ClassVar[bool] = False
 
     def save(self, folder: Path) -> None:
         """Save the state, unless only the models are saved."""

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from pipeline.training.reliable import Reliable
 logger = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
 
@@ -48,8 +50,8 @@ class EpochSampler(Sampler[int]):
     the order of the first.
     """
 
-    def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
-        self.sampler, self.epoch = sampler, epoch
+    sampler: Any
+    epoch: Callable[[], float | None]
 
     def __iter__(self) -> Iterator[int]:
         if self.sampler.shuffle:
@@ -90,9 +92,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.parts.append(Rollout(self))
-        if args.cast_lm_head_to_fp32:
-            for network in filter(None, (self.model, self.ref_model)):
-                compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
+        for network in filter(None, (self.model, self.ref_model) if args.cast_lm_head_to_fp32 else ()):
+            compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if copied:
             self.beta, args.beta, args.sync_ref_model = beta, beta, synced
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -138,9 +139,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        plain = self._whole_and_bare and not (
-            self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm
-        )
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
+        plain = self._whole_and_bare and not (elsewhere or self._is_vlm)
         # Mamba, for one, does not take positions.
         plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
         if plain:
@@ -253,15 +253,28 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate under a fixed random state, and restore training's state afterwards."""
+        # How many completions each batch has.
         self._evaluated: list[int] = []
         with hardware.unchanged_rng():
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated:
+            self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means().items()})
+        for name, values in self._metrics["eval"].items():
+            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
+            # may skip batches.
+            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
+            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
+            total = sum(count for _, count in known)
+            mean = sum(value * count for value, count in known) / total if total else None
+            output.metrics[f"{prefix}_{name}"] = mean
         # TRL would log them under the prefix "eval", whatever the data set is called.
         self._metrics["eval"].clear()
         return output
+
+    def _log_averages(self) -> None:
+        """Add metrics that are averages over several batches, of which GRPO has none."""
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return and keep what each reward gives each completion of all processes, (completions, rewards).
@@ -291,15 +304,3 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)
             self._evaluated.append(int(self.accelerator.reduce(rows, reduction="sum")))
         return batch
-
-    def _evaluation_means(self) -> dict[str, float | None]:
-        """Average what was measured in each batch of an evaluation, by name; None where nothing was."""
-        means: dict[str, float | None] = {}
-        for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
-            # may skip batches.
-            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
-            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
-            total = sum(count for _, count in known)
-            means[name] = sum(value * count for value, count in known) / total if total else None
-        return means

@@ -15,10 +15,6 @@ from pipeline.errors import Problem, UserError
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 """accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
 
-NO_REMOTE_CODE = (
-    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
-)
-
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
     for names, why in {
@@ -96,9 +92,27 @@ class PPOConfig(GRPOConfig):
         processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         accumulated = self.steps_per_generation or self.gradient_accumulation_steps
         rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-        if wrong := self._check(rows):
-            problems = UserError(*wrong)
-            raise ValueError(str(problems)) from problems
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
+        wrong: dict[str, str] = {}
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            if item.name in own and choices and own[item.name] not in choices:
+                wrong[item.name] = f"must be {' or '.join(choices)}"
+        if self.trust_remote_code:
+            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
+            wrong["trust_remote_code"] = f"code from the Hub is never run here: {remedy}"
+        if vars(self)["epsilon"] not in (GRPOConfig.epsilon, self.cliprange):
+            wrong["epsilon"] = "must be unset: set cliprange"
+        if self.num_generations == 1 and rows == 1:
+            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
+            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
+        problems = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
+        problems += [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items()]
+        sharding = filter(launch.is_asked, launch.SHARDING)
+        problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
+        if problems:
+            refused = UserError(*problems)
+            raise ValueError(str(refused)) from refused
 
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
@@ -116,22 +130,3 @@ class PPOConfig(GRPOConfig):
             super().__post_init__()
         finally:
             self.num_generations, self.num_generations_eval = given
-
-    def _check(self, rows: int) -> list[Problem]:
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = {
-            "trust_remote_code": self.trust_remote_code and NO_REMOTE_CODE,
-            "epsilon": self.epsilon not in (GRPOConfig.epsilon, self.cliprange) and "must be unset: set cliprange",
-        }
-        if self.num_generations == 1 and rows == 1:
-            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
-            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
-        for item in fields(self):
-            choices = item.metadata.get("choices")
-            if item.name in own and choices and own[item.name] not in choices:
-                wrong[item.name] = f"must be {' or '.join(choices)}"
-        problems = [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items() if remedy]
-        problems += [
-            Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)
-        ]
-        return check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED) + problems

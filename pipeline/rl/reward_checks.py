@@ -28,7 +28,6 @@ from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 
-
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 """Kinds of the parameters that TRL can pass to a reward function."""
 

@@ -31,13 +31,10 @@ class Rollout:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-
-    @property
-    def layout(self) -> dict[str, int]:
-        """The sizes that determine how a rollout is split; a resumed run must use the same ones."""
+        # The sizes that determine how a rollout is split; a resumed run must use the same ones.
         sizes = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations"
-        found = {name: getattr(self.trainer.args, name) for name in sizes.split()}
-        return {"processes": self.trainer.accelerator.num_processes} | found
+        self.layout = {name: getattr(trainer.args, name) for name in sizes.split()}
+        self.layout["processes"] = trainer.accelerator.num_processes
 
     def save(self, folder: Path) -> None:
         """Write what is left of the rollout, unless only the model is saved."""
