@@ -1,7 +1,6 @@
 """What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
 
-transformers creates the repository before it trains, pushes pickles and lock files, and loses the run if the last push
-fails.
+transformers creates the repository first, pushes pickles and lock files, and loses the run if the last push fails.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class PushCallback(TrainerCallback):
 
     def __init__(self, args: TrainingArguments) -> None:
         self._is_asked, args.push_to_hub = args.push_to_hub, False
-        self._args = args
-        self._api = HfApi(token=args.hub_token)
+        self._args, self._api = args, HfApi(token=args.hub_token)
         self._running: Future[None] | None = None
         self._missed: Path | None = None
         if not self._is_asked or args.hub_strategy == HubStrategy.END:
@@ -64,9 +62,10 @@ class PushCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        is_busy = self._running is not None and not self._running.done() and not args.hub_always_push
-        self._missed = checkpoint if is_busy else None
-        if not is_busy:
+        if self._running is not None and not self._running.done() and not args.hub_always_push:
+            self._missed = checkpoint
+        else:
+            self._missed = None
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
@@ -84,8 +83,7 @@ class PushCallback(TrainerCallback):
         """Push the finished model if that was asked for; `RunStopped` names the command that makes up for a failure."""
         if not self._is_asked or self._args.process_index != 0:
             return
-        output_dir = str(self._args.output_dir)
-        folder = Path(output_dir).absolute()
+        folder = Path(str(self._args.output_dir)).absolute()
         name = self._args.hub_model_id or folder.name
         replaced = (f"{LAST}/",) if self._args.hub_strategy == HubStrategy.EVERY_SAVE else ()
         try:
@@ -93,13 +91,13 @@ class PushCallback(TrainerCallback):
             for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
                 self._send(item.id, item.files, "End of training", replaced)
         except Exception as error:
-            command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
+            command = ["python", "-m", "pipeline", "push", str(self._args.output_dir), "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
             command += ["--private"] if self._args.hub_private_repo else []
             raise RunStopped(
-                f"The model is complete in {output_dir}, but it was not pushed to {name}: {explain(error, name)}.\n"
-                f"To push it: {shlex.join(command)}",
-                exit_code=EXIT_PUSH_FAILED,
+                f"The model is complete in {self._args.output_dir}, but it was not pushed to {name}: "
+                f"{explain(error, name)}.\nTo push it: {shlex.join(command)}",
+                EXIT_PUSH_FAILED,
             ) from error
         logger.info("%-11s to %s/%s", "pushed", self._api.endpoint, name)
 
@@ -155,11 +153,11 @@ class PushCallback(TrainerCallback):
 
     def _send(self, name: str, files: Files, message: str, replaced: tuple[str, ...]) -> None:
         """Push files to the repository `name`, in place of its weights and of paths that begin as `replaced` says."""
-
-        def is_stale(path: str) -> bool:
-            is_weights = path.endswith((".safetensors", ".safetensors.index.json")) and is_replaced(path)
-            return is_weights or path.startswith(replaced)
-
-        private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
+        options = {"private": bool(self._args.hub_private_repo), "revision": self._args.hub_revision}
+        weights = (".safetensors", ".safetensors.index.json")
         with suppress_progress_bars():
-            push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
+            push(
+                *(self._api, name, files, message),
+                replaces=lambda path: path.startswith(replaced) or (path.endswith(weights) and is_replaced(path)),
+                **options,
+            )
