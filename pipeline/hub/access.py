@@ -34,8 +34,6 @@ def check_access(
     try:
         user = retry(lambda: whoami(token, cache=True))
         own, known = user["name"], (user.get("auth") or {}).get("accessToken") or {}
-        scopes = known.get("fineGrained", {}).get("scoped", [])
-        writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
         for name in repo_ids:
             repo_id = name if "/" in name else f"{own}/{name}"
             try:
@@ -47,15 +45,15 @@ def check_access(
                 if status not in (403, 404):
                     raise
             fault, namespace = "", repo_id.split("/")[0]
+            scopes = known.get("fineGrained", {}).get("scoped", [])
+            writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
             if namespace not in {own, *(org["name"] for org in user.get("orgs") or [])}:
                 fault = f"belongs to {namespace}, and the token to {own}; push to {own}/{repo_id.split('/')[1]}"
             elif known.get("role") == "read":
                 fault = "the token may only read; make one that may write, and log in with `hf auth login`"
             elif known.get("role") == "fineGrained" and not writable & {repo_id, namespace}:
-                places = ", ".join(sorted(writable)) or "nothing"
-                fault = (
-                    f"the token may write to {places} only; push there, or make a token that may write to {namespace}"
-                )
+                only = ", ".join(sorted(writable)) or "nothing"
+                fault = f"the token may write to {only} only; push there, or make a token that may write to {namespace}"
             elif status == 403:
                 fault = f"the token of {own} may not write to it; use one that may"
             if fault:

@@ -34,12 +34,12 @@ STAGED = ".pushed"
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints and the model of a trainer, instead of transformers.
+    """Pushes checkpoints and the model of a trainer, instead of transformers. `push_to_hub` is set to false.
 
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
-    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed with the last push, because then it only takes
-    room. If the best checkpoint will be loaded at the end, that is pushed as well. `push_to_hub` is set to false.
+    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed at the end. If the best checkpoint will be
+    loaded at the end, that is pushed as well.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -62,10 +62,9 @@ class PushCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self._running is not None and not self._running.done() and not args.hub_always_push:
-            self._missed = checkpoint
-        else:
-            self._missed = None
+        is_busy = self._running is not None and not self._running.done() and not args.hub_always_push
+        self._missed = checkpoint if is_busy else None
+        if not is_busy:
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
@@ -73,8 +72,7 @@ class PushCallback(TrainerCallback):
 
         If training `is_complete`, the model will be pushed.
         """
-        is_kept = not is_complete or self._args.hub_strategy != HubStrategy.EVERY_SAVE
-        if self._missed is not None and is_kept:
+        if self._missed is not None and not (is_complete and self._args.hub_strategy == HubStrategy.EVERY_SAVE):
             self._begin(self._missed)
         if self._running is not None:
             self._running.result()
@@ -103,8 +101,7 @@ class PushCallback(TrainerCallback):
 
     def _begin(self, checkpoint: Path) -> None:
         """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
-        # A push may take longer than `save_total_limit` lets the checkpoint live. Hard links cost no space, and keep
-        # its files until the push ends:
+        # Hard links cost no space, and keep the files of the checkpoint until the push ends:
         #
         #     runs/x/2_sft/checkpoint-40/model.safetensors                          deleted by the trainer at step 60
         #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed

@@ -151,7 +151,7 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
     """Return what the Hub shows of a metric. It has no field for intervals; they are among the arguments."""
     key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
     source = trained.measured_on.get(key) or {}
-    name = ", ".join(as_list(source.get("dataset_name")))
+    name = ", ".join(as_list(source.get("dataset_name") or []))
     shown = trained.on_hub(name) or Path(name or "held-out data").name
     # A metric of lm-eval is named `task:metric`.
     task, colon, own = metric.partition(":")

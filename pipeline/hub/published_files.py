@@ -1,11 +1,9 @@
 """The files of an output directory that are published on the Hub, without paths and tokens of this machine.
 
-A path may stand in a text as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command
-(`--config=/home/alice/x.yaml`). Paths are therefore removed in three passes:
-
-1. the current directory,
-2. the home directory and the paths that the settings and records of the run name, with any characters (`places`),
-3. anything else that begins with a directory of the root of this machine, up to the first space, quote or bracket.
+A path may stand in a text as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command (`--config=/home/x.yaml`).
+Paths are removed in three passes: the current directory; the home directory and the paths that the settings and records
+of the run name, with any characters (`places`); and anything else that begins with a directory of the root of this
+machine, up to the first space, quote or bracket.
 """
 
 from __future__ import annotations
@@ -61,11 +59,11 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
         unread = any(part.startswith(UNPUBLISHED) for part in name.parts)
         if unread or path.suffix not in SUFFIXES or not path.is_file():
             continue
-        if not path.resolve().is_relative_to(folder.resolve()):
-            logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
-            continue
         try:
-            files[name.as_posix()] = public_content(path, known, ids)
+            if path.resolve().is_relative_to(folder.resolve()):
+                files[name.as_posix()] = public_content(path, known, ids)
+            else:
+                logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
         except UnicodeDecodeError:
             logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
     return files
@@ -95,7 +93,7 @@ def clean(text: str, suffix: str, known: set[str]) -> str:
 
 
 def to_bytes(text: str) -> bytes:
-    """Return a text in UTF-8, with question marks for what that cannot encode, such as half of a surrogate pair."""
+    """Return a text in UTF-8, with question marks for what it cannot encode, such as half of a surrogate pair."""
     return text.encode("utf-8", "replace")
 
 
@@ -132,8 +130,7 @@ def _named_paths(value: Any) -> set[str]:
         with contextlib.suppress(ValueError):
             words += shlex.split(text)
         for word in words:
-            path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
-            path = re.sub("/+", "/", path)
+            path = re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word))
             if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
                 found.add(path.rstrip("/"))
     return found
