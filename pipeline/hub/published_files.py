@@ -80,16 +80,11 @@ def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None =
     text = raw.decode()
     if ids and path.name in SETTINGS:
         text = json.dumps(rename(json.loads(text), lambda found: ids.get(Path(found).absolute())), indent=1)
-    cleaned = to_bytes(clean(text, path.suffix, known))
-    return path if cleaned == raw else cleaned
-
-
-def clean(text: str, suffix: str, known: set[str]) -> str:
-    """Return the text of a file without the paths of this machine, including the paths that its own JSON names."""
-    if suffix == ".json":
+    if path.suffix == ".json":
         with contextlib.suppress(ValueError):
             known = known | _named_paths(json.loads(text))
-    return without_paths(text, known)
+    cleaned = to_bytes(without_paths(text, known))
+    return path if cleaned == raw else cleaned
 
 
 def to_bytes(text: str) -> bytes:

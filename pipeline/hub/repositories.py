@@ -17,7 +17,7 @@ from pyarrow.parquet import read_table
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
-from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
+from pipeline.hub.published_files import Files, places, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
 
@@ -147,7 +147,8 @@ class Outputs:
         if not self.has_report or self.only is not None:
             return data + models
         steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
-        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
+        # The record is among the files whose paths are known.
+        record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
         kinds: dict[bool, list[str]] = {True: [], False: []}
         for name, repo_id in self.ids.items():
             kinds[is_data(self.folders[name])].append(repo_id)

@@ -59,19 +59,18 @@ def load_judge(name: str | None) -> Judge:
     if ":" in name:
         function = load_function(name, "judge")
 
-        def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
-            return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
-
         def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
             if "opponents" in inspect.signature(function).parameters:
-                return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
-            return compare(rate(answers, rows), rate(opponents, rows))
+                turns = [[{"role": "assistant", "content": text}] for text in opponents]
+                return [float(outcome or 0.0) for outcome in call_reward(function, answers, rows, opponents=turns)]
+            given = (call_reward(function, texts, rows) for texts in (answers, opponents))
+            return compare(*([float(reward or 0.0) for reward in rewards] for rewards in given))
 
         return Judge(f"the function {name}", match)
 
     with user_error_for("judge", name):
-        is_judge = is_reward_model(load_config(name))
-    if not is_judge:
+        config = load_config(name)
+    if not is_reward_model(config):
         raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     model.to(hardware.accelerator() or "cpu")
@@ -108,11 +107,8 @@ def score(
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Equal conversations are scored once. Of one that exceeds the context, the end is scored.
-
-    Args:
-        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. Default: 0 on a CPU,
-            where batches save little, and `BATCH_TOKENS` on an accelerator.
+    Equal conversations are scored once. Of one that exceeds the context, the end is scored. `batch_tokens` are tokens
+    per batch, padding included; 0, the default on a CPU, where batches save little, scores one at a time.
     """
     model.eval()
     if batch_tokens is None:

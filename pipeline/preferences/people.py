@@ -1,12 +1,8 @@
 """People in place of annotators: the step of a run that waits for their votes, and the judge that decides as they did.
 
-`pipeline.data.votes` describes the votes that the page collects. People may also vote by hand, in the file that the
-judge writes for each evaluation, with a line for each pair of answers that it was asked about and found no votes on:
-
-    {"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}
-
-`choice` becomes "first", "second" or "tie". The order does not tell whose answers they are. A line may occur several
-times, once for each person.
+People may also vote by hand, in the file that the judge writes for each evaluation. It has a line for each pair without
+votes, `{"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}`, once or more. `choice` becomes
+"first", "second" or "tie".
 """
 
 from __future__ import annotations
@@ -67,11 +63,9 @@ def wait_for_votes(args: VoteArguments) -> int:
     found = update_data_set(folder) if (folder / VOTES_FILE).is_file() else 0
     report_progress(done=found, total=args.min_votes, unit="votes")
     if found < args.min_votes:
-        raise RunStopped(
-            f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. Collect them on the page "
-            f"that `{as_typed('app', folder.parent)}` opens, in the section Prefer.",
-            EXIT_WAITING,
-        )
+        advice = f"Collect them on the page that `{as_typed('app', folder.parent)}` opens, in the section Prefer."
+        message = f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. {advice}"
+        raise RunStopped(message, EXIT_WAITING)
     logger.info("%d votes prefer one of two answers", found)
     return found
 

@@ -1,7 +1,6 @@
 """Weights that are not trained: the frozen reference, heads in float32, and storage that models share.
 
-Policy, reference, reward model and critic stay modules of their own, each with its active adapter, its hooks and its
-wrapper for several processes. What they share is the storage of frozen weights.
+Policy, reference, reward model and critic stay modules of their own, which share the storage of frozen weights.
 """
 
 from __future__ import annotations
@@ -25,15 +24,11 @@ HEAD_NAMES = ("score", "classifier")
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
-    name = next((name for name in HEAD_NAMES if hasattr(model, name)), "")
-    return name, getattr(model, name) if name else nn.Module()
+    return next(((name, getattr(model, name)) for name in HEAD_NAMES if hasattr(model, name)), ("", nn.Module()))
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Make the linear layers of a head multiply in float32, in a model of any dtype and under autocast.
-
-    In bfloat16, scores and logits have 8 bits.
-    """
+    """Make a head multiply in float32, also under autocast: in bfloat16, scores and logits have 8 bits."""
     head.float()
     # TRL's forward method casts the inputs, which autocast undoes.
     head.__dict__.pop("forward", None)
@@ -73,8 +68,7 @@ def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None
     known = _frozen(policy)
     for model in others:
         for name, weight in _frozen(model).items():
-            shared = known.get(name)
-            if shared is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
+            if (shared := known.get(name)) is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
                 weight.data = shared.data
 
 
@@ -101,7 +95,7 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     """Restore the frozen weights after a block in which the adapter is merged into them, to be loaded by vLLM.
 
     Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
-    adapter are merged, so only their weights are copied, to the memory of the CPU.
+    adapter are merged and copied, to the memory of the CPU.
     """
     adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
     # Several adapters of one layer, one for each parameter, wrap each other.

@@ -71,9 +71,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
-    Attributes:
-        all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
-        latest_logps: The log-probabilities that were computed last, which TRL's loss does not return.
+    `all_rewards`, (completions, rewards), is what each reward gave each of the latest completions, NaN for None, and
+    `latest_logps` are the log-probabilities that were computed last, which TRL's loss does not return.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
         # Reward models become functions, and functions are guarded. What they pay is watched for a collapse.
         rewards: list[Any] = []
-        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        tokenizers = self.reward_processing_classes
         for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
             if isinstance(function, PreTrainedModel):
                 avoid_emulation(function)
@@ -114,9 +113,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             else:
                 rewards.append(guard_reward(function, name))
         self.reward_funcs: list[Any] = rewards
-        paying = [reward for reward, weight in zip(rewards, weights, strict=True) if weight]
+        paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
         self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
@@ -170,9 +168,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
-            logps = None if logprobs is None else logprobs[number]
-            dialogue.logps = None if logps is None else []
-            dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
+            first = None if logprobs is None else logprobs[number]
+            dialogue.logps = None if first is None else []
+            dialogue.add_turn(list(completion_ids[number]), first, completions[number][0])
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         if self.use_vllm and self.vllm_mode == "colocate":
             # It may have memory for fewer tokens than the model has positions.
@@ -189,18 +187,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         )
         turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        counts = torch.tensor([sampled, turns], device=self.accelerator.device)
-        sampled, turns = self.accelerator.reduce(counts, reduction="sum").tolist()
+        total = torch.tensor([sampled, turns], device=self.accelerator.device)
+        sampled, turns = self.accelerator.reduce(total, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
-        return (
-            [dialogue.sampled for dialogue in dialogues],
-            [dialogue.messages for dialogue in dialogues],
-            [dialogue.tokens for dialogue in dialogues],
-            None if logprobs is None else [dialogue.logps for dialogue in dialogues],
-            sum(dialogue.calls for dialogue in dialogues),
-            sum(dialogue.failures for dialogue in dialogues),
-            [[] for _ in dialogues],
-        )
+        texts = [[getattr(dialogue, name) for dialogue in dialogues] for name in ("sampled", "messages", "tokens")]
+        logps = None if logprobs is None else [dialogue.logps for dialogue in dialogues]
+        counts = [sum(getattr(dialogue, name) for dialogue in dialogues) for name in ("calls", "failures")]
+        return *texts, logps, *counts, [[] for _ in dialogues]
 
     def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
         """Sample a turn of at most `room` tokens after each text. vLLM keeps its own limit."""
@@ -279,15 +272,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return and keep what each reward gives each completion of all processes, (completions, rewards).
 
-        A reward with weight 0 is measured and logged, and has no other effect: a completion that no reward with a
-        weight has scored does not get a score at all. A reward that fails stops the run.
+        A reward with weight 0 is only measured: a completion that no reward with a weight has scored does not get a
+        score at all. A reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
         except UserError as error:
             # It may fail on one process of several, and only the first process reports a `UserError`.
-            where = f"in step {self.state.global_step + 1}; {self.last_good()}"
-            raise RunStopped(f"{error}, and start again ({where}).") from error
+            step = self.state.global_step + 1
+            raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
         weighted = self.reward_weights != 0
         rewards[rewards[:, weighted].isnan().all(dim=1)] = torch.nan
         self.all_rewards = rewards

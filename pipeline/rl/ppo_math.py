@@ -3,9 +3,9 @@
 Notation: `B` completions of up to `T` tokens. A tensor is (B, T), and so is what a function returns, unless its
 docstring says otherwise. Names mean the same everywhere in `pipeline.rl`:
 
-- `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, for text inserted by tools,
-  and for completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value
-  that follows a token is the value of the next unmasked one.
+- `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, text of tools, and
+  completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value that
+  follows a token is the value of the next unmasked one.
 - `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and under the reference, in nats.
 - `log_ratio`: Log-probability under the current policy minus that under the policy that sampled the token.
 - `scores`: (B,), the reward of each completion as a whole.
