@@ -19,14 +19,12 @@ from pipeline.files import STATE, as_list, is_missing_path, read_json, split_rev
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
+# Fields that may name models or tokenizers of the Hub.
 MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
-"""Fields that may name models or tokenizers of the Hub."""
-
+# What models are loaded from; pickles are left where they are.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What models are loaded from; pickles are left where they are."""
-
+# Folder of a repository that holds the newest checkpoint, as transformers names it.
 LAST = "last-checkpoint"
-"""Folder of a repository that holds the newest checkpoint, as transformers names it."""
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:

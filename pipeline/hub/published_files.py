@@ -31,20 +31,18 @@ logger = logging.getLogger(__name__)
 Files = dict[str, Path | bytes]
 """Path in a repository -> the local file, or its content."""
 
+# Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them.
 SUFFIXES = (
     ".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".gguf", ".md", ".parquet", ".html",
 )  # fmt: skip
-"""Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them."""
 
 TEXTS = (".json", ".md", ".html", ".txt", ".jinja")
+# Files of a tokenizer, which have to stay as they are.
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-"""Files of a tokenizer, which have to stay as they are."""
-
+# Files with fields that name other models and data.
 SETTINGS = ("arguments.json", "adapter_config.json")
-"""Files with fields that name other models and data."""
-
+# Beginnings of names of files and folders that are for resuming and for debugging.
 UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
-"""Beginnings of names of files and folders that are for resuming and for debugging."""
 
 
 def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
@@ -168,12 +166,10 @@ def _replace(text: str, names: Mapping[str, str]) -> str:
     return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
 
 
+# Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
+# and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host.
 BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
-"""Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
-and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host."""
-
+# Not after the name of a file or a folder: the rest of a longer name.
 GOES_ON = r"(?![\w-]|\.\w)"
-"""Not after the name of a file or a folder: the rest of a longer name."""
-
+# Characters of a part of a path that no setting names.
 INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"
-"""Characters of a part of a path that no setting names."""

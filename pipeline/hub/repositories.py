@@ -21,12 +21,12 @@ from pipeline.hub.published_files import Files, places, public_settings, publish
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
 
+# Folder of an adapter that holds its base model, if that was itself merged from an adapter.
 BASE = "base"
-"""Folder of an adapter that holds its base model, if that was itself merged from an adapter."""
 
 REPORT = "report"
+# Directories of a run that are not the output of a stage.
 OTHERS = (REPORT, "evaluations", "logs")
-"""Directories of a run that are not the output of a stage."""
 
 
 @dataclass

@@ -18,17 +18,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What the Hub's client raises if a request fails: a `RuntimeError` for an upload, a `ValueError` for a card.
 PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError, OSError)
-"""What the Hub's client raises if a request fails: a `RuntimeError` for an upload, a `ValueError` for a card."""
-
+# Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile.
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
-"""Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile."""
-
+# Seconds between attempts, if the Hub does not name a time.
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts, if the Hub does not name a time."""
-
+# Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit.
 TIMEOUT = 60.0
-"""Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit."""
 
 
 def is_replaced(path: str) -> bool:

@@ -65,9 +65,7 @@ them.
 class PreferenceArguments:
     """The model, the prompts, the sampling and the output."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Model whose answers are compared, with a chat template: a Hub id or a folder."}
-    )
+    model_name_or_path: str = field(metadata={"help": "Model whose answers are compared: a Hub id or a folder."})
     dataset_name: str = field(metadata={"help": "Data set of the prompts: a Hub id, a folder or a file."})
     output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
     dataset_config: str | None = option(None, "Configuration of the data set (default: its only one).")

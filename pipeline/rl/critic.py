@@ -20,11 +20,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from pipeline.errors import Problem, UserError
 from pipeline.models.kernels.log_probs import ForwardPass, over_passes
 
+# Subfolder of a checkpoint or an output directory that contains the critic.
 VALUE_MODEL_FOLDER = "value_model"
-"""Subfolder of a checkpoint or an output directory that contains the critic."""
-
+# File of a checkpoint with the state of the critic's optimizer.
 STATE = "critic_optimizer.pt"
-"""File of a checkpoint with the state of the critic's optimizer."""
 
 
 class Critic:

@@ -53,10 +53,6 @@ class PPOTrainer(GRPOTrainer):
             is the only reward and is not normalised. Every other critic starts by expecting nothing.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
         *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
-
-    Attributes:
-        critic: The critic and what trains it.
-        score_moments: Of all scores so far, for `reward_normalization="running"`.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -105,6 +101,7 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
+        # Of all scores so far, for `reward_normalization="running"`.
         self.score_moments = ppo_math.Moments()
         self._averages = ppo_metrics.Averages()
         self._sum_over_processes = partial(self.accelerator.reduce, reduction="sum")

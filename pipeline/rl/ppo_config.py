@@ -40,42 +40,29 @@ class PPOConfig(GRPOConfig):
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
     the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
     however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
-    its default. Precision and device fit the machine unless they are set: TRL's default, bf16, is refused on CPUs
-    without it.
+    its default. Precision and device fit the machine unless they are set.
     """
 
     num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")
     num_generations_eval: int | None = option(None, "The same in evaluation. Default: `num_generations`.")
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
-    kl_coef: float = option(
-        0.05, "Reward subtracted at each token for each nat of KL from the reference; 0: without a reference."
-    )
+    kl_coef: float = option(0.05, "Reward subtracted at each token for each nat of KL; 0: without a reference.")
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
-    value_lam: float | None = option(
-        None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
-    )
+    value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
     cliprange: float = option(0.2, "How far a token's probability ratio may move from 1 in the updates of a rollout.")
-    cliprange_value: float = option(
-        0.2, "How far the critic's estimate may move in the updates of a rollout, in units of the (normalised) reward."
-    )
+    cliprange_value: float = option(0.2, "How far the critic's estimate may move meanwhile, in units of the reward.")
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
-    value_learning_rate: float | None = option(
-        None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
-    )
-    value_warmup_steps: int = option(
-        0, "Train the critic alone in the first so many optimizer steps, with which the schedule of both begins."
-    )
+    value_learning_rate: float | None = option(None, "Peak learning rate of the critic. Default: `learning_rate`.")
+    value_warmup_steps: int = option(0, "Train the critic alone in the first so many steps of the schedule.")
     frozen_dtype: str = option(
         "auto",
         "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
         "(bfloat16 for an adapter's base if training is in bf16, else float32). Heads and adapters stay as they are.",
         choices=["auto", "bfloat16", "float32"],
     )
-    whiten_advantages: bool = option(
-        True, "Shift and scale the advantages of each rollout, over all processes, to mean 0 and variance 1."
-    )
+    whiten_advantages: bool = option(True, "Shift and scale the advantages of a rollout to mean 0 and variance 1.")
     reward_normalization: str = option(
         "none",
         "Normalise the sum of all rewards, before `missing_eos_penalty` and KL, by mean and standard deviation: none; "
@@ -83,12 +70,11 @@ class PPOConfig(GRPOConfig):
         choices=["none", "batch", "running"],
     )
     missing_eos_penalty: float | None = option(
-        None, "Subtracted from the normalised score of a completion that does not end with an end of turn."
+        None, "Subtracted from the score of a completion without an end of turn."
     )
 
     def __post_init__(self) -> None:
-        # The completions of a rollout. A process group does not exist yet, and a preflight names the processes that
-        # will be.
+        # The completions of a rollout. There is no process group yet, and a preflight names the processes that will be.
         processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         accumulated = self.steps_per_generation or self.gradient_accumulation_steps
         rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes

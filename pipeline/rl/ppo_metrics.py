@@ -14,11 +14,10 @@ from torch import Tensor
 
 from pipeline.rl.ppo_math import Reduce, kl_estimate
 
+# What is a sum over all completions, not a mean.
 TOTALS = ("val/num_eos_tokens",)
-"""What is a sum over all completions, not a mean."""
-
+# What `val/explained_variance` is made of, as means over tokens.
 RETURN, SQUARE, ERROR = "_return", "_squared return", "_squared error"
-"""What `val/explained_variance` is made of, as means over tokens."""
 
 
 class Averages:

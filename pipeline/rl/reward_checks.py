@@ -28,8 +28,8 @@ from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 
+# Kinds of the parameters that TRL can pass to a reward function.
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-"""Kinds of the parameters that TRL can pass to a reward function."""
 
 
 def check_rewards(
@@ -44,8 +44,7 @@ def check_rewards(
     There is a weight for each, models first; by default 1. `train` is None if it failed to load. If `early`, the models
     are still to be made, and not looked at.
     """
-    problems = []
-    number = len(models) + len(functions)
+    problems, number = [], len(models) + len(functions)
     if weights is not None:
         shown = " ".join(f"{weight:g}" for weight in weights)
         if len(weights) != number:
@@ -88,10 +87,7 @@ def check_rewards(
 
 
 def check_reward_model(path: str) -> list[Problem]:
-    """Check that a reward model, by path or Hub id, gives a single score, has a chat template and has all weights.
-
-    Its tokenizer may differ from the policy's, because it is given text.
-    """
+    """Check that a reward model, by path or Hub id, gives a single score, and has a chat template and all weights."""
     field = "reward_model_path"
     try:
         with user_error_for(field, path):

@@ -18,8 +18,8 @@ class RewardModel:
     """A sequence classifier with one label, maybe wrapped or compiled, as a reward function.
 
     It reads a completion that was cut off as it stands, without the end of turn that its chat template adds. One that
-    spells a special token, piece by piece, is encoded as text, so that it cannot forge a turn. `ends` are the token ids
-    that end a turn of the policy, and `template` are further arguments of the chat template.
+    spells a special token is encoded as text, so that it cannot forge a turn. `ends` are the token ids that end a turn
+    of the policy, and `template` are further arguments of the chat template.
     """
 
     def __init__(
@@ -30,8 +30,7 @@ class RewardModel:
         template: Mapping[str, Any],
         name: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.ends, self.template = ends, template
+        self.model, self.tokenizer, self.ends, self.template, self.name = model, tokenizer, ends, template, name
         self._special = special_tokens(tokenizer)
 
     @torch.inference_mode()

@@ -1,10 +1,8 @@
-"""The part of checkpoints with what is left of a rollout: a file for each process.
+"""The part of checkpoints with what is left of a rollout, which serves several steps: a file for each process.
 
-A rollout serves several steps, and TRL keeps it in memory only. With it, a resumed run goes on in the middle of one:
-
-    rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
-                             metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
-                                       moments of all scores so far; and how the rollout was split
+rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
+                         metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
+                                   moments of all scores so far; and how the rollout was split
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from torch import Tensor
 
 logger = get_logger(__name__)
 
+# File of a checkpoint, by the number of the process.
 ROLLOUT = "rollout_{}.safetensors"
-"""File of a checkpoint, by the number of the process."""
 
 
 class Rollout:
