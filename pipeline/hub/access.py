@@ -22,19 +22,17 @@ def full_id(repo_id: str | None, output_dir: str | Path) -> str:
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
 
 
-def check_access(
-    repo_ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None
-) -> list[Problem]:
+def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None) -> list[Problem]:
     """Check that the token, by default the user's own, may write to repositories, or create them. Nothing is written.
 
     Return at most one problem of the argument `field`: the first repository to which it may not write, or why the Hub
     could not be asked.
     """
-    api, repo_ids = HfApi(token=token), list(repo_ids)
+    api, ids = HfApi(token=token), list(ids)
     try:
         user = retry(lambda: whoami(token, cache=True))
         own, known = user["name"], (user.get("auth") or {}).get("accessToken") or {}
-        for name in repo_ids:
+        for name in ids:
             repo_id = name if "/" in name else f"{own}/{name}"
             try:
                 retry(partial(api.auth_check, repo_id, repo_type=repo_type, write=True))
@@ -59,6 +57,6 @@ def check_access(
             if fault:
                 return [Problem(field, repo_id, fault)]
     except PUSH_ERRORS as error:
-        names = ", ".join(repo_ids)
+        names = ", ".join(ids)
         return [Problem(field, names, explain(error, names or api.endpoint))]
     return []

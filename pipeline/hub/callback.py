@@ -29,8 +29,8 @@ from pipeline.hub.upload import explain, is_replaced, push
 
 logger = logging.getLogger(__name__)
 
+# Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it.
 STAGED = ".pushed"
-"""Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it."""
 
 
 class PushCallback(TrainerCallback):

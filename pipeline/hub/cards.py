@@ -21,9 +21,8 @@ from pipeline.stages import HELD_OUT, STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
 Values = Mapping[str, Any]
-
+# Folder of a policy that holds its critic.
 CRITIC = "value_model"
-"""Folder of a policy that holds its critic."""
 
 
 @dataclass
@@ -171,12 +170,8 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
 def base_card(name: str, trained: Trained) -> str:
     """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
-    data = ModelCardData(
-        base_model=start,
-        license=trained.license,
-        library_name="transformers",
-        tags=["fourstage", *trained.about.card.tags],
-    )
+    tags = ["fourstage", *trained.about.card.tags]
+    data = ModelCardData(base_model=start, license=trained.license, library_name="transformers", tags=tags)
     return _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
 
 

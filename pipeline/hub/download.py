@@ -28,10 +28,7 @@ LAST = "last-checkpoint"
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
-    """Fetch the models and data sets that settings of steps name, except what the run makes in `home`, and return 0.
-
-    `UserError` if one of them cannot be fetched.
-    """
+    """Fetch what settings of steps name, except what the run makes in `home`; return 0, or raise a `UserError`."""
 
     def on_hub(names: object) -> list[str]:
         """Return the ids of the Hub among names: those that are neither a path nor the name of a function."""

@@ -28,9 +28,8 @@ from pipeline.files import read_json
 
 logger = logging.getLogger(__name__)
 
+# Path in a repository -> the local file, or its content.
 Files = dict[str, Path | bytes]
-"""Path in a repository -> the local file, or its content."""
-
 # Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them.
 SUFFIXES = (
     ".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".gguf", ".md", ".parquet", ".html",

@@ -107,10 +107,8 @@ def main(args: argparse.Namespace) -> int:
                 to = f"{where}, branch {branch}" if branch else where
                 print(f"{to}: {'pushed' if changed else 'up to date'}", flush=True)
     if args.namespace:
-        # The Hub allows titles of 60 characters.
-        title = run.name[:60]
-        with _stop_if_it_fails(f"The collection {title}", args.namespace):
-            _collect(api, title, args, repositories)
+        with _stop_if_it_fails(f"The collection {run.name}", args.namespace):
+            _collect(api, run.name, args, repositories)
     return 0
 
 
@@ -162,7 +160,8 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     from pipeline.hub.upload import retry
 
     def attempt() -> str:
-        slug = api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True).slug
+        # The Hub allows titles of 60 characters.
+        slug = api.create_collection(title[:60], namespace=args.namespace, private=args.private, exists_ok=True).slug
         for item in repositories:
             api.add_collection_item(slug, item.id, item.type, exists_ok=True)
         return slug

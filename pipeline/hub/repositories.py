@@ -133,8 +133,8 @@ class Outputs:
             if is_data(folder):
                 # Data are published as they are: only models and reports name paths.
                 rows: Files = {path: folder / path for path in publishable(folder)}
-                card = dataset_card(folder, repo_id, self.ids, self._license[0])
-                data.append(Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)}))
+                rows["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
+                data.append(Repository(repo_id, "dataset", rows))
                 continue
             _, base_id = self.bases.get(name, (Path(), None))
             # PEFT does not look for the base in a subfolder, so that it has a repository of its own.

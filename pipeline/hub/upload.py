@@ -48,10 +48,8 @@ def push(
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
     Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
-    A Space is a static one. The branch `revision` is "main" by default; `create_pr` opens a pull request instead.
-
-    Return whether anything has changed. If it still fails after some attempts, `PUSH_ERRORS` are raised, for the reason
-    that `explain` gives.
+    The branch `revision` is "main" by default; `create_pr` opens a pull request instead. Return whether anything has
+    changed. If it still fails after some attempts, `PUSH_ERRORS` are raised.
     """
     where = {"repo_id": repo_id, "repo_type": repo_type}
 

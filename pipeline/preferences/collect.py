@@ -44,10 +44,7 @@ from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 
 logger = logging.getLogger("pipeline.preferences.collect")
 
-NO_RULES = (
-    "the columns by which the annotators judge (require, reject, test), so that any answer would be right; "
-    "name a reward model or a function"
-)
+NO_RULES = "the columns by which the annotators judge (require, reject, test); name a reward model or a function"
 TITLE = "# Preferences between two answers"
 CARD = f"""\
 {TITLE}

@@ -1,8 +1,7 @@
 """Judges, who say which of two answers to a prompt is better: the annotators, a reward model, or a function.
 
 A function is a reward function, `package.module:function`: the answer with the higher reward wins. If it has a
-parameter `opponents`, it judges the pairs itself, and returns 1 for an answer that wins, 0 for one that loses, and 0.5
-for a tie.
+parameter `opponents`, it judges the pairs itself: 1 for an answer that wins, 0 for one that loses, and 0.5 for a tie.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
+# Tokens in a batch of conversations to score on an accelerator, padding included.
 BATCH_TOKENS = 8192
-"""Tokens in a batch of conversations to score on an accelerator, padding included."""
-
+# Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown.
 Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
-"""Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +89,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def chance(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Return rewards that say nothing about the answers: as a judge, a control for what training on any answers does.
-
-    The same answer to the same prompt always has the same reward.
-    """
+    """Return rewards by chance, equal for equal answers: as a judge, a control for training on any answers."""
     return [float(crc32(f"{pair}".encode())) for pair in zip(prompts, completions, strict=True)]
 
 

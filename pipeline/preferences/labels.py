@@ -17,9 +17,8 @@ from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_compo
 
 T = TypeVar("T")
 R = TypeVar("R")
-
+# Prompts whose answers a judge is given in one call.
 JUDGED_AT_ONCE = 64
-"""Prompts whose answers a judge is given in one call."""
 
 
 @dataclass

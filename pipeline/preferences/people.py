@@ -29,8 +29,8 @@ from pipeline.progress import report_progress
 
 logger = logging.getLogger("pipeline.preferences.people")
 
+# The outcome of a choice by hand for the answer that is named first.
 BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
-"""The outcome of a choice by hand for the answer that is named first."""
 
 
 @dataclass
@@ -69,10 +69,7 @@ def wait_for_votes(args: VoteArguments) -> int:
 
 
 def load_votes(path: Path) -> Judge:
-    """Return the judge that decides as most people did, on the page and by hand in `path`.
-
-    To pairs without votes the judge gives no outcome, and it adds them to `path`.
-    """
+    """Return the judge that decides as most people did, on the page and by hand in `path`, and lists other pairs there."""
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]

@@ -51,10 +51,8 @@ class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
     Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
-    that a resumed run raises the alarms of an uninterrupted one.
-
-    Args:
-        checked: Whether rewards are checks, with a best value, and not scores of a reward model.
+    that a resumed run raises the alarms of an uninterrupted one. `checked` says whether rewards are checks, with a best
+    value, and not scores of a reward model.
     """
 
     def __init__(self, checked: bool) -> None:

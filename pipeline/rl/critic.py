@@ -69,11 +69,7 @@ class Critic:
         (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        """Load the model.
-
-        Raises:
-            ValueError, UserError: If there is no critic in the folder, or an adapter for one that is trained in full.
-        """
+        """Load the model. `ValueError` or `UserError` if it is missing, or an adapter where all weights are trained."""
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")

@@ -18,8 +18,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.models.patches import bind_forward
 
+# Names of the linear head in transformers' classifiers.
 HEAD_NAMES = ("score", "classifier")
-"""Names of the linear head in transformers' classifiers."""
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
@@ -45,10 +45,7 @@ def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
-    """Copy a policy as a reference, whose logits are divided by `temperature`.
-
-    TRL makes its reference by loading the policy's path again, which a model built in memory does not have.
-    """
+    """Copy a policy, maybe one without a path for TRL to load, as a reference with logits divided by `temperature`."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     # The forward method that TRL gave the policy still refers to the original.
     reference.__dict__.pop("forward", None)

@@ -46,8 +46,7 @@ logger = get_logger(__name__)
 class EpochSampler(Sampler[int]):
     """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
 
-    TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
-    the order of the first.
+    TRL draws the orders from one generator, so that a run resumed in the second epoch would see that of the first.
     """
 
     sampler: Any
@@ -216,8 +215,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """On a CPU, compute logits for the completion only, without TRL's tiles, which take several times as long.
 
-        Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
-        which changes what a model with learned positions computes.
+        Positions are counted from each text's first token, as during sampling. TRL counts the padding, too, which
+        changes what a model with learned positions computes.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())

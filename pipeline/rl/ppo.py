@@ -149,9 +149,8 @@ class PPOTrainer(GRPOTrainer):
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
             if "old_per_token_logps" not in batch:
-                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention_mask, length, size
-                )
+                sampled = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, length, size)
+                batch["old_per_token_logps"] = sampled[0]
             values = self._values(ids, attention_mask, length, size)
         logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
         penalty = torch.zeros_like(logps)

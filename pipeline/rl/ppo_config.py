@@ -12,9 +12,9 @@ from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unuse
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 
+# accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`.
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
-"""accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
-
+# Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default.
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
     for names, why in {
@@ -29,7 +29,6 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
     }.items()
     for name in names.split()
 }
-"""Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
 
 
 @dataclass
@@ -69,9 +68,7 @@ class PPOConfig(GRPOConfig):
         "batch (of its rollout); running (of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
-    missing_eos_penalty: float | None = option(
-        None, "Subtracted from the score of a completion without an end of turn."
-    )
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a completion without end of turn.")
 
     def __post_init__(self) -> None:
         # The completions of a rollout. There is no process group yet, and a preflight names the processes that will be.

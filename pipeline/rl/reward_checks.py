@@ -12,17 +12,7 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
 from pipeline.errors import Problem, UserError, collect
-from pipeline.models.loading import (
-    is_reward_model,
-    load_config,
-    load_tokenizer,
-    local_copy,
-    user_error_for,
-    validate_chat,
-    validate_kind,
-    validate_vocabulary,
-    validate_weights,
-)
+from pipeline.models import loading
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
@@ -90,16 +80,16 @@ def check_reward_model(path: str) -> list[Problem]:
     """Check that a reward model, by path or Hub id, gives a single score, and has a chat template and all weights."""
     field = "reward_model_path"
     try:
-        with user_error_for(field, path):
-            config = load_config(path)
-        tokenizer = load_tokenizer(path, field)
+        with loading.user_error_for(field, path):
+            config = loading.load_config(path)
+        tokenizer = loading.load_tokenizer(path, field)
     except UserError as error:
         return list(error.problems)
-    fault = validate_kind(config, reward=True)
-    if config.architectures and not is_reward_model(config):
+    fault = loading.validate_kind(config, reward=True)
+    if config.architectures and not loading.is_reward_model(config):
         fault = f"is a {config.architectures[0]}; give a reward model: a sequence classifier with one label"
-    fault = fault or validate_weights(path, config, AutoModelForSequenceClassification)
-    faults = [fault, validate_chat(tokenizer), validate_vocabulary(config, tokenizer)]
+    fault = fault or loading.validate_weights(path, config, AutoModelForSequenceClassification)
+    faults = [fault, loading.validate_chat(tokenizer), loading.validate_vocabulary(config, tokenizer)]
     return [Problem(field, path, fault) for fault in faults if fault]
 
 
@@ -110,19 +100,19 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     """
     field = "value_model_path"
     try:
-        with user_error_for(field, path):
-            source = local_copy(path, VALUE_MODEL_FOLDER)
-            config = load_config(source)
+        with loading.user_error_for(field, path):
+            source = loading.local_copy(path, VALUE_MODEL_FOLDER)
+            config = loading.load_config(source)
     except UserError as error:
         return list(error.problems)
-    faults = [validate_weights(source, config, auto_class(config))]
+    faults = [loading.validate_weights(source, config, auto_class(config))]
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
         faults = [f"has {config.num_labels} labels; give a critic or a reward model, which has one"]
     if tokenizer is not None:
         try:
-            if load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
+            if loading.load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
                 faults.append("has another tokenizer than the policy; give a model that has the same one")
         except UserError:
             # A critic is saved without a tokenizer.
-            faults.append(validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
+            faults.append(loading.validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
     return [Problem(field, path, fault) for fault in faults if fault]

@@ -48,9 +48,8 @@ class RewardModel:
             else:
                 texts.append(self.render(prompt + completion, ended=len(ids) > 0 and ids[-1] in self.ends))
         device = next(self.model.parameters()).device
-        inputs = self.tokenizer(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        ).to(device)
+        padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
+        inputs = self.tokenizer(text=texts, add_special_tokens=False, **padded).to(device)
         # On an accelerator, a pass of its own costs more than the padding.
         output = call_by_length(self.model, **inputs) if device.type == "cpu" else self.model(**inputs)
         scores = output.logits[:, 0].float()

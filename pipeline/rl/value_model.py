@@ -124,8 +124,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
-    The head of a reward model is copied, too: at each token, the critic starts with the reward that the text so far
-    would get. From a policy, the head is zero: the critic starts by expecting nothing.
+    With the head of a reward model, the critic starts with the reward that the text so far would get. From a policy, it
+    starts by expecting nothing: the head is zero.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
