@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, whoami
 from huggingface_hub.errors import HfHubHTTPError
@@ -14,55 +14,49 @@ from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
 
 def full_id(repo_id: str | None, output_dir: str | Path) -> str:
-    """Return the id, with its namespace, of the repository that an output directory is pushed to.
+    """Return the id of the repository that an output directory is pushed to, by default one of the directory's name.
 
-    By default, it has the name of the directory. A name without a namespace is in the user's own, for which the Hub is
-    asked; that may raise `PUSH_ERRORS`.
+    A name without a namespace is in the user's own, for which the Hub is asked; that may raise `PUSH_ERRORS`.
     """
     name = repo_id or Path(output_dir).absolute().name
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
 
 
-def check_access(
-    repo_ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None
-) -> list[Problem]:
-    """Check that the token may write to repositories, or create them. Nothing is written.
+def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None) -> list[Problem]:
+    """Check that the token, by default the user's own, may write to repositories, or create them. Nothing is written.
 
-    By default, the token is the one of `hf auth login`, or HF_TOKEN. Return at most one problem of the argument
-    `field`: the first repository to which it may not write, or why the Hub could not be asked.
+    Return at most one problem of the argument `field`: the first repository to which it may not write, or why the Hub
+    could not be asked.
     """
-    api, repo_ids = HfApi(token=token), list(repo_ids)
+    api, ids = HfApi(token=token), list(ids)
     try:
         user = retry(lambda: whoami(token, cache=True))
-        for name in repo_ids:
-            repo_id = name if "/" in name else f"{user['name']}/{name}"
-            if fault := _find_fault(api, user, repo_id, repo_type):
+        own, known = user["name"], (user.get("auth") or {}).get("accessToken") or {}
+        for name in ids:
+            repo_id = name if "/" in name else f"{own}/{name}"
+            try:
+                retry(partial(api.auth_check, repo_id, repo_type=repo_type, write=True))
+                continue
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                # 404: the repository does not exist yet.
+                if status not in (403, 404):
+                    raise
+            fault, namespace = "", repo_id.split("/")[0]
+            scopes = known.get("fineGrained", {}).get("scoped", [])
+            writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
+            if namespace not in {own, *(org["name"] for org in user.get("orgs") or [])}:
+                fault = f"belongs to {namespace}, and the token to {own}; push to {own}/{repo_id.split('/')[1]}"
+            elif known.get("role") == "read":
+                fault = "the token may only read; make one that may write, and log in with `hf auth login`"
+            elif known.get("role") == "fineGrained" and not writable & {repo_id, namespace}:
+                only = ", ".join(sorted(writable)) or "nothing"
+                fault = f"the token may write to {only} only; push there, or make a token that may write to {namespace}"
+            elif status == 403:
+                fault = f"the token of {own} may not write to it; use one that may"
+            if fault:
                 return [Problem(field, repo_id, fault)]
     except PUSH_ERRORS as error:
-        names = ", ".join(repo_ids)
+        names = ", ".join(ids)
         return [Problem(field, names, explain(error, names or api.endpoint))]
     return []
-
-
-def _find_fault(api: HfApi, user: Mapping[str, Any], repo_id: str, repo_type: str) -> str | None:
-    """Return why the token may not push to a repository, or None."""
-    try:
-        retry(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
-        return None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        # 404: the repository does not exist yet.
-        if status not in (403, 404):
-            raise
-    namespace, own = repo_id.split("/")[0], user["name"]
-    token = (user.get("auth") or {}).get("accessToken") or {}
-    if namespace not in {own, *(org["name"] for org in user.get("orgs") or [])}:
-        return f"belongs to {namespace}, and the token to {own}; push to {own}/{repo_id.split('/')[1]}"
-    if token.get("role") == "read":
-        return "the token may only read; make one that may write, and log in with `hf auth login`"
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    writable = {scope["entity"]["name"] for scope in scopes if "repo.write" in scope.get("permissions", [])}
-    if token.get("role") == "fineGrained" and not writable & {repo_id, namespace}:
-        known = ", ".join(sorted(writable)) or "nothing"
-        return f"the token may write to {known} only; push there, or make a token that may write to {namespace}"
-    return f"the token of {own} may not write to it; use one that may" if status == 403 else None

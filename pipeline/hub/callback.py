@@ -1,7 +1,6 @@
 """What a run pushes to the Hub: checkpoints while it trains, and the model once it is complete on the disk.
 
-transformers creates the repository before it trains, pushes pickles and lock files, and loses the run if the last push
-fails.
+transformers creates the repository first, pushes pickles and lock files, and loses the run if the last push fails.
 """
 
 from __future__ import annotations
@@ -30,23 +29,22 @@ from pipeline.hub.upload import explain, is_replaced, push
 
 logger = logging.getLogger(__name__)
 
+# Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it.
 STAGED = ".pushed"
-"""Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it."""
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints and the model of a trainer, instead of transformers.
+    """Pushes checkpoints and the model of a trainer, instead of transformers. `push_to_hub` is set to false.
 
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
-    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed with the last push, because then it only takes
-    room. If the best checkpoint will be loaded at the end, that is pushed as well. `push_to_hub` is set to false.
+    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed at the end. If the best checkpoint will be
+    loaded at the end, that is pushed as well.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
         self._is_asked, args.push_to_hub = args.push_to_hub, False
-        self._args = args
-        self._api = HfApi(token=args.hub_token)
+        self._args, self._api = args, HfApi(token=args.hub_token)
         self._running: Future[None] | None = None
         self._missed: Path | None = None
         if not self._is_asked or args.hub_strategy == HubStrategy.END:
@@ -74,8 +72,7 @@ class PushCallback(TrainerCallback):
 
         If training `is_complete`, the model will be pushed.
         """
-        is_kept = not is_complete or self._args.hub_strategy != HubStrategy.EVERY_SAVE
-        if self._missed is not None and is_kept:
+        if self._missed is not None and not (is_complete and self._args.hub_strategy == HubStrategy.EVERY_SAVE):
             self._begin(self._missed)
         if self._running is not None:
             self._running.result()
@@ -84,8 +81,7 @@ class PushCallback(TrainerCallback):
         """Push the finished model if that was asked for; `RunStopped` names the command that makes up for a failure."""
         if not self._is_asked or self._args.process_index != 0:
             return
-        output_dir = str(self._args.output_dir)
-        folder = Path(output_dir).absolute()
+        folder = Path(str(self._args.output_dir)).absolute()
         name = self._args.hub_model_id or folder.name
         replaced = (f"{LAST}/",) if self._args.hub_strategy == HubStrategy.EVERY_SAVE else ()
         try:
@@ -93,20 +89,19 @@ class PushCallback(TrainerCallback):
             for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
                 self._send(item.id, item.files, "End of training", replaced)
         except Exception as error:
-            command = ["python", "-m", "pipeline", "push", output_dir, "--repo_id", name]
+            command = ["python", "-m", "pipeline", "push", str(self._args.output_dir), "--repo_id", name]
             command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
             command += ["--private"] if self._args.hub_private_repo else []
             raise RunStopped(
-                f"The model is complete in {output_dir}, but it was not pushed to {name}: {explain(error, name)}.\n"
-                f"To push it: {shlex.join(command)}",
-                exit_code=EXIT_PUSH_FAILED,
+                f"The model is complete in {self._args.output_dir}, but it was not pushed to {name}: "
+                f"{explain(error, name)}.\nTo push it: {shlex.join(command)}",
+                EXIT_PUSH_FAILED,
             ) from error
         logger.info("%-11s to %s/%s", "pushed", self._api.endpoint, name)
 
     def _begin(self, checkpoint: Path) -> None:
         """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
-        # A push may take longer than `save_total_limit` lets the checkpoint live. Hard links cost no space, and keep
-        # its files until the push ends:
+        # Hard links cost no space, and keep the files of the checkpoint until the push ends:
         #
         #     runs/x/2_sft/checkpoint-40/model.safetensors                          deleted by the trainer at step 60
         #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed
@@ -155,11 +150,11 @@ class PushCallback(TrainerCallback):
 
     def _send(self, name: str, files: Files, message: str, replaced: tuple[str, ...]) -> None:
         """Push files to the repository `name`, in place of its weights and of paths that begin as `replaced` says."""
-
-        def is_stale(path: str) -> bool:
-            is_weights = path.endswith((".safetensors", ".safetensors.index.json")) and is_replaced(path)
-            return is_weights or path.startswith(replaced)
-
-        private, revision = bool(self._args.hub_private_repo), self._args.hub_revision
+        options = {"private": bool(self._args.hub_private_repo), "revision": self._args.hub_revision}
+        weights = (".safetensors", ".safetensors.index.json")
         with suppress_progress_bars():
-            push(self._api, name, files, message, private=private, revision=revision, replaces=is_stale)
+            push(
+                *(self._api, name, files, message),
+                replaces=lambda path: path.startswith(replaced) or (path.endswith(weights) and is_replaced(path)),
+                **options,
+            )

@@ -21,17 +21,16 @@ from pipeline.stages import HELD_OUT, STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
 Values = Mapping[str, Any]
-
+# Folder of a policy that holds its critic.
 CRITIC = "value_model"
-"""Folder of a policy that holds its critic."""
 
 
 @dataclass
 class Trained:
     """What the card of a model is made from. The card omits what is missing.
 
-    `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json, with
-    `command`, `seconds`, `hardware`, `versions` and `commit`. `ids` has the ids of folders that the `settings` name.
+    `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json. `ids` has the
+    ids of folders that the `settings` name.
     """
 
     folder: Path
@@ -46,11 +45,6 @@ class Trained:
     report: str = ""
     license: Any = None
     language: Any = None
-
-    @property
-    def stage(self) -> str:
-        """Name of its directory, which is its name in metrics.json."""
-        return self.folder.name
 
     @property
     def about(self) -> StageKind:
@@ -68,34 +62,23 @@ class Trained:
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not is_output
         return self.ids.get(name) or (name if is_id else None)
 
-    def all_on_hub(self, setting: str) -> list[str]:
-        """Return the ids of what a setting names, which may be one thing or a list."""
-        found = map(self.on_hub, as_list(self.settings.get(setting)))
-        return [name for name in found if name is not None]
-
 
 def _render(template: str, data: CardData, **values: Any) -> str:
     """Return a card: its metadata, and the text of a file in `templates/`."""
-    environment = Environment(
-        loader=PackageLoader("pipeline.hub"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    jinja.loader = PackageLoader("pipeline.hub")
+    jinja.filters |= {
         "fenced": fenced,
         "figure": _figure,
         "json": lambda text: json.dumps(text, ensure_ascii=False),
         "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
     }
-    return f"---\n{data.to_yaml()}\n---\n\n{environment.get_template(template).render(values)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{jinja.get_template(template).render(values)}"
 
 
 def fenced(code: str, language: str) -> str:
     """Return a block of code in Markdown, whose fence is longer than any in the code."""
-    longest = max(map(len, re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
+    fence = max(["``", *re.findall("`+", code)], key=len) + "`"
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
@@ -103,25 +86,26 @@ def _figure(entry: Any) -> str:
     """Return a metric and its interval, empty if the entry has no number."""
     if not entry or entry.get("value") is None:
         return ""
-    digits = 3 if abs(entry["value"]) < 10 else 1
-    shown = f"{entry['value']:.{digits}f}"
-    if ends := entry.get("ci95"):
-        shown += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-    return shown
+    digits, ends = 3 if abs(entry["value"]) < 10 else 1, entry.get("ci95")
+    interval = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    return f"{entry['value']:.{digits}f}{interval}"
 
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
     import transformers
 
-    about, settings = trained.about, trained.settings
+    about, settings, stage = trained.about, trained.settings, trained.folder.name
     config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
     measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
-    found = {metric: entry for stages in measured for metric, entry in stages.get(trained.stage, {}).items()}
+    found = {metric: entry for stages in measured for metric, entry in stages.get(stage, {}).items()}
     own = {metric: entry for metric, entry in found.items() if entry.get("value") is not None}
     results = [_result(trained, metric, entry) for metric, entry in own.items()]
-    base, datasets = trained.on_hub(settings.get("model_name_or_path")), trained.all_on_hub("dataset_name")
-    title = trained.name.rsplit("/", 1)[-1]
+    base = trained.on_hub(settings.get("model_name_or_path"))
+    datasets, judges = (
+        [repo_id for name in as_list(settings.get(field)) if (repo_id := trained.on_hub(name))]
+        for field in ("dataset_name", "reward_model_path")
+    )
     data = ModelCardData(
         base_model=base,
         datasets=datasets or None,
@@ -129,7 +113,7 @@ def model_card(trained: Trained) -> str:
         language=trained.language,
         library_name="peft" if adapter else "transformers",
         license=trained.license,
-        model_name=title if results else None,
+        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
         pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *about.card.tags],
     )
@@ -138,27 +122,24 @@ def model_card(trained: Trained) -> str:
     # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
     stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
     before = Path(str(settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{trained.stage}`": own} | ({f"`{before}`": stages.get(before, {})} if before != trained.stage else {})
+    columns = {f"`{stage}`": own} | ({f"`{before}`": stages.get(before, {})} if before != stage else {})
     columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
     weights = trained.folder.glob("*.safetensors")
-    number = re.match(r"\d+", trained.stage)
+    number = re.match(r"\d+", stage)
     card = _render(
         "model.md.jinja",
         data,
-        adapter=adapter,
-        base=base,
-        config=config,
+        **{"adapter": adapter, "base": base, "config": config, "datasets": datasets, "judges": judges, "entries": own},
         baselines={
-            name: (find_baseline(name), entry) for name, entry in baselines.items() if own.keys() & entry.keys()
+            name: (find_baseline(name), found) for name, found in baselines.items() if own.keys() & found.keys()
         },
         columns={name: found for name, found in columns.items() if own.keys() & found.keys()},
-        datasets=datasets,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
-        entries=own,
         imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),
         parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
         stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
         steps=read_json(trained.folder / STATE).get("global_step"),
+        tokens=trained.metrics.get("tokens", {}).get(stage),
         trained=trained,
         yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
     )
@@ -169,9 +150,8 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
     """Return what the Hub shows of a metric. It has no field for intervals; they are among the arguments."""
     key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
     source = trained.measured_on.get(key) or {}
-    name = source.get("dataset_name")
-    name = ", ".join(name) if isinstance(name, list) else name
-    shown = trained.on_hub(name) or Path(str(name or "held-out data")).name
+    name = ", ".join(as_list(source.get("dataset_name") or []))
+    shown = trained.on_hub(name) or Path(name or "held-out data").name
     # A metric of lm-eval is named `task:metric`.
     task, colon, own = metric.partition(":")
     return EvalResult(
@@ -190,12 +170,8 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
 def base_card(name: str, trained: Trained) -> str:
     """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
-    data = ModelCardData(
-        base_model=start,
-        license=trained.license,
-        library_name="transformers",
-        tags=["fourstage", *trained.about.card.tags],
-    )
+    tags = ["fourstage", *trained.about.card.tags]
+    data = ModelCardData(base_model=start, license=trained.license, library_name="transformers", tags=tags)
     return _render("base.md.jinja", data, title=name.rsplit("/", 1)[-1], adapter=trained.name, start=start)
 
 
@@ -212,7 +188,7 @@ def load_card(folder: Path) -> DatasetCard:
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
     """Return the README.md of a folder of data: the text of its own card, with licence, tags and how to load it.
 
-    The text may name other outputs of the run, which become their repositories: `ids` has them by directory.
+    Other outputs of the run that the text names become their repositories: `ids` has them by directory.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license

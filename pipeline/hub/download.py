@@ -19,28 +19,22 @@ from pipeline.files import STATE, as_list, is_missing_path, read_json, split_rev
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
+# Fields that may name models or tokenizers of the Hub.
 MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
-"""Fields that may name models or tokenizers of the Hub."""
-
+# What models are loaded from; pickles are left where they are.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What models are loaded from; pickles are left where they are."""
-
+# Folder of a repository that holds the newest checkpoint, as transformers names it.
 LAST = "last-checkpoint"
-"""Folder of a repository that holds the newest checkpoint, as transformers names it."""
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
-    """Fetch the models and data sets that settings of steps name, except what the run makes in `home`, and return 0.
-
-    Raises:
-        UserError: If one of them cannot be fetched.
-    """
+    """Fetch what settings of steps name, except what the run makes in `home`; return 0, or raise a `UserError`."""
 
     def on_hub(names: object) -> list[str]:
         """Return the ids of the Hub among names: those that are neither a path nor the name of a function."""
         found = [name for name in as_list(names) if isinstance(name, str) and ":" not in name]
-        paths = {name for name in found if Path(name).is_relative_to(home) or Path(name).exists()}
-        return [name for name in found if name not in paths and not is_missing_path(name)]
+        found = [name for name in found if not (Path(name).is_relative_to(home) or Path(name).exists())]
+        return [name for name in found if not is_missing_path(name)]
 
     models: dict[str, tuple[str, str | None]] = {}
     data: dict[tuple[str, str | None], bool] = {}
@@ -79,17 +73,13 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
 def fetch_checkpoints(name: str, field: str) -> list[Path]:
     """Download the newest checkpoint of `NAME/repo` or `NAME/repo@revision`, which the argument `field` named.
 
-    Returns:
-        Its folder, followed by the folder of the best checkpoint so far if the repository has it as well.
-
-    Raises:
-        UserError: If there is no such repository or no checkpoint in it, or if it cannot be downloaded.
+    Return its folder, and that of the best checkpoint so far if the repository has it as well. `UserError` if there is
+    no such repository or no checkpoint in it, or if it cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
 
     def fetch(folder: str) -> Path:
-        patterns = [f"{folder}/*"]
-        return Path(retry(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=patterns))) / folder
+        return Path(retry(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=f"{folder}/*")), folder)
 
     try:
         validate_repo_id(repo_id)

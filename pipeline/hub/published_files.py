@@ -1,11 +1,9 @@
 """The files of an output directory that are published on the Hub, without paths and tokens of this machine.
 
-A path may stand in a text as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command
-(`--config=/home/alice/x.yaml`). Paths are therefore removed in three passes:
-
-1. the current directory,
-2. the home directory and the paths that the settings and records of the run name, with any characters (`places`),
-3. anything else that begins with a directory of the root of this machine, up to the first space, quote or bracket.
+A path may stand in a text as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command (`--config=/home/x.yaml`).
+Paths are removed in three passes: the current directory; the home directory and the paths that the settings and records
+of the run name, with any characters (`places`); and anything else that begins with a directory of the root of this
+machine, up to the first space, quote or bracket.
 """
 
 from __future__ import annotations
@@ -30,23 +28,20 @@ from pipeline.files import read_json
 
 logger = logging.getLogger(__name__)
 
+# Path in a repository -> the local file, or its content.
 Files = dict[str, Path | bytes]
-"""Path in a repository -> the local file, or its content."""
-
+# Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them.
 SUFFIXES = (
     ".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".gguf", ".md", ".parquet", ".html",
 )  # fmt: skip
-"""Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them."""
 
 TEXTS = (".json", ".md", ".html", ".txt", ".jinja")
+# Files of a tokenizer, which have to stay as they are.
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
-"""Files of a tokenizer, which have to stay as they are."""
-
+# Files with fields that name other models and data.
 SETTINGS = ("arguments.json", "adapter_config.json")
-"""Files with fields that name other models and data."""
-
+# Beginnings of names of files and folders that are for resuming and for debugging.
 UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
-"""Beginnings of names of files and folders that are for resuming and for debugging."""
 
 
 def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
@@ -61,11 +56,11 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
         unread = any(part.startswith(UNPUBLISHED) for part in name.parts)
         if unread or path.suffix not in SUFFIXES or not path.is_file():
             continue
-        if not path.resolve().is_relative_to(folder.resolve()):
-            logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
-            continue
         try:
-            files[name.as_posix()] = public_content(path, known, ids)
+            if path.resolve().is_relative_to(folder.resolve()):
+                files[name.as_posix()] = public_content(path, known, ids)
+            else:
+                logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
         except UnicodeDecodeError:
             logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
     return files
@@ -82,20 +77,15 @@ def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None =
     text = raw.decode()
     if ids and path.name in SETTINGS:
         text = json.dumps(rename(json.loads(text), lambda found: ids.get(Path(found).absolute())), indent=1)
-    cleaned = to_bytes(clean(text, path.suffix, known))
+    if path.suffix == ".json":
+        with contextlib.suppress(ValueError):
+            known = known | _named_paths(json.loads(text))
+    cleaned = to_bytes(without_paths(text, known))
     return path if cleaned == raw else cleaned
 
 
-def clean(text: str, suffix: str, known: set[str]) -> str:
-    """Return the text of a file without the paths of this machine, including the paths that its own JSON names."""
-    if suffix == ".json":
-        with contextlib.suppress(ValueError):
-            known = known | _named_paths(json.loads(text))
-    return without_paths(text, known)
-
-
 def to_bytes(text: str) -> bytes:
-    """Return a text in UTF-8, with question marks for what that cannot encode, such as half of a surrogate pair."""
+    """Return a text in UTF-8, with question marks for what it cannot encode, such as half of a surrogate pair."""
     return text.encode("utf-8", "replace")
 
 
@@ -132,8 +122,7 @@ def _named_paths(value: Any) -> set[str]:
         with contextlib.suppress(ValueError):
             words += shlex.split(text)
         for word in words:
-            path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
-            path = re.sub("/+", "/", path)
+            path = re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word))
             if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
                 found.add(path.rstrip("/"))
     return found
@@ -176,12 +165,10 @@ def _replace(text: str, names: Mapping[str, str]) -> str:
     return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
 
 
+# Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
+# and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host.
 BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
-"""Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
-and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host."""
-
+# Not after the name of a file or a folder: the rest of a longer name.
 GOES_ON = r"(?![\w-]|\.\w)"
-"""Not after the name of a file or a folder: the rest of a longer name."""
-
+# Characters of a part of a path that no setting names.
 INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"
-"""Characters of a part of a path that no setting names."""

@@ -5,8 +5,8 @@
     python -m pipeline push runs/pocket --namespace alice --dry-run
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
-A second push uploads only what has changed and deletes what else a repository holds, but for checkpoints; one that was
-interrupted goes on. The last form pushes a single output directory.
+A second push uploads only what has changed and deletes what else a repository holds, but for checkpoints. The last form
+pushes a single output directory.
 """
 
 from __future__ import annotations
@@ -76,7 +76,15 @@ def main(args: argparse.Namespace) -> int:
         if people := names_of_people(run.folders[name]):
             print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
     if args.dry_run:
-        _show(run.repositories())
+        planned = run.repositories()
+        sizes: list[int] = []
+        for item in planned:
+            for branch, files in [("", item.files), *item.checkpoints.items()]:
+                print(f"{item.type} {item.id}{f' (branch {branch})' if branch else ''}")
+                for name, content in sorted(files.items()):
+                    sizes.append(len(content) if isinstance(content, bytes) else content.stat().st_size)
+                    print(f"  {sizes[-1]:>12,}  {name}")
+        print(f"{len(sizes)} files of {sum(sizes):,} bytes in {len(planned)} repositories; nothing was pushed")
         return 0
     for kind in () if args.create_pr else ("dataset", "model"):
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
@@ -84,9 +92,8 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(*problems)
     with _stop_if_it_fails(str(args.run), args.namespace or args.repo_id):
         repositories = run.repositories()
-    for name in run.wanted:
-        base, base_id = run.bases.get(name, (Path(), ""))
-        if base_id is None:
+    for name, (base, base_id) in run.bases.items():
+        if name in run.wanted and base_id is None:
             print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
     disable_progress_bars()
     for item in repositories:
@@ -100,10 +107,8 @@ def main(args: argparse.Namespace) -> int:
                 to = f"{where}, branch {branch}" if branch else where
                 print(f"{to}: {'pushed' if changed else 'up to date'}", flush=True)
     if args.namespace:
-        # The Hub allows titles of 60 characters.
-        title = run.name[:60]
-        with _stop_if_it_fails(f"The collection {title}", args.namespace):
-            _collect(api, title, args, repositories)
+        with _stop_if_it_fails(f"The collection {run.name}", args.namespace):
+            _collect(api, run.name, args, repositories)
     return 0
 
 
@@ -114,8 +119,7 @@ def _check(args: argparse.Namespace) -> list[Problem]:
     from pipeline.files import is_locked
 
     is_run = (args.run / "run.json").exists()
-    seeds = sorted(path.parent for path in args.run.glob("seed*/run.json"))
-    remedy = ""
+    seeds, remedy = sorted(path.parent for path in args.run.glob("seed*/run.json")), ""
     if not args.run.is_dir():
         remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     elif seeds and not is_run:
@@ -137,19 +141,6 @@ def _check(args: argparse.Namespace) -> list[Problem]:
     return problems
 
 
-def _show(repositories: list[Repository]) -> None:
-    """Print the files of each repository, with their sizes."""
-    total = count = 0
-    for item in repositories:
-        for branch, files in [("", item.files), *item.checkpoints.items()]:
-            print(f"{item.type} {item.id}{f' (branch {branch})' if branch else ''}")
-            for name, content in sorted(files.items()):
-                size = len(content) if isinstance(content, bytes) else content.stat().st_size
-                print(f"  {size:>12,}  {name}")
-                total, count = total + size, count + 1
-    print(f"{count} files of {total:,} bytes in {len(repositories)} repositories; nothing was pushed")
-
-
 @contextmanager
 def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
     from pipeline.hub.upload import PUSH_ERRORS, explain
@@ -157,11 +148,9 @@ def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
     try:
         yield
     except PUSH_ERRORS as error:
-        raise RunStopped(
-            f"{what} could not be pushed: {explain(error, repo_id)}.\n"
-            "Nothing on this disk has changed; the same command goes on with what is missing.",
-            EXIT_PUSH_FAILED,
-        ) from error
+        advice = "Nothing on this disk has changed; the same command goes on with what is missing."
+        message = f"{what} could not be pushed: {explain(error, repo_id)}.\n{advice}"
+        raise RunStopped(message, EXIT_PUSH_FAILED) from error
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
@@ -171,7 +160,8 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     from pipeline.hub.upload import retry
 
     def attempt() -> str:
-        slug = api.create_collection(title, namespace=args.namespace, private=args.private, exists_ok=True).slug
+        # The Hub allows titles of 60 characters.
+        slug = api.create_collection(title[:60], namespace=args.namespace, private=args.private, exists_ok=True).slug
         for item in repositories:
             api.add_collection_item(slug, item.id, item.type, exists_ok=True)
         return slug

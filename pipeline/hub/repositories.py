@@ -17,16 +17,16 @@ from pyarrow.parquet import read_table
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
-from pipeline.hub.published_files import Files, clean, places, public_settings, publishable, to_bytes
+from pipeline.hub.published_files import Files, places, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
 
+# Folder of an adapter that holds its base model, if that was itself merged from an adapter.
 BASE = "base"
-"""Folder of an adapter that holds its base model, if that was itself merged from an adapter."""
 
 REPORT = "report"
+# Directories of a run that are not the output of a stage.
 OTHERS = (REPORT, "evaluations", "logs")
-"""Directories of a run that are not the output of a stage."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Repository:
 class Outputs:
     """The output directories of the run in `path`, which go to a `namespace`; or one of them, which has a `repo_id`.
 
-    `only` names the directories that are pushed, by default all. `license` is by default the one that the cards of the
-    data name. `api` looks for what was pushed before; None makes no request.
+    `only` names those that are pushed, by default all. `license` is by default the one that the cards of the data name.
+    `api` looks for what was pushed before; None makes no request.
     """
 
     path: Path
@@ -64,11 +64,10 @@ class Outputs:
     @cached_property
     def folders(self) -> dict[str, Path]:
         """The output directories that hold a finished model or data, by name."""
-        paths = sorted(self.path.iterdir())
+        found = [path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != "."]
         # Anything may lie next to a single output directory.
         if self.repo_id and not self.record:
-            paths = [path for path in paths if path.name in (self.only or ())]
-        found = (path for path in paths if path.name not in OTHERS and path.name[0] != ".")
+            found = [path for path in found if path.name in (self.only or ())]
         return {path.name: path.resolve() for path in found if is_data(path) or holds_model(path)}
 
     @cached_property
@@ -134,8 +133,8 @@ class Outputs:
             if is_data(folder):
                 # Data are published as they are: only models and reports name paths.
                 rows: Files = {path: folder / path for path in publishable(folder)}
-                card = dataset_card(folder, repo_id, self.ids, self._license[0])
-                data.append(Repository(repo_id, "dataset", rows | {"README.md": to_bytes(card)}))
+                rows["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
+                data.append(Repository(repo_id, "dataset", rows))
                 continue
             _, base_id = self.bases.get(name, (Path(), None))
             # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
@@ -148,7 +147,8 @@ class Outputs:
         if not self.has_report or self.only is not None:
             return data + models
         steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
-        record = clean(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), ".json", places(self.path))
+        # The record is among the files whose paths are known.
+        record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
         kinds: dict[bool, list[str]] = {True: [], False: []}
         for name, repo_id in self.ids.items():
             kinds[is_data(self.folders[name])].append(repo_id)
@@ -166,9 +166,8 @@ class Outputs:
         """Licence and languages of the data as their cards name them, None where they differ or name none."""
         cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
         licenses = [card.license for card in cards if card.license]
-        is_clear = bool(licenses) and all(found == licenses[0] for found in licenses)
-        language = next((card.language for card in cards if card.language), None)
-        return self.license or (licenses[0] if is_clear else None), language
+        license = licenses[0] if licenses and all(found == licenses[0] for found in licenses) else None
+        return self.license or license, next((card.language for card in cards if card.language), None)
 
     def _model_files(self, output: str, source: Path) -> Files:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
@@ -178,26 +177,23 @@ class Outputs:
             trained = replace(trained, folder=source, metrics={}, evaluation={}, step={**trained.step, "seconds": None})
         ids = {self.folders[name]: found for name, found in self.ids.items()}
         ids |= {base: base_id for base, base_id in self.bases.values() if base_id}
-        files = publishable(source, ids)
-        files = {path: file for path, file in files.items() if not path.startswith(f"{BASE}/")}
+        files = {path: file for path, file in publishable(source, ids).items() if not path.startswith(f"{BASE}/")}
         # Without a record of the run, the card is the one that the recipe wrote.
         if "README.md" in files and not trained.step:
             own = files["README.md"]
             text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-            card = re.sub(
-                r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+', rf"\1{trained.name}", text
-            )
+            named = r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+'
+            card = re.sub(named, rf"\1{trained.name}", text)
         else:
             card = model_card(trained)
-        files["README.md"] = to_bytes(card)
-        return files
+        return files | {"README.md": to_bytes(card)}
 
     def _trained(self, output: str) -> Trained:
         """Return what is known about a stage."""
         step_name, step = output, {}
         for name, entry in self.record.items():
-            written = entry.get("values", {}).get("output_dir") or ""
-            if not name.startswith("evaluate_") and Path(written).name == output:
+            written = Path(entry.get("values", {}).get("output_dir") or "")
+            if written.name == output and not name.startswith("evaluate_"):
                 step_name, step = name, entry
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values", {})
@@ -213,9 +209,7 @@ class Outputs:
         ids[f"{home}/tokenizer"] = next(self.ids[name] for name in self.ids if not is_data(self.folders[name]))
         license, language = self._license
         return Trained(
-            folder=self.folders[output],
-            kind=kind,
-            name=self.id_of(output),
+            *(self.folders[output], kind, self.id_of(output)),
             # A stage without a file of its own shares the settings of another stage.
             settings={} if kind in STAGES and STAGES[kind].file_of else settings,
             step=step,

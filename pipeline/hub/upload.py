@@ -18,18 +18,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What the Hub's client raises if a request fails: a `RuntimeError` for an upload, a `ValueError` for a card.
 PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RuntimeError, ValueError, OSError)
-"""What the Hub's client raises if a request fails. It wraps a failed upload in a `RuntimeError`,
-and a card that the Hub does not accept in a `ValueError`, as is JSON that cannot be read."""
-
+# Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile.
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
-"""Statuses after which another attempt may succeed. 409 and 412: there has been another commit meanwhile."""
-
+# Seconds between attempts, if the Hub does not name a time.
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between attempts, if the Hub does not name a time."""
-
+# Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit.
 TIMEOUT = 60.0
-"""Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit."""
 
 
 def is_replaced(path: str) -> bool:
@@ -52,13 +48,8 @@ def push(
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
     Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
-    A Space is a static one. The branch `revision` is "main" by default; `create_pr` opens a pull request instead.
-
-    Returns:
-        Whether anything has changed; False if the branch held these files already.
-
-    Raises:
-        PUSH_ERRORS: If it still fails after some attempts, for the reason that `explain` gives.
+    The branch `revision` is "main" by default; `create_pr` opens a pull request instead. Return whether anything has
+    changed. If it still fails after some attempts, `PUSH_ERRORS` are raised.
     """
     where = {"repo_id": repo_id, "repo_type": repo_type}
 
@@ -116,17 +107,16 @@ def is_transient(error: BaseException) -> bool:
     """Return whether the same request may succeed later: the network failed, or the Hub was busy."""
     if isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled):
         return False
-    response = _response(error)
-    if response is not None:
+    if (response := _response(error)) is not None:
         return response.status_code in TRANSIENT
     return any(isinstance(item, HTTPError | json.JSONDecodeError | ConnectionError) for item in _causes(error))
 
 
 def explain(error: BaseException, repo_id: str) -> str:
     """Return in one line why a request about a repository failed."""
-    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     if isinstance(error, LocalTokenNotFoundError):
         return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     reasons = {
         401: "the token is not valid, or has expired; make a new one, and log in with `hf auth login`",
         403: f"the token may not write to {repo_id} ({said}); use one that may",

@@ -1,11 +1,9 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from the simulated annotators of `pipeline.rewards.annotators`, who see in the columns of a prompt
-whether an answer is right, or from a judge (`pipeline.preferences.judges`). The result is a data set in Hub layout and
-in TRL's preference format, which cannot represent ties: they are dropped, and counted in README.md. Besides `prompt`,
-`chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first` ("chosen" or "rejected", whichever
-was shown first), `kind` (of the prompt, or "") and, in the test split only, the noise-free `taste_chosen` and
-`taste_rejected`.
+The labels come from simulated annotators (`pipeline.rewards.annotators`) or a judge (`pipeline.preferences.judges`).
+The result is a data set in TRL's preference format, which cannot represent ties: they are dropped, and counted in
+README.md. Besides `prompt`, `chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first`
+("chosen" or "rejected"), `kind` (of the prompt) and, in the test split only, `taste_chosen` and `taste_rejected`.
 """
 
 from __future__ import annotations
@@ -46,6 +44,7 @@ from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 
 logger = logging.getLogger("pipeline.preferences.collect")
 
+NO_RULES = "the columns by which the annotators judge (require, reject, test); name a reward model or a function"
 TITLE = "# Preferences between two answers"
 CARD = f"""\
 {TITLE}
@@ -63,9 +62,7 @@ them.
 class PreferenceArguments:
     """The model, the prompts, the sampling and the output."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Model whose answers are compared, with a chat template: a Hub id or a folder."}
-    )
+    model_name_or_path: str = field(metadata={"help": "Model whose answers are compared: a Hub id or a folder."})
     dataset_name: str = field(metadata={"help": "Data set of the prompts: a Hub id, a folder or a file."})
     output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
     dataset_config: str | None = option(None, "Configuration of the data set (default: its only one).")
@@ -103,8 +100,7 @@ class PreferenceArguments:
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
     """Sample on all processes; label and write on the first. Return what became of the answers of each split.
 
-    Raises:
-        UserError: If the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
+    `UserError` if the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
@@ -113,8 +109,8 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     judge = load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:
-        sampled_from = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
-        origin = f"{sampled_from}, to prompts of `{args.dataset_name}`"
+        origin = f"`{args.model_name_or_path}` at temperature {args.temperature} (min_p {args.min_p})"
+        origin += f", to prompts of `{args.dataset_name}`"
         write(Path(args.output_dir), splits, counts, origin, judge.name if args.judge else "simulated annotators")
     state.wait_for_everyone()
     state.destroy_process_group()
@@ -141,8 +137,7 @@ def label_samples(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
     """Sample answers to the prompts, on all processes, and label them.
 
-    Returns:
-        The labelled pairs of each split, and what became of the answers, the same on every process.
+    Return the labelled pairs of each split, and what became of the answers, the same on every process.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
@@ -153,7 +148,6 @@ def label_samples(
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
     encoded = encode(model, tokenizer, prompts, args)
-
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
     total, done = sum(map(len, encoded.values())), 0
@@ -178,13 +172,10 @@ def read_prompts(
 
     Of a data set with a single split, the rows that every stage holds out become the split `validation`. A prompt that
     also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
-
-    Raises:
-        UserError: If the prompts cannot be read, or the judge cannot judge answers to them.
+    `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
     """
-    source = DataArguments(
-        dataset_name=args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column
-    )
+    named = {name: getattr(args, name) for name in ("dataset_name", "dataset_config", "prompt_column")}
+    source = DataArguments(**named)
     available = open_source(args.dataset_name, args.dataset_config)
     # Held-out splits come first, so that training can leave their prompts out.
     splits: dict[str, Any] = {}
@@ -195,7 +186,6 @@ def read_prompts(
         for own in reversed(SPLITS):
             if own in available or own == "train":
                 splits[own], _ = load_splits(replace(source, dataset_train_split=own), "prompt", False, tokens)
-
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
     for name, split in splits.items():
@@ -204,7 +194,6 @@ def read_prompts(
         if len(kept) < len(texts):
             logger.warning("%-11s leaves out %d prompts of a held-out split", name, len(texts) - len(kept))
         held_out.update(texts)
-
         # Shuffled, because data sets are often sorted, and perhaps only the first of them are wanted.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
         most = args.max_prompts if name == "train" else args.max_eval_prompts
@@ -213,21 +202,13 @@ def read_prompts(
             if fault := validate_rule(row):
                 raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
         if unknown := sum(not judge.can_judge(row) for row in prompts[name]):
-            lack = f"{unknown} of {len(prompts[name])} prompts of {name} lack"
-            raise UserError(_without_judge(args.dataset_name, lack))
+            remedy = f"{unknown} of {len(prompts[name])} prompts of {name} lack {NO_RULES}"
+            raise UserError(Problem("judge", f"nothing, for {args.dataset_name}", remedy))
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 
-def _without_judge(name: str, lack: str) -> Problem:
-    columns = "the columns by which the annotators judge (require, reject, test), so that any answer would be right"
-    return Problem("judge", f"nothing, for {name}", f"{lack} {columns}; name a reward model or a function")
-
-
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
-    """Check, before anything is trained, that the judge can be loaded, or that the annotators can judge by local data.
-
-    `values` are the fields of a YAML file.
-    """
+    """Check that the judge of a YAML file can be loaded before anything is trained, or suits local data."""
     name, judge = values.get("dataset_name"), values.get("judge")
     problems: list[Problem] = []
     # A function can be loaded at once; a reward model may be trained by the run itself.
@@ -240,7 +221,7 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
             splits = open_source(name, values.get("dataset_config"))
             columns = {column for split in splits.values() for column in split.column_names}
             if not columns.intersection(RULE_COLUMNS):
-                problems.append(_without_judge(name, "its prompts lack"))
+                problems.append(Problem("judge", f"nothing, for {name}", f"its prompts lack {NO_RULES}"))
     return problems
 
 
@@ -251,10 +232,9 @@ def encode(
     args: PreferenceArguments,
 ) -> dict[str, list[list[int]]]:
     """Return the token ids of the prompts of each split; `UserError` if one is refused, or leaves no room to answer."""
-    template = args.chat_template_kwargs
     # By default, prompts are written as they were in the training of the model.
-    if not isinstance(template, dict):
-        template = recorded_template(args.model_name_or_path)
+    given = args.chat_template_kwargs
+    template = given if isinstance(given, dict) else recorded_template(args.model_name_or_path)
     asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
     try:
         encoded = {name: encode_prompts(tokenizer, texts, template) for name, texts in asked.items()}
@@ -283,10 +263,8 @@ def sample_answers(
     """Sample `args.samples_per_prompt` answers to each prompt, and return them on every process.
 
     Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
-    nothing as long as each has as many threads. (Other numbers of threads change the order of sums, and with it the
-    outcome where two tokens are almost equally probable.) An answer that spells a special token becomes empty.
-
-    `progress` is the number of prompts answered before, and that of all splits, to report.
+    nothing as long as each has as many threads: another number changes the order of sums. An answer that spells a
+    special token becomes empty. `progress` is the number of prompts answered before, and that of all splits.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
     size = max(1, args.batch_size // args.samples_per_prompt)

@@ -1,8 +1,7 @@
 """Judges, who say which of two answers to a prompt is better: the annotators, a reward model, or a function.
 
 A function is a reward function, `package.module:function`: the answer with the higher reward wins. If it has a
-parameter `opponents`, it judges the pairs itself, and returns 1 for an answer that wins, 0 for one that loses, and 0.5
-for a tie.
+parameter `opponents`, it judges the pairs itself: 1 for an answer that wins, 0 for one that loses, and 0.5 for a tie.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
+# Tokens in a batch of conversations to score on an accelerator, padding included.
 BATCH_TOKENS = 8192
-"""Tokens in a batch of conversations to score on an accelerator, padding included."""
-
+# Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown.
 Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
-"""Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +57,18 @@ def load_judge(name: str | None) -> Judge:
     if ":" in name:
         function = load_function(name, "judge")
 
-        def rate(answers: Sequence[str], rows: Sequence[Row], **more: Any) -> list[float]:
-            return [float(reward or 0.0) for reward in call_reward(function, answers, rows, **more)]
-
         def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
             if "opponents" in inspect.signature(function).parameters:
-                return rate(answers, rows, opponents=[[{"role": "assistant", "content": text}] for text in opponents])
-            return compare(rate(answers, rows), rate(opponents, rows))
+                turns = [[{"role": "assistant", "content": text}] for text in opponents]
+                return [float(outcome or 0.0) for outcome in call_reward(function, answers, rows, opponents=turns)]
+            given = (call_reward(function, texts, rows) for texts in (answers, opponents))
+            return compare(*([float(reward or 0.0) for reward in rewards] for rewards in given))
 
         return Judge(f"the function {name}", match)
 
     with user_error_for("judge", name):
-        is_judge = is_reward_model(load_config(name))
-    if not is_judge:
+        config = load_config(name)
+    if not is_reward_model(config):
         raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     model.to(hardware.accelerator() or "cpu")
@@ -92,10 +89,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def chance(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Return rewards that say nothing about the answers: as a judge, a control for what training on any answers does.
-
-    The same answer to the same prompt always has the same reward.
-    """
+    """Return rewards by chance, equal for equal answers: as a judge, a control for training on any answers."""
     return [float(crc32(f"{pair}".encode())) for pair in zip(prompts, completions, strict=True)]
 
 
@@ -108,11 +102,8 @@ def score(
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Equal conversations are scored once. Of one that exceeds the context, the end is scored.
-
-    Args:
-        batch_tokens: Tokens per batch, padding included; 0 scores conversations one at a time. Default: 0 on a CPU,
-            where batches save little, and `BATCH_TOKENS` on an accelerator.
+    Equal conversations are scored once. Of one that exceeds the context, the end is scored. `batch_tokens` are tokens
+    per batch, padding included; 0, the default on a CPU, where batches save little, scores one at a time.
     """
     model.eval()
     if batch_tokens is None:

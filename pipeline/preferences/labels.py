@@ -17,23 +17,17 @@ from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_compo
 
 T = TypeVar("T")
 R = TypeVar("R")
-
+# Prompts whose answers a judge is given in one call.
 JUDGED_AT_ONCE = 64
-"""Prompts whose answers a judge is given in one call."""
-
-CHOICES: dict[float | None, int] = {1.0: 0, 0.0: 1}
-"""The outcome of a match for the answer shown first -> the answer that is preferred."""
 
 
 @dataclass
 class Counts:
     """Counts of the prompts, answers and pairs of one split.
 
-    Attributes:
-        dropped: Answers that were empty or repeated another one to the same prompt.
-        compared: Pairs of the remaining answers that were shown to an annotator; `ties` if they seemed equally good.
-        agreement: Share (0 to 1) of the labels that agree with the noise-free taste, among pairs on which the taste is
-            not indifferent: the accuracy of a perfect reward model. None if there are no such pairs.
+    `dropped` answers were empty or repeated another one. `compared` pairs of the others were shown to an annotator;
+    `ties` seemed equally good. `agreement` is the share (0 to 1) of the labels that agree with the noise-free taste,
+    where that is not indifferent: the accuracy of a perfect reward model. It is None if there are no such pairs.
     """
 
     prompts: int = 0
@@ -62,10 +56,8 @@ def label_answers(
 
     Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
     dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
-    and noise. Columns of the noise-free taste are None unless it is kept, and for a judge.
-
-    Returns:
-        The labelled pairs, as rows of the data set to write, and what became of the answers.
+    and noise. Columns of the noise-free taste are None unless it is kept, and for a judge. Return the labelled pairs,
+    as rows of the data set to write, and what became of the answers.
     """
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
@@ -80,7 +72,6 @@ def label_answers(
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
         seen.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
-
         # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. The
         # draws come in the same order with and without a judge, who so compares the same pairs.
         rng = random.Random(f"{seed}/{index}")
@@ -100,9 +91,9 @@ def label_answers(
 
         # The calls do not depend on the number of processes.
         groups = itertools.groupby(comparisons, key=lambda comparison: comparison[0] // JUDGED_AT_ONCE)
-        outcomes = take_turns([list(group) for _, group in groups], match)
-        choices = [CHOICES.get(outcome) for outcome in outcomes]
-
+        # Which answer is preferred, by the outcome for the one that was shown first.
+        preferred: dict[float | None, int] = {1.0: 0, 0.0: 1}
+        choices = [preferred.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
     labelled: list[dict[str, Any]] = []
     agreements: list[bool] = []
     for (index, shown, name), choice in zip(comparisons, choices, strict=True):
@@ -116,8 +107,7 @@ def label_answers(
         kept = tastes if tastes and keep_taste else (None, None)
         labels = {"annotator": name, "kind": row.get("kind") or ""}
         labelled.append(labelled_pair(row["prompt"], chosen, rejected, **labels, chosen_first=choice == 0, tastes=kept))
-    counts.compared = len(comparisons)
-    counts.pairs = len(labelled)
+    counts.compared, counts.pairs = len(comparisons), len(labelled)
     counts.ties = counts.compared - counts.pairs
     counts.agreement = sum(agreements) / len(agreements) if agreements else None
     return labelled, counts
@@ -126,8 +116,7 @@ def label_answers(
 def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:
     """Let the processes take turns at batches, and return the results in order on every process.
 
-    `work` takes the number of a batch and the batch, and returns a list of results. Of three processes, the second one
-    works on the batches 1, 4, 7, …
+    `work` takes the number of a batch and the batch. The second of three processes works on the batches 1, 4, 7, …
     """
     state = PartialState()
     turns = range(state.process_index, len(batches), state.num_processes)

@@ -1,12 +1,8 @@
 """People in place of annotators: the step of a run that waits for their votes, and the judge that decides as they did.
 
-`pipeline.data.votes` describes the votes that the page collects. People may also vote by hand, in the file that the
-judge writes for each evaluation, with a line for each pair of answers that it was asked about and found no votes on:
-
-    {"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}
-
-`choice` becomes "first", "second" or "tie". The order does not tell whose answers they are. A line may occur several
-times, once for each person.
+People may also vote by hand, in the file that the judge writes for each evaluation. It has a line for each pair without
+votes, `{"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}`, once or more. `choice` becomes
+"first", "second" or "tie".
 """
 
 from __future__ import annotations
@@ -33,8 +29,8 @@ from pipeline.progress import report_progress
 
 logger = logging.getLogger("pipeline.preferences.people")
 
+# The outcome of a choice by hand for the answer that is named first.
 BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
-"""The outcome of a choice by hand for the answer that is named first."""
 
 
 @dataclass
@@ -42,9 +38,7 @@ class VoteArguments(PreferenceArguments):
     """The model, the prompts and the sampling of the pairs that people see, and how many votes are wanted."""
 
     min_votes: int = option(300, "Votes for one of two answers before the run goes on.")
-    simulated_votes: bool = option(
-        False, "Let the simulated annotators vote if nobody has, to try the run without people."
-    )
+    simulated_votes: bool = option(False, "Let simulated annotators vote if nobody has, to try the run without people.")
 
 
 def wait_for_votes(args: VoteArguments) -> int:
@@ -67,20 +61,15 @@ def wait_for_votes(args: VoteArguments) -> int:
     found = update_data_set(folder) if (folder / VOTES_FILE).is_file() else 0
     report_progress(done=found, total=args.min_votes, unit="votes")
     if found < args.min_votes:
-        raise RunStopped(
-            f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. Collect them on the page "
-            f"that `{as_typed('app', folder.parent)}` opens, in the section Prefer.",
-            EXIT_WAITING,
-        )
+        advice = f"Collect them on the page that `{as_typed('app', folder.parent)}` opens, in the section Prefer."
+        message = f"{found} of {args.min_votes} votes. Ties and skipped pairs do not count. {advice}"
+        raise RunStopped(message, EXIT_WAITING)
     logger.info("%d votes prefer one of two answers", found)
     return found
 
 
 def load_votes(path: Path) -> Judge:
-    """Return the judge that decides as most people did, on the page and by hand in `path`.
-
-    To pairs without votes the judge gives no outcome, and it adds them to `path`.
-    """
+    """Return the judge that decides as most people did, on the page and by hand in `path`. It lists other pairs there."""
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]

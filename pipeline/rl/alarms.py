@@ -15,34 +15,28 @@ from trl import GRPOConfig
 
 logger = get_logger(__name__)
 
+# Share of the entropy at the start, and nats per token, below which samples of one prompt are nearly all the same. The
+# runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which solves most problems by then).
 ENTROPY_SHARE, MIN_ENTROPY = 0.03, 0.005
-"""Share of the entropy at the start, and nats per token, below which samples of one prompt are nearly all the same. The
-runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which solves most problems by then)."""
-
+# Share of completions that run into the limit: above it, most rewards are for text without its end.
 MAX_CUT_OFF = 0.5
-"""Share of completions that run into the limit: above it, most rewards are for text without its end."""
-
+# Share of the length at the start, and tokens: an empty completion is one token long, its end of turn.
 LENGTH_SHARE, MIN_LENGTH = 0.1, 1.5
-"""Share of the length at the start, and tokens: an empty completion is one token long, its end of turn."""
-
+# Standard deviation of the rewards as a share of its largest value so far. Below it, nearly all are equal.
 SPREAD_SHARE = 0.01
-"""Standard deviation of the rewards as a share of its largest value so far. Below it, nearly all are equal."""
-
+# Share of groups in which rewards differ. The others have no advantage: below it, 19 of 20 samples are wasted.
 MIN_INFORMATIVE = 0.05
-"""Share of groups in which rewards differ. The others have no advantage: below it, 19 of 20 samples are wasted."""
-
+# Nats per token to the reference. RLHF mostly ends at 0.05 to 0.5; above 1, hardly any of its language is left.
 MAX_KL = 1.0
-"""Nats per token to the reference. RLHF mostly ends at 0.05 to 0.5; above 1, hardly any of its language is left."""
-
+# Share of the way from the lowest mean reward to the highest single one. Where right and wrong are checked, a mean
+# beyond it is success: equal rewards and low entropy are what was asked for. Scores of a reward model have no ceiling.
 MASTERY = 0.9
-"""Share of the way from the lowest mean reward to the highest single one. Where right and wrong are checked, a mean
-beyond it is success: equal rewards and low entropy are what was asked for. Scores of a reward model have no ceiling."""
-
+# Entries of the log in a row that have to be bad, and completions that they have to describe, to raise an alarm: small
+# batches are often all right or all wrong.
 MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
-"""Entries of the log in a row that have to be bad, and completions that they have to describe, to raise an alarm: small
-batches are often all right or all wrong."""
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
+# What an alarm's figure is, and what to try, by the alarm's name.
 ADVICE = {
     "entropy": f"nats per token; the policy hardly explores any more: {EXPLORE}",
     "length_at_limit": "of completions are cut off; raise max_completion_length, or set mask_truncated_completions",
@@ -51,17 +45,14 @@ ADVICE = {
     "uninformative_groups": "of groups have equal rewards; choose other problems, or raise num_generations",
     "kl": f"nats per token from the reference; {EXPLORE}",
 }
-"""What an alarm's figure is, and what to try, by the alarm's name."""
 
 
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
     Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
-    that a resumed run raises the alarms of an uninterrupted one.
-
-    Args:
-        checked: Whether rewards are checks, with a best value, and not scores of a reward model.
+    that a resumed run raises the alarms of an uninterrupted one. `checked` says whether rewards are checks, with a best
+    value, and not scores of a reward model.
     """
 
     def __init__(self, checked: bool) -> None:
@@ -103,14 +94,14 @@ class CollapseAlarms(TrainerCallback):
     def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
         """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
         entry = {name: value for name, value in logged.items() if value is not None}
-        # The figure of each alarm that the entry has, and whether it is bad.
-        judged: dict[str, tuple[float, bool]] = {}
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
         # A mean reward that is nearly as high as any single one was is success, not collapse.
         way = self._highest - self._lowest
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
+        # The figure of each alarm that the entry has, and whether it is bad.
+        judged: dict[str, tuple[float, bool]] = {}
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
             judged["length_near_zero"] = length, length <= limit
@@ -127,7 +118,6 @@ class CollapseAlarms(TrainerCallback):
         kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
         if kl is not None:
             judged["kl"] = kl, kl >= MAX_KL
-
         raised = {}
         for name, (figure, is_bad) in judged.items():
             figures = self._figures.setdefault(name, [])

@@ -25,18 +25,15 @@ if TYPE_CHECKING:
 class SampledArguments:
     """Tools that the model may call while it answers, by TRL's interface; and the checks of all rewards."""
 
+    # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False
-    """Whether a critic as large as the model is trained and saved with it."""
-
     tools: list[str] | None = option(  # noqa: RUF009
         None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
     )
     environment: str | None = option(
         None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
     )
-    allow_unconfined_code: bool = option(
-        False, "Let code_tests run code even where the kernel cannot confine it to the sandbox."
-    )
+    allow_unconfined_code: bool = option(False, "Let code_tests run code even where the kernel cannot confine it.")
 
     def load_tools(self) -> dict[str, Any]:
         """Return the arguments of a trainer that the fields of tools name."""
@@ -49,8 +46,7 @@ class SampledArguments:
     ) -> list[Problem]:
         """Check tools, rewards and critic, as `pipeline.training.inputs.load_inputs` asks for it.
 
-        Tokenizer and data are None if they failed to load. If it is `early`, reward models and critic are still to be
-        made.
+        Tokenizer and data are None if they failed to load. If `early`, reward models and critic are still to be made.
         """
         from datasets import Dataset
 
@@ -73,9 +69,8 @@ class SampledArguments:
             problems += check_value_model(critic, tokenizer)
         can_shuffle = train is None or (isinstance(train, Dataset) and "answer" in train.column_names)
         if getattr(self, "shuffle_answers", False) and not can_shuffle:
-            problems.append(
-                Problem("shuffle_answers", "true", "needs an answer column, and data that are not streamed")
-            )
+            remedy = "needs an answer column, and data that are not streamed"
+            problems.append(Problem("shuffle_answers", "true", remedy))
         return problems
 
 
@@ -84,7 +79,6 @@ class PPORewardArguments(SampledArguments):
     """Rewards and critic of PPO. The score of a completion is the sum of its rewards, weighted by `reward_weights`."""
 
     trains_critic: ClassVar[bool] = True
-
     reward_model_path: list[str] | None = option(  # noqa: RUF009
         None, "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
     )
@@ -96,9 +90,7 @@ class PPORewardArguments(SampledArguments):
         "What the critic starts from: a critic, a reward model or a language model. Default: the first reward model "
         "with a weight that has the policy's vocabulary, otherwise the policy.",
     )
-    value_use_peft: bool = option(
-        True, "With use_peft, train the critic as an adapter, too, on the frozen weights it starts from."
-    )
+    value_use_peft: bool = option(True, "With use_peft, train the critic as an adapter, too, on what it starts from.")
 
 
 @dataclass
@@ -110,9 +102,7 @@ class GRPORewardArguments(SampledArguments):
         metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
     )
     shuffle_answers: bool = option(
-        False,
-        "Shuffle the reference answers among the training prompts: a control experiment, whose run must not get "
-        "better.",
+        False, "Shuffle the answers among the training prompts: a control experiment, whose run must not get better."
     )
 
 
@@ -124,9 +114,8 @@ def load_rl_inputs(
 ) -> tuple[list[PreTrainedModel | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
     """Load rewards, tokenizer and prompts, and check that they fit each other and the models.
 
-    Returns:
-        The rewards as TRL's trainers take them (reward models, then functions), the tokenizer, the training split, and
-        the evaluation split or None.
+    Return the rewards (reward models, then functions), the tokenizer, the training split, and the evaluation split or
+    None.
     """
     import torch
 

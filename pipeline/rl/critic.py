@@ -7,8 +7,9 @@ gradients of all micro-batches of an optimizer step are there.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -19,11 +20,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from pipeline.errors import Problem, UserError
 from pipeline.models.kernels.log_probs import ForwardPass, over_passes
 
+# Subfolder of a checkpoint or an output directory that contains the critic.
 VALUE_MODEL_FOLDER = "value_model"
-"""Subfolder of a checkpoint or an output directory that contains the critic."""
-
+# File of a checkpoint with the state of the critic's optimizer.
 STATE = "critic_optimizer.pt"
-"""File of a checkpoint with the state of the critic's optimizer."""
 
 
 class Critic:
@@ -52,8 +52,7 @@ class Critic:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The scale of fp16 is updated after the step of the policy, which comes next.
-        scaler = self.accelerator.scaler
-        if scaler is not None:
+        if (scaler := self.accelerator.scaler) is not None:
             scaler.unscale_(self.optimizer)
         # As in `Trainer`, 0 means that nothing is clipped.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
@@ -70,11 +69,7 @@ class Critic:
         (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        """Load the model.
-
-        Raises:
-            ValueError, UserError: If there is no critic in the folder, or an adapter for one that is trained in full.
-        """
+        """Load the model. `ValueError` or `UserError` if it is missing, or an adapter where all weights are trained."""
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
@@ -92,16 +87,16 @@ class Critic:
         set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
 
 
+@dataclass
 class CriticOptimizer:
     """The state of the critic's optimizer, as a part of checkpoints."""
 
-    belongs_to_model = False
-
-    def __init__(self, critic: Critic, args: TrainingArguments) -> None:
-        self.critic, self.args = critic, args
+    critic: Critic
+    args: TrainingArguments
+    belongs_to_model: ClassVar[bool] = False
 
     def save(self, folder: Path) -> None:
-        """Save the state, unless only models are saved."""
+        """Save the state, unless only the models are saved."""
         if self.args.should_save and not self.args.save_only_model:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 

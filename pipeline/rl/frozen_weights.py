@@ -1,7 +1,6 @@
 """Weights that are not trained: the frozen reference, heads in float32, and storage that models share.
 
-Policy, reference, reward model and critic stay modules of their own, each with its active adapter, its hooks and its
-wrapper for several processes. What they share is the storage of frozen weights.
+Policy, reference, reward model and critic stay modules of their own, which share the storage of frozen weights.
 """
 
 from __future__ import annotations
@@ -19,21 +18,17 @@ from trl.trainer.utils import add_fused_lm_head
 
 from pipeline.models.patches import bind_forward
 
+# Names of the linear head in transformers' classifiers.
 HEAD_NAMES = ("score", "classifier")
-"""Names of the linear head in transformers' classifiers."""
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
-    name = next((name for name in HEAD_NAMES if hasattr(model, name)), "")
-    return name, getattr(model, name) if name else nn.Module()
+    return next(((name, getattr(model, name)) for name in HEAD_NAMES if hasattr(model, name)), ("", nn.Module()))
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Make the linear layers of a head multiply in float32, in a model of any dtype and under autocast.
-
-    In bfloat16, scores and logits have 8 bits.
-    """
+    """Make a head multiply in float32, also under autocast: in bfloat16, scores and logits have 8 bits."""
     head.float()
     # TRL's forward method casts the inputs, which autocast undoes.
     head.__dict__.pop("forward", None)
@@ -50,10 +45,7 @@ def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
-    """Copy a policy as a reference, whose logits are divided by `temperature`.
-
-    TRL makes its reference by loading the policy's path again, which a model built in memory does not have.
-    """
+    """Copy a policy, maybe one without a path for TRL to load, as a reference with logits divided by `temperature`."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     # The forward method that TRL gave the policy still refers to the original.
     reference.__dict__.pop("forward", None)
@@ -73,8 +65,7 @@ def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None
     known = _frozen(policy)
     for model in others:
         for name, weight in _frozen(model).items():
-            shared = known.get(name)
-            if shared is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
+            if (shared := known.get(name)) is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
                 weight.data = shared.data
 
 
@@ -101,7 +92,7 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     """Restore the frozen weights after a block in which the adapter is merged into them, to be loaded by vLLM.
 
     Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
-    adapter are merged, so only their weights are copied, to the memory of the CPU.
+    adapter are merged and copied, to the memory of the CPU.
     """
     adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
     # Several adapters of one layer, one for each parameter, wrap each other.

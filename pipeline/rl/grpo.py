@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,15 +42,15 @@ from pipeline.training.reliable import Reliable
 logger = get_logger(__name__)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
 
-    TRL draws each epoch's order from one generator, so that a run resumed in the second epoch would see the prompts in
-    the order of the first.
+    TRL draws the orders from one generator, so that a run resumed in the second epoch would see that of the first.
     """
 
-    def __init__(self, sampler: Any, epoch: Callable[[], float | None]) -> None:
-        self.sampler, self.epoch = sampler, epoch
+    sampler: Any
+    epoch: Callable[[], float | None]
 
     def __iter__(self) -> Iterator[int]:
         if self.sampler.shuffle:
@@ -69,9 +70,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
     under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
 
-    Attributes:
-        all_rewards: (completions, rewards), what each reward gave each of the latest completions, NaN for None.
-        latest_logps: The log-probabilities that were computed last, which TRL's loss does not return.
+    `all_rewards`, (completions, rewards), is what each reward gave each of the latest completions, NaN for None, and
+    `latest_logps` are the log-probabilities that were computed last, which TRL's loss does not return.
     """
 
     def __init__(
@@ -90,9 +90,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.beta, args.sync_ref_model = 0.0, False
         super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.parts.append(Rollout(self))
-        if args.cast_lm_head_to_fp32:
-            for network in filter(None, (self.model, self.ref_model)):
-                compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
+        for network in filter(None, (self.model, self.ref_model) if args.cast_lm_head_to_fp32 else ()):
+            compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
         if copied:
             self.beta, args.beta, args.sync_ref_model = beta, beta, synced
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -104,7 +103,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
         # Reward models become functions, and functions are guarded. What they pay is watched for a collapse.
         rewards: list[Any] = []
-        tokenizers, weights = self.reward_processing_classes, self.reward_weights.tolist()
+        tokenizers = self.reward_processing_classes
         for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
             if isinstance(function, PreTrainedModel):
                 avoid_emulation(function)
@@ -113,9 +112,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             else:
                 rewards.append(guard_reward(function, name))
         self.reward_funcs: list[Any] = rewards
-        paying = [reward for reward, weight in zip(rewards, weights, strict=True) if weight]
+        paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
         self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-
         # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
         # of its own in front of the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
@@ -138,9 +136,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        plain = self._whole_and_bare and not (
-            self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm
-        )
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
+        plain = self._whole_and_bare and not (elsewhere or self._is_vlm)
         # Mamba, for one, does not take positions.
         plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
         if plain:
@@ -170,9 +167,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
         for number, dialogue in enumerate(dialogues):
-            logps = None if logprobs is None else logprobs[number]
-            dialogue.logps = None if logps is None else []
-            dialogue.add_turn(list(completion_ids[number]), logps, completions[number][0])
+            first = None if logprobs is None else logprobs[number]
+            dialogue.logps = None if first is None else []
+            dialogue.add_turn(list(completion_ids[number]), first, completions[number][0])
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         if self.use_vllm and self.vllm_mode == "colocate":
             # It may have memory for fewer tokens than the model has positions.
@@ -189,18 +186,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         )
         turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        counts = torch.tensor([sampled, turns], device=self.accelerator.device)
-        sampled, turns = self.accelerator.reduce(counts, reduction="sum").tolist()
+        total = torch.tensor([sampled, turns], device=self.accelerator.device)
+        sampled, turns = self.accelerator.reduce(total, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
-        return (
-            [dialogue.sampled for dialogue in dialogues],
-            [dialogue.messages for dialogue in dialogues],
-            [dialogue.tokens for dialogue in dialogues],
-            None if logprobs is None else [dialogue.logps for dialogue in dialogues],
-            sum(dialogue.calls for dialogue in dialogues),
-            sum(dialogue.failures for dialogue in dialogues),
-            [[] for _ in dialogues],
-        )
+        texts = [[getattr(dialogue, name) for dialogue in dialogues] for name in ("sampled", "messages", "tokens")]
+        logps = None if logprobs is None else [dialogue.logps for dialogue in dialogues]
+        counts = [sum(getattr(dialogue, name) for dialogue in dialogues) for name in ("calls", "failures")]
+        return *texts, logps, *counts, [[] for _ in dialogues]
 
     def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
         """Sample a turn of at most `room` tokens after each text. vLLM keeps its own limit."""
@@ -223,8 +215,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """On a CPU, compute logits for the completion only, without TRL's tiles, which take several times as long.
 
-        Either way, positions are counted from each text's first token, as during sampling. TRL counts the padding, too,
-        which changes what a model with learned positions computes.
+        Positions are counted from each text's first token, as during sampling. TRL counts the padding, too, which
+        changes what a model with learned positions computes.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
@@ -253,28 +245,41 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate under a fixed random state, and restore training's state afterwards."""
+        # How many completions each batch has.
         self._evaluated: list[int] = []
         with hardware.unchanged_rng():
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
             output = super().evaluation_loop(*args, **kwargs)
+        if self._evaluated:
+            self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._evaluation_means().items()})
+        for name, values in self._metrics["eval"].items():
+            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
+            # may skip batches.
+            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
+            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
+            total = sum(count for _, count in known)
+            mean = sum(value * count for value, count in known) / total if total else None
+            output.metrics[f"{prefix}_{name}"] = mean
         # TRL would log them under the prefix "eval", whatever the data set is called.
         self._metrics["eval"].clear()
         return output
 
+    def _log_averages(self) -> None:
+        """Add metrics that are averages over several batches, of which GRPO has none."""
+
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return and keep what each reward gives each completion of all processes, (completions, rewards).
 
-        A reward with weight 0 is measured and logged, and has no other effect: a completion that no reward with a
-        weight has scored does not get a score at all. A reward that fails stops the run.
+        A reward with weight 0 is only measured: a completion that no reward with a weight has scored does not get a
+        score at all. A reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
         except UserError as error:
             # It may fail on one process of several, and only the first process reports a `UserError`.
-            where = f"in step {self.state.global_step + 1}; {self.last_good()}"
-            raise RunStopped(f"{error}, and start again ({where}).") from error
+            step = self.state.global_step + 1
+            raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
         weighted = self.reward_weights != 0
         rewards[rewards[:, weighted].isnan().all(dim=1)] = torch.nan
         self.all_rewards = rewards
@@ -291,15 +296,3 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)
             self._evaluated.append(int(self.accelerator.reduce(rows, reduction="sum")))
         return batch
-
-    def _evaluation_means(self) -> dict[str, float | None]:
-        """Average what was measured in each batch of an evaluation, by name; None where nothing was."""
-        means: dict[str, float | None] = {}
-        for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
-            # may skip batches.
-            rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
-            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
-            total = sum(count for _, count in known)
-            means[name] = sum(value * count for value, count in known) / total if total else None
-        return means

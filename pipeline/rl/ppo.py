@@ -1,8 +1,7 @@
 """PPO for language models, on the engine of TRL's `GRPOTrainer`.
 
-TRL removed its `PPOTrainer` after 1.12. This one inherits everything that is not PPO from `pipeline.rl.grpo`. It adds
-the critic, the KL penalty per token inside the reward, generalised advantage estimation and the clipped value loss
-(`pipeline.rl.ppo_math`, `pipeline.rl.value_model`). `docs/ppo.md` has an example.
+TRL removed its `PPOTrainer` after 1.12. This one adds the critic, the KL penalty per token inside the reward,
+generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`). `docs/ppo.md` has an example.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from pipeline.errors import Problem, UserError
 from pipeline.rl import ppo_math, ppo_metrics
-from pipeline.rl.critic import Critic, CriticOptimizer, token_values
+from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
 from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, find_head, share_frozen_weights
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
@@ -52,10 +53,6 @@ class PPOTrainer(GRPOTrainer):
             is the only reward and is not normalised. Every other critic starts by expecting nothing.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
         *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
-
-    Attributes:
-        critic: The critic and what trains it.
-        score_moments: Of all scores so far, for `reward_normalization="running"`.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -86,9 +83,8 @@ class PPOTrainer(GRPOTrainer):
         frozen += [] if self.ref_model is None else [bare(self.ref_model)]
         # What is not trained, except heads and adapters, gets `frozen_dtype`, and is in memory once where it is equal.
         adapted = isinstance(self.model, PeftModel)
-        if adapted or args.frozen_dtype == "bfloat16":
-            for network in frozen:
-                network.requires_grad_(False)
+        for network in frozen if adapted or args.frozen_dtype == "bfloat16" else []:
+            network.requires_grad_(False)
         if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
             for network in (self.model, *frozen):
                 convert_frozen(network, torch.bfloat16)
@@ -105,8 +101,10 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
+        # Of all scores so far, for `reward_normalization="running"`.
         self.score_moments = ppo_math.Moments()
         self._averages = ppo_metrics.Averages()
+        self._sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
 
     @property
     def value_model(self) -> Any:
@@ -117,32 +115,42 @@ class PPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
-        mode = "train" if self.model.training else "eval"
+        args, mode = self.args, "train" if self.model.training else "eval"
         # With it, TRL computes `ref_per_token_logps`.
-        self.beta = self.args.kl_coef
+        self.beta = args.kl_coef
         batch = super()._generate_and_score_completions(inputs)
         self.beta = 0.0
         # PPO does not compare the completions of a prompt.
         self._metrics[mode].pop("frac_reward_zero_std", None)
-
-        # What the policy chose is trained on, but for completions that nothing scored. Their tokens count nowhere, so
-        # that the loss is an average over the others.
         ids, attention_mask, mask = _texts(batch)
+        rows, length = mask.shape
+
+        # Scores are normalised over the completions of all processes; each process then keeps its own. A completion
+        # does not get a score if none of its tokens is trained on.
+        all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
+        all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
+        running = args.reward_normalization == "running"
+        moments = self.score_moments if running else ppo_math.Moments()
+        if args.reward_normalization == "batch" or (running and mode == "train"):
+            moments.update(all_scores[all_scored])
+        own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        scores, scored = moments.normalize(all_scores[own]), all_scored[own]
         ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
-        scores, scored = self._scores(mask.any(dim=1), ended, mode)
+        if args.missing_eos_penalty is not None:
+            scores = scores - args.missing_eos_penalty * ~ended
+        scores = torch.where(scored, scores, 0.0)
+        # The tokens of completions that nothing scored count nowhere, so that the loss is an average over the others.
         if not scored.all():
             mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
         # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
         # and clipping ranges are relative to what they computed then.
-        args, length = self.args, mask.shape[1]
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
             if "old_per_token_logps" not in batch:
-                batch["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention_mask, length, size
-                )
+                sampled = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, length, size)
+                batch["old_per_token_logps"] = sampled[0]
             values = self._values(ids, attention_mask, length, size)
         logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
         penalty = torch.zeros_like(logps)
@@ -165,26 +173,6 @@ class PPOTrainer(GRPOTrainer):
             advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
         return batch | {"advantages": advantages, "returns": returns, "old_values": values}
 
-    def _scores(self, trained: Tensor, ended: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-        """Return this process's scores, normalised and penalised, and which completions have one, each (B,).
-
-        A completion does not get a score if none of its tokens is `trained` on.
-        """
-        # Scores are normalised over the completions of all processes; each process then keeps its own.
-        rewards = self.all_rewards
-        all_scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        all_scored = ~rewards.isnan().all(dim=1) & self.accelerator.gather(trained)
-        running = self.args.reward_normalization == "running"
-        moments = self.score_moments if running else ppo_math.Moments()
-        if self.args.reward_normalization == "batch" or (running and mode == "train"):
-            moments.update(all_scores[all_scored])
-        rows = len(trained)
-        local = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
-        scores, scored = moments.normalize(all_scores[local]), all_scored[local]
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * ~ended
-        return torch.where(scored, scores, 0.0), scored
-
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
         """Return the critic's estimates (B, `length`), before each of the last `length` tokens is chosen."""
         self.value_model.train(self.model.training)
@@ -202,8 +190,15 @@ class PPOTrainer(GRPOTrainer):
         self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
         return super().create_optimizer(model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # In a checkpoint of an earlier version, policy and critic share one optimizer.
+        if checkpoint and Path(checkpoint, "optimizer.pt").is_file() and not Path(checkpoint, STATE).is_file():
+            remedy = "an earlier version wrote it; start again, or resume it with that version"
+            raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add a micro-batch to the gradients of both networks. With its last one, step the critic.
+        """Add a micro-batch to the gradients of both networks, and after the last one step the critic.
 
         The policy is stepped by `Trainer`, afterwards.
         """
@@ -230,9 +225,8 @@ class PPOTrainer(GRPOTrainer):
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
         ids, attention_mask, mask = _texts(inputs)
         values = self._values(ids, attention_mask, mask.shape[1])
-        value_losses, clipped = ppo_math.clipped_value_loss(
-            values, inputs["old_values"], inputs["returns"], self.args.cliprange_value
-        )
+        old_values, returns = inputs["old_values"], inputs["returns"]
+        value_losses, clipped = ppo_math.clipped_value_loss(values, old_values, returns, self.args.cliprange_value)
         # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
@@ -251,20 +245,9 @@ class PPOTrainer(GRPOTrainer):
         return policy_loss + value_loss
 
     def end(self) -> None:
-        """Unwrap the critic, too, which refers to the group of processes that is left."""
+        """Unwrap the critic, too, which refers to the processes that are left."""
         self.critic.model = self.critic.bare
         super().end()
-
-    # ---- Metrics
-
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-    def _evaluation_means(self) -> dict[str, float | None]:
-        """Add PPO's metrics, from sums over the whole evaluation."""
-        if self._evaluated:
-            self._log_averages()
-        return super()._evaluation_means()
 
     def _log_averages(self) -> None:
         for name, value in self._averages.take(self._sum_over_processes).items():

@@ -12,13 +12,9 @@ from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unuse
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 
+# accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`.
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
-"""accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`."""
-
-NO_REMOTE_CODE = (
-    "code from the Hub is never run here: load the policy yourself, and pass it with a value_model and a tokenizer"
-)
-
+# Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default.
 UNUSED = UNUSED_IN_ROLLOUTS | {
     name: why
     for names, why in {
@@ -33,7 +29,6 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
     }.items()
     for name in names.split()
 }
-"""Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default."""
 
 
 @dataclass
@@ -44,61 +39,63 @@ class PPOConfig(GRPOConfig):
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
     the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
     however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
-    its default. Precision and device fit the machine unless they are set: TRL's default, bf16, is refused on CPUs
-    without it.
+    its default. Precision and device fit the machine unless they are set.
     """
 
     num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")
     num_generations_eval: int | None = option(None, "The same in evaluation. Default: `num_generations`.")
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
-    kl_coef: float = option(
-        0.05, "Reward subtracted at each token for each nat of KL from the reference; 0: without a reference."
-    )
+    kl_coef: float = option(0.05, "Reward subtracted at each token for each nat of KL; 0: without a reference.")
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
-    value_lam: float | None = option(
-        None, "The same for the returns that the critic learns, such as 1 for the rewards themselves. Default: `lam`."
-    )
+    value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
     cliprange: float = option(0.2, "How far a token's probability ratio may move from 1 in the updates of a rollout.")
-    cliprange_value: float = option(
-        0.2, "How far the critic's estimate may move in the updates of a rollout, in units of the (normalised) reward."
-    )
+    cliprange_value: float = option(0.2, "How far the critic's estimate may move meanwhile, in units of the reward.")
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
-    value_learning_rate: float | None = option(
-        None, "Peak learning rate of the critic, on the policy's schedule. Default: `learning_rate`."
-    )
-    value_warmup_steps: int = option(
-        0, "Train the critic alone in the first so many optimizer steps, with which the schedule of both begins."
-    )
+    value_learning_rate: float | None = option(None, "Peak learning rate of the critic. Default: `learning_rate`.")
+    value_warmup_steps: int = option(0, "Train the critic alone in the first so many steps of the schedule.")
     frozen_dtype: str = option(
         "auto",
         "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
         "(bfloat16 for an adapter's base if training is in bf16, else float32). Heads and adapters stay as they are.",
         choices=["auto", "bfloat16", "float32"],
     )
-    whiten_advantages: bool = option(
-        True, "Shift and scale the advantages of each rollout, over all processes, to mean 0 and variance 1."
-    )
+    whiten_advantages: bool = option(True, "Shift and scale the advantages of a rollout to mean 0 and variance 1.")
     reward_normalization: str = option(
         "none",
         "Normalise the sum of all rewards, before `missing_eos_penalty` and KL, by mean and standard deviation: none; "
         "batch (of its rollout); running (of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
-    missing_eos_penalty: float | None = option(
-        None, "Subtracted from the normalised score of a completion that does not end with an end of turn."
-    )
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a completion without end of turn.")
 
     def __post_init__(self) -> None:
-        # The completions of a rollout. A process group does not exist yet, and a preflight names the processes that
-        # will be.
+        # The completions of a rollout. There is no process group yet, and a preflight names the processes that will be.
         processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         accumulated = self.steps_per_generation or self.gradient_accumulation_steps
         rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-        if wrong := self._check(rows):
-            problems = UserError(*wrong)
-            raise ValueError(str(problems)) from problems
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
+        wrong: dict[str, str] = {}
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            if item.name in own and choices and own[item.name] not in choices:
+                wrong[item.name] = f"must be {' or '.join(choices)}"
+        if self.trust_remote_code:
+            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
+            wrong["trust_remote_code"] = f"code from the Hub is never run here: {remedy}"
+        if vars(self)["epsilon"] not in (GRPOConfig.epsilon, self.cliprange):
+            wrong["epsilon"] = "must be unset: set cliprange"
+        if self.num_generations == 1 and rows == 1:
+            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
+            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
+        problems = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
+        problems += [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items()]
+        sharding = filter(launch.is_asked, launch.SHARDING)
+        problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
+        if problems:
+            refused = UserError(*problems)
+            raise ValueError(str(refused)) from refused
 
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
@@ -116,22 +113,3 @@ class PPOConfig(GRPOConfig):
             super().__post_init__()
         finally:
             self.num_generations, self.num_generations_eval = given
-
-    def _check(self, rows: int) -> list[Problem]:
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong = {
-            "trust_remote_code": self.trust_remote_code and NO_REMOTE_CODE,
-            "epsilon": self.epsilon not in (GRPOConfig.epsilon, self.cliprange) and "must be unset: set cliprange",
-        }
-        if self.num_generations == 1 and rows == 1:
-            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
-            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
-        for item in fields(self):
-            choices = item.metadata.get("choices")
-            if item.name in own and choices and own[item.name] not in choices:
-                wrong[item.name] = f"must be {' or '.join(choices)}"
-        problems = [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items() if remedy]
-        problems += [
-            Problem("distributed_type", name, NOT_SHARDED) for name in launch.SHARDING if launch.is_asked(name)
-        ]
-        return check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED) + problems

@@ -3,14 +3,14 @@
 Notation: `B` completions of up to `T` tokens. A tensor is (B, T), and so is what a function returns, unless its
 docstring says otherwise. Names mean the same everywhere in `pipeline.rl`:
 
-- `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, for text inserted by tools,
-  and for completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value
-  that follows a token is the value of the next unmasked one.
+- `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, text of tools, and
+  completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value that
+  follows a token is the value of the next unmasked one.
 - `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and under the reference, in nats.
 - `log_ratio`: Log-probability under the current policy minus that under the policy that sampled the token.
 - `scores`: (B,), the reward of each completion as a whole.
 - `values`: The critic's estimate before each token is chosen, in units of the reward.
-- `reduce`: Sums a tensor over all processes, element by element.
+- `reduce`: Sums a tensor over all processes, element by element. By default, there is only one.
 
 Sources: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (1506.02438) and
 "Proximal Policy Optimization Algorithms" (1707.06347); Ziegler et al., "Fine-Tuning Language Models from Human
@@ -30,18 +30,13 @@ KLEstimator = Literal["k1", "k3"]
 Reduce = Callable[[Tensor], Tensor]
 
 
-def on_one_process(tensor: Tensor) -> Tensor:
-    """Return the sum over all processes when there is only one."""
-    return tensor
-
-
-def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = lambda total: total) -> Tensor:
     """Return the mean of `x` over the unmasked tokens of all processes: a scalar, 0 if there are none."""
     total, count = reduce(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
     return total / count.clamp(min=1.0)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = on_one_process, eps: float = 1e-8) -> Tensor:
+def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = lambda total: total, eps: float = 1e-8) -> Tensor:
     """Shift and scale `x` to mean 0 and (population) variance 1 over the unmasked tokens of all processes."""
     centered = (x - masked_mean(x, mask, reduce)) * mask
     variance = masked_mean(centered.square(), mask, reduce)
@@ -93,10 +88,8 @@ def generalized_advantages(
     #   delta[t]     = reward[t] + gamma * value[t + 1] - value[t]
     #
     # Where t is masked, nothing is written, and t + 1 stays the next token that is not masked.
-    real = mask > 0
-    next_value = torch.zeros_like(values[:, 0])
-    next_advantage = torch.zeros_like(next_value)
-    advantages = torch.zeros_like(values)
+    real, advantages = mask > 0, torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage

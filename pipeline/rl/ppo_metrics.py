@@ -1,26 +1,7 @@
 """The metrics that `PPOTrainer` logs, under the names of TRL's former `PPOTrainer`.
 
-Means are over completions or over unmasked tokens, of all processes. `pipeline.rl.ppo_math` defines the notation.
-
-Of each rollout, as it was sampled:
-
-- `objective/scores`: Score of a completion, normalised and penalised.
-- `objective/kl`, `objective/kl_k3`: KL to the reference, in nats per completion, by the estimators of
-  `ppo_math.kl_estimate`. Only with a reference.
-- `objective/non_score_reward`: KL penalty of a completion, as a reward.
-- `objective/rlhf_reward`: Score and KL penalty together.
-- `objective/entropy`: Negative log-probability of a completion, in nats.
-- `val/explained_variance`: 1 for a critic that foresaw every return, 0 for one that knows only their mean.
-- `val/num_eos_tokens`: How many completions ended with an end of turn.
-
-Of each optimizer step, averaged over tokens, except for the last. (TRL logs the policy's entropy and clipping, as
-`entropy` and `clip_ratio/*`.)
-
-- `policy/approxkl_avg`: Half the squared log ratio.
-- `loss/value_avg`: The critic's loss, before `vf_coef`.
-- `val/clipfrac_avg`: Share of tokens at which the critic was clipped.
-- `val/ratio`, `val/ratio_var`: Mean and variance of the probability ratio.
-- `val/grad_norm`: The critic's gradient norm before clipping.
+Means are over completions or over unmasked tokens, of all processes. `pipeline.rl.ppo_math` defines the notation. The
+critic's gradient norm before clipping is `val/grad_norm`. TRL logs the policy's entropy and clipping.
 """
 
 from __future__ import annotations
@@ -33,11 +14,10 @@ from torch import Tensor
 
 from pipeline.rl.ppo_math import Reduce, kl_estimate
 
+# What is a sum over all completions, not a mean.
 TOTALS = ("val/num_eos_tokens",)
-"""What is a sum over all completions, not a mean."""
-
+# What `val/explained_variance` is made of, as means over tokens.
 RETURN, SQUARE, ERROR = "_return", "_squared return", "_squared error"
-"""What `val/explained_variance` is made of, as means over tokens."""
 
 
 class Averages:
@@ -82,20 +62,26 @@ def of_completions(
     """
     penalties = (penalty * mask).sum(1)
     values = {
+        # Negative log-probability of a completion, in nats.
         "objective/entropy": -(logps * mask).sum(1),
+        # KL penalty of a completion, as a reward, and together with its score.
         "objective/non_score_reward": -penalties,
         "objective/rlhf_reward": scores - penalties,
         "objective/scores": scores,
         "val/num_eos_tokens": ended,
     }
     if ref_logps is not None:
+        # KL to the reference, in nats per completion.
         values["objective/kl"] = (kl_estimate(logps, ref_logps, "k1") * mask).sum(1)
         values["objective/kl_k3"] = (kl_estimate(logps, ref_logps, "k3") * mask).sum(1)
     return values
 
 
 def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
-    """Return the statistics of the critic's estimates of the returns in a rollout, each (B, T)."""
+    """Return the statistics of the critic's estimates of the returns in a rollout, each (B, T).
+
+    For `val/explained_variance`: 1 for a critic that foresaw every return, 0 for one that knows only their mean.
+    """
     returns, values = _exact(returns), _exact(values)
     return {RETURN: returns, SQUARE: returns.square(), ERROR: (returns - values).square()}
 
@@ -105,8 +91,10 @@ def of_update(log_ratio: Tensor, value_losses: Tensor, value_clipped: Tensor) ->
     ratio = log_ratio.exp()
     return {
         "policy/approxkl_avg": 0.5 * log_ratio.square(),
+        # The critic's loss, before `vf_coef`, and the share of tokens at which it was clipped.
         "loss/value_avg": value_losses,
         "val/clipfrac_avg": value_clipped,
+        # Mean and, in the end, variance of the probability ratio.
         "val/ratio": ratio,
         "val/ratio_var": ratio.square(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
@@ -12,21 +12,14 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
 from pipeline.errors import Problem, UserError, collect
-from pipeline.models.loading import (
-    is_reward_model,
-    load_config,
-    load_tokenizer,
-    local_copy,
-    user_error_for,
-    validate_chat,
-    validate_kind,
-    validate_vocabulary,
-    validate_weights,
-)
+from pipeline.models import loading
 from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
+
+# Kinds of the parameters that TRL can pass to a reward function.
+BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def check_rewards(
@@ -38,11 +31,10 @@ def check_rewards(
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
-    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If it is `early`, the
-    models are still to be made, and not looked at.
+    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If `early`, the models
+    are still to be made, and not looked at.
     """
-    problems = []
-    number = len(models) + len(functions)
+    problems, number = [], len(models) + len(functions)
     if weights is not None:
         shown = " ".join(f"{weight:g}" for weight in weights)
         if len(weights) != number:
@@ -61,29 +53,43 @@ def check_rewards(
             if inspect.unwrap(function) in MEASURED_ONLY and weight != 0:
                 remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
                 problems.append(Problem("reward_weights", weight if weights else "nothing", remedy))
-            if train is not None:
-                missing = _check_columns(name, function, column_names(train))
-                problems += missing or (_try_reward(function, next(iter(train))) if ":" in name else [])
+            if train is None:
+                continue
+            columns = column_names(train)
+            parameters = inspect.signature(function).parameters.values()
+            required = [item.name for item in parameters if item.default is item.empty and item.kind in BY_NAME]
+            if missing := [column for column in required if column not in (*PASSED_BY_TRL, *columns)]:
+                hint = " (set answer_column)" if missing == ["answer"] else ""
+                remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
+                problems.append(Problem("reward_funcs", name, remedy + ", ".join(columns)))
+            elif ":" in name:
+                # The user's own function is called once, so that one that fails is found before training. TRL passes
+                # each column as a list, with a row for each completion.
+                row = next(iter(train))
+                given: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
+                given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
+                given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
+                with collect(problems):
+                    returned = function(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
+                    if is_async_callable(function):
+                        asyncio.run(returned)
     return problems
 
 
 def check_reward_model(path: str) -> list[Problem]:
-    """Check that a reward model, by path or Hub id, gives a single score, has a chat template and has all weights.
-
-    Its tokenizer may differ from the policy's, because it is given text.
-    """
+    """Check that a reward model, by path or Hub id, gives a single score, and has a chat template and all weights."""
     field = "reward_model_path"
     try:
-        with user_error_for(field, path):
-            config = load_config(path)
-        tokenizer = load_tokenizer(path, field)
+        with loading.user_error_for(field, path):
+            config = loading.load_config(path)
+        tokenizer = loading.load_tokenizer(path, field)
     except UserError as error:
         return list(error.problems)
-    fault = validate_kind(config, reward=True)
-    if config.architectures and not is_reward_model(config):
+    fault = loading.validate_kind(config, reward=True)
+    if config.architectures and not loading.is_reward_model(config):
         fault = f"is a {config.architectures[0]}; give a reward model: a sequence classifier with one label"
-    fault = fault or validate_weights(path, config, AutoModelForSequenceClassification)
-    faults = [fault, validate_chat(tokenizer), validate_vocabulary(config, tokenizer)]
+    fault = fault or loading.validate_weights(path, config, AutoModelForSequenceClassification)
+    faults = [fault, loading.validate_chat(tokenizer), loading.validate_vocabulary(config, tokenizer)]
     return [Problem(field, path, fault) for fault in faults if fault]
 
 
@@ -94,45 +100,19 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     """
     field = "value_model_path"
     try:
-        with user_error_for(field, path):
-            source = local_copy(path, VALUE_MODEL_FOLDER)
-            config = load_config(source)
+        with loading.user_error_for(field, path):
+            source = loading.local_copy(path, VALUE_MODEL_FOLDER)
+            config = loading.load_config(source)
     except UserError as error:
         return list(error.problems)
-    faults = [validate_weights(source, config, auto_class(config))]
+    faults = [loading.validate_weights(source, config, auto_class(config))]
     if config.num_labels != 1 and any("Classification" in name for name in config.architectures or []):
         faults = [f"has {config.num_labels} labels; give a critic or a reward model, which has one"]
     if tokenizer is not None:
         try:
-            if load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
+            if loading.load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
                 faults.append("has another tokenizer than the policy; give a model that has the same one")
         except UserError:
             # A critic is saved without a tokenizer.
-            faults.append(validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
+            faults.append(loading.validate_vocabulary(config, tokenizer, "the policy's tokenizer"))
     return [Problem(field, path, fault) for fault in faults if fault]
-
-
-def _check_columns(name: str, reward: Callable[..., Any], columns: Sequence[str]) -> list[Problem]:
-    """Check that the data have the columns that a reward function requires, by its signature."""
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind in by_name]
-    missing = [parameter.name for parameter in required if parameter.name not in (*PASSED_BY_TRL, *columns)]
-    if not missing:
-        return []
-    hint = " (set answer_column)" if missing == ["answer"] else ""
-    remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: {', '.join(columns)}"
-    return [Problem("reward_funcs", name, remedy)]
-
-
-def _try_reward(reward: Callable[..., Any], row: Mapping[str, Any]) -> list[Problem]:
-    """Call the user's reward function once, as TRL will, so that one that fails is found before training."""
-    # TRL passes each column as a list, with a row for each completion.
-    given: dict[str, Any] = {column: [value, value] for column, value in row.items() if column != "prompt"}
-    given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
-    given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
-    problems: list[Problem] = []
-    with collect(problems):
-        returned = reward(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
-        if is_async_callable(reward):
-            asyncio.run(returned)
-    return problems

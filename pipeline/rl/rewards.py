@@ -18,8 +18,8 @@ class RewardModel:
     """A sequence classifier with one label, maybe wrapped or compiled, as a reward function.
 
     It reads a completion that was cut off as it stands, without the end of turn that its chat template adds. One that
-    spells a special token, piece by piece, is encoded as text, so that it cannot forge a turn. `ends` are the token ids
-    that end a turn of the policy, and `template` are further arguments of the chat template.
+    spells a special token is encoded as text, so that it cannot forge a turn. `ends` are the token ids that end a turn
+    of the policy, and `template` are further arguments of the chat template.
     """
 
     def __init__(
@@ -30,8 +30,7 @@ class RewardModel:
         template: Mapping[str, Any],
         name: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.ends, self.template = ends, template
+        self.model, self.tokenizer, self.ends, self.template, self.name = model, tokenizer, ends, template, name
         self._special = special_tokens(tokenizer)
 
     @torch.inference_mode()
@@ -49,9 +48,8 @@ class RewardModel:
             else:
                 texts.append(self.render(prompt + completion, ended=len(ids) > 0 and ids[-1] in self.ends))
         device = next(self.model.parameters()).device
-        inputs = self.tokenizer(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        ).to(device)
+        padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
+        inputs = self.tokenizer(text=texts, add_special_tokens=False, **padded).to(device)
         # On an accelerator, a pass of its own costs more than the padding.
         output = call_by_length(self.model, **inputs) if device.type == "cpu" else self.model(**inputs)
         scores = output.logits[:, 0].float()

@@ -1,10 +1,8 @@
-"""The part of checkpoints with what is left of a rollout: a file for each process.
+"""The part of checkpoints with what is left of a rollout, which serves several steps: a file for each process.
 
-A rollout serves several steps, and TRL keeps it in memory only. With it, a resumed run goes on in the middle of one:
-
-    rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
-                             metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
-                                       moments of all scores so far; and how the rollout was split
+rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
+                         metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
+                                   moments of all scores so far; and how the rollout was split
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from torch import Tensor
 
 logger = get_logger(__name__)
 
+# File of a checkpoint, by the number of the process.
 ROLLOUT = "rollout_{}.safetensors"
-"""File of a checkpoint, by the number of the process."""
 
 
 class Rollout:
@@ -31,13 +29,10 @@ class Rollout:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-
-    @property
-    def layout(self) -> dict[str, int]:
-        """The sizes that determine how a rollout is split; a resumed run must use the same ones."""
+        # The sizes that determine how a rollout is split; a resumed run must use the same ones.
         sizes = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations"
-        found = {name: getattr(self.trainer.args, name) for name in sizes.split()}
-        return {"processes": self.trainer.accelerator.num_processes} | found
+        self.layout = {name: getattr(trainer.args, name) for name in sizes.split()}
+        self.layout["processes"] = trainer.accelerator.num_processes
 
     def save(self, folder: Path) -> None:
         """Write what is left of the rollout, unless only the model is saved."""

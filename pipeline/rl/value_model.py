@@ -1,9 +1,8 @@
 """The critic of PPO: a language model with one scalar output at each token.
 
-It is transformers' token classification model with one label, so that it trains, is saved and loads like any other:
-`AutoModelForTokenClassification.from_pretrained("<run>/value_model")`. If the policy is an adapter, so is the critic,
-on frozen weights that other models of the run have in memory anyway; `AutoPeftModelForTokenClassification` loads it,
-with `num_labels=1`.
+It is transformers' token classification model with one label, which `AutoModelForTokenClassification` loads. If the
+policy is an adapter, so is the critic, on frozen weights that other models of the run have in memory anyway;
+`AutoPeftModelForTokenClassification` loads it, with `num_labels=1`.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ def build_value_model(
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the Auto class that loads what `config` was saved with: a critic (also if it names no architecture), a
-    reward model or a language model."""
+    """Return the Auto class of a critic (also if `config` names no architecture), reward model or language model."""
     saved_as = (config.architectures or ["ForTokenClassification"])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
@@ -126,8 +124,8 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
-    The head of a reward model is copied, too: at each token, the critic starts with the reward that the text so far
-    would get. From a policy, the head is zero: the critic starts by expecting nothing.
+    With the head of a reward model, the critic starts with the reward that the text so far would get. From a policy, it
+    starts by expecting nothing: the head is zero.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
@@ -153,9 +151,9 @@ def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, 
     head, _ = find_head(critic)
     wanted = critic.state_dict()
     weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
-    for name, untrained in wanted.items():
-        if name.startswith(f"{head}.") and name not in weights:
-            weights[name] = torch.zeros(untrained.shape, device=source.device)
+    for name in wanted.keys() - weights.keys():
+        if name.startswith(f"{head}."):
+            weights[name] = torch.zeros(wanted[name].shape, device=source.device)
     return {name: weight for name, weight in weights.items() if name in wanted}
 
 
