@@ -64,6 +64,7 @@ class ChatModel:
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                     some[place] = Completion(text, tokens, one.stopped)
             return found
+
         samples = options.pop("samples", 1)
         opened = [self.toolbox.open(row) for row in rows for _ in range(samples)]
         template = {**self.template, **self.toolbox.template(self.tokenizer)}

@@ -133,7 +133,6 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
                 keys = [key for key in keys if key == name]
             if part is not None and keys:
                 suspects[name] = part, keys
-
     problems = rows.get("problems", [])
     for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"]) if baselines else {}
     found = HeldOut(
@@ -173,8 +172,8 @@ def _read_for_baselines(
         rows = reader.read("instructions", reader.find("instructions", trained_on=True), MAX_TRAINING_ROWS)
         solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
         draw = random.Random(0)
-        draws = [draw.sample(solved, number) for _ in range(2)] if len(solved) >= number else []
-        shots = [[message for messages in drawn for message in messages] for drawn in draws]
+        for _ in range(2) if len(solved) >= number else ():
+            shots.append([message for messages in draw.sample(solved, number) for message in messages])
 
     def others(key: str, most: int) -> list[Example]:
         """Return rows to choose a baseline on: of the validation split or, without another one, of those trained on."""

@@ -11,10 +11,8 @@ from typing import Literal
 class MetricInfo:
     """How a metric is shown.
 
-    Attributes:
-        meaning: One line about what is measured; `{against}` and `{judge}` are the opponent and the judge.
-        better: The better direction, "" if neither is.
-        share: Whether it lies between 0 and 1.
+    `meaning` is one line about what is measured, where `{against}` and `{judge}` are the opponent and the judge. Values
+    lie between 0 and 1 if it is a `share`. Neither direction is better if `better` is "".
     """
 
     label: str

@@ -146,10 +146,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: bool = False) -> None:
-    """Record `bits_per_byte` of documents or, `of_answers`, `answer_bits_per_byte` of the last messages of rows.
-
-    The `weight` of an example is the size of its text in bytes.
-    """
+    """Record `bits_per_byte` of documents or, `of_answers`, `answer_bits_per_byte` of the last messages of rows."""
     # To score more tokens at once would take more memory for hardly any gain in bits.
     context = min(chat.positions or 1024, 1024)
     if of_answers:
@@ -163,6 +160,7 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
     if scored:
         kept, losses, texts = zip(*scored, strict=True)
         bits = BitsPerByte().compute(predictions=losses, references=texts, seed=result.seed)
+        # An example weighs as many bytes as its text has.
         weights = [{"weight": len(text.encode())} for text in texts]
         result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=False, extras=weights)
 

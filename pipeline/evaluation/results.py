@@ -110,10 +110,9 @@ class StageResult:
         units: Sequence[Hashable] | None = None,
         extras: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        """Add a metric: its estimate, overall and by kind of example, and the value of every example.
+        """Add a metric (`<baseline>/<metric>` of a baseline): its estimate, also by kind, and the value of each row.
 
         Args:
-            name: `<baseline>/<metric>` for a baseline.
             measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
             how: Makes an estimate of values.

@@ -175,7 +175,6 @@ def _measure_language_model(
         win_rate.measure_matches(result, answers, judged, judge)
     counted = {key: one for key, one in chats.items() if one.counts["answers"]}
     result.cut_off = {key: {**one.counts, "limit": one.max_new_tokens} for key, one in counted.items()}
-
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
     if result.name == result.against and held_out.problems:
