@@ -31,8 +31,6 @@ PROGRESS_SECONDS = 10
 """Without a live view, a step that has taken longer than this prints its progress at each quarter."""
 MAX_COLUMNS = 100
 """Width of the live view, at most."""
-LAST_LINES = 20
-"""Lines of a failed step's output that are shown. What refuses its input (exit code 2) is shown as a whole."""
 
 MARKS = {
     "waiting": (" ", "dim"),
@@ -148,7 +146,8 @@ class RunConsole:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
-            print(*lines[0 if code == EXIT_USER_ERROR else -LAST_LINES :], sep="\n", file=sys.stderr)
+            # What a step says that refuses its input is shown as a whole.
+            print(*lines[0 if code == EXIT_USER_ERROR else -20 :], sep="\n", file=sys.stderr)
         whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
         print(*messages, *whole, sep="\n")
 

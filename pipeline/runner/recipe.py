@@ -97,8 +97,7 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         planned.append(item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, changed))
     # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
     editable = {step.name: step.output for step in steps if step.stage.editable}
-    for place, step in enumerate(planned):
-        planned[place] = replace(step, data={need: editable[need] for need in step.needs if need in editable})
+    planned = [replace(one, data={need: editable[need] for need in one.needs if need in editable}) for one in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
     # The record of the run names one seed: the first that a file names.

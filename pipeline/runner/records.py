@@ -27,9 +27,6 @@ READ_WHOLE_BYTES = 64 * 2**20
 TRASH = ".trash"
 """Folder in the directory of a run; each command that moves something there makes a folder in it, named by the time."""
 
-SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
-"""Settings that are neither written to disk nor hashed."""
-
 
 @dataclass
 class RunRecord:
@@ -165,7 +162,9 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
 
 def recorded_values(step: Step) -> dict[str, Any]:
     """Return the step's settings as they are read back from `run.json`."""
-    plain = {key: value for key, value in step.values.items() if key not in SECRETS}
+    # Secrets are neither written to disk nor hashed.
+    secret = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
+    plain = {key: value for key, value in step.values.items() if key not in secret}
     # Any environment variable may hold a key.
     if isinstance(variables := plain.get("env"), Mapping):
         plain["env"] = sorted(map(str, variables))
