@@ -49,7 +49,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     """
     if not model_args.use_peft:
         return []
-    # PEFT compares a list with the ends of names (["q_proj"]), and a string, a pattern, with whole names (".*q_proj").
+    # PEFT compares a list with the ends of names (["q_proj"]), and a string, a pattern, with whole ones (".*q_proj").
     modules = dict(model.named_modules())
     # Layers that PEFT can put a LoRA adapter on.
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)

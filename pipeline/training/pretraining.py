@@ -35,7 +35,7 @@ class PretrainConfig(TrainingArguments):
         "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of the "
         "data, whose end it drops if it does not fill a block.",
     )
-    torch_compile: bool | None = option(None, "Compile the model (default: if that makes such a run shorter).")
+    torch_compile: bool | None = option(None, "Compile the model (default: if that makes the run shorter).")
     attn_implementation: str | None = option(
         None,
         "Attention (default: the fastest that this machine has for packed documents).",
