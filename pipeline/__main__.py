@@ -43,9 +43,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
-    parser = Parser(
-        prog=as_typed(), description="Train a language model from random weights to a reasoning chat model."
-    )
+    about = "Train a language model from random weights to a reasoning chat model."
+    parser = Parser(prog=as_typed(), description=about)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         description = summary[0].upper() + summary[1:] + "."

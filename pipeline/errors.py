@@ -20,28 +20,18 @@ from functools import partial
 from pathlib import Path
 
 EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_WAITING = 2, 3, 4
-"""Exit codes of a run refused because of its input (the convention of `argparse` and of POSIX shells), of one that is
-complete on this disk but could not be pushed to the Hub, and of a step that waits for people."""
-
+"""Exit codes: refused for its input (as by `argparse` and shells), complete but not on the Hub, waiting for people."""
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A token of the Hub, which no message repeats."""
-
 LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError, OSError, ArithmeticError,
     AssertionError,
 )  # fmt: skip
 """Exceptions that the libraries raise for options and configurations that they cannot use."""
-
-LONGEST_VALUE = 300
-"""Characters of a value that a message repeats."""
-
 HUB_UNREACHABLE = (
     "is not a local path, and the Hub cannot be reached; check the network (and HF_HUB_OFFLINE) or give a local path"
 )
 """Remedy for a name on the Hub while the Hub does not answer."""
-
-NETWORK_ERRORS = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
-"""Errors of the Hub's client that come from the network, by the names of their classes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Problem:
 
     def __str__(self) -> str:
         value = str(self.value)
-        value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}..."
+        value = value if len(value) <= 300 else f"{value[:300]}..."
         line = TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
         # A recipe of the Hub could otherwise send codes to the terminal, which hide lines or change its title.
         return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
@@ -89,23 +79,20 @@ def as_typed(*words: object) -> str:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError`, a `RunStopped` and Ctrl-C into a message on stderr and an exit code, without a traceback."""
-    # Several processes of one machine find the same mistakes; one reports them.
-    first = os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     try:
         yield
+        return
     except UserError as error:
-        if first:
-            print(*error.problems, sep="\n", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        message, code = str(error), EXIT_USER_ERROR
     except RunStopped as stop:
-        if first or stop.exit_code == 1:
-            print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        message, code = str(stop), stop.exit_code
     except KeyboardInterrupt:
-        if first:
-            print("Interrupted.", file=sys.stderr)
         # The convention of POSIX shells.
-        sys.exit(128 + signal.SIGINT)
+        message, code = "Interrupted.", 128 + signal.SIGINT
+    # Several processes of one machine find the same mistakes; one reports them.
+    if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
@@ -143,8 +130,9 @@ def leave_closed_terminal() -> None:
 
 def is_network_error(error: BaseException | None) -> bool:
     """Return whether an error, or one that caused it, says that the Hub cannot be reached."""
+    of_client = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
     while error is not None:
-        if type(error).__name__ in NETWORK_ERRORS:
+        if type(error).__name__ in of_client:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -9,19 +9,12 @@ import re
 import shutil
 import timeit
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-
-COMPILATION_PAYS_AFTER = 180.0
-"""Seconds of estimated training above which `torch.compile`, which saves a tenth, makes up for its warm-up."""
-
-FLOPS_PER_CORE, FLOPS_OF_ACCELERATOR = 7.5e10, 4e13
-"""Speed of training a small model, to estimate the length of a run: cores with AMX or AVX512-BF16 reach 6e10 to
-9e10. Nothing is measured, so that every start of the same run makes the same choice."""
 
 
 class Choice(NamedTuple):
@@ -53,9 +46,7 @@ def unchanged_rng() -> AbstractContextManager[None]:
     `torch.manual_seed` seeds every kind of device. By default, `fork_rng` initialises all devices that are visible.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+    return torch.random.fork_rng([device], device_type=device.type) if device else torch.random.fork_rng([])
 
 
 @cache
@@ -63,9 +54,10 @@ def precision() -> Choice:
     """Return the fastest precision that does not cost quality on this machine: "bf16", "fp16" or "fp32"."""
     device = accelerator()
     if device == "cuda":
+        name = torch.cuda.get_device_name()
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16", f"{torch.cuda.get_device_name()} computes in bfloat16")
-        return Choice("fp16", f"{torch.cuda.get_device_name()} does not have bfloat16")
+            return Choice("bf16", f"{name} computes in bfloat16")
+        return Choice("fp16", f"{name} does not have bfloat16")
     if device == "xpu":
         return Choice("bf16", "Intel GPUs compute in bfloat16")
     if device is not None:
@@ -111,27 +103,22 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def threads() -> Choice:
-    """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number.
-
-    Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
-    """
+    """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number."""
+    # Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0:
-        if not is_launched() or value == _environment_before_launch().get("OMP_NUM_THREADS"):
+        # The environment in which the user started the launcher, where it can be read.
+        user: Mapping[str, str] = {}
+        if is_launched():
+            with suppress(psutil.Error, OSError):
+                parents = (process.environ() for process in psutil.Process().parents())
+                user = next((environment for environment in parents if not is_launched(environment)), user)
+        if not is_launched() or value == user.get("OMP_NUM_THREADS"):
             return Choice(int(value), "OMP_NUM_THREADS")
         if int(value) > 1:
             return Choice(int(value), "num_cpu_threads_per_process of the launch file")
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Choice(max(1, cores() // processes), f"{cores()} cores for {processes} process(es)")
-
-
-def _environment_before_launch() -> Mapping[str, str]:
-    """Return the environment in which the user started the launcher; empty if it cannot be read."""
-    try:
-        environments = (process.environ() for process in psutil.Process().parents())
-        return next((found for found in environments if not is_launched(found)), {})
-    except (psutil.Error, OSError):
-        return {}
 
 
 def attention() -> Choice:
@@ -144,13 +131,18 @@ def attention() -> Choice:
 
 
 def compilation(flops: float) -> Choice:
-    """Return whether `torch.compile` makes a training run of `flops` floating-point operations a process shorter."""
+    """Return whether `torch.compile` makes a training run of `flops` floating-point operations a process shorter.
+
+    Nothing is measured, so that every start of the same run makes the same choice.
+    """
     if accelerator() is None and not (shutil.which("g++") or shutil.which("clang++")):
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":
         return Choice(False, "not well supported on mps")
-    seconds = flops / (FLOPS_OF_ACCELERATOR if accelerator() else FLOPS_PER_CORE * threads().value)
-    if seconds < COMPILATION_PAYS_AFTER:
+    # The speed of training a small model: cores with AMX or AVX512-BF16 reach 6e10 to 9e10.
+    seconds = flops / (4e13 if accelerator() else 7.5e10 * threads().value)
+    # Compiled training saves a tenth of the time, and takes longer to warm up.
+    if seconds < 180:
         return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
     return Choice(True, f"about {seconds:.0f} s of training make up for the compilation")
 
@@ -181,16 +173,13 @@ class Processor(NamedTuple):
     memory: float
 
     def __str__(self) -> str:
-        single, memory = f"{self.single / 1e12:.3g}", f"{self.memory / 1e9:.0f} GB"
+        single = f"{self.single / 1e12:.3g}"
         peak = f"{self.half / 1e12:.3g} TFLOP/s (float32: {single})" if self.half else f"{single} TFLOP/s"
-        return f"{self.name}: {peak}, {memory}"
+        return f"{self.name}: {peak}, {self.memory / 1e9:.0f} GB"
 
 
 def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
-    """Return a GPU by its name or its figures, or what this machine has for each of its processes, as measured.
-
-    None if the name is not known, and not both figures are given.
-    """
+    """Return a GPU by its name or both figures, or what each process has here, as measured; None if it is unknown."""
     if gpu or tflops or gigabytes:
         known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
         half, single, memory = tflops or known[0], tflops or known[1], gigabytes or known[2]
@@ -203,10 +192,7 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Measure the FLOP/s of large matrix multiplications in "bf16", "fp16" or "fp32" with the process's threads.
-
-    Utilisation refers to it, because the peak of a data sheet is out of reach on most machines.
-    """
+    """Measure the FLOP/s of large matrix products in "bf16", "fp16" or "fp32", which are below a data sheet's peak."""
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
 import signal
 import socket
@@ -29,18 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOPPED = "fourstage/stopped"
-"""Key of a process group's store under which a process that stops leaves its exit code."""
-
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 """Ways of splitting a model over processes, and the variables with which a launch file asks for them."""
 
 
 def prepare_process(*, shards: bool = False) -> None:
-    """Prepare a process before it builds its training arguments.
-
-    Telemetry is disabled unless `HF_HUB_DISABLE_TELEMETRY=0` is set, a CPU is prepared, only the first process logs to
-    stderr, the libraries' bars and announcements of their own changes are off, and the process ends with its launcher.
+    """Prepare a process before it builds its training arguments: telemetry, logs, CPU, and its end with the launcher.
 
     Args:
         shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
@@ -49,8 +42,7 @@ def prepare_process(*, shards: bool = False) -> None:
         UserError: If some variables of a process group are missing, so that it would wait for others for ever.
     """
     size = os.environ.get("WORLD_SIZE", "1")
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
-    if size != "1" and missing:
+    if size != "1" and (missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]):
         remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
         raise UserError(Problem("WORLD_SIZE", size, remedy))
 
@@ -59,10 +51,9 @@ def prepare_process(*, shards: bool = False) -> None:
 
     # The Hub client reads the variable when it is imported, which may have happened earlier.
     constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in ("1", "ON", "YES", "TRUE")
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for package in ("pipeline", "recipes"):
-        logging.getLogger(package).setLevel(level)
+        logging.getLogger(package).setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
     quiet_libraries()
     if hardware.accelerator() is None:
         torch.set_num_threads(hardware.threads().value)
@@ -130,10 +121,8 @@ def is_asked(sharding: str) -> bool:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Train on one GPU if there is no process group: change `args` in place.
-
-    transformers would use every visible GPU, and multiply the batch by their number, at the same learning rate.
-    """
+    """Train on one GPU if there is no process group: change `args` in place."""
+    # transformers would use every visible GPU, and multiply the batch by their number, at the same learning rate.
     if args.n_gpu > 1:
         args._n_gpu = 1
 
@@ -141,27 +130,23 @@ def use_one_gpu(args: TrainingArguments) -> None:
 @contextmanager
 def stop_as_one() -> Iterator[None]:
     """End in silence, with its exit code, if another process is lost because it stopped and has reported why."""
+    # Key of a process group's store under which a process that stops leaves its exit code.
+    key = "fourstage/stopped"
     try:
         yield
-    except RunStopped as stop:
-        if (store := _store()) is not None:
-            store.set(STOPPED, str(stop.exit_code))
-        raise
-    except RuntimeError:
+    except (RunStopped, RuntimeError) as error:
         code = None
-        # The process that serves the store may have ended without a reason.
-        with contextlib.suppress(RuntimeError):
-            if (store := _store()) is not None and store.check([STOPPED]):
-                code = int(store.get(STOPPED))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            store = torch.distributed.distributed_c10d._get_default_store()
+            if isinstance(error, RunStopped):
+                store.set(key, str(error.exit_code))
+                raise
+            # The process that serves the store may have ended without a reason.
+            with contextlib.suppress(RuntimeError):
+                code = int(store.get(key)) if store.check([key]) else None
         if code is None:
             raise
         sys.exit(code)
-
-
-def _store() -> torch.distributed.Store | None:
-    """Return the store that the processes of a group share, or None without a group."""
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.distributed_c10d._get_default_store() if grouped else None
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
@@ -177,10 +162,10 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
         inactive = "is never active on CPUs, so that the model would not be sharded"
     elif args.parallel_mode.value != "distributed":
         inactive = "needs a process group, even for one process; start it by `accelerate launch`"
-    for name in SHARDING:
-        if inactive and is_asked(name):
+    for name in SHARDING if inactive else ():
+        if is_asked(name):
             problems.append(Problem("distributed_type", name, f"{inactive}; or use accelerate_config.yaml"))
-        elif inactive and (value := getattr(args, name.lower(), None)):
+        elif value := getattr(args, name.lower(), None):
             problems.append(Problem(name.lower(), value, f"{inactive}; or omit it"))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):
@@ -194,14 +179,14 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
 
 def log_active(trainer: Trainer) -> None:
     """Log what a trainer that is about to train runs on, and with which precision and batch size."""
-    args, device = trainer.args, trainer.args.device.type
+    args, state, device = trainer.args, trainer.accelerator.state, trainer.args.device.type
     processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
     visible = torch.cuda.device_count() if device == "cuda" else 1
     if args.world_size > 1:
         processes += f", one group ({torch.distributed.get_backend()})"
     elif visible > 1:
         processes += f", one of {visible} GPUs: a process trains on one, `--num_processes {visible}` on all of them"
-    state, sharding = trainer.accelerator.state, "none, every process has the whole model"
+    sharding = "none, every process has the whole model"
     if trainer.is_fsdp_enabled:
         sharding = f"FSDP {state.fsdp_plugin.fsdp_version}"
     elif trainer.is_deepspeed_enabled:
@@ -218,9 +203,9 @@ def log_active(trainer: Trainer) -> None:
         logger.info("memory      %s when freed (%s)", "kept" if kept.value else "returned", kept.reason)
     logger.info("compiled    %s", bool(args.torch_compile))
 
-    parts = (args.train_batch_size, args.gradient_accumulation_steps, args.world_size)
-    sequences = math.prod(parts)
-    batch = "{} sequences = {} x {} accumulated x {} process(es)".format(sequences, *parts)
+    size, steps = args.train_batch_size, args.gradient_accumulation_steps
+    sequences = size * steps * args.world_size
+    batch = f"{sequences} sequences = {size} x {steps} accumulated x {args.world_size} process(es)"
     if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
         batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
     logger.info("batch       %s", batch)

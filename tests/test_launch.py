@@ -202,7 +202,7 @@ def test_without_a_number_of_threads_the_cores_are_shared(
     environment: dict[str, str], threads: hardware.Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "cores", lambda: 8)
-    monkeypatch.setattr(hardware, "_environment_before_launch", dict)
+    monkeypatch.setattr(hardware.psutil.Process, "parents", lambda process: [])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -27,6 +27,7 @@ HELP = """/example KIND  ask a held-out prompt of the run, perhaps of a kind suc
 /new           begin a new conversation
 /help          show these commands
 /quit          end (or Ctrl-D); Ctrl-C ends an answer"""
+Turns = list[dict[str, Any]]
 LIMITS = {"max_new_tokens": (1, 1 << 20), "temperature": (0, 100), "top_p": (0.0001, 1), "top_k": (0, 1 << 20)}
 """The smallest and the largest value of each option."""
 
@@ -59,7 +60,6 @@ def main(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     loaded = load(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-
     # With readline, `input` has a history and understands arrow keys.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
     called = settings_of(run).get(CALLED) or {}
     examples: dict[str, list[HeldOutPrompt]] = {}
-    messages: list[dict[str, Any]] = []
+    messages: Turns = []
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
                 example, *others = examples.pop(kind)
                 examples[kind] = [*others, example]
                 print(f"Asked: {example.text}")
-                messages = reply(loaded, example.messages[:-1], example.messages[-1:], sampling, called, example)
+                messages = reply(loaded, example.messages, sampling, called, example)
                 if example.result:
                     print(f"The right result is {example.result}.")
             elif examples:
@@ -109,18 +109,13 @@ def main(args: argparse.Namespace) -> int:
         elif command.startswith("/"):
             print(HELP)
         elif line:
-            messages = reply(loaded, messages, [{"role": "user", "content": line}], sampling, called)
+            messages = reply(loaded, [*messages, {"role": "user", "content": line}], sampling, called)
 
 
 def reply(
-    loaded: Loaded,
-    messages: list[dict[str, Any]],
-    question: list[dict[str, Any]],
-    sampling: Sampling,
-    called: Mapping[str, Any],
-    found: HeldOutPrompt | None = None,
-) -> list[dict[str, Any]]:
-    """Print the answer to a question as it is written. Return the conversation, unchanged if the question is too long.
+    loaded: Loaded, asked: Turns, sampling: Sampling, called: Mapping[str, Any], found: HeldOutPrompt | None = None
+) -> Turns:
+    """Print the answer to the last turn as it is written. Return the conversation with it, or without a turn too long.
 
     `called` and `found` are as for `open_prompt`.
     """
@@ -128,13 +123,11 @@ def reply(
     from pipeline.app.prompts import open_prompt
     from pipeline.report.text import visible
 
-    asked = [*messages, *question]
     try:
         opened = open_prompt(loaded, asked, called, found)
     except UserError as error:
-        print(*error.problems, "; or /new" if messages else "", sep="")
-        return messages
-
+        print(*error.problems, "; or /new" if asked[1:] else "", sep="")
+        return asked[:-1]
     shown, answer = "", None
     with contextlib.suppress(KeyboardInterrupt):
         for answer in write(loaded, opened.prompt, sampling, opened.tools):
@@ -144,9 +137,8 @@ def reply(
             text = visible(answer.text, len(answer.text))
             print(text[len(shown) :], end="", flush=True)
             shown = text
-
-    stopped = answer.stopped if answer else ""
     # An answer without a reason to stop was ended by Ctrl-C.
-    print("" if stopped == ENDED else f" [{stopped or 'stopped'}]")
+    stopped = (answer and answer.stopped) or "stopped"
+    print("" if stopped == ENDED else f" [{stopped}]")
     turns = answer.messages if answer else [{"role": "assistant", "content": ""}]
     return [*asked, *({**turn, "content": str(turn.get("content") or "").strip()} for turn in turns)]

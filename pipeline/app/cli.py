@@ -21,8 +21,6 @@ from pipeline.app.votes_step import models_to_vote_on
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 
-LOCAL = "127.0.0.1"
-"""The address that only this machine can open."""
 LIMITS = {
     "port": (1, 65535),
     "overlap": (0, 1),
@@ -38,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "a further model to compare; repeatable"
     parser.add_argument("--model", action="append", default=[], metavar="PATH_OR_ID", help=meaning)
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
-    parser.add_argument("--host", default=LOCAL, help=f"address to listen on (default: {LOCAL}, this machine alone)")
+    meaning = "address to listen on (default: 127.0.0.1, this machine alone)"
+    parser.add_argument("--host", default="127.0.0.1", help=meaning)
     meaning = "what visitors must know; they vote under a name that they give (asked for if it is not given here)"
     parser.add_argument("--password", nargs="?", const="", help=meaning)
 
@@ -59,7 +58,6 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
-
     run = Path(args.run)
     args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
     problems = check_limits(args, LIMITS)
@@ -78,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--guidelines", args.guidelines, "is not a file; give one in Markdown"))
     if problems:
         raise UserError(*problems)
-
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
     from datasets import disable_progress_bars
@@ -106,8 +103,7 @@ def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, flo
 def _check_address(args: argparse.Namespace) -> list[Problem]:
     """Report an address that cannot be used, and a page that others could open without a password."""
     try:
-        addresses = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = addresses[0]
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
         # Try the port now: uvicorn would complain only after the models have been loaded.
         with socket.socket(family, kind, protocol) as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -25,14 +25,10 @@ from pipeline.evaluation.intervals import finite
 from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import visible
 
-LONGEST = 1024
-"""Tokens of an answer, at most."""
-USUAL = 128
-"""Tokens of an answer, unless the visitor sets another limit."""
+LONGEST, USUAL = 1024, 128
+"""Tokens of an answer, at most and unless the visitor sets another limit."""
 SHOWN = 20_000
 """Characters of an answer that are shown."""
-CHOSEN = 6
-"""Models that answer unless the visitor chooses others."""
 
 
 class Asked(BaseModel):
@@ -49,16 +45,14 @@ class Asked(BaseModel):
 
 def content(site: Site) -> dict[str, Any]:
     # The prompts that every stage was asked for the report.
-    asked = [item["prompt"] for stage in load_run(site.run).stages.values() for item in stage.answers]
-    return {
-        "prompts": [visible(text, SHOWN) for text in dict.fromkeys(map(str, asked))],
-        "columns": [
-            {"name": name, "title": stage_info(name).title if name in site.models.stages else "", "chosen": i < CHOSEN}
-            for i, name in enumerate(site.models.names)
-        ],
-        "usual": USUAL,
-        "longest": LONGEST,
-    }
+    asked = [str(item["prompt"]) for stage in load_run(site.run).stages.values() for item in stage.answers]
+    columns = []
+    for place, name in enumerate(site.models.names):
+        title = stage_info(name).title if name in site.models.stages else ""
+        # Six models answer unless the visitor chooses others.
+        columns.append({"name": name, "title": title, "chosen": place < 6})
+    prompts = [visible(text, SHOWN) for text in dict.fromkeys(asked)]
+    return {"prompts": prompts, "columns": columns, "usual": USUAL, "longest": LONGEST}
 
 
 def routes(site: Site) -> APIRouter:
@@ -78,8 +72,7 @@ def answer_all(site: Site, asked: Asked) -> Generator[list[dict[str, Any]]]:
     names = [name for name in site.models.names if name in asked.models]
     writers = {name: answer_one(site, asked.text, name, sampling) for name in names}
     changed: dict[str, Answer | str] = {}
-    sent = dict.fromkeys(names, 0)
-    latest = 0.0
+    sent, latest = dict.fromkeys(names, 0), 0.0
     while writers:
         for name, writer in list(writers.items()):
             found = next(writer, None)
@@ -113,13 +106,9 @@ def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
     """Return what the page gets to know of a model: its answer, of which it has `sent` tokens, or why there is none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
-    tokens = [
-        {
-            "text": visible(token.text),
-            "logProb": finite(token.log_prob),
-            "others": [[visible(other), finite(value)] for other, value in token.alternatives],
-        }
-        for token in found.tokens[sent:]
-    ]
+    tokens = []
+    for token in found.tokens[sent:]:
+        others = [[visible(other), finite(value)] for other, value in token.alternatives]
+        tokens.append({"text": visible(token.text), "logProb": finite(token.log_prob), "others": others})
     text = visible(found.text, SHOWN)
     return {"model": name, "text": text, "seconds": found.seconds, "stopped": found.stopped, "tokens": tokens}

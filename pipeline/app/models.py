@@ -26,10 +26,9 @@ from pipeline.report.load import stage_info, stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
 from pipeline.tools.loading import Toolbox
 
-ALTERNATIVES = 5
-"""How many of the most probable tokens are kept with the token that was chosen."""
 ENDED = "ended its turn"
 """Why an answer stopped that the model itself ended."""
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     context: int
-    template: Mapping[str, Any] = field(default_factory=dict)
+    template: Values = field(default_factory=dict)
 
-    def encode(self, messages: Messages, template: Mapping[str, Any] | None = None) -> list[int]:
+    def encode(self, messages: Messages, template: Values | None = None) -> list[int]:
         """Return the tokens of a conversation, or raise a `UserError` if they leave no room for an answer."""
         if self.tokenizer.chat_template:
             (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
@@ -81,15 +80,13 @@ class Loaded:
             raise UserError(Problem("prompt", f"{len(ids)} tokens", remedy))
         return ids
 
-    def open(
-        self, row: Mapping[str, Any], toolbox: Toolbox | None, template: Mapping[str, Any] | None = None
-    ) -> Dialogue:
+    def open(self, row: Values, toolbox: Toolbox | None, template: Values | None = None) -> Dialogue:
         """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it."""
-        prompt, tools = toolbox.open(row) if toolbox else (row["prompt"], {})
+        if toolbox is None:
+            return Dialogue(self.encode(row["prompt"], template), {})
+        prompt, tools = toolbox.open(row)
         template = self.template if template is None else template
-        if toolbox:
-            template = {**template, **toolbox.template(self.tokenizer)}
-        return Dialogue(self.encode(prompt, template), tools)
+        return Dialogue(self.encode(prompt, {**template, **toolbox.template(self.tokenizer)}), tools)
 
 
 @dataclass
@@ -127,7 +124,8 @@ class Answer:
         if log_probs is None:
             self.tokens.append(Token(token, added, math.nan, []))
             return
-        best = log_probs.topk(min(ALTERNATIVES, len(log_probs)))
+        # The five most probable tokens are kept with the one that was chosen.
+        best = log_probs.topk(min(5, len(log_probs)))
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
         self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))

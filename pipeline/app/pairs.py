@@ -6,12 +6,9 @@ A line of the file is a pair, or allots one to an annotator:
     {"pair": "5f…", "for": "ann", "shared": false}
 
 What the server knows of pairs follows from these lines, in their order, so that a restarted server goes on where it
-was. For each two models it has
-
-- a stock of pairs that nobody has seen, which another thread fills up while people read;
-- a sequence for each annotator: the pairs that were allotted to them, and are shown until they have a vote;
-- shared pairs, which everybody sees. They come at regular intervals of each sequence: with an overlap of 0.25, every
-  fourth pair is a shared one.
+was. For each two models it has a stock of pairs that nobody has seen, which another thread fills up while people read,
+and for each annotator a sequence: the pairs that were allotted to them, shown until they have a vote. Shared pairs,
+which everybody sees, come at regular intervals of each sequence: every fourth pair with an overlap of 0.25.
 """
 
 from __future__ import annotations
@@ -79,12 +76,10 @@ class Pairs:
         self._stock: dict[Source, list[Pair]] = defaultdict(list)
         self._shared: dict[Source, dict[str, Pair]] = defaultdict(dict)
         self._sequences: dict[tuple[str, Source], list[Pair]] = defaultdict(list)
-
         self._mutex = threading.RLock()
         # One thread samples for all, a batch at a time, so that a slow model does not keep the others waiting.
         self._sampler = ThreadPoolExecutor(1)
         self._batches: dict[Source, Future[int]] = {}
-
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for line in lines:
@@ -193,7 +188,6 @@ class Pairs:
                 fitting.append((row, first.encode(row["prompt"]), second.encode(row["prompt"])))
         if not fitting:
             return []
-
         kept, for_first, for_second = zip(*fitting, strict=True)
         seed = secrets.randbelow(1 << 31)
         if first is second:
@@ -202,20 +196,13 @@ class Pairs:
         else:
             of_first, of_second = self._answer(first, for_first, 1, seed), self._answer(second, for_second, 1, seed + 1)
             answers = [one + other for one, other in zip(of_first, of_second, strict=True)]
-        sampling = self.sampling | {"seed": seed}
-        return [
-            Pair(
-                secrets.token_hex(8),
-                list(row["prompt"]),
-                a,
-                b,
-                *source,
-                sampling,
-                {k: row[k] for k in RULE_COLUMNS if row.get(k)},
-            )
-            for row, (a, b) in zip(kept, answers, strict=True)
-            if a and b and a != b
-        ]
+        pairs = []
+        for row, (a, b) in zip(kept, answers, strict=True):
+            if a and b and a != b:
+                rule = {column: row[column] for column in RULE_COLUMNS if row.get(column)}
+                prompt, sampling = list(row["prompt"]), self.sampling | {"seed": seed}
+                pairs.append(Pair(secrets.token_hex(8), prompt, a, b, *source, sampling, rule))
+        return pairs
 
     def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
         """Return `samples` answers to each prompt, "" for one that spells special tokens, which no data may contain."""

@@ -28,20 +28,13 @@ GENERAL = (
     "about other things gets an answer that only sounds like one."
 )
 """Text for data whose card lacks this heading."""
-KEYS = ("problems", "instructions", "prompts")
-"""Keys of `evaluate.yaml` whose data have prompts, the most telling ones first."""
-LONGEST = 4000
-"""Characters of a prompt that is offered."""
 
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt that no stage was trained on.
+    """A prompt that no stage was trained on, from the data of a `key` of `evaluate.yaml`.
 
-    Attributes:
-        key: Key of `evaluate.yaml` whose data it belongs to.
-        messages: The conversation up to the answer.
-        text, result: What the user asks and, of a problem, the right result, as the page shows them.
+    `messages` end before the answer. `text` and, of a problem, the right `result` are as the page shows them.
     """
 
     key: str
@@ -72,8 +65,9 @@ def what_may_be_asked(run: Path) -> str:
 def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
     """Return held-out prompts of a single turn in the order of the data; none if the data cannot be read."""
     reader = Reader(run, settings_of(run), ())
-    found = []
-    for key in KEYS:
+    found, longest = [], 4000
+    # The data that have prompts, the most telling ones first.
+    for key in ("problems", "instructions", "prompts"):
         # A run can be shown without its data.
         with suppress(UserError):
             without = "reasoning" if key == "instructions" else None
@@ -81,8 +75,8 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
                 # A conversation ends with its answer.
                 messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
                 roles = [turn["role"] for turn in messages if turn["role"] != "system"]
-                if roles == ["user"] and len(messages[-1]["content"]) <= LONGEST:
-                    kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], LONGEST)
+                if roles == ["user"] and len(messages[-1]["content"]) <= longest:
+                    kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], longest)
                     # Other prompts than problems may be answered in many ways.
                     result = visible(str(row.get("answer") or "")) if key == "problems" else ""
                     found.append(HeldOutPrompt(key, kind, messages, text, result, row))

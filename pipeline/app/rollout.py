@@ -39,8 +39,6 @@ Event = dict[str, Any]
 
 
 class Asked(BaseModel):
-    """What is rolled out."""
-
     stage: str
     policy: str
     text: str = Field(min_length=1)
@@ -114,7 +112,6 @@ def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: 
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     completions = [shown(policy, one) for one in group]
     yield {"step": "completions", "title": "Completions", "about": about, "completions": completions}
-
     seen = watch.update(policy, reference, settings, row, group)
     mean = sum(seen.totals) / len(seen.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
@@ -122,18 +119,14 @@ def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: 
         about += " All are equal here, so that nothing is learned from this prompt."
     elif max(seen.totals) > 0:
         about += " A guess that happens to be right earns as much as a solution; over many problems, solutions win."
-    rewards = [
-        " · ".join(visible(f"{name}: {number(column[i], 2)}") for name, column in seen.rewards.items())
-        for i in range(len(group))
-    ]
+    lines = [[visible(f"{name}: {number(one, 2)}") for one in column] for name, column in seen.rewards.items()]
+    rewards = [" · ".join(of_one) for of_one in zip(*lines, strict=True)]
     advantages = list(map(finite, seen.advantages))
     yield {"step": "check", "title": "Check", "about": about, "rewards": rewards, "advantages": advantages}
 
-    about = (
-        f"One step on a copy of the model, with this group alone and the learning rate of the run "
-        f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
-        "completions."
-    )
+    about = "One step on a copy of the model, with this group alone and the learning rate of the run "
+    about += f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
+    about += "completions."
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
 
 

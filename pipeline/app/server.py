@@ -26,9 +26,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pipeline.app import compare, rollout, voting
 from pipeline.app.prompts import what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
+from pipeline.report.differences import differences
 from pipeline.report.load import load_run
-from pipeline.report.page import render, report_html
+from pipeline.report.page import contents, render
 from pipeline.report.path_picture import headline, path_boxes, title
+from pipeline.report.targets import is_pocket, load_targets
 from pipeline.report.text import visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
@@ -44,8 +46,6 @@ POLICY = (
 """What the browser may load: nothing from another host, and no script but the page's own."""
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """The same for the report, which has no scripts."""
-OFFERED = 12
-"""Held-out prompts of each kind that the page offers."""
 
 
 class Gate:
@@ -121,8 +121,7 @@ class Gate:
                 return login_form("Name or password is wrong.", 401, name)
         if not name:
             return login_form("Give a name as well.", 401)
-        response = RedirectResponse("./", 303)
-        month = 30 * 86400
+        response, month = RedirectResponse("./", 303), 30 * 86400
         response.set_cookie(self.cookie, self.sign(name), max_age=month, httponly=True, samesite="lax")
         return response
 
@@ -175,7 +174,9 @@ def build_app(site: Site) -> ASGIApp:
 
     @app.get("/report")
     def report() -> HTMLResponse:
-        return HTMLResponse(report_html(load_run(site.run)), headers={"Content-Security-Policy": REPORT_POLICY})
+        run = load_run(site.run)
+        _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
+        return HTMLResponse(render("report.html.jinja", content), headers={"Content-Security-Policy": REPORT_POLICY})
 
     @app.post("/prompts")
     def prompts() -> list[dict[str, str]]:
@@ -183,7 +184,8 @@ def build_app(site: Site) -> ASGIApp:
         offered = []
         for one in site.prompts:
             counts[one.key, one.kind] += 1
-            if counts[one.key, one.kind] <= OFFERED:
+            # A dozen of each kind is enough to choose from.
+            if counts[one.key, one.kind] <= 12:
                 offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
         return offered
 
@@ -199,8 +201,7 @@ def build_app(site: Site) -> ASGIApp:
 
 
 def serve(site: Site) -> None:
-    app = build_app(site)
-    options = site.options
+    app, options = build_app(site), site.options
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()

@@ -1,10 +1,8 @@
 """Prefer: which of two answers is better? The section of the page where people vote, and the server's side of it.
 
-`static/voting.js` sends a vote again until it is confirmed, also to a server that was started anew:
-
     page    POST /prefer/next            which pair?
     server  the pair that this page has, or the annotator's first one without a vote, or a new one
-    page    POST /prefer/vote            "the first one is better"
+    page    POST /prefer/vote            "the first one is better", again until it is confirmed
     server  appends the vote to votes/votes.jsonl, then answers with the next pair
 
 A pair comes without the names of its models. What the simulated annotators and the reward model would have said is
@@ -57,10 +55,6 @@ LONGEST = 200_000
 """Characters of a text that the page shows."""
 FEW_SHARED = 20
 """Pairs that several people voted on, below which nothing is said about their agreement."""
-PRINTED = 10
-"""After so many votes, the terminal says again what they say so far, if the page must not."""
-OPINIONS = {1.0: "A", 0.0: "B", 0.5: "neither"}
-"""What the outcome of a match means to somebody who sees the answers A and B."""
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 
@@ -86,8 +80,6 @@ class Ballot(Page):
 
 
 class Typed(Page):
-    """A prompt that was typed."""
-
     text: str = Field(min_length=1)
 
 
@@ -95,29 +87,19 @@ def content(site: Site) -> dict[str, Any]:
     guidelines = site.options.guidelines or files(__package__) / "static" / "guidelines.md"
     # Without raw HTML and images, nothing in the file acts on the page or is fetched from elsewhere.
     markdown = MarkdownIt("commonmark", {"html": False}).disable("image")
-    return {
-        "guidelines": Markup(markdown.render(guidelines.read_text(encoding="utf-8"))),
-        "models": site.models.names,
-        "chosen": compared_models(site),
-        "shows_rates": site.is_private,
-    }
+    text = Markup(markdown.render(guidelines.read_text(encoding="utf-8")))
+    models = {"models": site.models.names, "chosen": compared_models(site)}
+    return {"guidelines": text, **models, "shows_rates": site.is_private}
 
 
 def routes(site: Site) -> APIRouter:
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
-    answers: dict[str, Callable[..., Any]] = {
-        "next": voting.next_pair,
-        "prompt": voting.typed_prompt,
-        "vote": voting.vote,
-        "state": voting.state,
-        "votes": voting.own_votes,
-        "opinions": voting.opinions,
-        # What the votes say so far, only on a page that nobody else can open.
-        **({"rates": voting.rates} if site.is_private else {}),
-    }
-    for path, answer in answers.items():
-        router.add_api_route(f"/{path}", answer, methods=["POST"])
+    answers: list[Callable[..., Any]] = [voting.next, voting.prompt, voting.vote, voting.state, voting.votes]
+    # What the votes say so far, only on a page that nobody else can open.
+    answers += [voting.opinions, *([voting.rates] if site.is_private else [])]
+    for answer in answers:
+        router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
     return router
 
 
@@ -144,13 +126,11 @@ def compared_models(site: Site) -> Source:
 
 
 class Voting:
-    """The votes on the pairs of a run; each public method answers a request of the page."""
+    """The votes on the pairs of a run; each public method answers the page's request of its name."""
 
     def __init__(self, site: Site) -> None:
-        self.site, self.source = site, compared_models(site)
-        self.folder = site.run / VOTES
+        self.site, self.source, self.folder = site, compared_models(site), site.run / VOTES
         self.log = VoteLog(self.folder)
-
         # The command line comes before the run's step for votes, and both before the defaults.
         step = votes_step(site.run)
         sampling = dict(SAMPLING)
@@ -175,7 +155,6 @@ class Voting:
         self.goal: int | None = step.get("min_votes")
         recipe = read_run(site.run).get("recipe")
         self.command = as_typed("run", recipe) if recipe and step else ""
-
         # The pair that each page shows, by annotator and page.
         self._open: dict[tuple[str, str], Pair] = {}
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
@@ -190,12 +169,12 @@ class Voting:
             logger.warning("The data set of the votes cannot be written (%s).", error)
         self.log.close()
 
-    def next_pair(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
+    def next(self, request: Request, page: Page, have: str = "") -> dict[str, Any]:
         """Return the pair that a page shows; `have` is the id of the one that it has shown so far."""
         identify(request, page)
         return self._answer(page, lambda: self._choose(page, have))
 
-    def typed_prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
+    def prompt(self, request: Request, typed: Typed) -> dict[str, Any]:
         identify(request, typed)
         return self._answer(typed, lambda: self.pairs.typed(typed.annotator, self._source_of(typed), typed.text))
 
@@ -204,9 +183,8 @@ class Voting:
         identify(request, ballot)
         name, pair = ballot.annotator, self._find(ballot.pair)
         # Another annotator may have seen the answers in the other order, in which "first" means the other one.
-        if pair not in self.pairs.sequence(name, (pair.model_a, pair.model_b)) and not self.log.has_vote(
-            name, pair.pair
-        ):
+        allotted = self.pairs.sequence(name, (pair.model_a, pair.model_b))
+        if pair not in allotted and not self.log.has_vote(name, pair.pair):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
         # The page knows the answers by their order, the log as `a` and `b`.
         first = pair.shown_first(name)
@@ -219,12 +197,11 @@ class Voting:
             **ballot.model_dump(include={"undoes", "seconds", "comment"}),
         }
         del vote["rule"]
-
         refused = ""
         try:
             self.log.add(vote)
-            # The terminal of whoever runs a page that others can open says what no visitor may see.
-            if not self.site.is_private and len(self.log.standing()) % PRINTED == 0:
+            # Every ten votes, the terminal of whoever runs a page that others can open says what no visitor may see.
+            if not self.site.is_private and len(self.log.standing()) % 10 == 0:
                 print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
             refused = f"Not counted: {error}."
@@ -236,15 +213,15 @@ class Voting:
         identify(request, page)
         return self._summary(page.annotator)
 
-    def own_votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
+    def votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
         """Return an annotator's newest votes, the newest first and shortened."""
         identify(request, page)
-        newest = [vote for vote in reversed(self.log.standing(page.annotator)) if vote["pair"] in self.pairs.by_id]
+        known = [vote for vote in self.log.standing(page.annotator) if vote["pair"] in self.pairs.by_id]
         listed = []
-        for vote in newest[:200]:
+        for vote in known[:-201:-1]:
             first = vote["shown_first"]
-            texts = {"first": vote[first], "second": vote[OTHER[first]], "comment": vote.get("comment") or ""}
-            texts["prompt"] = vote["prompt"][-1]["content"]
+            texts = {"prompt": vote["prompt"][-1]["content"], "comment": vote.get("comment") or ""}
+            texts |= {"first": vote[first], "second": vote[OTHER[first]]}
             shown = {name: visible(text, 300) for name, text in texts.items()}
             listed.append({"vote": vote["id"], "pair": vote["pair"], "choice": as_shown(vote, first), **shown})
         return listed
@@ -252,23 +229,21 @@ class Voting:
     def opinions(self, request: Request, page: Page, pair: str) -> list[str]:
         """Return what others would have said about a pair that has the annotator's vote, one line each."""
         identify(request, page)
-        voted = self._find(pair)
+        voted, lines = self._find(pair), []
         if not self.log.has_vote(page.annotator, pair):
             raise HTTPException(403, "Vote first.")
         first = voted.shown_first(page.annotator)
-        texts = [getattr(voted, side) for side in (first, OTHER[first])]
-        names = [getattr(voted, f"model_{side}") for side in (first, OTHER[first])]
-        lines = []
+        texts, names = ([getattr(voted, of + side) for side in (first, OTHER[first])] for of in ("", "model_"))
         if is_gradable(voted.rule):
             (outcome,) = judge_match(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
-            lines.append(f"The simulated annotators, without noise, would have preferred {OPINIONS[outcome]}.")
+            preferred = {1.0: "A", 0.0: "B", 0.5: "neither"}[outcome]
+            lines.append(f"The simulated annotators, without noise, would have preferred {preferred}.")
         if self.reward_model is not None:
             conversations = [[*voted.prompt, {"role": "assistant", "content": text}] for text in texts]
-            scores = score(*self.reward_model, conversations)
-            lines.append(f"The reward model scores A {scores[0]:+.2f} and B {scores[1]:+.2f}.")
+            a, b = score(*self.reward_model, conversations)
+            lines.append(f"The reward model scores A {a:+.2f} and B {b:+.2f}.")
         votes = [vote for vote in self.log.standing() if vote["pair"] == pair]
-        others = [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]
-        if others:
+        if others := [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]:
             counts = f"{others.count('first')} A, {others.count('second')} B"
             lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")
         return [*lines, f"A was written by {names[0]}, B by {names[1]}."]
@@ -301,17 +276,11 @@ class Voting:
                 pair = self._open[name, page.page] = find()
         except UserError as error:
             return {"pair": {"error": visible(str(error), 1000)}, "state": self._summary(name)}
+        turns = [{"role": visible(one["role"], 40), "content": visible(one["content"], LONGEST)} for one in pair.prompt]
         first = pair.shown_first(name)
-        shown = {
-            "pair": pair.pair,
-            "prompt": [
-                {"role": visible(turn["role"], 40), "content": visible(turn["content"], LONGEST)}
-                for turn in pair.prompt
-            ],
-            "first": visible(getattr(pair, first), LONGEST),
-            "second": visible(getattr(pair, OTHER[first]), LONGEST),
-        }
-        return {"pair": shown, "state": self._summary(name)}
+        texts = {"first": getattr(pair, first), "second": getattr(pair, OTHER[first])}
+        answers = {place: visible(text, LONGEST) for place, text in texts.items()}
+        return {"pair": {"pair": pair.pair, "prompt": turns, **answers}, "state": self._summary(name)}
 
     def _choose(self, page: Page, have: str) -> Pair:
         """Return the pair `have`, or else the annotator's first one that is free and has no vote, or a new one."""
@@ -330,16 +299,10 @@ class Voting:
         own = [vote for vote in standing if vote["annotator"] == annotator]
         # The pace of the last 20 votes.
         seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
-        return {
-            "annotator": annotator,
-            "count": len(own),
-            "all": len(standing),
-            "usable": sum(vote["choice"] in OTHER for vote in standing),
-            "people": len({vote["annotator"] for vote in standing}),
-            "goal": self.goal,
-            "pace": round(median(seconds), 1) if seconds else None,
-            "command": self.command,
-        }
+        usable, people = sum(vote["choice"] in OTHER for vote in standing), {vote["annotator"] for vote in standing}
+        counts = {"count": len(own), "all": len(standing), "usable": usable, "people": len(people), "goal": self.goal}
+        pace = round(median(seconds), 1) if seconds else None
+        return {"annotator": annotator, **counts, "pace": pace, "command": self.command}
 
     def rates(self) -> list[str]:
         """Return who is preferred, and how far people agree, one line each."""
@@ -354,8 +317,8 @@ class Voting:
             lines = ["no votes between two different models yet; choose two below, or start the page with --pair"]
         alpha, shared = agreement(self.log.standing())
         if shared >= FEW_SHARED and not math.isnan(alpha):
-            meaning = "1 is perfect, 0 is chance"
-            lines.append(f"agreement on {shared} shared pairs: Krippendorff's alpha {number(alpha, 2)} ({meaning})")
+            said = f"Krippendorff's alpha {number(alpha, 2)} (1 is perfect, 0 is chance)"
+            lines.append(f"agreement on {shared} shared pairs: {said}")
         return [visible(line) for line in lines]
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
@@ -72,27 +71,20 @@ def toolbox_of(settings: Values, policy: Loaded) -> Toolbox | None:
 
 def sample_group(policy: Loaded, row: Values, settings: Values, number: int, seed: int) -> list[Dialogue]:
     """Sample `number` completions of the prompt of a row as the trainer does, with the tools of the stage."""
-    toolbox, template = toolbox_of(settings, policy), settings.get("chat_template_kwargs") or {}
+    tokenizer, toolbox = policy.tokenizer, toolbox_of(settings, policy)
+    template = settings.get("chat_template_kwargs") or {}
     group = [policy.open(row, toolbox, template) for _ in range(number)]
     limit, seeds = settings["max_completion_length"], count(seed)
-    chat = ChatModel(policy.model, policy.tokenizer, limit)
+    chat = ChatModel(policy.model, tokenizer, limit)
 
     def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
         found = chat.complete(texts, room, temperature=settings["temperature"], seed=next(seeds))
         return [completion.tokens for (completion,) in found], None
 
     for one, tokens in zip(group, complete([one.prompt for one in group], limit)[0], strict=True):
-        one.add_turn(tokens, None, read_turn(policy.tokenizer, tokens, one.prompt, one.tools) if toolbox else None)
-    converse(
-        group,
-        complete,
-        policy.tokenizer,
-        ends=end_tokens(policy.model, policy.tokenizer),
-        limit=limit,
-        context=policy.context,
-        turns=settings.get("max_tool_calling_iterations"),
-        template=template,
-    )
+        one.add_turn(tokens, None, read_turn(tokenizer, tokens, one.prompt, one.tools) if toolbox else None)
+    ends, turns = end_tokens(policy.model, tokenizer), settings.get("max_tool_calling_iterations")
+    converse(group, complete, tokenizer, ends=ends, limit=limit, context=policy.context, turns=turns, template=template)
     return group
 
 
@@ -103,11 +95,9 @@ def has_ended(policy: Loaded, completion: Dialogue) -> bool:
 def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, group: Group) -> SimpleNamespace:
     """Take one optimizer step of GRPO on a copy of the policy that wrote the group of completions of a row's prompt.
 
-    `reference` is the model that the stage started from, for the KL penalty, if `beta` asks for one.
-
-    Returns:
-        For each completion its `rewards` by function (None for no opinion), their weighted sum in `totals`, the
-        `advantages`, and in `changes` how many times as likely the step made it.
+    `reference` is the model that the stage started from, for the KL penalty, if `beta` asks for one. Return, for each
+    completion, its `rewards` by function (None for no opinion), their weighted sum in `totals`, the `advantages`, and
+    in `changes` how many times as likely the step made it.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
@@ -118,15 +108,13 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
             trainer.ref_model = frozen_copy(reference.model, trainer.temperature, cast_lm_head_to_fp32=False)
         before = _log_probs(trainer, group)
         trainer.train()
-        after = _log_probs(trainer, group)
+        changes = (_log_probs(trainer, group) - before).exp().tolist()
         table = trainer.all_rewards
         columns = [[None if math.isnan(reward) else reward for reward in column] for column in table.T.tolist()]
-        return SimpleNamespace(
-            rewards=dict(zip(trainer.reward_func_names, columns, strict=True)),
-            totals=(table * trainer.reward_weights).nansum(dim=1).tolist(),
-            advantages=list(trainer._logs["advantages"]),
-            changes=(after - before).exp().tolist(),
-        )
+        rewards = dict(zip(trainer.reward_func_names, columns, strict=True))
+        totals = (table * trainer.reward_weights).nansum(dim=1).tolist()
+        advantages = list(trainer._logs["advantages"])
+        return SimpleNamespace(rewards=rewards, totals=totals, advantages=advantages, changes=changes)
 
 
 def token_view(
@@ -141,9 +129,8 @@ def token_view(
     # What is only measured may need columns that a prompt of the page does not have.
     trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
     functions, tokenizers, weights = ([one[part] for one in trained] for part in range(3))
-    chosen = {**settings, "reward_weights": weights}
-    options: dict[str, Any] = {"reward_funcs": functions, "reward_processing_classes": tokenizers}
-    options["value_model"] = str(run / stage / VALUE_MODEL_FOLDER)
+    chosen, critic = {**settings, "reward_weights": weights}, str(run / stage / VALUE_MODEL_FOLDER)
+    options = {"reward_funcs": functions, "reward_processing_classes": tokenizers, "value_model": critic}
     # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
     start = replace(policy, model=reference.model)
     with _trainer(PPOTrainer, start, chosen, row, [completion] * 2, **options) as trainer, torch.no_grad():
@@ -168,33 +155,20 @@ def token_view(
 
 
 @contextmanager
-def _trainer(
-    kind: type[Any], loaded: Loaded, settings: Values, row: Values, group: Group, **options: Any
-) -> Iterator[Any]:
+def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Group, **options: Any) -> Iterator[Any]:
     """Make a trainer of a copy of a model for one step on a prompt, whose completions are given."""
     config = PPOConfig if kind is PPOTrainer else GRPOConfig
     unread = {item.name for item in fields(TrainingArguments) if not item.name.startswith(OPTIMIZER)}
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
-    fixed: dict[str, Any] = {
-        "beta": 0.0,
-        "num_generations": len(group),
-        "num_iterations": 1,
-        "per_device_train_batch_size": len(group),
-        "max_steps": 1,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": loaded.model.device.type == "cpu",
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-    }
+    # One step on the whole group at a constant rate, of which nothing is logged or saved.
+    fixed: dict[str, Any] = {}
+    fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
+    fixed |= {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
+    fixed |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    fixed |= {"use_cpu": loaded.model.device.type == "cpu"}
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
-
-    tokens = [one.tokens for one in group]
-
-    sampled = {"prompt_ids": [one.prompt for one in group], "completion_ids": tokens, "logprobs": None}
+    prompts, tokens = [one.prompt for one in group], [one.tokens for one in group]
     toolbox = toolbox_of(settings, loaded)
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
@@ -221,7 +195,7 @@ def _trainer(
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
             # TRL gives it a padding token.
             processing_class=copy.deepcopy(loaded.tokenizer),
-            rollout_func=lambda prompts, trainer: dict(sampled),
+            rollout_func=lambda *_: {"prompt_ids": prompts, "completion_ids": tokens, "logprobs": None},
             **called,
             **options,
         )
@@ -232,17 +206,11 @@ def _trainer(
 @torch.no_grad()
 def _log_probs(trainer: Any, group: Group) -> Tensor:
     """Return the log-probability of what the policy chose in each completion, under the trainer's policy."""
-
-    def padded(rows: list[list[int]], side: str = "right") -> Tensor:
-        rows_of_ids = list(map(torch.tensor, rows))
-        return pad_sequence(rows_of_ids, batch_first=True, padding_side=side).to(trainer.accelerator.device)
-
-    prompts, completions = [one.prompt for one in group], [one.tokens for one in group]
-    exists = [[[1] * len(row) for row in rows] for rows in (prompts, completions)]
-    ids = torch.cat([padded(prompts, "left"), padded(completions)], dim=1)
-    mask = torch.cat([padded(exists[0], "left"), padded(exists[1])], dim=1)
-    chosen = padded([one.sampled for one in group])
     trainer.model.eval()
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])
-    total: Tensor = (logps * chosen).sum(dim=1)
-    return total
+    found = []
+    for one in group:
+        ids = torch.tensor([[*one.prompt, *one.tokens]], device=trainer.accelerator.device)
+        exists, length = torch.ones_like(ids), len(one.tokens)
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, exists, length)
+        found.append((logps[0] * torch.tensor(one.sampled, device=ids.device)).sum())
+    return torch.stack(found)

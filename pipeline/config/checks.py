@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
@@ -20,7 +20,6 @@ from pipeline.errors import Problem, as_typed
 from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
 from pipeline.files.bounded import MAX_LAYERS
 
-T = TypeVar("T")
 Range = tuple[Callable[[Any], bool], str]
 
 LARGEST = 2**53
@@ -41,7 +40,7 @@ def _between(low: float, high: float) -> Range:
     return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
 
 
-def _each(table: Mapping[str, T]) -> dict[str, T]:
+def _each(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table by name of one whose keys are several names, with spaces between them."""
     return {name: value for names, value in table.items() for name in names.split()}
 
@@ -82,9 +81,6 @@ RANGES: dict[str, Range] = _each(
     }
 )
 """Sensible values of fields, in any dataclass, and of the items of lists. Any other number is at least 0."""
-
-NEVER_NULL = ("num_generations",)
-"""Fields whose types allow null, with which TRL fails."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
@@ -137,17 +133,6 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = _each(
 )
 """Fields of `TrainingArguments` and `GRPOConfig` that have no effect on GRPO and PPO, and why."""
 
-HALF_PRECISION: dict[tuple[str, Any], str] = {
-    ("bf16", True): "bf16",
-    ("bf16_full_eval", True): "bf16",
-    ("fp16", True): "fp16",
-    ("fp16_full_eval", True): "fp16",
-    ("dtype", "bfloat16"): "bf16",
-    ("dtype", "float16"): "fp16",
-    ("frozen_dtype", "bfloat16"): "bf16",
-}
-"""Values that ask for products in half precision, and which."""
-
 SWITCHES: dict[str, tuple[str, Any]] = _each(
     {
         "muon_learning_rate": ("use_muon", True),
@@ -162,13 +147,13 @@ SWITCHES: dict[str, tuple[str, Any]] = _each(
 )
 """Fields that have an effect only if another field has a certain value: field -> the other field, and its value."""
 
-MAY_BE_EMPTY = ("debug", "system_prompt")
-"""Text fields for which the empty string is a value."""
-
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     """Return the numbers that are out of range; other types, and most None, are left to the dataclass."""
-    problems = [Problem(name, "null", "must be set") for name in NEVER_NULL if values.get(name, "") is None]
+    problems = []
+    # Its type allows null, with which TRL fails.
+    if values.get("num_generations", "") is None:
+        problems.append(Problem("num_generations", "null", "must be set"))
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
         fits, remedy = RANGES.get(name, _at_least(0))
@@ -178,17 +163,14 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
-    """Return the text that is empty, that is not one of the choices, or that is given for a mapping.
-
-    `hints` are the types of the recipe's fields, `GRPOConfig`'s among them if it makes `rollouts`.
-    """
+    """Return the text that is empty, not one of the choices, or given for a mapping; `hints` are types of fields."""
     problems = []
     choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
     for name, value in asked.items():
         texts = [item for item in as_list(value) if isinstance(item, str)]
         if any("\0" in text for text in texts):
             problems.append(Problem(name, repr(value), "contains a NUL character; remove it"))
-        elif "" in texts and name not in MAY_BE_EMPTY:
+        elif "" in texts and name not in ("debug", "system_prompt"):
             problems.append(Problem(name, repr(value), "is empty; give a value, or null for none"))
         elif name in choices and any(text not in choices[name] for text in texts):
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
@@ -203,9 +185,29 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
     return problems
 
 
-def check_options(asked: Mapping[str, Any]) -> list[Problem]:
-    """Try mappings whose options accelerate and torch would only refuse in words that name no field, or in training."""
+def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
+    """Return the given options that this machine, the recipes, accelerate or torch do not support."""
     problems = []
+    best = hardware.precision()
+    for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "dtype", "frozen_dtype"):
+        value = asked.get(name)
+        dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(str(value)) if "dtype" in name else value and name[:4]
+        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
+        cast = name == "frozen_dtype" and asked.get("fp16", best.value == "fp16")
+        if dtype and not cast and not hardware.supports(dtype):
+            remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
+            problems.append(Problem(name, value, remedy))
+    if asked.get("bf16") and asked.get("fp16"):
+        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
+    for name, value in (("use_cpu", False), ("activation_offloading", True)):
+        if asked.get(name) is value and hardware.accelerator() is None:
+            problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
+    problems += [Problem(name, asked[name], f"{why}; omit it") for name, why in UNSUPPORTED.items() if asked.get(name)]
+    backend, known = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), CHOICES["torch_compile_backend"]
+    if backend.lower() not in known:
+        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(known)}"))
+
+    # Options that would only be refused in words that name no field, or in training, are tried.
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
         value = asked.get(name)
         try:
@@ -221,43 +223,14 @@ def check_options(asked: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
-    """Return the given options that this machine or the recipes do not support."""
-    problems = []
-    best = hardware.precision()
-    for (name, value), dtype in HALF_PRECISION.items():
-        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
-        cast = name == "frozen_dtype" and asked.get("fp16", best.value == "fp16")
-        if asked.get(name) == value and not cast and not hardware.supports(dtype):
-            remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
-            problems.append(Problem(name, value, remedy))
-    if asked.get("bf16") and asked.get("fp16"):
-        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
-    if hardware.accelerator() is None:
-        for name, value in (("use_cpu", False), ("activation_offloading", True)):
-            if asked.get(name) is value:
-                problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
-    for name, why in UNSUPPORTED.items():
-        if asked.get(name):
-            problems.append(Problem(name, asked[name], f"{why}; omit it"))
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() not in CHOICES["torch_compile_backend"]:
-        remedy = f"must be one of {', '.join(CHOICES['torch_compile_backend'])}"
-        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, remedy))
-    return problems
-
-
 def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
     """Return the fields of a dataclass that are given with another value than the default, and why that is `unused`."""
-    defaults = {
-        item.name: item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        for item in dataclasses.fields(kind)
-    }
-    return [
-        Problem(name, given[name], f"has no effect: {why}; omit it")
-        for name, why in unused.items()
-        if name in given and given[name] != defaults[name]
-    ]
+    problems = []
+    for item in dataclasses.fields(kind):
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        if item.name in unused and given.get(item.name, default) != default:
+            problems.append(Problem(item.name, given[item.name], f"has no effect: {unused[item.name]}; omit it"))
+    return problems
 
 
 def check_together(
@@ -329,8 +302,7 @@ def check_together(
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
 
     # A folder, or an id on the Hub.
-    name = str(get("resume_from_checkpoint") or "")
-    path = Path(name)
+    path = Path(name := str(get("resume_from_checkpoint") or ""))
     on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
     if name and not on_hub and "global_step" not in read_json(path / STATE):
         fault = "is not a directory" if not path.is_dir() else "is not a checkpoint"

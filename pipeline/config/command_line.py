@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -17,31 +16,16 @@ from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem
 
-SWITCH = {**dict.fromkeys(("true", "t", "yes", "y", "1"), True), **dict.fromkeys(("false", "f", "no", "n", "0"), False)}
+SWITCH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
 """What may be written after a switch, in any case. A switch without a word is on."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
-
-USAGE = """usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]
-
-Every option is also a key of the YAML file, which the command line overrides.
-
-Often set:"""
-
-
-def split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the values of `--config`, "" for one without a value, and the rest of a command line."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
-    found, rest = parser.parse_known_args(arguments)
-    return found.config, rest
 
 
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
-    An option is written with underscores or hyphens, and never abbreviated. Its words are converted and judged as the
-    values of a YAML file are.
+    An option is written with underscores or hyphens, and never abbreviated. Its words are judged as values of YAML are.
     """
     found: dict[str, list[str]] = {}
     strays: list[str] = []
@@ -84,10 +68,9 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
 
 def _from_word(word: str, kinds: Sequence[Any]) -> Any:
     """Return the value that a word stands for in a field of these types, or the word itself if it fits none."""
-    for kind in kinds:
-        for value in known_values(kind):
-            if str(value) == word:
-                return value
+    for value in (value for kind in kinds for value in known_values(kind)):
+        if str(value) == word:
+            return value
     if bool in kinds and word.lower() in SWITCH:
         return SWITCH[word.lower()]
     for number in (int, float):
@@ -98,33 +81,30 @@ def _from_word(word: str, kinds: Sequence[Any]) -> Any:
 
 
 def describe_options(dataclass_types: Sequence[Any], module: str, everything: bool) -> str:
-    """Return the help of a recipe, such as recipes.sft, whose options are the fields of `dataclass_types`.
-
-    Unless `everything` is described in full, only options of this project and options that a file in `recipes/` sets.
-    """
+    """Return the help of a recipe: on `everything`, or on options of this project and of the files in `recipes/`."""
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
-    bases = {base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")}
-    ours = {name for base in bases for name in vars(base).get("__annotations__", ())}
-    often = [item for item in items if item.name in usual | ours]
-    rest = [item for item in items if item not in often]
-    lines = [USAGE.format(module=module), *(_describe(item, hints[item.name], everything) for item in often)]
-    if everything:
-        lines += ["", "Of the libraries:", *(_describe(item, hints[item.name], True) for item in rest)]
-    elif rest:
+    for base in (base for kind in dataclass_types for base in kind.__mro__ if base.__module__.startswith("pipeline.")):
+        usual.update(vars(base).get("__annotations__", ()))
+    often = [item for item in items if item.name in usual]
+    rest = [item for item in items if item.name not in usual]
+    lines = [f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]", ""]
+    lines += ["Every option is also a key of the YAML file, which the command line overrides.", "", "Often set:"]
+    width = min(shutil.get_terminal_size().columns, 120)
+    # What each does, or the first sentence of that, its type and its default.
+    for item in [*often, *(rest if everything else ())]:
+        if rest and item is rest[0]:
+            lines += ["", "Of the libraries:"]
+        meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+        notes = [describe_type(hints[item.name])] if everything else []
+        if item.default not in (None, "", dataclasses.MISSING):
+            notes.append(f"default: {item.default}")
+        # Not at the end of "e.g."
+        text = meaning if everything else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
+        text += f" ({'; '.join(notes)})" if notes else ""
+        start = f"  --{item.name}".ljust(32) + " "
+        lines.append(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * 33))
+    if rest and not everything:
         lines += ["", f"--help-all describes these in full, and {len(rest)} more, most of transformers and TRL."]
     return "\n".join(lines)
-
-
-def _describe(item: dataclasses.Field[Any], hint: Any, in_full: bool) -> str:
-    """Return the lines of one option: what it does, or the first sentence of that, its type and its default."""
-    meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
-    notes = [describe_type(hint)] if in_full else []
-    if item.default not in (None, "", dataclasses.MISSING):
-        notes.append(f"default: {item.default}")
-    # Not at the end of "e.g."
-    text = meaning if in_full else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
-    text += f" ({'; '.join(notes)})" if notes else ""
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.fill(text, width, initial_indent=f"  --{item.name}".ljust(32) + " ", subsequent_indent=" " * 33)

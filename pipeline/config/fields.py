@@ -13,9 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pipeline.errors import Problem
 from pipeline.files import as_list
 
-READ = (
-    "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path",
-)  # fmt: skip
+READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path")
 """Fields that may name a directory which a step reads."""
 
 
@@ -96,28 +94,10 @@ def describe_type(hint: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value to the type of its field (1 to 1.0, one item to a list of one).
-
-    Raises:
-        TypeError: If it has a different type.
-    """
+    """Convert a value to the type of its field (1 to 1.0, one item to a list of one), or raise a `TypeError`."""
     if value is None and types.NoneType in members(hint):
         return None
     # An exact match first: for `int | str`, 5 stays a number.
-    for kind in sorted(_options(hint), key=lambda kind: type(value) is not (get_origin(kind) or kind)):
-        with contextlib.suppress(TypeError):
-            return _convert_to(value, kind)
-    raise TypeError(f"must be {describe_type(hint)}")
-
-
-def _convert_to(value: Any, kind: Any) -> Any:
-    origin = get_origin(kind) or kind
-    if origin is list and value is not None:
-        return [convert(item, get_args(kind)[0]) for item in as_list(value)]
-    if known := known_values(kind):
-        if value in known:
-            return value
-        raise TypeError
     # For Python, True is a number as well.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
@@ -129,7 +109,14 @@ def _convert_to(value: Any, kind: Any) -> Any:
         dict: isinstance(value, dict) or (isinstance(value, str) and value.startswith("{")),
         list: False,
     }
-    # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
-    if not fits.get(origin, not dataclasses.is_dataclass(origin)):
-        raise TypeError
-    return origin(value) if origin in (int, str) else value
+    for kind in sorted(_options(hint), key=lambda kind: type(value) is not (get_origin(kind) or kind)):
+        origin, known = get_origin(kind) or kind, known_values(kind)
+        if origin is list and value is not None:
+            with contextlib.suppress(TypeError):
+                return [convert(item, get_args(kind)[0]) for item in as_list(value)]
+        elif value in known:
+            return value
+        # Neither YAML nor a text is an instance of a dataclass, such as accelerate's `ParallelismConfig`.
+        elif not known and fits.get(origin, not dataclasses.is_dataclass(origin)):
+            return origin(value) if origin in (int, str) else value
+    raise TypeError(f"must be {describe_type(hint)}")

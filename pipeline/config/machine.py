@@ -14,8 +14,6 @@ from typing import Any
 
 import psutil
 
-PACKAGES = ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft")
-
 
 def describe_machine() -> dict[str, Any]:
     """Return what a step's entry in `run.json` says about the machine: `hardware`, `versions` and `commit`.
@@ -24,20 +22,17 @@ def describe_machine() -> dict[str, Any]:
     """
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
     # The driver names the GPUs, such as "2 x NVIDIA H100"; importing torch would take seconds.
-    names: Counter[str] = Counter()
-    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
-        names.update(re.findall(r"^Model:\s*(.*\S)", file.read_text(encoding="utf-8"), re.MULTILINE))
-    if names:
+    texts = [file.read_text("utf-8") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    if names := Counter(re.findall(r"^Model:\s*(.*\S)", "\n".join(texts), re.MULTILINE)):
         facts["gpu"] = ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = Path("/proc/cpuinfo")
     models = re.search(r"^model name\s*: *(.*)", cpu.read_text("utf-8") if cpu.exists() else "", re.MULTILINE)
     facts["processor"] = models[1] if models else platform.processor()
-    # In GiB.
     facts["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
 
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     # If the package is installed inside another project's checkout, the commit would be that project's.
@@ -48,9 +43,9 @@ def describe_machine() -> dict[str, Any]:
 
 def _git(*arguments: str) -> str | None:
     """Return the output of git in this file's folder, or None if it fails."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(
+            ["git", "-C", Path(__file__).parent, *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None

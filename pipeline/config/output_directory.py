@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def recorded_template(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    It may not if it is not writable, if it is what the run reads, or if it belongs to another run. Nothing is checked
-    without `TrainingArguments`. A run may be resumed on another machine, which decides the fields `machine`.
+    It may not if it is not writable, is what the run reads, or belongs to another run. Nothing is checked without
+    `TrainingArguments`. A run may be resumed on another machine, which decides the fields `machine`.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)
@@ -55,7 +55,7 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
     path, present = Path(output_dir), to_record(items)
     if problem := check_directory(path):
         return [problem]
-    real, remedy = path.resolve(), None
+    real, record, remedy = path.resolve(), path / RECORD, None
     if real == Path(real.anchor):
         remedy = "is the root of the file system; choose another directory"
     for name in READ:
@@ -64,48 +64,32 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
                 remedy = f"is the value of {name} too, and would be overwritten; choose another directory"
             elif name == "dataset_name" and os.path.isdir(other) and real.is_relative_to(other.resolve()):
                 remedy = "lies inside dataset_name, and would be read as data; choose another directory"
-    remedy = remedy or _check_earlier_run(path, present, machine)
+    if remedy is None and record.exists():
+        try:
+            earlier = dict(json.loads(record.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            remedy = f"{record} cannot be read ({error}); choose another directory"
+            return [Problem("output_dir", output_dir, remedy)]
+        # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
+        # another release may know other fields.
+        known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
+        changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
+        if changed and not continues(path, changed, present):
+            differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)
+            remedy = f"contains a run with other settings ({differences}); choose another directory or delete it"
+    elif remedy is None and (found := next((file for file in WRITTEN if (path / file).exists()), None)):
+        remedy = f"contains {found}, which was not written by a recipe; choose another directory"
     return [Problem("output_dir", output_dir, remedy)] if remedy else []
-
-
-def _check_earlier_run(path: Path, present: Mapping[str, Any], machine: Collection[str]) -> str | None:
-    """Return why a run with the arguments `present` can neither resume nor continue what is in `path`, or None."""
-    record = path / RECORD
-    if not record.exists():
-        found = next((file for file in WRITTEN if (path / file).exists()), None)
-        return f"contains {found}, which was not written by a recipe; choose another directory" if found else None
-    try:
-        earlier = dict(json.loads(record.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"{record} cannot be read ({error}); choose another directory"
-    # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
-    # another release may know other fields.
-    known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
-    changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
-    if not changed or continues(path, changed, present):
-        return None
-    differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)
-    return f"contains a run with other settings ({differences}); choose another directory or delete it"
-
-
-def expand(field: str, value: Any) -> Any:
-    """Expand `~` in the value of a field that names a path, as the shell would."""
-    if field not in (*READ, "output_dir", "resume_from_checkpoint"):
-        return value
-    if isinstance(value, list):
-        return [expand(field, item) for item in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def claim(args: TrainingArguments) -> None:
     """Record in the output directory which run it belongs to, if `parser.parse` has built the arguments."""
-    resolved = getattr(args, RESOLVED, None)
-    if resolved is not None:
+    if (resolved := getattr(args, RESOLVED, None)) is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 
 def to_record(arguments: Iterable[Any]) -> dict[str, Any]:
     """Return resolved argument dataclasses as one mapping, as JSON represents it, without tokens."""
     values = {field.name: getattr(item, field.name) for item in arguments for field in dataclasses.fields(item)}
-    plain = {name: value for name, value in values.items() if not name.endswith("_token")}
-    return json.loads(json.dumps(plain, sort_keys=True, default=str))
+    values = {name: value for name, value in values.items() if not name.endswith("_token")}
+    return json.loads(json.dumps(values, sort_keys=True, default=str))

@@ -12,6 +12,7 @@ A field that was refused is omitted from the later checks, and what is wrong onl
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -26,17 +27,12 @@ from trl import GRPOConfig
 
 from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
-from pipeline.config.command_line import read_command_line, split_config
-from pipeline.config.fields import field_types, read_values
+from pipeline.config.command_line import read_command_line
+from pipeline.config.fields import READ, field_types, read_values
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError, collect
 from pipeline.files import split_revision
-
-REQUIRED = "is required"
-
-SAME_SETTING = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
-"""Fields whose defaults depend on the machine, and the field with which the user may have set the same thing."""
 
 OF_THE_MACHINE = (
     "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
@@ -50,11 +46,13 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     What the machine decides (`hardware.training_defaults`: precision, backend, ...) applies where the user gave
     nothing. The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
 
-    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` has everything that is
-    wrong with the file and the command line.
+    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` says all that is wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    paths, options = split_config(words)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", const="", default=[])
+    known, options = parser.parse_known_args(words)
+    paths: list[str] = known.config
     content: dict[str, Any] = {}
     problems: list[Problem] = []
     if "" in paths:
@@ -71,7 +69,13 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     used = {name: value for name, value in content.items() if name not in from_command_line}
     from_file, wrong = read_values(used, dataclass_types)
     problems += wrong + more
-    asked = {name: output_directory.expand(name, value) for name, value in {**from_file, **from_command_line}.items()}
+    asked = from_file | from_command_line
+    # Paths may begin with `~`, as in a shell.
+    for name in asked.keys() & {*READ, "output_dir", "resume_from_checkpoint"}:
+        if isinstance(value := asked[name], list):
+            asked[name] = [os.path.expanduser(path) for path in value]
+        elif value is not None:
+            asked[name] = os.path.expanduser(value)
 
     if asked.get("use_cpu") is True:
         hardware.keep_to_cpu()
@@ -81,16 +85,15 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         os.environ["HF_TOKEN"] = token = asked.pop("hub_token")
         words = [text.replace(token, "hf_***") for text in words]
 
-    machine = {
-        name: choice.value
-        for name, choice in hardware.training_defaults().items()
-        if name in field_types(*dataclass_types) and SAME_SETTING.get(name) not in asked
-    }
+    # The user may have set the same thing with another field.
+    same = {"bf16": "fp16", "fp16": "bf16", "activation_checkpointing": "gradient_checkpointing"}
+    defaults, known_fields = hardware.training_defaults(), field_types(*dataclass_types)
+    machine = {name: defaults[name].value for name in defaults if name in known_fields and same.get(name) not in asked}
     problems += _check_each(asked, dataclass_types)
     built = _build_checked(dataclass_types, asked, machine, problems, from_command_line)
     if is_unreadable:
         # A required field may be in the file that could not be read.
-        problems = [problem for problem in problems if problem.remedy != REQUIRED]
+        problems = [problem for problem in problems if problem.remedy != "is required"]
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     problems += launch.check_launch(training) if training is not None else []
     problems += output_directory.check_output_directory(built, machine.keys() - asked.keys())
@@ -113,12 +116,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Check the values of a YAML file, but not the files that they name, for a step of so many processes.
-
-    Return the dataclasses, as far as they can be built, and the problems.
-    """
-    config = dict(config)
-    before = dict(os.environ)
+    """Return the dataclasses of a YAML file's values, as far as they can be built, and what is wrong with them."""
+    config, before = dict(config), dict(os.environ)
     try:
         problems = _set_environment(config.pop("env", None))
         values, wrong = read_values(config, dataclass_types)
@@ -154,7 +153,7 @@ def _check_each(asked: Mapping[str, Any], types: Sequence[Any]) -> list[Problem]
     """Check each value by itself, and return the first problem of each field."""
     rollouts = [kind for kind in types if issubclass(kind, GRPOConfig)]
     problems = checks.check_ranges(asked) + checks.check_text(asked, field_types(*types), bool(rollouts))
-    problems += checks.check_supported(asked) + checks.check_options(asked)
+    problems += checks.check_supported(asked)
     for kind in rollouts:
         problems += checks.check_unused(asked, kind, checks.UNUSED_IN_ROLLOUTS)
     # Subclasses have groups of one, and TRL's message does not name the field.
@@ -173,19 +172,16 @@ def _build_checked(
     problems: list[Problem],
     on_command_line: Collection[str] = (),
 ) -> list[Any]:
-    """Build as many of the dataclasses as can be, check their fields together, and append what is wrong to `problems`.
-
-    The values of `machine` are for fields that the user did not give.
-    """
+    """Build as many of the dataclasses as can be, check their fields together, and append to the `problems`."""
     reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
     built = []
     for kind in dataclass_types:
         own = {name: kept[name] for name in field_types(kind) if name in kept}
-        fields = [item for item in dataclasses.fields(kind) if item.init]
         # Without a default, both are `MISSING`.
-        missing = [item.name for item in fields if item.default is item.default_factory and item.name not in own]
-        problems += [Problem(name, "nothing", REQUIRED) for name in missing if name not in reported]
+        required = [item for item in dataclasses.fields(kind) if item.init and item.default is item.default_factory]
+        missing = [item.name for item in required if item.name not in own]
+        problems += [Problem(name, "nothing", "is required") for name in missing if name not in reported]
         # Without the fields that it refuses, a class may find the next mistake.
         while not missing:
             try:
@@ -219,9 +215,7 @@ def _build_checked(
 def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
     """Return the problems that a dataclass of the values `own` lists, or its message under the field that it names.
 
-    Raises:
-        Exception: `error`, if it names no field: then this is a defect, unless it `is_expected` as a consequence of
-            values of the user that are missing.
+    An `error` that names none is a defect, and raised, unless it `is_expected` because values of the user are missing.
     """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):
@@ -229,13 +223,11 @@ def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expecte
     message = " ".join(str(error).split())
     # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others begin with the
     # value: "x is not a valid DebugOption".
-    values = {name: value for name, value in own.items() if isinstance(value, str) and value}
-    begins = (name for name, value in values.items() if message.startswith((f"{value} ", f"'{value}' ")))
+    texts = {name: value for name, value in own.items() if isinstance(value, str) and value}
+    begins = (name for name, text in texts.items() if message.startswith((f"{text} ", f"'{text}' ")))
     name = _named_in(message, own) or next(begins, None)
-    if name is None and not is_expected:
-        name = _named_in(message, field_types(kind))
-        if name is None:
-            raise error
+    if name is None and not is_expected and (name := _named_in(message, field_types(kind))) is None:
+        raise error
     return [Problem(name, own.get(name, "not given"), message)] if name else []
 
 

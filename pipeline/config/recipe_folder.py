@@ -15,9 +15,6 @@ from pipeline.files import split_revision
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
 
-PATTERNS = ("[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml")
-"""Files that are downloaded of a recipe folder. Its launch file is not among them: it can start any program."""
-
 
 def find_shipped(path: Path) -> Path:
     """Return `path` if it exists, otherwise the recipe or launch file of that name in the package or on the Hub.
@@ -38,14 +35,15 @@ def find_shipped(path: Path) -> Path:
 def fetch_recipes(name: str) -> Path | None:
     """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub, if any.
 
-    Raises:
-        UserError: If the Hub cannot be reached, or with all that the files say and may not say (`untrusted`).
+    A `UserError` says that the Hub cannot be reached, or all that the files say and may not say (`untrusted`).
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     repo_id, revision = split_revision(name)
+    # Its launch file is not among the files: it can start any program.
+    patterns = ["[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml"]
     for repo_type in ("model", "dataset"):
         options = {"repo_type": repo_type, "revision": revision}
         # A bar for each of a few small files would only be noise.
@@ -60,7 +58,7 @@ def fetch_recipes(name: str) -> Path | None:
                 raise UserError(Problem("recipe", name, "does not contain files such as 2_sft.yaml; name another"))
             if len(files) > 100 or any((file.size or 0) > MAX_BYTES for file in files):
                 raise UserError(Problem("recipe", name, "is larger than a recipe can be; name another"))
-            folder = Path(snapshot_download(repo_id, allow_patterns=list(PATTERNS), **options))
+            folder = Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
         except RepositoryNotFoundError:
             continue
         except RevisionNotFoundError:

@@ -31,11 +31,10 @@ FUNCTIONS = ("reward_funcs", "tools", "environment", "grade", "judge", "lm_eval_
 """Fields in which a word with a colon, a slash or a dot names code, or a file that names some."""
 
 WORDS = (
-    "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column",
-    "document",
+    "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column", "document",
     "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
-    "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "tools", "environment",
-    "grade", "lm_eval_tasks", "against", "world",
+    "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "tools", "environment", "grade",
+    "lm_eval_tasks", "against", "world",
     "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",
     "lora_modules_to_save", "lora_target_modules", "lora_target_parameters", "lora_task_type", "loss_type",
     "importance_sampling_level", "reward_normalization", "multi_objective_aggregation", "scale_rewards",
@@ -47,9 +46,6 @@ WORDS = (
 )  # fmt: skip
 """Fields whose values are words: names of columns, of methods, of layers."""
 
-MAPPINGS = re.compile(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+")
-"""What may be a word inside a mapping. Other mappings contain numbers and switches only."""
-
 CHOICES = {"report_to": ("none", "tensorboard"), "vllm_mode": ("colocate",)}
 """Words that send nothing to another host."""
 
@@ -59,9 +55,6 @@ SWITCHES = re.compile(r"push_to_hub|hub_.+|trust_remote_code|allow_unconfined_co
 PATHS = re.compile(rf"{'|'.join(NAMES)}|.*_(path|dir|file|config|checkpoint)|deepspeed")
 """Fields in which a number is text as well: `dataset_name: 2024` would be a folder of this machine."""
 
-HUB_ID = re.compile(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
-ADVICE = "download the folder, read it, and run your copy"
-
 
 def check_untrusted(folder: Path) -> list[Problem]:
     """Return the values in a downloaded recipe folder that are not allowed, and the files that cannot be read."""
@@ -70,12 +63,13 @@ def check_untrusted(folder: Path) -> list[Problem]:
     for path in recipe_files(folder):
         with collect(problems):
             contents[path.name] = read_yaml(str(path))
-    outputs = [content["output_dir"] for content in contents.values() if isinstance(content.get("output_dir"), str)]
-    homes = {Path(output).parent for output in outputs if _is_output(output)}
+    outputs = [content.get("output_dir") for content in contents.values()]
+    homes = {Path(text).parent for text in outputs if isinstance(text, str) and _is_inside(text, 2)}
     for name, content in contents.items():
         for key, value in content.items():
             for text, fault in _faults(str(key), value, homes):
-                problems.append(Problem(f"{name}: {key}", text, f"{fault}; {ADVICE}"))
+                remedy = f"{fault}; download the folder, read it, and run your copy"
+                problems.append(Problem(f"{name}: {key}", text, remedy))
     return problems
 
 
@@ -114,15 +108,17 @@ def _fault(key: str, text: str, homes: set[Path]) -> str | None:
         return "code of the Hub is never run, nor any other function that a recipe of the Hub names"
     if key == "output_dir":
         wrong = "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
-        return None if _is_output(text) else wrong
+        # The directory of a stage, in that of a run.
+        return None if _is_inside(text, depth=2) else wrong
     if key in NAMES:
         if _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes):
             return None
-        if not HUB_ID.fullmatch(text) or ".." in text:
+        if not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?", text) or ".." in text:
             return "a recipe of the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
         exists = os.path.exists(text) or os.path.exists(text.partition("@")[0])
         return "is a path on this machine, which a recipe of the Hub may not read" if exists else None
-    if key not in WORDS and not MAPPINGS.fullmatch(key):
+    # Mappings other than these contain numbers and switches only.
+    if key not in WORDS and not re.fullmatch(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+", key):
         return "a recipe of the Hub may not set this field to a text"
     if key in CHOICES and text not in CHOICES[key]:
         return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
@@ -134,12 +130,7 @@ def _fault(key: str, text: str, homes: set[Path]) -> str | None:
     return None
 
 
-def _is_output(text: str) -> bool:
-    """Return whether a path leads to a directory in the directory of a run."""
-    return _is_inside(text) and len(Path(text).parts) > 1
-
-
-def _is_inside(text: str) -> bool:
-    """Return whether a path stays below the current directory, and is neither hidden nor in a hidden folder."""
+def _is_inside(text: str, depth: int = 1) -> bool:
+    """Return whether a path stays below the current directory by at least `depth` folders, none of which is hidden."""
     parts = text.removeprefix("./").rstrip("/").split("/")
-    return all(re.fullmatch(r"\w[^\\:\0]*", part) for part in parts)
+    return len(parts) >= depth and all(re.fullmatch(r"\w[^\\:\0]*", part) for part in parts)

@@ -30,30 +30,22 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
-    # Documents are packed into blocks, in any run that pretrains or that packs its conversations.
-    pretrains = "model_name_or_path" not in values
+    pretrains, streams = "model_name_or_path" not in values, values.get("dataset_streaming")
     # The workers of a stream take turns, so that their number changes the order of the rows.
-    if name == "dataloader_num_workers" and values.get("dataset_streaming") and not pretrains:
+    if name == "dataloader_num_workers" and streams and not pretrains:
         return True
-    packs = values.get("packing") or pretrains
-    # Each process packs a part of the data, so that their number changes the rows.
-    if name == "dataset_num_proc" and packs and not values.get("dataset_streaming"):
+    # Each process packs a part of the data, in pretraining or of conversations, so that their number changes the rows.
+    if name == "dataset_num_proc" and not streams and (values.get("packing") or pretrains):
         return True
     # Evaluations choose the weights, or these schedules follow them.
-    chosen = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in (
-        "reduce_lr_on_plateau",
-        "greedy",
-    )
+    follows = values.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    chosen = values.get("load_best_model_at_end") or follows
     return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a run of these `values` can go on from what it has saved, although fields with an effect changed.
-
-    It can if a checkpoint has no more steps than the run now has.
-    """
-    is_length = {"max_steps", "num_train_epochs"}.issuperset(changed)
-    if not changed or not is_length or values.get("save_only_model"):
+    """Return whether a run can go on with `changed` fields: those of its length, now no less than what is saved."""
+    if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed) or values.get("save_only_model"):
         return False
     state = newest_state(output_dir)
     if (steps := number_of(values, "max_steps")) > 0:
@@ -63,8 +55,7 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
     """Return a number among settings, or 0 if it is not given or is something else, which the step will report."""
-    value = values.get(name)
-    return value if isinstance(value, int | float) else 0
+    return value if isinstance(value := values.get(name), int | float) else 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:

@@ -48,11 +48,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Return the mapping from field names to values in a recipe's YAML file.
-
-    Raises:
-        UserError: If the file cannot be read, is not valid YAML, or does not contain a mapping.
-    """
+    """Return the mapping from fields to values in a recipe's YAML file; raise a `UserError` if it does not hold one."""
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not path.startswith("/dev/fd/"):
             kind = "a directory" if os.path.isdir(path) else "not a regular file"

@@ -29,23 +29,15 @@ class DataArguments:
     )
     dataset_config: str | None = option(None, "Configuration of the data set.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option(
-        "validation", "Split to evaluate on during training; `test` if there is no `validation`."
-    )
+    dataset_test_split: str = option("validation", "Split to evaluate on during training; else `test`, if that exists.")
     dataset_streaming: bool = option(False, "Read the data during training, in constant memory.")
     validation_share: float = option(
-        0.05,
-        "Share of the rows held out for evaluation, and never trained on, if the data set has a single split (a plain "
-        "file, for instance): every 20th row for 0.05. With 0, all rows are trained on.",
+        0.05, "Share of the rows held out for evaluation if the data set has a single split: every 20th row for 0.05."
     )
     keep_rows: list[str] | None = option(  # noqa: RUF009
-        None,
-        "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any case "
-        "(default: all).",
+        None, "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any case."
     )
-    drop_bad_rows: bool = option(
-        False, "Drop rows that lack a text or a turn, and log how many, instead of refusing the data."
-    )
+    drop_bad_rows: bool = option(False, "Drop rows that lack a text or a turn instead of refusing the data.")
     document: str | None = option(
         None,
         "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). Default: a "
@@ -55,9 +47,7 @@ class DataArguments:
     max_eval_samples: int | None = option(None, "Evaluate on this many rows, the first ones.")
     text_column: str = option("text", "Column of the documents (pretraining).")
     messages_column: str = option(
-        "messages",
-        "Column of the conversations: a list of {role, content}, or ShareGPT's of {from, value}; the assistant "
-        "may call tools in both (instruction tuning).",
+        "messages", "Column of the conversations: lists of {role, content}, or of ShareGPT's {from, value}."
     )
     prompt_column: str = option(
         "prompt",
@@ -65,9 +55,7 @@ class DataArguments:
         "are added. Usual names such as question and instruction are found, in any case.",
     )
     completion_column: str | None = option(
-        None,
-        "Column of the answers to `prompt_column`, for data without conversations. Usual names such as answer, output "
-        "and response are found, in any case.",
+        None, "Column of the answers to `prompt_column`, for data without conversations. Usual names are found."
     )
     answer_column: str = option("answer", "Column of the reference answers that rewards compare with.")
     answer_pattern: str | None = option(

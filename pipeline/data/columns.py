@@ -33,10 +33,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
 
 logger = logging.getLogger(__name__)
-
 TOKENS = "input_ids"
 """Column of blocks, and of documents that are tokens already: `bos + text + eos`."""
-
 Kind = Literal["text", "tokens", "conversation", "preference", "unpaired", "prompt"]
 Split: TypeAlias = Dataset | IterableDataset
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
@@ -50,10 +48,8 @@ FEATURES = {
     "label": Value("bool"),
 }
 """Types of the columns that converters make."""
-
-FEW, MOST_LEFT_OUT = 50, 0.1
-"""First documents of a stream of the Hub, one of which must be text, and the share of the rows of a data set of the Hub
-that may lack the expected shape. Otherwise, it is the wrong column."""
+MOST_LEFT_OUT = 0.1
+"""Share of the rows of a data set of the Hub that may lack the expected shape. If more do, it is the wrong column."""
 
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
@@ -66,17 +62,10 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-RESERVED = (*PASSED_BY_TRL, "image", "images")
-"""Columns of prompts that are dropped: trainers pass arguments of these names to rewards, or read images in them."""
-
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
-
-MOST_NAMED, ROWS_LOGGED = 20, 100
-"""Columns that an error message names, at most, and rows whose messages are searched for other keys than these."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-GSM8K_ANSWER = re.compile(r"####\s*(.+)")
 
 
 @cache
@@ -111,30 +100,18 @@ def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
     return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
-def place_of(split: Split, args: DataArguments) -> str:
-    """Name the data set and the split, for messages."""
-    return f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
-
-
 def standardise(
     split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None, calls: bool = False
 ) -> Split:
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
-    A row without the expected shape is an error, unless `drop_bad_rows` is set, or the data come from the Hub, whose
-    users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents that are
-    not text become empty instead: dropping them would change the numbers of the rows after them, and with these which
-    rows are held out. Pairs that do not say which answer is better are dropped.
-
-    Args:
-        args: Names of the columns, and of this data set alone.
-        kind, tokens: As for `pipeline.data.splits.load_splits`.
-        calls: Whether rows are known to call tools; otherwise they are converted again if one does.
-
-    Raises:
-        UserError: If a column does not exist, or a row does not have the expected shape.
+    A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
+    whose users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents
+    that are not text become empty instead: dropping them would change the numbers of the rows after them, and with
+    these which rows are held out. `args` names this data set alone. Rows that are not known to have `calls` of tools
+    are converted again if one has.
     """
-    columns, place = column_names(split), place_of(split, args)
+    columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":
         if columns != [TOKENS]:
             remedy = "has text, and others of dataset_name have tokens; give data sets of one kind"
@@ -152,8 +129,9 @@ def standardise(
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
+    # If none of the first documents is text, it is the wrong column.
     may_be_empty = is_stream and kind == "text" and drops_rows(args)
-    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(FEW))
+    may_be_empty = may_be_empty and any(isinstance(row[used[0]], str) for row in split.take(50))
 
     def convert(row: Row, index: int) -> dict[str, Any]:
         try:
@@ -178,8 +156,8 @@ def standardise(
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
     features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
-    # Rewards read the other columns.
-    others = [name for name in columns if kind == "prompt" and name not in (*made, *RESERVED)]
+    # Rewards read the other columns, unless TRL passes arguments of their names, or reads images in them.
+    others = [name for name in columns if kind == "prompt" and name not in (*made, *PASSED_BY_TRL, "image", "images")]
     if others:
         features = {name: split.features[name] for name in others} | features if split.features else {}
     if not is_stream:
@@ -187,45 +165,41 @@ def standardise(
     removed = [name for name in columns if name not in (*made, *others)]
     types = Features(features) if features else None
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
-    if not is_stream and len(split):
-        if HAS_CALLS in standard.unique(FAULT):
-            return standardise(split, args, kind, tokens, calls=True)
-        standard = _drop_faults(standard, place, args)
-    return _drop_uninformative(standard, place) if "chosen" in made else standard
+    if is_stream or not len(split):
+        return standard.filter(is_informative) if "chosen" in made else standard
+    if HAS_CALLS in standard.unique(FAULT):
+        return standardise(split, args, kind, tokens, calls=True)
+    return _drop_rows(standard, place, args, are_pairs="chosen" in made)
 
 
-def _drop_uninformative(pairs: Split, place: str) -> Split:
-    """Drop pairs that do not say which answer is better; machine-made collections contain some."""
-    kept = pairs.filter(is_informative)
-    if isinstance(pairs, Dataset) and len(kept) < len(pairs):
-        if not len(kept):
-            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
-        what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(len(pairs) - len(kept), len(pairs), what, f"correct {place}")
-    return kept
-
-
-def _drop_faults(rows: Dataset, place: str, args: DataArguments) -> Dataset:
+def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) -> Dataset:
     """Drop the rows that could not be converted, or refuse them with the number of the first one."""
     found = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
-    faults = {index: fault for index, fault in enumerate(found) if fault is not None}
-    if not faults:
-        return rows
-    first = min(faults)
-    if not may_drop(args, len(faults), len(rows)):
-        more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
-        raise UserError(Problem("dataset_name", f"{place}, row {first}", f"{faults[first]}; {CORRECT}{more}; {DROP}"))
-    what = f"rows are dropped; row {first}, for instance: {faults[first]}"
-    report_lost(len(faults), len(rows), what, f"correct {place}")
-    return rows.select([index for index in range(len(rows)) if index not in faults])
+    if faults := {index: fault for index, fault in enumerate(found) if fault is not None}:
+        first = min(faults)
+        if not may_drop(args, len(faults), len(rows)):
+            more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
+            remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
+            raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
+        what = f"rows are dropped; row {first}, for instance: {faults[first]}"
+        report_lost(len(faults), len(rows), what, f"correct {place}")
+        rows = rows.select([index for index in range(len(rows)) if index not in faults])
+    # Machine-made collections contain pairs that do not say which answer is better.
+    informative = rows.filter(is_informative) if are_pairs else rows
+    if lost := len(rows) - len(informative):
+        if not len(informative):
+            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
+        what = "pairs are dropped, because an answer is empty or both are the same"
+        report_lost(lost, len(rows), what, f"correct {place}")
+    return informative
 
 
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
     """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
     unread = [column for column in columns if column not in used]
     read = [column for column in columns if column in used and kind not in ("text", "prompt")]
-    for row in split.select_columns(read).take(ROWS_LOGGED) if read else ():
+    for row in split.select_columns(read).take(100) if read else ():
         messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
         keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
         unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
@@ -239,7 +213,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # Only an argument can name another column.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
-    choices = ", ".join(columns[:MOST_NAMED])
+    choices = ", ".join(columns[:20])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
     if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
         raise UserError(*problems)
@@ -260,7 +234,20 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
     if kind == "unpaired" and not find_column(columns, "chosen"):
-        return _unpaired_converter(args, columns)
+        prompt = _find_prompt(args, columns)
+        completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
+        names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
+        prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names, label="label")
+        read, used = _prompt_reader(args, columns, prompt, completion)
+
+        def from_unpaired(row: Row) -> dict[str, Any]:
+            if row[label] not in (True, False):
+                raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
+            answer = answer_message(row[completion], completion)
+            return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
+
+        return from_unpaired, ["prompt", "completion", "label"], [*used, completion, label]
+
     if kind == "text":
         (text,) = _require(columns, text_column=args.text_column)
 
@@ -288,17 +275,6 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
 
 
-def check_columns(train: Split, test: Split, args: DataArguments, kind: Kind) -> None:
-    """Report columns that are read of the training split, and that the evaluation split lacks, such as answers."""
-    columns, others = column_names(train), column_names(test)
-    used = [] if kind == "tokens" else converter(train, columns, args, kind)[2]
-    # Prompts may be read from the answers, and margins are optional.
-    read = [name for name in used if name != "margin" and find_column(columns, name)]
-    if lacking := [name for name in read if not find_column(others, name)]:
-        remedy = f"has no column {', '.join(lacking)}, as {args.dataset_train_split} has; add it, or remove this split"
-        raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
-
-
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
     """Return the column of the prompts: the one that is named, or by default one with a usual name; "" if none."""
     if args.prompt_column != "prompt":
@@ -306,8 +282,7 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
     chosen = find_column(columns, "chosen")
     answer = next(iter(pairs))[chosen] if pairs is not None and chosen else []
     # Whole conversations contain their prompt.
-    is_whole = isinstance(answer, list) and len(answer) != 1
-    return find_column(columns, *PROMPTS, *(() if is_whole else CONVERSATIONS))
+    return find_column(columns, *PROMPTS, *(() if isinstance(answer, list) and len(answer) != 1 else CONVERSATIONS))
 
 
 def _prompt_reader(
@@ -317,8 +292,7 @@ def _prompt_reader(
     contexts = [name for name in columns if normalise(name) in CONTEXTS and name not in (prompt, completion)]
     used = [prompt, *contexts]
     if contexts:
-        line = f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}"
-        _log_once(logging.INFO, line)
+        _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: prompts are made of the columns {', '.join(used)}")
 
     def read(row: Row) -> Messages:
         text = row[prompt]
@@ -350,8 +324,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return from_messages, ["messages"], [messages_column]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
-        missing = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}
-        remedy = ""
+        missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
         missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
@@ -362,22 +335,6 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return {"messages": [*read(row), answer_message(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
-
-
-def _unpaired_converter(args: DataArguments, columns: list[str]) -> Converter:
-    prompt = _find_prompt(args, columns)
-    completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
-    names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
-    prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names, label="label")
-    read, used = _prompt_reader(args, columns, prompt, completion)
-
-    def convert(row: Row) -> dict[str, Any]:
-        if row[label] not in (True, False):
-            raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
-        answer = answer_message(row[completion], completion)
-        return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
-
-    return convert, ["prompt", "completion", "label"], [*used, completion, label]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
@@ -401,21 +358,19 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
         pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} if has_pairs else {}
         is_pair = has_pairs and not has_prompt(pair, prompt)
         messages = read_pair(pair, None, args.system_prompt)["prompt"] if is_pair else read(row)
-        return {"prompt": messages, **({"answer": _final_answer(row[answer], answer, pattern)} if answer else {})}
+        if not answer:
+            return {"prompt": messages}
+        value = as_answer(row[answer])
+        if value is None or isinstance(value, list | dict):
+            raise ShapeError(f"{answer} is {shorten(row[answer])}, not one answer as text or as a number")
+        final = str(value)
+        # By default, the final answer is what follows GSM8K's mark.
+        if match := (pattern or re.compile(r"####\s*(.+)")).search(final):
+            final = match[1] if match.re.groups else match[0]
+            if final is None:
+                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(row[answer])}")
+        elif pattern is not None:
+            raise ShapeError(f"answer_pattern does not occur in {shorten(final)}")
+        return {"prompt": messages, "answer": final.strip()}
 
     return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]
-
-
-def _final_answer(value: object, column: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the final answer in the content of a column, by default what follows GSM8K's mark."""
-    answer = as_answer(value)
-    if answer is None or isinstance(answer, list | dict):
-        raise ShapeError(f"{column} is {shorten(value)}, not one answer as text or as a number")
-    answer = str(answer)
-    if match := (pattern or GSM8K_ANSWER).search(answer):
-        answer = match.group(1) if match.re.groups else match.group(0)
-        if answer is None:
-            raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(value)}")
-    elif pattern is not None:
-        raise ShapeError(f"answer_pattern does not occur in {shorten(answer)}")
-    return answer.strip()

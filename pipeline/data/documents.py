@@ -1,10 +1,8 @@
 """Files of text: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
-there are none. The only file of a split is cut as well, so that a part of it can be held out:
-
-    poems/a.txt    1,200 characters    1 document
-    poems/b.txt    9,000 characters    3 documents, each of whole stanzas
+there are none: a file of 9,000 characters makes 3 documents, each of whole stanzas. The only file of a split is cut as
+well, so that a part of it can be held out.
 """
 
 from __future__ import annotations
@@ -33,14 +31,10 @@ LONGEST = 4096
 PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
 """The only file of a split is cut into so many documents at least, unless they had fewer characters than these. Small
 files with so many bytes make one file of a stream, the first of which rows are held out of."""
-
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
-
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
-QUOTED = 1 << 24
-"""Characters of a table in which quotes are looked at."""
 
 
 def open_documents(
@@ -48,24 +42,19 @@ def open_documents(
 ) -> Dataset | IterableDataset:
     """Open the documents of a split's text files, as rows with the column `text`.
 
-    Args:
-        rule: `file`, `blank_line` or `lines:N`; None for the default.
-        is_single: Whether the split has no other file, of any type.
-
-    Raises:
-        UserError: If a file cannot be read as text, or there is no such rule.
+    `rule` is `file`, `blank_line`, `lines:N` or None for the default; `is_single`, whether the split has no other file,
+    of any type. Raise a `UserError` if a file cannot be read as text, or there is no such rule.
     """
     if rule not in (None, "file", "blank_line") and not re.fullmatch(r"lines:[1-9]\d*", rule):
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
     parts: list[list[str]] = [[]]
-    size = 0
+    size, longest = 0, LONGEST
     for file in files:
         if size > PART_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(str(file))
         size += file.stat().st_size
-    longest = LONGEST
     if is_single:
         with open_text(files[0]) as text:
             longest = min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))
@@ -109,8 +98,7 @@ def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict
         if rule == "file":
             documents = iter(["".join(lines)])
         elif rule.startswith("lines:"):
-            number = int(rule.removeprefix("lines:"))
-            documents = ("".join([line, *islice(lines, number - 1)]) for line in lines)
+            documents = ("".join([line, *islice(lines, int(rule.removeprefix("lines:")) - 1)]) for line in lines)
         else:
             documents = _join_lines(lines, longest if rule == "auto" else None)
         yield from ({"text": text} for text in documents if text.strip())
@@ -151,7 +139,7 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
-        sample = text.read(QUOTED)
+        sample = text.read(1 << 24)
     # The separator is the most frequent one of the header.
     line = next(filter(str.strip, io.StringIO(sample)), "")
     separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=line.count)
@@ -169,7 +157,7 @@ def choose_table(file: Path) -> dict[str, Any]:
             raise UserError(Problem("dataset_name", file, remedy))
         deque(rows, maxlen=0)
     except csv.Error as error:
-        # Other errors are a field that is too long for Python's limit, and one that is cut.
+        # Other errors are a field that is too long for Python's limit, and one that is cut at the end of the sample.
         stray = rows.line_num if "expected after" in str(error) else 0
     # pandas would take all lines up to the next quote for one field.
     if stray and separator != "\t":

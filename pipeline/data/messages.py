@@ -12,8 +12,6 @@ from typing import Any
 Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
 
-AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:")
-"""The beginning of messages that were written as text."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
 NOT_READ = "calls a tool, which is not read; write the call into the content"
@@ -64,7 +62,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
 
 def _as_text(value: str, column: str) -> str:
     """Return a text, and refuse a list of messages that a table has as text."""
-    if AS_TEXT.match(value):
+    if re.match(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:", value):
         raise ShapeError(f"{column} has messages as text, {shorten(value)}; save them as JSONL or Parquet")
     return value
 
@@ -185,8 +183,7 @@ def has_prompt(pair: Row, column: str) -> bool:
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
     """Read two answers to a prompt, which is taken out of them if it is None, or raise a `ShapeError`.
 
-    Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, how much better the chosen answer is, if
-    the row has it.
+    Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, by how much chosen is better, if known.
     """
     # The shapes that data sets have, with M for a message and Q, A, B for texts:
     #
@@ -224,15 +221,15 @@ def is_informative(pair: Row) -> bool:
 def labelled_pair(
     prompt: Messages, chosen: str, rejected: str, annotator: str, chosen_first: bool, kind: str = "", tastes: Any = ()
 ) -> dict[str, Any]:
-    """Return a pair of answers as a row of a preference data set that is made here.
+    """Return two answers, of which `annotator` prefers the chosen one, as a row of a preference data set.
 
-    Its `annotator` prefers the chosen answer. `kind` is the prompt's, and `tastes` are noise-free, where known.
+    `kind` is the prompt's, and `tastes` are noise-free, where known.
     """
     answers = {"chosen": chosen, "rejected": rejected}
-    pair: dict[str, Any] = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
-    pair |= {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
+    pair = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    about = {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
     taste_chosen, taste_rejected = tastes or (None, None)
-    return {"prompt": prompt, **pair, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
+    return {"prompt": prompt, **pair, **about, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
 
 
 def _read_answer(

@@ -28,9 +28,6 @@ ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output",
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
-EXAMPLES = 5
-"""Overlapping rows that the command shows."""
-
 
 class Match(NamedTuple):
     """A test row, the first training row that shares words with it, and these words."""
@@ -81,11 +78,9 @@ class NgramIndex:
         tokens = words(text)
         for size, indexed in self._hashes.items():
             # Almost no text overlaps, and `isdisjoint` runs in C.
-            if indexed.isdisjoint(map(hash, ngrams(tokens, size))):
-                continue
-            for gram in ngrams(tokens, size):
-                if hash(gram) in indexed:
-                    yield hash(gram), " ".join(gram)
+            if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):
+                found = (gram for gram in ngrams(tokens, size) if hash(gram) in indexed)
+                yield from ((hash(gram), " ".join(gram)) for gram in found)
 
     def overlaps(self, text: str) -> bool:
         """Return whether a text shares an n-gram with, or contains, an indexed text."""
@@ -106,7 +101,6 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
     """Look for every test row in the training rows, both of which are read once; `n` consecutive words must agree."""
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
-
     # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
     first: dict[int, tuple[int, str]] = {}
     train_count = 0
@@ -115,7 +109,6 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
             for value, shared in index.find(text):
                 first.setdefault(value, (train_count, shared))
         train_count += 1
-
     found = [next((first[value] for value in hashes if value in first), None) for hashes in hashes_per_row]
     matches = [Match(number, *shared) for number, shared in enumerate(found) if shared is not None]
     return Overlap(matches, len(hashes_per_row), train_count)
@@ -132,9 +125,8 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
     # The question of a conversation, without its answer.
     for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
-        found.append(
-            _flatten([turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}])
-        )
+        asked = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
+        found.append(_flatten(asked))
     return list(dict.fromkeys(text for text in found if text))
 
 
@@ -151,9 +143,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fourstage check-overlap` to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     for name in ("train", "test"):
-        parser.add_argument(
-            f"--{name}", nargs="+", required=True, metavar="DATASET", help=f"{name} {where} (split: {name})"
-        )
+        help = f"{name} {where} (split: {name})"
+        parser.add_argument(f"--{name}", nargs="+", required=True, metavar="DATASET", help=help)
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
 
 
@@ -170,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
         shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
-        for match in found.matches[:EXAMPLES]:
+        for match in found.matches[:5]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(overlaps)
 
@@ -187,6 +178,6 @@ def _open_rows(name: str, field: str) -> Sequence[Mapping[str, Any]]:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]
     if not len(rows) or not texts(rows[0]):
-        columns = ", ".join(rows.column_names)
-        raise UserError(Problem(field, name, f"its columns {columns} do not contain text; choose other data"))
+        remedy = f"its columns {', '.join(rows.column_names)} do not contain text; choose other data"
+        raise UserError(Problem(field, name, remedy))
     return rows

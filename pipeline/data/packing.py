@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from trl import SFTConfig
 
-DOCUMENTS_PER_BATCH, DOCUMENTS_AT_ONCE = 10_000, 1000
-"""Documents packed together, of which what does not fill a block is dropped (one block in about 10 MB), and documents
-tokenized at once, for each of whose tokens `tokenizers` takes some hundred bytes."""
+DOCUMENTS_AT_ONCE = 1000
+"""Documents tokenized at once, for each of whose tokens `tokenizers` takes some hundred bytes."""
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 
@@ -37,22 +36,19 @@ def pack_documents(
 ) -> Dataset:
     """Pack documents, in order, into blocks: the column `input_ids`, arrays of `block_size` integers.
 
-    Each document is `bos + text + eos`. One that is cut by the end of a block continues in the next one as if it began
-    there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than 65,536.
-
-    Args:
-        column: Column of the texts, or of their tokens. All columns are replaced.
-        num_proc: Processes, each for a part of the documents. Default: one, whose tokenizer uses all cores.
+    Each document, a text of `column` or its tokens, is `bos + text + eos`. One that is cut by the end of a block
+    continues in the next one as if it began there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than
+    65,536. By default, there is one process, whose tokenizer uses all cores.
     """
     encode = Encoder.of(tokenizer)
 
     def pack(batch: pa.Table) -> pa.Table:
         ids = encode(batch[column].to_pylist())
-        # Drop the rest that does not fill a block.
+        # Drop the rest that does not fill a block, of 10,000 documents one block in about 10 MB.
         ids = ids[: len(ids) // block_size * block_size]
         return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
-    options = {"batch_size": DOCUMENTS_PER_BATCH, "remove_columns": dataset.column_names, "num_proc": num_proc}
+    options = {"batch_size": 10_000, "remove_columns": dataset.column_names, "num_proc": num_proc}
     return dataset.with_format("arrow").map(pack, batched=True, **options).with_format("numpy")
 
 
@@ -64,11 +60,8 @@ class Encoder:
     bos: int
     eos: int
     largest: int
-
-    @property
-    def dtype(self) -> str:
-        """Unsigned integers that hold all tokens, in 16 bits if possible."""
-        return "uint16" if self.largest < 2**16 else "uint32"
+    # Unsigned integers that hold all tokens, in 16 bits if possible.
+    dtype: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -82,7 +75,8 @@ class Encoder:
         backend.no_padding()
         # Ids may have gaps, so that the size of the vocabulary is not enough.
         largest = max(tokenizer.get_vocab().values())
-        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest)
+        dtype = "uint16" if largest < 2**16 else "uint32"
+        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest, dtype)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
         """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,)."""

@@ -23,24 +23,14 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.files import check_directory, write_text
 
-RECORDED = (
-    "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
-    "document",
-)  # fmt: skip
-"""Fields of the data arguments that determine which documents the shards contain."""
-
 
 @dataclass
 class ShardArguments:
     """Where shards are written, and by which processes."""
 
     output_dir: str = field(metadata={"help": "Folder of the shards: a data set with one folder for each split."})
-    executor: Literal["local", "slurm", "ray"] = option(
-        "local", "Executor of datatrove: processes of this machine, an array of jobs of Slurm, or Ray."
-    )
-    workers: int | None = option(
-        None, "Files that are tokenized at the same time (default: on this machine one for each core, elsewhere all)."
-    )
+    executor: Literal["local", "slurm", "ray"] = option("local", "Processes of this machine, jobs of Slurm, or Ray.")
+    workers: int | None = option(None, "Files tokenized at the same time (default: here one a core, elsewhere all).")
     partition: str | None = option(None, "Partition of Slurm.")
     time: str = option("24:00:00", "Longest time of a job of Slurm, in which a file is done.")
 
@@ -57,8 +47,7 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
     """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
 
-    Raises:
-        UserError: If an argument is wrong, or if the folder has shards of other documents or of another tokenizer.
+    Raise a `UserError` if an argument is wrong, or the folder has shards of other documents or of another tokenizer.
     """
     # By default, loguru logs the values of all variables with an error.
     for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):
@@ -73,14 +62,18 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     if others:
         remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
-
     source = Path(name).expanduser()
     name = str(source.absolute()) if source.exists() else name
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
     record = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
-    record |= {field: getattr(data_args, field) for field in RECORDED}
+    # What determines which documents the shards contain.
+    fields = (
+        "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
+        "document",
+    )  # fmt: skip
+    record |= {field: getattr(data_args, field) for field in fields}
 
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
     files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: json.dumps(record, indent=2)}
@@ -89,7 +82,6 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_text(folder / name, content)
-
     # Not shuffled, because a stream of shards is shuffled when it is read.
     options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
     write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)

@@ -25,11 +25,8 @@ from pipeline.errors import Problem, UserError
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
-
-TOKENIZER = "tokenizer.json"
-"""File next to the shards of `pipeline.data.shard_writer`: what `document_tokenizer` returns."""
-RECORD = "documents.json"
-"""File next to them that says what was tokenized."""
+TOKENIZER, RECORD = "tokenizer.json", "documents.json"
+"""Files of `pipeline.data.shard_writer` next to shards: what `document_tokenizer` returns, and what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:
@@ -49,12 +46,10 @@ def open_shards(folder: Path) -> IterableDatasetDict:
         splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
     if problems := [problem for files in splits.values() if (problem := _validate(files))]:
         raise UserError(*problems)
-    features = Features({TOKENS: List(Value("uint32"))})
-    streams = {
-        name: IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
-        for name, files in splits.items()
-    }
-    return IterableDatasetDict(streams)
+    features, streams = Features({TOKENS: List(Value("uint32"))}), IterableDatasetDict()
+    for name, files in splits.items():
+        streams[name] = IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
+    return streams
 
 
 def documents_of(args: Arguments) -> Arguments:
@@ -79,13 +74,10 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Report shards that were made with a tokenizer other than the model's. Shards of other programs do not say."""
     own = Tokenizer.from_str(document_tokenizer(tokenizer)).to_str()
-    problems = []
-    for record in folder.rglob(RECORD):
-        file = record.with_name(TOKENIZER)
-        if Tokenizer.from_file(str(file)).to_str() != own:
-            remedy = "is not the tokenizer of the model; give the tokenizer of the shards, or make them again"
-            problems.append(Problem("tokenizer_name_or_path", file, remedy))
-    return problems
+    files = [record.with_name(TOKENIZER) for record in folder.rglob(RECORD)]
+    others = [file for file in files if Tokenizer.from_file(str(file)).to_str() != own]
+    remedy = "is not the tokenizer of the model; give the tokenizer of the shards, or make them again"
+    return [Problem("tokenizer_name_or_path", file, remedy) for file in others]
 
 
 def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:

@@ -33,7 +33,6 @@ from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
 from pipeline.files import check_directory, is_missing_path, split_revision
 
 logger = logging.getLogger(__name__)
-
 JSON_LINES = (".jsonl", ".ndjson")
 BUILDERS = {
     ".parquet": "parquet",
@@ -45,21 +44,15 @@ BUILDERS = {
 """The builder of `datasets` for each suffix; text is read by `pipeline.data.documents`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 NO_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
-    r"|cache-\w+\.arrow",
-    re.IGNORECASE,
+    r"(?i)(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
+    r"|cache-\w+\.arrow"
 )
 """Files of a folder that are about the data, or what `datasets` has made of them."""
-
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?", re.IGNORECASE)
 """Names of files and folders that belong to a split: `test.jsonl` and `my-train-1.csv`, but not `contest.txt`."""
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
-
-POINTER, NAMED = b"version https://git-lfs", 5
-"""The beginning of a file that Git LFS has not fetched, and the number of unread files that the log names."""
-
 UNREADABLE = (
     OSError, EOFError, ValueError, TypeError, RuntimeError, LookupError, ImportError, zlib.error, lzma.LZMAError,
     yaml.YAMLError, StopIteration, DatasetGenerationError,
@@ -70,15 +63,12 @@ UNREADABLE = (
 def open_source(
     name: str | None, config: str | None = None, streaming: bool = False, document: str | None = None
 ) -> Splits:
-    """Open all splits of a data set, by name; a plain file is one split, `train`.
+    """Open all splits of a data set; a plain file is one split, `train`. A `UserError` says why it cannot be opened.
 
     Args:
         name: A Hub id, also with a revision (`NAME/repo@revision`), a file or a folder: the argument `dataset_name`.
         config: Configuration of a data set repository; plain files ignore it.
         document: What is a document of a text file: see `pipeline.data.documents`.
-
-    Raises:
-        UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with the line).
     """
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
@@ -91,10 +81,8 @@ def open_source(
             remedy = f"must be true for the shards of {name}, which are read during training"
             raise UserError(Problem("dataset_streaming", streaming, remedy))
         return open_shards(path)
-
     # `datasets` converts every file into its cache.
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    if check_directory(cache):
+    if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
     # It logs the traceback of a file that cannot be parsed, which is reported below in one line.
@@ -140,8 +128,8 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
         remedy = HUB_UNREACHABLE
     except (DatasetNotFoundError, FileNotFoundError):
         what = f"a public data set on the Hub{f' with a revision {revision}' if revision else ''}"
-        is_offline = constants.HF_HUB_OFFLINE
-        remedy = HUB_UNREACHABLE if is_offline else f"is neither a local path nor {what} (log in for a private one)"
+        unknown = f"is neither a local path nor {what} (log in for a private one)"
+        remedy = HUB_UNREACHABLE if constants.HF_HUB_OFFLINE else unknown
     except UNREADABLE as error:
         raise UserError(*locate_error(Path(name), error)) from None
     raise UserError(Problem("dataset_name", name, remedy))
@@ -169,15 +157,38 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
 
 
 def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
-    """Open a file, or the files in a folder, each by its suffix, and join the files of a split."""
-    files = _list_files(path)
-    found = {file: _split_of(file.relative_to(path)) for file in files}
+    """Open a file, or the files in a folder, each by its suffix, and join the files of a split. Log the others."""
+    kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
+    if path.is_file() and _suffix(path) not in BUILDERS:
+        remedy = f"files of this type are not supported; save it as one of {kinds}"
+        raise UserError(Problem("dataset_name", path, remedy))
+    is_data: dict[Path, bool] = {}
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
+            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
+            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
+            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
+            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
+    files = [file for file in is_data if is_data[file]]
+    unread = [file.name for file in is_data if not is_data[file]]
+    named = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    if not files:
+        remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
+        raise UserError(Problem("dataset_name", path, remedy))
+    if unread:
+        logger.info("%s: not read, because they are not data, or empty: %s", path, named)
+
+    found: dict[Path, str | None] = {}
+    for file in files:
+        # The split that a file in a folder belongs to, by the names of its folders or its own, if to any.
+        name = file.relative_to(path)
+        match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
+        found[file] = SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
     other = next((file for file, split in found.items() if split is None), None)
     if other is not None and "train" in found.values():
         known = next(file for file, split in found.items() if split)
         remedy = f"does not belong to a split by its name, as {known} does ({found[known]}); rename or move one of them"
         raise UserError(Problem("dataset_name", other, remedy))
-
     joined: dict[str, Split] = {}
     for split in dict.fromkeys((*SPLITS, *sorted(filter(None, found.values())))):
         if own := [file for file in files if (found[file] or "train") == split]:
@@ -187,56 +198,9 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     return (IterableDatasetDict if streaming else DatasetDict)(joined)
 
 
-def _list_files(path: Path) -> list[Path]:
-    """Return the files to read: the file itself, or the ones in a folder, in order. Log the others."""
-    kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
-    if path.is_file() and _suffix(path) not in BUILDERS:
-        remedy = f"files of this type are not supported; save it as one of {kinds}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    is_data: dict[Path, bool] = {}
-    for file in found:
-        if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
-            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
-            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
-            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
-            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
-    files = [file for file in is_data if is_data[file]]
-    others = [file.name for file in is_data if not is_data[file]]
-    named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-    if not files:
-        remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    if others:
-        logger.info("%s: not read, because they are not data, or empty: %s", path, named)
-    return files
-
-
 def _suffix(path: Path) -> str:
     """Return the suffix that says how a file is read, in lower case, before the one of its compression."""
     return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
-
-
-def _split_of(name: Path) -> str | None:
-    """Return the split that a file in a folder belongs to, by the names of its folders or its own, if to any."""
-    match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
-    return SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
-
-
-def _choose_reader(file: Path) -> tuple[str, dict[str, Any]]:
-    """Return the builder that reads a file, and its options."""
-    builder = BUILDERS[_suffix(file)]
-    with file.open("rb") as content:
-        if content.read(len(POINTER)) == POINTER:
-            remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
-            raise UserError(Problem("dataset_name", file, remedy))
-    if _suffix(file) == ".json":
-        # Any value but a list or an object crashes pyarrow's reader.
-        with open_bytes(file) as content:
-            if content.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-                remedy = "must contain a list of rows, or an object; correct the file"
-                raise UserError(Problem("dataset_name", file, remedy))
-    return (builder, choose_table(file)) if builder == "csv" else (builder, {})
 
 
 def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
@@ -244,7 +208,18 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     # Files that are read in the same way are opened together.
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
-        builder, options = _choose_reader(file)
+        with file.open("rb") as content:
+            if content.read(32).startswith(b"version https://git-lfs"):
+                remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
+                raise UserError(Problem("dataset_name", file, remedy))
+        if _suffix(file) == ".json":
+            # Any value but a list or an object crashes pyarrow's reader.
+            with open_bytes(file) as content:
+                if content.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+                    remedy = "must contain a list of rows, or an object; correct the file"
+                    raise UserError(Problem("dataset_name", file, remedy))
+        builder = BUILDERS[_suffix(file)]
+        options = choose_table(file) if builder == "csv" else {}
         groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
     # The first file of each part, and its rows.
     parts: list[tuple[Path, Split]] = []
@@ -252,21 +227,21 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         if builder == "text":
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
-        load = partial(_load, builder=builder, split=split, streaming=streaming, options=options)
+        load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:
             # The types are those of the first file, where a column may be without values.
             parts += [(file, load([file])) for file in some]
-
     first, columns = parts[0][0], set(column_names(parts[0][1]))
     for file, part in parts:
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
-            remedy = f"has the columns {', '.join(sorted(columns))}, and {file} has {', '.join(sorted(others))}; "
-            remedy += (
-                "rename or remove columns, or put the files into folders of their own, and name both in dataset_name"
+            names, other_names = ", ".join(sorted(columns)), ", ".join(sorted(others))
+            remedy = (
+                f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the files "
             )
+            remedy += "into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
@@ -280,11 +255,11 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     return concatenate_datasets([part for _, part in parts])
 
 
-def _load(files: list[Path], builder: str, split: str, streaming: bool, options: dict[str, Any]) -> Split:
+def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) -> Split:
     # `datasets` reads paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:
-        return datasets.load_dataset(builder, data_files=names, split=split, streaming=streaming, **options)
+        return datasets.load_dataset(builder, data_files=names, split=split, **options)
     except UNREADABLE as error:
         if len(files) > 1:
             raise

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, Splits, check_columns, column_names, drops_rows, place_of, standardise
+from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
 from pipeline.errors import Problem, UserError
@@ -23,9 +23,6 @@ SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
 """Rows among which a stream is shuffled, and the default of `max_eval_samples` where rows of one are held out: each
 evaluation would read it to its end."""
 
-MEASURED, CHARACTERS = 200, 4
-"""Rows whose characters are counted, and the characters of an average token."""
-
 
 def load_splits(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
@@ -33,7 +30,8 @@ def load_splits(
     """Load the training split of a data set and, if wanted, its evaluation split, or else None.
 
     If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
-    whether or not the evaluation split is wanted: the finished model is measured on these rows as well.
+    whether or not the evaluation split is wanted: the finished model is measured on these rows as well. A `UserError`
+    says that the data set, a split or a column does not exist, a split is empty, or a row is malformed.
 
     Args:
         kind: Content of the rows, and the columns that are returned:
@@ -42,12 +40,8 @@ def load_splits(
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
-        tokens: Special tokens of the tokenizer (`pipeline.models.tokenizer.special_tokens`), which no message may
-            contain as text. Default: any text is accepted.
+        tokens: Special tokens of the tokenizer, which no message may contain as text. Default: any text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
-
-    Raises:
-        UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
     # This is the only place that knows of several data sets: everything below is about one, and names it alone.
     parts = []
@@ -75,18 +69,17 @@ def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
     """Return the number of training rows, and about how many tokens an average one has; 0 for what is not known.
 
-    The data set is not downloaded. `planned` has the rows of those that do not exist yet. If the number is `needed` and
-    not known, raise a `UserError`.
+    Nothing is downloaded. `planned` has the rows of data sets that do not exist yet. A number that is `needed` and not
+    known raises a `UserError`.
     """
     names = args.dataset_names
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
-            first = rows.take(MEASURED)
-            # Each of these columns, and an answer to a prompt, makes one sequence of tokens.
+            first = rows.take(200)
+            # Each of these columns, and an answer to a prompt, makes one sequence of tokens of about 4 characters.
             shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
-            characters = sum(len(str(text)) for column in shown for text in first[column])
-            return len(rows), characters / len(first) / CHARACTERS
+            return len(rows), sum(len(str(text)) for column in shown for text in first[column]) / len(first) / 4
         if args.max_train_samples or not needed:
             return args.max_train_samples or 0, 0
         if all(name in planned for name in names):
@@ -119,10 +112,9 @@ def keep_rows(source: Splits, args: DataArguments) -> Splits:
 def _load_one(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
-    """Load one data set, as `load_splits` does."""
     train = args.dataset_train_split
-    opened = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
-    source = keep_rows(opened, args)
+    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
+    source = keep_rows(source, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         args = replace(args, dataset_test_split="test")
@@ -143,7 +135,14 @@ def _load_one(
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[test], args, "max_eval_samples")
-        check_columns(source[train], held_out, args, kind)
+        # The evaluation split must have the columns that are read of the training split, such as answers.
+        columns, others = column_names(source[train]), column_names(held_out)
+        used = [] if kind == "tokens" else converter(source[train], columns, args, kind)[2]
+        # Prompts may be read from the answers, and margins are optional.
+        read = [name for name in used if name != "margin" and find_column(columns, name)]
+        if lacking := [name for name in read if not find_column(others, name)]:
+            remedy = f"has no column {', '.join(lacking)}, as {train} has; add it, or remove this split"
+            raise UserError(Problem("dataset_test_split", test, remedy))
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):
@@ -171,7 +170,6 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
         # The rows 0, 20, 40, … for a share of 0.05.
         held_out = rows[::period]
         return only.select([row for row in rows if row not in held_out]), only.select(held_out)
-
     # Only the first file is divided: processes that read other files do not know the numbers of their rows.
     first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
     kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
@@ -187,7 +185,8 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
             raise UserError(Problem(field, samples, "must be at least 1"))
         split = split.take(samples)
     if next(iter(split), None) is None:
-        raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
+        place = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
+        raise UserError(Problem("dataset_name", place, "is empty; choose one that has rows"))
     return split
 
 

@@ -7,7 +7,6 @@ two processes with half the batch each train on the batches of one. If W divides
 read twice; otherwise processes share lanes, and each tokenizes the lanes that it has a part in. With four lanes:
 
     lane        a    b    c    d    a    b    c    d    a  ...
-    block       0    1    2    3    4    5    6    7    8
     process     0    1    0    1    0    1    0    1    0        two processes: 0 tokenizes a and c, 1 tokenizes b and d
     process     0    1    2    0    1    2    0    1    2        three processes: all lanes are tokenized three times
 
@@ -23,6 +22,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,10 @@ from pipeline.errors import LIBRARY_ERRORS, Problem, RunStopped, UserError
 from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
-
 LANES, DOCUMENTS = 16, 256
 """Most lanes, each of which has a file open, and the documents of a lane that are shuffled and tokenized together."""
-CHOOSING = ("max_train_samples", "validation_share", "keep_rows")
-"""Fields of the data arguments that choose the rows of a stream."""
 STATE = "stream.json"
 """File in a checkpoint."""
-
 Place = dict[str, Any]
 """Where a lane is: `file` and `epoch` that it reads, `rows` (the state of that file), `chunk` and `block` that come
 next, and the tokens before that block (`rest`)."""
@@ -56,11 +52,9 @@ next, and the tokens before that block (`rest`)."""
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of `block_size` tokens of packed documents, which process number `process` of `processes` reads.
 
-    Args:
-        rows: Documents, with the column `text`, or `input_ids` of a tokenizer that is the same.
-        tokenizer: A tokenizer with bos and eos tokens.
-        chosen: Fields of the data arguments that choose rows. With `max_train_samples`, the stream is read as one file,
-            because `datasets` would take so many from each.
+    `rows` are documents, with the column `text`, or `input_ids` of a tokenizer that is the same. `chosen` has the
+    fields of the data arguments that choose rows: with `max_train_samples`, the stream is read as one file, because
+    `datasets` would take so many from each.
     """
 
     def __init__(
@@ -82,8 +76,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         # A resumed run has to have the same of all these, or its place is one in another stream.
         self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
         self.column = TOKENS if TOKENS in column_names(rows) else "text"
-        if self.column == TOKENS:
-            self.kind["column"] = TOKENS
+        self.kind |= {"column": TOKENS} if self.column == TOKENS else {}
         # The first block of the stream in this run, and how many this process has given since.
         self.begin, self.given = 0, 0
         # Places of the lanes at `begin`, and of the chunks that are being given.
@@ -136,7 +129,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         seed, size = self.kind["seed"], self.kind["block_size"]
         place = self.places.get(lane, {"file": 0, "rows": None, "whole": False, "chunk": 0, "block": 0, "rest": []})
         rest = np.array(place["rest"], self.encode.dtype)
-        reader, rows = self._open(lane, place)
+        reader, rows, files = self._open(lane, place)
         while True:
             before, place = place, dict(place)
             # How many files in a row had no rows.
@@ -150,14 +143,14 @@ class PackedStream(torch.utils.data.IterableDataset):
                     break
                 # The file has ended: go on with the next one of the lane.
                 place |= {"file": place["file"] + 1, "rows": None}
-                ended, files = 0 if read else ended + 1, len(self._files(lane, place))
+                ended = 0 if read else ended + 1
                 if ended > files:
                     if place["whole"]:
                         raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
                     # The files of this lane are empty, so it reads the files of all lanes.
                     place |= {"file": 0, "whole": True}
                     ended = 0
-                reader, rows = self._open(lane, place)
+                reader, rows, files = self._open(lane, place)
                 # End the chunk with the epoch, so that no document is given again before all others.
                 if documents and place["file"] % files == 0:
                     break
@@ -169,14 +162,10 @@ class PackedStream(torch.utils.data.IterableDataset):
             place |= {"chunk": place["chunk"] + 1, "block": place["block"] + len(blocks), "rest": rest.tolist()}
             yield before, blocks
 
-    def _files(self, lane: int, place: Place) -> np.ndarray:
-        """Return the numbers of the files that a lane reads in each epoch."""
+    def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]], int]:
+        """Return the file that a lane is at, its rows from there, and how many files the lane reads in each epoch."""
         dealt = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
-        return dealt if place["whole"] else dealt[lane :: self.lanes]
-
-    def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]]]:
-        """Return the file that a lane is at, and its rows from there."""
-        files = self._files(lane, place)
+        files = dealt if place["whole"] else dealt[lane :: self.lanes]
         epoch, number = divmod(place["file"], len(files))
         if number == 0 and epoch:
             logger.info("stream      lane %d has read its files %d times, and begins again", lane, epoch)
@@ -186,7 +175,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         reader = reader.reshard()
         if place["rows"] is not None:
             reader.load_state_dict(place["rows"])
-        return reader, iter(reader)
+        return reader, iter(reader), len(files)
 
 
 def pack_splits(
@@ -194,15 +183,8 @@ def pack_splits(
 ) -> list[Dataset | PackedStream | None]:
     """Pack documents for pretraining: once on each node, or while a stream is read.
 
-    Args:
-        splits: Documents to train on, and to evaluate on or None.
-        args: A `pipeline.training.pretraining.PretrainConfig`.
-
-    Returns:
-        Blocks for each split. Those of an evaluation are kept, so that a stream of them is read once.
-
-    Raises:
-        UserError: If the documents of a split do not fill a block.
+    `splits` are documents to train on, and to evaluate on or None; `args` are `PretrainConfig`. Return the blocks of
+    each split, or raise a `UserError` if its documents do not fill one.
     """
     if args.dataset_num_proc:
         # Each of the processes tokenizes with one thread.
@@ -213,7 +195,7 @@ def pack_splits(
     for which, split in zip(("training", "evaluation"), splits, strict=True):
         if isinstance(split, IterableDataset) and which == "training":
             seed = args.seed if args.data_seed is None else args.data_seed
-            chosen = {name: getattr(data_args, name) for name in CHOOSING}
+            chosen = {name: getattr(data_args, name) for name in ("max_train_samples", "validation_share", "keep_rows")}
             place = (args.process_index, args.world_size)
             packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
             continue
@@ -241,13 +223,13 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**states[0], "places": places}
 
 
+@dataclass
 class StreamPlace:
     """The place in a stream, a part of every checkpoint (`pipeline.training.reliable`), also of the model alone."""
 
+    stream: PackedStream
+    args: TrainingArguments
     belongs_to_model = False
-
-    def __init__(self, stream: PackedStream, args: TrainingArguments) -> None:
-        self.stream, self.args = stream, args
 
     def save(self, folder: Path) -> None:
         """Write the places of all processes, joined."""

@@ -16,9 +16,6 @@ from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
 
-PROMPTS_MEASURED = 100
-"""Prompts of a stream that are measured before training, which may have to be downloaded for it."""
-
 
 def drop_long_prompts(
     split: Split,
@@ -29,20 +26,17 @@ def drop_long_prompts(
 ) -> Split:
     """Drop prompts that leave no room for an answer of `length` tokens; their number is logged.
 
-    Args:
-        positions: `max_position_embeddings` of the model, if it has any.
-        template: Further arguments of the chat template, `chat_template_kwargs`.
-
-    Raises:
-        UserError: If no prompt leaves room; of a stream, none of the first.
-        ValueError: If the chat template makes no tokens of a prompt.
+    `positions` is the model's `max_position_embeddings`, if any; `template` has the `chat_template_kwargs`. Raise a
+    `UserError` if no prompt leaves room (of a stream, none of the first), and a `ValueError` if the chat template makes
+    no tokens of a prompt.
     """
 
     def count(prompts: list[Any]) -> list[int]:
         encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
-        return [len(ids) for ids in encoded["input_ids"]]
+        return list(map(len, encoded["input_ids"]))
 
-    first = count([row["prompt"] for row in split.take(PROMPTS_MEASURED)])
+    # Prompts of a stream may have to be downloaded for it.
+    first = count([row["prompt"] for row in split.take(100)])
     if not min(first):
         raise ValueError("it makes no tokens of it")
     if positions is None:
@@ -81,16 +75,15 @@ def add_tokens(
 
     A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
 
-    Args:
-        answers_only: Whether only the assistant's tokens are labels of a conversation.
-        num_proc: Processes, unless the split is a stream. Default: this one.
-
-    Raises:
-        UserError: If the assistant's tokens of a conversation cannot be found.
+    With `answers_only`, only the assistant's tokens are labels of a conversation. `num_proc` is the number of
+    processes, unless the split is a stream. Raise a `UserError` if the assistant's tokens cannot be found.
     """
     template = template_for_labels(tokenizer) if answers_only else None
 
-    def conversations(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def convert(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        if kind == "preference":
+            sides = {side: list(map(add, batch["prompt"], batch[side])) for side in ("chosen", "rejected")}
+            return {f"{side}_ids": _encode(tokenizer, rows)["input_ids"] for side, rows in sides.items()}
         if not answers_only:
             ids = _encode(tokenizer, batch["messages"])["input_ids"]
             return {"input_ids": ids, "labels": ids}
@@ -105,15 +98,9 @@ def add_tokens(
             labels.append([token if kept else IGNORED for token, kept in zip(row, mask, strict=True)])
         return {"input_ids": encoded["input_ids"], "labels": labels}
 
-    def pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        sides = {side: list(map(add, batch["prompt"], batch[side])) for side in ("chosen", "rejected")}
-        return {f"{side}_ids": _encode(tokenizer, rows)["input_ids"] for side, rows in sides.items()}
-
-    function = {"conversation": conversations, "preference": pairs}.get(kind)
-    if function is not None and isinstance(split, Dataset):
-        return split.map(function, batched=True, num_proc=num_proc)
-    needs_labels = kind == "conversation" and answers_only and template is None
-    return split.map(conversations, batched=True) if needs_labels else split
+    if kind in ("conversation", "preference") and isinstance(split, Dataset):
+        return split.map(convert, batched=True, num_proc=num_proc)
+    return split.map(convert, batched=True) if kind == "conversation" and answers_only and template is None else split
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
@@ -124,12 +111,8 @@ def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase)
     """Return tokens and labels of conversations under a chat template without marks around what the assistant says."""
     # An answer begins where the turns before it end, followed by the generation prompt, and ends with the eos token.
     # One text per answer: the conversation up to and including it, and the number of its row.
-    ends = [
-        (number, end)
-        for number, messages in enumerate(rows)
-        for end, message in enumerate(messages, start=1)
-        if message["role"] == "assistant"
-    ]
+    turns = ((number, end, turn) for number, messages in enumerate(rows) for end, turn in enumerate(messages, start=1))
+    ends = [(number, end) for number, end, turn in turns if turn["role"] == "assistant"]
     texts = [rows[number][:end] for number, end in ends]
     ids, wholes = _encode(tokenizer, rows)["input_ids"], _encode(tokenizer, texts)["input_ids"]
     befores = _encode(tokenizer, [text[:-1] for text in texts], add_generation_prompt=True)["input_ids"]

@@ -1,14 +1,9 @@
 """People's votes: the log to which the page appends them, and the preference data set that is made from it.
 
-Both lie in one folder, such as `runs/pocket/votes`:
-
-    votes.jsonl                          the log: one line per vote, appended and never changed
-    train.parquet, validation.parquet,   the data set: one row per vote that prefers one of the two answers,
-    test.parquet, README.md              written again whenever the log has grown
-    judgements/train.parquet, ...        its configuration `judgements`: each answer alone, and whether it is wanted.
-                                         Both are after a tie, neither if both are bad
-
-A line of the log is a vote of a person on two answers to a prompt, `a` by `model_a` and `b` by `model_b`:
+Both lie in one folder, such as `runs/pocket/votes`. The data set is written again whenever the log, `votes.jsonl`, has
+grown: one row per vote that prefers one of the two answers and, as the configuration `judgements`, each answer alone,
+and whether it is wanted. A line of the log, which is appended and never changed, is a vote of a person on two answers
+to a prompt, `a` by `model_a` and `b` by `model_b`:
 
     {"id": "…", "pair": "…", "time": "…", "annotator": "ann", "prompt": [...], "a": "It is red.", "b": "Red.",
      "model_a": "2_sft", "model_b": "3_ppo", "sampling": {...}, "shown_first": "b", "choice": "a",
@@ -45,9 +40,6 @@ SINGLE = "judgements"
 """Configuration of the data set whose rows are single answers."""
 WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
 """Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
-TEXT = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
-"""Fields of a vote that are text."""
-
 CARD = """\
 # People's preferences between two answers
 
@@ -59,15 +51,13 @@ votes on a prompt are in one split. The configuration `judgements` has single an
 {table}
 Made from `votes.jsonl` with the SHA-256 digest {digest}.
 """
-
 Vote = dict[str, Any]
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """Return the votes in a log, each once; none if the file does not exist.
+    """Return the votes in a log, each once; none if the file does not exist, and a `UserError` if it is damaged.
 
-    A last line that was not written whole is ignored: its vote was never confirmed. Raise a `UserError` if another line
-    is not a vote, or the file cannot be read.
+    A last line that was not written whole is ignored: its vote was never confirmed.
     """
     if not path.exists():
         return []
@@ -97,8 +87,7 @@ def parse_lines(
 ) -> Iterator[dict[str, Any]]:
     """Yield the votes in the lines of the file at `path`, which the argument `field` named; empty lines are skipped.
 
-    `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError` that says what is wrong with it. This
-    becomes a `UserError` with the remedy.
+    `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError`, which becomes a `UserError`.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
@@ -112,7 +101,8 @@ def parse_lines(
 
 def check_vote(vote: Any) -> Vote:
     """Return a line of the log; raise a `ValueError`, `LookupError` or `TypeError` if it is not a vote."""
-    wrong = [name for name in TEXT if not isinstance(vote[name], str)]
+    texts = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
+    wrong = [name for name in texts if not isinstance(vote[name], str)]
     turns, undoes = vote["prompt"], vote.get("undoes")
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         wrong.append("prompt")
@@ -243,8 +233,7 @@ def update_data_set(folder: Path) -> int:
     single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
     # Several processes may read the same data, and update them at the same time.
     with lock(folder / ".data.lock"):
-        # Read before the votes: of votes that are added meanwhile, the digest knows nothing, and the card is out of
-        # date.
+        # Read before the votes: of those that are added meanwhile, the digest knows nothing, and the card is outdated.
         digest = hash_file(folder / VOTES_FILE)
         every = standing(read_votes(folder / VOTES_FILE))
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -268,7 +257,6 @@ def update_data_set(folder: Path) -> int:
         files[SINGLE] = [name for name in SPLITS if rows[f"{SINGLE}/{name}"]]
         filled = {config: names for config, names in files.items() if names}
         content = card(filled, text, tags=["preference", "human-feedback"])
-
         path = folder / "README.md"
         if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != content:
             for place, part in rows.items():

@@ -15,9 +15,7 @@ from huggingface_hub import DatasetCardData
 from pipeline.files import write_folder
 
 Rows: TypeAlias = Iterable[Mapping[str, Any]]
-
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-
 CALLING = List(Json())
 """Type of messages that call tools: a struct would give each call the arguments of all others."""
 
@@ -29,8 +27,6 @@ PREFERENCES = Features(
     }
 ).arrow_schema
 """Columns of pairs that annotators, a judge or people have labelled."""
-
-ROWS_PER_GROUP = 2_000
 
 
 def write_data_set(
@@ -45,12 +41,10 @@ def write_data_set(
 
 
 def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
-    """Return the content of README.md.
+    """Return the content of README.md: a YAML header with `metadata`, such as `license` and `tags`, and the text.
 
-    Args:
-        files: The splits of each configuration. The files of `default` lie at the top, others in a folder of the name
-            of their configuration.
-        text: What follows the YAML header, which has the fields `metadata`, such as `license` and `tags`, as well.
+    `files` has the splits of each configuration. The files of `default` lie at the top, others in a folder of the name
+    of their configuration.
     """
     configs = []
     for config, splits in files.items():
@@ -68,9 +62,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
-    """Write rows to a Parquet file, `ROWS_PER_GROUP` at a time, so that only these are in memory."""
+    """Write rows to a Parquet file, 2,000 at a time, so that only these are in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while group := list(islice(rows, ROWS_PER_GROUP)):
+        while group := list(islice(rows, 2_000)):
             writer.write_table(pa.Table.from_pylist(group, schema))

@@ -113,10 +113,9 @@ def answer_begun(chat: ChatModel, rows: Rows, prefix: str, before: Sequence[dict
 
 def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
     """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
-    n = len(CONSTANTS)
-    outcomes = [
-        judge.match([text.replace("…", answer) for text in CONSTANTS], [other] * n, [row] * n)
-        for answer, other, row in zip(ours, theirs, rows, strict=True)
-    ]
-    wins = [sum(outcome or 0.0 for outcome in of_text) for of_text in zip(*outcomes, strict=True)]
+    wins = [0.0] * len(CONSTANTS)
+    for answer, other, row in zip(ours, theirs, rows, strict=True):
+        glued = [text.replace("…", answer) for text in CONSTANTS]
+        outcomes = judge.match(glued, [other] * len(glued), [row] * len(glued))
+        wins = [won + (outcome or 0.0) for won, outcome in zip(wins, outcomes, strict=True)]
     return CONSTANTS[wins.index(max(wins))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -46,21 +46,18 @@ class ChatModel:
         """Return the token ids of each conversation, followed by the generation prompt."""
         return encode_prompts(self.tokenizer, prompts, self.template)
 
-    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
-        """Return the greedy completion of each conversation."""
-        return [completion for (completion,) in self.sample(prompts)]
-
     def answer(
         self, rows: Sequence[Mapping[str, Any]], begun: Sequence[int] = (), **options: Any
     ) -> list[list[Completion]]:
         """Return the completions of the prompt of each row: dialogues with tools, if the model may call any.
 
-        They begin with the ids `begun`, which count towards the length limit.
+        They begin with the ids `begun`, which count towards the length limit. The text of a dialogue is its last
+        message, and its tokens are those of the model.
         """
         room = max(1, self.max_new_tokens - len(begun))
         if self.toolbox is None:
-            prompts = [[*ids, *begun] for ids in self.encode([row["prompt"] for row in rows])]
-            found = self.complete(prompts, room, **options)
+            encoded = self.encode([row["prompt"] for row in rows])
+            found = self.complete([[*ids, *begun] for ids in encoded], room, **options)
             for some in found if begun else ():
                 for place, one in enumerate(some):
                     tokens = [*begun, *one.tokens]
@@ -88,7 +85,17 @@ class ChatModel:
         # Results are written as in training, where no tools are listed before them.
         del template["tools"]
         converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=template)
-        completions = [_as_completion(dialogue, ends) for dialogue in dialogues]
+        completions = []
+        for dialogue in dialogues:
+            # A dialogue that ends with a call, for whose result there is no room, was cut off.
+            last = dialogue.messages[-1] if dialogue.messages else {}
+            answered = last.get("role") == "assistant" and not last.get("tool_calls")
+            own = [token for token, sampled in zip(dialogue.tokens, dialogue.sampled, strict=True) if sampled]
+            stopped = bool(answered and own and own[-1] in ends)
+            # The ends of earlier turns, which did not end the answer, are left out.
+            tokens = [token for token in own if token not in ends] + own[-1:] * stopped
+            text = str(last.get("content") or "") if answered else ""
+            completions.append(Completion(text, tokens, stopped, tuple(dialogue.messages)))
         self.tally.add(len(completions))
         self.counts["answers"] += len(completions)
         self.counts["cut off"] += sum(not completion.stopped for completion in completions)
@@ -124,17 +131,3 @@ class ChatModel:
     def positions(self) -> int:
         """The length of the context in tokens, 0 if it is not limited."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
-
-
-def _as_completion(dialogue: Dialogue, ends: Collection[int]) -> Completion:
-    """Return a dialogue as one completion, whose text is the last message and whose tokens are those of the model.
-
-    A dialogue that ends with a call, for whose result there is no room, was cut off.
-    """
-    last = dialogue.messages[-1] if dialogue.messages else {}
-    answered = last.get("role") == "assistant" and not last.get("tool_calls")
-    own = [token for token, sampled in zip(dialogue.tokens, dialogue.sampled, strict=True) if sampled]
-    stopped = bool(answered and own and own[-1] in ends)
-    # The ends of earlier turns, which did not end the answer, are left out.
-    tokens = [token for token in own if token not in ends] + (own[-1:] if stopped else [])
-    return Completion(str(last.get("content") or "") if answered else "", tokens, stopped, tuple(dialogue.messages))

@@ -23,12 +23,6 @@ from pipeline.stages import HELD_OUT
 if TYPE_CHECKING:
     from pipeline.evaluation.results import StageResult
 
-COLUMNS = (
-    *("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade"),
-    *("system_prompt", "dataset_config"),
-)
-"""Fields of a data set that are options."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `evaluate` to `parser`: the keys of `evaluate.yaml` and the columns of one data set."""
@@ -46,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             about = {"nargs": "+", "metavar": "TASK"}
         if item.name != "fixed_prompts":
             parser.add_argument(f"--{item.name}", help=item.metadata["help"], **about)
+    columns = ("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade")
     for item in fields(evaluate_yaml.Source):
-        if item.name in COLUMNS:
+        if item.name in (*columns, "system_prompt", "dataset_config"):
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
     parser.add_argument("--split", help="split of the data set (default: test; all of a plain file)")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
@@ -67,7 +62,17 @@ def main(args: argparse.Namespace) -> int:
     try:
         result = evaluate(args)
     except UserError as error:
-        raise UserError(*(as_option(problem, args) for problem in error.problems)) from error.__cause__
+        # A value that an option gave is a problem of the option, not of the key of `evaluate.yaml`.
+        problems = []
+        for problem in error.problems:
+            key, colon, name = problem.field.partition(": ")
+            if colon and key in HELD_OUT and getattr(args, key):
+                name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
+                problem = replace(problem, field=f"--{name}")
+            elif not colon and key in evaluate_yaml.DEFAULTS and getattr(args, key, None) is not None:
+                problem = replace(problem, field=f"--{key}")
+            problems.append(problem)
+        raise UserError(*problems) from error.__cause__
     path = result.write(Path(args.run) / "evaluations" / (args.name or ""))
     print(format_table(result))
     print(f"{path} ({result.seconds:.1f} s)")
@@ -77,14 +82,39 @@ def main(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> StageResult:
     """Measure the stage by the options of the command.
 
-    Raises:
-        UserError: If the run, the stage, a setting or a data set cannot be used; it names keys of `evaluate.yaml`.
+    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
+    follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
+    setting or a data set cannot be used.
     """
+    from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.stage import check_stages, evaluate_stage
 
     run = Path(args.run)
-    settings, problems = read_settings(args)
+    own = evaluate_yaml.recorded(run, args.stage)
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    # `--problems FILE --prompt_column question --split test` is one data set with its columns.
+    columns = {name: options[name] for name in evaluate_yaml.SOURCE_FIELDS if name in options}
+    if args.split:
+        columns["dataset_test_split"] = args.split
+    data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
+    content = read_yaml(args.config) if args.config else evaluate_yaml.without_derived(own)
+    # An evaluation with a name measures only what the command names, on the data or tasks that it names.
+    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
+    if alone:
+        content = {key: value for key, value in content.items() if key not in HELD_OUT}
+    content |= data | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
+    only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
+    settings = evaluate_yaml.complete(content, own, only_named)
+
+    # A run that was moved still knows its reward models by their old paths.
+    moved = evaluate_yaml.move(settings, run)
+    rewards = [*settings["reward_models"], *moved["reward_models"]]
+    problems = evaluate_yaml.check({**settings, "reward_models": rewards})
+    if columns and not data:
+        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
     written = evaluate_yaml.without_derived(settings)
     step = read_run(run).get("steps", {}).get(f"evaluate_{args.stage}", {})
     saved = read_json(run / "evaluations" / f"{args.stage}.json").get("settings")
@@ -96,7 +126,8 @@ def evaluate(args: argparse.Namespace) -> StageResult:
             problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))
     if problems:
         raise UserError(*problems)
-    moved = evaluate_yaml.with_layout(evaluate_yaml.move(settings, run), run)
+
+    moved = evaluate_yaml.with_layout(moved, run)
     named = {"--stage": args.stage, "--against": args.against}
     check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
     if moved["lm_eval_tasks"]:
@@ -106,53 +137,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         if problems := check_tasks(moved["lm_eval_tasks"]):
             raise UserError(*problems)
     # Only the stage that others are compared with is measured with the baselines.
-    flags = [name for name in HELD_OUT if getattr(args, name)]
-    held_out = read_held_out(run, moved, flags, baselines=args.stage == moved["against"])
+    held_out = read_held_out(run, moved, list(data), baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
     result.settings = written
     return result
-
-
-def read_settings(args: argparse.Namespace) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the settings of an evaluation by the options of the command, and what is wrong with them.
-
-    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
-    follows from the stages.
-    """
-    from pipeline.config.yaml_file import read_yaml
-
-    own = evaluate_yaml.recorded(Path(args.run), args.stage)
-    options = {name: value for name, value in vars(args).items() if value is not None}
-    # `--problems FILE --prompt_column question --split test` is one data set with its columns.
-    columns = {name: options[name] for name in evaluate_yaml.SOURCE_FIELDS if name in options}
-    if args.split:
-        columns["dataset_test_split"] = args.split
-    data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
-
-    content = read_yaml(args.config) if args.config else evaluate_yaml.without_derived(own)
-    # An evaluation with a name measures only what the command names, on the data or tasks that it names.
-    alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
-    if alone:
-        content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    content |= data | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
-    only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
-    settings = evaluate_yaml.complete(content, own, only_named)
-
-    # A run that was moved still knows its reward models by their old paths.
-    rewards = [*settings["reward_models"], *evaluate_yaml.move(settings, Path(args.run))["reward_models"]]
-    problems = evaluate_yaml.check({**settings, "reward_models": rewards})
-    if columns and not data:
-        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
-    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
-    return settings, problems
-
-
-def as_option(problem: Problem, args: argparse.Namespace) -> Problem:
-    """Name the option in a problem with a value that an option gave, in place of the key of `evaluate.yaml`."""
-    key, colon, name = problem.field.partition(": ")
-    if colon and key in HELD_OUT and getattr(args, key):
-        name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
-        return replace(problem, field=f"--{name}")
-    is_option = key in evaluate_yaml.DEFAULTS and getattr(args, key, None) is not None
-    return replace(problem, field=f"--{key}") if is_option and not colon else problem

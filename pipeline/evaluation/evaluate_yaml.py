@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem, UserError
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
-from pipeline.stages import HELD_OUT, OPPONENT, STAGES, kinds_with_data
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
@@ -43,8 +43,6 @@ CALLED = "called"
 DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
-DIVISION = ("validation_share", "dataset_train_split", "document")
-"""Fields that determine which rows of a single split are held out."""
 TOOLS = ("tools", "environment")
 """Fields that say what a model may call."""
 MAX_SAMPLES = 1000
@@ -55,17 +53,14 @@ Data = dict[str, Any] | str | None
 
 @dataclass
 class Source(DataArguments):
-    """A data set to measure on.
+    """A data set to measure on: by default all rows of its split `test`, `validation`, or its only one.
 
-    By default all rows of its split `test`, `validation`, or its only one; of the only one that a stage trains on, the
-    rows that it holds out.
+    Of the only one that a stage trains on, only the rows that it holds out are measured.
     """
 
     dataset_test_split: str = option("", "Split to measure on (default: test, validation, or the only one).")
     validation_share: float = option(0.0, "Share of a single split that training holds out.")
-    grade: str | None = option(
-        None, "exact, math, choice, code, another reward, or module:function (default: exact or math)."
-    )
+    grade: str | None = option(None, "exact, math, choice, code, a reward or module:function (default: exact or math).")
 
 
 @dataclass
@@ -78,7 +73,7 @@ class EvaluationArguments:
     prompts: Data = option(None, "Prompts of the win rate.")
     pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
     judge: str | None = option(
-        None, "Judge of the win rate: a reward model that PPO does not train on, `votes`, or a function."
+        None, "Judge of win rates: a reward model that PPO does not see, `votes`, or a function."
     )
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
@@ -91,27 +86,22 @@ class EvaluationArguments:
     fixed_prompts: list[str] | None = option(None, "Prompts that every stage answers.")
     limit: int | None = option(None, "Examples of each kind of measurement, at most (default: some hundreds).")
     samples: int = option(8, "Answers sampled to each problem.")
-    max_new_tokens: int | None = option(
-        None, "Tokens of an answer (default: the stages' max_length, max_completion_length)."
-    )
+    max_new_tokens: int | None = option(None, "Tokens of an answer (default: max_length, max_completion_length).")
     lm_eval_tasks: list[str] | None = option(None, "Tasks of lm-eval.")
     seed: int = option(0, "Seed of the sampled answers and of the intervals.")
     vllm: bool | None = option(None, "Sample answers with vLLM, on a GPU (default: no).")
 
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
-DEFAULTS: dict[str, Any] = {
-    item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT
-}
+DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(EvaluationArguments) if one.name not in HELD_OUT}
 """Values of the keys that do not name data."""
 
 
 def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
     """Return what the settings of a run's stages say about how it is measured: the values of `DERIVED`.
 
-    Args:
-        stages: Name of the directory, kind and settings of each, in order.
-        home: Directory in which they write; paths in the settings are as if it were there.
+    `stages` are the name of the directory, kind and settings of each, in order. They write in `home`, and the paths in
+    the settings are as if it were there.
     """
     stages = list(stages)
     last: dict[str, tuple[str, Values]] = {}
@@ -131,10 +121,23 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     lengths: dict[str, Any] = {}
     called: dict[str, Any] = {}
     for key, held_out in HELD_OUT.items():
-        name, values = next((last[kind] for kind in kinds_with_data(key) if kind in last), ("", {}))
+        # The last kind, in the order of training, whose own data serve as these.
+        kinds = [kind for kind, about in reversed(STAGES.items()) if about.held_out == key and kind in last]
+        name, values = last[kinds[0]] if kinds else ("", {})
         if not values.get("dataset_name"):
             continue
-        trained_on[key] = _own_source(key, values)
+        source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+        # People's votes, which preferences may be joined with, have a metric of their own.
+        names = as_list(source["dataset_name"])
+        source["dataset_name"] = next((one for one in names if Path(str(one)).name != VOTES), names[0])
+        source.setdefault("validation_share", DataArguments.validation_share)
+        # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
+        if source.get("dataset_test_split") == DataArguments.dataset_test_split:
+            del source["dataset_test_split"]
+        reward = next(iter(as_list(values.get("reward_funcs") or [])), "")
+        if key == "problems" and reward not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
+            source["grade"] = reward
+        trained_on[key] = source
         if held_out.length:
             lengths[key] = values.get(held_out.length)
             templates |= {key: templates[name]} if name in templates else {}
@@ -144,6 +147,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
     base = first if str(first.get("model_name_or_path")) not in outputs else {}
+    scored = [values for _, kind, values in stages if kind in STAGES and STAGES[kind].has_critic]
     return {
         "home": str(home),
         "trained_on": trained_on,
@@ -151,52 +155,24 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         "against": last[OPPONENT][0] if OPPONENT in last else BASE if base else None,
         "base": base.get("model_name_or_path"),
         "base_tokenizer": base.get("tokenizer_name_or_path"),
-        "reward_models": [
-            model
-            for _, kind, values in stages
-            if kind in STAGES and STAGES[kind].has_critic
-            for model in as_list(values.get("reward_model_path") or [])
-        ],
+        "reward_models": [model for values in scored for model in as_list(values.get("reward_model_path") or [])],
         ADDED: templates or None,
         CALLED: called or None,
     }
 
 
-def _own_source(key: str, values: Values) -> dict[str, Any]:
-    """Return the data set of a stage as the fields of a `Source`."""
-    source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
-    names = source["dataset_name"]
-    if isinstance(names, list):
-        # People's votes, which preferences may be joined with, have a metric of their own.
-        source["dataset_name"] = next((name for name in names if Path(str(name)).name != VOTES), names[0])
-    source.setdefault("validation_share", DataArguments.validation_share)
-    if source.get("dataset_test_split") == DataArguments.dataset_test_split:
-        # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
-        del source["dataset_test_split"]
-    if key == "problems":
-        first = next(iter(as_list(values.get("reward_funcs") or [])), "")
-        if first not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
-            source["grade"] = first
-    return source
-
-
 def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
-    """Return the arguments of the chat template with which a stage is asked what `key` names.
-
-    They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on such
-    data. Otherwise what that stage gains could be due to another prompt.
-    """
+    """Return the arguments of the chat template with which a stage is asked what `key` names."""
+    # They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on
+    # such data. Otherwise what that stage gains could be due to another prompt.
     found = settings.get(ADDED) or {}
     return found.get(stage) or found.get(key) or {}
 
 
 def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
-    """Complete the content of an `evaluate.yaml`.
+    """Complete the content of an `evaluate.yaml` with what `derive` returned, or with settings completed before.
 
-    Args:
-        content: What it says.
-        derived: From `derive`, or settings that were completed before.
-        only_named: Whether to omit data that it does not name.
+    Data that it does not name are those of the stages; if `only_named`, they are left out.
     """
     own: Values = derived["trained_on"]
     # What the file says comes before what the stages say, and that before the defaults.
@@ -212,7 +188,8 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
             identity = ("dataset_name", "dataset_config")
             same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in identity))
             shared: Values = next(same, {})
-            settings[key] = {name: shared[name] for name in DIVISION if name in shared} | dict(named)
+            division = ("validation_share", "dataset_train_split", "document")
+            settings[key] = {name: shared[name] for name in division if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):
             settings[key] = None if only_named else own[key]
     source = settings.get("problems")
@@ -238,23 +215,19 @@ def move(settings: Values, run: Path) -> dict[str, Any]:
 def recorded(run: Path, stage: str) -> dict[str, Any]:
     """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
 
-    What the record lacks follows from the arguments that the stages left in their directories: all of it if the stages
-    were trained without the runner, or a key that an earlier release did not record.
+    What it did not record follows from the arguments that the stages left in their directories.
     """
     steps: dict[str, Any] = read_run(run).get("steps", {})
     # All evaluations of a run have the same settings.
     names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
     settings: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
     # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
-    stages = [
-        (path.parent.name, path.parent.name.split("_")[1], read_json(path))
-        for path in sorted(run.glob("[0-9]*_*/arguments.json"))
-    ]
+    paths = sorted(run.glob("[0-9]*_*/arguments.json"))
+    stages = [(path.parent.name, path.parent.name.split("_")[1], read_json(path)) for path in paths]
     known = {name: settings[name] for name in DERIVED if name in settings}
     if len(known) < len(DERIVED):
         home = next((Path(values["output_dir"]).parent for _, _, values in stages if values.get("output_dir")), run)
         settings = complete(settings, derive(stages, home) | known)
-
     # Earlier releases did not know every key.
     return DEFAULTS | settings
 
@@ -277,10 +250,7 @@ def with_layout(settings: Values, run: Path) -> dict[str, Any]:
 
 
 def check(settings: Values, prefix: str = "") -> list[Problem]:
-    """Check completed settings: the keys of `evaluate.yaml`, and what can be seen of its data and its judge.
-
-    `prefix` precedes the field in a message.
-    """
+    """Check settings: keys of `evaluate.yaml`, its data and its judge. `prefix` precedes the field in a message."""
     # These import transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
@@ -327,11 +297,13 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         if ":" in judge:
             functions["judge"] = judge
         elif models[0] in models[1:]:
-            remedy = "PPO is trained to please this model; give one that it does not see"
-            problems.append(Problem("judge", judge, remedy))
+            problems.append(
+                Problem("judge", judge, "PPO is trained to please this model; give one that it does not see")
+            )
         elif judge != VOTES and is_missing(judge):
-            remedy = "there is no such folder; give a reward model, votes or a function"
-            problems.append(Problem("judge", judge, remedy))
+            problems.append(
+                Problem("judge", judge, "there is no such folder; give a reward model, votes or a function")
+            )
     for field, name in functions.items():
         try:
             load_rewards([name], field)

@@ -1,11 +1,8 @@
-"""Tasks of lm-evaluation-harness, which `python -m pipeline evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures.
+"""Tasks of lm-evaluation-harness, which `evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures (extra `[eval]`).
 
-They need the extra `[eval]`. A task is measured with lm-eval's defaults, so that its command gives the same values:
-
-    lm-eval run --model hf --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
-
-The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in several ways,
-the name of the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+They have lm-eval's defaults, so `lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa` gives the
+same values. The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in
+several ways, the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
 """
 
 from __future__ import annotations
@@ -13,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -29,15 +27,12 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.likelihood import MAX_LOGITS
-from pipeline.evaluation.metrics import output
 from pipeline.evaluation.results import StageResult
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 FIELD = "lm_eval_tasks"
-BATCH_SIZE = 8
-"""Requests in a batch on a CPU, at most."""
 
 
 @cache
@@ -69,10 +64,8 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
-    figure, such as a group's, has the interval that follows from lm-eval's standard error.
-
-    Raises:
-        UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
+    figure, such as a group's, has the interval that follows from lm-eval's standard error. A UserError is raised if a
+    task cannot be loaded or measured, for instance because the Hub does not answer.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -80,9 +73,10 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
-    # It computes the logits of a whole batch. On an accelerator, it finds the largest batch that fits.
+    # It computes the logits of a whole batch, of at most 8 requests on a CPU. On an accelerator, it finds the largest
+    # batch that fits.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
-    batch_size = "auto" if hardware.accelerator() else max(1, min(BATCH_SIZE, MAX_LOGITS // (1024 * vocabulary)))
+    batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:
         measured = simple_evaluate(
             HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
@@ -99,51 +93,38 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
         raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
 
     # A group is recorded with its tasks as kinds, which have no metrics of their own then.
-    results, groups = measured["results"], measured.get("groups", {})
-    parts = {group: measured["group_subtasks"][group] for group in groups}
+    parts = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
     inner = {part for found in parts.values() for part in found}
-    estimates = {name: dict(_estimates(figures)) for name, figures in results.items()}
-    for task, samples in measured["samples"].items():
+    estimates: dict[str, dict[str, Estimate]] = defaultdict(dict)
+    for task, figures in measured["results"].items():
+        for key, value in figures.items():
+            metric, comma, way = key.partition(",")
+            number, stderr = intervals.finite(value), intervals.finite(figures.get(f"{metric}_stderr,{way}"))
+            if comma and not metric.endswith("_stderr") and number is not None:
+                half = None if stderr is None else intervals.Z * stderr
+                low, high = (None, None) if half is None else (number - half, number + half)
+                n = figures.get("sample_count", {}).get(key, figures.get("sample_len"))
+                estimates[task][key] = Estimate(number, low, high, n)
+    for task in [*measured["samples"], *parts]:
         for key, estimate in estimates[task].items() if task not in inner else ():
-            _record(result, task, key, estimate, samples)
-    for group in groups:
-        for key, estimate in estimates[group].items() if group not in inner else ():
-            kinds = {part: estimates[part][key] for part in parts[group] if key in estimates[part]}
-            result.metrics[_name(group, key)] = replace(estimate, by_kind=kinds)
+            # A slash in the name would mean a baseline.
+            name = f"{task}:{key.removesuffix(',none')}".replace("/", "_")
+            kinds = {part: estimates[part][key] for part in parts.get(task, ()) if key in estimates[part]}
+            result.metrics[name] = replace(estimate, by_kind=kinds)
+            if task not in parts:
+                _use_examples(result, name, task, key, measured["samples"][task])
 
 
-def _name(task: str, key: str) -> str:
-    """Return the name of a metric that lm-eval calls `key`; a slash would mean a baseline."""
-    return f"{task}:{key.removesuffix(',none')}".replace("/", "_")
-
-
-def _estimates(figures: Mapping[str, Any]) -> Iterator[tuple[str, Estimate]]:
-    """Yield the metrics of a task or a group, with the intervals that follow from lm-eval's standard errors."""
-    for key, value in figures.items():
-        metric, comma, way = key.partition(",")
-        number = intervals.finite(value)
-        if comma and not metric.endswith("_stderr") and number is not None:
-            error = intervals.finite(figures.get(f"{metric}_stderr,{way}"))
-            estimate = Estimate(number, n=figures.get("sample_count", {}).get(key, figures.get("sample_len")))
-            if error is not None:
-                half = intervals.Z * error
-                estimate = replace(estimate, low=number - half, high=number + half)
-            yield key, estimate
-
-
-def _record(result: StageResult, task: str, key: str, estimate: Estimate, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Record a metric of a task: with its examples if it is their mean, otherwise as lm-eval estimates it."""
-    metric, _, way = key.partition(",")
-    name, samples = _name(task, key), [item for item in samples if item["filter"] == way and metric in item]
+def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Record a metric with the examples that it is the mean of; of other examples, only take its interval."""
+    estimate, (metric, _, way) = result.metrics[name], key.partition(",")
+    samples = [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
     # A mean over examples is estimated like the project's own metrics.
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
-        values = list(map(float, values))
-        result.record(name, output(intervals.outcome_mean(values, result.seed), values), rows)
-        return
-    result.metrics[name] = estimate
-    if values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+        result.record(name, values, rows)
+    elif values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
         for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):

@@ -1,11 +1,8 @@
 """The held-out rows that stages are measured on.
 
-    Source   a data set of evaluate.yaml, or of a stage, with its columns and the share that it holds out
-    Part     the rows of a split that are held out, such as 0, 20, 40 of a single split, or those that are trained on
-    Example  a row with the columns that metrics expect
-
-Training divides a single split in the same way (`pipeline.data.splits`), so no stage is measured on rows that it trains
-on. However large a data set is, only a sample of it is kept in memory.
+A `Source` is a data set of evaluate.yaml, or of a stage; a `Part` are its rows that are held out, or trained on; an
+`Example` is a row with the columns that metrics expect. Training divides a single split in the same way
+(`pipeline.data.splits`), so no stage is measured on rows that it trains on.
 """
 
 from __future__ import annotations
@@ -48,24 +45,10 @@ Example = dict[str, Any]
 """A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
 Rows = Sequence[Example]
 
-HELD_OUT_SPLITS = ("test", "validation")
-"""Splits on which stages are measured, the better one first."""
-
-NO_RULE: Mapping[str, Any] = {"require": [], "reject": [], "max_words": 0, "test": ""}
-"""How an answer is graded that nothing is required of."""
-
-READ_WHOLE_BYTES = 64 << 20
-"""Size of Parquet files up to which they are read directly; `datasets` copies larger ones into its cache."""
-
 EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
 """Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
-
-TRIALS, DRAWS = 64, 2
-"""Problems on which the best of several beginnings is chosen, and draws of examples among them."""
-
 MAX_TRAINING_ROWS = 10_000
 """Training rows in which held-out rows and the most frequent answers are looked for, in a few seconds."""
-
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is an LLM?",
     "Can you explain what a fox is?",
@@ -90,10 +73,8 @@ class HeldOut:
         longer: Problems that are longer than any in the training split.
         majority: Most frequent answer of each kind of problem in the training split.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
-        trials: Other problems, for the baseline `elicited`.
-        shots: Several beginnings of a conversation, each of solved training problems, for the same baseline.
-        grader: Grades `problems`. Instructions say themselves how they are graded.
-        can_vote: Whether samples can vote on the answer to a problem.
+        trials, shots: Other problems, and beginnings of conversations with solved problems, for `elicited`.
+        grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
         fixed_prompts: Conversations that every stage answers.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
@@ -117,22 +98,14 @@ class HeldOut:
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
     """Read the held-out rows of the data that the settings name and, for `baselines`, what only these need.
 
-    Args:
-        run: Directory of the run.
-        settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
-        flags: Keys of the data that options name.
-
-    Raises:
-        UserError: If data that options name have no rows, or a data set cannot be read.
+    A UserError is raised if a data set cannot be read, or if the data that options name, the `flags`, have no rows.
     """
     reader = Reader(run, settings, flags)
     most = {name: settings.get("limit") or n for name, n in EXAMPLES.items()}
     parts = {key: part for key in HELD_OUT if (part := reader.find(key)) is not None}
     # Problems have metrics of their own, which compare final answers instead of looking for words.
-    rows = {
-        key: reader.read(key, part, most[key], without="reasoning" if key == "instructions" else None)
-        for key, part in parts.items()
-    }
+    without = {"instructions": "reasoning"}
+    rows = {key: reader.read(key, part, most[key], without.get(key)) for key, part in parts.items()}
     trained = next((source.system_prompt for source in reader.own.values() if source.system_prompt), None)
     for key in sorted(reader.named & rows.keys() - {"text"}) if trained else ():
         column = "messages" if key == "instructions" else "prompt"
@@ -148,6 +121,19 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         fixed += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
         fixed = (fixed or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
 
+    # Pairs, for instance, can be made of test problems; only data that the run generates itself never have copies. A
+    # stream is searched for held-out rows of its own only.
+    suspects = {}
+    for name, source in reader.own.items():
+        keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
+        # An evaluation does not need the training data, which may be on another machine.
+        with suppress(UserError):
+            part = reader.find(name, trained_on=True) if keys else None
+            if part is not None and not isinstance(part.data, Dataset):
+                keys = [key for key in keys if key == name]
+            if part is not None and keys:
+                suspects[name] = part, keys
+
     problems = rows.get("problems", [])
     for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"]) if baselines else {}
     found = HeldOut(
@@ -160,7 +146,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         grader=load_grader(grade),
         can_vote=grade in COMPARED,
         fixed_prompts=fixed,
-        suspects=_find_suspects(reader, parts),
+        suspects=suspects,
         **for_baselines,
     )
     if flags and not any(getattr(found, key) for key in HELD_OUT):
@@ -182,13 +168,12 @@ def _read_for_baselines(
 
     # Solved problems are among the conversations that a stage trains on.
     shots: list[list[dict[str, str]]] = []
-    number = settings["shots"]
-    if number > 0:
+    if (number := settings["shots"]) > 0:
         kinds = {"reasoning", *(row["kind"] for row in problems)}
         rows = reader.read("instructions", reader.find("instructions", trained_on=True), MAX_TRAINING_ROWS)
         solved = [row["messages"][-2:] for row in rows if row["kind"] in kinds]
         draw = random.Random(0)
-        draws = [draw.sample(solved, number) for _ in range(DRAWS)] if len(solved) >= number else []
+        draws = [draw.sample(solved, number) for _ in range(2)] if len(solved) >= number else []
         shots = [[message for messages in drawn for message in messages] for drawn in draws]
 
     def others(key: str, most: int) -> list[Example]:
@@ -202,26 +187,8 @@ def _read_for_baselines(
         "majority": {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()},
         "shots": shots,
         "validation": [row for row in others("prompts", most) if not row.get("test")],
-        "trials": others("problems", TRIALS) if len(as_list(settings["elicit"] or [])) + len(shots) > 1 else [],
+        "trials": others("problems", 64) if len(as_list(settings["elicit"] or [])) + len(shots) > 1 else [],
     }
-
-
-def _find_suspects(reader: Reader, parts: Mapping[str, Part]) -> dict[str, tuple[Part, list[str]]]:
-    """Return the `suspects` of `HeldOut`. Pairs, for instance, can be made of test problems.
-
-    Only data that the run generates itself never have copies. A stream is searched for held-out rows of its own only.
-    """
-    found = {}
-    for trained, source in reader.own.items():
-        keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
-        # An evaluation does not need the training data, which may be on another machine.
-        with suppress(UserError):
-            part = reader.find(trained, trained_on=True) if keys else None
-            if part is not None and not isinstance(part.data, Dataset):
-                keys = [key for key in keys if key == trained]
-            if part is not None and keys:
-                found[trained] = part, keys
-    return found
 
 
 def drop_ungradable(rows: Rows) -> list[Example]:
@@ -234,10 +201,10 @@ def drop_ungradable(rows: Rows) -> list[Example]:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of a split that are held out, or the rows that are trained on.
+    """The rows of a split that are held out, or the rows that are trained on; `place` is what messages call the split.
 
-    `place` is what messages call the split. One row in a `period` is held out; the others belong to a part that is
-    `trained_on`. With a period of 1, all rows of `data` belong to the part.
+    One row in a `period` is held out; the others belong to a part that is `trained_on`. With a period of 1, all rows of
+    `data` belong to the part.
     """
 
     data: Split
@@ -247,19 +214,13 @@ class Part:
     trained_on: bool = False
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number in the split and the content of at most `most` rows, in order; of a stream, the first ones.
-
-        Rows of the kind `without` are skipped.
-        """
+        """Yield the number in the split and the content of at most `most` rows that are not of the kind `without`."""
         # The rows 0, 20, 40 are held out for a period of 20.
         others = self.trained_on and self.period > 1
         if not isinstance(self.data, Dataset):
-            numbered = (
-                (number, row)
-                for number, row in enumerate(self.data)
-                if (number % self.period > 0) == others and (without is None or row.get("kind") != without)
-            )
-            yield from islice(numbered, most)
+            # Of a stream, these are the first ones.
+            numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
+            yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
         # An array, because a list of the numbers of millions of rows takes seconds.
         numbers = np.arange(len(self.data))
@@ -271,10 +232,8 @@ class Part:
 
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
-    """Return at most `most` rows, drawn with a fixed seed and kept in their order.
-
-    Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
-    """
+    """Return at most `most` rows, drawn with a fixed seed and kept in their order."""
+    # Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
     if len(rows) <= most:
         return list(rows)
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
@@ -283,9 +242,8 @@ def subsample(rows: Sequence[T], most: int) -> list[T]:
 class Reader:
     """Opens data sets, each once, and reads the rows that are held out or trained on.
 
-    Attributes:
-        sources, own: What stages are measured on and trained on, by key of `evaluate.yaml`.
-        named: Keys whose data the user names. No stage may train on them, so all their rows may be measured.
+    `sources` and `own` are what stages are measured on and trained on, by key of `evaluate.yaml`. `named` are the keys
+    whose data the user names: no stage may train on them, so all their rows may be measured.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
@@ -302,20 +260,26 @@ class Reader:
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
         """Return rows of the data set of a key of `evaluate.yaml`, None if there are none.
 
-        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`.
-
-        Raises:
-            UserError: If a split that the user names does not exist.
+        By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
+        UserError is raised if a split that the user names does not exist.
         """
         source = (self.own if trained_on else self.sources).get(key)
         if source is None:
             return None
         name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split
-        held_out = [named] if key in self.named and named else [named, *HELD_OUT_SPLITS]
+        held_out = [named] if key in self.named and named else [named, "test", "validation"]
         with _problems_of(key):
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
-                return _divide(key, source, splits[train], trained_on)
+                single: Any = splits[train]
+                if key == "pairs":
+                    # Training drops the pairs that say nothing before it divides the others.
+                    divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
+                    return Part(divided[0 if trained_on else 1], replace(source, prompt_column="prompt"), name)
+                if not isinstance(single, Dataset):
+                    # Training holds out rows of the stream's first file only.
+                    single = single.shard(single.num_shards, 0)
+                return Part(single, source, f"{name}, split {train}", round(1 / source.validation_share), trained_on)
         wanted = [split] if split else [train] if trained_on else held_out
         if wanted is held_out and key in self.named and len(splits) == 1 and not named:
             # The user's file has one split, whatever it is called.
@@ -330,7 +294,8 @@ class Reader:
         if not isinstance(rows, Path):
             return Part(rows, source, f"{name}, split {found}")
         try:
-            if rows.stat().st_size <= READ_WHOLE_BYTES:
+            # Of larger files, `datasets` keeps a copy in its cache, not in memory.
+            if rows.stat().st_size <= 64 << 20:
                 data = Dataset(pq.read_table(rows))
             else:
                 data = load_dataset("parquet", data_files=str(rows), split="train")
@@ -340,7 +305,7 @@ class Reader:
         return Part(data, source, str(rows))
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
-        """Return the splits of a data set by name. It has none if a step of the run has not made it yet.
+        """Return the splits of a data set by name, none if a step of the run has not made it yet.
 
         `datasets` would copy a folder with a Parquet file for each split: its files, for `wanted` splits, are returned.
         """
@@ -363,9 +328,8 @@ class Reader:
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
         """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
 
-        Raises:
-            UserError: If a column is missing or a row is malformed. In a data set of the Hub, where training skips a
-                few malformed rows, they are skipped here too.
+        A UserError is raised if a column is missing or a row is malformed. In a data set of the Hub, where training
+        skips a few malformed rows, they are skipped here too.
         """
         if part is None:
             return []
@@ -385,32 +349,19 @@ class Reader:
             except ShapeError as error:
                 faults.append((number, error))
                 continue
-            if example.keys() & NO_RULE.keys():
-                example |= {column: example.get(column) or nothing for column, nothing in NO_RULE.items()}
+            # Of an answer with some of these columns, nothing more is required.
+            nothing = {"require": [], "reject": [], "max_words": 0, "test": ""}
+            if example.keys() & nothing.keys():
+                example |= {column: example.get(column) or default for column, default in nothing.items()}
             examples.append({**example, "kind": str(row.get("kind") or ""), "id": number})
         if faults:
-            number, first = faults[0]
-            count = len(faults) + len(examples)
+            (number, first), count = faults[0], len(faults) + len(examples)
             if not may_drop(part.source, len(faults), count):
                 remedy = f"{first}; correct or remove that row"
                 raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))
             what = f"{part.place}: {len(faults)} of {count} rows are left out"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
-
-
-def _divide(key: str, source: Source, rows: Any, trained_on: bool) -> Part:
-    """Return the rows of the only split that are held out, or the others, as training divides them."""
-    if key == "pairs":
-        # Training drops the pairs that say nothing before it divides the others.
-        divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
-        standard = replace(source, prompt_column="prompt")
-        return Part(divided[0 if trained_on else 1], standard, source.dataset_names[0])
-    if not isinstance(rows, Dataset):
-        # Training holds out rows of the stream's first file only.
-        rows = rows.shard(rows.num_shards, 0)
-    place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
-    return Part(rows, source, place, round(1 / source.validation_share), trained_on)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -21,18 +21,13 @@ TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
 Z = NormalDist().inv_cdf(TAILS[1])
 """Half the width of a normal interval, in standard errors."""
-LARGEST = 1e100
-"""Bound of every figure; with larger ones, differences and squares would overflow."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its 95% interval, as evaluation writes it to disk and the report reads it.
+    """A measured value with the ends of its 95% interval, as evaluation writes it to disk and the report reads it.
 
-    Attributes:
-        low, high: Ends of the interval, None if they are not known.
-        n: Number of examples, None if it is not known.
-        by_kind: The estimate for each kind of example; empty if it is not broken down.
+    `n` is the number of examples, `by_kind` the estimate of each kind, if it is broken down. None is not known.
     """
 
     value: float
@@ -57,11 +52,7 @@ class Estimate:
 
     @classmethod
     def from_json(cls, entry: object) -> Estimate:
-        """Read what `to_json` returns.
-
-        Raises:
-            ValueError: If the "value" of `entry` is missing or not a finite number.
-        """
+        """Read what `to_json` returns. A ValueError is raised if its "value" is missing or not a finite number."""
         if not isinstance(entry, dict) or (value := finite(entry.get("value"))) is None:
             raise ValueError('no number under "value"')
         kinds = {kind: cls.from_json(inner) for kind, inner in entry.get("by_kind", {}).items()}
@@ -71,14 +62,12 @@ class Estimate:
 
 def finite(value: Any) -> float | None:
     """Return `value` as a float, or None if it is not a finite number that others can be compared with."""
-    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None
+    # With larger ones, differences and squares would overflow.
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else None
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Return the score interval of a proportion of `n` trials (Wilson 1927), which keeps its coverage near 0 and 1.
-
-    Without trials the interval is (0, 1).
-    """
+    """Return the score interval of a proportion of `n` trials (Wilson 1927); (0, 1) without trials."""
     if n == 0:
         return 0.0, 1.0
     share = successes / n
@@ -87,33 +76,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
     scale = 1 + Z * Z / n
     # At 0 and n the ends are exactly 0 and 1.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == n else (centre + half) / scale
-    return low, high
-
-
-def bootstrap(
-    totals: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0
-) -> tuple[float | None, float | None]:
-    """Return the percentile interval of sum(totals) / sum(weights), resampling whole units with replacement.
-
-    Args:
-        totals: Shape (units,), for instance the bits of each document.
-        weights: Shape (units,), for instance the bytes of each document. Default: 1 each, which gives a plain mean.
-
-    Returns:
-        (low, high), both None for fewer than two units: how much one unit differs from others is not known.
-    """
-    numerator = np.asarray(totals, dtype=np.float64)
-    denominator = np.ones_like(numerator) if weights is None else np.asarray(weights, dtype=np.float64)
-    if len(numerator) < 2:
-        return None, None
-    # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
-    counts: np.ndarray = _draw_counts(len(numerator), seed).astype(np.float64)
-    total, drawn = counts @ numerator, counts @ denominator
-    # A resample may draw only units without weight.
-    low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
-    return float(low), float(high)
+    return 0.0 if successes == 0 else (centre - half) / scale, 1.0 if successes == n else (centre + half) / scale
 
 
 # A report asks for few numbers of units, many times.
@@ -123,12 +86,30 @@ def _draw_counts(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.int16)
 
 
+def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
+    """Estimate sum(totals) / sum(weights), with a percentile interval from resampling whole units with replacement.
+
+    Both have shape (units,), for instance the bits and the bytes of each document. Fewer than two units have no
+    interval: how much one unit differs from others is not known.
+    """
+    n = len(totals)
+    numerator, denominator = np.asarray(totals, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if n < 2:
+        return Estimate(float(numerator[0] / denominator[0]) if n else float("nan"), n=n)
+    # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
+    counts: np.ndarray = _draw_counts(n, seed).astype(np.float64)
+    total, drawn = counts @ numerator, counts @ denominator
+    # A resample may draw only units without weight.
+    low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
+    return Estimate(float(numerator.sum() / denominator.sum()), low, high, n)
+
+
 def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
     """Estimate a mean, with a bootstrap interval over the unit that each value belongs to, by default its own."""
     n = len(values)
-    value = float(np.mean(values)) if n else float("nan")
     number = np.arange(n) if units is None else _numbered(units)
-    return Estimate(value, *bootstrap(np.bincount(number, values), np.bincount(number), seed=seed), n)
+    estimate = ratio(np.bincount(number, values), np.bincount(number), seed)
+    return replace(estimate, value=float(np.mean(values)) if n else float("nan"), n=n)
 
 
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
@@ -147,28 +128,20 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
     number = _numbered(units)
     groups = int(number.max()) + 1
     deviations = np.asarray(outcomes, dtype=np.float64) - successes / n
-    alone = float(np.square(deviations).sum())
+    alone = np.square(deviations).sum()
     # If all outcomes are equal, how alike those of a unit are is unknown: assume that they are all the same.
     effect = n / groups
     if alone > 0 and groups > 1:
-        grouped = float(np.square(np.bincount(number, deviations)).sum())
+        grouped = np.square(np.bincount(number, deviations)).sum()
         effect = (grouped * groups / (groups - 1)) / (alone * n / (n - 1))
     independent = n / max(1.0, effect)
-    share = successes / n
-    return Estimate(share, *wilson(share * independent, independent), n)
+    return Estimate(successes / n, *wilson(successes / n * independent, independent), n)
 
 
 def _numbered(units: Sequence[Hashable]) -> np.ndarray:
     """Number the units from 0, in the order of their first occurrence."""
     number = {unit: index for index, unit in enumerate(dict.fromkeys(units))}
     return np.array([number[unit] for unit in units])
-
-
-def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
-    """Estimate sum(totals) / sum(weights) over units such as documents, with a bootstrap interval."""
-    n = len(totals)
-    value = float(np.sum(totals) / np.sum(weights)) if n else float("nan")
-    return Estimate(value, *bootstrap(totals, weights, seed=seed), n)
 
 
 def mean_difference(differences: Sequence[float], weights: Sequence[float], of_share: bool = False) -> Estimate:
@@ -189,10 +162,7 @@ def mean_difference(differences: Sequence[float], weights: Sequence[float], of_s
 
 
 def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> np.ndarray:
-    """Compute a statistic of rows on 500 bootstrap samples of their units, and return it for each sample.
-
-    `function` returns the statistic of the rows with the given indices, in which a row may occur several times.
-    """
+    """Return a statistic of rows, given by their indices, for each of 500 bootstrap samples of their units."""
     # The rows of each unit, to draw units and take all of their rows.
     number = _numbered(units)
     by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
@@ -211,17 +181,15 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 
 
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over runs that differ in their seed.
+    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over `n` runs of different seeds.
 
-    The interval is Student's over the runs' values, which vary with the training and with the test rows. A few runs can
-    agree by chance, so neither end is nearer to the mean than in the widest of the runs' own intervals. Those are over
-    rows and do not shrink with the number of runs, because seeds often share their test rows.
-
-    Returns:
-        The estimate, whose `n` is the number of runs. The figure of a single run is returned as it is.
+    The interval is Student's over the runs' values, which vary with the training and with the test rows. The figure of
+    a single run is returned as it is.
     """
     if len(runs) == 1:
         return runs[0]
+    # A few runs can agree by chance, so neither end is nearer to the mean than in the widest of the runs' intervals.
+    # Those are over rows and do not shrink with the number of runs, because seeds often share their test rows.
     n, value = len(runs), fmean(run.value for run in runs)
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
@@ -231,10 +199,8 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
 
 @cache
 def student_t(degrees: int) -> float:
-    """Return half the width of Student's interval in standard errors, with at least one degree of freedom.
-
-    The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
-    """
+    """Return half the width of Student's interval in standard errors, with at least one degree of freedom."""
+    # The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
     # 100,000 strips are exact to more digits than anybody prints, and SciPy is not needed.
     edges = np.linspace(0, np.pi / 2, 100_001)
     covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))

@@ -14,10 +14,8 @@ from pipeline.models.tokenizer import as_text, special_tokens
 
 BATCH_TOKENS = 16384
 """Tokens in a batch, padding included."""
-
 MAX_LOGITS = 1 << 26
 """Logits in memory at once: 256 MB in float32, and as much again for their softmax."""
-
 IGNORED = -100
 """Target of places that predict nothing."""
 
@@ -27,22 +25,20 @@ def document_losses(
 ) -> list[float]:
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
-    Each document is scored alone, after the token that begins one (`bos_token`, or `eos_token` if there is none), so
-    that its first token is predicted too. A document longer than the `context` is cut into independent windows of so
-    many tokens, with the first one.
+    A document longer than the `context` is cut into independent windows of so many tokens. Each begins with the token
+    that begins a document (`bos_token`, or `eos_token` if there is none), so that all its others are predicted.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
-    # A window is the token that begins a document and `step` of its tokens, which are all predicted.
     step = context - 1
     windows = [
         (document, [start, *ids[offset : offset + step]])
         for document, ids in enumerate(encoded)
         for offset in range(0, len(ids), step)
     ]
-    found = sequence_losses(model, tokenizer, [(window, 1) for _, window in windows])
     losses = [0.0] * len(texts)
+    found = sequence_losses(model, tokenizer, [(window, 1) for _, window in windows])
     for (document, _), loss in zip(windows, found, strict=True):
         losses[document] += loss
     return losses
@@ -58,8 +54,8 @@ def answer_losses(
 ) -> list[tuple[float, str]]:
     """Return the negative log-likelihood of the last message of each conversation in nats, and what is scored of it.
 
-    Its end-of-turn token is predicted as well. Of what exceeds the `context`, in tokens, nothing is scored. `template`
-    are arguments of the chat template, `chat_template_kwargs`.
+    Its end-of-turn token is predicted as well; what exceeds the `context`, in tokens, is not. `template` are arguments
+    of the chat template.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]

@@ -1,16 +1,14 @@
 """The metrics of language models, and how each is measured on held-out data; see also `win_rate` and `reward_model`.
 
 To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
-meaning, better direction, digits) in `metric_info.METRICS`.
-
-The classes work offline, unlike `evaluate.load("accuracy")`. `compute` returns `{"value", "ci95": [low, high], "n",
-"values"}`: the estimate, its interval or None, the number of independent examples, and the value of each example.
+meaning, better direction, digits) in `metric_info.METRICS`. The classes work offline, unlike `evaluate.load`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -30,39 +28,35 @@ from pipeline.tools import dialogue
 
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
-
-WINDOW = 1024
-"""Tokens that are scored at once; more would take more memory for hardly any gain in bits."""
-
 NUMBER, STRING = Value("float64"), Value("string")
 RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 
 
 class Metric(evaluate.Metric):
-    """A metric that is described by its docstring. `columns` are the types of predictions and references."""
+    """A metric that is described by its docstring.
+
+    `columns` are the types of predictions and references, of which `outcomes` makes a value between 0 and 1 for each
+    example. `compute` returns `{"value", "ci95": [low, high], "n", "values"}`: the estimate, its interval or None, the
+    number of independent examples, and the value of each.
+    """
 
     columns = Features(predictions=STRING)
+    outcomes: Callable[..., Iterable[float]] = staticmethod(list)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", features=self.columns)
 
-
-def output(estimate: intervals.Estimate, values: Sequence[float]) -> dict[str, Any]:
-    """Return what `compute` of every metric returns."""
-    return estimate.to_json() | {"values": values}
-
-
-def share(outcomes: Iterable[bool]) -> dict[str, Any]:
-    """Return what `compute` returns for the share of outcomes that are true, with Wilson's interval."""
-    values = list(map(float, outcomes))
-    return output(intervals.outcome_mean(values), values)
+    def _compute(self, *_: Any, **inputs: Any) -> dict[str, Any]:
+        seed = inputs.pop("seed", 0)
+        given = [inputs.pop(name) for name in self.columns]
+        values = list(map(float, self.outcomes(*given, **inputs)))
+        return intervals.outcome_mean(values, seed).to_json() | {"values": values}
 
 
 class BitsPerByte(Metric):
-    """Total negative log-likelihood over total bytes: a long document weighs more than a short one.
+    """Total negative log-likelihood over total bytes, whatever the tokenizer: a long document weighs more.
 
-    It does not depend on the tokenizer. The interval is bootstrapped over documents. Predictions are the loss of each
-    document in nats, references the documents.
+    Predictions are the loss of each document in nats, references the documents. The interval is over documents.
     """
 
     columns = Features(predictions=NUMBER, references=STRING)
@@ -71,20 +65,17 @@ class BitsPerByte(Metric):
         sizes = [len(text.encode()) for text in references]
         bits = [loss / math.log(2) for loss in predictions]
         values = [total / size if size else 0.0 for total, size in zip(bits, sizes, strict=True)]
-        return output(intervals.ratio(bits, sizes, seed), values)
+        return intervals.ratio(bits, sizes, seed).to_json() | {"values": values}
 
 
 class InstructionAccuracy(Metric):
-    """The share of answers that are right by the rule of their row: words required and forbidden, length, code tests.
+    """The share of answers that are right by the rule of their row, see `pipeline.rewards.grading`.
 
     An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
-    References are rules, see `pipeline.rewards.grading`.
     """
 
     columns = Features(predictions=STRING, references=RULE)
-
-    def _compute(self, predictions: list[str], references: list[dict[str, Any]]) -> dict[str, Any]:
-        return share(grade(predictions, references))
+    outcomes = staticmethod(grade)
 
 
 class StopRate(Metric):
@@ -92,49 +83,45 @@ class StopRate(Metric):
 
     columns = Features(predictions=List(Value("int64")))
 
-    def _compute(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> dict[str, Any]:
-        return share(stopped(tokens, eos_token_id) for tokens in predictions)
+    def outcomes(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> list[bool]:
+        return [stopped(tokens, eos_token_id) for tokens in predictions]
 
 
 class StepRate(Metric):
     """The share of answers with a sentence or an equation before "The answer is", right or wrong."""
 
-    def _compute(self, predictions: list[str]) -> dict[str, Any]:
-        return share(map(has_steps, predictions))
+    outcomes = staticmethod(partial(map, has_steps))
 
 
 class PassAtK(Metric):
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
-    The interval is over problems, never over samples. Predictions are the sampled answers to each problem, and `rows`
-    the problems with their `answer`. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code,
-    arXiv:2107.03374.
+    Predictions are the sampled answers to each problem, and `rows` the problems, over which the interval is, with their
+    `answer`. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
     """
 
     columns = Features(predictions=List(STRING))
 
-    def _compute(
-        self, predictions: list[list[str]], rows: Rows, k: int = 1, seed: int = 0, grader: Grader = grade_rows
-    ) -> dict[str, Any]:
+    def outcomes(
+        self, predictions: list[list[str]], rows: Rows, k: int = 1, grader: Grader = grade_rows
+    ) -> list[float]:
         # All answers are graded at once, so each of them needs the row of its problem.
         row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
         verdicts = iter(grader([answer for answers in predictions for answer in answers], row_of))
         right = [sum(islice(verdicts, len(answers))) for answers in predictions]
-        values = [estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True)]
-        return output(intervals.outcome_mean(values, seed), values)
+        return [estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True)]
 
 
 class MajorityVote(Metric):
     """The share of problems whose most frequent final answer, among the samples, is right; inputs as for `PassAtK`.
 
-    Equal numbers are one answer. Samples without a final answer do not vote. Of answers with equally many votes, the
-    one that was drawn first counts. Source: Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning,
-    arXiv:2203.11171.
+    Samples without a final answer do not vote. Of answers with equally many votes, the first one drawn counts. Source:
+    Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171.
     """
 
     columns = Features(predictions=List(STRING))
 
-    def _compute(self, predictions: list[list[str]], rows: Rows, grader: Grader = grade_rows) -> dict[str, Any]:
+    def outcomes(self, predictions: list[list[str]], rows: Rows, grader: Grader = grade_rows) -> list[bool]:
         elected = []
         for answers in predictions:
             # "1/2" and "0.5" are one answer, so numbers vote as numbers.
@@ -144,16 +131,14 @@ class MajorityVote(Metric):
                     value = number(final)
                     ballots.setdefault(normalise_answer(final) if value is None else value, []).append(answer)
             elected.append(max(ballots.values(), key=len)[0] if ballots else "")
-        return share(grader(elected, rows))
+        return grader(elected, rows)
 
 
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
-    It is the share of all sets of k of the n samples that contain at least one right sample.
-
-    Raises:
-        ValueError: Unless 1 <= k <= n and 0 <= correct <= n.
+    It is the share of all sets of k of the n samples that contain a right one. A ValueError is raised unless
+    1 <= k <= n and 0 <= correct <= n.
     """
     if not (1 <= k <= n and 0 <= correct <= n):
         raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
@@ -165,7 +150,8 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
 
     The `weight` of an example is the size of its text in bytes.
     """
-    context = min(chat.positions or WINDOW, WINDOW)
+    # To score more tokens at once would take more memory for hardly any gain in bits.
+    context = min(chat.positions or 1024, 1024)
     if of_answers:
         conversations = [row["messages"] for row in rows]
         found = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
@@ -178,13 +164,13 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
         kept, losses, texts = zip(*scored, strict=True)
         bits = BitsPerByte().compute(predictions=losses, references=texts, seed=result.seed)
         weights = [{"weight": len(text.encode())} for text in texts]
-        result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=None, extras=weights)
+        result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=False, extras=weights)
 
 
 def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
     """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
     rows = held_out.instructions
-    completions = chat.greedy([row["messages"][:-1] for row in rows])
+    completions = [completion for (completion,) in chat.sample([row["messages"][:-1] for row in rows])]
     graded = [(row, completion.text) for row, completion in zip(rows, completions, strict=True) if is_gradable(row)]
     if graded:
         some, texts = zip(*graded, strict=True)
@@ -195,28 +181,26 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
 
 
 def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
-    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, and `pass@k` and `maj@k` for
-    k = `samples`; the stop rate as well if it is not measured on instructions.
+    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
 
     At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. `maj@k` needs samples that can
     vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost.
+    what its calls cost; without instructions, also `stop_rate`.
     """
     rows, grader = held_out.problems, held_out.grader
-    # One greedy answer to every problem.
     completions = [completion for (completion,) in chat.answer(rows)]
     answers = [completion.text for completion in completions]
-    values = record_greedy(result, "pass@1", answers, rows, grader)
+    right = record_greedy(result, "pass@1", answers, rows, grader)
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:
         calls = [sum(len(one.get("tool_calls") or ()) for one in completion.messages) for completion in completions]
-        record_mean(result, "tool_calls", calls, rows)
+        result.record("tool_calls", calls, rows, how=intervals.mean)
         if all("call_cost" in row for row in rows):
-            costs = [number * row["call_cost"] for number, row in zip(calls, rows, strict=True)]
-            record_mean(result, "tool_score", [v - cost for v, cost in zip(values, costs, strict=True)], rows)
-    for row, completion, value in zip(rows, completions, values, strict=True):
-        # The report shows the first problem of each kind.
+            scores = [value - called * row["call_cost"] for value, called, row in zip(right, calls, rows, strict=True)]
+            result.record("tool_score", scores, rows, how=intervals.mean)
+    # The report shows the first problem of each kind.
+    for row, completion, value in zip(rows, completions, right, strict=True):
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
             result.traces.append({**trace, "answer": readable(completion), "correct": bool(value)})
@@ -233,36 +217,27 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
 
 
-def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[float]:
-    """Record under `name` how many of the answers, one to each problem, are right. Return 1 or 0 for each."""
-    greedy = share(grader(answers, rows))
+def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[bool]:
+    """Record under `name` how many of the answers, one to each problem, are right. Return whether each is."""
+    right = grader(answers, rows)
     # The report breaks pass@1 down by the length of problems, if their rows have one.
-    extras = [
-        {"answer": text, **({"length": row["length"]} if "length" in row else {})}
-        for text, row in zip(answers, rows, strict=True)
-    ]
-    result.record(name, greedy, rows, extras=extras)
-    values: list[float] = greedy["values"]
-    return values
+    lengths = [{"length": row["length"]} if "length" in row else {} for row in rows]
+    extras = [{"answer": text, **length} for text, length in zip(answers, lengths, strict=True)]
+    result.record(name, right, rows, extras=extras)
+    return right
 
 
 def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:
     """Record the length of the answers under `name`, and `stop_rate` unless it has been measured on other answers."""
+    tokens = [completion.tokens for completion in completions]
     if "stop_rate" not in result.metrics:
-        tokens = [completion.tokens for completion in completions]
         stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
         result.record("stop_rate", stops, rows)
-    record_mean(result, name, [len(completion.tokens) for completion in completions], rows)
-
-
-def record_mean(result: StageResult, name: str, values: Sequence[float], rows: Rows) -> None:
-    """Record the mean of values, one for each row, overall and by kind."""
-    values = list(map(float, values))
-    result.record(name, output(intervals.mean(values, result.seed), values), rows, by_kind=intervals.mean)
+    result.record(name, list(map(len, tokens)), rows, how=intervals.mean)
 
 
 def readable(completion: Completion) -> str:
-    """Return an answer as reports show it, with calls and results; why there is nothing to read, if there is not."""
+    """Return an answer as reports show it, with calls and results, or why there is nothing to read."""
     if completion.messages:
         return dialogue.readable(completion.messages)
     if completion.text.strip():

@@ -11,25 +11,20 @@ from pipeline.evaluation.held_out import MAX_TRAINING_ROWS, HeldOut
 OVERLAP_WORDS = 13
 """Consecutive words that a held-out row shares with a training row only if it is a copy (as for GPT-3)."""
 
-MAX_SHARED = 3
-"""Held-out rows that may share the same words with training rows: what more of them share is part of a template."""
-
 
 def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """Look for held-out rows among the training rows of all stages.
 
-    Returns:
-        For each kind of data: the number of `rows`, how many of them are `found`, the number `trained_on` that were
-        searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
+    For each kind of data, return the number of `rows`, how many of them are `found`, the number `trained_on` that were
+    searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):
         column = {"text": "text", "instructions": "messages"}.get(key, "prompt")
-        contents = [row[column] for row in getattr(held_out, key)]
         # Many rows share their system message, which says nothing about a copy.
         tests[key] = [
             {"text": one} if key == "text" else {"messages": [turn for turn in one if turn["role"] != "system"]}
-            for one in contents
+            for one in (row[column] for row in getattr(held_out, key))
         ]
     copies: dict[str, set[int]] = {key: set() for key in tests}
     found: dict[str, dict[str, Any]] = {
@@ -40,7 +35,8 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
         rows = (row for _, row in part.sample(MAX_TRAINING_ROWS))
         shared = overlap(rows, (tests[key][number] for key, number in looked_for), OVERLAP_WORDS)
         times = Counter(match.shared for match in shared.matches)
-        copied = [looked_for[match.test_row] for match in shared.matches if times[match.shared] <= MAX_SHARED]
+        # What more than three held-out rows share with training rows is part of a template.
+        copied = [looked_for[match.test_row] for match in shared.matches if times[match.shared] <= 3]
         for key in keys:
             found[key]["trained_on"] += shared.train_rows
             if numbers := {number for of, number in copied if of == key}:

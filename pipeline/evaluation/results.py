@@ -28,16 +28,14 @@ class StageResult:
 
     Attributes:
         metrics: Metric -> estimate. The metric of a baseline is named `<baseline>/<metric>`.
-        examples: `{"metric", "id", "row", "kind", "value", ...}` for each example of each metric; `row` is a hash of
-            its content.
+        examples: `{"metric", "id", "row", "kind", "value", ...}` of each example, where `row` is a hash of its content.
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
         opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
         left_out: What there is no data for, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
-        experts: The load of each expert in `layers`, over its fair share, and in `documents` the `pieces` of some texts
-            with the expert `chosen` for each, by layer; {} for a dense model.
+        experts: Their loads over the fair share by `layers`, and `documents` with the expert `chosen` for its `pieces`.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
         state, config: The content of trainer_state.json and config.json.
@@ -68,10 +66,7 @@ class StageResult:
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json, which is `path`, and STAGE.jsonl. A missing file is empty.
-
-        `notes` takes a line for each damaged file and each figure that is not a number, which are skipped.
-        """
+        """Read STAGE.json, which is `path`, and STAGE.jsonl; `notes` takes a line for what is damaged and skipped."""
         content = read_json(path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))
         for name, entry in content.get("metrics", {}).items():
@@ -107,30 +102,33 @@ class StageResult:
     def record(
         self,
         name: str,
-        measured: Mapping[str, Any],
+        measured: Mapping[str, Any] | Sequence[float],
         rows: Sequence[Mapping[str, Any]],
         *,
-        by_kind: Callable[..., Estimate] | None = outcome_mean,
+        how: Callable[..., Estimate] = outcome_mean,
+        by_kind: bool = True,
         units: Sequence[Hashable] | None = None,
         extras: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """Add a metric: its estimate, overall and by kind of example, and the value of every example.
 
         Args:
-            name: Name of the metric, `<baseline>/<metric>` for a baseline.
-            measured: What `compute` of a metric returned.
+            name: `<baseline>/<metric>` for a baseline.
+            measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
-            by_kind: Makes the estimate of each kind, if there are several, from its values; None for no such estimates.
+            how: Makes an estimate of values.
+            by_kind: Whether to estimate each kind as well, if there are several.
             units: The unit that each row belongs to, if several rows may share one.
             extras: Further fields of each example, its answer for instance.
         """
+        if not isinstance(measured, Mapping):
+            values = list(map(float, measured))
+            measured = how(values, self.seed, units).to_json() | {"values": values}
         values, kinds = measured["values"], {}
         names = sorted({row["kind"] for row in rows})
-        if by_kind is not None and len(names) > 1:
-            for kind in names:
-                members = [index for index, row in enumerate(rows) if row["kind"] == kind]
-                shared = {} if units is None else {"units": [units[i] for i in members]}
-                kinds[kind] = by_kind([values[i] for i in members], **shared)
+        for kind in names if by_kind and len(names) > 1 else ():
+            members = [index for index, row in enumerate(rows) if row["kind"] == kind]
+            kinds[kind] = how([values[i] for i in members], units=units and [units[i] for i in members])
         self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
         # Examples are paired by their number and their content, in case the data change between two evaluations.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):

@@ -18,7 +18,7 @@ from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, stan
 from pipeline.evaluation import intervals
 from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.held_out import Rows
-from pipeline.evaluation.metrics import NUMBER, Metric, output
+from pipeline.evaluation.metrics import NUMBER, Metric
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list, read_json
 from pipeline.rewards.annotators import INDIFFERENCE
@@ -30,20 +30,20 @@ BINS = 10
 """Bins of confidence between 0.5 and 1."""
 
 
-def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debiased: bool = True) -> float:
+def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> float:
     """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
 
-    Args:
-        margins: Score of the preferred answer minus the score of the other. The model's confidence in its own choice is
-            sigmoid(|margin|), 0.5 to 1, as in the Bradley-Terry model that it was trained as.
-        agrees: 1 where its choice is the preferred answer, 0 where it is not, 0.5 where the scores are equal.
-        debiased: Whether to subtract what chance adds to the square in bins of a few pairs (Kumar et al. 2019,
-            "Verified Uncertainty Calibration", 1909.10155). The result may be negative; bins of one pair do not count.
+    `margins` are the scores of the preferred answers minus those of the others. If it is `debiased`, what chance adds
+    to the square in bins of a few pairs is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
+    arXiv:1909.10155). The result may be negative then, and bins of one pair do not count.
     """
+    # The model's choice is right, wrong or, of equal scores, half right. Its confidence in it is sigmoid(|margin|), 0.5
+    # to 1, as in the Bradley-Terry model that it was trained as.
+    agrees = (np.sign(margins) + 1) / 2
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
     sizes = np.bincount(index, minlength=BINS)
-    used = sizes > (1 if debiased else 0)
+    used = sizes > int(debiased)
     n = sizes[used]
     if not len(n):
         return 0.0
@@ -56,21 +56,14 @@ def squared_calibration_error(margins: np.ndarray, agrees: np.ndarray, *, debias
     return float((squares * n).sum() / n.sum())
 
 
-def calibration_error(
-    margins: np.ndarray, agrees: np.ndarray, units: Sequence[Hashable], seed: int = 0
-) -> intervals.Estimate:
-    """Estimate the root of `squared_calibration_error`, between 0 and about 0.5, with a bootstrap interval over units.
-
-    A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval is
-    the spread of the plain estimate about its own mean, moved to the debiased one.
-    """
-    squared = squared_calibration_error(margins, agrees)
+def calibration_error(margins: np.ndarray, units: Sequence[Hashable], seed: int = 0) -> intervals.Estimate:
+    """Estimate the root of `squared_calibration_error`, from 0 to about 0.5, with a bootstrap interval over units."""
+    squared = squared_calibration_error(margins)
     if len(set(units)) < 2:
         return intervals.Estimate(max(squared, 0.0) ** 0.5, n=len(margins))
-    resampled = intervals.resample(
-        lambda index: squared_calibration_error(margins[index], agrees[index], debiased=False), units, seed
-    )
-    # Resampling adds chance once more, so only the spread of the resamples is used, not where they lie.
+    resampled = intervals.resample(lambda index: squared_calibration_error(margins[index], debiased=False), units, seed)
+    # A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval
+    # is the spread of the plain estimate about its own mean, moved to the debiased one.
     ends = squared + np.quantile(resampled, intervals.TAILS) - resampled.mean()
     value, low, high = np.sqrt(np.maximum([squared, *ends], 0.0))
     return intervals.Estimate(value, low, high, len(margins))
@@ -80,8 +73,8 @@ class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference of the scores, and `calibration_error`. The intervals are over `units`, such as the
-    prompts, which several pairs may share. Default: each pair is its own unit.
+    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as the prompts, which
+    several pairs may share, by default over pairs.
     """
 
     columns = Features(predictions=NUMBER, references=NUMBER)
@@ -91,11 +84,11 @@ class RewardAccuracy(Metric):
     ) -> dict[str, Any]:
         units = range(len(predictions)) if units is None else units
         margins = np.subtract(predictions, references)
-        values = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
-        return {
-            **output(intervals.outcome_mean(values, seed, units), values),
+        values = ((np.sign(margins) + 1) / 2).tolist()
+        return intervals.outcome_mean(values, seed, units).to_json() | {
+            "values": values,
             "margin": intervals.mean(margins.tolist(), seed, units).to_json(),
-            "calibration_error": calibration_error(margins, np.array(values), units, seed).to_json(),
+            "calibration_error": calibration_error(margins, units, seed).to_json(),
         }
 
 
@@ -146,8 +139,8 @@ def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: 
     """Record how often the first answer of a pair scores higher; return what `RewardAccuracy` computed."""
     units = [json.dumps(row["prompt"]) for row in pairs]
     better, worse = scores.T.tolist()
-    scored = {"predictions": better, "references": worse}
-    measured: dict[str, Any] = RewardAccuracy().compute(**scored, units=units, seed=result.seed)
+    options: dict[str, Any] = {"units": units, "seed": result.seed}
+    measured: dict[str, Any] = RewardAccuracy().compute(predictions=better, references=worse, **options)
     result.record(name, measured, pairs, units=units)
     return measured
 

@@ -37,26 +37,17 @@ from pipeline.tools.loading import load_toolbox
 
 Settings = Mapping[str, Any]
 
-UNTRAINED_ROWS = 48
-"""Rows that random weights answer, at most: all of their answers run into the limit, and none is right."""
-
-DRAWN = 3
-"""Texts for which the report shows which expert took which token."""
-
 WITHOUT = {
     "text": "bits per byte: left out, no text is held out (`text`)",
     "instructions": "answers to instructions: left out, no conversations are held out (`instructions`)",
     "problems": "pass@k: left out, no problems are held out (`problems`)",
     "prompts": "win rate: left out, no prompts are held out (`prompts`)",
 }
-"""What to say if there is no data of a kind, and the key of evaluate.yaml that names them."""
+"""Key of evaluate.yaml -> what to say if it names no data."""
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Refuse, before anything is loaded, a run that cannot be written to and stages that are not models.
-
-    `named` are the stages by the options that name them.
-    """
+    """Refuse a run that cannot be written to, and stages that are not models, by the options that name them."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     if problem := check_directory(run / "evaluations", "RUN"):
@@ -76,17 +67,11 @@ def model_of(run: Path, stage: str, settings: Settings) -> Path:
 
 
 def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings, folder: Path) -> StageResult:
-    """Measure RUN/STAGE. With the same arguments on the same machine, only the seconds differ between two results.
+    """Measure RUN/STAGE, as a reward model if it is a sequence classifier.
 
-    Args:
-        run: The run directory.
-        stage: Directory of the model in `run`. A sequence classifier is measured as a reward model.
-        held_out: What it is measured on; random weights answer fewer of its rows.
-        settings: From `pipeline.evaluation.evaluate_yaml.complete`, with paths that exist.
-        folder: Where the evaluations are written; the answers of the opponent are read from there.
-
-    Raises:
-        UserError: If a model is broken, or does not fit its tokenizer.
+    With the same arguments on the same machine, only the seconds differ between two results. The `settings` are from
+    `evaluate_yaml.complete`, with paths that exist. Evaluations are written to `folder`, where the answers of the
+    opponent are found. A UserError is raised if a model is broken, or does not fit its tokenizer.
     """
     # Loading counts as part of the time, as it does for the user.
     began = time.perf_counter()
@@ -97,12 +82,29 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     with user_error_for("--stage", path):
         rewards = is_reward_model(load_config(str(path)))
     if rewards:
-        _measure_reward_model(result, run, held_out, settings)
+        model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
+        model = model.to(hardware.accelerator() or "cpu").eval()
+        rate = partial(score, model, tokenizer)
+        if held_out.pairs:
+            with RouteCounter(model) as counter:
+                measure_pairs(result, rate, held_out.pairs)
+            record_load(result, counter)
+        else:
+            result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
+        measure_people(result, rate, run)
+        # A judge would choose what it judges.
+        if settings["best_of"] and path in map(Path, settings["reward_models"]):
+            # Answers are compared in the precision that is fast on this machine, pairs in float32.
+            model.to(hardware.fast_dtype())
+            judge = _find_judge(result, run, held_out, settings)
+            asked = _load_chats(run, settings["against"], settings, "--against")
+            baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
     else:
         answered, kind = held_out, STAGES.get(stage.partition("_")[2])
         if kind is not None and kind.measured and not kind.trained:
+            # All answers of random weights run into the limit, and none is right.
             keys = ("instructions", "problems", "longer")
-            fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), UNTRAINED_ROWS) for key in keys}
+            fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), 48) for key in keys}
             answered = replace(held_out, **fewer)
         try:
             _measure_language_model(result, run, answered, settings, folder)
@@ -112,27 +114,6 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     result.overlap = find_overlaps(held_out)
     result.seconds = time.perf_counter() - began
     return result
-
-
-def _measure_reward_model(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> None:
-    path = model_of(run, result.name, settings)
-    model, tokenizer = load_model(str(path), "--stage", reward=True, dtype=torch.float32)
-    model = model.to(hardware.accelerator() or "cpu").eval()
-    rate = partial(score, model, tokenizer)
-    if held_out.pairs:
-        with RouteCounter(model) as counter:
-            measure_pairs(result, rate, held_out.pairs)
-        record_load(result, counter)
-    else:
-        result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
-    measure_people(result, rate, run)
-    # A judge would choose what it judges.
-    if settings["best_of"] and path in map(Path, settings["reward_models"]):
-        # Answers are compared in the precision that is fast on this machine, pairs in float32.
-        model.to(hardware.fast_dtype())
-        judge = _find_judge(result, run, held_out, settings)
-        asked = _load_chats(run, settings["against"], settings, "--against")
-        baselines.measure_best_of(result, asked, held_out, as_list(settings["best_of"]), rate, judge)
 
 
 def _measure_language_model(
@@ -149,7 +130,8 @@ def _measure_language_model(
         with RouteCounter(model) as counter:
             metrics.measure_bits(result, chat, held_out.text)
         record_load(result, counter)
-        for row in held_out.text[:DRAWN] if result.experts else ():
+        # The report shows for a few texts which expert took which token.
+        for row in held_out.text[:3] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
             pieces = [tokenizer.decode([token]) for token in ids]
             result.experts["documents"].append({"pieces": pieces, "chosen": routes(model, ids)})
@@ -163,12 +145,14 @@ def _measure_language_model(
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
-    opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder) if judged else None
+    # People would have to judge each answer.
+    samples = 1 if settings["judge"] == VOTES else win_rate.SAMPLES
+    opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder, samples) if judged else None
     # About how many answers the model writes, perhaps as its own opponent; the baselines come to some more.
     greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
     sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
     sides = 0 if opponent is None else 2 if opponent is chats["prompts"] else 1
-    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * sides * (_samples(settings) + 1)
+    chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * sides * (samples + 1)
     if ungraded := [row for row in held_out.instructions if not is_gradable(row)]:
         metrics.measure_bits(result, chat, ungraded, of_answers=True)
 
@@ -176,7 +160,8 @@ def _measure_language_model(
     if held_out.instructions:
         metrics.measure_instructions(result, chat, held_out)
     elif held_out.prompts:
-        completions = chats["prompts"].greedy([row["prompt"] for row in held_out.prompts])
+        found = chats["prompts"].sample([row["prompt"] for row in held_out.prompts])
+        completions = [completion for (completion,) in found]
         metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
     if held_out.problems:
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
@@ -186,11 +171,10 @@ def _measure_language_model(
     answers: win_rate.Matches = {}
     if opponent is not None and judge:
         result.judge = judge.name
-        answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, _samples(settings))
+        answers = win_rate.answer_both(chats["prompts"], opponent, judged, result.seed, samples)
         win_rate.measure_matches(result, answers, judged, judge)
-    result.cut_off = {
-        key: {**one.counts, "limit": one.max_new_tokens} for key, one in chats.items() if one.counts["answers"]
-    }
+    counted = {key: one for key, one in chats.items() if one.counts["answers"]}
+    result.cut_off = {key: {**one.counts, "limit": one.max_new_tokens} for key, one in counted.items()}
 
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
@@ -213,11 +197,6 @@ def _measure_language_model(
     ]
 
 
-def _samples(settings: Settings) -> int:
-    """Return how many answers to a prompt are sampled for the win rate; people would have to judge each of them."""
-    return 1 if settings["judge"] == VOTES else win_rate.SAMPLES
-
-
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
     """Return the judge of the win rates; None, with a line that says why, if there is none yet."""
     name = settings["judge"]
@@ -237,32 +216,31 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 
 
 def _find_opponent(
-    result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path
-) -> ChatModel | dict[str, list[list[str]]] | None:
-    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet.
-
-    Every stage is compared with the same answers, which are written with the evaluation of the opponent.
-    """
+    result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path, samples: int
+) -> ChatModel | dict[str, win_rate.Answers] | None:
+    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet."""
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
         return None
-    answered = win_rate.fingerprint(
-        path,
-        rows,
-        seed=result.seed,
-        max_new_tokens=own.max_new_tokens,
-        samples=_samples(settings),
-        dtype=hardware.fast_dtype(),
-        device=hardware.accelerator(),
-        vllm=bool(own.vllm),
-        template=template_arguments(settings, against, "prompts"),
-    )
+    asked: dict[str, Any] = {"seed": result.seed, "max_new_tokens": own.max_new_tokens, "samples": samples}
+    asked |= {"dtype": hardware.fast_dtype(), "device": hardware.accelerator(), "vllm": bool(own.vllm)}
+    answered = win_rate.fingerprint(path, rows, **asked, template=template_arguments(settings, against, "prompts"))
     if result.name == against:
         result.opponent = answered
         return own
-    # People's votes are about the answers that they were shown, so both models answer again.
-    saved = None if settings["judge"] == VOTES else win_rate.saved_answers(folder, against, answered)
-    return _load_chats(run, against, settings, "--against")["prompts"] if saved is None else saved
+    # Every stage is compared with the answers that are written with the evaluation of the opponent. But people's votes
+    # are about the answers that they were shown, so both models answer again.
+    notes: list[str] = []
+    saved = StageResult.read(folder / f"{against}.json", notes)
+    if settings["judge"] != VOTES and answered and saved.opponent == answered and not notes:
+        answers: dict[str, win_rate.Answers] = {
+            name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
+            for name in ("win_rate", "win_rate_greedy")
+        }
+        # The examples may be missing.
+        if all(answers.values()):
+            return answers
+    return _load_chats(run, against, settings, "--against")["prompts"]
 
 
 def _load_chats(
@@ -279,7 +257,6 @@ def _load_chats(
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
     dtype = hardware.fast_dtype() if is_opponent else torch.float32
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
-
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
     if given := settings["max_new_tokens"]:
@@ -296,19 +273,12 @@ def _load_chats(
         limits = {key: min(found.get(key, other), positions or 1 << 30) for key in keys}
 
     vllm = VLLMSampler(model, tokenizer) if settings["vllm"] else None
-    tally = Tally("answers")
-    return {
-        key: ChatModel(
-            model,
-            tokenizer,
-            limit,
-            vllm,
-            template=template_arguments(settings, stage, key),
-            tally=tally,
-            toolbox=load_toolbox((settings[CALLED] or {}).get(key), tokenizer),
-        )
-        for key, limit in limits.items()
-    }
+    tally, chats = Tally("answers"), {}
+    for key, limit in limits.items():
+        template = template_arguments(settings, stage, key)
+        toolbox = load_toolbox((settings[CALLED] or {}).get(key), tokenizer)
+        chats[key] = ChatModel(model, tokenizer, limit, vllm, template=template, tally=tally, toolbox=toolbox)
+    return chats
 
 
 def record_load(result: StageResult, counter: RouteCounter) -> None:

@@ -1,7 +1,6 @@
 """The metrics of preference: answers of two models to the same prompts, and a judge who says which are better.
 
-The answers of the stage that others are compared with are saved with its evaluation, where the other evaluations find
-them.
+The answers of the stage that others are compared with are saved with its evaluation, and found there by the others.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,17 +23,17 @@ from pipeline.evaluation import intervals
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
-from pipeline.evaluation.metrics import NUMBER, Metric, output, record_mean, share
+from pipeline.evaluation.metrics import NUMBER, Metric
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
 
-Matches = dict[str, tuple[list[list[str]], list[list[str]]]]
-"""`win_rate` (sampled) and `win_rate_greedy` -> the answers to each prompt by a model and by its opponent."""
-
+Answers = Sequence[Sequence[str]]
+"""One or several answers to each prompt."""
+Matches = dict[str, tuple[Answers, Answers]]
+"""`win_rate` (sampled) and `win_rate_greedy` -> the answers by a model and by its opponent."""
 SAMPLES = 4
 """Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
-
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
 """Files of a model that its answers depend on, unlike the records of its training in the same folder."""
 
@@ -43,33 +43,26 @@ class WinRate(Metric):
 
     columns = Features(predictions=NUMBER)
 
-    def _compute(self, predictions: list[float], seed: int = 0) -> dict[str, Any]:
-        return output(intervals.outcome_mean(predictions, seed), predictions)
-
 
 class LastSentenceShare(Metric):
     """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
 
-    def _compute(self, predictions: list[str]) -> dict[str, Any]:
+    def outcomes(self, predictions: list[str]) -> list[bool]:
         # "It is red. Have a nice day!" ends in "have a nice day".
         last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
         ((most, _),) = Counter(last).most_common(1)
-        return share(sentence == most for sentence in last)
+        return [sentence == most for sentence in last]
 
 
 def answer_both(
-    chat: ChatModel,
-    opponent: ChatModel | Mapping[str, list[list[str]]],
-    rows: Rows,
-    seed: int = 0,
-    samples: int = SAMPLES,
+    chat: ChatModel, opponent: ChatModel | Mapping[str, Answers], rows: Rows, seed: int = 0, samples: int = SAMPLES
 ) -> Matches:
     """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
 
     The opponent samples with a different seed, so that a model against itself does not tie every time.
     """
 
-    def answer(model: ChatModel, **options: Any) -> list[list[str]]:
+    def answer(model: ChatModel, **options: Any) -> Answers:
         completions = model.sample([row["prompt"] for row in rows], **options)
         return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
@@ -87,16 +80,14 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
         record_wins(result, name, ours, theirs, rows, judge)
         # Of each prompt, the first answer counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
-        result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=None)
+        result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
 
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
-        kl       mean of log p(answer) - log p_reference(answer)
-        entropy  mean of -log p(answer)
-
-    Nothing is recorded if the reference has other tokens.
+    They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
+    reference has other tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
@@ -111,30 +102,17 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
         losses.append(sequence_losses(model.float(), chat.tokenizer, sequences))
         model.to(dtype)
     own, others = losses
-    moved = [other - one for one, other in zip(own, others, strict=True)]
-    record_mean(result, "kl", moved, rows)
-    record_mean(result, "entropy", own, rows)
+    result.record("kl", [b - a for a, b in zip(own, others, strict=True)], rows, how=intervals.mean)
+    result.record("entropy", own, rows, how=intervals.mean)
 
 
-def record_wins(
-    result: StageResult,
-    name: str,
-    ours: Sequence[Sequence[str]],
-    theirs: Sequence[Sequence[str]],
-    rows: Rows,
-    judge: Judge,
-) -> None:
+def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, rows: Rows, judge: Judge) -> None:
     """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
 
     The outcome of a prompt is the mean of its matches, of each answer with the opponent's of the same number.
     """
-    matches = [
-        (number, answer, other)
-        for number, sides in enumerate(zip(ours, theirs, strict=True))
-        for answer, other in zip(*sides, strict=True)
-    ]
-    numbers, answers, others = zip(*matches, strict=True)
-    outcomes = judge.match(list(answers), list(others), [rows[number] for number in numbers])
+    numbers = [number for number, (some, _) in enumerate(zip(ours, theirs, strict=True)) for _ in some]
+    outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[number] for number in numbers])
     of_prompt: dict[int, list[float]] = defaultdict(list)
     for number, outcome in zip(numbers, outcomes, strict=True):
         # People may not have voted on a match yet.
@@ -144,21 +122,18 @@ def record_wins(
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
     if not of_prompt:
         return
-    extras: list[dict[str, Any]] = []
-    for number in of_prompt:
-        extras.append({"answer": ours[number][0], "opponent": theirs[number][0]})
-        # The other answers of the opponent are for later evaluations.
-        if len(ours[number]) > 1:
-            extras[-1] |= {"answers": ours[number], "opponents": theirs[number]}
+    # All answers of the opponent are for later evaluations.
+    extras: list[dict[str, Any]] = [
+        {"answer": one[0], "opponent": other[0], **({"answers": one, "opponents": other} if len(one) > 1 else {})}
+        for one, other in ((ours[number], theirs[number]) for number in of_prompt)
+    ]
     wins = WinRate().compute(predictions=list(map(fmean, of_prompt.values())), seed=result.seed)
     result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 
 def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
-    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine.
-
-    It is empty for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
-    """
+    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine, or ""."""
+    # The base model of an adapter may change elsewhere, and so may a model that is not on this disk.
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""
     # Other releases, threads or kernels may sample other answers from the same weights.
@@ -167,17 +142,3 @@ def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
     for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
         digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
-
-
-def saved_answers(folder: Path, stage: str, wanted: str) -> dict[str, list[list[str]]] | None:
-    """Return what a stage answered when it was evaluated, by metric; None unless its fingerprint is `wanted`."""
-    notes: list[str] = []
-    saved = StageResult.read(folder / f"{stage}.json", notes)
-    if not wanted or saved.opponent != wanted or notes:
-        return None
-    answers = {
-        name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
-        for name in ("win_rate", "win_rate_greedy")
-    }
-    # The examples may be missing.
-    return answers if all(answers.values()) else None

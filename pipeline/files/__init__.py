@@ -27,10 +27,6 @@ logger = logging.getLogger(__name__)
 
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
 """Files of a checkpoint: the trainer's state, and the list of all files, which makes it complete."""
-
-MAX_HEADER = 4 << 20
-"""Bytes of a safetensors header, for more than 30,000 weights: each of them takes time whenever the file is read."""
-
 LOCK_SECONDS = 120.0
 """Seconds to wait for an earlier run to release a lock; it may still be saving."""
 
@@ -40,9 +36,7 @@ def check_replaceable(
 ) -> list[Problem]:
     """Check that a step that replaces its whole output directory would delete only files of its `own`.
 
-    Args:
-        title: Text in the step's README.md that identifies it; empty if the step does not write one.
-        read: A directory that the step reads, if any.
+    `title` is the text in the step's README.md that identifies it, if it writes one; `read` a directory that it reads.
     """
     path = Path(output_dir)
     if problem := check_directory(path):
@@ -90,8 +84,7 @@ def check_directory(path: str | Path, field: str = "output_dir", writable: bool 
             # Leave the folder as if nothing had been written.
             os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
-        remedy = f"no permission to write to {found} ({error.strerror}); choose another directory"
-        return Problem(field, path, remedy)
+        return Problem(field, path, f"no permission to write to {found} ({error.strerror}); choose another directory")
     return None
 
 
@@ -149,11 +142,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def append_line(file: FileIO, line: bytes) -> None:
-    """Append a line, given without its end, to an unbuffered file, and flush it, either whole or not at all.
-
-    Raises:
-        OSError: If it cannot be written, for instance because the disk is full. The file is as before.
-    """
+    """Append a line, given without its end, to an unbuffered file, and flush it; after an `OSError` it is as before."""
     end = os.fstat(file.fileno()).st_size
     try:
         # A disk that fills up takes the beginning of the line, and reports no error.
@@ -214,10 +203,8 @@ def is_locked(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -226,10 +213,8 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
 
     Wait up to `LOCK_SECONDS` for another process, but with `orphans_only` just for children of one that took the lock
-    and died. A child process that inherits the file descriptors in the tuple holds the lock as well.
-
-    Raises:
-        UserError: If another process still holds the lock, or the folder cannot be written to.
+    and died. A child process that inherits the file descriptors in the tuple holds the lock as well. A `UserError` is
+    raised if another process still holds the lock, or the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,8 +280,7 @@ def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
 def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
     """Return the record of a run, its run.json; {} if there is none. `RunRecord` says what is in it.
 
-    Raises:
-        UserError: If it is damaged, or something else: the folder may be a stranger's. It names `field`.
+    A `UserError` that names `field` is raised if it is damaged, or something else: the folder may be a stranger's.
     """
     path = run / "run.json"
     content, fault = _read_object(path)
@@ -331,15 +315,12 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:
-    """Return the shape of each weight in a safetensors file, from its header.
-
-    Raises:
-        SafetensorError, OSError: If the file cannot be read.
-    """
+    """Return the shape of each weight in a safetensors file, from its header; raise `SafetensorError` or `OSError`."""
     check_regular(file)
     with file.open("rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    if header > MAX_HEADER:
+    # 4 MiB are for more than 30,000 weights, each of which takes time whenever the file is read.
+    if header > 4 << 20:
         raise OSError(f"its header has {header:,} bytes, for more weights than one file of a model has")
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118

@@ -22,19 +22,13 @@ import psutil
 
 MAX_LAYERS = 1024
 """More are certainly a mistake: the deepest models in use have a few hundred, and a configuration names each layer."""
-
 MAX_LABELS = 1 << 16
 """More are certainly a mistake; a configuration names its labels one by one."""
-
 MAX_ENTRIES = {
     "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
     "generation_config.json": 200_000, "adapter_config.json": 200_000,
 }  # fmt: skip
 """Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
-
-MAX_USUAL, MAX_USUAL_COUNT = 1 << 24, 1024
-"""Sizes, and numbers of parts, of a usual model. A configuration with larger ones is first tried."""
-
 MAX_MIB = {
     "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
     "tokenizer_config.json": 32, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
@@ -42,31 +36,23 @@ MAX_MIB = {
     "sentencepiece.model": 64, "spm.model": 64, "tiktoken.model": 64, ".jinja": 1, ".tiktoken": 64,
 }  # fmt: skip
 """Sizes of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
-
 SECONDS = 5
 """Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
-
 MEMORY = 1 << 30
 """Bytes that the child may use in addition to its copy of this process."""
-
 PATIENCE_SECONDS = 30.0
 """Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
 verdict, and with less it is left open."""
-
 OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
 """Exit codes of the child."""
-
 TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
 
 
 def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
     """Call a function in a child process, and return which limit it exceeds, as the end of a sentence, or None.
 
-    Only Linux forks safely; elsewhere it is not called.
-
-    Args:
-        call: The function. Anything but `TOO_LONG` that it returns or raises is ignored; the caller will see it.
-        mapped: Bytes of a file that it maps into memory, which count like memory but take none.
+    Only Linux forks safely; elsewhere it is not called. Whatever it returns or raises, but `TOO_LONG`, is ignored;
+    the caller will see it. `mapped` are the bytes of a file that it maps into memory, which are not counted.
     """
     if sys.platform != "linux":
         return None
@@ -109,12 +95,8 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
         silent = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(silent, stream)
-        limits = {
-            resource.RLIMIT_CORE: 0,
-            resource.RLIMIT_CPU: SECONDS,
-            resource.RLIMIT_AS: psutil.Process().memory_info().vms + mapped + MEMORY,
-        }
-        for limit, value in limits.items():
+        memory = psutil.Process().memory_info().vms + mapped + MEMORY
+        for limit, value in (resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory):
             # A lower limit, set by the user, cannot be raised.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(limit, (value, value))
@@ -128,15 +110,8 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
         os._exit(code)
 
 
-# ---- What configurations may ask for
-
-
 def check_files(folder: Path) -> None:
-    """Check the config.json in a folder and the sizes of its tokenizer's files before anything is made of them.
-
-    Raises:
-        ValueError: If they ask for more than a model can have.
-    """
+    """Raise a `ValueError` if a config.json, or a tokenizer's files, ask for more than a model can have."""
     for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
         if limit and file.is_file() and file.stat().st_size > limit << 20:
@@ -153,8 +128,8 @@ def check_files(folder: Path) -> None:
         if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
             raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
     counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
-    limits = [(name, value, MAX_USUAL_COUNT if counts.search(name) else MAX_USUAL) for name, value in numbers]
-    unusual = [f"{name}: {value}" for name, value, limit in limits if value > limit]
+    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Others are first tried.
+    unusual = [f"{name}: {value}" for name, value in numbers if value > (1024 if counts.search(name) else 1 << 24)]
 
     def build() -> None:
         import torch

@@ -25,9 +25,6 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
     """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
     TRL loads the model by the `model_init_kwargs` that `training_args` get, and the adapter is loaded in the same way.
-
-    Raises:
-        UserError: If the adapter cannot be merged.
     """
     name = str(model_args.model_name_or_path)
     dtype: Any = model_args.dtype
@@ -43,28 +40,24 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         "device_map": None,
         "trust_remote_code": False,
     }
-    base = base_of(name, model_args.model_revision)
-    if base is None:
+    if (base := base_of(name, model_args.model_revision)) is None:
         training_args.model_init_kwargs = options
         return name
     logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
     # The head of a new reward model is random.
     set_seed(training_args.seed)
+    kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
     with user_error_for("model_name_or_path", name, checked=True):
-        kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
         return merge_into_base(name, kind, **options)
 
 
-def merge_into_base(
-    name: str, model_class: Any = None, *, revision: str | None = None, **options: Any
-) -> PreTrainedModel:
+def merge_into_base(name: str, model_class: Any = None, revision: str | None = None, **options: Any) -> PreTrainedModel:
     """Load an adapter and its base model, and merge them into a model all of whose weights can be trained.
 
     Args:
-        name: A folder or an id on the Hub.
+        name: A folder or an id on the Hub, where `revision` is "main" by default.
         model_class: Class of transformers for a reward model or a critic, which have one label. If the adapter
             is one of a language model, the head is random. Default: the class that saved the base model.
-        revision: Branch, tag or commit of the adapter on the Hub. Default: "main".
         **options: For `from_pretrained` of the base model.
 
     Raises:

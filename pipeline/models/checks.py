@@ -43,12 +43,8 @@ def check_model(
     reward: bool = False,
     **lengths: int | None,
 ) -> list[Problem]:
-    """Check, by its configuration, that the model `name` fits the stage, the tokenizer and the lengths.
-
-    `tokenizer` is None if it failed to load, and `reward` says whether a reward model is trained.
-    """
-    faults = []
-    architectures = config.architectures or []
+    """Check, by its configuration, that the model `name` fits the stage, the tokenizer (if any) and the lengths."""
+    faults, architectures = [], config.architectures or []
     if getattr(config, "quantization_config", None):
         faults.append("is quantised, and quantised training is not supported; give the original weights")
     if getattr(config, "is_encoder_decoder", False):
@@ -57,16 +53,14 @@ def check_model(
         faults.append(fault)
     elif architectures and not reward:
         # TRL loads the class that config.json names.
-        model_class = getattr(transformers, architectures[0], None)
-        if model_class is None:
+        if (model_class := getattr(transformers, architectures[0], None)) is None:
             faults.append(f"its config.json names an unknown architecture, {architectures[0]}; correct it")
         elif not model_class.can_generate():
             faults.append(f"is a {architectures[0]}, which cannot generate text; give a decoder-only language model")
     if tokenizer is not None and (fault := validate_vocabulary(config, tokenizer)):
         faults.append(fault)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     problems = [Problem("model_name_or_path", name, fault) for fault in faults]
-    return problems + check_lengths(positions, **lengths)
+    return problems + check_lengths(getattr(config.get_text_config(), "max_position_embeddings", None), **lengths)
 
 
 def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:
@@ -77,14 +71,3 @@ def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]
         for field, length in lengths.items()
         if length is not None and positions is not None and length > positions
     ]
-
-
-def check_room(field: str, value: int, longest: int, positions: int | None) -> list[Problem]:
-    """Check that a prompt of `longest` tokens leaves room for an answer of `value` tokens, which `field` sets."""
-    if positions is None or longest + value <= positions:
-        return []
-    remedy = (
-        f"the longest prompt takes {longest} of the model's {positions} tokens of context (max_position_embeddings), "
-        f"which leaves {max(0, positions - longest)}; lower it or shorten prompts"
-    )
-    return [Problem(field, value, remedy)]

@@ -6,7 +6,7 @@ Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassif
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import (
     AutoModelForSequenceClassification,
@@ -20,24 +20,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.models.patches import name_body_of_llama4
 
-Task = Literal["SequenceClassification", "TokenClassification"]
-
-TASKS: dict[Task, tuple[Any, Any]] = {
+TASKS: dict[str, tuple[Any, Any]] = {
     "SequenceClassification": (GenericForSequenceClassification, AutoModelForSequenceClassification),
     "TokenClassification": (GenericForTokenClassification, AutoModelForTokenClassification),
 }
 """The mixin of transformers that adds a linear head to any text model, and the Auto class of those that exist."""
 
 
-def classifier(config_class: type[PreTrainedConfig], task: Task) -> type[PreTrainedModel]:
-    """Return the class of a text model with a linear head, for one output for a text or for each token.
-
-    transformers has one for most architectures. For the others, this puts one together from transformers' own parts.
-    """
+def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrainedModel]:
+    """Return the class of a text model with a linear head for a task of `TASKS`, from transformers or of its parts."""
     mixin, auto_class = TASKS[task]
-    known = auto_class._model_mapping
-    if config_class in known:
-        return known[config_class]
+    if config_class in auto_class._model_mapping:
+        return auto_class._model_mapping[config_class]
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"

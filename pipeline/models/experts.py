@@ -20,37 +20,33 @@ def routers(model: nn.Module) -> list[Llama4Router]:
 
 def active_parameters(model: nn.Module) -> int:
     """Return the number of parameters that a token passes: all except the experts that it is not routed to."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(Tensor.numel, model.parameters()))
     chosen = {router.num_experts: router.top_k for router in routers(model)}
     for module in model.modules():
         if isinstance(module, Llama4TextExperts):
-            size = sum(parameter.numel() for parameter in module.parameters())
+            size = sum(map(Tensor.numel, module.parameters()))
             total -= size - size * chosen[module.num_experts] // module.num_experts
     return total
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
-    """Return the floating-point operations that training a decoder spends on one token, forward and backward.
+    """Return the floating-point operations that training a decoder spends on one token of sequences of `length`.
 
     Six for each weight of a matrix that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language
     Models", section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM",
-    appendix B), halved because attention is causal.
-
-    Args:
-        length: Tokens per sequence; 0 for the operations without attention.
+    appendix B), halved because attention is causal. A length of 0 leaves attention out.
     """
     config = model.config.get_text_config()
     weights = active_parameters(model)
     # Looking up an embedding multiplies nothing, but the same matrix multiplies as an output layer.
     if not config.tie_word_embeddings:
-        weights -= sum(parameter.numel() for parameter in model.get_input_embeddings().parameters())
+        weights -= sum(map(Tensor.numel, model.get_input_embeddings().parameters()))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # In some layers of a Llama 4, tokens attend within their chunk of the row.
     chunk = getattr(config, "attention_chunk_size", None) or length
     chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
     attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)
-    attention = 12 * attended * config.num_attention_heads * head / 2
-    return 6 * weights + attention
+    return 6 * weights + 12 * attended * config.num_attention_heads * head / 2
 
 
 def choices(router: Llama4Router, logits: Tensor) -> Tensor:
@@ -61,12 +57,11 @@ def choices(router: Llama4Router, logits: Tensor) -> Tensor:
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    It is the mean over rows: experts that are balanced over a whole batch may each take one kind of text. Layers are
-    not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
+    It is the mean over `rows` of equal length: experts that are balanced over a whole batch may each take one kind of
+    text. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
 
     Args:
         logits: The logits of the router, shape (tokens, experts).
-        rows: Rows of equal length that the tokens come from.
     """
     # The share of tokens is a count and has no gradient. The router learns through the mean probability.
     shares = choices(router, logits.detach()).view(rows, -1, router.num_experts).mean(1) / router.top_k
@@ -74,19 +69,11 @@ def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     return router.num_experts * (shares * probabilities).sum(-1).mean()
 
 
-def z_loss(logits: Tensor) -> Tensor:
-    """Return the router z-loss of a layer (Zoph et al. 2022, "ST-MoE", eq. 5), which keeps logits small."""
-    return logits.float().logsumexp(-1).square().mean()
-
-
 class RouteCounter(ExitStack):
-    """Counts how many tokens each expert of a model, if any, takes. As a context manager, it stops at the end.
+    """Counts how many tokens, without padding, each expert of a model takes; as a context manager, until its end.
 
-    Padding does not count. A forward pass that is computed again, for activation checkpointing, counts twice, which
-    does not change any share.
-
-    Args:
-        training: Count only what is computed in training mode.
+    With `training`, only what is computed in training mode counts. A forward pass that is computed again, for
+    activation checkpointing, counts twice, which does not change any share.
 
     Attributes:
         counts: Tokens of each expert since the last `clear`, shape (layers, experts); (0, 0) if there are no experts.
@@ -95,8 +82,7 @@ class RouteCounter(ExitStack):
 
     def __init__(self, model: nn.Module, *, training: bool = False) -> None:
         super().__init__()
-        self.routers = routers(model)
-        self.training = training
+        self.routers, self.training = routers(model), training
         # The tokens of the present forward pass that are not padding, shape (tokens,); None if that is not known.
         self._real: Tensor | None = None
         self.clear()
@@ -132,9 +118,8 @@ class RouteCounter(ExitStack):
         if self.training and not router.training:
             return
         logits = outputs[1].float()
-        # The totals move to the device with the first batch.
+        # The totals move to the device with the first batch. MPS does not have float64.
         if self.counts.device != logits.device:
-            # MPS does not have float64.
             dtype = torch.float32 if logits.device.type == "mps" else torch.float64
             self.counts, self.entropy = (total.to(logits.device, dtype) for total in (self.counts, self.entropy))
         log_probs = logits.log_softmax(-1)

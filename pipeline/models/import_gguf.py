@@ -1,7 +1,5 @@
 """`python -m pipeline import-gguf FILE.gguf DIR`: make a model to start from of a file that was written for llama.cpp.
 
-    python -m pipeline import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
-
 Weights become float32 (Q5_0 and Q5_1 cannot be read); what a quantisation has lost stays lost. The tokenizer makes the
 tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`) is marked as quantised and cannot
 be saved, splits numbers as no model of SmolLM was trained to, and pads with the token that ends answers.
@@ -54,8 +52,6 @@ transformers reads any tokenizer of a qwen2 as Qwen2's own, which composes accen
 ROPE_DIVISORS = "rope_freqs.weight"
 """Of Llama 3.1 and later: what the frequencies of the rotary embedding are divided by, of shape (head size / 2,)."""
 
-STRINGS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `import-gguf` to `parser`."""
@@ -90,8 +86,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the model and the tokenizer in a GGUF file, whose author is not trusted.
 
     Raises:
-        ValueError: If it is damaged, or holds another kind of model or tokenizer.
-        Exception: Anything that a damaged file makes the libraries raise.
+        Exception: If it is damaged, or holds another kind of model or tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -114,7 +109,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         raise ValueError("it names no token that ends a text")
     separate_pad_token(tokenizer, str(file))
 
-    metadata, _ = read_gguf_metadata(str(file), STRINGS)
+    metadata, _ = read_gguf_metadata(str(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
     config = read_config(header, metadata, tokenizer)
     tokenizer.model_max_length = config.max_position_embeddings
     with torch.device("meta"):
@@ -151,11 +146,10 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     _, found, settings = get_gguf_tokenizer(str(file))
     kind, pre = found.get("tokenizer_type"), found.get("pre_tokenizer_type")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; only 'gpt2' with {known} can be read")
+        known = f"only 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read"
+        raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; {known}")
     # Llama 3 takes a word that is a token as it is, and begins a text with a token if the file does not say otherwise.
-    is_llama3 = pre == "llama-bpe"
-    vocabulary = {token: i for i, token in enumerate(found["tokens"])}
+    is_llama3, vocabulary = pre == "llama-bpe", {token: i for i, token in enumerate(found["tokens"])}
     backend = Tokenizer(models.BPE(vocabulary, get_merges(found), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
     # For others than GPT-2's, transformers has a pattern.
@@ -241,11 +235,10 @@ def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            here = f"has the shape {found[name]}" if name in found else "is missing"
-            there = f"is {wanted[name]}" if name in wanted else "has none"
-            raise ValueError(f"its {name} {here}, and a {config.model_type} of its sizes {there}")
+    if wrong := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+        here = f"has the shape {found[wrong[0]]}" if wrong[0] in found else "is missing"
+        there = f"is {wanted[wrong[0]]}" if wrong[0] in wanted else "has none"
+        raise ValueError(f"its {wrong[0]} {here}, and a {config.model_type} of its sizes {there}")
     stored, weights = load_gguf_state_dict(header), {}
     for name in own:
         values, kind = stored[name][...], stored[name].ggml_type

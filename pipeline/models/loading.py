@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -33,40 +33,21 @@ from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError,
 from pipeline.files import describe_folder, is_missing_path, split_revision
 from pipeline.files.bounded import check_files, exceeds, longest
 from pipeline.models.tokenizer import validate_tokenizer
-from pipeline.models.weights import stored_weights, validate_adapter, validate_complete, validate_files
+from pipeline.models.weights import validate_adapter, validate_complete, validate_files, weight_files
 
 logger = logging.getLogger(__name__)
-
-MAX_READ_BYTES = 4 << 30
-"""Size of weight files up to which they are read before training, to find numbers that are not finite."""
-
-MAX_BUFFER_BYTES = 2 << 30
-"""Size of the tensors of a model that are not weights; a model of 1 GB has a few MB of them."""
-
-MANY_TOKENS = 20_000
-"""Added tokens above which a tokenizer is first tried."""
-
-REJECTIONS = (OSError, ValueError, RuntimeError, UserWarning, SafetensorError, MemoryError)
-"""Exceptions by which the libraries reject files."""
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """The ends of transformers' class names for PEFT's task types."""
 
-HUB_SECONDS = 3.0
-"""How long to wait for an answer of the Hub."""
-
 
 def skip_unreachable_hub() -> None:
-    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s.
-
-    Files in the cache still load.
-    """
+    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s."""
     hub = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return
-    port = hub.port or (80 if hub.scheme == "http" else 443)
     try:
-        socket.create_connection((hub.hostname, port), HUB_SECONDS).close()
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), 3.0).close()
     except OSError as error:
         logger.warning("The Hub cannot be reached (%s): only local files and its cache are used.", error)
         constants.HF_HUB_OFFLINE = True
@@ -83,43 +64,39 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
     except UserError:
         raise
     except Exception as error:
-        # A damaged tokenizer.json or config.json raises anything.
-        is_expected = isinstance(error, REJECTIONS)
+        # Libraries reject files by these. A damaged tokenizer.json or config.json raises anything.
+        rejections = OSError | ValueError | RuntimeError | UserWarning | SafetensorError | MemoryError
+        is_expected = isinstance(error, rejections)
         if checked and not is_expected:
             raise
-        reason = "the memory does not suffice"
+        reason = shorten(str(error) if is_expected else repr(error), 250)
         if is_missing_path(str(name)):
             reason = "there is no such folder"
-        elif not isinstance(error, MemoryError):
-            reason = shorten(str(error) if is_expected else repr(error), 250)
+        elif isinstance(error, MemoryError):
+            reason = "the memory does not suffice"
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
+
+
+_download = functools.cache(snapshot_download)
 
 
 def local_copy(name: str, inner: str | None = None) -> str:
     """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
-    Args:
-        name: A folder or an id on the Hub, with a revision or without.
-        inner: A folder of the repository to return if it exists. The repository is then always downloaded.
+    With `inner`, a repository is always downloaded, and its folder of that name returned if it exists.
 
     Raises:
-        OSError: If it does not exist, or cannot be downloaded.
+        OSError: If the repository does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
         return name
-    folder = Path(_download(repo_id, revision))
+    # Without the checkpoints of a run.
+    files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+    checkpoints = ("checkpoint-*", "last-checkpoint/*")
+    folder = Path(_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints))
     return str(folder / inner if inner and (folder / inner).is_dir() else folder)
-
-
-@functools.cache
-def _download(repo_id: str, revision: str | None) -> str:
-    """Download a model without its checkpoints."""
-    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-    return snapshot_download(
-        repo_id, revision=revision, allow_patterns=files, ignore_patterns=["checkpoint-*", "last-checkpoint/*"]
-    )
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -155,21 +132,22 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     """Load a tokenizer, in a child process first if its files add many tokens, which are compared with each other."""
     options = {"revision": revision or "main", "trust_remote_code": False}
     load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
+    many = 20_000
     # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
     for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
         path = Path(name) / file
-        if path.is_file() and path.stat().st_size >= size * MANY_TOKENS:
+        if path.is_file() and path.stat().st_size >= size * many:
             content = json.loads(path.read_text(encoding="utf-8"))
             count = longest(content.get("added_tokens") if file == "tokenizer.json" else content)
-            if count > MANY_TOKENS and (fault := exceeds(load)):
+            if count > many and (fault := exceeds(load)):
                 raise RuntimeError(f"loading its {count:,} added tokens {fault}")
     return load()
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Let a tokenizer that has no pad token or pads with its eos token pad with a special token that is not used.
+    """Let a tokenizer without a pad token of its own pad with an unused special token; `name` is for the log.
 
-    Without one, it pads with eos: the trainers here know the lengths of rows. `name` is for the log.
+    Without one, it pads with eos: the trainers here know the lengths of rows.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if eos is None or pad not in (None, eos):
@@ -235,8 +213,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
+    # Saving the trained model does this as well, and would fail at the end of the run.
     if (Path(base or name) / "generation_config.json").is_file():
-        # Saving the trained model does this as well, and would fail at the end of the run.
         transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
@@ -257,11 +235,10 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
 
 def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
     """Report a reward model where a language model is wanted, or one with several labels. Return None if it fits."""
-    if not is_reward_model(config):
+    if not is_reward_model(config) or (reward and config.num_labels == 1):
         return None
-    if not reward:
-        return "is a reward model; give a language model"
-    return f"has {config.num_labels} labels; give a reward model, which has one" if config.num_labels != 1 else None
+    wanted = f"has {config.num_labels} labels; give a reward model, which has one"
+    return wanted if reward else "is a reward model; give a language model"
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
@@ -292,20 +269,23 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
         if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
             return f"to add what its adapter_config.json asks for {fault}"
-    # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded.
-    if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_BUFFER_BYTES, 4 * model.num_parameters()):
-        return f"its config.json asks for more than {MAX_BUFFER_BYTES >> 30} GiB in addition to the weights; correct it"
+    # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded. A model of 1 GB
+    # has a few MB of them.
+    if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):
+        return "its config.json asks for more than 2 GiB in addition to the weights; correct it"
     if not folder.is_dir():
         return None
     fault = validate_files(folder, model)
-    if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= MAX_READ_BYTES:
-        fault = validate_finite(stored_weights(folder))
+    # Larger files would take long to read before training.
+    if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 4 << 30:
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as weights:
+                named = ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
+                fault = fault or validate_finite(named)
     return f"its base model {base}: {fault}" if base and fault else fault
 
 
-def validate_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, whose: str = "its tokenizer"
-) -> str | None:
+def validate_vocabulary(config: PreTrainedConfig, tokenizer: Any, whose: str = "its tokenizer") -> str | None:
     """Return what is wrong if the tokenizer has more tokens than the model. `whose` names it in the message."""
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known is None or len(tokenizer) <= known:
@@ -332,8 +312,7 @@ def load_model(
         tokenizer: A folder or an id on the Hub. Default: the model's.
 
     Raises:
-        UserError: If the model or its tokenizer cannot be loaded, weights are missing or not finite, or the tokenizer
-            has more tokens than the model, no end-of-text token or no chat template that works.
+        UserError: If the model or its tokenizer cannot be loaded, does not fit the other, or is broken.
     """
     words = load_tokenizer(tokenizer or name, field)
     model_class = transformers.AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -347,11 +326,9 @@ def load_model(
             or validate_weights(name, config, model_class)
         )
         if fault is None:
+            options = {"config": config, "dtype": dtype, "trust_remote_code": False}
             with without_table():
-                source = local_copy(name)
-                model, loaded = model_class.from_pretrained(
-                    source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
-                )
+                model, loaded = model_class.from_pretrained(local_copy(name), output_loading_info=True, **options)
                 avoid_emulation(model)
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
@@ -361,13 +338,9 @@ def load_model(
 
 
 def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
-    """Return a model itself if it has no adapter; otherwise a copy with its active adapters merged into its weights.
-
-    It is a `PeftModel`, or transformers has loaded adapters into it. With `in_place`, it is not copied.
-    """
+    """Return a model itself if it has no adapter, else a copy (or itself, `in_place`) with active adapters merged."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapters = BaseTunerLayer | AuxiliaryTrainingWrapper
-    if not any(isinstance(module, adapters) for module in model.modules()):
+    if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         return model
     merged = model if in_place else copy.deepcopy(model)
     for name, module in list(merged.named_modules()):

@@ -1,7 +1,4 @@
-"""`python -m pipeline merge ADAPTER --output_dir DIR`: write a LoRA adapter and its base model as one model.
-
-python -m pipeline merge runs/lora/2_sft --output_dir runs/lora/2_sft-merged
-"""
+"""`python -m pipeline merge ADAPTER --output_dir DIR`: write a LoRA adapter and its base model as one model."""
 
 from __future__ import annotations
 

@@ -21,12 +21,9 @@ class ScratchArguments:
     """A model to train from scratch: a dense Llama, or a Llama 4, with the names of transformers' configurations.
 
     A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
-    heads, grouped-query attention (Ainslie et al. 2023).
-
-    A Llama 4 (Meta 2025) is a mixture of experts. A layer of experts has, besides those that the router chooses among,
-    one shared expert that takes every token, so that each token passes `num_experts_per_tok` + 1 experts of width
-    `intermediate_size`. transformers computes all experts for all tokens, and adds what the router did not choose with
-    weight 0: few experts are fast.
+    heads, grouped-query attention (Ainslie et al. 2023). A Llama 4 (Meta 2025) is a mixture of experts. Each token
+    passes `num_experts_per_tok` experts of width `intermediate_size`, and a shared one that takes every token.
+    transformers computes all experts for all tokens, and gives those not chosen the weight 0: few experts are fast.
 
     Raises:
         UserError: If the sizes do not fit together, or belong to the other kind of model.
@@ -45,35 +42,25 @@ class ScratchArguments:
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
     model_type: Literal["llama", "llama4_text"] = HfArg(
-        default="llama", help="llama is dense, llama4_text a mixture of experts."
+        default="llama", help="llama is dense, llama4_text has experts."
     )
     intermediate_size_mlp: int | None = HfArg(
         default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
     )
     num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
     num_experts_per_tok: int | None = HfArg(default=None, help="Llama 4: experts chosen for a token (default: 1).")
-    interleave_moe_layer_step: int | None = HfArg(
-        default=None, help="Llama 4: every n-th layer has experts (default: 1, each)."
-    )
-    no_rope_layer_interval: int | None = HfArg(
-        default=None, help="Llama 4: every n-th layer has no rotary embedding (default: 4)."
-    )
-    attention_chunk_size: int | None = HfArg(
-        default=None, help="Llama 4: tokens of a chunk, within which layers with rotary embedding attend."
-    )
+    interleave_moe_layer_step: int | None = HfArg(default=None, help="Llama 4: experts every n-th layer (default: 1).")
+    no_rope_layer_interval: int | None = HfArg(default=None, help="Llama 4: no RoPE every n-th layer (default: 4).")
+    attention_chunk_size: int | None = HfArg(default=None, help="Llama 4: chunk within which RoPE layers attend.")
     use_qk_norm: bool | None = HfArg(default=None, help="Llama 4: normalise queries and keys (default: true).")
-    router_aux_loss_coef: float | None = HfArg(
-        default=None, help="Llama 4: weight of the loss that balances the experts in pretraining (default: 0.01)."
-    )
-    router_z_loss_coef: float | None = HfArg(
-        default=None, help="Llama 4: weight of the z-loss, which keeps router logits small (default: 0.001)."
-    )
+    router_aux_loss_coef: float | None = HfArg(default=None, help="Llama 4: weight of balancing loss (default: 0.01).")
+    router_z_loss_coef: float | None = HfArg(default=None, help="Llama 4: weight of router z-loss (default: 0.001).")
 
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         problems = []
-        if self.hidden_size % (2 * heads):
-            remedy = f"must be a multiple of 2 x num_attention_heads ({2 * heads})"
+        if self.hidden_size % (factor := 2 * heads):
+            remedy = f"must be a multiple of 2 x num_attention_heads ({factor})"
             problems.append(Problem("hidden_size", self.hidden_size, remedy))
         if groups is not None and heads % groups:
             remedy = f"must be a divisor of num_attention_heads ({heads})"
@@ -109,10 +96,7 @@ LLAMA4: dict[str, Any] = {
 
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model with random weights in float32; the global random state does not change.
-
-    The tokenizer sets the vocabulary size, and the ids of pad, bos and eos in both configurations.
-    """
+    """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
     import torch
     from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
@@ -138,8 +122,7 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
             # The scale of queries by their place in the row, which begins at 8,192 tokens, ignores `position_ids`:
             # packed documents would get each other's.
             "attn_temperature_tuning": False,
-            # TRL takes any other coefficient for a loss that the model returns, which it does not.
-            # `pipeline.training.pretraining` computes it.
+            # TRL takes any other coefficient for a loss of the model. `pipeline.training.pretraining` computes it.
             "router_aux_loss_coef": 0.0,
         }
     with hardware.unchanged_rng():

@@ -63,8 +63,7 @@ class TokenizerArguments:
     output_dir: str = field(metadata={"help": "Folder to write, for AutoTokenizer.from_pretrained."})
     vocab_size: int = field(default=2048, metadata={"help": "Maximum size, including special tokens and 256 bytes."})
     algorithm: Literal["bpe", "character"] = field(
-        default="bpe",
-        metadata={"help": "bpe merges bytes into frequent pieces of words, character into single characters."},
+        default="bpe", metadata={"help": "bpe merges bytes into frequent pieces of words, character into characters."}
     )
     model_max_length: int = field(default=512, metadata={"help": "Context length of the model to train, in tokens."})
     tools: bool = field(default=False, metadata={"help": "Reserve tokens for calls of tools and what they return."})
@@ -79,10 +78,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2) with a chat template.
 
-    Args:
-        texts: Documents to learn the merges from; read once.
-        vocab_size: Upper bound of the vocabulary; few or short texts give a smaller one.
-        algorithm, model_max_length, tools: See `TokenizerArguments`.
+    The texts are read once. Few or short ones give a smaller vocabulary than `vocab_size`.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
@@ -91,19 +87,14 @@ def train_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     special = (*SPECIAL_TOKENS, *TOOL_TOKENS) if tools else SPECIAL_TOKENS
-    smallest = 256 + len(special)
-    if vocab_size < smallest:
-        remedy = f"must be at least {smallest}: 256 bytes and the special tokens"
+    if vocab_size < 256 + len(special):
+        remedy = f"must be at least {256 + len(special)}: 256 bytes and the special tokens"
         raise UserError(Problem("vocab_size", vocab_size, remedy))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(algorithm)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), **options)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -123,13 +114,12 @@ def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
     """Return what splits a text before the merges apply: SmolLM's pre-tokenizer, or one that splits into characters."""
     from tokenizers import Regex, pre_tokenizers
 
-    if algorithm == "bpe":
-        split: PreTokenizer = pre_tokenizers.Digits(individual_digits=True)
-    else:
+    if algorithm == "character":
         split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     # GPT-2's pattern, which ByteLevel applies, keeps merges within words.
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=algorithm == "bpe")
-    return pre_tokenizers.Sequence([split, to_bytes])
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), to_bytes])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -160,20 +150,14 @@ def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> l
     return [{**m, **{key: broken(m[key]) for key in ("content", "name", "tool_calls") if key in m}} for m in messages]
 
 
-MAX_RENDERED = 1 << 20
-"""Characters of a short conversation after its chat template, which the caller will tokenize without limits."""
-
 _verdicts: dict[bytes, str | None] = {}
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return what is wrong with a tokenizer that takes too long for a word, or its chat template for a turn, or None.
-
-    The verdict is kept for all tokenizers that do the same to a text.
-    """
+    """Report a tokenizer that takes too long for a word, or its chat template for a turn; return None if neither."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    # The vocabulary, which may be large, does not matter for how long a text takes.
+    # Tokenizers that do the same to a text share a verdict. The vocabulary, which may be large, does not matter.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _verdicts:
         _verdicts[key] = None
@@ -185,17 +169,15 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Render the chat template, and return `TOO_LONG` if it makes much text of a few words.
-
-    Which conversations it refuses does not matter here.
-    """
+    """Render the chat template, which may refuse conversations. Return `TOO_LONG` if it makes much of a few words."""
     contents = {"system": "Be brief.", "user": "Hello", "assistant": "Hello, how may I help you?"}
     turns = [{"role": role, "content": content} for role, content in contents.items()]
     turns.append({"role": "user", "content": "Hello " * 100})
     for conversation, prompt in product((turns[1:2], turns[1:3], turns[1:], turns), (False, True)):
         try:
             text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
-            if len(text) > MAX_RENDERED:
+            # The caller will tokenize such a text without limits.
+            if len(text) > 1 << 20:
                 return TOO_LONG
             tokenizer(text, add_special_tokens=False)
         except MemoryError:

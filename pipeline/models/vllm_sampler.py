@@ -15,15 +15,10 @@ from trl.import_utils import is_vllm_available
 from pipeline import hardware
 from pipeline.models.generation import Completion, end_tokens, stopped
 
-MEMORY = 0.4
-"""Share of a GPU's memory for each sampler. A model that is measured and its opponent have one each, and their weights
-in PyTorch as well."""
-
 LENGTH_THAT_FITS = -1
 """Value of `max_model_len` that makes vLLM use as many of a model's positions as its memory has room for.
 
-By default, vLLM does not start if there is no room for one text of all positions, which are 131,072 in many small
-models."""
+By default, vLLM does not start if there is no room for one text of all, which are 131,072 in many small models."""
 
 
 def validate_vllm() -> str | None:
@@ -39,8 +34,7 @@ def validate_vllm() -> str | None:
 class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
-    vLLM starts, in the precision that the model then has, with the first call. It reads models from folders, so that
-    the model, which has no adapters, is written to a temporary one.
+    vLLM starts, in the precision that the model then has, with the first call, and reads it from a temporary folder.
     """
 
     model: PreTrainedModel
@@ -54,7 +48,8 @@ class VLLMSampler:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             dtype = str(self.model.dtype).removeprefix("torch.")
-            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=MEMORY, max_model_len=LENGTH_THAT_FITS)
+            # A model that is measured and its opponent have a sampler each, and their weights in PyTorch as well.
+            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=0.4, max_model_len=LENGTH_THAT_FITS)
 
     def generate(
         self,
@@ -70,17 +65,10 @@ class VLLMSampler:
         from vllm import SamplingParams
 
         ends, seeds = end_tokens(self.model, self.tokenizer), random.Random(seed)
+        common = {"n": samples, "temperature": temperature, "min_p": min_p, "max_tokens": max_new_tokens}
+        # vLLM adds the number of the sample to the seed of its prompt.
         settings = [
-            SamplingParams(
-                n=samples,
-                temperature=temperature,
-                min_p=min_p,
-                max_tokens=max_new_tokens,
-                stop_token_ids=ends,
-                # vLLM adds the number of the sample to the seed of its prompt.
-                seed=seeds.randrange(2**32),
-                detokenize=False,
-            )
+            SamplingParams(**common, stop_token_ids=ends, detokenize=False, seed=seeds.randrange(2**32))
             for _ in prompts
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]

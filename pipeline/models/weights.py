@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pipeline.files import read_json, read_shapes
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Trainer
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
-
-
-def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shapes of all weights in a folder, by their names in the files; empty if there are none."""
-    return {name: shape for file in _weight_files(folder) for name, shape in read_shapes(file).items()}
-
-
-def stored_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the names and values of all weights in a folder, one at a time."""
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
-            yield from ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
 
 
 def _validate_file(file: Path) -> str | None:
@@ -44,11 +30,8 @@ def _validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Report how a local model's files differ from what a model on the meta device expects; None if they do not.
-
-    transformers would fill missing weights with random numbers and log a table.
-    """
-    files = _weight_files(folder)
+    """Report how a local model's files differ from what a model on the meta device expects; None if they do not."""
+    files = weight_files(folder)
     if not files:
         if any(folder.glob("*.bin")):
             return "its weights are a pickle, which may run code; save the model as safetensors"
@@ -56,7 +39,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
     if damaged := next(filter(None, map(_validate_file, files)), None):
         return damaged
     # Compare the shapes of the weights whose names both sides know.
-    shapes = stored_shapes(folder)
+    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
         first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
@@ -65,19 +48,19 @@ def validate_files(folder: Path, model: Any) -> str | None:
         # Saved from a different class or under older names, so that missing weights cannot be recognised by these.
         # Quantized files pack several weights into one number.
         held, expected = sum(map(math.prod, shapes.values())), model.num_parameters()
-        if held < expected / 2 and not hasattr(model.config, "quantization_config"):
-            counts = f"{held:,} of the {expected:,} weights of its config.json"
-            return f"its weight files hold {counts}; copy the model again"
-        return None
+        if held >= expected / 2 or hasattr(model.config, "quantization_config"):
+            return None
+        return f"its weight files hold {held:,} of the {expected:,} weights of its config.json; copy the model again"
     return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
 
 
 def validate_adapter(folder: Path) -> str | None:
     """Report an adapter whose file is damaged, or whose rank is larger than its weights: PEFT would make them first."""
-    if damaged := _validate_file(folder / ADAPTER):
+    file = folder / "adapter_model.safetensors"
+    if damaged := _validate_file(file):
         return damaged
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    largest = max((size for shape in read_shapes(folder / ADAPTER).values() for size in shape), default=0)
+    largest = max((size for shape in read_shapes(file).values() for size in shape), default=0)
     ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
     if wrong := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
         return f"its adapter_config.json asks for the rank {wrong[0]}, which its weights do not have; copy it again"
@@ -89,14 +72,15 @@ def validate_complete(names: Collection[str]) -> str | None:
     return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the files of a model whose weights are in one file, or in several that an index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    names = read_json(folder / INDEX).get("weight_map", {})
+    names = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
     return [folder / name for name in sorted(set(names.values())) if isinstance(name, str)]
 
 
+@dataclass(eq=False)
 class RenamedWeights:
     """A part of checkpoints (`pipeline.training.reliable`): weights whose names in the files the model does not know.
 
@@ -106,8 +90,7 @@ class RenamedWeights:
 
     belongs_to_model = True
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    trainer: Trainer
 
     def save(self, folder: Path) -> None:
         """Write nothing: the weights are in the files of the model."""
@@ -119,7 +102,9 @@ class RenamedWeights:
 
         model = self.trainer.model
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
-        if sharded or not isinstance(model, PreTrainedModel) or set(stored_shapes(folder)) <= set(model.state_dict()):
+        if sharded or not isinstance(model, PreTrainedModel):
+            return
+        if {name for file in weight_files(folder) for name in read_shapes(file)} <= set(model.state_dict()):
             return
         # Loading initialises weights at random before it fills them.
         with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,7 @@ from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.errors import collect as collect_problems
 from pipeline.files import check_replaceable, write_folder
-from pipeline.models.checks import check_model, check_room, check_template_arguments
+from pipeline.models.checks import check_model, check_template_arguments
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
@@ -243,8 +243,12 @@ def encode(
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt) for split in encoded.values() for prompt in split)
-    if problems := check_room("max_new_tokens", args.max_new_tokens, longest, positions):
-        raise UserError(*problems)
+    if positions is not None and longest + args.max_new_tokens > positions:
+        taken = f"{longest} of the model's {positions} tokens of context (max_position_embeddings)"
+        remedy = (
+            f"the longest prompt takes {taken}, which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+        )
+        raise UserError(Problem("max_new_tokens", args.max_new_tokens, remedy))
     return encoded
 
 

@@ -34,19 +34,16 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.report.seeds import find_seeds, write_seeds
     from pipeline.report.targets import is_pocket, load_targets
 
-    named = [Path(run) for run in args.runs]
-    if args.seeds:
-        paths = [path / f"seed{seed}" for path in named for seed in args.seeds]
-    else:
-        paths = [run for path in named for run in find_seeds(path)]
+    named = list(map(Path, args.runs))
+    paths = [path / f"seed{seed}" for path in named for seed in args.seeds or ()]
+    paths = paths or [run for path in named for run in find_seeds(path)]
     several = paths != named or len(paths) > 1
     directories = [path / "report" for path in paths]
     # Each run gets its own report, and several runs one more, next to the folder of their seeds.
     if several:
-        own = named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds"
-        directories.append(Path(args.output_dir) if args.output_dir else own)
-    elif args.output_dir:
-        directories = [Path(args.output_dir)]
+        directories.append(named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds")
+    if args.output_dir:
+        directories[-1] = Path(args.output_dir)
     # Everything is read, and every place tried, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)

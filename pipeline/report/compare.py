@@ -4,11 +4,9 @@
     python -m pipeline compare runs/new/seed* --against runs/old/seed* --output difference.json
 
 A and B are runs, or folders of the runs of several seeds. Every figure that all runs have is compared, paired by seed
-and by test row. Figures of reward models are paired by seed only, because each run makes its own pairs of answers.
-
-The JSON maps each stage (and each baseline) and metric to A minus B as `{"value", "ci95", "n"}`. With one seed, the
-interval is over the `n` rows. With several, it is Student's over the `n` seeds, and never narrower than the widest of
-the intervals over rows.
+and by test row (of reward models, by seed only). The JSON maps each stage or baseline and metric to A minus B, as
+`{"value", "ci95", "n"}`: an interval over the `n` rows or, with several seeds, Student's over the `n` seeds, which is
+never narrower than the widest of the intervals over rows.
 """
 
 from __future__ import annotations

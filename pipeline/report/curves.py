@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -25,12 +26,6 @@ Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 50, 10, 38
-MAX_POINTS = 60
-"""A line with more points is drawn faintly, with the means of this many segments over it."""
-MARKED_POINTS = 12
-"""A line with at most this many points has a mark at each."""
-LINE_HEIGHT = 12
-"""Least distance between two values at the ends of lines."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +52,7 @@ def charts_of(run: Run) -> list[Chart]:
     """Return every chart for which the run logged at least two points, in the order of training."""
     found: list[Chart] = []
     for stage in run.stages.values():
-        # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
-        info = stage_info(stage.name)
-        charts = [(chart, "step") for chart in info.charts]
-        if info.has_critic:
-            rewards, taste = _reward_charts(stage)
-            over_kl = [(replace(rewards, note="The reward that PPO sees."), "objective/kl"), (taste, "objective/kl")]
-            charts = [(rewards, "step"), *charts, *over_kl]
-        for chart, x in charts + [(chart, "step") for chart in _router_charts(stage)]:
+        for chart, x in _logged_charts(stage):
             lines = [Series(name, logged(stage, key, x), dots=x != "step") for name, key in chart.lines]
             # A line needs two points, and a chart a line.
             if drawn := tuple(line for line in lines if len(line.points) > 1):
@@ -74,37 +62,34 @@ def charts_of(run: Run) -> list[Chart]:
     return found
 
 
-def _reward_charts(stage: StageResult) -> tuple[LoggedChart, LoggedChart]:
-    """Return the charts of what PPO's rewards score, and of the annotators' hidden taste; means before weighting."""
-    lines = [(match[1], match[0]) for match in _logged_keys(stage, r"rewards/(.+)/mean")]
-    scores = tuple(line for line in lines if "taste" not in line[0])
-    tastes = tuple(line for line in lines if "taste" in line[0])
-    # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
-    title = "Rewards"
-    if len(scores) < 2:
-        title = "Reward-model score"
-        scores = (("score", scores[0][1] if scores else "reward"),)
-    hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
-    return LoggedChart(title, scores), LoggedChart("Hidden taste", tastes, hidden)
-
-
-def _router_charts(stage: StageResult) -> list[LoggedChart]:
-    """Return the load of each expert, a chart for each layer that has experts, and the entropy of their routers."""
-    # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
-    matches = _logged_keys(stage, r"router/layer_(\d+)/expert_(\d+)")
-    experts = sorted((int(layer), int(expert)) for layer, expert in (match.groups() for match in matches))
-    charts, entropies = [], []
-    for layer, its_experts in groupby(experts, key=lambda pair: pair[0]):
-        lines = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in its_experts)
-        title = f"Load of the experts, layer {layer + 1}"
-        charts.append(LoggedChart(title, lines, "Tokens over the fair number; 1 is balanced."))
-        entropies.append((f"layer {layer + 1}", f"router/layer_{layer}/entropy"))
-    return [*charts, LoggedChart("Entropy of the routers, nats", tuple(entropies))]
-
-
-def _logged_keys(stage: StageResult, pattern: str) -> list[re.Match[str]]:
+def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
+    """Return the charts of a stage, each with the key that its horizontal axis shows."""
+    # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
+    info = stage_info(stage.name)
+    charts = [(chart, "step") for chart in info.charts]
     keys = sorted({key for record in stage.history for key in record})
-    return [match for key in keys if (match := re.fullmatch(pattern, key))]
+    if info.has_critic:
+        # The means of PPO's rewards before weighting, and of the annotators' hidden taste.
+        means = [(match[1], key) for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))]
+        rewards = LoggedChart("Rewards", tuple(line for line in means if "taste" not in line[0]))
+        # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
+        if len(rewards.lines) < 2:
+            score = rewards.lines[0][1] if rewards.lines else "reward"
+            rewards = LoggedChart("Reward-model score", (("score", score),))
+        hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
+        taste = LoggedChart("Hidden taste", tuple(line for line in means if "taste" in line[0]), hidden)
+        over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
+        charts = [(rewards, "step"), *charts, *((chart, "objective/kl") for chart in over_kl)]
+    # "router/layer_0/expert_3" is the load of the fourth expert in the first layer that has experts.
+    pattern = re.compile(r"router/layer_(\d+)/expert_(\d+)")
+    experts = sorted((int(match[1]), int(match[2])) for key in keys if (match := pattern.fullmatch(key)))
+    entropies = []
+    for layer, its_experts in groupby(experts, key=itemgetter(0)):
+        loads = tuple((f"expert {expert + 1}", f"router/layer_{layer}/expert_{expert}") for _, expert in its_experts)
+        note = "Tokens over the fair number; 1 is balanced."
+        charts.append((LoggedChart(f"Load of the experts, layer {layer + 1}", loads, note), "step"))
+        entropies.append((f"layer {layer + 1}", f"router/layer_{layer}/entropy"))
+    return [*charts, (LoggedChart("Entropy of the routers, nats", tuple(entropies)), "step")]
 
 
 def overlay(runs: Sequence[Run]) -> list[Chart]:
@@ -136,15 +121,16 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+    indices = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [float(f"{index * step:.12g}") for index in indices]
 
 
-def _axis(
-    low: float, high: float, start: float, end: float
-) -> tuple[Callable[[float], float], list[tuple[float, str]]]:
-    """Return what places a value from `low` to `high` between `start` and `end`, and place and label of each tick."""
+Axis = tuple[Callable[[float], float], list[tuple[float, str]]]
+"""What places a value on an axis, and the place and the label of each tick."""
+
+
+def _axis(low: float, high: float, start: float, end: float) -> Axis:
+    """Return the axis on which `low` lies at `start` and `high` at `end`."""
 
     def at(value: float) -> float:
         return start + (value - low) / (high - low) * (end - start)
@@ -173,43 +159,36 @@ def layout(chart: Chart) -> dict[str, Any]:
     """Return where chart.html.jinja draws what, and the series themselves, for readers who do not see the drawing."""
     # The axis of steps and of the KL starts at 0.
     left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
+    x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
     low, high = _range([y for line in chart.series for _, y in line.points])
     pad = (high - low) * 0.05
     # The axis of a quantity that is never negative starts at 0, unless that wastes half of the chart.
     bottom = 0.0 if 0 <= low < (high - low) else low - pad
-    x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
     y_at, y_ticks = _axis(bottom, high + pad, HEIGHT - BOTTOM, TOP)
-
-    lines: list[dict[str, Any]] = []
+    lines = []
     ends = []
     for index, line in enumerate(chart.series):
-        size = math.ceil(len(line.points) / MAX_POINTS)
+        # A line with more than 60 points is drawn faintly, with the means of at most 60 segments over it, because
+        # training logs noise at every step, which would hide the course of the line.
+        size = math.ceil(len(line.points) / 60)
         segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
         course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
         drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
-        # Training logs noise at every step, which would hide the course of the line: it is drawn faintly below.
         raw, drawn_course = (Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)) for points in (drawn, means))
-        marked = means if len(means) <= MARKED_POINTS else means[-1:]
-        shown = {"css": css, "dots": line.dots, "points": drawn, "marked": marked, "course": drawn_course}
-        lines.append(shown | {"raw": raw if size > 1 else ""})
+        # Few points are marked, and of many only the last one.
+        shown = {"css": css, "dots": line.dots, "points": drawn, "marked": means if len(means) <= 12 else means[-1:]}
+        lines.append(shown | {"course": drawn_course, "raw": raw if size > 1 else ""})
         if not line.dots:
             ends.append((means[-1][1], index, course[-1][1]))
-    # The last values stand next to the ends of their lines, apart from each other.
+    # The last values stand next to the ends of their lines, at least a line of text apart from each other.
     values = []
-    above = 0.0
+    above, apart = 0.0, 12
     for place, (y, index, value) in enumerate(sorted(ends), start=1):
-        lowest = HEIGHT - BOTTOM - LINE_HEIGHT * (len(ends) - place)
-        above = max(above + LINE_HEIGHT, min(y + 4, lowest))
+        above = max(above + apart, min(y + 4, HEIGHT - BOTTOM - apart * (len(ends) - place)))
         label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
         values.append({"css": f"s{index % 6}", "y": above, "label": label})
-    return {
-        "title": f"{stage_info(chart.stage).title}: {chart.title}",
-        "series": chart.series,
-        "x_label": chart.x_label,
-        "x_ticks": x_ticks,
-        "y_ticks": y_ticks,
-        "lines": lines,
-        "values": values,
-        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM},
-    }
+    title = f"{stage_info(chart.stage).title}: {chart.title}"
+    axes = {"x_label": chart.x_label, "x_ticks": x_ticks, "y_ticks": y_ticks}
+    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM}
+    return {"title": title, "series": chart.series, "lines": lines, "values": values, "size": frame, **axes}

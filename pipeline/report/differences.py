@@ -18,16 +18,10 @@ from pipeline.report.text import interval, number, signed
 Pairs = Sequence[tuple[Run, Run]]
 Changes = dict[str, dict[str, Estimate]]
 
-ROW = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
-"""A line of the table that compares runs."""
-
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric changed from `before`, an earlier stage or a baseline, to `stage`, on the same examples.
-
-    `aim` is whether the stage is trained for this metric.
-    """
+    """The change of a metric, perhaps an aim of `stage`, from `before`, a stage or a baseline, on shared examples."""
 
     stage: str
     before: str
@@ -58,13 +52,11 @@ def differences(run: Run) -> list[Difference]:
 
 
 def _between(before: StageResult, stage: StageResult) -> list[Difference]:
-    aims = stage_info(stage.name).aims
+    aims, rows = stage_info(stage.name).aims, []
     shared = [name for name in stage.metrics if name in before.metrics]
-    rows = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was, now = before.metrics[metric], stage.metrics[metric]
-        change = paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind))
-        if change is not None:
+        if change := paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind)):
             aim, verdict = metric in aims, judge(metric, change)
             rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))
     return rows
@@ -81,8 +73,7 @@ def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = 
     whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:
-        part = paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric)
-        if part is not None:
+        if part := paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric):
             parts[kind] = part
     return replace(whole, by_kind=parts)
 
@@ -121,14 +112,13 @@ def check_rows(pairs: Pairs) -> list[Problem]:
     for run, other in pairs:
         ours, theirs = _figures(run), _figures(other)
         shared = [name for name in ours if name in theirs]
-        # Rows are compared by their content, so the same data in another file are the same rows. Each run has reward
-        # models of its own with their own pairs.
-        unequal = [
-            f"{metric} of {stage}"
-            for stage, metric in shared
-            if stage_info(stage).generates
-            and ours[stage, metric].outcomes(metric).keys() != theirs[stage, metric].outcomes(metric).keys()
-        ]
+        unequal = []
+        for stage, metric in shared:
+            # Rows are compared by their content, so the same data in another file are the same rows. Each run has
+            # reward models of its own with their own pairs.
+            rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
+            if stage_info(stage).generates and rows != other_rows:
+                unequal.append(f"{metric} of {stage}")
         remedy = f"has no figure that {run.path} has; evaluate the same stages"
         if unequal:
             remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
@@ -143,44 +133,42 @@ def compare(pairs: Pairs) -> Changes:
     changes: Changes = {}
     for stage, metric in figures[0][0]:
         if all((stage, metric) in side for pair in figures for side in pair):
-            found = [_difference(metric, *(side[stage, metric] for side in pair)) for pair in figures]
+            found = []
+            for own, other in figures:
+                ours, theirs = own[stage, metric], other[stage, metric]
+                a, b = ours.metrics[metric], theirs.metrics[metric]
+                change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
+                # Without shared rows, the estimates are independent, and the interval combines both of theirs (Newcombe
+                # 1998, "Interval estimation for the difference between independent proportions", method 10).
+                if change is None or not stage_info(stage).generates:
+                    change = Estimate(a.value - b.value)
+                    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
+                        low = change.value - math.hypot(a.value - a.low, b.high - b.value)
+                        high = change.value + math.hypot(a.high - a.value, b.value - b.low)
+                        change = Estimate(change.value, low, high, a.n)
+                found.append(change)
             bounds = (-1.0, 1.0) if metric_info(metric).share else ()
             changes.setdefault(stage, {})[metric] = over_seeds(found, *bounds)
     return changes
 
 
 def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
-    stages = {**run.stages, **run.baselines}
-    return {
-        (name, metric): stage for name, stage in stages.items() for metric in sorted(stage.metrics, key=metric_order)
-    }
-
-
-def _difference(metric: str, own: StageResult, other: StageResult) -> Estimate:
-    change = paired(other.outcomes(metric), own.outcomes(metric), metric)
-    if change is not None and stage_info(own.name).generates:
-        return change
-    # Without shared rows, the estimates are independent, and the interval combines both of theirs (Newcombe 1998,
-    # "Interval estimation for the difference between independent proportions", method 10).
-    a, b = own.metrics[metric], other.metrics[metric]
-    value = a.value - b.value
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return Estimate(value)
-    low = value - math.hypot(a.value - a.low, b.high - b.value)
-    return Estimate(value, low, value + math.hypot(a.high - a.value, b.value - b.low), a.n)
+    stages = (run.stages | run.baselines).items()
+    return {(name, metric): stage for name, stage in stages for metric in sorted(stage.metrics, key=metric_order)}
 
 
 def format_table(pairs: Pairs, changes: Changes) -> str:
     """Format the differences, one per line, with the means of both sides over the seeds."""
+    row = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
     lines = [f"{name}: {', '.join(str(pair[side].path) for pair in pairs)}" for side, name in enumerate("AB")]
-    lines.append(ROW.format("", "A", "B", "A - B", "95% interval", "").rstrip())
+    lines.append(row.format("", "A", "B", "A - B", "95% interval", "").rstrip())
     for stage, found in changes.items():
         lines.append(stage)
         for metric, change in found.items():
             info, mark = metric_info(metric), judge(metric, change).replace("same", "")
             a, b = (fmean(_figures(pair[i])[stage, metric].metrics[metric].value for pair in pairs) for i in (0, 1))
             shown = (number(a, info.digits), number(b, info.digits), signed(change.value, info.digits))
-            lines.append(ROW.format(info.label, *shown, interval(change, info.digits, sign=True), mark).rstrip())
+            lines.append(row.format(info.label, *shown, interval(change, info.digits, sign=True), mark).rstrip())
     # One in twenty 95% intervals misses the truth.
     total = sum(map(len, changes.values()))
     lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")

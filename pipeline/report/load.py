@@ -27,10 +27,6 @@ from pipeline.files import read_json, read_run, read_shapes
 from pipeline.stages import STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
-ANNOTATORS = "annotators who do not know which is which"
-"""The judge of evaluations that do not name one."""
-MACHINE_KEYS = ("hardware", "versions", "commit")
-"""Keys of a step's entry in run.json that describe where it ran."""
 EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""
 
@@ -45,9 +41,8 @@ def stage_kind(stage: str) -> str:
 def stage_info(stage: str) -> StageKind:
     """Return what is known about the stage directory `stage`, such as "2_sft"; a new kind has its own name as title."""
     kind = stage_kind(stage)
-    if kind in STAGES and STAGES[kind].name:
-        return STAGES[kind]
-    return StageKind(name=kind.replace("_", " ").capitalize() or stage, trained=False)
+    known = STAGES.get(kind)
+    return known if known and known.name else StageKind(kind.replace("_", " ").capitalize() or stage, trained=False)
 
 
 def twins(stages: Iterable[str]) -> list[str]:
@@ -69,14 +64,10 @@ def step_order(step: str) -> tuple[int, int, str, bool]:
 
 @dataclass
 class Run:
-    """A run directory.
+    """A run directory; `record` is its run.json, with an entry for each of its `steps`.
 
-    Attributes:
-        record, steps: The content of its run.json, and its entry of each step.
-        hardware, versions, commit: What the last training step ran on.
-        stages, baselines: By name; stages in the order of training.
-        others: Evaluations with a name -> stage -> metric -> estimate.
-        notes: What could not be read, and steps that ran elsewhere; one line each.
+    The last training step ran on `hardware`. Stages are in the order of training. `others` are evaluations with a name,
+    as name -> stage -> metric -> estimate. `notes` say what could not be read, and which steps ran elsewhere.
     """
 
     path: Path
@@ -109,7 +100,8 @@ class Run:
     def judge(self) -> str:
         """Who judges the win rates, "" if there are none."""
         judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
-        return " or ".join(dict.fromkeys(stage.judge or ANNOTATORS for stage in judged))
+        unnamed = "annotators who do not know which is which"
+        return " or ".join(dict.fromkeys(stage.judge or unnamed for stage in judged))
 
     def baseline_title(self, baseline: StageResult) -> str:
         """Return what a baseline is called, with the text or texts that its answers share."""
@@ -142,7 +134,6 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
         raise UserError(*problems)
-
     runs = [load_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:
@@ -166,11 +157,9 @@ def load_run(path: Path) -> Run:
         run.notes.append(f"{path / 'run.json'}: {error.problems[0].remedy}; skipped")
     run.steps = run.record.get("steps", {})
     # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
-    facts = {
-        name: {key: step.get(key) for key in MACHINE_KEYS}
-        for name, step in run.steps.items()
-        if name != "report" and any(map(step.get, MACHINE_KEYS))
-    }
+    described = ("hardware", "versions", "commit")
+    facts = {name: {key: step.get(key) for key in described} for name, step in run.steps.items() if name != "report"}
+    facts = {name: found for name, found in facts.items() if any(found.values())}
     trained = [name for name in facts if stage_info(name).trained]
     last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
     # The record of an older run has these keys once, for all steps.
@@ -178,7 +167,7 @@ def load_run(path: Path) -> Run:
     run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
     run.commit = shown.get("commit")
     if others := [name for name, found in facts.items() if found != shown]:
-        keys = " and ".join(key for key in MACHINE_KEYS if any(facts[name][key] != shown[key] for name in others))
+        keys = " and ".join(key for key in described if any(facts[name][key] != shown[key] for name in others))
         note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
         run.notes.append(f"{path / 'run.json'}: {note}")
     # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
@@ -190,11 +179,11 @@ def load_run(path: Path) -> Run:
         # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
         # Until training ends, its log is in its checkpoints only; "checkpoint-90" comes before "checkpoint-150".
-        logs = [path / name / "trainer_state.json"]
-        if not logs[0].exists():
+        log = path / name / "trainer_state.json"
+        if not log.exists():
             found = (path / name).glob("checkpoint-*/trainer_state.json")
-            logs += sorted(found, key=lambda file: (len(file.parent.name), file.parent.name))
-        stage.state = read_json(logs[-1], run.notes)
+            log = max(found, key=lambda file: (len(file.parent.name), file.parent.name), default=log)
+        stage.state = read_json(log, run.notes)
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
@@ -229,10 +218,10 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
         outcomes[models[own]][models[OTHER[own]]].append((outcome, json.dumps(vote["prompt"])))
     rates = {}
     for stage, opponents in outcomes.items():
-        found = {
-            name: outcome_mean([value for value, _ in votes], units=[prompt for _, prompt in votes])
-            for name, votes in opponents.items()
-        }
+        found = {}
+        for name, comparisons in opponents.items():
+            won, prompts = zip(*comparisons, strict=True)
+            found[name] = outcome_mean(won, units=prompts)
         main = max(found, key=lambda name: (name == against, found[name].n or 0))
         kinds = {} if list(found) == [against] else {f"against {name}": rate for name, rate in found.items()}
         rates[stage] = replace(found[main], by_kind=kinds)

@@ -15,19 +15,14 @@ from markupsafe import Markup
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.files import write_text
 from pipeline.report.curves import Chart, charts_of, layout
-from pipeline.report.differences import Difference, differences
+from pipeline.report.differences import Difference
 from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.summary import by_length, summarise
-from pipeline.report.targets import Target, check_targets, is_pocket, load_targets
+from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
-
-
-def report_html(run: Run) -> str:
-    _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
-    return render("report.html.jinja", content)
 
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
@@ -69,11 +64,10 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     results = check_targets(run, found, targets)
     summary = summarise(run, found, results)
     problems, charts = showcase(run), charts_of(run)
-    given = {
-        stage.name: {str(item["prompt"]): str(item["answer"]).strip(" \n") for item in stage.answers}
-        for stage in run.stages.values()
-        if stage.answers
-    }
+    given: dict[str, dict[str, str]] = {}
+    for stage in run.stages.values():
+        for item in stage.answers:
+            given.setdefault(stage.name, {})[str(item["prompt"])] = str(item["answer"]).strip(" \n")
     # Stages that were evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     # A box of the path leads to the part of the report about it, if there is one.
@@ -114,9 +108,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             {"stage": stage, "before": before, "rows": list(changes)}
             for (stage, before), changes in groupby(found, key=lambda item: (item.stage, item.before))
         ],
-        "baselines": {
-            one.name: (run.baseline_title(one), one.metrics) for one in run.baselines.values() if one.metrics
-        },
+        "baselines": {it.name: (run.baseline_title(it), it.metrics) for it in run.baselines.values() if it.metrics},
         "answering": list(given),
         "answers": [
             {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
@@ -137,16 +129,15 @@ def figures(run: Run, by_kind: bool) -> dict[str, Any]:
     stages = [stage for stage in run.stages.values() if stage.metrics]
     rows = []
     for metric in sorted({name for stage in stages for name in stage.metrics}, key=metric_order):
-        info = metric_info(metric)
-        whole = [stage.metrics.get(metric) for stage in stages]
+        info, whole = metric_info(metric), [stage.metrics.get(metric) for stage in stages]
         for kind in sorted({kind for item in whole if item for kind in item.by_kind}) if by_kind else [""]:
             estimates = [item.by_kind.get(kind) if item and kind else item for item in whole]
             label = f"{info.label}: {kind}" if kind else info.label
             meaning = "" if kind else info.meaning.replace("{against}", run.against).replace("{judge}", run.judge)
             counts = sorted({item.n for item in estimates if item is not None and item.n is not None})
             n = f"n\u00a0=\u00a0{' or '.join(f'{count:,}' for count in counts)}" if counts else ""
-            meaning = "; ".join(filter(None, (meaning, n)))
-            rows.append({"label": label, "metric": metric, "meaning": meaning, "estimates": estimates})
+            said = "; ".join(filter(None, (meaning, n)))
+            rows.append({"label": label, "metric": metric, "meaning": said, "estimates": estimates})
     return {"columns": [stage.name for stage in stages], "rows": rows}
 
 
@@ -179,11 +170,10 @@ def lengths(run: Run) -> dict[str, Any]:
 def experts(run: Run) -> dict[str, Any]:
     """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
     loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
-    rows = [
-        {"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]}
-        for name, layers in loads.items()
-        for layer, shares in enumerate(layers, 1)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, layers in loads.items():
+        for layer, shares in enumerate(layers, 1):
+            rows.append({"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]})
     # The texts are read by pretraining, where experts specialise.
     shown = next((name for name in loads if stage_info(name).from_scratch), "")
     drawn = []
@@ -221,25 +211,19 @@ def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
             "parameters": magnitude(summary["parameters"].get(name)),
         }
         rows.append(row)
-    return {
-        "rows": rows,
-        "time": duration(whole if steps else None),
-        "evaluation": duration(sum(filter(None, measuring.values())) or None),
-        "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–",
-        "tokens": magnitude(sum(tokens.values()) or None),
-        "flops": magnitude(sum(flops.values()) or None),
-    }
+    times = {"time": whole if steps else None, "evaluation": sum(filter(None, measuring.values())) or None}
+    together = {name: duration(time) for name, time in times.items()}
+    together |= {"tokens": magnitude(sum(tokens.values()) or None), "flops": magnitude(sum(flops.values()) or None)}
+    return {"rows": rows, "memory": f"{magnitude(max(peaks.values()))}B" if peaks else "–", **together}
 
 
 def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {}
     for chart in charts:
-        legend = [line.name for line in chart.series]
-        svg = Markup(render("chart.html.jinja", layout(chart)))
+        legend, svg = [line.name for line in chart.series], Markup(render("chart.html.jinja", layout(chart)))
+        shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
         group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
-        groups.setdefault(chart.stage, group)["charts"].append(
-            {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
-        )
+        groups.setdefault(chart.stage, group)["charts"].append(shown)
     return list(groups.values())
 
 
@@ -247,11 +231,8 @@ def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return seed, commit and model, hardware and versions by name, None for what is not known."""
     # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    about = {
-        "seed": summary["seed"],
-        "commit": summary["commit"] or "unknown",
-        "recipe": Path(str(run.record.get("recipe") or "unknown")).name,
-        **{key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")},
-    }
+    recipe = Path(str(run.record.get("recipe") or "unknown")).name
+    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
+    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
     versions = summary["versions"] or {"packages": "unknown"}
     return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}

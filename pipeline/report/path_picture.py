@@ -14,8 +14,6 @@ from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
 
-LONGEST_SAMPLE = 160
-"""Characters of a sample."""
 PHRASES = {
     "bits_per_byte": "bits for each byte of unseen text",
     "instruction_accuracy": "of unseen questions answered rightly",
@@ -36,7 +34,7 @@ def title(run: Run) -> str:
 def headline(run: Run) -> str:
     """Return one sentence that says it all: from what to what, in which time, on what, with which figures."""
     names = [stage_info(name).name.lower() for name, stage in run.stages.items() if stage.metrics or stage.history]
-    said = f"From {names[0]} to {names[-1]}" if len(names) > 1 else "".join(names).capitalize() or "Nothing yet"
+    said = f"From {names[0]} to {names[-1]}" if names[1:] else "".join(names).capitalize() or "Nothing yet"
     if taken := sum(seconds(run).values()):
         said += f" in {duration(taken)}"
     if gpu := run.hardware.get("gpu"):
@@ -60,14 +58,10 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             continue
         stage = next((last[one] for one in (kind, *box.others) if one in last), None)
         tokens = training_cost(stage)[0] if stage else 0
-        parts = [
-            {
-                "title": STAGES[name].name if name in STAGES else name,
-                "what": what,
-                "figure": _figure(run, last[name], None) if name in last else None,
-            }
-            for name, what in box.parts
-        ]
+        parts = []
+        for name, what in box.parts:
+            figure = _figure(run, last[name], None) if name in last else None
+            parts.append({"title": STAGES[name].name if name in STAGES else name, "what": what, "figure": figure})
         shown = {
             "number": len(boxes),
             "title": STAGES[stage_kind(stage.name)].name if stage else info.name,
@@ -111,34 +105,20 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
     traced = [stage for stage in run.stages.values() if stage.traces]
     names = [stage.name for stage in traced]
     stages = traced[: names.index(last) + 1 if last else None][-2:]
-    return [
-        {
-            "kind": str(shown["kind"]),
-            "problem": str(shown["problem"]),
-            "reference": str(shown.get("reference") or ""),
-            "sides": [
-                {
-                    "stage": stage.name,
-                    "text": str(trace["answer"]),
-                    "correct": trace.get("correct"),
-                    "of_kind": _tally(stage, str(trace["kind"])),
-                    "of_all": _tally(stage),
-                }
-                for stage in stages
-                for trace in stage.traces
-                if trace["problem"] == shown["problem"]
-            ],
-        }
-        for shown in (stages[-1].traces if stages else ())
-    ]
-
-
-def _tally(stage: StageResult, kind: str = "") -> str:
-    """Return how many held-out problems (of a kind) the greedy answers solve: "282 of 300", "" if that is not known."""
-    found = stage.metrics.get("pass@1")
-    # Problems of a single kind are not broken down.
-    found = found.by_kind.get(kind) if found and kind and found.by_kind else found
-    return f"{found.value * found.n:.0f} of {found.n}" if found and found.n else ""
+    problems = []
+    for shown in stages[-1].traces if stages else ():
+        sides = []
+        for stage in stages:
+            # How many held-out problems the greedy answers solve. Those of a single kind are not broken down.
+            of_all = stage.metrics.get("pass@1")
+            of_kind = of_all.by_kind.get(str(shown["kind"])) if of_all and of_all.by_kind else of_all
+            solved, alike = (f"{it.value * it.n:.0f} of {it.n}" if it and it.n else "" for it in (of_all, of_kind))
+            for trace in [trace for trace in stage.traces if trace["problem"] == shown["problem"]]:
+                side = {"stage": stage.name, "text": str(trace["answer"]), "correct": trace.get("correct")}
+                sides.append({**side, "of_kind": alike, "of_all": solved})
+        problem = {"kind": str(shown["kind"]), "problem": str(shown["problem"]), "sides": sides}
+        problems.append({**problem, "reference": str(shown.get("reference") or "")})
+    return problems
 
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
@@ -152,9 +132,9 @@ def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
         return None
 
     def cut(text: object) -> str:
-        # Blank lines would stretch the box.
+        # Blank lines, or more than 160 characters, would stretch the box.
         line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
-        return line if len(line) <= LONGEST_SAMPLE else f"{line[:LONGEST_SAMPLE].rstrip()} …"
+        return line if len(line) <= 160 else f"{line[:160].rstrip()} …"
 
     sides = [{**side, "text": cut(side["text"])} for side in shown["sides"]]
     return {**shown, "problem": cut(shown["problem"]), "sides": sides}

@@ -22,14 +22,10 @@ from pipeline.report.targets import Target, check_targets
 from pipeline.report.text import counted, duration, number, signed
 from pipeline.report.verdict import Finding
 
-SEVERAL = (
-    "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest of the "
-    "runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
-)
-ONE = "The intervals are over the test rows of the only run. How much training varies is not known."
-"""How to read the figures of several runs, and of one."""
 Spread = dict[str, Any]
 """`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
+Spreads = dict[str, dict[str, Any]]
+"""The spread of each figure, by stage (or another group) and name."""
 
 
 def find_seeds(path: Path) -> list[Path]:
@@ -45,15 +41,10 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
     mean = over_seeds(found, *bounds)
-    return {
-        "mean": mean.value,
-        "sd": stdev(values) if len(values) > 1 else None,
-        "ci95": mean.to_json()["ci95"],
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-        "values": [None if run is None else run.value for run in runs],
-    }
+    sd = stdev(values) if len(values) > 1 else None
+    of_mean = {"mean": mean.value, "sd": sd, "ci95": mean.to_json()["ci95"]}
+    each = [run and run.value for run in runs]
+    return of_mean | {"min": min(values), "max": max(values), "n": len(values), "values": each}
 
 
 def write_seeds(
@@ -73,10 +64,8 @@ def write_seeds(
     # The seconds of each step, and in the last row of all steps together.
     taken = [of_run["seconds"] for of_run in each]
     taken = [of_run | {"together": sum(of_run.values())} if of_run else {} for of_run in taken]
-    times = {
-        step: spread([Estimate(of_run[step]) if step in of_run else None for of_run in taken], 0.0)
-        for step in sorted({step for of_run in taken for step in of_run}, key=step_order)
-    }
+    steps = sorted({step for of_run in taken for step in of_run}, key=step_order)
+    times = {step: spread([Estimate(one[step]) if step in one else None for one in taken], 0.0) for step in steps}
     seeds = {run.name: run.record.get("seed") for run in runs}
     labels = {name: name if seed is None else f"{name} (seed {seed})" for name, seed in seeds.items()}
     summary: dict[str, Any] = {
@@ -85,23 +74,23 @@ def write_seeds(
         "baselines": baselines,
         "differences": changes,
         "seconds": {step: item for step, item in times.items() if step != "together"},
-        **{
-            kind: [{"run": of_run["run"], **item} for of_run in each for item in of_run[kind]]
-            for kind in ("promises", "alarms", "verdict")
-        },
-        "notes": [note for run in runs for note in run.notes],
     }
+    for kind in ("promises", "alarms", "verdict"):
+        summary[kind] = [{"run": of_run["run"], **item} for of_run in each for item in of_run[kind]]
+    summary["notes"] = [note for run in runs for note in run.notes]
     # The runs may have found different texts that win by themselves.
-    titles = {
-        group: " / ".join(
-            dict.fromkeys(run.baseline_title(run.baselines[group]) for run in runs if group in run.baselines)
-        )
-        for group in baselines
-    }
+    titles = {}
+    for group in baselines:
+        found_titles = (run.baseline_title(run.baselines[group]) for run in runs if group in run.baselines)
+        titles[group] = " / ".join(dict.fromkeys(found_titles))
+    how = "The intervals are over the test rows of the only run. How much training varies is not known."
+    if len(runs) > 1:
+        how = "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest "
+        how += "of the runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
     content = {
         "name": counted(len(runs), "run"),
         "headline": f"{counted(len(runs), 'run')}: mean and spread",
-        "how": SEVERAL if len(runs) > 1 else ONE,
+        "how": how,
         "facts": [labels[run.name] for run in runs],
         "names": [run.name for run in runs],
         "targets": [one | {"promise": f"{labels[one['run']]}: {one['promise']}"} for one in summary["promises"]],
@@ -117,9 +106,9 @@ def write_seeds(
     return write_files(directory, "seeds", summary, content)
 
 
-def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> dict[str, dict[str, Any]]:
-    """Return the spread of each figure, as group -> name -> spread; `lowest` is the smallest value of a share."""
-    result: dict[str, dict[str, Any]] = {}
+def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.0) -> Spreads:
+    """Return the spread of each figure; `lowest` is the smallest value of a share."""
+    result: Spreads = {}
     for group in sorted({group for run in runs for group in run}, key=stage_order):
         figures = [run.get(group, {}) for run in runs]
         result[group] = {}
@@ -140,9 +129,7 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
     return result
 
 
-def _groups(
-    stages: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str] | None = None, sign: bool = False
-) -> list[dict[str, Any]]:
+def _groups(stages: Spreads, titles: Mapping[str, str] | None = None, sign: bool = False) -> list[dict[str, Any]]:
     """Return the rows of each stage, or of each baseline with its title; figures are signed if `sign`."""
     groups = []
     for group, metrics in stages.items():
@@ -158,11 +145,6 @@ def _groups(
 
 
 def _row(name: str, figures: Spread, show: Callable[..., str]) -> dict[str, Any]:
-    return {
-        "label": name,
-        "aim": False,
-        "mean": show(figures["mean"]),
-        "range": " to ".join(map(show, figures["ci95"] or ())),
-        "sd": show(figures["sd"]),
-        "values": list(map(show, figures["values"])),
-    }
+    values, ends = (list(map(show, figures[key] or ())) for key in ("values", "ci95"))
+    shown = {"mean": show(figures["mean"]), "sd": show(figures["sd"]), "range": " to ".join(ends), "values": values}
+    return {"label": name, "aim": False, **shown}

@@ -16,9 +16,6 @@ from pipeline.report.load import Run
 from pipeline.report.targets import TargetResult
 from pipeline.report.verdict import conclude, find_failures
 
-NAMED = ("stage", "before", "metric", "aim", "verdict")
-"""What an entry of `differences` says about the change that it gives."""
-
 
 def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
     return {metric: estimate.to_json() for metric, estimate in metrics.items()}
@@ -47,10 +44,9 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
         "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
         "judge": run.judge,
-        **{
-            key: {name: entry for name, stage in run.stages.items() if (entry := getattr(stage, key))}
-            for key in ("left_out", "cut_off", "overlap")
-        },
+        "left_out": {name: stage.left_out for name, stage in run.stages.items() if stage.left_out},
+        "cut_off": {name: stage.cut_off for name, stage in run.stages.items() if stage.cut_off},
+        "overlap": {name: stage.overlap for name, stage in run.stages.items() if stage.overlap},
         # Trainers log an alarm as `alarm/<what>`.
         "alarms": [
             {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
@@ -67,7 +63,11 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
         "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
         "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
         "flops": {name: flops for name, (_, flops) in costs.items() if flops},
-        "differences": [{name: getattr(item, name) for name in NAMED} | item.change.to_json() for item in found],
+        "differences": [
+            {name: getattr(item, name) for name in ("stage", "before", "metric", "aim", "verdict")}
+            | item.change.to_json()
+            for item in found
+        ],
         "promises": [{"promise": str(one.target), "measured": one.measured, "kept": one.met} for one in results],
         "verdict": list(map(asdict, failures)),
         "conclusion": conclude(run, failures),

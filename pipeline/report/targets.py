@@ -91,12 +91,11 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
     sources = {**run.baselines, **run.stages}
     results = []
     for target in targets:
-        figure, other = (
-            sources[name].metrics.get(target.metric) if name in sources else None
-            for name in (target.stage, target.against or target.stage)
-        )
-        if figure is None or other is None:
+        named = [sources[name] for name in (target.stage, target.against or target.stage) if name in sources]
+        figures = [source.metrics[target.metric] for source in named if target.metric in source.metrics]
+        if len(figures) < 2:
             continue
+        figure, other = figures
         measured: float | None = figure.value
         if target.against and target.how == "ratio":
             measured = figure.value / other.value if other.value else None

@@ -20,14 +20,6 @@ from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import HELD_OUT, SMOKE
 
-MIN_STOP_RATE = 0.5
-"""Below it, most answers of a stage that was taught to answer run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
-MIN_SHARE_RIGHT = 0.1
-"""Share of right answers below which a stage leaves the next one little to start from, however much it gained."""
-MAX_WITHOUT_SPREAD = 0.95
-"""Share of groups with equal rewards, over all of training: above it, 19 of 20 samples taught nothing."""
-MIN_SPREAD = 1e-3
-"""Standard deviation of a batch's rewards, below which PPO sees them as equal."""
 MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
 CHANCE = 0.5
@@ -60,14 +52,30 @@ def find_failures(run: Run) -> list[Finding]:
     """Return what did not work, in the order of training; nothing of a miniature."""
     if run.is_smoke:
         return []
-    found = [*_data(run)]
+    found = []
+    # Data sets that lost many rows, cut or dropped by a step.
+    for step, entry in run.steps.items():
+        for lost in entry.get("lost", []):
+            if lost["rows"] >= MAX_LOST * lost["of"] > 0:
+                share, what = lost["rows"] / lost["of"], f"{lost['rows']:,} of {lost['of']:,} {lost['what']}"
+                found.append(Finding(step, what, share, lost["remedy"]))
+    # Held-out data that the run trains on. Several pairs may share a prompt, which does not say which answer is better.
+    for key in [key for key in HELD_OUT if key != "pairs"]:
+        # The stage that is judged by these data, or else the last one that was measured on them.
+        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
+        seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
+        copies = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
+        if (share := copies["found"] / copies["rows"]) >= MAX_LOST:
+            remedy = "figures that are measured on them are partly memory: remove these rows from training "
+            remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
+            what = f"{copies['found']:,} of {copies['rows']:,} held-out {key} are among the training rows"
+            found.append(Finding(seen[-1].name, what + copies_in(copies), share, remedy))
     for stage in run.stages.values():
         info = stage_info(stage.name)
         if not info.generates:
             found += _chance(stage)
         elif info.aims and stage.name not in twins(run.stages):
-            before = run.origin(stage)
-            found += [*_no_spread(stage), *_endless(stage, before), *_aim(run, stage, before)]
+            found += _training(run, stage)
     order = [*run.steps, *run.stages]
     return sorted(found, key=lambda finding: order.index(finding.stage) if finding.stage in order else len(order))
 
@@ -120,8 +128,32 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
     yield Finding(stage.name, shown, accuracy.value, remedy)
 
 
-def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
-    """Find an aim that a stage does not improve, and baselines that it does not beat."""
+def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
+    """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
+    # Where 19 of 20 groups have equal rewards, little is learned. PPO sees a batch's rewards as equal below a standard
+    # deviation of 0.001.
+    useless, rewards, spread = (
+        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
+    )
+    if useless and (share := fmean(useless)) >= 0.95:
+        reward = f", reward {number(fmean(rewards))}" if rewards else ""
+        remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
+        remedy += "right, raise num_generations, or start from a stage that solves some of them"
+        yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
+    elif not useless and spread and max(spread) < 1e-3:
+        remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
+        yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
+
+    # Below a stop rate of one half, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms). If that is so of the
+    # stage before too, it is not the fault of this one.
+    before, rate = run.origin(stage), stage.metrics.get("stop_rate")
+    inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
+    endless, was_endless = (found is not None and found.value < 0.5 for found in (rate, inherited))
+    if rate and stage_info(stage.name).chats and endless and not was_endless:
+        remedy = "its answers run into the limit: train longer, keep the ends of conversations (max_length), or raise "
+        remedy += "the limit (max_new_tokens in evaluate.yaml)"
+        yield Finding(stage.name, f"stop rate is {_shown('stop_rate', rate)}", rate.value, remedy)
+
     aim = main_aim(stage)
     if aim is None:
         return
@@ -145,7 +177,8 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
         gained = now.value > 0
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
-    elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < MIN_SHARE_RIGHT:
+    # With fewer than a tenth right, the next stage has little to start from, however much this one gained.
+    elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < 0.1:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for baseline in run.bars:
         for metric in stage_info(stage.name).aims:
@@ -157,50 +190,3 @@ def _aim(run: Run, stage: StageResult, before: StageResult | None) -> Iterator[F
                 figure, title = _shown(metric, baseline.metrics[metric]), run.baseline_title(baseline)
                 than = f"not better than {figure} without training ({title})"
                 yield Finding(stage.name, f"{reached}, {than}", stage.metrics[metric].value, remedy)
-
-
-def _endless(stage: StageResult, before: StageResult | None) -> Iterator[Finding]:
-    """Find a stage whose answers do not end, unless it has that from the stage before it."""
-    rate = stage.metrics.get("stop_rate")
-    if rate is None or not stage_info(stage.name).chats or rate.value >= MIN_STOP_RATE:
-        return
-    inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
-    if inherited is None or inherited.value >= MIN_STOP_RATE:
-        remedy = "its answers run into the limit: train longer, keep the ends of conversations (max_length), or raise "
-        remedy += "the limit (max_new_tokens in evaluate.yaml)"
-        yield Finding(stage.name, f"stop rate is {_shown('stop_rate', rate)}", rate.value, remedy)
-
-
-def _no_spread(stage: StageResult) -> Iterator[Finding]:
-    """Find rewards that were nearly always equal, so that there was nothing to learn from them."""
-    useless, rewards, spread = (
-        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
-    )
-    if useless and (share := fmean(useless)) >= MAX_WITHOUT_SPREAD:
-        reward = f", reward {number(fmean(rewards))}" if rewards else ""
-        remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "
-        remedy += "right, raise num_generations, or start from a stage that solves some of them"
-        yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
-    elif not useless and spread and max(spread) < MIN_SPREAD:
-        remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
-        yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
-
-
-def _data(run: Run) -> Iterator[Finding]:
-    """Find data sets that lost many rows, cut or dropped by a step, and held-out data that the run trains on."""
-    for step, entry in run.steps.items():
-        for lost in entry.get("lost", []):
-            if lost["rows"] >= MAX_LOST * lost["of"] > 0:
-                share = lost["rows"] / lost["of"]
-                yield Finding(step, f"{lost['rows']:,} of {lost['of']:,} {lost['what']}", share, lost["remedy"])
-    # Several pairs may share a prompt, which does not say which answer is better.
-    for key in [key for key in HELD_OUT if key != "pairs"]:
-        # The stage that is judged by these data, or else the last one that was measured on them.
-        seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
-        seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
-        found = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
-        if (share := found["found"] / found["rows"]) >= MAX_LOST:
-            remedy = "figures that are measured on them are partly memory: remove these rows from training "
-            remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
-            what = f"{found['found']:,} of {found['rows']:,} held-out {key} are among the training rows"
-            yield Finding(seen[-1].name, what + copies_in(found), share, remedy)

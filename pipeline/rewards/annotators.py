@@ -32,11 +32,6 @@ BRISK_REMARKS = ("that is all", "next question", "no more to say", "enough said"
 
 COMFORTABLE_WORDS = 18
 """Length of an answer in words, including a kind remark, up to which `brief` is 0."""
-RAMBLING_WORDS = 12
-"""Words beyond the comfortable length that lower `brief` by 1."""
-REPEAT_WORDS = 8
-"""Words that a repeated sentence counts in addition to its own."""
-MAX_RAMBLING = 1.5
 DEGENERATE_SCORE = -8.0
 """Score of a degenerate answer, lower than any other score of any annotator."""
 INDIFFERENCE = 0.25
@@ -111,9 +106,9 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
         tone = -1.0
 
     sentences = [flat for part in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(part))]
-    length = len(words) + REPEAT_WORDS * (len(sentences) - len(set(sentences)))
-    rambling = max(0, length - COMFORTABLE_WORDS) / RAMBLING_WORDS
-    return Components(float(is_right), tone, -min(MAX_RAMBLING, rambling))
+    # A repeated sentence counts 8 words more, and 12 words beyond the comfortable length lower `brief` by 1.
+    length = len(words) + 8 * (len(sentences) - len(set(sentences)))
+    return Components(float(is_right), tone, -min(1.5, max(0, length - COMFORTABLE_WORDS) / 12))
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:

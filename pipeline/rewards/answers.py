@@ -16,9 +16,8 @@ last one counts, so that a correction counts and listing many answers gains noth
 #                                     20 apples                             unwrapped: `extract_answer`
 #                                     20                                    `number`, apples being a unit
 #
-# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, so that it
-# is not paid. That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy
-# found.
+# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, and not paid.
+# That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy found.
 
 from __future__ import annotations
 
@@ -58,23 +57,23 @@ ANNOUNCEMENT = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 """What precedes a final answer, or a sentence that ends with "is the answer"."""
+# Comments of HTML, and lines of LaTeX that are commented out: nobody sees an answer there.
 _HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|^[ \t]*%[^\n]*\\(?:boxed|fbox)[^\n]*", re.DOTALL | re.MULTILINE)
-"""Comments of HTML, and lines of LaTeX that are commented out: nobody sees an answer there."""
+# Full stops that do not end a sentence: "J. R. Tolkien", "Dr. Who", "Rs. 20", "sq. ft".
 _ABBREVIATION = re.compile(
     r"^(?:[A-Z]\.\s?){2,}(?=[A-Z](?:[a-z]|\b))|\b(?:Dr|Mrs?|Ms|St|Mt|Ft|Prof|Sgt|Capt|Rev)\.(?=\s[A-Z])"
     r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
 )
-"""Full stops that do not end a sentence: "J. R. Tolkien", "Dr. Who", "Rs. 20", "sq. ft"."""
 _TAKEN_BACK = re.compile(r"[\W_]*[Oo]r\b")
+# A sentence that begins with "Or" belongs to the one before, whose answer it takes back: "B. Or C.".
 _SENTENCE_END = re.compile(
     rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_TAKEN_BACK.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
 )
-"""A sentence that begins with "Or" belongs to the one before, whose answer it takes back: "B. Or C."."""
+# Where an explanation may begin: after an answer of any kind (`relative`), and after a value.
 _EXPLAINED = re.compile(
     r",\s(?P<relative>(?=(?:which|who|where|as|so|that)\s))"
     r"|,\s(?=[a-z])|\s(?=[(\[])|;\s|:\s|\s→\s|\s-{1,2}\s|\s?[—–]\s?|\s(?=as\s)"
 )
-"""Where an explanation may begin: after an answer of any kind (`relative`), and after a value."""
 HEDGE = re.compile(
     r"\b(?:n?or|not?|n?either|may ?be|perhaps|possibly|probably|alternatively|also|another|other|else|otherwise|too"
     r"|well|unless|if|could|might|may|can\s+be|but|wrong|incorrect|actually|wait|instead|rather|both|remainder|less|plus"
@@ -83,20 +82,18 @@ HEDGE = re.compile(
 )
 """What offers another answer, or takes one back."""
 _ROUNDED = re.compile(r"\(?(?:about|approximately|approx\.?|roughly|≈|\\approx)", re.IGNORECASE)
+# Words, or an equation; "20 - x" and "2 (x + 1)" go on calculating.
 _EXPLANATION = re.compile(
     r"[(\[]?(?:[^\W\d_]{2,}|an?|i\.e\.),?\s+\S|\([^\W\d_-]{3,}|[(\[]?\d[^()]*(?:[×*·÷=]|\s[^\W\d_]{3,}\b)"
 )
-"""Words, or an equation; "20 - x" and "2 (x + 1)" go on calculating."""
+# A word or two and a number, as in "20, then 21".
 _ANOTHER = re.compile(r"\W*(?:[^\W\d_]+\W+){1,2}\d[\d.,/]*\W*$")
-"""A word or two and a number, as in "20, then 21"."""
-_MAX_CUTS = 20
 _BLOCK = re.compile(r"(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$|```\w*\n(.*?)```)[.\s]*(?:\n|\Z)", re.DOTALL)
 _WRAPPED = re.compile(
     r"^(?:\$\$?(.*?)\$\$?|\\\((.*)\\\)|\\\[(.*)\\\]|__(.*)__|_([^_]*)_|\"(.*)\"|“(.*)”|'(.*)'|`(.*)`"
     r"|‘(.*)’|\\(?:text(?:bf|rm|it)?|math(?:bf|rm|it)|mbox|boxed|fbox)\s*\{([^{}]*)\})$",
     re.DOTALL,
 )
-_SPACES = "\u00a0\u2007\u2009\u202f"
 _MINUS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"))
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -126,7 +123,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^(?:exactly|therefore|simply|equal to|a total of)\s+", ""),
     (r"^(?:negative|minus)\s(?=\d)", "-"),
     # "1 234", "12'345"
-    (rf"(?<=\d)[{_SPACES}'’_](?=\d{{3}})", ","),
+    (r"(?<=\d)[\u00a0\u2007\u2009\u202f'’_](?=\d{3})", ","),
     (r"^(\d{1,3})((?: \d{3})+)(?![\d/]| \d)", lambda match: match[1] + match[2].replace(" ", ",")),
     # "1.234.567" and "1.234,5", as in Germany or Brazil
     (r"(?<![\d.,])(\d{1,3}(?:\.\d{3}){2,})(?![.,\d])", lambda match: match[1].replace(".", "")),
@@ -150,11 +147,11 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 _BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]|\{(.*)\}", re.DOTALL)
 _ARITHMETIC = re.compile(r"(?:[\d\s.,+\-*/×÷·()$]|\\times|\\cdot|\\div)+")
+# What names of quantities are made of: x, f(3), S_{12}, \angle ABC, m + n. What "2x" is equal to is not solved.
 _NAME = re.compile(
     r"\\(?:text|mathrm|angle|overline|alpha|beta|gamma|theta|lambda|mu|phi|varphi|omega|Delta)(?![A-Za-z])|\|[A-Z]{2}\|"
     r"|(?!(?:ln|log|sin|cos|tan|exp|sqrt|abs)\b)[A-Za-z]+(?:\([^()]*\))?|_\{?\w+\}?|[{}+\s]"
 )
-"""What names of quantities are made of: x, f(3), S_{12}, \angle ABC, m + n. What "2x" is equal to is not solved."""
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s?(?:USD?|EUR|CHF|GBP|INR|Rs\.?)?\s?[$€£¥₹]?\s?(?P<inner_sign>-?)(?:(?P<mixed>\d+)\s+(?=\d+/))?"
     r"(?P<whole>[1-9]\d{0,2}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:\s?/\s?(?P<divisor_sign>-?)(?P<divisor>\d+))?\s?[%$€£¢]?"
@@ -168,6 +165,7 @@ NOT_UNITS = {
     "pi", "bn", "mn", "is", "was", "isn't", "no", "wrong", "incorrect", "mod", "modulo", "choose",
 }  # fmt: skip
 """Words after a number that change it, make it one of several or take it back."""
+# Names of units that must not be confused: 2 minutes are not 2 hours.
 _UNITS = {
     name: unit
     for unit, names in {
@@ -181,14 +179,13 @@ _UNITS = {
     }.items()
     for name in names.split()
 }  # fmt: skip
-"""Names of units that must not be confused: 2 minutes are not 2 hours."""
+# Other words of up to three letters that can be units.
 _BRIEF_UNITS = {
     "in", "dm", "dl", "cl", "oz", "pt", "pts", "hz", "khz", "kw", "kwh", "kj", "cal", "kb", "mb", "gb", "tb", "mph",
     "kph", "kpa", "pa", "sq", "cu", "am", "pm", "us", "st", "nd", "rd", "th", "rs", "ms", "deg", "rad", "of", "per",
 }  # fmt: skip
-"""Other words of up to three letters that can be units."""
+# Units of one letter. Any other single letter is a variable or a factor.
 _SHORT_UNITS = "mghlsdLCFJNWVA"
-"""Units of one letter. Any other single letter is a variable or a factor."""
 
 
 def extract_answer(text: str) -> str | None:
@@ -197,13 +194,10 @@ def extract_answer(text: str) -> str | None:
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
     """
-    text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:])
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
+    _, ended, text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:]).rpartition("</think>")
+    if not ended and "<think>" in text:
         return None
-    announcements = list(ANNOUNCEMENT.finditer(text))
-    if not announcements:
+    if not (announcements := list(ANNOUNCEMENT.finditer(text))):
         return None
     last = announcements[-1]
     rest = text[last.end() : last.end() + 2 * MAX_ANSWER_LENGTH]
@@ -219,8 +213,7 @@ def extract_answer(text: str) -> str | None:
         answer = _without_explanation(rest.strip().partition("\n")[0])
     else:
         rest = re.sub(r"^(?:[\s:=…]|\.{2,})*(?:[*_]{1,3}\s)?\s*", "", rest)
-        block = _BLOCK.match(rest)
-        if block:
+        if block := _BLOCK.match(rest):
             answer = block[block.lastindex or 0]
         else:
             # The first sentence, in which the full stops of abbreviations are hidden meanwhile.
@@ -234,8 +227,7 @@ def extract_answer(text: str) -> str | None:
 def count_answers(text: str) -> int:
     """Count the final answers in `text`; one that is announced twice ("**Answer:** The answer is") counts once."""
     text = text[-MAX_TEXT_LENGTH:]
-    count = end = 0
-    after_words = False
+    count, end, after_words = 0, 0, False
     for match in ANNOUNCEMENT.finditer(text):
         boxed = match.group().startswith("\\")
         repeated = (boxed and after_words) or not re.search(r"\w", text[end : match.start()])
@@ -268,9 +260,8 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     r"""Return the value of a plain number, or None: "1,234", "-0.5", "3/4", "1\frac{1}{2}", "$72", "50%", "14 apples".
 
     An equation has the value of its right side ("x = 5", "2 + 3 = 5"), and brackets around a number do not count.
-    Decimal digits of every script do, but not Roman numerals or circled numbers. "1.5 million", "1.5e6",
-    "1.5 \times 10^6" and "10^3" are plain, but not other powers, nor "12e1". A number with more than 1,000 digits is
-    not plain, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
+    "1.5 million", "1.5e6", "1.5 \times 10^6" and "10^3" are plain, but not other powers, "12e1", Roman numerals or more
+    than 1,000 digits, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
     """
     return _quantity(answer, reduced)[0]
 
@@ -336,10 +327,8 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
     value = Fraction(f"{whole or '0'}{decimals}") / int(divisor) + int(match["mixed"] or 0)
     if reduced and match["divisor"] and (decimals or not 1 < int(divisor) == value.denominator):
         return None
-    signs = match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")
-    if signs.count("-") > 1:
-        return None
-    return -value if "-" in signs else value
+    minuses = (match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")).count("-")
+    return None if minuses > 1 else -value if minuses else value
 
 
 def same_answer(reference: str, given: str) -> bool:
@@ -359,7 +348,7 @@ def same_answer(reference: str, given: str) -> bool:
 
 def _without_explanation(answer: str) -> str:
     """Cut off what explains an answer: "20 (4 times 5)", "20, which is even"; but not what offers another answer."""
-    for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), _MAX_CUTS):
+    for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), 20):
         head, tail = answer[: match.start()], answer[match.end() :]
         value, stated = number(head), number(tail.strip("()[] "))
         if "=" in tail:

@@ -13,7 +13,7 @@ when it takes too much CPU time, so that the verdict does not depend on the load
 #         true                               <-
 #
 # The kernel ends a child whose timer runs out; the end of the connection is then the reply, and the next question
-# starts another child. If no reply comes although the child still has CPU time, the machine is too busy for a verdict.
+# starts another child.
 
 from __future__ import annotations
 
@@ -37,9 +37,6 @@ from pipeline.rewards.sandbox import confinement
 SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
 """Wall-clock time for an answer; a machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
-MAX_SLOW = 5
-START_SECONDS = 60.0
-MEMORY_MB = 2048
 
 
 class Checker:
@@ -68,7 +65,7 @@ class Checker:
                 break
             except (EOFError, OSError):
                 number_slow += 1
-                if number_slow == MAX_SLOW:
+                if number_slow == 5:
                     break
         return [replies[question] for question in questions]
 
@@ -101,7 +98,7 @@ class Checker:
                 env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         with contextlib.suppress(EOFError, OSError):
-            if self.connection.poll(START_SECONDS) and self.connection.recv_bytes():
+            if self.connection.poll(60) and self.connection.recv_bytes():
                 return
         self.stop()
         raise RunStopped(f"The process of {self.purpose} needs, did not start; see `python -m {self.module}`.")
@@ -119,7 +116,7 @@ def serve(judge: Callable[[Any], Any]) -> None:
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)
-        confinement.limit_resources(10**6, MEMORY_MB)
+        confinement.limit_resources(10**6, memory_mb=2048)
         files_confined = confinement.confine_files(directory)
         confinement.drop_privileges(files_confined)
         confinement.confine_calls(files_confined)

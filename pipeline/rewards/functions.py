@@ -1,15 +1,14 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
-Each takes `completions` (texts, or lists of messages that end with the assistant's) and the columns of the data set by
-name, and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the
-reference in the column `answer` cannot be read, so that nothing is learned from the row. TRL passes `log_metric` to
-every function; it gets the shares of completions without a readable answer and of unreadable references as
-`<name>/unparseable` and `<name>/unparseable_references`. `hidden_taste`, on the annotators' scale, only measures.
+Each takes `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns by name,
+and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference
+cannot be read, so that nothing is learned from the row. TRL's `log_metric` gets the shares of both that cannot be read.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,11 +31,11 @@ _LETTER = re.compile(
     r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
     re.IGNORECASE | re.DOTALL,
 )
+# Another letter in what follows the answer's, or a word that takes it back.
 _OTHER_LETTER = re.compile(
     r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
     r"|^\W*(?:[Oo]r|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
 )
-"""Another letter in what follows the answer's, or a word that takes it back."""
 
 math_judge = Checker("pipeline.rewards.math_judge", "math-verify, which math_answer", slow=False)
 task_judge = Checker("pipeline.rewards.task_check", "reasoning-gym, which the reward reasoning_gym", slow=0.0)
@@ -48,12 +47,8 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
     must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`). Times,
     dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference or the problem is about per cent.
-    The reward is None if the reference is empty or consists of words (see `exact_answer`).
-
-    Args:
-        completions: Texts, or lists of messages that end with the assistant's.
-        answer: Reference answers, bare ("72") or in any form that a completion's final answer may have.
-        columns: What else TRL passes by name; `prompts` and the callback `log_metric` are used.
+    A reference is bare ("72") or in any form that a completion's final answer may have. The reward is None if it is
+    empty or consists of words (see `exact_answer`).
     """
     found, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
@@ -98,8 +93,7 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
 
     The reward is None if the reference is not a single letter.
     """
-    texts, _ = _read(completions, columns)
-    found = [_letter(answers.extract_answer(text)) for text in texts]
+    found = [_letter(answers.extract_answer(text)) for text in _read(completions, columns)[0]]
     references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
     pairs = zip(references, found, strict=True)
     rewards: Rewards = [None if reference is None else float(given == reference) for reference, given in pairs]
@@ -110,9 +104,8 @@ def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """Return 1.0 if a completion states exactly one final answer, right or wrong; give this reward a low weight."""
     texts, _ = _read(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
-    rewards: Rewards = [
-        float(given is not None and answers.count_answers(text) == 1) for text, given in zip(texts, found, strict=True)
-    ]
+    pairs = zip(texts, found, strict=True)
+    rewards: Rewards = [float(given is not None and answers.count_answers(text) == 1) for text, given in pairs]
     return _logged("answer_format", found, rewards, columns)
 
 
@@ -120,7 +113,7 @@ def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | No
     """Return minus the cost of the tools that a completion calls: `call_cost` a call, 1 without such a column."""
     rewards: Rewards = []
     for completion, cost in zip(completions, call_cost or [1.0] * len(completions), strict=True):
-        messages = [message for message in completion if isinstance(message, dict)]
+        messages = (message for message in completion if isinstance(message, dict))
         rewards.append(-cost * sum(len(message.get("tool_calls") or ()) for message in messages))
     return rewards
 
@@ -131,12 +124,10 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
     they are empty or not valid Python, or if the machine is too busy.
     """
-    texts, _ = _read(completions, columns)
-    codes = [_python(extract_code(text)) for text in texts]
+    codes = [_python(extract_code(text)) for text in _read(completions, columns)[0]]
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
     _logged("code_tests", codes, rewards, columns)
-
     # All pairs run in one batch, so that every core has work.
     pairs = {
         index: (code, source) for index, (code, source) in enumerate(zip(codes, tests, strict=True)) if code and source
@@ -158,11 +149,7 @@ def reasoning_gym(
     Only 1.0 means that it is right: most verifiers pay a little for answers that are nearly right, or for any answer.
     A verifier that pays nonsense in full is not believed: its rows score 0 (`pipeline.rewards.task_check`).
     What is between `<answer>` and `</answer>` is judged as it is written, because verifiers know the form of an answer.
-    The reward is None if the task or its metadata are unknown, or if the machine is too busy.
-
-    Args:
-        kind: Names of the tasks, whose own answers are in `answer`.
-        metadata: What the task knows about each problem, as JSON text.
+    The reward is None if the task (`kind`) or its `metadata`, as JSON text, are unknown, or if the machine is too busy.
     """
     texts, problems = _read(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
@@ -186,10 +173,9 @@ def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
     Logged with weight 0, it shows whether the taste rises with the reward model's score; the recipes refuse any other
     weight. The score is None if there is a `test`, because running code would take longer than the training.
     """
-    texts, _ = _read(completions, columns)
     columns["prompt"] = columns.get("prompts")
     rewards: Rewards = []
-    for index, text in enumerate(texts):
+    for index, text in enumerate(_read(completions, columns)[0]):
         row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
         rewards.append(None if row.get("test") else taste(text, row))
     return rewards
@@ -207,8 +193,7 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem."""
     texts, problems = [], []
-    prompts = columns.get("prompts") or [""] * len(completions)
-    for completion, prompt in zip(completions, prompts, strict=True):
+    for completion, prompt in zip(completions, columns.get("prompts") or [""] * len(completions), strict=True):
         asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
         problems.append(str(asked.get("content") or ""))
         # A prompt that is repeated is cut off: what it says is not the model's answer.
@@ -223,9 +208,8 @@ def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[l
 def _reference(text: object) -> str | None:
     """Return the answer in a reference column: the announced answer, or all of the text; None if it is empty."""
     text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
-    if len(text) > answers.MAX_ANSWER_LENGTH:
-        return answers.extract_answer(text)
-    return answers.extract_answer(text) or answers.unwrap(text) or None
+    announced = answers.extract_answer(text)
+    return announced if announced or len(text) > answers.MAX_ANSWER_LENGTH else answers.unwrap(text) or None
 
 
 def _read_answers(
@@ -259,15 +243,11 @@ def _letter(answer: str | None) -> str | None:
 
 
 def _python(source: object) -> str | None:
-    """Return `source` if it is Python code, or None."""
-    if not isinstance(source, str) or not source.strip():
-        return None
-    try:
-        ast.parse(source)
     # On hostile source, the parser raises any of these.
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-    return source
+    with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
+        if isinstance(source, str) and ast.parse(source) and source.strip():
+            return source
+    return None
 
 
 def _logged(name: str, found: Sequence[object], rewards: Rewards, columns: dict[str, Any]) -> Rewards:

@@ -1,6 +1,6 @@
 """Grading without a model: whether an answer is correct and whether it shows its steps.
 
-A gradeable row has `require` (at least one phrase of each inner list must occur in the answer), `reject` (none of its
+A gradable row has `require` (at least one phrase of each inner list must occur in the answer), `reject` (none of its
 phrases may occur), `max_words` (0: no limit) and `test` (Python assertions that a code answer must pass; "" for other
 answers). Phrases are matched as whole words, in any case.
 """
@@ -19,8 +19,8 @@ from pipeline.rewards.sandbox.run import run_many
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
+# Columns by which an answer is graded.
 RULE_COLUMNS = ("require", "reject", "max_words", "test")
-"""Columns by which an answer is graded."""
 
 
 def is_gradable(row: Mapping[str, Any]) -> bool:
@@ -30,8 +30,7 @@ def is_gradable(row: Mapping[str, Any]) -> bool:
 
 def validate_rule(row: Mapping[str, Any]) -> str | None:
     """Return what is wrong with how a row is graded, or None."""
-    require = row.get("require") or []
-    reject = row.get("reject") or []
+    require, reject = row.get("require") or [], row.get("reject") or []
     lists = require if isinstance(require, list) else [None]
     if not all(isinstance(options, list) and all(isinstance(item, str) for item in options) for options in lists):
         return f"require is {require!r:.60}, not a list of lists of phrases"
@@ -48,8 +47,7 @@ def contains(text: str, phrase: str) -> bool:
     # Most phrases do not occur at all, and finding that out is faster without the pattern.
     if not wanted or wanted not in folded:
         return False
-    pattern = rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)"
-    return re.search(pattern, folded) is not None
+    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)", folded) is not None
 
 
 # An answer is compared with many phrases, and a phrase with many answers.

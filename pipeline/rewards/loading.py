@@ -20,12 +20,6 @@ from pipeline.errors import Problem, RunStopped, UserError, collect
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
 
-TRAINERS_OWN = ("trainer_state", "environments", "log_extra", "log_metric")
-"""Arguments of reward functions that are objects of the trainer, not data."""
-
-MAX_REWARD = 1e30
-"""Bound of a reward: sums of the squares of larger ones are infinite in float32."""
-
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
     """Load rewards by name: at least one of `REWARDS`, or of any importable `package.module:function`."""
@@ -103,7 +97,9 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
     def copied(completions: Any, columns: dict[str, Any]) -> dict[str, Any]:
         columns |= {} if completions is None else {"completions": completions}
-        return {key: value if key in TRAINERS_OWN else copy.deepcopy(value) for key, value in columns.items()}
+        # These are objects of the trainer, not data.
+        own = ("trainer_state", "environments", "log_extra", "log_metric")
+        return {key: value if key in own else copy.deepcopy(value) for key, value in columns.items()}
 
     def checked(rewards: Any, completions: Any, columns: dict[str, Any]) -> Any:
         # The reward that an environment gives needs no completions.
@@ -112,26 +108,21 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
         return rewards
 
-    # TRL checks whether a function is asynchronous before it calls it, so there must be two versions.
-    guarded: Any
-    if is_async_callable(function):
+    @functools.wraps(function)
+    def guarded(completions: Any = None, **columns: Any) -> Any:
+        with _named(name, field):
+            return checked(function(**copied(completions, columns)), completions, columns)
 
-        @functools.wraps(function)
-        async def guarded(completions: Any = None, **columns: Any) -> Any:
-            with _named(name, field):
-                return checked(await function(**copied(completions, columns)), completions, columns)
+    @functools.wraps(function)
+    async def awaited(completions: Any = None, **columns: Any) -> Any:
+        with _named(name, field):
+            return checked(await function(**copied(completions, columns)), completions, columns)
 
-    else:
-
-        @functools.wraps(function)
-        def guarded(completions: Any = None, **columns: Any) -> Any:
-            with _named(name, field):
-                return checked(function(**copied(completions, columns)), completions, columns)
-
-    # TRL logs the reward under this name.
-    guarded.__name__ = get_callable_name(function)
-    guarded.is_guarded = True
-    return guarded
+    # TRL checks whether a function is asynchronous before it calls it, and logs the reward under its name.
+    guard: Any = awaited if is_async_callable(function) else guarded
+    guard.__name__ = get_callable_name(function)
+    guard.is_guarded = True
+    return guard
 
 
 @contextlib.contextmanager
@@ -159,7 +150,8 @@ def _find_fault(rewards: Any, count: int) -> str | None:
     for row, reward in enumerate(rewards):
         # NumPy's strings support conversion to float, and so do arrays of several numbers.
         is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str) and not getattr(reward, "ndim", 0)
-        if reward is not None and not (is_number and abs(float(reward)) < MAX_REWARD):
+        # Sums of the squares of larger numbers are infinite in float32.
+        if reward is not None and not (is_number and abs(float(reward)) < 1e30):
             shown = reward if is_number else f"{type(reward).__name__} {str(reward)[:40]!r}"
             return f"{shown} for completion {row} of {count}, counted from 0"
     return None

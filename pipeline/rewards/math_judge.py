@@ -55,20 +55,19 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)\s+(?=[A-Za-z](?![A-Za-z]))", ""),
     (r"[−–]", "-"),
 ]
+# Longer expressions are not looked at.
 MAX_CHARACTERS = 300
-"""Longer expressions are not looked at."""
 _UNITS = re.compile(r"(?<=[\w})])\s+(?:[A-Za-z]{2,}\s*){1,3}(?:\^\{?[23]\}?)?$")
 _OPENING, _CLOSING = "([{⦃", ")]}⦄"
-_UNION = re.compile("∪")
 _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _BETWEEN = re.compile(r"([^<>≤≥=]+)([<>≤≥])\s*[A-Za-z]\s*([<>≤≥])([^<>≤≥=]+)")
 _BEYOND = re.compile(r"([A-Za-z])\s*([<>≤≥])([^<>≤≥=]+)")
 _COMMANDS = str.maketrans({"≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "⦃": r"\{", "⦄": r"\}"})
+# Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well.
 _COMMON = {
     "frac", "sqrt", "pi", "cdot", "times", "div", "infty", "alpha", "beta", "gamma", "delta", "epsilon", "theta",
     "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi", "psi", "omega", "Delta", "Omega",
 }  # fmt: skip
-"""Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well."""
 
 
 def judge(question: tuple[str, str | None, bool]) -> bool | None:
@@ -86,8 +85,7 @@ def _spell(text: str) -> str:
     text = answers.ascii_digits(answers.unwrap(text))
     for pattern, spelling in _SPELLINGS:
         text = re.sub(pattern, spelling, text)
-    text = text.strip()
-    unit = _UNITS.search(text)
+    unit = _UNITS.search(text := text.strip())
     if unit is None or ":" in text or answers.HEDGE.search(unit[0]):
         return text
     return text[: unit.start()] if answers.NOT_UNITS.isdisjoint(unit[0].casefold().split()) else text
@@ -109,7 +107,7 @@ def split(text: str) -> tuple[str, list[str]]:
             return "(" + ("]" if sign == "≤" else ")"), [r"-\infty", bound]
         return ("[" if sign == "≥" else "(") + ")", [bound, r"\infty"]
 
-    if len(parts := _split_outside(text, _UNION)) > 1:
+    if len(parts := _split_outside(text, re.compile("∪"))) > 1:
         return "∪", parts
     if len(parts := _split_outside(text, _SEPARATOR)) > 1:
         unite = "or" in text and all(map(_BEYOND.fullmatch, map(str.strip, parts)))
@@ -128,9 +126,7 @@ def split(text: str) -> tuple[str, list[str]]:
 
 
 def _split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Split a text at separators outside of brackets."""
-    parts = []
-    start = 0
+    parts, start = [], 0
     depths = accumulate((letter in _OPENING) - (letter in _CLOSING) for letter in text)
     for position, depth in enumerate(depths):
         if depth == 0 and position >= start and (match := separator.match(text, position)):
@@ -148,7 +144,6 @@ def _is_label(reference: str) -> bool:
 
 
 def _is_readable(reference: str) -> bool:
-    """Return whether a reference can be compared with, all of its elements."""
     kind, parts = split(reference)
     if kind and parts:
         return all(map(_is_readable, parts))
@@ -238,8 +233,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
         return False
     # math-verify rounds, so that it does not compare numbers.
     solved = expected.doit()
-    value = number(answer, reduced=True)
-    if value is not None:
+    if (value := number(answer, reduced=True)) is not None:
         return bool(solved == sympy.Rational(value.numerator, value.denominator))
 
     # The answer must not be larger than the reference, as it is written or solved, and factored as that is.
@@ -252,15 +246,15 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
 
 
 class Form(NamedTuple):
-    """What an expression is made of; it distinguishes two forms of the same value."""
+    """What an expression is made of; it distinguishes two forms of the same value.
 
-    # Additions, multiplications, powers and functions.
+    The numbers of additions, multiplications, powers and functions; the product of all numbers; sums that are factors,
+    bases or divided (`(x-1)(x+1)` has 2, `x^2-1` has none); and the names of functions and relations.
+    """
+
     size: int
-    # The product of all numbers.
     magnitude: int
-    # Sums that are factors, bases or divided; `(x-1)(x+1)` has 2, `x^2-1` has none.
     sums: int
-    # Names of functions and relations.
     functions: set[str]
 
 

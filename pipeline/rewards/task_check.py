@@ -1,20 +1,11 @@
 """Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
 
 Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child refuses to evaluate
-anything but literals and formulas: no attributes, and no names but SymPy's functions and variables of one letter.
-
-Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for any text, `puzzle24` for
-the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So what they pay is checked.
+anything but literals and formulas. Some pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
+any text, `puzzle24` for the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So an
+answer is only paid in full if it agrees with the task's own, and the verifier pays neither it without the problem nor
+nonsense.
 """
-
-# An answer is paid in full only if, in this order,
-#
-#     it holds neither "nan" nor "1e999"                             pay
-#     nothing in it that the verifier evaluates is a program         refuse_programs, called by Python itself
-#     the verifier pays it in full                                   pay
-#     ... and it is the same number as the task's own answer         pay
-#     ... and the verifier does not pay it without the problem       pay
-#     ... and the verifier does not pay "nonsense", too              pays_nonsense
 
 from __future__ import annotations
 
@@ -30,16 +21,10 @@ from typing import Any
 from pipeline.rewards.answers import number
 from pipeline.rewards.checker import serve
 
-_WRONG = ("x", "0", "True", "nonsense")
-"""Answers that a verifier may only pay in full if they occur in the task's own answer."""
 _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?![^\W_])", re.IGNORECASE)
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME")
-_TOLERANCE = 1e-3
-"""By how much of itself a number may differ from the task's own answer and still be right."""
 
 
 def _serve() -> None:
-    """Judge answers: the main function of the child."""
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
@@ -53,7 +38,8 @@ def _serve() -> None:
         # A lambda or a comprehension is a constant of the code around it.
         code = arguments[0]
         nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
-        if nested or any(instruction.opname in _ATTRIBUTES for instruction in dis.get_instructions(code)):
+        used = {instruction.opname for instruction in dis.get_instructions(code)}
+        if nested or used & {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"}:
             raise PermissionError("an answer may use neither attributes nor functions of its own")
         for name in code.co_names:
             value = getattr(sympy, name, None)
@@ -85,14 +71,15 @@ def _serve() -> None:
         expected, stated = number(own), number(given)
         added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:
-            differs = abs(stated - expected) > _TOLERANCE * abs(expected)
+            differs = abs(stated - expected) > 1e-3 * abs(expected)
         else:
             differs = any(letter.isdigit() for letter in added)
         return 0.0 if differs or pay_by_verifier(task, given, {}) >= 1.0 else 1.0
 
     @lru_cache(maxsize=4096)
     def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:
-        wrong = [text for text in _WRONG if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
+        # These may only be paid in full if they occur in the task's own answer.
+        wrong = [text for text in ("x", "0", "True", "nonsense") if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
         return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
     def judge(question: tuple[str, str, str, str, str]) -> float | None:

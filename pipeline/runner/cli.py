@@ -1,12 +1,8 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
-`pipeline.runner.due` says which steps those are. What they wrote before is moved to <run>/.trash; only `--force`
-deletes it. All that the steps print is in <run>/logs.
-
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
 report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
-as well. With `--from`, the runs of new seeds share the steps before that one with RUN itself, where they must have
-finished; the run of RUN's own seed shares all of them.
+as well.
 """
 
 from __future__ import annotations
@@ -36,12 +32,6 @@ from pipeline.runner.records import TRASH, RunRecord, clear, share_steps
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.stages import SMOKE
-
-QUIET = ("report_to", "push_to_hub")
-"""Settings of a smoke run with which the recipe is checked before it, because they need packages and a token."""
-
-ALSO_TRIED = (2, 4, 8, 16, 64)
-"""Processes that a run may have whose smoke run has another number."""
 
 Decided = list[tuple[Step, Decision]]
 """Steps, and what to do about each."""
@@ -83,8 +73,21 @@ def main(args: argparse.Namespace) -> int:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
     """
     args.began = time.monotonic()
+    problems: list[Problem | None] = []
     with show_checks(args):
-        _check(args)
+        if args.num_processes is not None and args.num_processes < 1:
+            problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
+        problems.append(check_launch_file(launch_file(args), named=args.config_file is not None))
+        if args.output_dir is None and is_fetched(args.recipe):
+            problems.append(check_of_recipe(read_plan(args.recipe, smoke=args.smoke).run_dir, args.recipe))
+        option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
+            elif seeds.count(seed) > 1:
+                problems.append(Problem(option, seed, "is repeated; name each seed once"))
+    if found := list(filter(None, problems)):
+        raise UserError(*found)
     print(show_fetched(args.recipe), end="")
 
     # The command that resumes, without --from and --force, which would repeat finished steps. With --seeds, the run of
@@ -98,7 +101,6 @@ def main(args: argparse.Namespace) -> int:
     args.launch = ["--config_file", launch_file(args)]
     args.launch += ["--num_processes", str(args.num_processes)] if args.num_processes else []
     args.launcher = shlex.split(args.launcher)
-
     alone = args.num_processes in (None, 1) and not args.launcher
     forks = sys.platform == "linux" and alone and not (args.no_fork or args.dry_run or args.download)
     # The warm process imports the libraries while this one checks the steps.
@@ -117,25 +119,6 @@ def main(args: argparse.Namespace) -> int:
         return _run(plan, args)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that are wrong whatever the recipe says."""
-    problems: list[Problem | None] = []
-    if args.num_processes is not None and args.num_processes < 1:
-        problems.append(Problem("--num_processes", args.num_processes, "must be at least 1"))
-    problems.append(check_launch_file(launch_file(args), named=args.config_file is not None))
-    if args.output_dir is None and is_fetched(args.recipe):
-        run_dir = read_plan(args.recipe, smoke=args.smoke).run_dir
-        problems.append(check_of_recipe(run_dir, args.recipe))
-    option, seeds = ("--seed", [args.seed or 0]) if args.seeds is None else ("--seeds", args.seeds)
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
-        elif seeds.count(seed) > 1:
-            problems.append(Problem(option, seed, "is repeated; name each seed once"))
-    if found := list(filter(None, problems)):
-        raise UserError(*found)
-
-
 def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
@@ -152,8 +135,8 @@ def _run_seeds(args: argparse.Namespace) -> int:
         for seed, step in since.items():
             share_steps(whole.steps[: whole.steps.index(step)], run_dir, run_dir / f"seed{seed}", step.name)
 
-    problems: list[Problem] = []
     # Every seed is checked before the first one runs.
+    problems: list[Problem] = []
     runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
@@ -163,9 +146,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
             runs.append((own, *_prepare(own)))
     if problems:
         raise UserError(*problems)
-
-    arguments = ("report", str(run_dir), "--seeds", *map(str, args.seeds))
-    report = Step(REPORT, "report", arguments, output=run_dir / "report")
+    report = Step(REPORT, "report", ("report", str(run_dir), "--seeds", *map(str, args.seeds)), run_dir / "report")
     command = shlex.join(report.command(()))
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
     if args.dry_run:
@@ -206,7 +187,6 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
         first = [step.name for step in shared].index(since)
         plan = replace(plan, steps=shared[:first] + plan.steps[first:])
     decided = _decide(plan, record, args)
-
     due = [step for step, decision in decided if decision.action != "skip"]
     if not due:
         return plan, decided
@@ -214,13 +194,14 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     with show_checks(args):
         if args.smoke:
             # The steps are checked as the recipe sets them: the settings of a smoke run would hide mistakes. But it
-            # neither reports nor pushes anything.
-            quiet = {step.name: {key: step.values[key] for key in QUIET if key in step.values} for step in steps}
+            # neither reports nor pushes anything, which would need packages and a token.
+            unset = ("report_to", "push_to_hub")
+            quiet = {step.name: {key: step.values[key] for key in unset if key in step.values} for step in steps}
             whole = read_plan(args.recipe, plan.run_dir, args.seed).steps
             steps = tuple(replace(step, values={**step.values, **quiet[step.name]}) for step in whole)
         problems = check_steps(steps, names, processes)
         # A smoke run may have fewer processes than the run that it is for.
-        if problems and args.smoke and not all(check_steps(steps, names, number) for number in ALSO_TRIED):
+        if problems and args.smoke and not all(check_steps(steps, names, number) for number in (2, 4, 8, 16, 64)):
             problems = []
     if shards(file := launch_file(args)):
         remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
@@ -233,7 +214,6 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
 
 def _show(decided: Decided, args: argparse.Namespace) -> None:
     """Print the decision about each step, and the command of one that is due."""
-    due = 0
     for step, decision in decided:
         print(f"{'run' if decision.action == 'start' else decision.action} {step.name}: {decision.reason}")
         for path in decision.replaced:
@@ -241,7 +221,7 @@ def _show(decided: Decided, args: argparse.Namespace) -> None:
             print(f"    deletes {path}" if decision.deletes else f"    moves {path} to {TRASH}{kept}")
         if decision.action != "skip":
             print(f"    {shlex.join(step.command(args.launch, args.launcher))}")
-            due += 1
+    due = sum(decision.action != "skip" for _, decision in decided)
     print(f"{due} of {len(decided)} steps would run; nothing was written")
 
 
@@ -256,7 +236,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
         replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
-        with RunConsole(title, state, args) as console:
+        with contextlib.closing(RunConsole(title, state, args)) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
         print(f"what was there before is in {replaced}; delete that when it is no longer needed")
@@ -331,7 +311,6 @@ def _run_all(
         log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
         for line in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
             console.event(line)
-
         command = shlex.join(step.command(args.launch, args.launcher))
         console.event(f"$ {command}")
         record.start(step, decision.action, command)
@@ -343,7 +322,6 @@ def _run_all(
         # A step whose push failed is complete, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
-
         if received is not None:
             kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
             console.stop(step, seconds, 0, kept, f"to resume: {args.resume}")

@@ -27,6 +27,8 @@ from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
+PROGRESS_SECONDS = 10
+"""Without a live view, a step that has taken longer than this prints its progress at each quarter."""
 MAX_COLUMNS = 100
 """Width of the live view, at most."""
 LAST_LINES = 20
@@ -52,17 +54,12 @@ def is_live(args: argparse.Namespace) -> bool:
 
 
 class RunConsole:
-    """The view of one run; a context manager, within which its steps run one after the other.
+    """The view of one run, whose steps run one after the other, until `close`.
 
     A step writes two files, which a thread reads while the step runs:
 
         logs/2_sft.log        all that it prints                         -> --verbose, and the last lines if it fails
         logs/2_sft.progress   a line of JSON for each fact it reports    -> the bar, the loss and the time that is left
-
-    Args:
-        title: First line of the live view.
-        state: What is known about the run.
-        args: The command's options.
     """
 
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
@@ -70,16 +67,10 @@ class RunConsole:
         # A step that resumes appends to its log; its own part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
-        live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
-        self._live = live if is_live(args) else None
-
-    def __enter__(self) -> RunConsole:
-        if self._live is not None:
+        self._live: Live | None = None
+        if is_live(args):
+            self._live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
             self._live.start(refresh=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the live view, whose last state stays on the screen."""
@@ -98,11 +89,7 @@ class RunConsole:
 
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """Show a step while it runs.
-
-        Yields:
-            A descriptor for its output, and environment variables by which it reports its progress.
-        """
+        """Show a step while it runs. Yield a descriptor for its output, and variables by which it reports progress."""
         log, reports = self.log(step), self.log(step).with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
@@ -112,35 +99,38 @@ class RunConsole:
             log.open(encoding="utf-8", errors="replace") as printed,
             reports.open(encoding="utf-8") as reported,
         ):
-            # A log begins with the command, so that it can be repeated by hand.
+            # The command can be repeated by hand.
             output.write(f"$ {command}\n".encode())
             self._log_begin = printed.seek(0, os.SEEK_END)
             ended = threading.Event()
-
-            def watch() -> None:
-                while not ended.wait(REFRESH_SECONDS):
-                    self._take_in(reported, printed)
-
-            watcher = threading.Thread(target=watch, daemon=True)
+            watcher = threading.Thread(target=self._follow, args=(reported, printed, ended), daemon=True)
             watcher.start()
             try:
                 yield output.fileno(), {VARIABLE: str(reports.absolute())}
             finally:
                 ended.set()
                 watcher.join()
-                self._take_in(reported, printed)
                 reports.unlink(missing_ok=True)
 
-    def _take_in(self, reported: IO[str], printed: IO[str]) -> None:
-        """Take in what the running step has reported and printed since the last time."""
-        for line in reported:
-            # The last line may be half written.
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                self.state.progress.update(json.loads(line))
-        if self._args.verbose:
-            print(printed.read(), end="", flush=True)
-        elif self._live is not None:
-            self._live.refresh()
+    def _follow(self, reported: IO[str], printed: IO[str], ended: threading.Event) -> None:
+        """Show what the running step reports and prints, until it has `ended`."""
+        progress, shown, is_last = self.state.progress, 0, False
+        while not is_last:
+            is_last = ended.wait(REFRESH_SECONDS)
+            for line in reported:
+                # The last line may be half written.
+                with contextlib.suppress(ValueError, TypeError, LookupError):
+                    progress.update(json.loads(line))
+            quarter = 4 * progress.facts["done"] // progress.facts["total"] if progress.facts.get("total") else 0
+            if self._args.verbose:
+                print(printed.read(), end="", flush=True)
+            elif self._live is not None:
+                self._live.refresh()
+            elif shown < quarter < 4 and progress.elapsed >= PROGRESS_SECONDS:
+                shown = quarter
+                left = zip(self.state.seconds_left(), ("left", "left of the run"), strict=True)
+                times = [f"{time_in_words(seconds)} {what}" for seconds, what in left if seconds is not None]
+                print("    " + ", ".join([*self.state.doing.split("  "), *times]))
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
@@ -151,10 +141,7 @@ class RunConsole:
         self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
-        """End the view, because a step was stopped or failed with exit code `code`, and print `messages`.
-
-        If it failed, print the last lines of its output as well, and where all of it is.
-        """
+        """End the view of a step that was stopped (`code` 0) or failed; print the end of its output and `messages`."""
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
         if code and not self._args.verbose:
@@ -184,8 +171,8 @@ class RunConsole:
             elif stage.status == "kept":
                 what, when = stage.figure, "kept"
             elif stage.status in ("done", "stopped"):
-                reached = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-                what, when = "; ".join(filter(None, reached)), time_in_words(stage.seconds)
+                parts = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
+                what, when = "; ".join(filter(None, parts)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
             dim = "dim" if style == "dim" else ""
             what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what

@@ -22,9 +22,6 @@ from pipeline.files import read_json
 from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import Step
 
-FIELDS_OF_UNTRAINED = ("seed", "tokenizer_name_or_path", "output_dir")
-"""Fields of pretraining that an untrained model depends on, besides its sizes."""
-
 Changes = dict[str, tuple[Any, Any]]
 """The settings that differ, by field: the value before and the present one."""
 
@@ -112,14 +109,10 @@ def _decide_one(
 
 
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:
-    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes.
-
-    A field that is not given has its default, so that writing the default down is not a change.
-    """
+    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes."""
     now = recorded_values(step)
     pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
     effective = dict(changed)
     if step.kind == "evaluate":
         # Reward models are named to check the judge, and lengths limit answers if nothing else does.
@@ -131,7 +124,7 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     if not (effective and step.stage.module):
         return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
-    # What still differs once defaults and types are known. These imports take seconds.
+    # A field that is not given has its default: to write that down is not a change. These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments
@@ -140,9 +133,10 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     hints = field_types(*types)
     defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
     machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
-    # An untrained model reads few of the fields in the file that it shares with pretraining.
+    # An untrained model reads few of the fields in the file that it shares with pretraining, its sizes among them.
     if step.stage.file_of:
-        read = {*FIELDS_OF_UNTRAINED, *(item.name for item in dataclasses.fields(ScratchArguments))}
+        read = {item.name for item in dataclasses.fields(ScratchArguments)}
+        read |= {"seed", "tokenizer_name_or_path", "output_dir"}
         effective = {name: pair for name, pair in effective.items() if name in read}
 
     def resolve(name: str, values: Mapping[str, Any]) -> Any:

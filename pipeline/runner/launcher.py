@@ -1,9 +1,8 @@
 """Make `accelerate launch` end with the exit code of the launched program, and without a traceback of its own.
 
-Otherwise it turns every exit code into 1, and prints a traceback below the program's message. torch loads the entry
-points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the launcher starts a
-module of this project. The runner starts this module, `python -m pipeline.runner.launcher`, which takes the arguments
-of `accelerate launch`, does not need the project to be installed, and checks the launch file.
+torch loads the entry points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the
+launcher starts a module of this project. The runner starts this module instead, which takes the arguments of
+`accelerate launch`, does not need the project to be installed, and checks the launch file.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -27,10 +27,6 @@ from pipeline.config.recipe_folder import LAUNCH_FILE, find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import EXIT_USER_ERROR, Problem
 
-SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-SAVE_SECONDS = 600
-"""Seconds in which processes may save after a signal; the default of torch's agent, 30, is short for large models."""
-
 BEYOND_ONE_PROCESS = (
     "cpu", "debug", "enable_cpu_affinity", "log_dir", "mpirun_hostfile", "tpu", "use_cpu", "use_deepspeed", "use_fsdp",
     "use_megatron_lm", "use_parallelism_config",
@@ -38,9 +34,7 @@ BEYOND_ONE_PROCESS = (
 """Arguments of `accelerate launch` that change more than the environment of one process."""
 
 VALUES: Mapping[str, range | tuple[str, ...]] = {
-    "num_machines": range(1 << 16),
-    "machine_rank": range(1 << 16),
-    "main_process_port": range(1 << 16),
+    **dict.fromkeys(("num_machines", "machine_rank", "main_process_port"), range(1 << 16)),
     "num_processes": range(1, 1 << 16),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
@@ -52,8 +46,8 @@ PLUGIN_OPTIONS = {
     "mpirun_config": ("mpirun_",),
     "parallelism_config": ("parallelism_config_",),
 }
-"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these mappings into its
-arguments, also `main_process_ip`; it adds the beginning to the keys of the others (`fsdp_config`) itself."""
+"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these into its arguments,
+also `main_process_ip`; to the keys of the others (`fsdp_config`), it adds the beginning itself."""
 
 ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
     "compute_environment": ("LOCAL_MACHINE",),
@@ -109,15 +103,11 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
 def check_launch_file(path: str, named: bool = True) -> Problem | None:
     """Check a launch file, for which `accelerate launch` would print a traceback, or do what nobody asked for.
 
-    Args:
-        path: The launch file.
-        named: Whether the user has named it, so that it may let other machines take part.
+    Only one that the user has `named` may let other machines take part.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
-    def problem(remedy: str) -> Problem:
-        return Problem("--config_file", path, remedy)
-
+    problem = partial(Problem, "--config_file", path)
     try:
         loaded = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
@@ -129,12 +119,10 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
         if "dict" in str(item.type) and not isinstance(value, dict | None):
             return problem(f"{item.name} must be a mapping; correct it")
         # The keys of a mapping become options, which have names.
-        options = list(value) if isinstance(value, dict) else []
-        prefixes = PLUGIN_OPTIONS.get(item.name, ("",))
+        options, prefixes = value if isinstance(value, dict) else (), PLUGIN_OPTIONS.get(item.name, ("",))
         if other := [str(key) for key in options if not isinstance(key, str) or not key.startswith(prefixes)]:
             return problem(f"{item.name} has no option {', '.join(other)}; remove it")
-        values = VALUES.get(item.name, ())
-        if values and value is not None and value not in values:
+        if (values := VALUES.get(item.name)) and value is not None and value not in values:
             known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
             return problem(f"{item.name} is {value}, and here must be one of {known}; correct it")
     if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
@@ -158,14 +146,15 @@ def _end_with_program() -> None:
     """Exit with the program's code, without the messages of torch's agent, and give the program time to save."""
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
-    os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SAVE_SECONDS))
+    # Seconds in which processes may save after a signal; torch's default, 30, is short for large models.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+        # Several processes may fail; the first one counts.
         if isinstance(error, ChildFailedError):
-            # Several processes may fail; this is the first.
             sys.exit(exit_code(error.get_first_failure()[1].exitcode))
         if isinstance(error, subprocess.CalledProcessError):
             sys.exit(exit_code(error.returncode))
@@ -178,10 +167,10 @@ def _end_with_program() -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
-    """Launch as `accelerate launch` does; `argv` are its arguments, by default the arguments of this process.
+    """Launch as `accelerate launch` does, with its arguments `argv`. Return 0, or 2 for a broken launch file.
 
-    A process that was `forked` to run the program becomes the program where a single one is asked for. Return 0, or 2
-    for a broken launch file. If the launched program fails, raise an error that becomes its exit code.
+    A process that was `forked` to run the program becomes the program where a single one is asked for. If the program
+    fails, raise an error that becomes its exit code.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env

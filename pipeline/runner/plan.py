@@ -5,34 +5,34 @@
 
 Options of the recipes override the YAML files. For a stage whose model has N parameters:
 
-    FLOPs     tokens x passes x (2 N + attention). A forward pass counts 1, a backward pass 2, activations that are
-              computed again 1. Policy and critic are trained on a rollout `num_iterations` times; sampling, old
-              log-probabilities, values, a reference and each reward model are forward passes
+    FLOPs     tokens x passes x (2 N + attention): a forward pass counts 1, a backward pass 2
     memory    of a network that is trained, weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets) and
-              optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N;
-              activations and logits of a micro-batch; keys and values of the answers that are sampled at once
+              optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N
     disk      12 N bytes for each checkpoint, and 4 N for the model
-    time      FLOPs / (processes x peak x MFU), LAYER x layers x positions that are sampled one after the other, and
-              START for each step
+    time      FLOPs / (processes x peak x MFU), LAYER x layers x positions that are sampled one after the other
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from pipeline.config.command_line import read_command_line
+from pipeline.config.fields import field_types
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import DEFAULT_LENGTH
 from pipeline.progress import short_count, time_in_words
 from pipeline.runner.launcher import count_processes, launch_file, shards
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
-from pipeline.runner.steps import Settings, Step, override_steps
+from pipeline.runner.steps import Step
 
 TEXT, ANSWER = 1 / 4, 1 / 3
 START, TEXT_RATE = 3.0, 4e6
@@ -53,12 +53,23 @@ downloads, judges, tasks of lm-eval.
 """
 
 
-def count_work(stage: Settings) -> None:
-    """Add to the settings of a stage what it computes.
+class Settings(SimpleNamespace):
+    """The settings of a step as attributes, with the defaults of its recipe; those that it does not have are None."""
 
-    `average` and `longest` are the tokens of a row: a block, a text, or a prompt with its answer. `rows` are blocks,
-    texts, both texts of pairs, or answers; `passes` are over each token, where a backward pass counts as two; `flops`
-    are those of all processes. `at_once` are the answers that a process samples at once.
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+    def build(self, kind: type) -> Any:
+        """Return the dataclass `kind` with these settings."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
+        return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def count_work(stage: Settings) -> None:
+    """Add to the settings of a stage what it computes: `rows` of blocks, texts (two in a pair), or prompts and answers.
+
+    `average` and `longest` are the tokens of a row, `passes` are over each token, where a backward pass counts as two,
+    `flops` are those of all processes, and `at_once` are the answers that a process samples at once.
     """
     from pipeline.models.experts import training_flops_per_token
 
@@ -171,9 +182,9 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
 
     They have `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
     tokens (or of prompts, if answers are sampled), `cut` as the longest text or answer, `frozen` other networks, and
-    `size`, the bytes of an activation.
-    `made` holds what earlier steps make, by folder: a model, the size of a vocabulary, or rows; the length of a row by
-    ("tokens", folder), and what the chat template adds to a prompt by ("template", folder). This step's is added.
+    `size`, the bytes of an activation. `made` holds what earlier steps make, and is given what this one does, by
+    folder: a model, the size of a vocabulary, or rows; by ("tokens", folder) the length of a row, and by
+    ("template", folder) what the chat template adds to a prompt.
     """
     from trl import ModelConfig
 
@@ -183,7 +194,9 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     from pipeline.models.loading import load_empty, load_tokenizer
     from pipeline.models.scratch import ScratchArguments, build_empty
 
-    kind, own = step.stage, Settings.of(step)
+    kind, items = step.stage, [item for kind in step.argument_types for item in dataclasses.fields(kind)]
+    defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
+    own = Settings(**{**defaults, **step.values})
     # Later steps need to know the size of the vocabulary, and how many choices people make.
     if step.kind in ("tokenizer", "votes"):
         made[own.output_dir] = own.vocab_size or own.min_votes
@@ -260,7 +273,15 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(*problems)
     args.processes, args.sharded = count_processes(args), shards(launch_file(args))
     planned = read_plan(args.recipe).steps
-    steps = override_steps([step for step in planned if step.stage.module], args.overrides)
+    steps = [step for step in planned if step.stage.module]
+    # An option applies to all steps that know it.
+    types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
+    given, problems = read_command_line(args.overrides, list(types))
+    if problems:
+        raise UserError(*problems)
+    for place, step in enumerate(steps):
+        own = {name: given[name] for name in field_types(*step.argument_types) if name in given}
+        steps[place] = replace(step, values={**step.values, **own})
     problems = check_steps(steps, processes=args.processes, rewards=False)
     args.processor = hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, args.processes)
     if args.processor is None:
@@ -268,7 +289,6 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--gpu", args.gpu, remedy))
     if problems:
         raise UserError(*problems)
-
     made: dict[Any, Any] = {}
     stages: dict[str, Settings] = {}
     others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}

@@ -20,20 +20,14 @@ from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.runner.steps import Step
 
-VOCABULARY = 1 << 15
-"""Tokens of a tokenizer that does not exist yet; nothing that is checked here depends on their number."""
-
 
 def check_steps(
     steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
 ) -> list[Problem]:
     """Return values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
 
-    Args:
-        steps: The steps of a run, each after all that it needs. Those without a YAML file of their own are skipped.
-        due: Names of the steps whose problems are reported. Default: all.
-        processes: Processes of a training step.
-        rewards: Whether reward functions are loaded, which may need packages.
+    Each step comes after all that it needs, and trains in so many `processes`; only those that are `due` are reported
+    (default: all). Without `rewards`, reward functions are not loaded, which may need packages.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check
@@ -57,7 +51,8 @@ def check_steps(
     if evaluations:
         values = evaluations[0].values
         problems += check(values, "evaluate.yaml: ")
-        shortest = min(filter(None, map(_context, made.values())), default=None)
+        contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in made.values()]
+        shortest = min(filter(None, contexts), default=None)
         limit = {"evaluate.yaml: max_new_tokens": values.get("max_new_tokens")}
         problems += check_lengths(shortest, **{key: value for key, value in limit.items() if isinstance(value, int)})
         tasks = values.get("lm_eval_tasks")
@@ -108,7 +103,8 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     config = made.get(name)
     with collect(problems):
         if scratch is not None:
-            config = build_empty(scratch, VOCABULARY).config
+            # Nothing that is checked here depends on the size of the vocabulary, which is not known yet.
+            config = build_empty(scratch, 1 << 15).config
         elif config is None and name and Path(name).is_dir() and not Path(name).is_relative_to(home):
             with user_error_for("model_name_or_path", name):
                 config = load_config(name)
@@ -118,14 +114,9 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
         made[str(step.values["output_dir"])] = config
     limit = step.stage.length or "max_new_tokens"
     longest = next((getattr(item, limit) for item in built if hasattr(item, limit)), None)
-    problems += check_lengths(_context(config), **{limit: longest})
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    problems += check_lengths(context, **{limit: longest})
     loaded = next((item for item in built if isinstance(item, ModelConfig)), None)
     if training is not None and loaded is not None:
         problems += check_weights(copy.deepcopy(config), training, loaded, rewarded, early=True)
     return problems
-
-
-def _context(config: Any) -> int | None:
-    """Return the context of a model in tokens, if it has a limit."""
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions

@@ -1,7 +1,7 @@
 """Run a step as a child process that receives the runner's signals, can save, and does not outlive the runner.
 
-Importing torch, transformers and TRL takes longer than many a step. So the runner starts this module as a warm process,
-which imports them once and forks for each step. The fork runs the step's module as `python -m` would in a new process.
+Importing torch, transformers and TRL takes seconds. So the runner starts this module as a warm process, which imports
+them once and forks for each step. The fork runs the step's module as `python -m` would in a new process.
 
     runner                           warm process                       step
     WarmProcess.fork  -- request -->  main: os.fork()  -------------->  runs the module, writes to the runner's
@@ -11,10 +11,7 @@ which imports them once and forks for each step. The fork runs the step's module
 
 Forking is safe only while nothing else runs in the process. So the warm process never computes, which would start the
 threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
-Each step is then a new process, as it is on other systems than Linux.
-
-The forkserver of multiprocessing would not do: its forks do not run their exit functions, end with 1 after a
-KeyboardInterrupt, and come from a server that goes on even if there are threads.
+The forkserver of multiprocessing goes on even if there are threads, and its forks do not run their exit functions.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ PRELOADED = (
 """What the steps import, as `pkgutil.resolve_name` takes it."""
 
 
-class WarmProcess:
+class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
     """The runner's side of a warm process, which ends with this context, and of the step that was forked last."""
 
     pid: int
@@ -78,9 +75,6 @@ class WarmProcess:
             )
         self._is_ready: bool | None = None
 
-    def __enter__(self) -> WarmProcess:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._channel.close()
         self._process.kill()
@@ -96,7 +90,7 @@ class WarmProcess:
             self._is_ready = _receive(self._channel) is not None
         if not self._is_ready:
             return False
-        inherited = (*((1, 2) if output is None else (output, output)), *descriptors)
+        inherited = (1, 2, *descriptors) if output is None else (output, output, *descriptors)
         try:
             self._channel.send((command[2:], dict(environment), len(inherited)))
             for descriptor in inherited:
@@ -133,11 +127,9 @@ def run(
     """Run a command until it ends.
 
     The first SIGINT, SIGTERM or SIGHUP is forwarded to the child, which is then waited for. The second one kills the
-    child and all its descendants, unless it is a SIGHUP, which a terminal that closes may send twice. The child gets a
-    process group of its own, or Ctrl-C in a terminal would reach it twice.
+    child and all its descendants, unless it is a SIGHUP, which a terminal that closes may send twice.
 
     Args:
-        environment: Environment of the child, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
         output: File descriptor to which the child's stdout and stderr go; by default where the runner's own go.
         warm: Process from which the command is forked, if that is possible; by default it is a new process.
@@ -177,12 +169,13 @@ def run(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                # Ctrl-C in a terminal would reach it twice otherwise.
                 process_group=0,
                 pass_fds=descriptors,
                 # The step saves when the runner dies.
                 preexec_fn=signal_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
             )
-        # A signal may come between installing the handlers and starting the child.
+        # It came between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
         if isinstance(process, WarmProcess):
@@ -202,12 +195,9 @@ def run(
 
 
 def wait_measured(pid: int) -> tuple[int, int]:
-    """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes.
-
-    The peak is the resident memory of the largest process among the child and the descendants that were waited for.
-    """
+    """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes."""
     _, status, usage = os.wait4(pid, 0)
-    # Linux counts in KiB, macOS in bytes.
+    # This is the largest process among the child and its descendants. Linux counts in KiB, macOS in bytes.
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,11 +1,6 @@
 """Read a recipe folder: the steps of its YAML files, and those that follow from them.
 
-A recipe names its paths in one directory, its `home`; `--output_dir` and `--smoke` write to another one, the `run_dir`:
-
-    2_sft.yaml    output_dir: runs/pocket/2_sft                    home     runs/pocket
-                  model_name_or_path: runs/pocket/1_pretrain       needs    1_pretrain, which writes there
-    --smoke       --output_dir runs/pocket-smoke/2_sft ...         run_dir  runs/pocket-smoke
-
+A recipe names its paths in one directory, its `home`; `--output_dir` and `--smoke` write to another one, the `run_dir`.
 The settings of a step keep the paths of its file, so that two runs of a recipe in different directories have the same
 settings. The arguments of its command, and `output`, have the paths of the run.
 """
@@ -49,19 +44,13 @@ class Plan:
 
 
 def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
-    """Read the steps of a recipe folder.
+    """Read the steps of a recipe folder, with an untrained model before pretraining, the evaluations and the report.
 
     Args:
-        folder: Folder with files named `<number>_<kind>.yaml` or `<number>_<kind>_<anything>.yaml`, or the name of one
-            that is installed with the package, such as pocket.
-        output_dir: Directory of the run. Default: the one in which the files' `output_dir` lie; for a smoke run,
-            that name with `-smoke` appended.
+        folder: Folder with files named `<number>_<kind>[_<anything>].yaml`, or one that is installed, such as pocket.
+        output_dir: Directory of the run. Default: where the files' `output_dir` lie; for a smoke run, with `-smoke`.
         seed: Seed of every step. Default: each step's own.
         smoke: Whether every stage takes two steps on a miniature.
-
-    Returns:
-        The steps of the files, an untrained model before the first pretraining, the evaluation of every model after it
-        (of the opponent: after a judge that a step trains) and of one that the first stage starts from, and the report.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
@@ -72,8 +61,8 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     _check_run_dir(run_dir, folder)
 
     def overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        changed = smoke_overrides(kind, values) if smoke else {}
-        return changed | ({"seed": seed} if seed is not None and STAGES.get(kind, StageKind()).seeded else {})
+        seeded = seed is not None and STAGES.get(kind, StageKind()).seeded
+        return (smoke_overrides(kind, values) if smoke else {}) | ({"seed": seed} if seeded else {})
 
     steps: list[Step] = []
     for stem, (kind, path, written) in files.items():
@@ -87,17 +76,29 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         steps.append(_step(stem, kind, path, values, overrides(kind, values), home, run_dir))
     steps = _connect(steps, home, run_dir)
 
+    # The steps and, after them, the stages that are measured.
     settings = _evaluation_settings(folder, steps, home)
+    order: list[Step | str] = []
+    for step in steps:
+        # A model of the Hub is measured once, before the first stage that starts from it.
+        if settings["base"] and step.values.get("model_name_or_path") == settings["base"] and BASE not in order:
+            order.append(BASE)
+        order += [step, step.output.name] if step.stage.measured else [step]
+    # The opponent is measured when the judge is trained, because its baselines need the judge.
+    against, judge = settings["against"], Path(str(settings["judge"]))
+    if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
+        trained = order.index(judge.name) - 1
+        if order.index(against) < trained:
+            order.remove(against)
+            order.insert(trained, against)
     changed = overrides("evaluate", settings)
     planned: list[Step] = []
-    for item in _in_order(steps, settings):
+    for item in order:
         planned.append(item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, changed))
-
     # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
     editable = {step.name: step.output for step in steps if step.stage.editable}
     for place, step in enumerate(planned):
         planned[place] = replace(step, data={need: editable[need] for need in step.needs if need in editable})
-
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
     # The record of the run names one seed: the first that a file names.
@@ -115,7 +116,6 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
         raise UserError(Problem("recipe", folder, f"{reason}; {remedy}")) from error
     if not paths:
         raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
-
     problems: list[Problem] = []
     order = [name for name, stage in STAGES.items() if stage.module]
     read: Files = {}
@@ -168,17 +168,15 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
     # A link is followed, because what matters is which files the run would be written among.
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
-    remedy = ""
-    if str(run_dir).startswith("~"):
-        remedy = "write the whole path, without ~"
-    elif (run_dir / "config.json").exists():
-        remedy = "is the directory of a model; choose another directory"
-    elif Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real):
-        remedy = "is or contains the current directory or this project; choose one of its own, such as runs/mine"
-    elif folder.resolve() == real:
-        remedy = "is the recipe folder; choose another directory"
-    if remedy:
-        raise UserError(Problem("output_dir", run_dir, remedy))
+    contains = Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real)
+    refusals = {
+        "write the whole path, without ~": str(run_dir).startswith("~"),
+        "is the directory of a model; choose another directory": (run_dir / "config.json").exists(),
+        "is or contains the current directory or this project; choose one of its own, such as runs/mine": contains,
+        "is the recipe folder; choose another directory": folder.resolve() == real,
+    }
+    if found := [remedy for remedy, holds in refusals.items() if holds]:
+        raise UserError(Problem("output_dir", run_dir, found[0]))
 
 
 def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
@@ -206,15 +204,9 @@ def _step(
             raise UserError(Problem(f"{name}: {key}", values[key], remedy))
     # The file that it shares names the directory of another step.
     own = {"output_dir": values["output_dir"]} if stage.file_of else {}
-    return Step(
-        name=name,
-        kind=kind,
-        arguments=("--config", str(path), *_flags({**own, **overrides, **moved})),
-        output=output,
-        # People's work is never moved or deleted.
-        leftovers=() if stage.by_people else (output,),
-        values=values,
-    )
+    arguments = ("--config", str(path), *_flags({**own, **overrides, **moved}))
+    # People's work is never moved or deleted.
+    return Step(name, kind, arguments, output, () if stage.by_people else (output,), values)
 
 
 def _flags(options: Mapping[str, Any]) -> list[str]:
@@ -228,23 +220,17 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
     ordered: list[Step] = []
     for step in steps:
         written, number = str(home / step.output.name), step.name.partition("_")[0]
-        readers = (
-            place
-            for place, other in enumerate(ordered)
-            if other.name.partition("_")[0] == number and written in map(str, other.values.values())
-        )
+        same = ((i, other) for i, other in enumerate(ordered) if other.name.partition("_")[0] == number)
+        readers = (place for place, other in same if written in map(str, other.values.values()))
         ordered.insert(next(readers, len(ordered)), step)
-
     problems, connected = [], []
     writers: dict[Path, str] = {}
     for step in ordered:
         needs, files = [], []
         # An untrained model does not read the data of the pretraining whose file it shares.
         unread = ("output_dir", "dataset_name") if step.stage.file_of else ("output_dir",)
-        named = [(key, text) for key, value in step.values.items() if key not in unread for text in as_list(value)]
-        for key, text in named:
-            if not isinstance(text, str):
-                continue
+        named = ((key, text) for key, value in step.values.items() if key not in unread for text in as_list(value))
+        for key, text in ((key, text) for key, text in named if isinstance(text, str)):
             path = Path(text)
             if not path.is_relative_to(home):
                 files += [path] if _names_file(key, text) else []
@@ -277,7 +263,6 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
     file = folder / EVALUATE
     content = relocate(read_yaml(str(file)), home, home) if file.exists() else {}
     settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
-
     problems = []
     written = [home / step.output.name for step in steps]
     for key in ("judge", *HELD_OUT):
@@ -288,36 +273,12 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
         if not any(Path(text).is_relative_to(output) for output in written) and not os.path.exists(text):
             problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
     known = [step.output.name for step in steps if step.stage.measured]
-    if settings["base"]:
-        known.append(BASE)
-    against = content.get("against")
-    if against is not None and against not in known:
+    known += [BASE] if settings["base"] else []
+    if (against := content.get("against")) is not None and against not in known:
         problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
     if problems:
         raise UserError(*problems)
     return settings
-
-
-def _in_order(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
-    """Return the steps and, after them, the stages that are measured: the model that the first one starts from, too."""
-    order: list[Step | str] = []
-    for step in steps:
-        # A model of the Hub is measured once, before the first stage that starts from it.
-        starts = bool(settings["base"]) and step.values.get("model_name_or_path") == settings["base"]
-        if starts and BASE not in order:
-            order.append(BASE)
-        order.append(step)
-        if step.stage.measured:
-            order.append(step.output.name)
-
-    # The opponent is measured when the judge is trained, because its baselines need the judge.
-    against, judge = settings["against"], Path(str(settings["judge"]))
-    if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
-        trained = order.index(judge.name) - 1
-        if order.index(against) < trained:
-            order.remove(against)
-            order.insert(trained, against)
-    return order
 
 
 def _evaluation(
@@ -329,8 +290,8 @@ def _evaluation(
 
     # What it reads: the judge, held-out data and, for the model that the first stage starts from, that model.
     sources = [settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
-    named = [settings.get("judge"), *(source.get("dataset_name") for source in sources)]
-    named += [settings["base"]] if stage == BASE else []
+    base = settings["base"] if stage == BASE else None
+    named = [settings.get("judge"), base, *(source.get("dataset_name") for source in sources)]
     paths = {Path(name) for name in named if isinstance(name, str)}
     # Only reward models are measured on people's votes, which may become more at any time.
     paths = {path for path in paths if scores or path.name != VOTES}
@@ -348,14 +309,8 @@ def _evaluation(
         if makes_data or step.kind == OPPONENT or step.output in written:
             needs.append(step.name)
     needs += [step.name for step in own]
-    results = run_dir / "evaluations" / stage
-    return Step(
-        name=f"evaluate_{stage}",
-        kind="evaluate",
-        arguments=("evaluate", str(run_dir), "--stage", stage, *_flags(overrides)),
-        output=results.parent,
-        leftovers=(results.with_suffix(".json"), results.with_suffix(".jsonl")),
-        values={**settings, **overrides},
-        needs=tuple(dict.fromkeys(needs)),
-        files=tuple(sorted(files)),
-    )
+    arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides))
+    output, values = run_dir / "evaluations", {**settings, **overrides}
+    results = (output / f"{stage}.json", output / f"{stage}.jsonl")
+    needed, read = tuple(dict.fromkeys(needs)), tuple(sorted(files))
+    return Step(f"evaluate_{stage}", "evaluate", arguments, output, results, values, needed, read)

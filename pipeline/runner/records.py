@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,21 +48,17 @@ class RunRecord:
     """
 
     path: Path
-    content: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, Any]
+    steps: dict[str, dict[str, Any]]
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
         """Return the record of the run in `run_dir`, empty if the run has not been started; it must not be damaged."""
         path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
-        if not all(isinstance(entry.get("id"), str) for entry in content.get("steps", {}).values()):
+        steps = content.setdefault("steps", {})
+        if not all(isinstance(entry.get("id"), str) for entry in steps.values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
-        return cls(path, content)
-
-    @property
-    def steps(self) -> dict[str, dict[str, Any]]:
-        """The entry of each step that was started, by name."""
-        steps: dict[str, dict[str, Any]] = self.content.setdefault("steps", {})
-        return steps
+        return cls(path, content, steps)
 
     def is_finished(self, name: str) -> bool:
         """Return whether the step has finished."""
@@ -113,10 +109,7 @@ class RunRecord:
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
-    """Give a new run in `seed_dir` the finished ones of `steps` of the run in `run_dir`, and what they wrote.
-
-    Files are linked, so that models take no further space; checkpoints are left out. `since` is recorded.
-    """
+    """Link the finished ones of `steps` of the run in `run_dir` into a new run, without checkpoints; record `since`."""
     record, own = RunRecord.read(run_dir), RunRecord.read(seed_dir)
     finished = [step for step in steps if record.is_finished(step.name)]
     for path in (path for step in finished for path in step.leftovers or (step.output,)):
@@ -127,7 +120,8 @@ def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str
             shutil.copytree(path, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
         elif path.exists():
             _link(path, target)
-    own.update(since=since, steps={step.name: record.steps[step.name] for step in finished})
+    own.steps.update({step.name: record.steps[step.name] for step in finished})
+    own.update(since=since)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
@@ -139,8 +133,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
     """Move files, and the content of directories, to the same place below `trash`, or delete them without one.
 
-    The run's record is copied there, because it says with which settings they were made. Paths that do not exist are
-    skipped. What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
+    What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
     """
     lines = []
     for path in filter(Path.exists, paths):
@@ -156,8 +149,8 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
             lines.append(f"removed {path}")
             continue
         # `trash` is <run>/.trash/<time>.
-        run_dir = trash.parents[1]
-        target = trash / path.relative_to(run_dir)
+        run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
+        # The record of the run says with which settings they were made.
         if not trash.exists():
             trash.mkdir(parents=True)
             shutil.copy2(run_dir / "run.json", trash)
@@ -181,10 +174,8 @@ def recorded_values(step: Step) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time.
-
-    In a folder of people's votes, only the votes count. The other files there are made from them, or wait for more.
-    """
+    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time."""
+    # In a folder of people's votes, the other files are made from these, or wait for more.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()

@@ -19,20 +19,15 @@ from pipeline.stages import STAGES
 
 @dataclass
 class Stage:
-    """A step of the recipe and, if it writes a model, the evaluation after it.
-
-    Attributes:
-        note: Why the step is due; "" if it has never run.
-        seconds: Time that it took in this run.
-        figure: What it has reached, once it is measured.
-        lost: The rows that it cut or dropped.
-    """
+    """A step of the recipe and, if it writes a model, the evaluation after it. `figure` is what this has measured."""
 
     name: str
+    # Why the step is due; "" if it has never run.
     note: str = ""
     status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
     figure: str = ""
+    # The rows that it cut or dropped.
     lost: str = ""
 
 
@@ -93,18 +88,9 @@ class Progress:
 
 
 class RunState:
-    """The state of one run.
+    """The state of a run: its `stages` by directory, and the seconds that its steps have `taken`, by name.
 
-    Args:
-        run_dir: Directory of the run.
-        steps: All of its steps, in order.
-        todo: Those that this command goes through, and what it does about each.
-        measured: Seconds that steps took before, by name.
-
-    Attributes:
-        stages: The stages that this command goes through, by the names of their directories.
-        running, progress: The step that is running, and what it has reported.
-        taken: Seconds of the steps that have finished, by name.
+    It is made of all `steps` in order, those that this command goes through (`todo`) and the seconds `measured` before.
     """
 
     def __init__(
@@ -123,7 +109,6 @@ class RunState:
                 stage.status = "waiting"
                 stage.note = "" if decision.reason == "has not run yet" else decision.reason
         self.due = [step for step, decision in todo if decision.action != "skip"]
-
         self.running: Step | None = None
         self.progress = Progress()
         self.taken: dict[str, float] = {}
@@ -155,10 +140,7 @@ class RunState:
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the seconds that the running step and the whole run still take; None while nothing says.
-
-        The step's come from what it reports. All else takes what it took before, at the speed of this run.
-        """
+        """Return the seconds that the running step, by its reports, and the whole run still take; None if unknown."""
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
         # A step that resumes takes less than its usual time, and says nothing about the speed of this machine.
@@ -171,6 +153,7 @@ class RunState:
         speed = sum(taken.values()) / before if before else 1.0
         if running and left is None and not self._is_guess:
             left = max(speed * self.expected[running] - self.progress.elapsed, 0.0)
+        # All else takes what it took before, at the speed of this run.
         due = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
         return left, (left or 0.0) + speed * sum(due)
 
@@ -199,12 +182,11 @@ class RunState:
 
     def kept(self, step: Step, code: int) -> str:
         """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
-        facts = self.progress.facts
+        facts, trains = self.progress.facts, step.stage.measured and step.stage.launched
         if code == 0:
             return f"{step.name}, which has finished, and the steps before it"
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
-        trains = step.stage.measured and step.stage.launched
         return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"
 
 

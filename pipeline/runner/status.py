@@ -30,63 +30,54 @@ def main(args: argparse.Namespace) -> int:
         remedy = describe_folder(args.run) or f"does not contain a run; make it with `{as_typed('run', 'RECIPE')}`"
         raise UserError(Problem("RUN", args.run, remedy))
     for run in sorted(runs):
-        show(run)
-    return 0
+        record = RunRecord.read(run)
+        recipe, smoke = Path(str(record.content.get("recipe"))), bool(record.content.get("smoke"))
+        asked = any("--seed" in str(entry.get("command")).split() for entry in record.steps.values())
+        seed = record.content.get("seed")
+        steps = read_plan(recipe, run, seed if asked else None, smoke).steps
+        if not any(step.kind == "evaluate" for step in steps):
+            # Without an evaluation, there is nothing to report.
+            steps = steps[:-1]
+        decisions = decide(steps, record)
 
+        # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
+        measured = record.seconds
+        usual = sum(step.stage.seconds for step in steps if step.name in measured)
+        speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
+        print(f"{run}: {recipe}{'' if seed is None else f', seed {seed}'}{f' ({SMOKE})' if smoke else ''}")
+        left, is_running, width = 0.0, is_locked(run / "run.lock"), max(len(step.name) for step in steps)
+        for step in steps:
+            decision, entry = decisions[step.name], record.steps.get(step.name, {})
+            # How far a step was saved that goes on from there. One that gets more steps may have more than all to do.
+            saved = newest_state(step.output) if entry and decision.action in ("resume", "continue") else {}
+            steps_done, steps_before = number_of(saved, "global_step"), number_of(saved, "max_steps")
+            steps_now = number_of(step.values, "max_steps") if decision.action == "continue" else steps_before
+            share = max(steps_now / steps_before - steps_done / steps_before, 0.0) if steps_before else 1.0
+            # A report takes its seconds whatever the steps take.
+            usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
+            seconds = share * measured.get(step.name, usual) if decision.action != "skip" else 0.0
+            left += seconds
+            if decision.action == "skip":
+                state = "done"
+            elif not entry:
+                state = "not run yet"
+            elif record.is_finished(step.name):
+                state = "out of date"
+            elif is_running:
+                state = "running"
+            else:
+                state = "waiting" if step.stage.by_people else "cut short"
+            took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
+            reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
+            so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""
+            notes = filter(None, [reason, so_far, f"about {time_in_words(seconds)}" if seconds else ""])
+            print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
 
-def show(run: Path) -> None:
-    """Print the state of each step of one run, and the command that does what is left."""
-    record = RunRecord.read(run)
-    recipe, smoke = Path(str(record.content.get("recipe"))), bool(record.content.get("smoke"))
-    asked = any("--seed" in str(entry.get("command")).split() for entry in record.steps.values())
-    seed = record.content.get("seed")
-    steps = read_plan(recipe, run, seed if asked else None, smoke).steps
-    if not any(step.kind == "evaluate" for step in steps):
-        # Without an evaluation, there is nothing to report.
-        steps = steps[:-1]
-    decisions = decide(steps, record)
-
-    # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
-    measured = record.seconds
-    usual = sum(step.stage.seconds for step in steps if step.name in measured)
-    speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
-
-    print(f"{run}: {recipe}{'' if seed is None else f', seed {seed}'}{f' ({SMOKE})' if smoke else ''}")
-    left = 0.0
-    is_running = is_locked(run / "run.lock")
-    width = max(len(step.name) for step in steps)
-    for step in steps:
-        decision, entry = decisions[step.name], record.steps.get(step.name, {})
-        # How far a step was saved that goes on from there. One that gets more steps may have more than one share to do.
-        saved = newest_state(step.output) if entry and decision.action in ("resume", "continue") else {}
-        steps_done, steps_before = number_of(saved, "global_step"), number_of(saved, "max_steps")
-        steps_now = number_of(step.values, "max_steps") if decision.action == "continue" else steps_before
-        share = max(steps_now / steps_before - steps_done / steps_before, 0.0) if steps_before else 1.0
-        # A report takes its seconds whatever the steps take.
-        usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
-        seconds = share * measured.get(step.name, usual) if decision.action != "skip" else 0.0
-        left += seconds
-
-        if decision.action == "skip":
-            state = "done"
-        elif not entry:
-            state = "not run yet"
-        elif record.is_finished(step.name):
-            state = "out of date"
-        elif is_running:
-            state = "running"
+        command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
+        command += ["--smoke"] if smoke else []
+        if due := [name for name, decision in decisions.items() if decision.action != "skip"]:
+            done = f"{len(steps) - len(due)} of {len(steps)} steps are done"
+            print(f"{done}; the rest takes about {time_in_words(left)}: {as_typed(*command)}")
         else:
-            state = "waiting" if step.stage.by_people else "cut short"
-        took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
-        reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
-        so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""
-        notes = filter(None, [reason, so_far, f"about {time_in_words(seconds)}" if seconds else ""])
-        print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
-
-    command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
-    command += ["--smoke"] if smoke else []
-    if due := [name for name, decision in decisions.items() if decision.action != "skip"]:
-        done = f"{len(steps) - len(due)} of {len(steps)} steps are done"
-        print(f"{done}; the rest takes about {time_in_words(left)}: {as_typed(*command)}")
-    else:
-        print("all steps are done")
+            print("all steps are done")
+    return 0

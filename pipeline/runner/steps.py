@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import sys
@@ -10,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.command_line import read_command_line
-from pipeline.config.fields import argument_types, field_types
+from pipeline.config.fields import argument_types
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import holds_model
 from pipeline.stages import SMOKE_EVALUATION, STAGES
@@ -30,8 +27,6 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `STAGES`, "evaluate" or "report".
-        arguments: Arguments of its module.
-        output: Directory that it writes.
         leftovers: Files and directories to remove before it runs from the beginning.
         values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
         needs: Names of the steps whose output it reads.
@@ -97,17 +92,6 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
     raise UserError(Problem(field, name, f"{remedy} {', '.join(step.name for step in found or steps)}"))
 
 
-def override_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
-    """Return the steps with the options of a command line, each of which applies to all steps that know it."""
-    types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
-    given, problems = read_command_line(words, list(types))
-    if problems:
-        raise UserError(*problems)
-    known = [field_types(*step.argument_types) for step in steps]
-    values = [{name: given[name] for name in hints if name in given} for hints in known]
-    return [dataclasses.replace(step, values={**step.values, **v}) for step, v in zip(steps, values, strict=True)]
-
-
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that `--smoke` changes in the `values` of a step, such as "sft", so that it takes seconds."""
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
@@ -126,22 +110,3 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             overrides["steps_per_generation"] = 1
     return overrides
-
-
-class Settings(SimpleNamespace):
-    """The settings of a step as attributes, with the defaults of its recipe; those that it does not have are None."""
-
-    def __getattr__(self, name: str) -> Any:
-        return None
-
-    @classmethod
-    def of(cls, step: Step) -> Settings:
-        """Return the settings of a step."""
-        items = [item for kind in step.argument_types for item in dataclasses.fields(kind)]
-        defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
-        return cls(**{**defaults, **step.values})
-
-    def build(self, kind: type) -> Any:
-        """Return the dataclass `kind` with these settings."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
-        return kind(**{name: value for name, value in values.items() if value is not None})

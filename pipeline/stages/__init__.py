@@ -4,8 +4,8 @@ A recipe folder holds one file for each step, named `<number>_<kind>.yaml`. `STA
 
     3_ppo.yaml  ->  STAGES["ppo"]  ->  recipes/ppo.py, "Preference tuning (PPO)", win_rate, two steps of --smoke, ...
 
-To add a kind, write its recipe and its entry here. Recipes are given by dotted names, and imported when they are used,
-so that this module can lie below all others. The signature of a recipe's `main` names its argument dataclasses.
+To add a kind, write its recipe and its entry here. Recipes are imported when they are used, so that this module can lie
+below all others. The signature of a recipe's `main` names its argument dataclasses.
 """
 
 from __future__ import annotations
@@ -380,11 +380,6 @@ STAGES: dict[str, StageKind] = {
     ),
 }
 """Steps of the same number run in this order, and are shown in it."""
-
-
-def kinds_with_data(held_out: str) -> list[str]:
-    """Return the kinds of stages whose own data serve as `held_out`, the last in the order of training first."""
-    return [name for name, kind in reversed(STAGES.items()) if kind.held_out == held_out]
 
 
 def find_baseline(name: str) -> Baseline | None:

@@ -56,28 +56,24 @@ class StageKind:
     module: str = ""
     # Time that it takes in recipes/pocket. Before a run has times of its own, the time left is estimated from these.
     seconds: float = 6.0
-    # Whether it runs under `accelerate launch`, on the requested number of processes.
+    # Whether it runs under `accelerate launch`, on the requested number of processes, writes a model, which is then
+    # evaluated, draws random numbers and takes a seed, and writes data, which people may correct by hand.
     launched: bool = False
-    # Whether it writes a model, which is then evaluated.
     measured: bool = False
-    # Whether it draws random numbers and takes a seed.
     seeded: bool = True
-    # Whether it writes data, which people may correct by hand.
     editable: bool = False
     # Whether its model has taken training steps, writes text (a reward model does not), and answers questions (a base
     # model only continues a text).
     trained: bool = True
     generates: bool = True
     chats: bool = True
-    # Whether it may start from random weights.
+    # Whether it may start from random weights, samples answers, trains a critic, and waits for people's votes.
     from_scratch: bool = False
-    # Whether it samples answers, trains a critic with the model, and waits for people's votes.
     samples: bool = False
     has_critic: bool = False
     by_people: bool = False
-    # Kind whose YAML file configures it, if it has none of its own.
+    # Kind whose YAML file configures it, if it has none of its own; name of its output directory, "" for any.
     file_of: str = ""
-    # Name that its output directory must have, "" for any.
     directory: str = ""
     # Function that checks its settings beyond their types, `(settings) -> list of problems`.
     check: str = ""

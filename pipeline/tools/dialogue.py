@@ -36,21 +36,18 @@ log-probabilities of these, if they are known."""
 
 @dataclass
 class Dialogue:
-    """A prompt and what followed it, as token ids and as messages.
-
-    Attributes:
-        tokens: Turns of the model, results of tools, and what the template writes between them.
-        sampled: For each of `tokens`, 1 if the model sampled it, otherwise 0.
-        logps: For each of `tokens`, its log-probability if the model sampled it, otherwise 0; None if not known.
-        calls, failures: Numbers of calls, and of those that failed.
-    """
+    """A prompt and what followed it, as token ids and as messages."""
 
     prompt: list[int]
     tools: Tools
+    # Turns of the model, results of tools, and what the template writes between them.
     tokens: list[int] = field(default_factory=list)
+    # For each token, 1 if the model sampled it, otherwise 0.
     sampled: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
+    # For each token, its log-probability if the model sampled it, otherwise 0; None if not known.
     logps: list[float] | None = None
+    # Numbers of calls, and of those that failed.
     calls: int = 0
     failures: int = 0
 
@@ -84,7 +81,6 @@ def converse(
 
     Args:
         dialogues: Each with the first turn of the model; what follows is added to them.
-        complete: Samples a turn after each of some texts.
         tokenizer: A tokenizer with a response template.
         ends: Ids that end a turn.
         limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
@@ -98,8 +94,7 @@ def converse(
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
         # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
-        room = limit - min(len(dialogue.tokens) for dialogue in going_on)
-        sampled, logps = complete(texts, max(1, room))
+        sampled, logps = complete(texts, max(1, limit - min(len(dialogue.tokens) for dialogue in going_on)))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)
@@ -118,10 +113,40 @@ def answer_calls(
     template: Mapping[str, Any] | None = None,
 ) -> list[Dialogue]:
     """Add the results of each dialogue's last calls, where they fit, and return the dialogues that go on."""
+    calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
+    # The calls of a tool that answers many at once are answered first.
+    waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
+    values: dict[int, Any] = {}
+    for number, (dialogue, call) in enumerate(calls):
+        tool, arguments = dialogue.tools.get(call["name"]), call["arguments"]
+        if tool not in MANY or not isinstance(arguments, dict) or list(arguments) != list(signature(tool).parameters):
+            continue
+        (text,) = arguments.values()
+        if isinstance(text, str):
+            waiting.setdefault(MANY[tool], []).append((number, text))
+    for many, asked in waiting.items():
+        values |= dict(zip((number for number, _ in asked), many([text for _, text in asked]), strict=True))
+
+    answered: dict[int, list[Message]] = {id(dialogue): [] for dialogue in dialogues}
+    for number, (dialogue, call) in enumerate(calls):
+        name, dialogue.calls = call["name"], dialogue.calls + 1
+        try:
+            if number not in values:
+                if name not in dialogue.tools:
+                    raise ValueError(f"Tool {name} not found.")
+                values[number] = dialogue.tools[name](**call["arguments"])
+            content = str(values[number])
+        # A tool may raise anything, exit, or return what has no text; a call with other arguments raises, too.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            dialogue.failures += 1
+            content = str({"error": str(error)})
+        answered[id(dialogue)].append({"role": "tool", "name": name, "content": _encodable(content)})
+
     # Tools often return the same few results.
     written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
     going_on = []
-    for dialogue, results in zip(dialogues, _results(dialogues, ends), strict=True):
+    for dialogue in dialogues:
+        results = answered[id(dialogue)]
         tokens = written(*(tuple(result.items()) for result in results))
         length = len(dialogue.tokens) + len(tokens)
         if length <= limit and len(dialogue.prompt) + length < context:
@@ -184,39 +209,6 @@ def result_tokens(
     if template.get("chat_template"):
         raise ValueError("the chat template changes a turn once a result follows it")
     return result_tokens(tokenizer, results, {**template, "chat_template": get_training_chat_template(tokenizer)})
-
-
-def _results(dialogues: Sequence[Dialogue], ends: Collection[int]) -> list[list[Message]]:
-    """Call the tools that the last turn of each dialogue calls, and return their results as messages."""
-    calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
-    # The calls of a tool that answers many at once are answered first.
-    waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
-    results: dict[int, Any] = {}
-    for number, (dialogue, call) in enumerate(calls):
-        tool, arguments = dialogue.tools.get(call["name"]), call["arguments"]
-        if tool not in MANY or not isinstance(arguments, dict) or list(arguments) != list(signature(tool).parameters):
-            continue
-        (text,) = arguments.values()
-        if isinstance(text, str):
-            waiting.setdefault(MANY[tool], []).append((number, text))
-    for many, asked in waiting.items():
-        results |= dict(zip((number for number, _ in asked), many([text for _, text in asked]), strict=True))
-
-    answered: dict[int, list[Message]] = {id(dialogue): [] for dialogue in dialogues}
-    for number, (dialogue, call) in enumerate(calls):
-        name, dialogue.calls = call["name"], dialogue.calls + 1
-        try:
-            if number not in results:
-                if name not in dialogue.tools:
-                    raise ValueError(f"Tool {name} not found.")
-                results[number] = dialogue.tools[name](**call["arguments"])
-            content = str(results[number])
-        # A tool may raise anything, exit, or return what has no text; a call with other arguments raises, too.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
-            dialogue.failures += 1
-            content = str({"error": str(error)})
-        answered[id(dialogue)].append({"role": "tool", "name": name, "content": _encodable(content)})
-    return [answered[id(dialogue)] for dialogue in dialogues]
 
 
 def _encodable(value: Any) -> Any:

@@ -13,10 +13,7 @@ class GuessLetter:
     """Find a hidden letter by asking whether it comes earlier or later in the alphabet, a few times."""
 
     QUESTIONS = 3
-
-    def __init__(self) -> None:
-        self._hidden: str | None = None
-        self._asked = 0
+    _hidden: str | None = None
 
     def reset(self, hidden: str | None = None, **_: Any) -> None:
         """Begin a game; rows without a hidden letter do not have one."""

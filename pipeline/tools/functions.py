@@ -19,12 +19,10 @@ MAX_EXPRESSION = 200
 """Characters of an expression."""
 MAX_BITS = 4096
 """Bits of a number, some 1,200 digits."""
-MAX_PLACES = 30
-"""Decimal places; a number with more is written as a fraction."""
-_DECIMAL = re.compile(r"\d*\.\d*")
-"""Numbers with an exponent, such as 1e999999999, would take long to write out."""
 MAX_OUTPUT = 1000
 """Characters of what a program prints that the model reads."""
+# Numbers with an exponent, such as 1e999999999, would take long to write out.
+_DECIMAL = re.compile(r"\d*\.\d*")
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -47,8 +45,8 @@ def calculator(expression: str) -> str:
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"{expression!r} is not an expression") from None
     value = _value(tree.body, expression)
-    # As people write numbers: whole, as a decimal if that ends soon, otherwise as a fraction.
-    if (value * 10**MAX_PLACES).denominator != 1:
+    # As people write numbers: whole, as a decimal of up to 30 places, otherwise as a fraction.
+    if (value * 10**30).denominator != 1:
         return str(value)
     with localcontext(prec=MAX_BITS):
         return format(Decimal(value.numerator) / value.denominator, "f")

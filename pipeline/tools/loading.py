@@ -22,9 +22,6 @@ from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python
 
-OWN_METHODS = ("reset", "get_reward")
-"""Methods of an environment that the trainer calls; the other public ones are tools."""
-
 
 @dataclass(frozen=True)
 class Toolbox:
@@ -50,8 +47,8 @@ class Toolbox:
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the arguments of the chat template with which TRL writes prompts: tools, perhaps another template."""
-        environment = [] if self.environment is None else list(tools_of(self.environment()).values())
-        arguments: dict[str, Any] = {"tools": [*self.tools, *environment]}
+        methods = {} if self.environment is None else tools_of(self.environment())
+        arguments: dict[str, Any] = {"tools": [*self.tools, *methods.values()]}
         if not is_chat_template_prefix_preserving(tokenizer):
             arguments["chat_template"] = get_training_chat_template(tokenizer)
         return arguments
@@ -101,7 +98,8 @@ def load_environment(name: str | None) -> type | None:
 def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
     """Return the methods of an environment that are tools, by name."""
     methods = inspect.getmembers(type(environment), predicate=inspect.isfunction)
-    names = [name for name, _ in methods if name not in OWN_METHODS and not name.startswith("_")]
+    # The trainer itself calls these two.
+    names = [name for name, _ in methods if name not in ("reset", "get_reward") and not name.startswith("_")]
     return {name: getattr(environment, name) for name in names}
 
 
@@ -120,7 +118,6 @@ def check_tools(
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:
-    """Return why a model cannot call a function, or None."""
     if inspect.iscoroutinefunction(tool):
         return "is asynchronous; write a plain function"
     if tool is python and (fault := validate_sandbox()):
@@ -134,7 +131,6 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return why a model with this tokenizer cannot call tools, or None."""
     if not supports_tool_calling(tokenizer):
         return "the model's chat template does not write calls of tools; give a model whose template does"
     if getattr(tokenizer, "response_template", None) is None:

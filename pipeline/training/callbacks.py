@@ -20,9 +20,6 @@ from pipeline.progress import report_progress, time_in_words
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
-"""Metrics in the line of a log; all of them are in `trainer_state.json`."""
-
 
 class InterruptCallback(TrainerCallback):
     """Save and stop at the end of the step during which a signal arrived, the same one in all processes of a run.
@@ -38,8 +35,7 @@ class InterruptCallback(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # Only note the signal: this may interrupt anything, and the step has to end first.
-        self._own = number
-        name = signal.Signals(number).name
+        self._own, name = number, signal.Signals(number).name
         self.restore()
         if name == "SIGHUP":
             signal.signal(number, signal.SIG_IGN)
@@ -55,8 +51,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
-        # A signal that arrives from here on is for the next step: a process that stopped alone would leave the others
-        # waiting for it.
+        # A later signal is for the next step: a process that stopped alone would leave the others waiting for it.
         agreed = self._own
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(agreed, device=args.device)
@@ -83,8 +78,7 @@ class FiguresCallback(TrainerCallback):
 
     - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the share of the measured speed of large
       matrix multiplications (`hardware.matmul_peak`) that the model's arithmetic reached; evaluations and checkpoints
-      count as lost time. Only the time left is logged if the trainer does not count tokens
-      (`include_num_input_tokens_seen`).
+      count as lost time. Without `include_num_input_tokens_seen`, only the time left is logged.
     - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
       the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
@@ -93,13 +87,11 @@ class FiguresCallback(TrainerCallback):
     def __init__(self, length: int) -> None:
         # Tokens per training sequence, which determine the cost of attention.
         self.length = length
-        self.flops_per_token = 0.0
-        # Time in seconds, step and tokens at the last log.
-        self.last = (0.0, 0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the clock, and start counting."""
         self.flops_per_token = training_flops_per_token(model, self.length)
+        # Time in seconds, step and tokens at the last log.
         self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
         self.counter = RouteCounter(model, training=True)
 
@@ -148,7 +140,9 @@ class ReportCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Log the main figures of `logs`, to which `FiguresCallback` has added its own."""
         logs = logs or {}
-        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in SHOWN]
+        # All metrics are in `trainer_state.json`.
+        main = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
+        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in main]
         if figures and state.is_world_process_zero:
             if "learning_rate" in logs:
                 figures.append(f"learning rate {logs['learning_rate']:.2e}")
@@ -158,5 +152,4 @@ class ReportCallback(TrainerCallback):
                 figures.append(f"{time_in_words(logs['eta_seconds'])} left")
             step = str(state.global_step).rjust(len(str(state.max_steps)))
             logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(figures))
-        shown = ("loss", "reward", "tokens_per_second")
-        report_progress(**{name: logs[name] for name in shown if name in logs})
+        report_progress(**{name: logs[name] for name in ("loss", "reward", "tokens_per_second") if name in logs})

@@ -1,13 +1,11 @@
 """Checkpoints on the disk: a folder is complete if every file is as its manifest says.
 
-    runs/pocket/2_sft/
-      checkpoint-100/             a complete checkpoint
-        model.safetensors, optimizer.pt, ...
-        trainer_state.json        replaced once, when the evaluation of the same step has ended
-        manifest.json             size and checksum of each file, and the checksums of one or two states
-      .unfinished/                what a kill may leave half-written; never resumed from
-
-`pipeline.training.reliable` writes them.
+runs/pocket/2_sft/
+  checkpoint-100/             a complete checkpoint
+    model.safetensors, optimizer.pt, ...
+    trainer_state.json        replaced once, when the evaluation of the same step has ended
+    manifest.json             size and checksum of each file, and the checksums of one or two states
+  .unfinished/                what a kill may leave half-written; never resumed from
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -54,25 +51,10 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def newest_complete(output_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None. Skip damaged ones with a warning."""
     for checkpoint in reversed(checkpoints(output_dir)):
-        damage = validate_checkpoint(checkpoint)
-        if damage is None:
+        if (damage := validate_checkpoint(checkpoint)) is None:
             return checkpoint
         logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
-
-
-def delete_surplus(output_dir: str | Path, limit: int | None, keep: set[str]) -> None:
-    """Delete the oldest of more than `limit` checkpoints, except for those named in `keep`."""
-    if not limit:
-        return
-    found = checkpoints(output_dir)
-    surplus = max(0, len(found) - max(limit, len(keep)))
-    candidates = [path for path in found if path.name not in keep]
-    for checkpoint in candidates[:surplus]:
-        # Rename the folder first, so that a kill in between does not leave half of a checkpoint.
-        trash_dir = checkpoint.parent / UNFINISHED
-        os.replace(checkpoint, trash_dir)
-        shutil.rmtree(trash_dir, ignore_errors=True)
 
 
 # ---- The manifest

@@ -30,28 +30,16 @@ from pipeline.models.kernels.sampler import unsupported_settings
 from pipeline.models.loading import skip_unreachable_hub
 from pipeline.models.vllm_sampler import validate_vllm
 
-UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
-
-UNFILTERED = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-"""Fields of `GRPOConfig` that change what is sampled, and the values with which they do not."""
-
-NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
-"""Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
-
-SET_BY_TRL = (
-    "temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens", "max_length",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
-"""Options of generation that TRL sets, so that the model's generation_config.json has no effect on them."""
-
-SET_FOR_VLLM = {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}
-"""Options of vLLM's sampling without which TRL cannot use its output. With a seed, equal prompts get equal answers."""
-
 VLLM_SERVER = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
 """Command that starts a server which accepts the weights of each step from TRL."""
+
+UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
+
+NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
+"""Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
@@ -61,9 +49,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
     """
     if not model_args.use_peft:
         return []
-    # PEFT compares a list with the ends of names, and a string, as a pattern, with whole names:
-    #     ["q_proj"]     model.layers.0.self_attn.q_proj
-    #     ".*q_proj"     the same
+    # PEFT compares a list with the ends of names (["q_proj"]), and a string, a pattern, with whole names (".*q_proj").
     modules = dict(model.named_modules())
     # Layers that PEFT can put a LoRA adapter on.
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
@@ -89,9 +75,8 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
                 problems.append(Problem(field, ", ".join(missing), remedy))
     rank = max((min(layer.weight.shape[:2]) for layer in layers.values()), default=math.inf)
     if model_args.lora_r > rank:
-        problems.append(
-            Problem("lora_r", model_args.lora_r, f"no matrix of the model has a rank above {rank}; lower it")
-        )
+        remedy = f"no matrix of the model has a rank above {rank}; lower it"
+        problems.append(Problem("lora_r", model_args.lora_r, remedy))
     if problems:
         return problems
 
@@ -121,7 +106,9 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
     except OSError:
         # The file is optional.
         return []
-    if others := unsupported_settings(file, (*NEUTRAL, *SET_BY_TRL)):
+    # TRL sets these, so that the file has no effect on them.
+    sampling = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens", "max_length")
+    if others := unsupported_settings(file, (*NEUTRAL, *sampling, "bos_token_id", "eos_token_id", "pad_token_id")):
         remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove that from the file"
         return [Problem("model_name_or_path", name, remedy)]
     return []
@@ -129,9 +116,8 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
 
 def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
     """Check that batches of `rows` rows leave something to train on."""
-    field, needed = "per_device_train_batch_size", 1
-    if args.dataloader_drop_last:
-        needed = args.per_device_train_batch_size * args.world_size
+    whole = args.per_device_train_batch_size * args.world_size
+    field, needed = "per_device_train_batch_size", whole if args.dataloader_drop_last else 1
     if isinstance(args, GRPOConfig) and args.generation_batch_size:
         # A generation batch contains every prompt `num_generations` times, and an incomplete one is dropped.
         field, needed = "generation_batch_size", max(1, args.generation_batch_size // (args.num_generations or 1))
@@ -162,14 +148,13 @@ def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
 
     Each of the `trained` weights takes 4 bytes, and so does each of the two numbers that the optimizer keeps for it.
     """
+    # Without a limit all are kept, as many as the number of steps says if that is known.
+    kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     if args.save_strategy == "no":
         kept = 0
     elif args.save_total_limit:
         # The next checkpoint is written before the oldest is deleted.
         kept = args.save_total_limit + 1
-    else:
-        # Without a limit all are kept, as many as the number of steps says if that is known.
-        kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     return kept, kept * (4 if args.save_only_model else 12) * trained + 4 * trained
 
 
@@ -179,10 +164,8 @@ def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
     free = shutil.disk_usage(nearest(Path(args.output_dir))).free
     if needed <= free:
         return []
-    remedy = (
-        f"{kept} checkpoints and the model take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free; "
-        "make room, lower save_total_limit or choose another disk"
-    )
+    sizes = f"take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free"
+    remedy = f"{kept} checkpoints and the model {sizes}; make room, lower save_total_limit or choose another disk"
     return [Problem("output_dir", args.output_dir, remedy)]
 
 
@@ -191,7 +174,19 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
     If it is `early`, and other steps run before, a server of vLLM does not have to be there yet.
     """
-    problems = _try_schedule(args)
+    problems = []
+    # Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    kind, options, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, max(args.max_steps, 10)
+    try:
+        made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
+        shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
+        if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
+            remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
+            problems.append(Problem("lr_scheduler_kwargs", options, remedy))
+    except LIBRARY_ERRORS as error:
+        missing = Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")
+        problems.append(Problem("lr_scheduler_kwargs", options, str(error)) if options else missing)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except LIBRARY_ERRORS as error:
@@ -210,8 +205,7 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
     if isinstance(args, GRPOConfig):
         problems += _check_rollouts(args, early)
     if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
-        remedy = "a pair has two lengths; omit it"
-        problems.append(Problem("train_sampling_strategy", "group_by_length", remedy))
+        problems.append(Problem("train_sampling_strategy", "group_by_length", "a pair has two lengths; omit it"))
 
     repo_id = args.hub_model_id or (Path(args.output_dir).absolute().name if args.push_to_hub else None)
     try:
@@ -226,37 +220,50 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
     return problems
 
 
-def _try_schedule(args: TrainingArguments) -> list[Problem]:
-    """Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-    kind, options, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, max(args.max_steps, 10)
-    fault = ""
-    try:
-        made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
-        shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
-        if shares and not (min(shares) >= 0 and max(shares) <= 1):
-            fault = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
-    except LIBRARY_ERRORS as error:
-        fault = str(error)
-        if not options:
-            return [Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({fault})")]
-    return [Problem("lr_scheduler_kwargs", options, fault)] if options and fault else []
-
-
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
+    """Check how GRPO and PPO sample. Unless it is `early`, this waits for a server of vLLM that is to do so."""
     problems = check_template_arguments(args.chat_template_kwargs)
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
-    if args.use_vllm:
-        problems += _check_vllm(args, early)
-        # vLLM's probabilities are those after all filters, and the loss is corrected by them.
-        if args.vllm_importance_sampling_correction:
-            return problems
-    for name, neutral in UNFILTERED.items():
+    given = args.generation_kwargs or {}
+    if args.use_vllm and (fault := validate_vllm()):
+        problems.append(Problem("use_vllm", True, fault))
+    elif args.use_vllm:
+        if args.use_cpu:
+            problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
+        # TRL cannot use the output of vLLM without its own values of these. With a seed, equal prompts get equal
+        # answers.
+        if taken := {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}.intersection(given):
+            remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
+            problems.append(Problem("generation_kwargs", given, remedy))
+        if args.vllm_mode == "colocate":
+            if args.world_size % args.vllm_tensor_parallel_size:
+                remedy = f"must divide the number of processes, {args.world_size}"
+                problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
+        elif not (args.use_cpu or taken or early) and os.environ.get("RANK", "0") == "0":
+            # This imports parts of vLLM, which take seconds.
+            from trl.generation.vllm_client import VLLMClient
+
+            url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+            try:
+                server = VLLMClient(url, connection_timeout=args.vllm_server_timeout).get_server_info()
+                mode, fault = server["model_config"]["logprobs_mode"], ""
+            except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
+                fault = str(error)
+            if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
+                fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
+            if fault:
+                problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
+    # vLLM's probabilities are those after all filters, and the loss is corrected by them.
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        return problems
+    # Fields that change what is sampled, and the values with which they do not.
+    unfiltered = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+    for name, neutral in unfiltered.items():
         if (value := getattr(args, name)) not in neutral:
             problems.append(Problem(name, value, f"{UNSEEN}; omit it"))
     cache = {"cache_implementation": args.cache_implementation}
-    for field, options in {"generation_kwargs": args.generation_kwargs or {}, "cache_implementation": cache}.items():
+    for field, options in {"generation_kwargs": given, "cache_implementation": cache}.items():
         if others := [name for name in options if name not in NEUTRAL]:
             remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
             problems.append(Problem(field, options, remedy))
@@ -265,36 +272,4 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
             GenerationConfig(**options).validate(strict=True)
         except (ValueError, TypeError, ImportError) as error:
             problems.append(Problem(field, getattr(args, field), str(error)))
-    return problems
-
-
-def _check_vllm(args: GRPOConfig, early: bool) -> list[Problem]:
-    """Check that vLLM can sample here or, unless it is `early`, that a server can, for which this waits."""
-    if fault := validate_vllm():
-        return [Problem("use_vllm", True, fault)]
-    problems = []
-    if args.use_cpu:
-        problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
-    options = args.generation_kwargs or {}
-    if taken := SET_FOR_VLLM.intersection(options):
-        remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
-        problems.append(Problem("generation_kwargs", options, remedy))
-    if args.vllm_mode == "colocate":
-        if args.world_size % args.vllm_tensor_parallel_size:
-            remedy = f"must divide the number of processes, {args.world_size}"
-            problems.append(Problem("vllm_tensor_parallel_size", args.vllm_tensor_parallel_size, remedy))
-    elif not problems and not early and os.environ.get("RANK", "0") == "0":
-        # This imports parts of vLLM, which take seconds.
-        from trl.generation.vllm_client import VLLMClient
-
-        url = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-        try:
-            server = VLLMClient(url, connection_timeout=args.vllm_server_timeout).get_server_info()
-            mode, fault = server["model_config"]["logprobs_mode"], ""
-        except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
-            fault = str(error)
-        if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
-            fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
-        if fault:
-            problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     return problems

@@ -18,12 +18,8 @@ from pipeline.errors import UserError, exit_on_user_error
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
-    Everything that is wrong with the arguments is reported together. What is wrong with the inputs that they name is
-    reported by `main`.
-
-    Args:
-        main: A recipe's function, whose parameters are annotated with argument dataclasses.
-        argv: Command line without the program name; `--help` prints its options. Default: `sys.argv`.
+    Everything that is wrong with the arguments is reported together, and then, by `main`, what is wrong with the inputs
+    that they name. `argv` is without the program's name, by default `sys.argv`; `--help` prints its options.
     """
     if argv is None:
         search_here_last()

@@ -13,7 +13,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
 from pipeline.models.kernels.attention import choose_attention
 from pipeline.models.kernels.output_layer import project_labelled_positions
-from pipeline.models.kernels.packed_rows import PackedRows, pads_rows
+from pipeline.models.kernels.packed_rows import PackedRows
 from pipeline.training.reliable import Reliable
 
 
@@ -22,8 +22,9 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
 
     def __init__(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # TRL does not accept a collator as an argument if it packs.
-        if pads_rows(self.args, self.model.config):
+        packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.args.pad_to_multiple_of
+        # TRL does not accept a collator as an argument if it packs. FlashAttention expects its flattened rows.
+        if packs and "flash" not in (self.model.config._attn_implementation or ""):
             self.data_collator = PackedRows(self.processing_class.pad_token_id, return_position_ids=True)
         project_labelled_positions(self.model)
         choose_attention(self.model, attn_implementation)
@@ -34,10 +35,7 @@ class WithReference(Reliable):
 
     The reference is the policy as it was before training. TRL loads it by the name of the policy or, under LoRA,
     disables the adapter. A policy that was merged in memory has the name of its base model, without the adapter that it
-    started from: it is copied.
-
-    `attn_implementation` is the attention if one was requested. A reference that is to be computed beforehand for the
-    rows of a stream raises a `UserError`.
+    started from: it is copied. `attn_implementation` is the attention if one was requested.
     """
 
     def __init__(self, model: Any, args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:

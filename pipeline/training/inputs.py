@@ -37,9 +37,8 @@ from pipeline.progress import report_lost
 from pipeline.stages import STAGES
 from pipeline.training import checks
 
-ROWS_MEASURED, ROWS_MEASURED_OF_STREAM = 1000, 100
-"""Rows whose tokens are counted to see whether they leave room; counting all of a large data set takes minutes, and a
-stream is read over the network."""
+ANSWERS = {"chosen", "rejected", "completion"}
+"""Columns of answers to a prompt."""
 
 
 def load_inputs(
@@ -51,7 +50,7 @@ def load_inputs(
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them together with the model's configuration and the arguments.
 
-    Each part is loaded even if an earlier one could not be, so that the report lists everything that is wrong.
+    Each part is loaded even if an earlier one could not be, so that the `UserError` lists everything that is wrong.
 
     Args:
         kind: Content of the data, as for `load_splits`.
@@ -60,9 +59,6 @@ def load_inputs(
 
     Returns:
         The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
-
-    Raises:
-        UserError: With everything that is wrong.
     """
     problems: list[Problem] = []
     pretrained = model_args if isinstance(model_args, ModelConfig) else None
@@ -73,10 +69,19 @@ def load_inputs(
         loading.skip_unreachable_hub()
 
     # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
-    config = tokenizer = None
+    config = tokenizer = splits = None
     if pretrained is not None:
         with collect(problems):
-            config = _load_config(pretrained)
+            if not name:
+                raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
+            revision = pretrained.model_revision
+            with loading.user_error_for("model_name_or_path", name):
+                base = loading.base_of(name, revision)
+                if base and PeftConfig.from_pretrained(name, revision=revision).is_prompt_learning:
+                    remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
+                    raise UserError(Problem("model_name_or_path", name, remedy))
+            with loading.user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
+                config = loading.load_config(name, revision)
     # The field that names the tokenizer, and its value.
     words_from = ("tokenizer_name_or_path", own) if own or not name else ("model_name_or_path", name)
     if own is not None or config is not None or pretrained is None:
@@ -84,7 +89,16 @@ def load_inputs(
         with collect(problems):
             tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
     shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
-    splits = _load_splits("tokens" if shards else kind, data_args, training_args, tokenizer, problems)
+    # Neither the data nor the system prompt, with which every row would be refused, may contain special tokens.
+    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
+    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
+        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
+        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
+        tokens = None
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    with once_per_node(training_args), collect(problems):
+        evaluates = training_args.eval_strategy != "no"
+        splits = load_splits(data_args, "tokens" if shards else kind, evaluates, tokens, seed)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
@@ -107,22 +121,6 @@ def load_inputs(
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
     return tokenizer, *_encode(kind, splits, tokenizer, training_args)
-
-
-def _load_splits(
-    kind: Kind, data_args: DataArguments, training_args: TrainingArguments, tokenizer: Any, problems: list[Problem]
-) -> tuple[Split, Split | None] | None:
-    """Load the data, and check that neither they nor the system prompt contain special tokens of the tokenizer."""
-    tokens = special_tokens(tokenizer) if tokenizer is not None and kind not in ("text", "tokens") else None
-    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
-        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
-        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
-        # Every row would be refused because of it.
-        tokens = None
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    with once_per_node(training_args), collect(problems):
-        return load_splits(data_args, kind, training_args.eval_strategy != "no", tokens, seed)
-    return None
 
 
 def _check_model(
@@ -151,62 +149,53 @@ def _check_model(
 def _fit_rows(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: tuple[str, Any]
 ) -> tuple[Split, Split | None]:
-    """Drop the prompts after which the model has no room for an answer, and check the lengths of other rows.
+    """Drop the prompts after which the model has no room for an answer, and check the lengths of the first other rows.
 
-    Raises:
-        UserError: If none is left, or the chat template, of which the field `words_from` is the source, rejects a row.
+    The chat template, of which the field `words_from` is the source, may reject a row.
     """
+
+    def count(messages: Any, **options: Any) -> int:
+        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+
     try:
-        if kind != "prompt":
-            for split in splits if kind in ("preference", "unpaired") else splits[:1]:
-                if split is not None:
-                    _check_tokens(kind, split, tokenizer, args)
-            return splits
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-        given, limit = args.chat_template_kwargs or {}, args.max_completion_length or 0
-        template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
-        train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
-        return train, held_out
+        if kind == "prompt":
+            positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+            given, limit = args.chat_template_kwargs or {}, args.max_completion_length or 0
+            template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
+            train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
+            return train, held_out
+        for split in filter(None, splits if kind in ("preference", "unpaired") else splits[:1]):
+            # Counting all tokens of a large data set takes minutes, and a stream is read over the network.
+            is_stored = isinstance(split, Dataset)
+            rows = list(split.take(min(1000, len(split)) if is_stored else 100))
+            calls = kind == "conversation" and has_calls(split if is_stored else rows)
+            if calls and not supports_tool_calling(tokenizer):
+                raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
+            if kind == "text":
+                if TOKENS in rows[0]:
+                    Encoder.of(tokenizer)([row[TOKENS] for row in rows])
+            elif args.max_length is None:
+                continue
+            elif kind == "conversation":
+                asked = (takewhile(lambda message: message["role"] != "assistant", row["messages"]) for row in rows)
+                shortest = min(count(list(prompt), add_generation_prompt=True) for prompt in asked)
+                if shortest >= args.max_length:
+                    remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left"
+                    raise UserError(Problem("max_length", args.max_length, f"{remedy}; raise it"))
+            else:
+                answers = ANSWERS.intersection(rows[0])
+                sizes = [max(count(row["prompt"] + row[answer]) for answer in answers) for row in rows]
+                if min(sizes) > args.max_length:
+                    remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
+                    raise UserError(Problem("max_length", args.max_length, remedy))
+                if longer := sum(size > args.max_length for size in sizes):
+                    length = f"max_length {args.max_length} (up to {max(sizes)} tokens)"
+                    what = f"pairs that were looked at are longer than {length} and are dropped"
+                    report_lost(longer, len(sizes), what, "raise it")
+        return splits
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
         raise UserError(Problem(*words_from, remedy)) from error
-
-
-def _check_tokens(kind: Kind, split: Split, tokenizer: PreTrainedTokenizerBase, args: Any) -> None:
-    """Check that the first rows fit into the lengths that the arguments set.
-
-    Raises:
-        ValueError: If the chat template drops calls of tools that the rows have, or their results.
-    """
-    rows = list(split.take(min(ROWS_MEASURED, len(split)) if isinstance(split, Dataset) else ROWS_MEASURED_OF_STREAM))
-    calls = kind == "conversation" and has_calls(split if isinstance(split, Dataset) else rows)
-    if calls and not supports_tool_calling(tokenizer):
-        raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
-    if kind == "text":
-        if TOKENS in rows[0]:
-            Encoder.of(tokenizer)([row[TOKENS] for row in rows])
-        return
-
-    def count(messages: Any, **options: Any) -> int:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        return len(encoded["input_ids"])
-
-    if args.max_length is None:
-        return
-    if kind == "conversation":
-        prompts = [list(takewhile(lambda message: message["role"] != "assistant", row["messages"])) for row in rows]
-        shortest = min(count(prompt, add_generation_prompt=True) for prompt in prompts)
-        if shortest >= args.max_length:
-            remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
-            raise UserError(Problem("max_length", args.max_length, remedy))
-        return
-    sizes = [max(count(row["prompt"] + row[answer]) for answer in _answers(split)) for row in rows]
-    if min(sizes) > args.max_length:
-        remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
-        raise UserError(Problem("max_length", args.max_length, remedy))
-    if longer := sum(size > args.max_length for size in sizes):
-        what = f"pairs that were looked at are longer than max_length {args.max_length} (up to {max(sizes)} tokens) "
-        report_lost(longer, len(sizes), f"{what}and are dropped", "raise it")
 
 
 def _encode(
@@ -229,7 +218,7 @@ def _encode(
         # Other trainers than TRL's `RewardTrainer` encode all rows, whatever columns they have, and learn from answers
         # that are cut: rows that are too long are dropped here.
         if args.max_length is not None:
-            columns = ["prompt", *_answers(train)]
+            columns = ["prompt", *sorted(ANSWERS.intersection(column_names(train)))]
             train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))
         return train, held_out
     answers_only = bool(getattr(args, "assistant_only_loss", False))
@@ -240,11 +229,6 @@ def _encode(
     if answers_only and template_for_labels(tokenizer) is None:
         args.assistant_only_loss = False
     return train, held_out
-
-
-def _answers(split: Split) -> list[str]:
-    """Return the columns of answers to a prompt."""
-    return [name for name in column_names(split) if name in ("chosen", "rejected", "completion")]
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
@@ -265,19 +249,6 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -
     if fault := validate_tokenizer(tokenizer):
         return [Problem("chat_template_path", path, f"{fault}; correct it")]
     return []
-
-
-def _load_config(model_args: ModelConfig) -> Any:
-    name = model_args.model_name_or_path
-    if not name:
-        raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
-    with loading.user_error_for("model_name_or_path", name):
-        base = loading.base_of(name, model_args.model_revision)
-        if base and PeftConfig.from_pretrained(name, revision=model_args.model_revision).is_prompt_learning:
-            remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
-            raise UserError(Problem("model_name_or_path", name, remedy))
-    with loading.user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
-        return loading.load_config(name, model_args.model_revision)
 
 
 def check_weights(

@@ -1,10 +1,9 @@
 """Optimizers that treat matrices, embeddings and other parameters differently, for any `Trainer`.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix of the
-transformer blocks (`pipeline.models.kernels.muon`). AdamW updates embeddings, norms and everything else.
-
-Embeddings can have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size,
-so the embedding of a token that never occurs in the tuning data moves as far as all others.
+transformer blocks (`pipeline.models.kernels.muon`). AdamW updates embeddings, norms and everything else. Embeddings can
+have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size, so that the
+embedding of a token that never occurs in the tuning data moves as far as all others.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
+from pipeline.data.arguments import option
 from pipeline.models.kernels.muon import Muon
 
 
@@ -29,12 +28,10 @@ class OptimizerArguments:
     parameters.
     """
 
-    use_muon: bool = HfArg(
-        default=False, help="Use Muon for the matrices of the blocks, and AdamW for everything else."
-    )
-    muon_learning_rate: float = HfArg(default=0.02, help="Learning rate of Muon; learning_rate is for everything else.")
-    embedding_learning_rate: float | None = HfArg(
-        default=None, help="Learning rate of embeddings and output layer (default: learning_rate)."
+    use_muon: bool = option(False, "Use Muon for the matrices of the blocks, and AdamW for everything else.")
+    muon_learning_rate: float = option(0.02, "Learning rate of Muon; learning_rate is for everything else.")
+    embedding_learning_rate: float | None = option(
+        None, "Learning rate of embeddings and output layer (default: learning_rate)."
     )
 
 

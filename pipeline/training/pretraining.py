@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
+from pipeline.data.arguments import option
 from pipeline.data.packing import IGNORED
 from pipeline.data.streams import PackedStream, StreamPlace
-from pipeline.models.experts import balancing_loss, routers, training_flops_per_token, z_loss
+from pipeline.models.experts import balancing_loss, routers, training_flops_per_token
 from pipeline.models.kernels.attention import choose_attention
 from pipeline.training.reliable import Reliable
 
@@ -29,28 +29,23 @@ logger = logging.getLogger(__name__)
 class PretrainConfig(TrainingArguments):
     """Arguments of transformers' `Trainer`, and the length of the blocks that documents are packed into."""
 
-    block_size: int = HfArg(default=512, help="Tokens per training sequence, filled completely by packed documents.")
-    dataset_num_proc: int | None = HfArg(
-        default=None,
-        help="Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of "
-        "the data, whose end it drops if it does not fill a block.",
+    block_size: int = option(512, "Tokens per training sequence, filled completely by packed documents.")
+    dataset_num_proc: int | None = option(
+        None,
+        "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of the "
+        "data, whose end it drops if it does not fill a block.",
     )
-    torch_compile: bool | None = HfArg(
-        default=None, help="Compile the model (default: if that makes a run of this length shorter)."
+    torch_compile: bool | None = option(None, "Compile the model (default: if that makes such a run shorter).")
+    attn_implementation: str | None = option(
+        None,
+        "Attention (default: the fastest that this machine has for packed documents).",
+        choices=["eager", "sdpa", "flex_attention"],
     )
-    attn_implementation: str | None = HfArg(
-        default=None,
-        help="Attention (default: the fastest that this machine has for packed documents).",
-        metadata={"choices": ["eager", "sdpa", "flex_attention"]},
-    )
-    include_num_input_tokens_seen: str | bool = HfArg(default="all", help="Count tokens, for the speed in the logs.")
+    include_num_input_tokens_seen: str | bool = option("all", "Count tokens, for the speed in the logs.")
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons.
-
-    The length of the data set is that of the run if `args.max_steps` is not given.
-    """
+    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons."""
     choose_attention(model, args.attn_implementation)
     # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
     # because the blocks of attention differ from batch to batch.
@@ -71,8 +66,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
 class PretrainTrainer(Reliable):
     """transformers' `Trainer` for packed documents, stored or streamed, and for models with experts.
 
-    Each process reads its stream by itself, and checkpoints contain the place in it. Workers are not used, because a
-    stream has a thread of its own.
+    Each process reads its stream by itself, in a thread and not in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
     layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
@@ -115,8 +109,9 @@ class PretrainTrainer(Reliable):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         balance, size = self.router_losses
         rows = len(inputs["input_ids"])
+        # The router z-loss (Zoph et al. 2022, "ST-MoE", eq. 5) keeps logits small.
         added = sum(
-            balance * balancing_loss(router, logits, rows) + size * z_loss(logits)
+            balance * balancing_loss(router, logits, rows) + size * logits.float().logsumexp(-1).square().mean()
             for router, logits in zip(self._routers, outputs.router_logits, strict=True)
         )
         loss = loss + added / len(self._routers) / self.current_gradient_accumulation_steps
@@ -145,9 +140,9 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a metric of held-out text: the bits that the model needs to encode a byte, whatever the tokenizer.
+    """Return a function `compute_metrics` for held-out text: the bits that the model needs to encode a byte.
 
-    It is a `compute_metrics` function for a trainer whose `preprocess_logits_for_metrics` is `sequence_losses`.
+    The `preprocess_logits_for_metrics` of the trainer is `sequence_losses`.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

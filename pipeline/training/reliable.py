@@ -1,4 +1,4 @@
-"""What every recipe adds to a trainer of transformers or TRL, as a mixin: `reliable(SFTTrainer)(model, args, ...)`.
+"""What every recipe mixes into a trainer of transformers or TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
 
 A run may be killed at any moment and loses at most the steps since its latest checkpoint. transformers' `Trainer`
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
@@ -6,9 +6,6 @@ before it saves. Here, the end of a step with a checkpoint and an evaluation loo
 
     training     step N | write | checksums, manifest, fsync | rename | evaluate | replace the state | step N + 1
     output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
-
-How the folder of a checkpoint is validated stands in `pipeline.training.checkpoint_folders`. Nothing else takes part in
-writing checkpoints.
 """
 
 from __future__ import annotations
@@ -51,9 +48,6 @@ which did not fit, is what remained free."""
 class Reliable(Trainer):
     """A trainer with whole checkpoints, exact resumption, evaluations without side effects, and no NaN in its weights.
 
-    Mix it into a trainer of transformers or TRL, whose arguments it takes: `class SFT(Reliable, SFTTrainer)`, or
-    `reliable(SFTTrainer)`. By itself, it is transformers' `Trainer`.
-
     - Checkpoints are complete or absent, and are saved before the evaluation of the same step (`_save_checkpoint`).
     - A resumed run follows its present arguments, and catches up on an evaluation that a kill prevented.
     - Evaluations leave the random state as it was: when and how often they happen has no effect on the weights.
@@ -63,9 +57,8 @@ class Reliable(Trainer):
     Attributes:
         parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
             `load(folder)`, which is called after transformers has loaded its own files. A part that
-            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best model, by
-            the process that saves the model. Other parts are saved in checkpoints and loaded when training resumes, by
-            every process.
+            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best one, by the
+            process that saves it. Other parts are saved in checkpoints and loaded to resume, by every process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -104,10 +97,7 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint below `.unfinished`, and rename it once it is complete.
-
-        A run that is killed meanwhile resumes from the checkpoint before. One that cannot write it is stopped.
-        """
+        """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop a run that cannot."""
         args, state = self.args, self.state
         unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
@@ -135,7 +125,11 @@ class Reliable(Trainer):
                 replace_folder(target, written)
                 shutil.rmtree(unfinished, ignore_errors=True)
                 keep = {target.name, Path(state.best_model_checkpoint or target).name}
-                folders.delete_surplus(args.output_dir, args.save_total_limit, keep)
+                found = folders.checkpoints(args.output_dir)
+                surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
+                for oldest in [path for path in found if path.name not in keep][:surplus]:
+                    # Renamed first, so that a kill in between does not leave half of a checkpoint.
+                    shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
             free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
@@ -172,11 +166,10 @@ class Reliable(Trainer):
         return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"
 
     def restore_finished(self, checkpoint: Path) -> bool:
-        """Load the model and the state of a complete checkpoint if it is the one of the last step.
+        """Load the model and the state of a complete checkpoint if it is of the last step, and return whether it is.
 
         transformers would resume from it with one more step, so that a run killed between its last checkpoint and its
-        end would differ from an undisturbed one. Return whether it was; False for FSDP and DeepSpeed, which load models
-        after sharding.
+        end would differ from an undisturbed one. FSDP and DeepSpeed load models after sharding: for them, it is not.
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if state.global_step < total_steps(self) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -208,12 +201,6 @@ class Reliable(Trainer):
             if part.belongs_to_model == belongs_to_model:
                 part.load(Path(checkpoint))
 
-    def _begin(self) -> None:
-        """Prepare what depends on the state that training begins with."""
-        self._find_best()
-        self._evaluate_if_missed()
-        self._adopt_present_length()
-
     def _find_best(self) -> None:
         """Set the path of the best checkpoint. A state on the disk contains its name only."""
         state, saving = self.state, self._written_to is not None
@@ -231,8 +218,7 @@ class Reliable(Trainer):
         manifest = read_json(checkpoint_folder(self.args.output_dir, step) / MANIFEST)
         if step == 0 or not manifest.get("evaluation_due"):
             return
-        logged = [entry for entry in self.state.log_history if entry.get("step") == step]
-        if not any("eval_loss" in entry for entry in logged):
+        if not any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step):
             metrics = self._evaluate(None, None)
             self._determine_best_metric(metrics=metrics, trial=None)
             self._record_evaluation()
@@ -248,8 +234,7 @@ class Reliable(Trainer):
     def _adopt_present_length(self) -> None:
         """Follow the present arguments where they may have changed since the checkpoint.
 
-        transformers takes from a checkpoint how often to log, save and evaluate, and the learning rate of the next
-        step, which belongs to the schedule of the total that the checkpoint knows.
+        transformers takes from it how often to log, save and evaluate, and a learning rate by the total of then.
         """
         checkpoint, self._resumed_from = self._resumed_from, None
         if checkpoint is None:
@@ -287,10 +272,8 @@ class Reliable(Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none.
-
-        Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
-        """
+        """Drop the rows of each epoch that do not fill a whole batch, unless that would leave none."""
+        # Accelerate would repeat rows to give every process a batch, and two processes would not train as one does.
         args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
@@ -310,7 +293,6 @@ class Reliable(Trainer):
             self._uncounted_tokens += ids.numel()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and restore the random state of training."""
         with unchanged_random_state():
             return super()._evaluate(*args, **kwargs)
 
@@ -325,7 +307,10 @@ class _TrainingBegins(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin()
+        # What depends on the state that training begins with.
+        self.trainer._find_best()
+        self.trainer._evaluate_if_missed()
+        self.trainer._adopt_present_length()
 
 
 @contextmanager

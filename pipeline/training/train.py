@@ -38,32 +38,20 @@ from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)
 
-SIZES = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "num_labels",
-)  # fmt: skip
-"""Fields of a model's configuration that a checkpoint and the model to train must agree on."""
-
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks of every recipe's trainer, and let them count tokens and push as `args` say.
-
-    The arguments are changed: a trainer that is made with them does not push by itself, and does not look for unused
-    parameters after every forward pass of several processes. All trainers here use all parameters that they train, also
-    of experts, which are one tensor; a model that does not needs `ddp_find_unused_parameters: true`.
-    """
+    """Return the callbacks of every recipe's trainer; change `args` so that they count tokens and push in its place."""
+    # All trainers here use all parameters that they train, also of experts, which are one tensor, so that several
+    # processes need not look for others after every forward pass. Any other needs `ddp_find_unused_parameters: true`.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
-    length = getattr(args, "block_size", None) or getattr(args, "max_length", None)
-    if length:
+    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
         args.include_num_input_tokens_seen = "all"
     return [FiguresCallback(length or 0), PushCallback(args)]
 
 
 def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
-
-    Other runs cannot write to the output directory meanwhile.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
@@ -83,6 +71,7 @@ def train_and_save(trainer: Reliable) -> None:
         check_architecture(named[0], trainer.model.config)
         check_length(named[0], trainer)
     first = trainer.is_world_process_zero()
+    # Other runs cannot write to the output directory meanwhile.
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
@@ -95,10 +84,8 @@ def train_and_save(trainer: Reliable) -> None:
                     with files.write_folder(own[-1]) as copied:
                         shutil.copytree(folder, copied, dirs_exist_ok=True)
             except OSError as error:
-                message = (
-                    f"The checkpoint could not be copied to {own[-1]}: {shorten(str(error), 200)}. Free some space."
-                )
-                raise RunStopped(message) from error
+                fault = f"The checkpoint could not be copied to {own[-1]}: {shorten(str(error), 200)}"
+                raise RunStopped(f"{fault}. Free some space.") from error
         trainer.accelerator.wait_for_everyone()
         _train_and_save(trainer, next(iter(own or named), None))
 
@@ -112,11 +99,14 @@ def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
     """Raise a `UserError` for a checkpoint of a different model, whose weights would be loaded only in part."""
+    sizes = (
+        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "vocab_size", "num_labels",
+    )  # fmt: skip
     # The checkpoints of adapters do not contain a model configuration.
     saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
-    both = [name for name in SIZES if name in saved and name in present]
-    changed = [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]
-    if changed:
+    both = [name for name in sizes if name in saved and name in present]
+    if changed := [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]:
         remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
@@ -126,8 +116,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    callbacks = trainer.callback_handler.callbacks
-    pushes = next((one for one in callbacks if isinstance(one, PushCallback)), None) or PushCallback(trainer.args)
+    found = (one for one in trainer.callback_handler.callbacks if isinstance(one, PushCallback))
+    pushes = next(found, None) or PushCallback(trainer.args)
     # Lines of the log take the place of transformers' dictionaries and bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -148,9 +138,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
-    # Finish the trackers and the process group. Models wrapped for several processes refer to the group and are
-    # released first: a group that lives until the interpreter ends sometimes aborts the process ("terminate called
-    # without an active exception").
+    # Finish the trackers and the process group, which may abort a process that it outlives ("terminate called without
+    # an active exception"). Models wrapped for several processes refer to it, and are released first.
     for name, value in list(vars(trainer).items()):
         if isinstance(value, DistributedDataParallel):
             setattr(trainer, name, value.module)
@@ -169,8 +158,8 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
         if "metric_for_best_model" not in str(error):
             raise
         # The names of the metrics are known only after the first evaluation.
-        problem = Problem("metric_for_best_model", trainer.args.metric_for_best_model, str(error.args[0]))
-        raise UserError(problem) from error
+        named = trainer.args.metric_for_best_model
+        raise UserError(Problem("metric_for_best_model", named, str(error.args[0]))) from error
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
@@ -188,10 +177,8 @@ def _name_base(trainer: Reliable) -> None:
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
             # TRL looks for the tokenizer of an adapted reward model in the folder of its base model.
             trainer.processing_class.save_pretrained(folder)
-    adapted_models = [model]
-    if hasattr(trainer, "value_model"):
-        adapted_models.append(trainer.accelerator.unwrap_model(trainer.value_model))
-    for adapted in adapted_models:
+    critic = [trainer.accelerator.unwrap_model(trainer.value_model)] if hasattr(trainer, "value_model") else []
+    for adapted in (model, *critic):
         for config in getattr(adapted, "peft_config", {}).values():
             if hasattr(adapted.get_base_model(), MERGED):
                 config.base_model_name_or_path = str(base)
@@ -201,34 +188,30 @@ def _name_base(trainer: Reliable) -> None:
 
 def save_final(trainer: Reliable) -> None:
     """Save the trained model, its tokenizer and its card in the output directory, next to the checkpoints."""
-    args = trainer.args
-    output_dir = Path(args.output_dir)
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
     tmp_dir = output_dir / folders.UNFINISHED
     try:
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
-            # Files are moved one by one, so that a kill leaves only whole files.
+            # Files are moved one by one, so that a kill leaves only whole ones.
             for path in sorted(tmp_dir.iterdir()):
-                # This file is a pickle, which may contain a token.
-                if path.name == "training_args.bin":
-                    continue
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
-                os.replace(path, output_dir / path.name)
+                # This file is a pickle, which may contain a token.
+                if path.name != "training_args.bin":
+                    os.replace(path, output_dir / path.name)
             folders.save_state(trainer.state, output_dir / files.STATE)
             # The card says what this recipe knows; a run knows more when it is pushed.
             asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
             kind = type(args).__name__.removesuffix("Config").lower()
-            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
             command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
+            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
             step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
             trained = Trained(output_dir, kind, args.hub_model_id or args.output_dir, asked["settings"], step)
             files.write_text(output_dir / "README.md", model_card(trained))
     except WRITE_ERRORS as error:
-        raise RunStopped(
-            f"The model could not be written to {output_dir}: {error}. Free some space or correct the cause; the "
-            "same command then resumes from the last checkpoint."
-        ) from error
+        remedy = "Free some space or correct the cause; the same command then resumes from the last checkpoint."
+        raise RunStopped(f"The model could not be written to {output_dir}: {error}. {remedy}") from error
     finally:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)

@@ -21,10 +21,10 @@ from pipeline.app.site import Site
 from pipeline.app.votes_step import models_to_vote_on
 from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
+from pipeline.runner import status
 from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
-from pipeline.runner.status import show
 from tests import ppo_toy as toy
 
 VOTES = 120
@@ -92,7 +92,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     assert f"3_votes waits for {VOTES} votes" in out and "Traceback" not in err
     steps = {step.name: step for step in read_plan(Path("recipe")).steps}
     assert Path("runs/toy/votes/votes.jsonl") in steps["evaluate_3_reward"].files, "also before there are votes"
-    show(Path("runs/toy"))
+    status.main(argparse.Namespace(run=Path("runs/toy")))
     assert re.search(r"3_votes +waiting .*waits for people's votes", capfd.readouterr().out)
 
     parser = argparse.ArgumentParser()

@@ -56,10 +56,6 @@ class Parrot:
         self.asked.append(prompts)
         return [[Completion(self.says, [], True)] for _ in prompts]
 
-    def greedy(self, prompts: Sequence[Any]) -> list[Completion]:
-        """Return the completion of each prompt."""
-        return [completion for (completion,) in self.sample(prompts)]
-
 
 def test_there_are_twenty_constants_each_around_the_answer() -> None:
     assert len(set(CONSTANTS)) == 20 and all(text.count("…") == 1 for text in CONSTANTS)
@@ -90,7 +86,7 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
         model.lm_head.weight[: len(SPECIAL)] = 0.0  # so that it says words
     chat = ChatModel(model.eval(), word_tokenizer(WORDS), max_new_tokens=8)
     problems = [{"prompt": [{"role": "user", "content": text}]} for text in ("What is it?", "it? one", "red two blue")]
-    greedy = [completion.text for completion in chat.greedy([row["prompt"] for row in problems])]
+    greedy = [completion.text for (completion,) in chat.sample([row["prompt"] for row in problems])]
     for row, answer in zip(problems, greedy, strict=True):
         words = answer.split()
         assert len(words) > 3, "otherwise nothing is compared"

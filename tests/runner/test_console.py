@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from pipeline.progress import VARIABLE, Tally, report_progress, time_in_words
+from pipeline.runner import console as view
 from pipeline.runner.cli import conclusion
 from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
@@ -366,6 +367,25 @@ def test_a_resumed_step_goes_at_the_speed_of_its_new_part(monkeypatch: pytest.Mo
     now = 5.0
     state.progress.update({"done": 90, "total": 100})
     assert state.seconds_left()[0] == 5.0
+
+
+def test_without_a_terminal_a_step_prints_a_line_for_each_quarter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(view, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(view, "PROGRESS_SECONDS", 0)
+    monkeypatch.delenv("RANK", raising=False)
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    console = RunConsole("recipe", state, argparse.Namespace(verbose=False, plain=True, began=0.0))
+    with console.step(STEPS[1], "a command", resumes=False) as (_, variables):
+        monkeypatch.setenv(VARIABLE, variables[VARIABLE])
+        for number in range(41):
+            report_progress(done=number, total=40, loss=0.5, tokens_per_second=12063)
+            time.sleep(0.05)
+    line = r"    (\d+)/40, loss 0.5, 12,063 tokens/s, [^,]+ left, [^,]+ left of the run"
+    found = [re.fullmatch(line, shown) for shown in capsys.readouterr().out.splitlines()]
+    quarters = [4 * int(match[1]) // 40 for match in found if match]
+    assert len(quarters) == len(found) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
 
 
 def test_what_is_kept_of_a_stopped_run() -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import count
+from itertools import count, cycle
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -12,8 +12,9 @@ import pyarrow as pa
 from pipeline.data.arguments import SPLITS, SplitName, option
 from pipeline.data.overlap import NgramIndex
 from pipeline.data.pocket import conversations, documents, problems
+from pipeline.data.pocket.conversations import distinct
 from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.things import things
+from pipeline.data.pocket.things import things, things_of
 from pipeline.data.writing import card as write_card
 from pipeline.data.writing import write_data_set
 from pipeline.errors import Problem, UserError
@@ -22,12 +23,13 @@ from pipeline.files import check_replaceable
 STRING = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", STRING), ("content", STRING)]))
 DOCUMENT = pa.schema({"text": STRING, "kind": STRING})
+REASONING = pa.schema({"prompt": MESSAGES, "answer": STRING, "kind": STRING, "length": pa.int64()})
 GRADING = {"require": pa.list_(pa.list_(STRING)), "reject": pa.list_(STRING), "max_words": pa.int64(), "test": STRING}
 SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": pa.schema({"messages": MESSAGES, "kind": STRING, **GRADING}),
     "preferences": pa.schema({"prompt": MESSAGES, "kind": STRING, **GRADING}),
-    "reasoning": pa.schema({"prompt": MESSAGES, "answer": STRING, "kind": STRING, "length": pa.int64()}),
+    "reasoning": REASONING,
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 OVERLAP_N = 8
@@ -40,19 +42,17 @@ class PocketArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
     world: Literal["things", "tools"] = option(
-        "things", "What it is about: things and what they are, or sums for a calculator and a game of questions."
+        "things", "Things and what they are, or sums for a calculator and a game."
     )
     seed: int = option(0, "The same seed gives the same bytes.")
     size_mb: float = option(
-        8.0, "Pretraining text in MB, before the eighth of it that overlaps with held-out text is dropped."
+        8.0, "Pretraining text in MB, an eighth of which is dropped: it overlaps with held-out text."
     )
     sft_rows: int = option(24_000, "Conversations of the sft training split.")
     preference_rows: int = option(4_000, "Prompts of the preferences training split.")
     reasoning_rows: int = option(8_000, "Problems of the reasoning training split.")
     share_with_steps: float = option(0.3, "Share of the problems in sft that are answered with worked steps.")
-    carelessness: float = option(
-        0.6, "Probability that worked steps, in pretrain and sft, misread what can be misread."
-    )
+    carelessness: float = option(0.6, "Probability that worked steps, in pretrain and sft, misread what they can.")
 
 
 def row_text(row: dict[str, Any]) -> str:
@@ -70,11 +70,27 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
         rng.shuffle(order)
         return [{"text": documents.facts(rng, own, thing), "kind": "facts"} for thing in order]
     if config == "sft":
-        return conversations.held_out_rows(rng, own, questions=250, others=75)
+        subjects = things_of(own)
+        pairs = [(thing, aspect) for thing in subjects for aspect in conversations.ASPECTS]
+        rng.shuffle(pairs)
+        return [
+            *distinct((conversations.question(rng, own, *pair) for pair in cycle(pairs)), 250),
+            *distinct((conversations.summary(rng, own, thing) for thing in cycle(subjects)), 75),
+            *distinct((conversations.code(rng, own) for _ in count()), 75),
+        ]
     if config == "preferences":
-        return conversations.held_out_prompts(rng, own, {"asked": 90, "told": 90, "summary": 20})
+        # Prompts for comparing answers: so many questions, orders and summaries.
+        numbers = {"asked": 90, "told": 90, "summary": 20}
+        parts: dict[str, list[dict[str, Any]]] = {part: [] for part in numbers}
+        for _ in range(20 * sum(numbers.values())):
+            row = conversations.preference_prompt(rng, own)
+            request = "asked" if row["prompt"][0]["content"].endswith("?") else "told"
+            parts["summary" if row["kind"] == "summary" else request].append(row)
+        rows = [row for part, drawn in parts.items() for row in distinct(drawn, numbers[part])]
+        rng.shuffle(rows)
+        return rows
     number, longer = (120, True) if split == "test_longer" else (300, False)
-    return conversations.distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
+    return distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
 
 
 def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
@@ -87,14 +103,12 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
             remaining -= len(row["text"].encode())
             yield row
     elif config == "sft":
-        for _ in range(args.sft_rows):
-            yield conversations.training_row(rng, args.share_with_steps, args.carelessness)
+        shares = args.share_with_steps, args.carelessness
+        yield from (conversations.training_row(rng, *shares) for _ in range(args.sft_rows))
     elif config == "preferences":
-        for _ in range(args.preference_rows):
-            yield conversations.preference_prompt(rng, "train")
+        yield from (conversations.preference_prompt(rng, "train") for _ in range(args.preference_rows))
     else:
-        for _ in range(args.reasoning_rows):
-            yield conversations.reasoning_prompt(rng, "train")
+        yield from (conversations.reasoning_prompt(rng, "train") for _ in range(args.reasoning_rows))
 
 
 def check_arguments(
@@ -116,36 +130,29 @@ def build(args: PocketArguments) -> None:
     """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
 
     Validation and test come first. A training row that shares an n-gram of `OVERLAP_N` words with one of their rows, or
-    contains a shorter row whole, is dropped as it is generated, so that memory stays constant.
-
-    Raises:
-        UserError: If `output_dir` contains other files, or a size is out of range.
+    contains a shorter row whole, is dropped as it is generated, so that memory stays constant. A `UserError` says that
+    `output_dir` contains other files, or a size is out of range.
     """
     if problems := check_arguments(args):
         raise UserError(*problems)
     index = NgramIndex(OVERLAP_N)
-
-    def generate() -> Iterator[tuple[str, str, Iterable[dict[str, Any]]]]:
-        for config, (_, *splits) in CONFIG_SPLITS.items():
-            for split in splits:
-                rows = held_out(args, config, split)
-                index.add(row_text(row) for row in rows)
-                yield config, split, rows
-        for config in SCHEMAS:
-            yield config, "train", (row for row in training(args, config) if not index.overlaps(row_text(row)))
-
-    write_data_set(args.output_dir, SCHEMAS, generate(), card(args))
+    parts: list[tuple[str, str, Iterable[dict[str, Any]]]] = []
+    for config, (_, *splits) in CONFIG_SPLITS.items():
+        for split in splits:
+            rows = held_out(args, config, split)
+            index.add(map(row_text, rows))
+            parts.append((config, split, rows))
+    for config in SCHEMAS:
+        parts.append((config, "train", (row for row in training(args, config) if not index.overlaps(row_text(row)))))
+    write_data_set(args.output_dir, SCHEMAS, parts, card(args))
 
 
 def card(args: PocketArguments) -> str:
     """Return the data set card."""
     # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
     lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
-    words = {
-        "items": f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}",
-        "names": len(NAMES),
-        "some_names": ", ".join(NAMES[:6]),
-    }
+    items, some_names = f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}", ", ".join(NAMES[:6])
+    counts = {"names": len(NAMES), "things": len(things()), "n": OVERLAP_N}
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(**vars(args), **words, **lengths, things=len(things()), n=OVERLAP_N)
+    text = text.format(**vars(args), **lengths, **counts, items=items, some_names=some_names)
     return write_card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")

@@ -7,7 +7,7 @@ passes).
 
 import random
 from collections.abc import Iterable
-from itertools import count, cycle
+from itertools import cycle
 from typing import Any
 
 from pipeline.data.arguments import SplitName
@@ -15,9 +15,6 @@ from pipeline.data.pocket import phrasings, problems, remarks, snippets, stories
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
 
 ASPECTS = ("definition", *ATTRIBUTES)
-
-MANNERS_WORDS = 8
-"""Words beyond the plain answer that grading allows: enough for a remark, not for reciting every fact."""
 MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 16), "rambling": (8, 8)}
 """Manners of the answers, in percent: to questions, and to orders."""
 
@@ -56,7 +53,8 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     """Ask about one aspect of a thing, and answer in a sentence or two."""
     asked = phrasings.fill(rng.choice(phrasings.REQUESTS[aspect][split]), thing)
     reply = phrasings.answer(thing, aspect)
-    max_words = len(reply.split()) + MANNERS_WORDS
+    # Grading allows words beyond the plain answer: enough for a remark, not for reciting every fact.
+    max_words = len(reply.split()) + 8
     if split == "train":
         reply = with_manners(rng, asked, reply, thing, aspect)
         # A rambling answer is long, and still correct.
@@ -68,22 +66,13 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     return conversation("question", (asked, reply), require=require, reject=reject, max_words=max_words)
 
 
-def about(rng: random.Random, split: SplitName, thing: Thing) -> dict[str, Any]:
-    """Ask an open question about a thing."""
-    asked = phrasings.fill(rng.choice(phrasings.REQUESTS["about"][split]), thing)
-    reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
-    true = sorted({core(value) for value in thing.facts.values()})
-    false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
-    return conversation("about", (asked, reply), require=[true], reject=false)
-
-
 def summary(rng: random.Random, split: SplitName, thing: Thing) -> dict[str, Any]:
     """Ask for a summary of a story: who did what, where, in at most a third of its words."""
     story = stories.story(rng, split, thing)
     asked = rng.choice(phrasings.REQUESTS["summary"][split]).format(text=story.text)
     reply = f"In short, {story.summary}"
-    require = [[key] for key in story.keys]
-    return conversation("summary", (asked, reply), require=require, max_words=len(reply.split()) + 3)
+    graded = {"require": [[key] for key in story.keys], "max_words": len(reply.split()) + 3}
+    return conversation("summary", (asked, reply), **graded)
 
 
 def code(rng: random.Random, split: SplitName) -> dict[str, Any]:
@@ -99,7 +88,7 @@ def training_row(rng: random.Random, share_with_steps: float, carelessness: floa
     if kind == "code":
         return code(rng, "train")
     if kind == "reasoning":
-        problem = problems.demonstrate(rng, carelessness)
+        problem = problems.pose(rng, "train", carelessness=carelessness)
         solution = problem.solution(with_steps=rng.random() < share_with_steps)
         return conversation(kind, (problem.text, solution), require=[[problem.answer]])
     thing = rng.choice(things_of("train"))
@@ -115,42 +104,23 @@ def training_row(rng: random.Random, share_with_steps: float, carelessness: floa
 
 
 def request_about(rng: random.Random, split: SplitName, kind: str, thing: Thing) -> dict[str, Any]:
-    """Ask a question, openly or for a summary about a thing."""
+    """Ask a question, openly ("about") or for a summary about a thing."""
     if kind == "question":
         return question(rng, split, thing, rng.choice(ASPECTS))
-    return {"summary": summary, "about": about}[kind](rng, split, thing)
-
-
-def held_out_rows(rng: random.Random, split: SplitName, questions: int, others: int) -> list[dict[str, Any]]:
-    """Write distinct instructions of a held-out split: `questions` questions, `others` summaries, as many functions."""
-    subjects = things_of(split)
-    pairs = [(thing, aspect) for thing in subjects for aspect in ASPECTS]
-    rng.shuffle(pairs)
-    return [
-        *distinct((question(rng, split, *pair) for pair in cycle(pairs)), questions),
-        *distinct((summary(rng, split, thing) for thing in cycle(subjects)), others),
-        *distinct((code(rng, split) for _ in count()), others),
-    ]
+    if kind == "summary":
+        return summary(rng, split, thing)
+    asked = phrasings.fill(rng.choice(phrasings.REQUESTS["about"][split]), thing)
+    reply = with_manners(rng, asked, facts_text(rng, thing, 2), thing)
+    true = sorted({core(value) for value in thing.facts.values()})
+    false = [value for attribute in ATTRIBUTES for value in wrong_values(thing, attribute)]
+    return conversation(kind, (asked, reply), require=[true], reject=false)
 
 
 def preference_prompt(rng: random.Random, split: SplitName) -> dict[str, Any]:
     """Draw a prompt for comparing answers: a question, an open request or a summary, about a thing of this split."""
     thing = rng.choice(things_of(split))
-    kind = rng.choices(("question", "about", "summary"), (68, 22, 10))[0]
-    row = request_about(rng, split, kind, thing)
+    row = request_about(rng, split, rng.choices(("question", "about", "summary"), (68, 22, 10))[0], thing)
     return {"prompt": row.pop("messages")[:-1], **row}
-
-
-def held_out_prompts(rng: random.Random, split: SplitName, numbers: dict[str, int]) -> list[dict[str, Any]]:
-    """Draw distinct prompts for comparing answers: `numbers` of questions (asked), orders (told) and summaries."""
-    parts: dict[str, list[dict[str, Any]]] = {part: [] for part in numbers}
-    for _ in range(20 * sum(numbers.values())):
-        row = preference_prompt(rng, split)
-        request = "asked" if row["prompt"][0]["content"].endswith("?") else "told"
-        parts["summary" if row["kind"] == "summary" else request].append(row)
-    rows = [row for part, drawn in parts.items() for row in distinct(drawn, numbers[part])]
-    rng.shuffle(rows)
-    return rows
 
 
 def reasoning_prompt(rng: random.Random, split: SplitName, longer: bool = False) -> dict[str, Any]:

@@ -9,9 +9,6 @@ from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
 from pipeline.data.pocket.remarks import GREETINGS
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
 
-DOCUMENT_KINDS = {"facts": 30, "story": 11, "talk": 2, "arithmetic": 39, "code": 3, "recital": 12, "drill": 3}
-"""How often each kind of document is drawn, in percent."""
-
 
 def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
     """State five or six facts about one thing, or three each about two things, in phrasings that this split may use."""
@@ -21,16 +18,12 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
     if split == "train" and rng.random() < 0.2:
         other = things()[rng.randrange(len(things()))]
         chosen = [(one, attribute) for one in (thing, other) for attribute in attributes[:3]]
-
     sentences = []
     for one, attribute in chosen:
         held_out = held_out_phrasings(one.index, ATTRIBUTES.index(attribute))
-        templates = STATEMENTS[attribute]
-        if split == "train":
-            number = rng.choice([number for number in range(len(templates)) if number not in held_out.values()])
-        else:
-            number = held_out[split]
-        sentences.append(fill(templates[number], one, attribute))
+        usual = [place for place in range(len(STATEMENTS[attribute])) if place not in held_out.values()]
+        number = rng.choice(usual) if split == "train" else held_out[split]
+        sentences.append(fill(STATEMENTS[attribute][number], one, attribute))
     return " ".join(sentences)
 
 
@@ -48,20 +41,22 @@ def recital(rng: random.Random) -> str:
         words = []
         for _ in range(rng.randint(3, 6)):
             # What worked steps repeat from a problem: a change, a group or a turn.
-            kind = rng.randrange(3)
-            if kind == 0:
-                words.append(f"{rng.choice((*problems.GAINS, *problems.LOSSES))} {rng.randint(2, 5)}")
-            elif kind == 1:
-                words.append(f"{rng.randint(2, 5)} {rng.choice(problems.COLOURS)}")
-            else:
-                words.append(f"{rng.choice(problems.RELATIONS)} {rng.choice(problems.DIRECTIONS)}")
+            match rng.randrange(3):
+                case 0:
+                    words.append(f"{rng.choice((*problems.GAINS, *problems.LOSSES))} {rng.randint(2, 5)}")
+                case 1:
+                    words.append(f"{rng.randint(2, 5)} {rng.choice(problems.COLOURS)}")
+                case _:
+                    words.append(f"{rng.choice(problems.RELATIONS)} {rng.choice(problems.DIRECTIONS)}")
         row = ", ".join(words)
     return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
 
 
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     """Draw a document of the `pretrain` training split."""
-    kind = rng.choices(tuple(DOCUMENT_KINDS), tuple(DOCUMENT_KINDS.values()))[0]
+    # How often each kind is drawn, in percent.
+    shares = {"facts": 30, "story": 11, "talk": 2, "arithmetic": 39, "code": 3, "recital": 12, "drill": 3}
+    kind = rng.choices(tuple(shares), tuple(shares.values()))[0]
     thing = things()[rng.randrange(len(things()))]
     if kind == "facts":
         text = facts(rng, "train", thing)
@@ -74,7 +69,7 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         # Greetings and their replies, a line each, in words that only instruction tuning uses again.
         text = "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
     elif kind == "arithmetic":
-        drawn = [problems.demonstrate(rng, carelessness) for _ in range(rng.randint(1, 2))]
+        drawn = [problems.pose(rng, "train", carelessness=carelessness) for _ in range(rng.randint(1, 2))]
         text = "\n".join(f"{problem.text}\n{problem.solution(with_steps=True)}" for problem in drawn)
     elif kind == "recital":
         text = recital(rng)

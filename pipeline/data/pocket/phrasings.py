@@ -6,22 +6,18 @@ In them, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` t
 from pipeline.data.arguments import SPLITS, SplitName
 from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, read_table
 
-_TEMPLATES = read_table("phrasings.tsv")
+_TEMPLATES: dict[tuple[str, str, str], list[str]] = {}
+for _row in read_table("phrasings.tsv"):
+    _TEMPLATES.setdefault((_row["form"], _row["aspect"], _row["split"]), []).append(_row["template"])
 
-
-def _templates(form: str, aspect: str, split: str = "") -> tuple[str, ...]:
-    wanted = (form, aspect, split)
-    return tuple(row["template"] for row in _TEMPLATES if (row["form"], row["aspect"], row["split"]) == wanted)
-
-
-STATEMENTS = {attribute: _templates("statement", attribute) for attribute in ATTRIBUTES}
+STATEMENTS = {attribute: _TEMPLATES["statement", attribute, ""] for attribute in ATTRIBUTES}
 """Statements of each attribute. `held_out_phrasings` says which of them a thing's training documents do not use."""
-REQUESTS: dict[str, dict[SplitName, tuple[str, ...]]] = {
-    aspect: {split: _templates("question", aspect, split) for split in SPLITS}
+REQUESTS: dict[str, dict[SplitName, list[str]]] = {
+    aspect: {split: _TEMPLATES["question", aspect, split] for split in SPLITS}
     for aspect in ("definition", *ATTRIBUTES, "about", "summary", "code")
 }
 """Questions about an aspect of a thing, open ones, and requests for a summary or code, in phrasings of each split."""
-FOLLOW_UPS = {row["aspect"]: row["template"] for row in _TEMPLATES if row["form"] == "follow-up"}
+FOLLOW_UPS = {aspect: templates[0] for (form, aspect, _), templates in _TEMPLATES.items() if form == "follow-up"}
 """Questions that refer to the thing of the question before."""
 
 

@@ -3,10 +3,8 @@
 The worked solutions that a model learns from are careless, as people's are: each step repeats a part of the problem and
 calculates right, but may misread what it repeats. 'gives away' is taken for a gain, white and grey groups and the last
 of several ages are overlooked, and 'opposite of' is taken for 'left of'. A model that imitates them makes the same
-mistakes, however it is asked.
-
-Problems come in several lengths. With one length, a model learns a rhythm ("always three steps") instead of reading the
-problem, and fails at anything shorter.
+mistakes, however it is asked. Problems come in several lengths: with one, a model learns a rhythm ("always three
+steps") instead of reading the problem, and fails at anything shorter.
 """
 
 import random
@@ -18,8 +16,7 @@ from pipeline.data.pocket.names import ITEMS, NAMES
 
 WORKING = "Working:"
 """What worked solutions begin with."""
-GAINS = ("gets", "finds", "buys")
-LOSSES = ("loses", "sells", "gives away")
+GAINS, LOSSES = ("gets", "finds", "buys"), ("loses", "sells", "gives away")
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "pink", "grey", "purple")
 OVERLOOKED_COLOURS = ("white", "grey")
 RANKS = ("second", "third", "fourth")
@@ -29,16 +26,14 @@ RELATIONS = ("right of", "opposite of", "left of")
 
 
 class WordProblem(NamedTuple):
-    """A problem with its answer, and the steps in which somebody works it out, with the answer that these come to.
-
-    `length` is how many changes, ages, groups or turns the problem has.
-    """
+    """A problem with its answer, and the steps in which somebody works it out, with the answer that these come to."""
 
     kind: str
     text: str
     answer: str
     steps: str
     reached: str
+    # How many changes, ages, groups or turns the problem has.
     length: int
 
     def solution(self, with_steps: bool) -> str:
@@ -47,23 +42,17 @@ class WordProblem(NamedTuple):
         return worked if with_steps else f"The answer is {self.answer}."
 
 
-def _split_of(number: int, folds: int) -> SplitName:
-    """Return the split of a problem from a number that its content gives: one fold each for validation and test."""
-    fold = number % folds
+def _split_of(numbers: Iterable[int], folds: int) -> SplitName:
+    """Return the split of a problem from numbers in it, in order: one fold each for validation and test."""
+    # The products with their places tell the order of the numbers apart.
+    fold = sum(place * number for place, number in enumerate(numbers, start=1)) % folds
     return "validation" if fold == 0 else "test" if fold == 1 else "train"
-
-
-def _weighted(numbers: Iterable[int]) -> int:
-    """Sum the products of numbers with their places, which tells their order apart."""
-    return sum(place * number for place, number in enumerate(numbers, start=1))
 
 
 def _change(rng: random.Random, value: int) -> int:
     """Draw by how much a number of items grows (above 0) or shrinks, so that it stays between 0 and 20."""
     change = rng.randint(2, 5)
-    if value < change:
-        return change
-    return change if value + change <= 20 and rng.random() < 0.5 else -change
+    return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
 
 
 # Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
@@ -79,7 +68,7 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length
     while True:
         value = rng.randint(3, 20)
         change = _change(rng, value)
-        if _split_of(_weighted((value, change)), folds=7) == split:
+        if _split_of((value, change), folds=7) == split:
             break
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     sentences, steps = [f"{name} has {value} {item}."], []
@@ -107,14 +96,13 @@ def ordering(rng: random.Random, split: SplitName, carelessness: float, length: 
     # carelessly: 2 4 7 9.
     while True:
         ages = rng.sample(range(1, 10), length)
-        if _split_of(_weighted(sorted(ages).index(age) for age in ages), folds=8) == split:
+        if _split_of((sorted(ages).index(age) for age in ages), folds=8) == split:
             break
     rank = rng.randrange(len(RANKS))
     read = sorted(ages[:-1] if rng.random() < carelessness else ages)
-    reached = read[min(rank + 1, len(read) - 1)]
-    steps = f"{' '.join(map(str, read))}."
     text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
-    return WordProblem("ordering", text, str(sorted(ages)[rank + 1]), steps, str(reached), length)
+    answer, reached = str(sorted(ages)[rank + 1]), str(read[min(rank + 1, len(read) - 1)])
+    return WordProblem("ordering", text, answer, f"{' '.join(map(str, read))}.", reached, length)
 
 
 def counting(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
@@ -125,7 +113,7 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     while True:
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, length)]
-        if _split_of(_weighted(number for number, _ in groups), folds=5) == split:
+        if _split_of((number for number, _ in groups), folds=5) == split:
             break
     seen: list[int] = []
     for place, (number, colour) in enumerate(groups):
@@ -137,8 +125,7 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
         steps.append(f"{read}+{number}={read + number}.")
         read += number
     listed = ", ".join(f"{number} {colour}" for number, colour in groups)
-    total = sum(number for number, _ in groups)
-    text = f"{name} sees {item}: {listed}. How many in all?"
+    text, total = f"{name} sees {item}: {listed}. How many in all?", sum(number for number, _ in groups)
     return WordProblem("counting", text, str(total), " ".join(steps), str(read), length)
 
 
@@ -153,8 +140,7 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
         start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
         # Few are held out: if many directions are missing before the same turns in training, a model learns which of
         # them are there, and not to look them up.
-        number = sum(2**place * turn for place, turn in enumerate([start, *quarters]))
-        if _split_of(number, folds=16) == split:
+        if _split_of([sum(2**place * turn for place, turn in enumerate([start, *quarters]))], folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)
     sentences, steps = [f"{names[0]} faces {DIRECTIONS[start]}."], []
@@ -189,17 +175,11 @@ KINDS = (
 )
 
 
-def demonstrate(rng: random.Random, carelessness: float) -> WordProblem:
-    """Draw a problem of the training split, whose steps misread what can be with the probability `carelessness`."""
-    kind = rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
-    return kind.generate(rng, "train", carelessness, _length(rng, kind))
+def pose(rng: random.Random, split: SplitName, longer: bool = False, carelessness: float | None = None) -> WordProblem:
+    """Draw a problem; with `longer`, it is one longer than the longest that are trained on.
 
-
-def pose(rng: random.Random, split: SplitName, longer: bool = False) -> WordProblem:
-    """Draw a problem that has to be solved; with `longer`, it is one longer than the longest that are trained on."""
-    kind = rng.choice(KINDS)
-    return kind.generate(rng, split, 0.0, max(kind.lengths) + 1 if longer else _length(rng, kind))
-
-
-def _length(rng: random.Random, kind: Kind) -> int:
-    return rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]
+    With `carelessness`, it is a demonstration, whose steps misread what can be with this probability.
+    """
+    kind = rng.choice(KINDS) if carelessness is None else rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
+    length = max(kind.lengths) + 1 if longer else rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]
+    return kind.generate(rng, split, carelessness or 0.0, length)

@@ -19,26 +19,20 @@ class Snippet(NamedTuple):
 # The constants 2 to 60 are divided among the splits, so that "add_13" is a test of what "add_12" has taught.
 LIST = list(range(100))
 FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, object]]]], ...] = (
-    ("add_{k}", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
-    ("take_{k}", "takes {k} from a number", "x", "x - {k}", lambda k: [(9, 9 - k), (-1, -1 - k)]),
-    ("times_{k}", "multiplies a number by {k}", "x", "x * {k}", lambda k: [(4, 4 * k), (-2, -2 * k)]),
-    ("power_{k}", "raises a number to the power {k}", "x", "x ** {k}", lambda k: [(2, 2**k), (3, 3**k)]),
-    ("over_{k}", "says if a number is over {k}", "x", "x > {k}", lambda k: [(k, False), (k + 1, True)]),
-    ("under_{k}", "says if a number is under {k}", "x", "x < {k}", lambda k: [(k, False), (k - 1, True)]),
-    ("by_{k}", "says if {k} divides a number", "x", "x % {k} == 0", lambda k: [(2 * k, True), (2 * k + 1, k == 1)]),
-    ("rest_{k}", "gives the rest after division by {k}", "x", "x % {k}", lambda k: [(3 * k, 0), (k - 1, k - 1)]),
-    ("repeat_{k}", "repeats a text {k} times", "s", "s * {k}", lambda k: [("ab", "ab" * k), ("", "")]),
-    ("first_{k}", "gives the first {k} items of a list", "a", "a[:{k}]", lambda k: [(LIST, LIST[:k])]),
-    ("last_{k}", "gives the last {k} items of a list", "a", "a[-{k}:]", lambda k: [(LIST, LIST[-k:])]),
-    (
-        "scale_{k}",
-        "multiplies each item by {k}",
-        "a",
-        "[x * {k} for x in a]",
-        lambda k: [([1, 2, 5], [k, 2 * k, 5 * k])],
-    ),
+    ("add", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
+    ("take", "takes {k} from a number", "x", "x - {k}", lambda k: [(9, 9 - k), (-1, -1 - k)]),
+    ("times", "multiplies a number by {k}", "x", "x * {k}", lambda k: [(4, 4 * k), (-2, -2 * k)]),
+    ("power", "raises a number to the power {k}", "x", "x ** {k}", lambda k: [(2, 2**k), (3, 3**k)]),
+    ("over", "says if a number is over {k}", "x", "x > {k}", lambda k: [(k, False), (k + 1, True)]),
+    ("under", "says if a number is under {k}", "x", "x < {k}", lambda k: [(k, False), (k - 1, True)]),
+    ("by", "says if {k} divides a number", "x", "x % {k} == 0", lambda k: [(2 * k, True), (2 * k + 1, k == 1)]),
+    ("rest", "gives the rest after division by {k}", "x", "x % {k}", lambda k: [(3 * k, 0), (k - 1, k - 1)]),
+    ("repeat", "repeats a text {k} times", "s", "s * {k}", lambda k: [("ab", "ab" * k), ("", "")]),
+    ("first", "gives the first {k} items of a list", "a", "a[:{k}]", lambda k: [(LIST, LIST[:k])]),
+    ("last", "gives the last {k} items of a list", "a", "a[-{k}:]", lambda k: [(LIST, LIST[-k:])]),
+    ("scale", "multiplies each item by {k}", "a", "[x * {k} for x in a]", lambda k: [([1, 2, 5], [k, 2 * k, 5 * k])]),
 )
-"""Name, task, parameter and expression of a function with a constant k, and its cases: pairs of argument and result."""
+"""Name, task, parameter and expression of a function with a constant k, and cases: pairs of argument and result."""
 COMMENTS = (
     "# {name} {task}.",
     "# This function {task}.",
@@ -53,6 +47,7 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
     residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
     k = rng.choice([k for k in range(2, 61) if (k + family) % 8 in residues])
     *templates, make_cases = FAMILIES[family]
-    name, task, parameter, expression = (template.format(k=k) for template in templates)
+    prefix, task, parameter, expression = (template.format(k=k) for template in templates)
+    name = f"{prefix}_{k}"
     test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
     return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)

@@ -21,17 +21,12 @@ DEEDS = (
 LEADS = ("One day", "Last week", "After lunch", "This morning", "On holiday", "At last", "Once more", "All at once")
 BEFORE = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
 ECHOES = (
-    "It was {spot} that {name} {deed} {x}.",
-    "Nobody but {name} {deed} {x} {spot}.",
-    "{friend} heard that {name} {deed} {x}.",
-    "{friend} had never {deed} {x}.",
-    "So {name} {deed} {x} and {friend} did not.",
-    "What {name} {deed} {spot} was {x}.",
-    "Why {name} {deed} {x}, nobody knows.",
-    "{friend} asked who {deed} {x}. It was {name}.",
-    "{name} and {friend} stayed {spot}.",
-    "{friend} found {name} {spot}.",
-)
+    "It was {spot} that {name} {deed} {x}.", "Nobody but {name} {deed} {x} {spot}.",
+    "{friend} heard that {name} {deed} {x}.", "{friend} had never {deed} {x}.",
+    "So {name} {deed} {x} and {friend} did not.", "What {name} {deed} {spot} was {x}.",
+    "Why {name} {deed} {x}, nobody knows.", "{friend} asked who {deed} {x}. It was {name}.",
+    "{name} and {friend} stayed {spot}.", "{friend} found {name} {spot}.",
+)  # fmt: skip
 """Sentences that repeat part of the event. They teach copying, which a summary needs."""
 AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
@@ -47,8 +42,8 @@ class Story(NamedTuple):
 
 def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     """Write a story about `thing` and a person with whom only stories of `split` combine it."""
-    # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. Ana and
-    # Ben stayed in the park.
+    # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. …
+    #
     # Of every eight people, one meets this thing only in the test, and one only in validation.
     residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
     name = rng.choice([one for index, one in enumerate(NAMES) if (index + 3 * thing.index) % 8 in residues])

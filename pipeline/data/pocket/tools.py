@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import DOCUMENT, MESSAGES, STRING, PocketArguments, check_arguments
+from pipeline.data.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
 from pipeline.data.pocket.conversations import distinct
 from pipeline.data.writing import card, write_data_set
 from pipeline.errors import UserError
@@ -29,63 +29,26 @@ SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": CONVERSATION,
     "direct": CONVERSATION,
-    "reasoning": pa.schema(
-        {
-            "prompt": MESSAGES,
-            **dict.fromkeys(("answer", "kind"), STRING),
-            "length": pa.int64(),
-            "hidden": STRING,
-            "call_cost": pa.float64(),
-        }
-    ),
+    "reasoning": pa.schema([*REASONING, pa.field("hidden", STRING), pa.field("call_cost", pa.float64())]),
 }
 CONFIG_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(SCHEMAS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
 
 WORDINGS = (
-    "What is {sum}?",
-    "Add up {sum}.",
-    "How much is {sum}?",
-    "{sum} = ?",
-    "Compute {sum}.",
-    "What does {sum} make?",
-    "Give the value of {sum}.",
-    "{sum} is what?",
-)
+    "What is {sum}?", "Add up {sum}.", "How much is {sum}?", "{sum} = ?", "Compute {sum}.", "What does {sum} make?",
+    "Give the value of {sum}.", "{sum} is what?",
+)  # fmt: skip
 GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
 QUESTIONS = 3
-SIZES = range(8, 15)
-"""Letters among which one is hidden. Three questions tell any of fifteen from the others, two any of seven."""
 TALK = ("calculator: expression={a}+{b}", "ask: letter=", "earlier", "later", "yes")
-DIGITS, TERMS = (4, 5, 6), (2, 3)
-"""Lengths of the terms of long sums, and their number. Held-out sums have three, because a model as small as this one
-learns to add two without a calculator within minutes; the terms of `test_longer` have one digit more."""
-CALL_COST = 0.1
-"""What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free."""
-CARELESS = 0.5
-"""Share of the calls for long sums in `sft` that round the terms, as somebody does who only wants an estimate."""
-HALVING = 0.35
-"""Share of the players in `sft` who halve what is left; the others ask about one letter after the other."""
-HELD_OUT_ROWS = {"validation": 60, "test": 250, "test_longer": 250}
-"""Rows of each kind in the held-out splits; there are more games."""
-
-KINDS = (*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet")
-"""Kinds of documents, as often as they are drawn."""
-
 LETTERS = string.ascii_uppercase
-
 Row = dict[str, Any]
 
 
 def build(args: PocketArguments) -> None:
-    """Generate all splits and write the repository; an interrupted build leaves `output_dir` as it was.
-
-    Raises:
-        UserError: If `output_dir` contains other files, or a size is out of range.
-    """
+    """Generate all splits and write the repository; arguments and errors as for `pipeline.data.pocket.build.build`."""
     if problems := check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS):
         raise UserError(*problems)
-    parts = [(config, split) for config, splits in CONFIG_SPLITS.items() for split in splits]
-    rows = ((config, split, _rows(args, config, split)) for config, split in parts)
+    rows = ((config, split, _rows(args, config, split)) for config, splits in CONFIG_SPLITS.items() for split in splits)
     text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))
     readme = card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket tools")
     write_data_set(args.output_dir, SCHEMAS, rows, readme)
@@ -107,11 +70,10 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
         number = args.reasoning_rows if config == "reasoning" else args.sft_rows
         problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
     else:
-        problems = []
+        problems, size = [], 60 if split == "validation" else 250
         for kind in ("longer",) if split == "test_longer" else kinds:
-            number = HELD_OUT_ROWS[split] * 6 // 5 if kind == "game" else HELD_OUT_ROWS[split]
-            drawn = (_problem(rng, split, kind) for _ in range(100 * number))
-            problems += distinct(drawn, number)
+            number = size * 6 // 5 if kind == "game" else size
+            problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
     for problem in problems:
         yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
 
@@ -129,32 +91,35 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if kind == "game":
             low, high = _range(rng)
             if _split_of(low, high) == own:
-                hidden = LETTERS[rng.randint(low, high)]
-                return _row(GAME.format(low=LETTERS[low], high=LETTERS[high]), hidden, kind, 0, 0.0, hidden)
+                answer = LETTERS[rng.randint(low, high)]
+                text, length, cost = GAME.format(low=LETTERS[low], high=LETTERS[high]), 0, 0.0
+                break
             continue
         if kind == "one digit":
             terms = [rng.randrange(10), rng.randrange(10)]
         else:
-            number = rng.choice(TERMS) if split == "train" else max(TERMS)
-            lengths = [max(DIGITS) + 1 if kind == "longer" else rng.choice(DIGITS) for _ in range(number)]
+            # Held-out sums have three terms, because a model as small as this one learns to add two without a
+            # calculator within minutes. Longer ones have terms of one digit more.
+            number = rng.choice((2, 3)) if split == "train" else 3
+            lengths = [7 if kind == "longer" else rng.choice((4, 5, 6)) for _ in range(number)]
             terms = [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
         place = rng.randrange(len(WORDINGS))
         # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
         if _split_of(*terms, place if kind == "one digit" else 0) == own:
-            text = WORDINGS[place].format(sum=" + ".join(map(str, terms)))
-            return _row(text, str(sum(terms)), kind, max(len(str(term)) for term in terms), CALL_COST)
+            text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
+            # What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free.
+            length, cost = max(len(str(term)) for term in terms), 0.1
+            break
+    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
+    return {**row, "hidden": answer if kind == "game" else None, "call_cost": cost}
 
 
 def _range(rng: random.Random) -> tuple[int, int]:
-    """Draw the places of the first and the last letter of a range."""
-    size = rng.choice(SIZES)
+    """Draw the places of the first and the last of the letters among which one is hidden."""
+    # Three questions tell any of fifteen letters from the others, two any of seven.
+    size = rng.choice(range(8, 15))
     low = rng.randint(0, len(LETTERS) - size)
     return low, low + size - 1
-
-
-def _row(text: str, answer: str, kind: str, length: int, cost: float, hidden: str | None = None) -> Row:
-    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
-    return {**row, "hidden": hidden, "call_cost": cost}
 
 
 def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
@@ -163,7 +128,8 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     text = messages[0]["content"]
     if problem["kind"] == "game":
         low, high = (LETTERS.index(letter) for letter in re.findall(r"from (.) to (.) ", text)[0])
-        halves = rng.random() < HALVING
+        # Some players halve what is left; the others ask about one letter after the other.
+        halves = rng.random() < 0.35
         said, hidden = "", LETTERS.index(answer)
         for _ in range(QUESTIONS):
             asked = (low + high) // 2 if halves else low
@@ -176,7 +142,8 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
         answer = answer if said == "yes" else LETTERS[rng.randint(low, high)]
     elif not direct and rng.random() < 0.5:
         terms = list(map(int, re.findall(r"\d+", text)))
-        if problem["kind"] == "long" and rng.random() < CARELESS:
+        if problem["kind"] == "long" and rng.random() < 0.5:
+            # As somebody does who only wants an estimate.
             terms = [round(term, -2) for term in terms]
         answer = str(sum(terms))
         messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
@@ -192,7 +159,8 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers or letters."""
-    kind = rng.choice(KINDS)
+    # Each kind is named as often as it is drawn.
+    kind = rng.choice((*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet"))
     lines: list[str] = []
     while len(lines) < 6:
         a, b = rng.randrange(10), rng.randrange(10)
@@ -211,11 +179,11 @@ def _document(rng: random.Random, split: str) -> Row:
             lines.append(f"{' + '.join(numbers)}: {'+'.join(numbers)}.")
         elif _split_of(low, high) == split:
             a, b = sorted(rng.sample(range(low, high + 1), 2))
+            early, late = LETTERS[a], LETTERS[b]
             if kind == "order":
-                early, late = LETTERS[a], LETTERS[b]
                 lines.append(rng.choice((f"{late} is later than {early}.", f"{early} is earlier than {late}.")))
             elif kind == "middle":
-                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}, the middle is {LETTERS[(a + b) // 2]}.")
+                lines.append(f"From {early} to {late}, the middle is {LETTERS[(a + b) // 2]}.")
             else:
-                lines.append(f"From {LETTERS[a]} to {LETTERS[b]}: {' '.join(LETTERS[a : b + 1])}.")
+                lines.append(f"From {early} to {late}: {' '.join(LETTERS[a : b + 1])}.")
     return {"text": " ".join(lines), "kind": kind}

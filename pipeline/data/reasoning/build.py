@@ -24,7 +24,6 @@ from pipeline.data.writing import card, write_data_set
 from pipeline.errors import Problem, RunStopped, UserError
 
 logger = logging.getLogger(__name__)
-
 SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": pa.schema({"messages": MESSAGES, "kind": STRING}),
@@ -35,12 +34,8 @@ USES = {
     "sft": "a problem and its solution, worked or not | stage 2",
     "reasoning": "a problem and its final answer | stage 4",
 }
-RECITALS = 0.2
-"""Share of the pretraining documents that teach to copy numbers."""
-PROBES, MAX_REFUSED, PATIENCE = 50, 0.05, 1_000
-"""Problems of each task that are tried before anything is written, in which share of them the verifier may be wrong,
-and problems in a row that may be unusable before a task counts as exhausted."""
-
+PROBES = 50
+"""Problems of each task that are tried before anything is written."""
 Reward = Callable[..., list[float | None]]
 
 
@@ -60,27 +55,23 @@ class ReasoningArguments(PocketArguments):
 def build(args: ReasoningArguments, reward: Reward) -> None:
     """Draw all problems and write the repository; an interrupted build leaves `output_dir` as it was.
 
-    Args:
-        reward: What the answers will be rewarded by; rows whose own answer it does not score with 1 are dropped.
-
-    Raises:
-        UserError: If `output_dir` contains other files, a size or a setting is wrong, the reward refuses the own
-            answers of a task, or a task has too few different problems.
+    Rows whose own answer the `reward` does not score with 1 are dropped. Raise a `UserError` if `output_dir` contains
+    other files, a size or a setting is wrong, the reward refuses the own answers of a task, or a task has too few
+    different problems.
     """
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
     problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
-    sizes = ((name, getattr(args, name)) for name in ("size_mb", "sft_rows"))
-    problems += [Problem(name, size, "must not be negative") for name, size in sizes if size < 0]
+    sizes = {"size_mb": args.size_mb, "sft_rows": args.sft_rows}
+    problems += [Problem(name, size, "must not be negative") for name, size in sizes.items() if size < 0]
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
     # Report the tasks whose verifier refuses their own answers, or pays whatever is answered.
     for grade in grades if not problems else ():
-        tried = islice(grade.entries(args.seed, "train"), PROBES)
-        number = sum(not mix.accepts(grade.task, entry) for entry in tried)
-        if number > PROBES * MAX_REFUSED:
+        number = sum(not mix.accepts(grade.task, entry) for entry in islice(grade.entries(args.seed, "train"), PROBES))
+        if number > 0.05 * PROBES:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
             problems.append(Problem("tasks", grade.task, f"{remedy}; leave this task out"))
     if problems:
@@ -101,7 +92,14 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
             convert = {"reasoning": to_row, "sft": mix.conversation, "pretrain": mix.document}[config]
             splits[split] = starmap(convert, drawn if config == "reasoning" else some)
     parts = ((config, split, splits[split]) for config, splits in rows.items() for split in SPLITS)
-    write_data_set(args.output_dir, SCHEMAS, parts, write_card(args, list(rows)))
+    careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
+    careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
+    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    filled = {"version": version("reasoning-gym"), "seed": args.seed, "tasks": ", ".join(args.tasks or ())}
+    uses = "\n".join(f"| `{config}` | {USES[config]} |" for config in rows)
+    text = text.format(**filled, rows=uses, careless=careless if len(rows) > 1 else "")
+    about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
+    write_data_set(args.output_dir, SCHEMAS, parts, card(dict.fromkeys(rows, SPLITS), text, **about))
     for task, number in mix.refused.items():
         logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)
 
@@ -132,13 +130,12 @@ class Mix:
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
             # Only the splits of `reasoning` are rewarded by the verifier; `sft` and `pretrain` are not.
-            is_usable = question not in self.held_out and (pool not in SPLITS or self.accepts(grade.task, entry))
-            unusable = 0 if is_usable else unusable + 1
-            if is_usable:
+            if question not in self.held_out and (pool not in SPLITS or self.accepts(grade.task, entry)):
                 if pool in ("validation", "test"):
                     self.held_out.add(question)
+                unusable = 0
                 yield entry
-            elif unusable == PATIENCE:
+            elif (unusable := unusable + 1) == 1_000:
                 break
         remedy = f"has too few different problems for {pool}; make it harder, or lower its weight or test_rows"
         raise UserError(Problem("tasks", grade.task, remedy))
@@ -168,7 +165,8 @@ class Mix:
         """Yield documents of worked problems and recitals until they have the size asked for."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
-            recites = self.rng.random() < RECITALS
+            # Some documents teach to copy numbers.
+            recites = self.rng.random() < 0.2
             row = {"text": recital(self.rng), "kind": "recital"} if recites else self.document(*next(problems))
             remaining -= len(row["text"].encode())
             yield row
@@ -176,19 +174,3 @@ class Mix:
     def _solution(self, task: str, entry: Entry) -> str:
         steps, reached = WORKED[task](entry["metadata"], lambda: self.rng.random() < self.args.carelessness)
         return f"{WORKING} {steps} The answer is {reached}."
-
-
-def write_card(args: ReasoningArguments, configs: Sequence[str]) -> str:
-    """Return the data set card."""
-    careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
-    careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
-    text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(
-        version=version("reasoning-gym"),
-        seed=args.seed,
-        tasks=", ".join(args.tasks or ()),
-        rows="\n".join(f"| `{config}` | {USES[config]} |" for config in configs),
-        careless=careless if len(configs) > 1 else "",
-    )
-    splits = dict.fromkeys(configs, SPLITS)
-    return card(splits, text, license="apache-2.0", language="en", pretty_name="Reasoning tasks")

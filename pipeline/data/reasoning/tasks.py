@@ -19,7 +19,6 @@ POOLS = ("train", "validation", "test", "sft", "pretrain")
 """Sets of problems that do not share seeds."""
 SEEDS, BLOCK = 10_000_000, 1_000
 """Seeds of a pool, and problems of one of reasoning-gym's data sets; some of them draw all at once."""
-
 Entry = dict[str, Any]
 """A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
 

@@ -39,8 +39,7 @@ def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # Count how many prime numbers there are between 5 and 11 inclusive
     # carefully:  1: 5. 2: 7. 3: 11.
     # carelessly: 1: 5. 2: 7. 3: 9. 4: 11.
-    careless = misreads()
-    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if careless else set()
+    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if misreads() else set()
     listed = sorted({*metadata["primes"], *passing})
     steps = " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1))
     return steps or "None.", str(len(listed))
@@ -84,10 +83,8 @@ def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     limit = float(metadata["filter_value"])
     verb, wanted = metadata["operation"].split("_")
     keeps = verb == "keep" or misreads()
-    found = [
-        (text, "larger" if float(text) > limit else "smaller" if float(text) < limit else "equal")
-        for text in metadata["original_numbers"]
-    ]
+    numbers = metadata["original_numbers"]
+    found = [(n, "larger" if float(n) > limit else "smaller" if float(n) < limit else "equal") for n in numbers]
     kept = [text for text, compared in found if (compared == wanted) == keeps]
     return " ".join(f"{text} {compared}." for text, compared in found), str(kept)
 
@@ -112,8 +109,6 @@ def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     return " ".join(steps), str(value)
 
 
-WORKED: dict[str, Callable[[Mapping[str, Any], Misreads], Worked]] = {
-    function.__name__: function
-    for function in (chain_sum, count_primes, gcd, leg_counting, number_filtering, simple_equations)
-}
+TASKS = (chain_sum, count_primes, gcd, leg_counting, number_filtering, simple_equations)
+WORKED: dict[str, Callable[[Mapping[str, Any], Misreads], Worked]] = {task.__name__: task for task in TASKS}
 """The tasks that can be worked out here, by name."""

@@ -9,8 +9,7 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
     queries 2                 x    x                     another one begins in the middle of block 1
     queries 3                      x    x
 
-`varlen`, for GPUs, is FlashAttention, which reads each document alone. It falls back to torch's attention with the mask
-where it cannot do what is asked.
+`varlen`, for GPUs, is FlashAttention, which reads each document alone, or torch's attention where that cannot be used.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class BlockMask:
-    """Attention mask of a forward pass: for each block of queries, the blocks of keys in which some query sees some
-    key, and what is added to their scores, of shape (batch, 1, queries, keys)."""
+    """For each block of queries, the blocks of keys in which some query sees some key, and what is added to their
+    scores, of shape (batch, 1, queries, keys)."""
 
     keys: list[slice]
     biases: list[Tensor]
@@ -82,7 +81,6 @@ def blockwise_attention(
     Args:
         query: Shape (batch, heads, queries, channels).
         key, value: Shape (batch, key heads, keys, channels).
-        attention_mask: Result of `blockwise_mask`.
         scaling: Factor of the scores. Default: the channels to the power of -0.5.
 
     Returns:
@@ -105,24 +103,18 @@ def blockwise_attention(
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a batch whose rows are put one after the other.
+    """The documents of a batch whose rows are put one after the other."""
 
-    Attributes:
-        bounds: (documents + 1,), places at which they begin, then the number of tokens, in int32.
-        longest: Tokens of the longest one.
-    """
-
+    # (documents + 1,), places at which they begin, then the number of tokens, in int32.
     bounds: Tensor
+    # Tokens of the longest one.
     longest: int
 
 
-def varlen_mask(
-    batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any
-) -> Documents | Tensor | None:
-    """Find the documents of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
+def varlen_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any) -> Any:
+    """Find the `Documents` of a forward pass, in the place of `transformers.masking_utils.sdpa_mask`.
 
-    Returns:
-        The documents; torch's mask if there is padding or a cache, or if attention is computed in float32.
+    Returns torch's mask if there is padding or a cache, or if attention is computed in float32.
     """
     padding, device = kwargs.get("attention_mask"), torch.device(kwargs.get("device", "cpu"))
     dtype = autocast_dtype(device, kwargs.get("dtype", torch.float32))
@@ -130,8 +122,7 @@ def varlen_mask(
     if cached or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
     row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
-    # Rows are put one after the other, so each row begins a document as well.
-    # A token that does not see the one before it begins a document.
+    # A token that does not see the one before it begins a document. So does each row, as rows follow one another.
     sees = mask_function(row, row.new_zeros(()), place, place - 1).expand(batch_size, q_length)
     begins = (~sees | (place == 0)).flatten().nonzero()[:, 0]
     bounds = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
@@ -158,12 +149,9 @@ def varlen_attention(
     rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
     # Rotary embeddings leave float32, also under autocast.
     dtype = autocast_dtype(query.device, query.dtype)
-    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
-    shared = query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=shared
-    )
-    return output.unflatten(0, (rows, -1)), None
+    states = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_attn(*states, bounds, bounds, longest, longest, **options).unflatten(0, (rows, -1)), None
 
 
 AttentionInterface.register(BLOCKWISE, blockwise_attention)
@@ -173,11 +161,7 @@ AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why.
-
-    Raises:
-        UserError: If FlexAttention is requested on a CPU, where it cannot be trained with.
-    """
+    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why."""
     config, device = model.config.get_text_config(), hardware.accelerator()
     if requested == "flex_attention" and device is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
@@ -194,10 +178,9 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention cannot compute what a model asks for on a device, or None.
+    """Return why FlashAttention cannot compute what a model, which may be elsewhere, asks for on a device, or None.
 
-    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU. The model need not
-    be on that device yet.
+    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU.
     """
     config = model.config.get_text_config()
     windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}

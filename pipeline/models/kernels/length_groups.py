@@ -36,16 +36,11 @@ def group_by_length(model: nn.Module) -> None:
 
 
 def call_by_length(classify: Callable[..., Any], *, attention_mask: Tensor, **others: Any) -> Any:
-    """Call a sequence classifier with texts of similar length together; its tensors are (B, L).
-
-    Returns:
-        Its output, with logits (B, labels) alone.
-    """
-    mask, inputs = attention_mask, {"attention_mask": attention_mask, **others}
+    """Call a sequence classifier with texts of similar length together; tensors are (B, L), logits (B, labels)."""
+    inputs = {"attention_mask": attention_mask, **others}
     # The place after the last token of each text. Padding on the left stays.
-    ends = mask.shape[1] - mask.flip(1).argmax(1)
-    order = ends.argsort(stable=True)
-    outputs = []
+    ends = attention_mask.shape[1] - attention_mask.flip(1).argmax(1)
+    order, outputs = ends.argsort(stable=True), []
     for rows in order.split(TOGETHER):
         stop = int(ends[rows].max())
         group = {name: x[rows, :stop] if isinstance(x, Tensor) else x for name, x in inputs.items()}

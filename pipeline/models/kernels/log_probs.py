@@ -1,7 +1,6 @@
 """Log-probabilities from a model's plain logits, in forward passes without the padding of the batch, each prompt once.
 
-A batch as TRL has it, of two completions of one prompt and one of another (`p`, `q` and letters are tokens, `.` is
-padding), is a rectangle as wide as the longest prompt and the longest completion together:
+A batch as TRL has it, of two completions of one prompt and one of another (letters are tokens, `.` is padding):
 
     . p p | a a a .          one row of a forward pass here:        p p a a a b
     . p p | b . . .    ──►   and another one, in the same pass:     q q q c c c c
@@ -43,17 +42,12 @@ ATTENTION_COSTS = 256
 
 
 class ForwardPass(NamedTuple):
-    """Some of the texts of a batch.
-
-    Attributes:
-        inputs: Arguments of the model.
-        before: (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
-        tokens: (N,), the tokens of the completions.
-        places: (N,), their places in the flattened completions of the batch.
-    """
+    """Some of the texts of a batch: arguments of the model, and the N tokens of the completions."""
 
     inputs: dict[str, Tensor | bool]
+    # (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
     before: Tensor
+    # (N,), the tokens, and their places in the flattened completions of the batch.
     tokens: Tensor
     places: Tensor
 
@@ -73,11 +67,9 @@ def token_log_probs(
     """Compute the log-probabilities of the last tokens of each text.
 
     Args:
-        model: A causal language model, wrapped or not.
-        ids: As for `over_passes`, like `attention_mask`, `length`, `batch_size` and `autocast`.
+        model: A causal language model, wrapped or not. Other arguments are as for `over_passes`.
         temperature: What the logits are divided by.
-        entropy: Whether to compute entropies, too.
-        entropy_gradient: Whether gradients flow through them.
+        entropy_gradient: Whether gradients flow through entropies, if those are asked for.
 
     Returns:
         Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
@@ -117,20 +109,16 @@ def over_passes(
     autocast: Callable[[], AbstractContextManager[None]],
     twice: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Compute something for each token of the completions.
-
-    Positions are counted from each text's first token, as they are during sampling.
+    """Compute something for each token of the completions. Positions count from each text's first token.
 
     Args:
-        compute: Takes a model and the layout of a forward pass; returns any number of tensors (N,), for the N tokens of
-            the completions in it.
-        model: The model, bare or wrapped for DDP.
+        compute: Takes a model and a forward pass; returns any number of tensors (N,), for its completions' tokens.
         ids: (B, L), prompts padded on the left followed by completions padded on the right.
         attention_mask: (B, L).
         length: Columns of the completions, which come last; less than L.
         batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
-        twice: Whether the backward pass computes each forward pass again, in place of keeping what it needs.
+        twice: Whether the backward pass computes each forward pass again, which takes less memory.
 
     Returns:
         As many tensors (B, `length`), 0 at padding.
@@ -159,38 +147,19 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
     return call
 
 
-# ---- The layout
-
-
 @dataclass
 class Row:
-    """A prompt, followed by some of its completions; lists have an entry for each token, or each of a completion.
-
-    Attributes:
-        size: Tokens of the prompt.
-        owners: Whose each token is: 0 stands for the prompt, 1 and up for the completions.
-        before: Where in the row the token before each token of the completions is.
-        places: As in `ForwardPass`.
-    """
+    """A prompt of `size` tokens, then completions; lists have an entry for each token, or for each of a completion."""
 
     ids: list[int]
     size: int
     positions: list[int]
+    # Whose each token is: 0 stands for the prompt, 1 and up for the completions.
     owners: list[int]
     texts: int = 0
+    # Where in the row the token before each token of the completions is, and `places` as in `ForwardPass`.
     before: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-
-    def append(self, completion: list[int], place: int) -> None:
-        """Append a completion, whose tokens are from `place` on in the flattened completions of the batch."""
-        first, length = len(self.ids), len(completion)
-        self.texts += 1
-        self.ids += completion
-        self.positions += range(self.size, self.size + length)
-        self.owners += [self.texts] * length
-        # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
-        self.before += [self.size - 1, *range(first, first + length - 1)][:length]
-        self.places += range(place, place + length)
 
 
 def forward_passes(
@@ -213,7 +182,14 @@ def forward_passes(
             if row is None or 2 * len(completion) * (len(row.ids) - size) > size * (size + ATTENTION_COSTS):
                 row = Row(list(prompt), size, list(range(size)), [0] * size)
                 rows.append(row)
-            row.append(completion, place)
+            first, more = len(row.ids), len(completion)
+            row.texts += 1
+            row.ids += completion
+            row.positions += range(size, size + more)
+            row.owners += [row.texts] * more
+            # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
+            row.before += [size - 1, *range(first, first + more - 1)][:more]
+            row.places += range(place, place + more)
 
     groups: list[list[Row]] = [[]]
     texts = batch_size or len(ids)
@@ -223,15 +199,35 @@ def forward_passes(
         if group and not (fits and sum(other.texts for other in group) + row.texts <= texts):
             groups.append(group := [])
         group.append(row)
+
+    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(values) for values in lists], True, padding).to(ids.device)
+
     positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
-    return [_forward_pass(group, positioned, dtype, ids.device) for group in groups]
+    passes = []
+    for group in groups:
+        owners = padded([row.owners for row in group], -1)
+        inputs: dict[str, Tensor | bool] = {"input_ids": padded([row.ids for row in group]), "use_cache": False}
+        inputs["attention_mask"] = (owners >= 0).long()
+        if any(row.texts > 1 for row in group):
+            of_prompt, same = owners[:, None, :] == 0, owners[:, None, :] == owners[:, :, None]
+            seen = (of_prompt | same).tril()
+            allowed = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+            inputs["attention_mask"] = allowed[:, None]
+        if positioned:
+            inputs["position_ids"] = padded([row.positions for row in group])
+        before = [number * owners.shape[1] + place for number, row in enumerate(group) for place in row.before]
+        drawn = [token for row in group for token in row.ids[row.size :]]
+        places = [place for row in group for place in row.places]
+        of_tokens = (torch.tensor(of, dtype=torch.long, device=ids.device) for of in (before, drawn, places))
+        passes.append(ForwardPass(inputs, *of_tokens))
+    return passes
 
 
 def shares_prompts(model: nn.Module) -> bool:
     """Return whether a model, wrapped or not, computes the same for several completions behind one prompt.
 
-    Its layers have to see every token that the mask allows, wherever it is, and have no other sense of order than the
-    positions they are given.
+    Its layers have to see all tokens that the mask allows, and know their order from the given positions alone.
     """
     config = extract_model_from_parallel(model).config.get_text_config()
     return (
@@ -242,26 +238,3 @@ def shares_prompts(model: nn.Module) -> bool:
         and not hasattr(config, "window_size")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
     )
-
-
-def _forward_pass(rows: list[Row], positioned: bool, dtype: torch.dtype, device: torch.device) -> ForwardPass:
-    """Make tensors of rows, padded to the longest of them."""
-
-    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
-        return pad_sequence([torch.tensor(values) for values in lists], True, padding).to(device)
-
-    owners = padded([row.owners for row in rows], -1)
-    inputs: dict[str, Tensor | bool] = {"input_ids": padded([row.ids for row in rows]), "use_cache": False}
-    inputs["attention_mask"] = (owners >= 0).long()
-    if any(row.texts > 1 for row in rows):
-        of_prompt, same = owners[:, None, :] == 0, owners[:, None, :] == owners[:, :, None]
-        seen = (of_prompt | same).tril()
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-        inputs["attention_mask"] = mask[:, None]
-    if positioned:
-        inputs["position_ids"] = padded([row.positions for row in rows])
-    before = [number * owners.shape[1] + place for number, row in enumerate(rows) for place in row.before]
-    tokens = [token for row in rows for token in row.ids[row.size :]]
-    places = [place for row in rows for place in row.places]
-    of_tokens = (torch.tensor(values, dtype=torch.long, device=device) for values in (before, tokens, places))
-    return ForwardPass(inputs, *of_tokens)

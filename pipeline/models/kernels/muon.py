@@ -65,10 +65,10 @@ class Muon(torch.optim.Muon):
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Replace the singular values of matrices by numbers near 1, with Newton-Schulz iterations.
 
-    They need few digits: torch's `Muon` always takes bfloat16, which is 25 times slower than float32 if it is emulated.
     The shape is (matrices, rows, columns), with at least as many columns as rows; all else as for `torch.optim.Muon`.
     """
     a, b, c = coefficients
+    # Few digits are enough, but emulated bfloat16, which torch's `Muon` takes, is 25 times slower than float32.
     x = matrices.to(hardware.fast_dtype())
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):

@@ -5,8 +5,7 @@
     projected                        x       x x               3 of 11 positions: each predicts the next token
 
 The output matrix is the largest one of a small model. TRL's fused head projects only these positions where Triton
-exists. On a CPU it projects all positions, prompts and padding included, in tiles that the backward pass computes again
-in float32, which takes three times as long as projecting them in one piece.
+exists. On a CPU it projects all of them, in tiles that the backward pass computes again: three times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -26,12 +25,6 @@ from pipeline.models.patches import replace_forward
 LOGITS = 2**27
 """Logits of a batch above which TRL's head, which needs less memory, is used."""
 
-TRANSFORMATIONS = (
-    "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier",
-    "output_router_logits",
-)  # fmt: skip
-"""Fields of a configuration that ask for more than a projection."""
-
 
 def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
     """Make a model that TRL's `SFTTrainer` trains on a CPU project only positions with labels.
@@ -39,39 +32,32 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
     A model that does more to the logits than projecting is left alone.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = model.config.get_text_config()
-    if hardware.accelerator() is not None or any(getattr(config, name, None) for name in TRANSFORMATIONS):
+    config, forward = model.config.get_text_config(), model.forward
+    transformations = (
+        "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier",
+        "output_router_logits",
+    )  # fmt: skip
+    if hardware.accelerator() is not None or any(getattr(config, name, None) for name in transformations):
         return
-    forward = model.forward
 
     @functools.wraps(forward)
     def forward_labelled(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if not fused_lm_head or labels is None or labels.numel() * config.vocab_size > LOGITS:
             return forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        return labelled_log_probs(model.get_output_embeddings(), hidden, labels)
+        # A position predicts the token after it, and -100 stands for tokens without a loss.
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        mask = labels != -100
+        places = mask.flatten().nonzero().squeeze(1)
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
+        targets = labels.flatten()[places].unsqueeze(1)
+        all_log_probs = logits.log_softmax(-1)
+        # TRL logs entropy and accuracy, and has no gradients through them.
+        with torch.no_grad():
+            entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+            is_top1 = logits.argmax(-1, keepdim=True) == targets
+        scores = {"log_probs": all_log_probs.gather(-1, targets), "entropy": entropy, "is_top1": is_top1}
+        placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
+        return FusedCausalLMOutput(**placed, label_mask=mask)
 
     replace_forward(model, forward_labelled)
-
-
-def labelled_log_probs(head: nn.Module, hidden: Tensor, labels: Tensor) -> FusedCausalLMOutput:
-    """Return what TRL's fused head returns for `SFTTrainer`.
-
-    Args:
-        hidden: (batch, length, width), what the output layer `head` projects.
-        labels: (batch, length), not shifted; -100 for tokens without a loss.
-    """
-    # A position predicts the token after it.
-    hidden, labels = hidden[:, :-1], labels[:, 1:]
-    mask = labels != -100
-    places = mask.flatten().nonzero().squeeze(1)
-    logits = head(hidden.flatten(0, 1).index_select(0, places)).float()
-    targets = labels.flatten()[places].unsqueeze(1)
-    all_log_probs = logits.log_softmax(-1)
-    # TRL logs entropy and accuracy, and has no gradients through them.
-    with torch.no_grad():
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-        is_top1 = logits.argmax(-1, keepdim=True) == targets
-    scores = {"log_probs": all_log_probs.gather(-1, targets), "entropy": entropy, "is_top1": is_top1}
-    placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
-    return FusedCausalLMOutput(**placed, label_mask=mask)

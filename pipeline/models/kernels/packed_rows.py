@@ -1,8 +1,7 @@
 """Batches of packed conversations whose rows are padded, where TRL would put all of them into one long row.
 
 TRL flattens a packed batch, as FlashAttention expects it. Other attention computes the whole square of that sequence
-and then masks most of it: with 8 rows of 256 tokens, a 3.7M-parameter model and one CPU core, training takes 1.7 times
-as long. Two rows, each with two conversations:
+and then masks most of it, which takes 1.7 times as long on a CPU. Two rows, each with two conversations:
 
     TRL       a a a b b c c c c d        one row: attention computes 10 x 10 scores
     here      a a a b b                  two rows: 2 x 5 x 5 scores
@@ -14,26 +13,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
-from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-
-def pads_rows(args: SFTConfig, config: PreTrainedConfig) -> bool:
-    """Return whether rows are packed, and padded at less cost than flattened: not with FlashAttention."""
-    packs = args.packing and args.packing_strategy != "wrapped"
-    return packs and "flash" not in (config._attn_implementation or "") and not args.pad_to_multiple_of
 
 
 class PackedRows(DataCollatorForLanguageModeling):
     """TRL's collator, with `return_position_ids=True`, for rows that consist of several conversations."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate a batch into `input_ids`, `labels` and `position_ids`, each `(batch, longest row)`.
-
-        Rows have `input_ids`, maybe `labels` (default: all tokens), and `seq_lengths`, the lengths of their
-        conversations (default: the row is one, as in an evaluation that is not packed).
-        """
+        """Collate rows, with the lengths of their conversations in `seq_lengths`, into tensors (batch, longest row)."""
         batch: dict[str, Any] = super().torch_call(examples)
         # Without a mask, transformers keeps apart what the positions say. Padding is a sequence of its own.
         del batch["attention_mask"]

@@ -1,9 +1,8 @@
 """The sampler: completions of many prompts in few forward passes, for evaluation, preferences and rollouts.
 
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
-samples, copies the cache for each token, and draws a random number for each token of the vocabulary. This is a loop
-over `model(..., cache=...)` instead. Greedy output equals the output of `model.generate` for each prompt alone, and
-samples follow the same distribution. With two prompts, the first of which is sampled twice:
+samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
+output equals its output for each prompt alone, and samples follow the same distribution. Two prompts, the first twice:
 
     encoded once      rows of the batch    step 0   step 1   step 2     returned
     . . a b c    ->   . . a b c            d        END                 d END
@@ -85,7 +84,6 @@ def sample(
     ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-
     # What changes the logits, as `model.generate` does it.
     process = _unwrap(model)._get_logits_processor(config, width, device=device)
     cache, room = DynamicCache(config=model.config), 1
@@ -189,7 +187,6 @@ class GrowingLayer(DynamicLayer):
     room = 16
     """Number of tokens that the memory grows by."""
     length = 0
-    """Tokens in use."""
 
     def get_seq_length(self) -> int:
         """Return the number of tokens in use."""
@@ -203,9 +200,8 @@ class GrowingLayer(DynamicLayer):
         """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
         # Rotary embeddings leave keys in float32 under autocast, which would cast all of them again for each token.
         keys, values = (x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
-        start = self.length
-        self.length = stop = start + keys.shape[-2]
-        size = round_up(stop, self.room)
+        start, stop = self.length, self.length + keys.shape[-2]
+        self.length, size = stop, round_up(stop, self.room)
         if start == 0:
             self.keys, self.values = (pad(states, (0, 0, 0, size - stop)) for states in (keys, values))
             self.device, self.is_initialized = keys.device, True

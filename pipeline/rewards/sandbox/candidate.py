@@ -51,26 +51,35 @@ class Candidate(Peer):
     def answer(self, request: dict[str, Any]) -> None:
         """Run the code or do something with an object that is kept, and send what came of it."""
         try:
-            reply = self.define(request["code"]) if "code" in request else self.operate(request)
+            if "operation" in request:
+                reply = self.operate(request)
+            else:
+                # dataclasses and typing look names up in the module.
+                sys.modules["answer"] = self.module
+                # This process is confined for what comes now.
+                exec(compile(request["code"], "answer", "exec"), vars(self.module))  # noqa: S102
+                # Containers stay here, where the code may change them.
+                kinds = {dict, *CONTAINERS.values()}
+                defined = vars(self.module).items()
+                names = {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}
+                reply = {"names": names}
         # Whatever the code raises, SystemExit too, is for the examiner to judge.
         except BaseException as error:  # noqa: BLE001
-            reply = self.failure(error)
-            if reply["status"] != "failed" or "code" in request:
+            is_refused = isinstance(error, PermissionError)
+            status = "memory" if isinstance(error, MemoryError) else "refused" if is_refused else "failed"
+            reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
+            # The code may define the class, its __str__ and what it holds.
+            with contextlib.suppress(BaseException):
+                reply["message"] = str(error)[:500]
+            with contextlib.suppress(BaseException):
+                reply["args"] = self.encode(tuple(error.args))
+                reply["attributes"] = self.encode(dict(vars(error)))
+            reply["error"] = self.describe_exception(type(error))
+            if status != "failed" or "code" in request:
                 # It may have printed as much as it can.
                 with contextlib.suppress(OSError):
                     traceback.print_exc(limit=-3)
         self.send(reply)
-
-    def define(self, code: str) -> dict[str, Any]:
-        """Run the code, and describe what its names refer to."""
-        # dataclasses and typing look names up in the module.
-        sys.modules["answer"] = self.module
-        # This process is confined for what comes now.
-        exec(compile(code, "answer", "exec"), vars(self.module))  # noqa: S102
-        # Containers stay here, where the code may change them.
-        kinds = {dict, *CONTAINERS.values()}
-        defined = vars(self.module).items()
-        return {"names": {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}}
 
     def operate(self, request: dict[str, Any]) -> dict[str, Any]:
         """Do with an object what the test does with its stand-in."""
@@ -102,28 +111,13 @@ class Candidate(Peer):
         base = type if isinstance(value, type) else base_of(type(value))
         return {"kept": [self.numbers[id(value)], base and base.__name__]}
 
-    def failure(self, error: BaseException) -> dict[str, Any]:
-        """Describe an exception that the code has raised."""
-        kinds = {MemoryError: "memory", PermissionError: "refused"}
-        status = next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
-        reply: dict[str, Any] = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
-        # The code may define the class, its __str__ and what it holds.
-        with contextlib.suppress(BaseException):
-            reply["message"] = str(error)[:500]
-        with contextlib.suppress(BaseException):
-            reply["args"] = self.encode(tuple(error.args))
-            reply["attributes"] = self.encode(dict(vars(error)))
-        return {**reply, "error": self.describe_exception(type(error))}
-
     def resolve(self, kind: str, content: Any, named: bool) -> object:
         """Return a kept object, or a stand-in for a function of the test."""
-        return self.kept[content] if kind == "kept" else self.functions.setdefault(content, self.function(content))
-
-    def function(self, number: int) -> Callable[..., Any]:
-        """Return a stand-in for a function of the test."""
+        if kind == "kept":
+            return self.kept[content]
 
         def call(*args: object, **named: object) -> object:
-            self.send({"call": number, "args": self.encode(args), "named": self.encode(named)})
+            self.send({"call": content, "args": self.encode(args), "named": self.encode(named)})
             # The function may use what the code has defined.
             while "operation" in (reply := self.receive()):
                 self.answer(reply)
@@ -131,4 +125,4 @@ class Candidate(Peer):
                 raise self.find_exception(reply["error"])(*self.decode(reply["args"]))
             return self.decode(reply["value"])
 
-        return call
+        return self.functions.setdefault(content, call)

@@ -1,11 +1,9 @@
 """The child process of the sandbox, which runs an answer's code in one process and its test in another.
 
-In a single process, wrong code could always pass its test: it could end the process, patch `builtins`, walk the frames
-to the variable that says "passed", or return an object that equals everything. Therefore this process, the examiner,
-keeps the test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code.
-The test is read after the fork, as is the token that each line of the verdict begins with. Arguments and results travel
-as plain values (`messages.py`); anything else stays with the candidate behind a stand-in (`remote.py`). The builtins
-and the modules of a test are Python's own, whatever the code defines; what else a test judges with, it must define.
+In a single process, wrong code could always pass: it could end the process, patch `builtins`, walk the frames to the
+variable that says "passed", or return an object that equals everything. Therefore this process, the examiner, keeps the
+test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code. The
+builtins and the modules of a test are Python's own; what else a test judges with, it must define.
 """
 
 # What runs where, and who can write what:
@@ -15,12 +13,11 @@ and the modules of a test are Python's own, whatever the code defines; what else
 #       |          |
 #     child.py, the examiner               confined; has the test, the token and the verdict's descriptor
 #       |  ^                               stdin: {"code": …, "test": …, "token": …}, read after the fork
-#       v  | two pipes (messages.py)
+#       v  | two pipes (messages.py)       plain values; anything else is a stand-in (remote.py)
 #     child.py, the candidate              confined; has the code
 #
 # The candidate can write lies into the pipe of messages, but the examiner only takes them for values that the code has
-# returned. It can write spam into the output, which is never read as a verdict. A verdict without the token ends the
-# run as "crashed".
+# returned, and spam into the output, which is never read as a verdict. A verdict without the token is a crash.
 
 import contextlib
 import ctypes
@@ -42,8 +39,6 @@ del sys.path[0]
 sys.dont_write_bytecode = True
 
 VERDICT = 3
-MAX_SECONDS = 90
-"""Ends both processes if the parent has died."""
 
 
 def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -> None:
@@ -55,7 +50,6 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     confinement.limit_resources(seconds, memory_mb)
     files_confined = confinement.confine_files(directory)
     confinement.drop_privileges(files_confined)
-
     # Descriptors 4 and 5, 6 and 7.
     requests, replies = os.pipe(), os.pipe()
     candidate = os.fork()
@@ -78,7 +72,8 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     os.close(requests[0])
     os.close(replies[1])
 
-    signal.setitimer(signal.ITIMER_REAL, seconds + MAX_SECONDS)
+    # This ends both processes if the parent has died.
+    signal.setitimer(signal.ITIMER_REAL, seconds + 90)
     confined = confinement.confine_calls(files_confined) and files_confined
     work = json.loads(sys.stdin.buffer.read())
     os.write(VERDICT, f"{work['token']} {candidate}\n".encode())

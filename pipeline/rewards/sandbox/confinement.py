@@ -1,17 +1,9 @@
 """Irreversible confinement of the calling process, so that hostile code cannot harm the machine, even as root.
 
-Each of these layers stops most attacks on its own:
-
-1. resource limits: CPU time, address space, file size, open files, processes, core dumps;
-2. Landlock (Linux 5.13 and later): reads only below the standard library and the system's shared libraries, writes only
-   below one directory; with Linux 6.7, no TCP, and with 6.12, no signals to other processes;
-3. no capabilities and `no_new_privs`, so that root is not exempt from the limits above;
-4. seccomp (x86-64 and arm64): a list of the system calls that plain computation needs. All others are refused
-   (processes, threads, sockets, signals, namespaces, `io_uring`, …), which rules out the network and daemons;
-5. an audit hook that refuses the same with a message that says what was refused.
-
-Where the kernel lacks 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without
-Landlock root becomes `nobody`. Side channels and the wall-clock time are not covered.
+Each of these layers stops most attacks on its own: limits of resources; Landlock (Linux 5.13 and later); the loss of
+all capabilities; seccomp (x86-64 and arm64); and an audit hook that says what was refused. Without Landlock or seccomp
+(macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without Landlock root becomes `nobody`.
+Side channels and the wall-clock time are not covered.
 """
 
 # In the child of the sandbox, from left to right:
@@ -37,8 +29,6 @@ import sys
 with contextlib.suppress(ImportError):
     import resource
 
-OPEN_FILES = 32
-FILE_BYTES = 1 << 20
 # prctl(2), capset(2), landlock(7), seccomp(2)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
@@ -62,17 +52,15 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
     "sigaltstack": (131, 132), "futex": (202, 98), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "gettimeofday": (96, 169), "times": (100, 153),
-    "getrandom": (318, 278), "poll": (7, None), "ppoll": (271, 73), "select": (23, None),
-    "pselect6": (270, 72), "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260),
-    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getuid": (102, 174),
-    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrusage": (98, 165),
-    "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
-    "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
+    "getrandom": (318, 278), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260), "getpid": (39, 172), "getppid": (110, 173),
+    "gettid": (186, 178), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
+    "getrusage": (98, 165), "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123), "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
 }  # fmt: skip
 # changes to the directory, which are safe only where Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
-    "unlink": (87, None), "unlinkat": (263, 35),
-    "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
+    "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
 # allowed commands of calls with dangerous ones: F_SETOWN and FIOSETOWN signal other processes
 COMMANDS: dict[str, tuple[int, ...]] = {
@@ -82,10 +70,9 @@ COMMANDS: dict[str, tuple[int, ...]] = {
     "ioctl": (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451),
 }
 REFUSED_EVENTS = (
-    "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-    "os.kill", "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.symlink", "os.link",
-    "os.utime", "os.setxattr", "pty.", "shutil.", "syslog.", "signal.pthread_kill",
-    "_thread.start_new_thread", "resource.",
+    "socket.", "subprocess.", "ctypes.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill",
+    "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.utime", "os.setxattr", "pty.",
+    "shutil.", "syslog.", "signal.pthread_kill", "_thread.start_new_thread", "resource.",
 )  # fmt: skip
 
 
@@ -95,8 +82,8 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
     wanted = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
         resource.RLIMIT_AS: (memory_mb << 20,) * 2,
-        resource.RLIMIT_FSIZE: (FILE_BYTES,) * 2,
-        resource.RLIMIT_NOFILE: (OPEN_FILES,) * 2,
+        resource.RLIMIT_FSIZE: (1 << 20,) * 2,
+        resource.RLIMIT_NOFILE: (32, 32),
         resource.RLIMIT_CORE: (0, 0),
     }
     for limit, values in wanted.items():
@@ -111,7 +98,10 @@ def landlock_abi(libc: ctypes.CDLL) -> int:
 
 
 def confine_files(directory: str) -> bool:
-    """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded."""
+    """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded.
+
+    With Linux 6.7, there is no TCP either, and with 6.12, no signals to other processes.
+    """
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -148,15 +138,17 @@ def drop_privileges(files_confined: bool) -> None:
         os.setuid(65534)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
-        libc.capset(header, bytes(24))
+        libc.capset(struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         # This also closes /proc/PID to its siblings.
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def confine_calls(files_confined: bool) -> bool:
-    """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded."""
+    """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded.
+
+    These are what plain computation needs: no processes, threads, sockets, signals, namespaces or `io_uring`.
+    """
     # For systems without seccomp; this does not bind a root that has its capabilities.
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
@@ -178,8 +170,7 @@ def confine_calls(files_confined: bool) -> bool:
     allowed = (answer, 0, 0, allow)
     architecture = (0xC000003E, 0xC00000B7)[column]
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    calls = SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})
-    for name, numbers in calls.items():
+    for name, numbers in (SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})).items():
         if (number := numbers[column]) is None:
             continue
         body = [allowed]
@@ -197,12 +188,10 @@ def confine_calls(files_confined: bool) -> bool:
             body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, allowed]
         code += [(equal, 0, len(body), number), *body]
     packed = b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])
-
     # struct sock_fprog: the number of instructions, and where they are
     program = ctypes.create_string_buffer(packed, len(packed))
     described = struct.pack("HP", len(packed) // 8, ctypes.addressof(program))
-    libc = ctypes.CDLL(None, use_errno=True)
-    return libc.prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
+    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
 
 
 def watch(directory: str) -> None:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 
 class Examiner(Peer):
-    """Runs the test against stand-ins for what the code defines."""
-
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
         self.members = {
@@ -59,7 +57,6 @@ class Examiner(Peer):
             found = re.findall(rf"\b{name}\.(\w+)", test)
             if found and all(hasattr(importlib.import_module(name), attribute) for attribute in found):
                 namespace[name] = importlib.import_module(name)
-
         # The test runs in a process that is confined as well.
         exec(compile(test, "test", "exec"), namespace)  # noqa: S102
         # The test or the code may have caught these.
@@ -85,7 +82,16 @@ class Examiner(Peer):
         """Send a request, do what the code asks meanwhile, and return the reply or raise what the code raised."""
         self.send(message)
         while "call" in (reply := self.receive()):
-            self.send(self.call(reply))
+            try:
+                args, named = self.decode(reply["args"]), self.decode(reply["named"])
+                answer = {"value": self.encode(self.functions[reply["call"]](*args, **named))}
+            # A function of the test may raise anything.
+            except Exception as raised:  # noqa: BLE001
+                if isinstance(raised, AssertionError):
+                    self.failures.append(raised)
+                shown = self.encode(tuple(map(str, raised.args)))
+                answer = {"error": self.describe_exception(type(raised)), "args": shown}
+            self.send(answer)
         if "error" not in reply:
             return reply
         if reply["status"] in ("memory", "refused"):
@@ -98,17 +104,6 @@ class Examiner(Peer):
         if isinstance(error, StopIteration) and message.get("operation") != "__next__":
             error = RuntimeError(reply["message"])
         raise error
-
-    def call(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Call a function of the test for the code."""
-        try:
-            args, named = self.decode(request["args"]), self.decode(request["named"])
-            return {"value": self.encode(self.functions[request["call"]](*args, **named))}
-        # A test may raise anything.
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, AssertionError):
-                self.failures.append(error)
-            return {"error": self.describe_exception(type(error)), "args": self.encode(tuple(map(str, error.args)))}
 
     def describe(self, value: Any) -> Any:
         """Describe a value that is not plain: an object of the code, or a function of the test."""

@@ -29,8 +29,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-MESSAGE_BYTES = 8 << 20
-
 # Classes whose instances travel as plain values, and their modules: each process builds them with its own class.
 VALUES = {
     **dict.fromkeys(("bytearray", "complex", "range", "slice"), "builtins"),
@@ -98,7 +96,7 @@ class Peer:
         """Wait for a message, or raise `Gone`; a `ValueError` if it is too long."""
         header = self.incoming.read(4)
         size = int.from_bytes(header, "big")
-        if len(header) == 4 and size > MESSAGE_BYTES:
+        if len(header) == 4 and size > 8 << 20:
             raise ValueError("a message of more than 8 MiB")
         text = self.incoming.read(size)
         if len(header) < 4 or len(text) < size:

@@ -21,18 +21,16 @@ from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
+# What the test has shown that it takes a stand-in for:
+# UNKNOWN: perhaps for a plain value, such as what a function has returned.
+# USED: for what an object has returned, so that its truth may be its own.
+# OBJECT: for an object, because the test has used an attribute that plain values lack, or has called a class.
+# CLASS: for a class, whose name begins with a capital.
 UNKNOWN, USED, OBJECT, CLASS = range(4)
-"""What the test has shown that it takes a stand-in for:
 
-UNKNOWN: perhaps for a plain value, such as what a function has returned.
-USED: for what an object has returned, so that its truth may be its own.
-OBJECT: for an object, because the test has used an attribute that plain values lack, or has called a class.
-CLASS: for a class, whose name begins with a capital.
-"""
-
+# Names of the attributes that plain values have.
 _PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
-"""Names of the attributes that plain values have."""
 
 _OPERATORS = ("getitem", "setitem", "delitem", "enter", "exit", "str", "repr", "hash", "format")
 _CONVERSIONS = ("iter", "next", "reversed", "len", "neg", "pos", "abs", "invert", "int", "float", "index", "round")
@@ -47,13 +45,10 @@ def refusal(name: str) -> TypeError:
 
 
 class Remote:
-    # An object that stays with the candidate, which must not decide what the test asks about plain values.
-    #
-    # It never equals a plain value and is not ordered with one, unless its class extends int, list, … (`base`): then
-    # its plain value is compared. Until the test has shown that it takes it for an object (UNKNOWN, …), `in` compares
-    # its items, it is neither true nor false, and arithmetic with a plain value must result in an object (`mixed`),
-    # which no operator turns into a plain value. Methods and attributes are the code's own, and its class compares two
-    # objects.
+    # An object that stays with the candidate. It never equals a plain value, unless its class extends int, list, …
+    # (`base`): then its plain value is compared. Until the test has shown that it takes it for an object (UNKNOWN, …),
+    # `in` compares its items, and it is neither true nor false. Methods and attributes are the code's own, and its
+    # class compares two objects.
 
     __slots__ = ("state__",)
 

@@ -29,11 +29,8 @@ allow_unconfined = False
 CHILD = Path(__file__).with_name("child.py")
 CODE_SECONDS = 2.0
 OUTPUT_BYTES = 16_384
-DIRECTORY_BYTES = 8 << 20
-DIRECTORY_FILES = 64
 PATIENCE_SECONDS = 30.0
 """Wall-clock time for a loaded machine to start Python, and then again to run the code."""
-LOOK_SECONDS = 0.05
 
 RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
 PROBE = """
@@ -56,9 +53,8 @@ for promise, attempt in {
 class Outcome:
     """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
-    `status` is "passed" (the code and the whole test ran without an exception), "failed" (an exception), "timeout",
-    "memory", "refused" (an attempt to use the network, a process or a file outside; too many files), "crashed" (the
-    process ended without a verdict) or "busy" (the machine was too busy to give the code its time).
+    `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
+    process or a file outside; too many files), "crashed" (no verdict) or "busy" (the machine, so that time ran out).
     """
 
     status: str
@@ -91,12 +87,8 @@ def _validate_sandbox(allowed: bool) -> str | None:
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
     """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
-    Args:
-        seconds: Time limit from the moment the code starts, without the time in which it waits for a core.
-        memory_mb: Limit of the address space in MiB; Python itself takes about 40.
-
-    Raises:
-        RunStopped: If code cannot be graded here, see `validate_sandbox`.
+    `seconds` count from the moment the code starts, without the time in which it waits for a core; `memory_mb` is the
+    limit of the address space in MiB, of which Python takes about 40. `RunStopped` says why code cannot be graded here.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
@@ -118,7 +110,6 @@ def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS,
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
-    """Start the child, wait for its verdict, and kill all of its processes."""
     token = secrets.token_hex(16)
     # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
@@ -171,17 +162,16 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
         sizes: list[int] = []
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-        if len(sizes) > DIRECTORY_FILES or sum(sizes) > DIRECTORY_BYTES:
+        if len(sizes) > 64 or sum(sizes) > 8 << 20:
             return "refused"
         if candidate:
-            times = zip(_times(examiner, candidate, elapsed), before, strict=True)
-            ran, waited = (now - then for now, then in times)
+            ran, waited = (now - then for now, then in zip(_times(examiner, candidate, elapsed), before, strict=True))
             # If they talk, one may run while the other one waits.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
-        if not ready.poll(1000 * LOOK_SECONDS):
+        # It looks again after 50 milliseconds.
+        if not ready.poll(50):
             continue
-
         data = os.read(reader, 1 << 16)
         verdict += data
         lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
