@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
@@ -206,11 +207,17 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
 @torch.no_grad()
 def _log_probs(trainer: Any, group: Group) -> Tensor:
     """Return the log-probability of what the policy chose in each completion, under the trainer's policy."""
+
+    def padded(rows: list[list[int]], side: str = "right") -> Tensor:
+        rows_of_ids = list(map(torch.tensor, rows))
+        return pad_sequence(rows_of_ids, batch_first=True, padding_side=side).to(trainer.accelerator.device)
+
+    prompts, completions = [one.prompt for one in group], [one.tokens for one in group]
+    exists = [[[1] * len(row) for row in rows] for rows in (prompts, completions)]
+    ids = torch.cat([padded(prompts, "left"), padded(completions)], dim=1)
+    mask = torch.cat([padded(exists[0], "left"), padded(exists[1])], dim=1)
+    chosen = padded([one.sampled for one in group])
     trainer.model.eval()
-    found = []
-    for one in group:
-        ids = torch.tensor([[*one.prompt, *one.tokens]], device=trainer.accelerator.device)
-        exists, length = torch.ones_like(ids), len(one.tokens)
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, exists, length)
-        found.append((logps[0] * torch.tensor(one.sampled, device=ids.device)).sum())
-    return torch.stack(found)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])
+    total: Tensor = (logps * chosen).sum(dim=1)
+    return total
