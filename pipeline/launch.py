@@ -177,6 +177,18 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     return problems
 
 
+def check_active(trainer: Trainer) -> None:
+    """Compare the sharding that was asked for with the trainer's; a `UserError` if it is not active.
+
+    accelerate leaves it out, without a word, on devices that it does not shard on.
+    """
+    active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
+    remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
+    if problems := [Problem("distributed_type", name, remedy) for name in asked if not active[name]]:
+        raise UserError(*problems)
+
+
 def log_active(trainer: Trainer) -> None:
     """Log what a trainer that is about to train runs on, and with which precision and batch size."""
     args, state, device = trainer.args, trainer.accelerator.state, trainer.args.device.type

@@ -129,6 +129,11 @@ def test_one_process_shards_if_the_launch_file_says_so_or_refuses(tmp_path: Path
             assert (args.n_gpu, args.world_size, args.parallel_mode.value) == (1, 1, "distributed")
             state = Accelerator().state
             assert state.distributed_type == "FSDP"
+            trainer: Any = SimpleNamespace(args=args, is_fsdp_enabled=True, is_deepspeed_enabled=False)
+            launch.check_active(trainer)
+            trainer.is_fsdp_enabled = False
+            with pytest.raises(UserError, match="distributed_type: FSDP: is not active"):
+                launch.check_active(trainer)
             return
         for name in GROUP_OF_ONE:
             del os.environ[name]

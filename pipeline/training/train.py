@@ -57,6 +57,7 @@ def train_and_save(trainer: Reliable) -> None:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
         UserError: If another run writes to the output directory, or the checkpoint to resume from does not fit.
     """
+    launch.check_active(trainer)
     args, name = trainer.args, trainer.args.resume_from_checkpoint
     # A name that is not a folder is a checkpoint on the Hub. The best one so far is downloaded with it.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
