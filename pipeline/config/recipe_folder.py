@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pipeline.config.fields import READ
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
-from pipeline.config.yaml_file import MAX_BYTES
-from pipeline.errors import Problem, UserError, is_network_error
-from pipeline.files import split_revision
+from pipeline.config.yaml_file import MAX_BYTES, read_yaml
+from pipeline.errors import Problem, UserError, as_typed, is_network_error
+from pipeline.files import as_list, split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 LAUNCH_FILE = "accelerate_config.yaml"
@@ -89,3 +93,24 @@ def show_fetched(path: Path) -> str:
     files = recipe_files(find_shipped(path))
     text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in files)
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
+
+
+def missing_input(values: Mapping[str, Any], config: str) -> Problem | None:
+    """Return the input of a step, of the file `config`, that an earlier step has yet to write, with its command."""
+    folder = Path(config).parent
+    steps: list[tuple[str, Path]] = []
+    for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):
+        # The file of another step may be wrong, which is reported when that step runs.
+        with contextlib.suppress(UserError):
+            output = Path(str(read_yaml(str(path)).get("output_dir", "")))
+            steps += [(path.stem, output)] if output.parts else []
+    missing: dict[str, tuple[str, str]] = {}
+    for name in READ:
+        for text in filter(None, as_list(values.get(name))):
+            writer = next((step for step, output in steps if Path(text).is_relative_to(output)), None)
+            if writer is not None and not os.path.exists(text):
+                missing.setdefault(writer, (name, text))
+    if not missing:
+        return None
+    last = max(missing)
+    return Problem(*missing[last], f"does not exist yet; first run `{as_typed('run', folder, '--until', last)}`")
