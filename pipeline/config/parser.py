@@ -29,7 +29,7 @@ from pipeline import hardware, launch
 from pipeline.config import checks, output_directory
 from pipeline.config.command_line import read_command_line
 from pipeline.config.fields import READ, field_types, read_values
-from pipeline.config.recipe_folder import find_shipped, missing_input
+from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem, UserError, collect
 from pipeline.files import split_revision
@@ -97,8 +97,6 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     problems += launch.check_launch(training) if training is not None else []
     problems += output_directory.check_output_directory(built, machine.keys() - asked.keys())
-    if not problems and paths and (missing := missing_input(asked, paths[0])):
-        problems.append(missing)
     if problems:
         raise UserError(*problems)
 

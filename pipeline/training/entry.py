@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import search_here_last
 from pipeline.config.command_line import FLAGS, describe_options
 from pipeline.config.fields import argument_types
+from pipeline.config.recipe_folder import missing_input
 from pipeline.errors import UserError, exit_on_user_error
 
 
@@ -19,7 +20,9 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
     Everything that is wrong with the arguments is reported together, and then, by `main`, what is wrong with the inputs
-    that they name. `argv` is without the program's name, by default `sys.argv`; `--help` prints its options.
+    that they name; or the command that makes an input, if an earlier step of the recipe has not run yet.
+
+    `argv` is without the program's name, by default `sys.argv`; `--help` prints its options.
     """
     if argv is None:
         search_here_last()
@@ -34,18 +37,22 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
 
     with exit_on_user_error():
         arguments = parse(*argument_types(main), argv=argv)
+        parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+        values = {name: value for item in arguments for name, value in vars(item).items()}
+        if "--config" in parts and (missing := missing_input(values, parts[parts.index("--config") + 1])):
+            raise UserError(missing)
         # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects
         # live as long as the process: unless they are frozen, each collection looks through all of them.
         gc.enable()
         gc.freeze()
         output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
-        missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+        new = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:
             with stop_as_one():
                 main(*arguments)
         except UserError:
             # A trainer's constructor has made the directory of a run that is refused. Others are not empty, and stay.
-            for folder in missing:
+            for folder in new:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
