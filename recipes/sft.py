@@ -35,7 +35,7 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.data.packing import log_truncated
+    from pipeline.data.tokenized import log_truncated
     from pipeline.models.adapters import starting_model
     from pipeline.training.fine_tuning import SFTTrainer
     from pipeline.training.inputs import load_inputs

@@ -27,7 +27,8 @@ from pipeline.errors import RunStopped
 allow_unconfined = False
 """Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
 CHILD = Path(__file__).with_name("child.py")
-CODE_SECONDS = 2.0
+CODE_SECONDS, CODE_MEMORY_MB = 2.0, 256
+"""Default limits of CPU time and, in MiB, of address space, of which Python takes about 40; `confinement` sets them."""
 OUTPUT_BYTES = 16_384
 PATIENCE_SECONDS = 30.0
 """Wall-clock time for a loaded machine to start Python, and then again to run the code."""
@@ -72,7 +73,7 @@ def validate_sandbox() -> str | None:
 
 @cache
 def _validate_sandbox(allowed: bool) -> str | None:
-    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
+    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, CODE_MEMORY_MB, unconfined=True)
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
         return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
@@ -84,11 +85,11 @@ def _validate_sandbox(allowed: bool) -> str | None:
     return None
 
 
-def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
+def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB) -> Outcome:
     """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
-    `seconds` count from the moment the code starts, without the time in which it waits for a core; `memory_mb` is the
-    limit of the address space in MiB, of which Python takes about 40. `RunStopped` says why code cannot be graded here.
+    `seconds` count from the moment the code starts, and exclude the time it spends waiting for a core. `RunStopped`
+    says why code cannot be graded here.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
@@ -98,7 +99,9 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
     return outcome
 
 
-def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> list[Outcome]:
+def run_many(
+    pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB
+) -> list[Outcome]:
     """Call `run_code` on pairs of code and test, on all cores that are this rank's."""
     if not pairs:
         return []
