@@ -201,7 +201,7 @@ CASES = {
     "two equal answers": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("dataset_name:", "in all pairs an answer is empty, or both are the same"),
+        ("dataset_name:", "every pair has an empty answer, or two equal ones"),
         files={
             "a.jsonl": rows(
                 {"prompt": "What?", "chosen": "That.", "rejected": "That."},

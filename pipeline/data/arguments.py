@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-"""Splits of the data sets that are made here. No prompt of one occurs in another."""
+"""Splits of the generated data sets. No prompt occurs in two of them."""
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a field of arguments, with what `--help` says of it."""
+    """Return an argument field with its help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -19,7 +19,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class DataArguments:
     """Which data set a stage reads, and what its columns mean."""
 
-    # In this order transformers' parser takes it for a list, which may be given as one name.
+    # In this order, transformers' parser takes it for a list, which may also be given as one name.
     dataset_name: list[str] | None | str = option(  # noqa: RUF009, RUF036
         None,
         "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set repository, files "
