@@ -737,7 +737,7 @@ CASES |= {
     "no layers": model("no-layers", "0 layers"),
     "architectures that are text": model("architecture-text", "not a list of names"),
     "an unknown architecture": model("architecture-unknown", "unknown architecture, FooForCausalLM"),
-    "quantised weights": model("quantised", "quantised training is not supported"),
+    "quantised weights": model("quantised", "training quantised models is not supported"),
     "weights that are NaN": model("nan", "not finite numbers"),
     "generation options that cannot be saved": model("generation", "temperature"),
     "a template that divides by zero": model("dividing", "its chat template does not work", "division by zero"),

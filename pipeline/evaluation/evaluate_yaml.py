@@ -77,8 +77,7 @@ class EvaluationArguments:
     )
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
-        "Working:",
-        "Beginning of elicited answers, or a list to choose from by validation (own data: none).",
+        "Working:", "Beginning of elicited answers, or a list to choose from by validation (own data: none)."
     )
     shots: int = option(0, "Solved training problems before each problem; tried as a further beginning.")
     best_of: list[int] | int = option(

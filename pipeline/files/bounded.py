@@ -123,12 +123,12 @@ def check_files(folder: Path) -> None:
         return
     numbers = list(_numbers(_read(file)))
     for name, value in numbers:
-        # Other names may count something else: layers from `max_window_layers` on attend to a window.
+        # Other names may count something else: from layer `max_window_layers` on, layers attend to a window.
         what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
         if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
             raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
     counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
-    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Others are first tried.
+    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Anything else is first tried.
     unusual = [f"{name}: {value}" for name, value in numbers if value > (1024 if counts.search(name) else 1 << 24)]
 
     def build() -> None:
