@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         directories.append(named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds")
     if args.output_dir:
         directories[-1] = Path(args.output_dir)
-    # Everything is read, and every place tried, before anything is written.
+    # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
     for directory in directories:

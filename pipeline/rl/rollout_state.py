@@ -1,4 +1,4 @@
-"""The part of checkpoints with what is left of a rollout, which serves several steps: a file for each process.
+"""The part of checkpoints with the rest of a rollout, which is used for several steps: a file for each process.
 
 rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
                          metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
@@ -35,13 +35,13 @@ class Rollout:
         self.layout["processes"] = trainer.accelerator.num_processes
 
     def save(self, folder: Path) -> None:
-        """Write what is left of the rollout, unless only the model is saved."""
+        """Write the rest of the rollout, unless only the model is saved."""
         trainer = self.trainer
         if trainer.args.save_only_model:
             return
-        # After the last step of a rollout, the next one samples anew.
+        # After the last step of a rollout, the next step samples again.
         in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
-        # The micro-batches are slices of the same storage, which safetensors refuses.
+        # Micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()
             for number, batch in enumerate((trainer._buffered_inputs or []) if in_use else [])
@@ -55,11 +55,11 @@ class Rollout:
         safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(state)})
 
     def load(self, folder: Path) -> None:
-        """Go on with the rollout of a checkpoint if it was split as this run would split it."""
+        """Continue with the rollout of a checkpoint if this run would split it in the same way."""
         trainer, first = self.trainer, folder / ROLLOUT.format(0)
         if not first.is_file():
             return
-        # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
+        # The first process's file decides for all: if only some sampled again, they would wait for each other forever.
         state = read_state(first)
         batches: dict[str, dict[str, Tensor]] = {}
         if state["layout"] == self.layout:

@@ -1,4 +1,4 @@
-"""Stand-ins for objects of the code, which the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
+"""Stand-ins for objects of the code that the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
 
 # Wrong code may return an object that says yes to everything:
 #
@@ -7,8 +7,8 @@
 #         def __sub__(self, other): return 0                assert not f(2) > 3
 #
 # So an object of the code must not decide what a test asks about plain values. But honest tests of classes ask for
-# just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it takes
-# the value for an object. A stand-in remembers that in its state, as `shown`.
+# just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it expects
+# an object. A stand-in remembers that in its state, as `shown`.
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ARITHMETIC = (*_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for nam
 
 
 def refusal(name: str) -> TypeError:
-    """Return the exception for what an object may not decide."""
+    """Return the exception for a decision that an object may not make."""
     return TypeError(f"an object must not decide {name} for a plain value; return a plain value")
 
 
@@ -65,7 +65,7 @@ class Remote:
         return result
 
     def plain__(self) -> Any:
-        # A value that cannot change is asked for once: the code could give each comparison another one.
+        # An immutable value is requested once: otherwise, the code could give each comparison a different one.
         state = self.state__
         if state.value is None or state.base in CHANGEABLE:
             state.value = self.ask__("plain")
@@ -102,7 +102,7 @@ class Remote:
         if state.shown < USED:
             if state.base:
                 return bool(self.plain__())
-            # An object has an attribute that the test uses, and plain values lack.
+            # The test uses an attribute that plain values lack, so it expects an object.
             if not (state.examiner.attributes and self.ask__("has", *state.examiner.attributes) is True):
                 raise refusal("__bool__")
         return self.ask__("__bool__") is True
