@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml
 ```
 
-A model of the Hub, with LoRA:
+A model from the Hub, with LoRA:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/existing-model/2_sft.yaml

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     run = Path(args.run)
     args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
     problems = check_limits(args, LIMITS)
-    # A run that starts from a model of the Hub has no model of its own while it waits for votes on that model.
+    # A run that starts from a model from the Hub has no model of its own while it waits for votes on that model.
     if not run.is_dir():
         problems.insert(0, Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     elif not args.model and not any(map(holds_model, run.glob("[0-9]*_*"))):

@@ -54,7 +54,7 @@ def what_may_be_asked(run: Path) -> str:
     """Return what the cards of the run's data say to ask, on one line, or `GENERAL`."""
     sources = settings_of(run)["trained_on"].values()
     for folder in dict.fromkeys([run / "data", *(Path(str(source["dataset_name"])) for source in sources)]):
-        # A data set of the Hub, or a file, has no card here.
+        # A data set from the Hub, or a file, has no card here.
         with suppress(OSError, UnicodeDecodeError):
             _, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")
             if heading:

@@ -107,7 +107,7 @@ def before(site: Site, stage: str) -> str:
 
 
 def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
-    """Yield GRPO's steps after the prompt as they are made."""
+    """Yield GRPO's steps after the prompt as they are computed."""
     group = watch.sample_group(policy, row, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     completions = [shown(policy, one) for one in group]
@@ -124,7 +124,7 @@ def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: 
     advantages = list(map(finite, seen.advantages))
     yield {"step": "check", "title": "Check", "about": about, "rewards": rewards, "advantages": advantages}
 
-    about = "One step on a copy of the model, with this group alone and the learning rate of the run "
+    about = "One step on a copy of the model, with only this group and the learning rate of the run "
     about += f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
     about += "completions."
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}

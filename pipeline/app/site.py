@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluate_yaml import CALLED
 
 LOADER = PackageLoader("pipeline.app", "static")
 TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-"""The HTML in `static/`; whatever is filled in is escaped."""
+"""The HTML templates in `static/`; values are escaped."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def routes(site: Site) -> APIRouter:
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
     answers: list[Callable[..., Any]] = [voting.next, voting.prompt, voting.vote, voting.state, voting.votes]
-    # What the votes say so far, only on a page that nobody else can open.
+    # The results so far, only on a page that no one else can open.
     answers += [voting.opinions, *([voting.rates] if site.is_private else [])]
     for answer in answers:
         router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
@@ -119,7 +119,7 @@ def compared_models(site: Site) -> Source:
     if pair:
         return pair[0], pair[-1]
     asked = str(votes_step(site.run).get("model_name_or_path") or "")
-    # Also by the name of the folder alone, because the run may have been moved since its record was written.
+    # Also match by the folder's name, because the run may have been moved since its record was written.
     wanted = [name for name in (asked, Path(asked).name) if name in names]
     tuned = [*wanted, *(name for name in names if "_sft" in name), names[-1]][0]
     return tuned, tuned

@@ -79,14 +79,14 @@ def recipe_files(folder: Path) -> list[Path]:
 
 
 def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]:
-    """Yield the values of a field that a recipe of the Hub may not set, each with the reason.
+    """Yield the values of a field that a recipe from the Hub may not set, each with the reason.
 
     A value in a mapping is checked under both keys, joined by a dot: `generation_kwargs.top_h`. In evaluate.yaml, the
     fields of a mapping that names data are checked under their own keys: `problems: {dataset_name: ...}`.
     """
     if SWITCHES.fullmatch(key.rpartition(".")[2]) and value not in (None, False):
         shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value
-        yield shown, "a recipe of the Hub may not push, run code or set variables of the environment"
+        yield shown, "a recipe from the Hub may not push, run code or set variables of the environment"
     elif isinstance(value, Mapping):
         for inner, item in value.items():
             yield from _faults(str(inner) if key in HELD_OUT else f"{key}.{inner}", item, homes)
@@ -101,32 +101,32 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
 
 
 def _fault(key: str, text: str, homes: set[Path]) -> str | None:
-    """Return why a recipe of the Hub may not set a field to this text, or None."""
+    """Return why a recipe from the Hub may not set a field to this text, or None."""
     if key in TEXTS or (key == "judge" and text == "votes"):
         return None
     if key in FUNCTIONS and ":" in text:
         return "code from the Hub is never run, nor any other function that a recipe from the Hub names"
     if key == "output_dir":
-        wrong = "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
-        # The directory of a stage, in that of a run.
+        wrong = "a recipe from the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
+        # The directory of a stage inside the directory of a run.
         return None if _is_inside(text, depth=2) else wrong
     if key in NAMES:
         if _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes):
             return None
         if not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?", text) or ".." in text:
-            return "a recipe of the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
+            return "a recipe from the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
         exists = os.path.exists(text) or os.path.exists(text.partition("@")[0])
-        return "is a path on this machine, which a recipe of the Hub may not read" if exists else None
+        return "is a path on this machine, which a recipe from the Hub may not read" if exists else None
     # Mappings other than these contain numbers and switches only.
     if key not in WORDS and not re.fullmatch(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+", key):
-        return "a recipe of the Hub may not set this field to a text"
+        return "a recipe from the Hub may not set this field to a text"
     if key in CHOICES and text not in CHOICES[key]:
-        return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
+        return f"a recipe from the Hub may only set it to {' or '.join(CHOICES[key])}"
     # A word is neither an option nor a path out of the current directory. Arithmetic signs count as words.
     leaves = "://" in text or text.startswith(("~", "-", "/")) or ".." in Path(text).parts
     names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"/|\.ya?ml$", text)
     if (leaves and text not in ("/", "-")) or names_file:
-        return "a recipe of the Hub may not name files of this machine, or run code"
+        return "a recipe from the Hub may not name files of this machine, or run code"
     return None
 
 

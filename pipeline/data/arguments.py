@@ -40,7 +40,7 @@ class DataArguments:
     drop_bad_rows: bool = option(False, "Drop rows that lack a text or a turn instead of refusing the data.")
     document: str | None = option(
         None,
-        "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). Default: a "
+        "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (64 lines each). Default: a "
         "file; one of more than 4,096 characters, or a single one, is cut at blank lines or line ends.",
     )
     max_train_samples: int | None = option(None, "Train on this many rows, the first ones.")

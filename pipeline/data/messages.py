@@ -141,8 +141,8 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
-    # Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
-    # tokens of the template.
+    # Chat templates write a conversation as one text, in which the tokenizer cannot distinguish such a text from the
+    # template's special tokens.
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):

@@ -86,7 +86,7 @@ class Encoder:
                 some = documents[begin : begin + DOCUMENTS_AT_ONCE]
                 encoded = self.backend.encode_batch_fast(some, add_special_tokens=False)
                 tokens = chain.from_iterable((self.bos, *text.ids, self.eos) for text in encoded)
-                # One array at once: lists of Python integers take 30 bytes a token.
+                # Convert directly to an array: lists of Python integers take 30 bytes a token.
                 pieces.append(np.fromiter(tokens, self.dtype))
             return np.concatenate(pieces)
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):

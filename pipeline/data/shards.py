@@ -26,7 +26,7 @@ from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
 TOKENIZER, RECORD = "tokenizer.json", "documents.json"
-"""Files of `pipeline.data.shard_writer` next to shards: what `document_tokenizer` returns, and what was tokenized."""
+"""Files of `pipeline.data.shard_writer` next to shards: the result of `document_tokenizer`, and what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:

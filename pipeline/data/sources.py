@@ -96,8 +96,7 @@ def open_source(
         if path.is_dir() and (config is not None or _read_configs(path)):
             _check_config(str(path), config, None)
             # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from
-            # the common cache it would return the rows of another run's `data`, or of this one's before it was
-            # generated again.
+            # the common cache, it would return the rows of another run's `data`, or outdated ones of this run's.
             own_cache = str(cache / "folders" / digest_of(path))
             return datasets.load_dataset(str(path), config, cache_dir=own_cache, streaming=streaming)
         if config is not None:
@@ -111,7 +110,7 @@ def open_source(
 
 
 def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
-    """Open a data set of the Hub, or those of its files that `run --download` has fetched."""
+    """Open a data set from the Hub, or those of its files that `run --download` has fetched."""
     repo_id, revision = split_revision(name)
     options: dict[str, Any] = {"name": config, "revision": revision}
     if streaming and constants.HF_HUB_OFFLINE:
@@ -199,7 +198,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix, in lower case and before that of a compression, that says how a file is read."""
+    """Return the lower-case suffix of a file, without that of a compression, which says how it is read."""
     return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
 
 

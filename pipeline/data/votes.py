@@ -182,7 +182,7 @@ class VoteLog:
         self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._by_id.values()))}
 
     def standing(self, annotator: str | None = None) -> list[Vote]:
-        """Return the votes that count, of everybody or of one annotator, the oldest first."""
+        """Return the votes that count, of all annotators or of one, the oldest first."""
         with self._mutex:
             return [vote for (name, _), vote in self._standing.items() if annotator in (None, name)]
 

@@ -193,7 +193,7 @@ def _read_for_baselines(
 def drop_ungradable(rows: Rows) -> list[Example]:
     """If code cannot be graded, drop the rows whose answers are code, and log that."""
     if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
-        logger.warning("answers that are code are left out: %s", fault)
+        logger.warning("answers that are code are omitted: %s", fault)
         return [row for row in rows if not row.get("test")]
     return list(rows)
 
@@ -327,7 +327,7 @@ class Reader:
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
         """Return at most `most` rows, with the columns that metrics expect added; arguments as for `sample`.
 
-        A UserError is raised if a column is missing or a row is malformed. In a data set of the Hub, where training
+        A UserError is raised if a column is missing or a row is malformed. In a data set from the Hub, where training
         skips a few malformed rows, they are skipped here too.
         """
         if part is None:
@@ -358,7 +358,7 @@ class Reader:
             if not may_drop(part.source, len(faults), count):
                 remedy = f"{first}; correct or remove that row"
                 raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))
-            what = f"{part.place}: {len(faults)} of {count} rows are left out"
+            what = f"{part.place}: {len(faults)} of {count} rows are omitted"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
 

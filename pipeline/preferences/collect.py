@@ -192,7 +192,7 @@ def read_prompts(
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
-            logger.warning("%-11s leaves out %d prompts of a held-out split", name, len(texts) - len(kept))
+            logger.warning("%-11s omits %d prompts of a held-out split", name, len(texts) - len(kept))
         held_out.update(texts)
         # Shuffled, because data sets are often sorted, and only the first prompts may be used.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
@@ -211,7 +211,7 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     """Check, before anything is trained, that the judge in a YAML file can be loaded, or suits local data."""
     name, judge = values.get("dataset_name"), values.get("judge")
     problems: list[Problem] = []
-    # A function can be loaded at once; a reward model may be trained by the run itself.
+    # A function can be loaded immediately; a reward model may be trained by the run itself.
     if isinstance(judge, str) and ":" in judge:
         with collect_problems(problems):
             load_judge(judge)

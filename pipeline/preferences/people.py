@@ -38,7 +38,7 @@ class VoteArguments(PreferenceArguments):
     """The model, the prompts and the sampling of the pairs that people see, and how many votes are wanted."""
 
     min_votes: int = option(300, "Votes for one of two answers before the run continues.")
-    simulated_votes: bool = option(False, "Let simulated annotators vote if nobody has, to try the run without people.")
+    simulated_votes: bool = option(False, "Simulate votes if there are none, to try the run without people.")
 
 
 def wait_for_votes(args: VoteArguments) -> int:

@@ -100,7 +100,7 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _INTEGER = r"[-+]?\s?\d[\d,]*"
 # Spellings of numbers in LaTeX and in plain text, and what `_NUMBER` reads instead, in this order.
 _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    # wrappers around the number alone, and what is only typography
+    # wrappers around the number alone, and pure typography
     (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),
     (r"[\s\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]+$", ""),
     (r"</?(?:b|strong|i|em|u)>|\\(?:left|right|[a-z]+style|[Ll]arge|bf|rm|it|sf)(?![A-Za-z])", ""),

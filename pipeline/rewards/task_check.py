@@ -40,7 +40,7 @@ def _serve() -> None:
         nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
         used = {instruction.opname for instruction in dis.get_instructions(code)}
         if nested or used & {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"}:
-            raise PermissionError("an answer may use neither attributes nor functions of its own")
+            raise PermissionError("an answer must not use attributes or define functions")
         for name in code.co_names:
             value = getattr(sympy, name, None)
             is_function = getattr(value, "__module__", "").startswith("sympy.functions.")

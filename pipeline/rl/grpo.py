@@ -261,7 +261,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             total = sum(count for _, count in known)
             mean = sum(value * count for value, count in known) / total if total else None
             output.metrics[f"{prefix}_{name}"] = mean
-        # TRL would log them under the prefix "eval", whatever the data set is called.
+        # TRL would log them under the prefix "eval" for any data set.
         self._metrics["eval"].clear()
         return output
 

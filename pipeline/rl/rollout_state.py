@@ -69,7 +69,7 @@ class Rollout:
                 number, _, name = key.partition(".")
                 batches.setdefault(number, {})[name] = tensor.to(trainer.accelerator.device)
         else:
-            logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
+            logger.warning("%s: its rollout is sampled again, because it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
         left = [batches[number] for number in sorted(batches, key=int)]
         vars(trainer).update(_buffered_inputs=left or None, _step=state["step"])

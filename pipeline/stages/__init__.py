@@ -128,7 +128,7 @@ STAGES: dict[str, StageKind] = {
             limit="It writes gibberish.",
         ),
     ),
-    # Not a step: if the first stage starts from a model of the Hub, that is measured as 0_base.
+    # Not a step: if the first stage starts from a model from the Hub, that is measured as 0_base.
     "base": StageKind(name="The model to start from", trained=False),
     "pretrain": _training(
         name="Pretraining",
@@ -227,7 +227,7 @@ STAGES: dict[str, StageKind] = {
         card=Card(
             summary="A model that scores answers: the higher the score, the more the annotators would like the answer. "
             "It does not write text.",
-            how="On pairs of answers of which one was preferred, with `trl.RewardTrainer`.",
+            how="On pairs of answers, one of them preferred, with `trl.RewardTrainer`.",
             limit="Its scores compare answers to the same prompt; across prompts, and for answers unlike those that it "
             "was trained on, they mean little. A policy that is trained against it for long finds its blind spots.",
             tags=("trl", "reward-trainer"),
@@ -273,7 +273,7 @@ STAGES: dict[str, StageKind] = {
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
-        "come; the advantage is by how much the token did better than that.",
+        "come; the advantage is how much better the token did than that.",
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
             how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
@@ -305,7 +305,7 @@ STAGES: dict[str, StageKind] = {
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
-            how="By DPO on pairs of answers of which one was preferred, without a reward model, with `trl.DPOTrainer`.",
+            how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
             limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
             "right, and says little about answers that are unlike them.",
             tags=("trl", "dpo", "rlhf"),
@@ -330,7 +330,7 @@ STAGES: dict[str, StageKind] = {
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
-            how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
+            how="By KTO on single answers that were wanted or unwanted, without a reward model, with `trl.KTOTrainer`.",
             limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
             "right, and says little about answers that are unlike them.",
             tags=("trl", "kto", "rlhf"),

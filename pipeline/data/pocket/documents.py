@@ -28,7 +28,7 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers, or words of problems, that somebody reads out and others repeat."""
+    """Write numbers, or words of problems, that someone reads out and others repeat."""
     # Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a
     # sum. Other documents require this for one token in fifty, recitals for every second one.
     #

@@ -68,7 +68,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
-    # Report the tasks whose verifier refuses their own answers, or pays whatever is answered.
+    # Report the tasks whose verifier refuses their own answers, or pays for any answer.
     for grade in grades if not problems else ():
         number = sum(not mix.accepts(grade.task, entry) for entry in islice(grade.entries(args.seed, "train"), PROBES))
         if number > 0.05 * PROBES:
@@ -162,7 +162,7 @@ class Mix:
         return {"text": f"{entry['question'].strip()}\n{self._solution(task, entry)}", "kind": task}
 
     def documents(self, problems: Iterator[tuple[str, Entry]]) -> Iterator[dict[str, Any]]:
-        """Yield documents of worked problems and recitals until they have the size asked for."""
+        """Yield documents of worked problems and recitals up to the requested size."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
             # Some documents teach to copy numbers.
