@@ -1,6 +1,6 @@
 """The part of checkpoints with the rest of a rollout, which is used for several steps: a file for each process.
 
-rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
+rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples again
                          metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
                                    moments of all scores so far; and how the rollout was split
 """
