@@ -104,7 +104,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def report_full_disk() -> Iterator[None]:
-    """Make the page send a request again whose pair or vote could not be written."""
+    """Make the page repeat a request if its pair or vote could not be written."""
     try:
         yield
     except OSError as error:

@@ -154,7 +154,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 # End the chunk with the epoch, so that no document is repeated before all others have been read.
                 if documents and place["file"] % files == 0:
                     break
-            # Shuffle, tokenize and cut into blocks. What does not fill a block begins the next chunk.
+            # Shuffle, tokenize and cut into blocks. The rest that does not fill a block begins the next chunk.
             order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(documents))
             ids = np.concatenate([rest, self.encode([documents[i] for i in order])])
             blocks, rest = np.split(ids, [len(ids) // size * size])

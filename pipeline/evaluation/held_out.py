@@ -365,7 +365,7 @@ class Reader:
 
 @contextmanager
 def _problems_of(key: str) -> Iterator[None]:
-    """Prefix problems with a data set with its key of `evaluate.yaml`."""
+    """Prefix the problems of a data set with its key of `evaluate.yaml`."""
     try:
         yield
     except UserError as error:

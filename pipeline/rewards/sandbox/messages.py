@@ -129,7 +129,7 @@ class Peer:
         return self.describe(value)
 
     def decode(self, data: Any, named: bool = False) -> Any:
-        """Decode what `encode` returned; also a module or a class of exceptions, if it was `named` in the code."""
+        """Decode what `encode` returned, including modules and exception classes that were `named` in the code."""
         # `not nan > 8` is true, so NaN would pass tests.
         if isinstance(data, list) or data != data:
             raise ValueError("not a value that the sandbox compares")

@@ -21,14 +21,14 @@ from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-# What the test has shown that it takes a stand-in for:
-# UNKNOWN: perhaps for a plain value, such as what a function has returned.
-# USED: for what an object has returned, so that its truth may be its own.
-# OBJECT: for an object, because the test has used an attribute that plain values lack, or has called a class.
-# CLASS: for a class, whose name begins with a capital.
+# What the test has shown to expect of a stand-in:
+# UNKNOWN: perhaps a plain value, such as the result of a function.
+# USED: the result of an object, so its truth may be its own.
+# OBJECT: an object, because the test has used an attribute that plain values lack, or has called a class.
+# CLASS: a class, whose name begins with a capital.
 UNKNOWN, USED, OBJECT, CLASS = range(4)
 
-# Names of the attributes that plain values have.
+# Names of attributes that plain values have.
 _PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
 
@@ -121,8 +121,8 @@ class Remote:
         return self.state__.base or Remote
 
 
-# What an operator of a stand-in does, by the other operand. What extends int, list, … compares, calculates and converts
-# as its plain value does, until the test has shown that it takes it for an object.
+# The effect of a stand-in's operator, by the other operand. A subclass of int, list, … compares, calculates and
+# converts like its plain value, until the test has shown that it expects an object.
 #
 #                     a plain value                                        another stand-in
 #     <, <=, >, >=    is refused                                           the code compares
