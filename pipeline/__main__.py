@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": ("pipeline.runner.plan", "estimate memory, disk, hours and cost of a run, before a node is rented"),
     "status": ("pipeline.runner.status", "show what each step of a run has done, and what is out of date and why"),
     "copy": ("pipeline.runner.copy_recipe", "copy a recipe that comes with the package to a folder of your own"),
-    "evaluate": ("pipeline.evaluation.cli", "measure one stage on the held-out data"),
+    "evaluate": ("pipeline.evaluation.cli", "measure one stage on held-out data"),
     "report": ("pipeline.report.cli", "write the report of a run: index.html and metrics.json"),
     "compare": ("pipeline.report.compare", "compare runs of two recipes, paired by seed and by test row"),
     "app": ("pipeline.app.cli", "open a page that shows a run, and on which people vote for answers"),
@@ -29,7 +29,7 @@ COMMANDS = {
     "push": ("pipeline.hub.push", "push what a run has made to the Hub: models, data, report"),
     "merge": ("pipeline.models.merge", "merge a LoRA adapter into its base model"),
     "gguf": ("pipeline.models.gguf", "convert a model for llama.cpp"),
-    "import-gguf": ("pipeline.models.import_gguf", "make a model to start from of a file for llama.cpp"),
+    "import-gguf": ("pipeline.models.import_gguf", "convert a file for llama.cpp into a model to start from"),
 }
 """Subcommand -> module with `add_arguments(parser)` and `main(args)`, and a line for --help."""
 
@@ -57,7 +57,7 @@ def build_parser(argv: Sequence[str]) -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code. A `UserError` ends the process with code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files may not be UTF-8, and a log file is read while the command runs.
+        # File names may not be UTF-8, and a log file is read while the command runs.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser(argv)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     with exit_on_user_error():
         for option, value in pairwise(argv):
-            # A variable of the shell that is not set, for instance.
+            # For instance, an unset shell variable.
             if not value.strip():
                 raise UserError(Problem(option, repr(value), "is empty; give a value, or omit it"))
         try:

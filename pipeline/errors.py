@@ -1,7 +1,7 @@
 """How a program ends early: user errors, reported in one line each, and stops for a known reason.
 
-Mistakes of the user are found by checks, and by the constructor or the loader that a field was given to, which names
-that field. Any other exception is a defect of this project or of a library, and keeps its traceback.
+Mistakes of the user are found by checks, or by the constructor or loader that gets a field, and are reported with that
+field. Any other exception is a defect of this project or of a library, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_WAITING = 2, 3, 4
-"""Exit codes: refused for its input (as by `argparse` and shells), complete but not on the Hub, waiting for people."""
+"""Exit codes: invalid input (as in `argparse` and shells), complete but not on the Hub, waiting for people."""
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
-"""A token of the Hub, which no message repeats."""
+"""A Hub token, which messages must not contain."""
 LIBRARY_ERRORS = (
     ValueError, TypeError, LookupError, RuntimeError, AttributeError, ImportError, OSError, ArithmeticError,
     AssertionError,
@@ -46,7 +46,7 @@ class Problem:
         value = str(self.value)
         value = value if len(value) <= 300 else f"{value[:300]}..."
         line = TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
-        # A recipe of the Hub could otherwise send codes to the terminal, which hide lines or change its title.
+        # Otherwise, a recipe from the Hub could send control codes to the terminal, to hide lines or change its title.
         return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
 
 
@@ -70,7 +70,7 @@ class RunStopped(Exception):
 
 
 def as_typed(*words: object) -> str:
-    """Return a command as its user types it: `fourstage status runs/mine`, or with `python -m pipeline`."""
+    """Return a command as the user types it: `fourstage status runs/mine`, or with `python -m pipeline`."""
     is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
     program = ["python", "-m", "pipeline"] if is_module else ["fourstage"]
     return shlex.join([*program, *map(str, words)])
@@ -87,7 +87,7 @@ def exit_on_user_error() -> Iterator[None]:
     except RunStopped as stop:
         message, code = str(stop), stop.exit_code
     except KeyboardInterrupt:
-        # The convention of POSIX shells.
+        # POSIX shells use this convention.
         message, code = "Interrupted.", 128 + signal.SIGINT
     # Several processes of one machine find the same mistakes; one reports them.
     if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
@@ -96,21 +96,21 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
-    """Return a function by which a process on Linux makes the kernel signal it when its parent dies."""
+    """Return a function by which a Linux process asks to be signalled when its parent dies."""
     # PR_SET_PDEATHSIG, as <linux/prctl.h> has it.
     return partial(ctypes.CDLL(None).prctl, 1, number)
 
 
 def stop_signals() -> list[signal.Signals]:
     """Return the signals after which a run saves and ends: Ctrl-C, a cluster's SIGTERM, a terminal that closes."""
-    # A run under `nohup` ignores the last one, and goes on.
+    # A run under `nohup` ignores the last one, and continues.
     ignores_closing = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([] if ignores_closing else [signal.SIGHUP])]
 
 
 @contextmanager
 def collect(problems: list[Problem]) -> Iterator[None]:
-    """Add what is wrong with the user's input in this block to `problems`, and go on after the block."""
+    """Add the problems of a `UserError` in this block to `problems`, and continue after the block."""
     try:
         yield
     except UserError as error:
@@ -123,7 +123,7 @@ def leave_closed_terminal() -> None:
         try:
             os.get_terminal_size(descriptor)
         except OSError as error:
-            # A file or a pipe, which is not a terminal, fails with ENOTTY.
+            # A file or a pipe fails with ENOTTY instead.
             if error.errno == errno.EIO:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 

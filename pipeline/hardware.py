@@ -41,9 +41,9 @@ def keep_to_cpu() -> None:
 
 
 def unchanged_rng() -> AbstractContextManager[None]:
-    """Restore torch's random state, of the CPU and of the accelerator that this process uses, at the end of the block.
+    """Restore torch's random state on the CPU and on this process's accelerator at the end of the block.
 
-    `torch.manual_seed` seeds every kind of device. By default, `fork_rng` initialises all devices that are visible.
+    `torch.manual_seed` seeds every kind of device. By default, `fork_rng` would initialise all visible devices.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
     return torch.random.fork_rng([device], device_type=device.type) if device else torch.random.fork_rng([])
@@ -62,7 +62,7 @@ def precision() -> Choice:
         return Choice("bf16", "Intel GPUs compute in bfloat16")
     if device is not None:
         return Choice("fp32", f"mixed precision is not known to be faster on {device}")
-    # Without such instructions, torch converts each operand to float32 and back, which takes longer than it saves.
+    # Without such instructions, torch converts each operand to float32 and back, which costs more than it saves.
     capabilities = torch.cpu.get_capabilities()
     for feature, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16"), ("bf16", "BF16 instructions")):
         if capabilities.get(feature):
@@ -78,7 +78,7 @@ def supports(dtype: str) -> bool:
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
-    """Return whether the machine emulates products in `dtype`, which is slower than float32."""
+    """Return whether the machine emulates products in `dtype`, which makes them slower than in float32."""
     half = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     return dtype in half and not supports(half[dtype])
 
@@ -104,7 +104,7 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 def threads() -> Choice:
     """Return the CPU threads of one process: its share of the physical cores, unless the user chose a number."""
-    # Launchers set OMP_NUM_THREADS=1 if nobody chose a number, which would leave all cores but one idle.
+    # Launchers set OMP_NUM_THREADS=1 unless the user chose a number, which would leave all cores but one idle.
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0:
         # The environment in which the user started the launcher, where it can be read.
@@ -124,7 +124,7 @@ def threads() -> Choice:
 def attention() -> Choice:
     """Return the attention to train with (`pipeline.models.kernels.attention`), or None to let transformers choose."""
     if accelerator() is None:
-        return Choice("blockwise", "kernels for CPUs also compute what documents do not see of each other")
+        return Choice("blockwise", "CPU kernels also compute scores between documents, which are then masked")
     if accelerator() == "cuda" and precision().value == "bf16":
         return Choice("varlen", "FlashAttention reads each document alone")
     return Choice(None, "FlashAttention needs CUDA and bfloat16")
@@ -139,9 +139,9 @@ def compilation(flops: float) -> Choice:
         return Choice(False, "no C++ compiler found")
     if accelerator() == "mps":
         return Choice(False, "not well supported on mps")
-    # The speed of training a small model: cores with AMX or AVX512-BF16 reach 6e10 to 9e10.
+    # Training speed with a small model: cores with AMX or AVX512-BF16 reach 6e10 to 9e10 FLOP/s.
     seconds = flops / (4e13 if accelerator() else 7.5e10 * threads().value)
-    # Compiled training saves a tenth of the time, and takes longer to warm up.
+    # Compilation saves a tenth of the training time, but takes longer to warm up.
     if seconds < 180:
         return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
     return Choice(True, f"about {seconds:.0f} s of training make up for the compilation")
@@ -165,7 +165,7 @@ CARDS = {
 
 
 class Processor(NamedTuple):
-    """FLOP/s of a process in 16 bits (None if they are not faster) and in float32, and bytes of its memory."""
+    """FLOP/s of a process in 16 bits (None if not faster) and in float32, and its memory in bytes."""
 
     name: str
     half: float | None
@@ -179,7 +179,7 @@ class Processor(NamedTuple):
 
 
 def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
-    """Return a GPU by its name or both figures, or what each process has here, as measured; None if it is unknown."""
+    """Return a GPU by name or by both figures, by default this machine as measured; None if it is unknown."""
     if gpu or tflops or gigabytes:
         known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
         half, single, memory = tflops or known[0], tflops or known[1], gigabytes or known[2]
@@ -192,11 +192,11 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 
 @cache
 def matmul_peak(dtype: str) -> float:
-    """Measure the FLOP/s of large matrix products in "bf16", "fp16" or "fp32", which are below a data sheet's peak."""
+    """Measure the FLOP/s of large matrix products in "bf16", "fp16" or "fp32", which stay below a data sheet's peak."""
     device = accelerator() or "cpu"
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    # A GPU at its power limit multiplies zeros faster. Runs depend on the global random state, which this must not use.
+    # A GPU at its power limit multiplies zeros faster. Do not use the global random state, which runs depend on.
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(size, size, generator=generator, dtype=element, device=device)
 
@@ -230,16 +230,16 @@ OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHO
 def keep_freed_memory() -> Choice:
     """Make glibc's allocator keep freed memory, unless the user has configured it.
 
-    The process then holds its peak until it ends, which is a few percent higher in the recipes, and a third where the
-    sizes of batches differ much.
+    The process then holds its peak memory until it ends. The peak is a few percent higher in the recipes, and a third
+    higher if batch sizes vary a lot.
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")
     if configured := [name for name in OWN_SETTINGS if name in os.environ]:
         return Choice(False, f"{configured[0]} is set")
     mallopt = ctypes.CDLL(None).mallopt
-    # M_TRIM_THRESHOLD of malloc.h: so much must be free at the end of the heap before the kernel gets it back.
+    # M_TRIM_THRESHOLD of malloc.h: memory at the end of the heap is only returned to the kernel above this size.
     kept = mallopt(-1, 2**31 - 1)
-    # M_MMAP_THRESHOLD: larger blocks come from the kernel and go back to it. Some releases reject the first size.
+    # M_MMAP_THRESHOLD: larger blocks are mapped, and returned to the kernel. Some releases reject the first size.
     kept = kept and any(mallopt(-3, size) for size in (2**30, 2**25))
     return Choice(bool(kept), "glibc would clear new pages in every step" if kept else "the allocator refused")

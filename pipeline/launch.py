@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-"""Ways of splitting a model over processes, and the variables with which a launch file asks for them."""
+"""Ways of splitting a model over processes, and the environment variables by which a launch file requests them."""
 
 
 def prepare_process(*, shards: bool = False) -> None:
     """Prepare a process before it builds its training arguments: telemetry, logs, CPU, and its end with the launcher.
 
     Args:
-        shards: Whether the arguments ask for FSDP or DeepSpeed, as a launch file may do as well.
+        shards: Whether the arguments ask for FSDP or DeepSpeed; a launch file may also do so.
 
     Raises:
-        UserError: If some variables of a process group are missing, so that it would wait for others for ever.
+        UserError: If some variables of a process group are missing, so that it would wait for others forever.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1" and (missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]):
@@ -59,11 +59,11 @@ def prepare_process(*, shards: bool = False) -> None:
         torch.set_num_threads(hardware.threads().value)
         hardware.keep_freed_memory()
     # A worker whose launcher was killed would otherwise continue to train, and write where the next run writes. On
-    # other systems than Linux, the lock on the output directory makes the next run wait.
+    # systems other than Linux, the lock on the output directory makes the next run wait.
     if hardware.is_launched() and sys.platform == "linux":
         signal_with_parent(signal.SIGTERM)()
-    # The launch file starts any number of processes in the same way, so a single process is in a group as well. The
-    # group would prevent compilation, and synchronise gradients with no other process. Only sharding needs it.
+    # The launch file puts even a single process into a group. The group would prevent compilation and synchronise
+    # gradients with no one. Only sharding needs it.
     sharded = hardware.accelerator() is not None and (shards or any(map(is_asked, SHARDING)))
     if os.environ.get("WORLD_SIZE") == "1" and not sharded:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -87,8 +87,8 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     #     first process   acquire ---- wait_for_everyone ---- prepare ---- release
     #     others                       wait_for_everyone ---- acquire (waits) ---- release ---- read the cache
     state = PartialState()
-    # Two locks take turns: the first process may be here again before the others have seen that it released one.
-    # Nodes may share the folder, and launchers that form one group may share a node.
+    # Two locks take turns: the first process may be back here before the others have seen that it released one. Nodes
+    # may share the folder, and launchers of one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
     name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
     lock, first = FileLock(Path(tempfile.gettempdir()) / name), state.is_local_main_process
@@ -101,7 +101,7 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switch off what libraries print that a user can do nothing about; bars of downloads stay."""
+    """Silence library output that users can do nothing about, except for download progress bars."""
     import datasets
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -109,7 +109,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     shows_downloads = not are_progress_bars_disabled()
-    # This hides the bars of the Hub's client as well, which are wanted.
+    # This also hides the Hub client's progress bars, which are wanted.
     transformers_logging.disable_progress_bar()
     if shows_downloads:
         enable_progress_bars()
@@ -129,8 +129,8 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 @contextmanager
 def stop_as_one() -> Iterator[None]:
-    """End in silence, with its exit code, if another process is lost because it stopped and has reported why."""
-    # Key of a process group's store under which a process that stops leaves its exit code.
+    """If another process was lost because it stopped and reported why, exit silently with the same code."""
+    # Key in the process group's store under which a stopping process leaves its exit code.
     key = "fourstage/stopped"
     try:
         yield
@@ -150,13 +150,13 @@ def stop_as_one() -> Iterator[None]:
 
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
-    """Return settings that the launch file asks for and that are not active, by the state of the process group."""
+    """Return settings of the launch file that are not active in the process group."""
     problems = []
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != args.world_size:
         remedy = f"only {args.world_size} would train together; on CPUs, omit use_cpu and ddp_backend"
         problems.append(Problem("num_processes", asked, remedy))
-    # accelerate ignores the sharding of a launch file without a word if the process cannot shard.
+    # accelerate silently ignores the sharding of a launch file if the process cannot shard.
     inactive = None
     if args.device.type == "cpu":
         inactive = "is never active on CPUs, so that the model would not be sharded"
@@ -178,9 +178,9 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
 
 
 def check_active(trainer: Trainer) -> None:
-    """Compare the sharding that was asked for with the trainer's; a `UserError` if it is not active.
+    """Compare the requested sharding with the trainer's. Raise a `UserError` if it is not active.
 
-    accelerate leaves it out, without a word, on devices that it does not shard on.
+    accelerate silently omits it on devices that it does not shard on.
     """
     active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
     asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
@@ -190,7 +190,7 @@ def check_active(trainer: Trainer) -> None:
 
 
 def log_active(trainer: Trainer) -> None:
-    """Log what a trainer that is about to train runs on, and with which precision and batch size."""
+    """Log what a trainer is about to run on, and its precision and batch size."""
     args, state, device = trainer.args, trainer.accelerator.state, trainer.args.device.type
     processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
     visible = torch.cuda.device_count() if device == "cuda" else 1

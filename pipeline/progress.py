@@ -17,28 +17,27 @@ _lost: list[dict[str, Any]] = []
 
 
 def report_progress(**facts: Any) -> None:
-    """Report facts about the running step; without a runner, or in another process than the first, do nothing.
+    """Report facts about the running step. Do nothing without a runner, or in any process but the first.
 
-    A step is not stopped by a report that cannot be written. May be called in a signal handler.
+    A report that cannot be written does not stop the step. May be called in a signal handler.
 
     Args:
-        **facts: `done` of `total` units, updates if no `unit` is named; `loss` or `reward`; `tokens_per_second`;
-            `stopping`, the signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last
-            values.
+        **facts: `done` of `total` units (by default, updates); `loss` or `reward`; `tokens_per_second`; `stopping`, the
+            signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
         return
-    # Without O_CREAT no file is made if the runner, which owns it, has ended.
+    # Without O_CREAT, no file is created after the runner, which owns it, has ended.
     with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
         file.write(json.dumps(facts).encode() + b"\n")
 
 
 def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
-    """Warn of rows that a step cuts or drops, of all that there are. The runner records them for the report.
+    """Warn that a step truncates or drops some of its rows. The runner records that for the report.
 
     Args:
-        what: What follows these numbers, such as "pairs are dropped, because both answers are the same".
+        what: Text after the numbers, such as "pairs are dropped, because both answers are the same".
         remedy: What to do about it.
     """
     logger.warning("%d of %d %s; %s", rows, of, what, remedy)
@@ -48,21 +47,21 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
 
 @dataclass
 class Tally:
-    """The work that a step has `done` out of a `total`, as far as that is known, in some `unit`, in the plural."""
+    """The work that a step has `done` out of a `total`, if known, in a `unit` (plural)."""
 
     unit: str
     total: int = 0
     done: int = 0
 
     def add(self, number: int) -> None:
-        """Count `number` more as done."""
+        """Add `number` to what is done."""
         self.done = min(self.done + number, self.total)
         if self.total:
             report_progress(done=self.done, total=self.total, unit=self.unit)
 
 
 def time_in_words(seconds: float) -> str:
-    """Format seconds for people who read no more than the number: "9.4 s", "48 s", "1 min 38 s", "2 h 5 min"."""
+    """Format seconds for people: "9.4 s", "48 s", "1 min 38 s", "2 h 5 min"."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -70,7 +69,7 @@ def time_in_words(seconds: float) -> str:
 
 
 def short_count(number: float) -> str:
-    """Format a count in three digits, as models and their tokens are named: "135M", "2.7B", "2.8e+18"."""
+    """Format a count with up to three digits, as in names of models: "135M", "2.7B", "2.8e+18"."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size <= number < 1e15:
             return f"{number / size:.3g}{unit}"

@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.dpo --config recipes/pocket-dpo/3_dpo.yaml
 ```
 
-A model of the Hub, with LoRA, on pairs of the Hub, with another loss of TRL:
+A model from the Hub, with LoRA, on pairs of the Hub, with another loss of TRL:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.dpo \

@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/pocket/4_grpo.yaml
 ```
 
-A model of the Hub on GSM8K, whose answers end in "#### 72", with LoRA, and with vLLM to sample on GPUs:
+A model from the Hub on GSM8K, whose answers end in "#### 72", with LoRA, and with vLLM to sample on GPUs:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.grpo --config recipes/existing-model/4_grpo.yaml \

@@ -6,7 +6,7 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.kto --config r
     --output_dir runs/pocket-kto/3_kto
 ```
 
-A model of the Hub, with LoRA, on pairs of the Hub, each of which is two answers:
+A model from the Hub, with LoRA, on pairs of the Hub, each of which is two answers:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.kto \

@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/pocket/3_ppo.yaml
 ```
 
-A model of the Hub, with LoRA, with a reward model and a reward function of your own:
+A model from the Hub, with LoRA, with a reward model and a reward function of your own:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.ppo --config recipes/existing-model/3_ppo.yaml \

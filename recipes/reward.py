@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/pocket/3_reward.yaml
 ```
 
-From a model of the Hub, with LoRA, on pairs of the Hub:
+From a model from the Hub, with LoRA, on pairs of the Hub:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.reward --config recipes/existing-model/3_reward.yaml \

@@ -5,7 +5,7 @@ r"""
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/pocket/2_sft.yaml
 ```
 
-A model of the Hub, with LoRA:
+A model from the Hub, with LoRA:
 
 ```bash
 accelerate launch --config_file accelerate_config.yaml -m recipes.sft --config recipes/existing-model/2_sft.yaml
@@ -35,7 +35,7 @@ def main(
 ) -> None:
     from trl import get_peft_config
 
-    from pipeline.data.packing import log_truncated
+    from pipeline.data.tokenized import log_truncated
     from pipeline.models.adapters import starting_model
     from pipeline.training.fine_tuning import SFTTrainer
     from pipeline.training.inputs import load_inputs

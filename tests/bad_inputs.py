@@ -201,7 +201,7 @@ CASES = {
     "two equal answers": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("dataset_name:", "in all pairs an answer is empty, or both are the same"),
+        ("dataset_name:", "every pair has an empty answer, or two equal ones"),
         files={
             "a.jsonl": rows(
                 {"prompt": "What?", "chosen": "That.", "rejected": "That."},
@@ -737,7 +737,7 @@ CASES |= {
     "no layers": model("no-layers", "0 layers"),
     "architectures that are text": model("architecture-text", "not a list of names"),
     "an unknown architecture": model("architecture-unknown", "unknown architecture, FooForCausalLM"),
-    "quantised weights": model("quantised", "quantised training is not supported"),
+    "quantised weights": model("quantised", "training quantised models is not supported"),
     "weights that are NaN": model("nan", "not finite numbers"),
     "generation options that cannot be saved": model("generation", "temperature"),
     "a template that divides by zero": model("dividing", "its chat template does not work", "division by zero"),

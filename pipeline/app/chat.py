@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.app.models import Loaded, Sampling
     from pipeline.app.prompts import HeldOutPrompt
 
-HELP = """/example KIND  ask a held-out prompt of the run, perhaps of a kind such as counting
+HELP = """/example KIND  ask a held-out prompt of the run, optionally of a kind such as counting
 /stage NAME    go on with another stage of the run, such as 2_sft, or another folder or Hub id
 /new           begin a new conversation
 /help          show these commands
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample only from the most probable share of tokens")
-    parser.add_argument("--top_k", type=int, default=0, help="sample only from so many tokens; 0, the default, is off")
+    parser.add_argument("--top_k", type=int, default=0, help="sample only from this many tokens (default: 0, off)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer what is typed, or piped in, line by line, until it ends. Return 0."""
+    """Answer the input, typed or piped, line by line until it ends. Return 0."""
     if problems := check_limits(args, LIMITS):
         raise UserError(*problems)
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
                     examples.setdefault(prompt.kind, []).append(prompt)
             kind = rest.strip() or next(iter(examples), "")
             if kind in examples:
-                # The turn of this prompt, and of its kind, comes last again.
+                # This prompt and its kind go to the end of the queue.
                 example, *others = examples.pop(kind)
                 examples[kind] = [*others, example]
                 print(f"Asked: {example.text}")
@@ -105,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
             elif examples:
                 print(Problem("/example", kind, f"choose from: {', '.join(examples)}"))
             else:
-                print("/example: this model comes with no held-out prompts that could be asked")
+                print("/example: this model has no held-out prompts to ask")
         elif command.startswith("/"):
             print(HELP)
         elif line:
@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
 def reply(
     loaded: Loaded, asked: Turns, sampling: Sampling, called: Mapping[str, Any], found: HeldOutPrompt | None = None
 ) -> Turns:
-    """Print the answer to the last turn as it is written. Return the conversation with it, or without a turn too long.
+    """Print the answer as it is generated. Return the conversation with it, or without a last turn that is too long.
 
     `called` and `found` are as for `open_prompt`.
     """
@@ -131,7 +131,7 @@ def reply(
     shown, answer = "", None
     with contextlib.suppress(KeyboardInterrupt):
         for answer in write(loaded, opened.prompt, sampling, opened.tools):
-            # A turn that may be a call is shown when it is whole, because a call reads otherwise than its tokens.
+            # A turn that may be a call is shown once it is complete, because calls are displayed differently.
             if opened.tools and answer.turn and not answer.stopped:
                 continue
             text = visible(answer.text, len(answer.text))

@@ -1,4 +1,4 @@
-"""`python -m pipeline app RUN`: a page that shows a run, and on which people say which answers they prefer.
+"""`python -m pipeline app RUN`: a page that shows a run, and where people say which answers they prefer.
 
     python -m pipeline app runs/pocket
     python -m pipeline app runs/pocket --model runs/other/4_grpo --model Qwen/Qwen2.5-0.5B-Instruct
@@ -36,15 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "a further model to compare; repeatable"
     parser.add_argument("--model", action="append", default=[], metavar="PATH_OR_ID", help=meaning)
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
-    meaning = "address to listen on (default: 127.0.0.1, this machine alone)"
+    meaning = "address to listen on (default: 127.0.0.1, this machine only)"
     parser.add_argument("--host", default="127.0.0.1", help=meaning)
-    meaning = "what visitors must know; they vote under a name that they give (asked for if it is not given here)"
+    meaning = "password for visitors, who vote under a name of their choice (asked for if no value is given)"
     parser.add_argument("--password", nargs="?", const="", help=meaning)
 
     group = parser.add_argument_group("which answer is better?")
     group.add_argument("--pair", nargs="+", metavar="MODEL", help="one or two models to compare first (default: SFT)")
     group.add_argument("--prompts", metavar="DATASET", help="prompts (default: the prompts of the run's stage 3)")
-    group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everybody sees (default: 0)")
+    group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everyone sees (default: 0)")
     group.add_argument("--guidelines", type=Path, metavar="FILE", help="guidelines for annotators, in Markdown")
     meaning = "of the answers to compare (default: as in the run's step for votes, or"
     group.add_argument("--temperature", type=float, help=f"{meaning} 1)")
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     run = Path(args.run)
     args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
     problems = check_limits(args, LIMITS)
-    # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
+    # A run that starts from a model from the Hub has no model of its own while it waits for votes on that model.
     if not run.is_dir():
         problems.insert(0, Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     elif not args.model and not any(map(holds_model, run.glob("[0-9]*_*"))):
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
-    """Report the options that are not between the smallest and the largest value in `limits`."""
+    """Report the options that are outside of the range in `limits`."""
     return [
         Problem(f"--{name}", value, f"is not between {low} and {high}")
         for name, (low, high) in limits.items()
@@ -101,7 +101,7 @@ def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, flo
 
 
 def _check_address(args: argparse.Namespace) -> list[Problem]:
-    """Report an address that cannot be used, and a page that others could open without a password."""
+    """Report an address that cannot be used, or that others could open without a password."""
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
         # Try the port now: uvicorn would complain only after the models have been loaded.

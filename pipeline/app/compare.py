@@ -26,7 +26,7 @@ from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import visible
 
 LONGEST, USUAL = 1024, 128
-"""Tokens of an answer, at most and unless the visitor sets another limit."""
+"""Tokens of an answer: the most that are allowed, and the limit unless the visitor sets another one."""
 SHOWN = 20_000
 """Characters of an answer that are shown."""
 
@@ -56,7 +56,7 @@ def content(site: Site) -> dict[str, Any]:
 
 
 def routes(site: Site) -> APIRouter:
-    # Two visitors share the cores; others wait for their turn.
+    # At most two visitors share the cores; others wait for their turn.
     router, turns = APIRouter(), CapacityLimiter(2)
 
     @router.post("/compare")
@@ -67,7 +67,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def answer_all(site: Site, asked: Asked) -> Generator[list[dict[str, Any]]]:
-    """Answer a prompt with several models, which take turns and write one token in each. Yield what has changed."""
+    """Answer a prompt with several models, which take turns of one token each. Yield what has changed."""
     sampling = Sampling(asked.longest, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     names = [name for name in site.models.names if name in asked.models]
     writers = {name: answer_one(site, asked.text, name, sampling) for name in names}
@@ -103,7 +103,7 @@ def answer_one(site: Site, text: str, name: str, sampling: Sampling) -> Iterator
 
 
 def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
-    """Return what the page gets to know of a model: its answer, of which it has `sent` tokens, or why there is none."""
+    """Return what the page is told about a model: its answer, of which it has `sent` tokens, or why there is none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
     tokens = []

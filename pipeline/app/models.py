@@ -1,4 +1,4 @@
-"""The models of the page and of the chat: loaded when they are first used, and asked token by token."""
+"""The models of the page and of the chat: loaded on first use, and sampled token by token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read
 from pipeline.tools.loading import Toolbox
 
 ENDED = "ended its turn"
-"""Why an answer stopped that the model itself ended."""
+"""Reason for an answer that the model itself ended."""
 Values = Mapping[str, Any]
 
 
@@ -44,13 +44,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, with the most probable ones at its place; NaN and none for one that a tool wrote.
+    """A token that was drawn, with the most probable ones at its position; NaN and none for a token of a tool.
 
     Log-probabilities are in nats, before temperature, top-k and top-p.
     """
 
     id: int
-    # What it adds to the answer, which is not always its own text: some tokenizers join words without a space.
+    # What it adds to the answer. This may differ from its own text: some tokenizers join words without a space.
     text: str
     log_prob: float
     alternatives: list[tuple[str, float]]
@@ -58,9 +58,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that nothing changes, so that several threads may use it at once.
+    """A model that is never modified, so that several threads may use it at once.
 
-    `context` is in tokens, without a limit `sys.maxsize`; `template` has the arguments of the chat template.
+    `context` is in tokens, `sys.maxsize` if it is unlimited; `template` has the arguments of the chat template.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Loaded:
 class Answer:
     """An answer that a model is writing: with tools, `dialogue` has the turns that have ended, and `turn` the last one.
 
-    `seconds` are those of the model's own forward passes, `stopped` is why it stopped, "" while it writes.
+    `seconds` is the time of the model's own forward passes, and `stopped` is why it stopped, "" while it writes.
     """
 
     loaded: Loaded
@@ -106,7 +106,7 @@ class Answer:
 
     @property
     def messages(self) -> list[Message]:
-        # Without special tokens, and without half of a character.
+        # Special tokens and incomplete characters are removed.
         text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
         last = [{"role": "assistant", "content": text}] if self.turn or not self.tokens else []
         return [*self.dialogue.messages, *last]
@@ -117,7 +117,7 @@ class Answer:
         return readable(self.messages)
 
     def add(self, token: int, log_probs: Tensor | None = None) -> None:
-        """Append a token. `log_probs` are the log-probabilities of all tokens at its place, None for a tool's."""
+        """Append a token. `log_probs` are the log-probabilities of all tokens at its position, None for a tool's."""
         decode = self.loaded.tokenizer.decode
         before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
         added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
@@ -174,9 +174,9 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
 def stream(
     model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
-    """Yield one token after the other, without end, and the log-probabilities of all tokens at its place.
+    """Yield tokens endlessly, each with the log-probabilities of all tokens at its position.
 
-    Tokens that are sent to it stand behind the token that it has yielded.
+    Tokens that are sent to the generator follow the token that it has yielded.
     """
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
@@ -193,7 +193,7 @@ def stream(
         else:
             chosen = logits[0].argmax().reshape(1)
         further = yield int(chosen), logits.log_softmax(-1)[0]
-        # The cache holds what came before, so that the next pass needs the new tokens alone.
+        # The cache holds what came before, so that the next pass needs only the new tokens.
         ids = torch.tensor([[int(chosen), *(further or ())]], device=model.device)
 
 
@@ -202,7 +202,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
     name = name or (Path(path).name if Path(path).is_dir() else path)
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:
-        raise UserError(Problem(option, path, "its tokenizer has no eos token, with which answers end; add one"))
+        raise UserError(Problem(option, path, "its tokenizer has no eos token to end answers with; add one"))
     model.to(hardware.accelerator() or "cpu").eval()
     # On a CPU, plain attention is the fastest for single tokens.
     if model.device.type == "cpu":
@@ -212,7 +212,7 @@ def load(path: str, option: str, name: str = "") -> Loaded:
 
 
 class Models:
-    """The models that the page knows by name: of the run, its `stages`, and others. A visitor cannot name any other."""
+    """The models that the page knows by name: the run's `stages`, and others. A visitor cannot name any other."""
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
         found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
@@ -227,7 +227,7 @@ class Models:
 
     def get(self, name: str) -> Loaded:
         """Return a model, loaded when it is first asked for, or raise a `UserError`."""
-        # Several visitors may ask at once. A lock for each model, because one that is loaded must not wait for another.
+        # Several visitors may ask at once. Each model has its own lock, so that a loaded one does not wait for another.
         with self._locks[name]:
             if name not in self._loaded:
                 path, option = self._paths[name]

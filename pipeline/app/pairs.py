@@ -1,14 +1,14 @@
-"""Pairs of answers for people to compare: sampled in the background, kept in `votes/pairs.jsonl`, and allotted.
+"""Pairs of answers for people to compare: sampled in the background, kept in `votes/pairs.jsonl`, and assigned.
 
-A line of the file is a pair, or allots one to an annotator:
+A line of the file is a pair, or assigns one to an annotator:
 
     {"pair": "5f…", "prompt": [...], "a": "It is red.", "b": "Red.", "model_a": "2_sft", "model_b": "3_ppo", ...}
     {"pair": "5f…", "for": "ann", "shared": false}
 
-What the server knows of pairs follows from these lines, in their order, so that a restarted server goes on where it
-was. For each two models it has a stock of pairs that nobody has seen, which another thread fills up while people read,
-and for each annotator a sequence: the pairs that were allotted to them, shown until they have a vote. Shared pairs,
-which everybody sees, come at regular intervals of each sequence: every fourth pair with an overlap of 0.25.
+The server reads its state from these lines, in their order, so that a restarted server goes on where it was. For any
+two models it has a stock of pairs that nobody has seen, which another thread refills while people read, and for each
+annotator a sequence: the pairs that were assigned to them, shown until they have a vote. Shared pairs, which everyone
+sees, come at regular intervals in each sequence: every fourth pair with an overlap of 0.25.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Source = tuple[str, str]
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "min_p": 0.05, "max_new_tokens": 128}
 """How answers are sampled, unless the run or the command line says otherwise."""
 BATCH = 4
-"""Prompts that are answered at once, which takes little longer than one."""
+"""Prompts that are answered in one batch, which takes little longer than a single one."""
 AHEAD = 8
-"""Pairs that are kept ready, as far as possible."""
+"""Pairs that are kept ready if possible."""
 ATTEMPTS = 16
-"""After so many batches without a pair to compare, the models are taken to give the same answers always."""
+"""After this many batches without a pair to compare, the models are assumed to always give the same answers."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Pair:
 
 
 class Pairs:
-    """The pairs of a run in the file `path`; everybody sees the share `overlap` of them.
+    """The pairs of a run in the file `path`; everyone sees the share `overlap` of them.
 
-    `prompts` are rows with `prompt`, and perhaps with the columns by which the simulated annotators judge.
+    `prompts` are rows with `prompt`, and optionally the columns by which the simulated annotators judge.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class Pairs:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
         for line in lines:
-            # A line that was not written whole is skipped. A vote has all that is known of its pair.
+            # A partially written line is skipped. A vote contains everything that is known about its pair.
             with suppress(ValueError, LookupError, TypeError):
                 self._take_in(json.loads(line))
         self._file = path.open("ab", buffering=0)
         if lines[-1]:
             append_line(self._file, b"")
-        # The same order after each start of the server, from about where the last one ended.
+        # Every start of the server uses the same order, and goes on from about where the last one ended.
         self._order = random.Random(0).sample(range(len(prompts)), len(prompts))
         self._position = len(self.by_id)
 
@@ -101,14 +101,14 @@ class Pairs:
             self._stock[source].append(pair)
             return
         self._sequences[line["for"], source].append(pair)
-        # Whoever gets a pair first takes it out of the stock. A shared one then waits for the other annotators.
+        # The first annotator who gets a pair takes it out of the stock. A shared one then waits for the others.
         if pair in self._stock[source]:
             self._stock[source].remove(pair)
             if line["shared"]:
                 self._shared[source][pair.pair] = pair
 
     def _write(self, line: dict[str, Any]) -> None:
-        # A line that cannot be written raises an error, and is not taken in.
+        # A line that cannot be written raises an error, and has no effect.
         append_line(self._file, json.dumps(line).encode())
         self._take_in(line)
 
@@ -145,13 +145,13 @@ class Pairs:
         raise _alike(source)
 
     def typed(self, annotator: str, source: Source, text: str) -> Pair:
-        """Sample a pair of answers to a prompt that an annotator has typed, and allot it. Raises errors as `allot`."""
+        """Sample a pair of answers to a prompt that an annotator has typed, and assign it; raise errors as `allot`."""
         prompt: list[dict[str, str]] = [{"role": "user", "content": text}]
         for name in source:
             loaded = self.models.get(name)
             loaded.encode(prompt)
             if found := special_tokens(loaded.tokenizer).search(text):
-                remedy = "is a special token of the model, which no data may contain; remove it"
+                remedy = "is a special token of the model, which data must not contain; remove it"
                 raise UserError(Problem("prompt", found.group(), remedy))
         # Two samples of a model that is sure of its answer are often the same.
         for _ in range(ATTEMPTS):
@@ -179,11 +179,11 @@ class Pairs:
                 del self._batches[source]
 
     def _sample(self, source: Source, rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
-        """Sample a pair of answers to each prompt that fits, except of empty or equal ones, which leave no choice."""
+        """Sample a pair of answers to each prompt that fits. Drop empty and equal answers, which leave no choice."""
         first, second = self.models.get(source[0]), self.models.get(source[1])
         fitting = []
         for row in rows:
-            # A prompt that is longer than the context of a model is passed over.
+            # A prompt that is longer than the context of a model is skipped.
             with suppress(UserError):
                 fitting.append((row, first.encode(row["prompt"]), second.encode(row["prompt"])))
         if not fitting:
@@ -205,7 +205,7 @@ class Pairs:
         return pairs
 
     def _answer(self, loaded: Loaded, prompts: Sequence[list[int]], samples: int, seed: int) -> list[list[str]]:
-        """Return `samples` answers to each prompt, "" for one that spells special tokens, which no data may contain."""
+        """Return `samples` answers to each prompt, "" for one with special tokens, which data must not contain."""
         room = min(self.sampling["max_new_tokens"], loaded.context - max(map(len, prompts)))
         settings = self.sampling | {"max_new_tokens": room, "samples": samples, "seed": seed}
         completions = generate(loaded.model, loaded.tokenizer, prompts, **settings)

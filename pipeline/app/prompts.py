@@ -1,4 +1,4 @@
-"""What may be asked of the models of a run: a few sentences about its data, and prompts that training held out.
+"""What to ask the models of a run: a few sentences about its data, and prompts that training held out.
 
 RUN/data/README.md         "## What may I ask?", written with the data, or `GENERAL`
 RUN/data/**/test.parquet   {"kind": "counting", "prompt": [...], "answer": "10"}, as evaluations read it
@@ -22,10 +22,10 @@ from pipeline.tools.dialogue import Dialogue
 from pipeline.tools.loading import load_toolbox
 
 HEADING = "## What may I ask?"
-"""Heading in README.md of a data set. The text below it says what a model that is trained on these data knows."""
+"""Heading in README.md of a data set. The text below it says what a model trained on these data knows."""
 GENERAL = (
-    "What is like the data of this run. A model that was trained from random weights knows nothing else: a question "
-    "about other things gets an answer that only sounds like one."
+    "Questions that resemble the data of this run. A model that was trained from random weights knows nothing else: "
+    "asked about other things, it makes something up."
 )
 """Text for data whose card lacks this heading."""
 
@@ -34,7 +34,7 @@ GENERAL = (
 class HeldOutPrompt:
     """A prompt that no stage was trained on, from the data of a `key` of `evaluate.yaml`.
 
-    `messages` end before the answer. `text` and, of a problem, the right `result` are as the page shows them.
+    `messages` end before the answer. `text` and, for a problem, the correct `result` are as the page shows them.
     """
 
     key: str
@@ -51,10 +51,10 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 
 def what_may_be_asked(run: Path) -> str:
-    """Return what the cards of the run's data say about that, on one line, or `GENERAL`."""
+    """Return what the cards of the run's data say to ask, on one line, or `GENERAL`."""
     sources = settings_of(run)["trained_on"].values()
     for folder in dict.fromkeys([run / "data", *(Path(str(source["dataset_name"])) for source in sources)]):
-        # A data set of the Hub, or a file, has no card here.
+        # A data set from the Hub, or a file, has no card here.
         with suppress(OSError, UnicodeDecodeError):
             _, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")
             if heading:
@@ -77,7 +77,7 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
                 roles = [turn["role"] for turn in messages if turn["role"] != "system"]
                 if roles == ["user"] and len(messages[-1]["content"]) <= longest:
                     kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], longest)
-                    # Other prompts than problems may be answered in many ways.
+                    # Prompts that are not problems can be answered in many ways.
                     result = visible(str(row.get("answer") or "")) if key == "problems" else ""
                     found.append(HeldOutPrompt(key, kind, messages, text, result, row))
     return found
@@ -90,5 +90,5 @@ def open_prompt(
     if found and found.key in called:
         return loaded.open({**found.row, "prompt": messages}, load_toolbox(called[found.key], loaded.tokenizer))
     toolbox = load_toolbox(next(iter(called.values()), None), loaded.tokenizer)
-    # Any other question has no row that an environment could read, and so only gets functions.
+    # Any other question has no row for an environment to read, so it only gets functions.
     return loaded.open({"prompt": messages}, replace(toolbox, environment=None) if toolbox else None)

@@ -52,7 +52,7 @@ def content(site: Site) -> dict[str, Any]:
     for name in reversed(site.models.stages):
         info = stage_info(name)
         if info.watch:
-            # The tally that stands next to the prompt: one answer says little about how often they are right.
+            # The success rate shown next to the prompt: one answer says little about how often answers are right.
             solved = results[name].metrics.get("pass@1") if info.held_out == "problems" and name in results else None
             tally = f"{name} solves {solved.value:.0%} of {solved.n} held-out problems." if solved else ""
             policy = name if info.has_critic else before(site, name)
@@ -66,7 +66,7 @@ def routes(site: Site) -> APIRouter:
     @router.post("/rollout")
     def rollout(asked: Asked) -> StreamingResponse:
         if not {asked.stage, asked.policy} <= set(site.models.stages) or not stage_info(asked.stage).watch:
-            raise HTTPException(422, "There is no such stage or model on this page.")
+            raise HTTPException(422, "This page has no such stage or model.")
         return stream(roll_out(site, asked), turns)
 
     return router
@@ -92,13 +92,13 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
-        # A reward function may raise anything; what it raised says more here than which step it stopped.
+        # A reward function may raise anything; its own error says more here than the step that it stopped.
         reason = error.__cause__ or error
         yield {"failed": visible(f"{type(reason).__name__}: {reason}", SHOWN)}
 
 
 def before(site: Site, stage: str) -> str:
-    """Return the stage that another one was trained from, which is the more instructive to watch."""
+    """Return the stage that another one was trained from, which is more instructive to watch."""
     try:
         name = Path(str(watch.stage_settings(site.run, stage).get("model_name_or_path"))).name
     except UserError:
@@ -107,7 +107,7 @@ def before(site: Site, stage: str) -> str:
 
 
 def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
-    """Yield GRPO's steps after the prompt as they are made."""
+    """Yield GRPO's steps after the prompt as they are computed."""
     group = watch.sample_group(policy, row, settings, settings["num_generations"], asked.seed)
     about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
     completions = [shown(policy, one) for one in group]
@@ -124,7 +124,7 @@ def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: 
     advantages = list(map(finite, seen.advantages))
     yield {"step": "check", "title": "Check", "about": about, "rewards": rewards, "advantages": advantages}
 
-    about = "One step on a copy of the model, with this group alone and the learning rate of the run "
+    about = "One step on a copy of the model, with only this group and the learning rate of the run "
     about += f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
     about += "completions."
     yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
@@ -142,7 +142,7 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
         + f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
         f"{settings['kl_coef']:g}. PPO's update then makes tokens with an advantage above 0 more likely and the others "
         "less likely, and teaches the critic, a model that guesses the reward still to come, what came."
-        + (" What a tool wrote was not chosen, and is left out." if 0 in one.sampled else "")
+        + (" Text that a tool wrote is not shown, because the model did not choose it." if 0 in one.sampled else "")
     )
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
     yield {

@@ -1,4 +1,4 @@
-"""The web server: the page, behind a gate that knows who may ask for it."""
+"""The web server: the page, behind a gate that checks who may request it."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from pipeline.stages import STAGES
 LARGEST_REQUEST = 1 << 20
 """Bytes of a request's body, at most."""
 SECONDS_AFTER_WRONG = 1.0
-"""Seconds after a wrong password in which no other one is checked, and its visitor waits."""
+"""Seconds after a wrong password during which its visitor waits and no other password is checked."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""What the browser may load: nothing from another host, and no script but the page's own."""
+"""What the browser may load: nothing from another host, and only the page's own script."""
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 """The same for the report, which has no scripts."""
 
 
 class Gate:
-    """Refuse what is not for the page, and visitors without the password, None if there is none."""
+    """Refuse requests that are not for the page, and visitors without the password (None if it has none)."""
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         # Browsers share cookies between ports.
         self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
         self._turn = asyncio.Lock()
         # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
-        # server. The key is slow to compute: a stolen cookie must not give away the password.
+        # server. The key is slow to compute, so that a stolen cookie does not reveal the password.
         salt = b"fourstage"
         self.key = hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1) if password else b""
 
@@ -110,12 +110,12 @@ class Gate:
         return PlainTextResponse("Log in first", 401)
 
     async def log_in(self, request: Request) -> Response:
-        """Answer the form. At most one wrong password a second is checked, however many connections try."""
+        """Answer the form. At most one wrong password per second is checked, over all connections."""
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         name = form.get("username", [""])[0].strip()[:80]
         given = form.get("password", [""])[0]
         async with self._turn:
-            # Takes the same time wherever the two differ, so that it does not give away how many characters are right.
+            # A comparison in constant time does not reveal how many characters are right.
             if not hmac.compare_digest(given.encode(), str(self.password).encode()):
                 await asyncio.sleep(SECONDS_AFTER_WRONG)
                 return login_form("Name or password is wrong.", 401, name)
@@ -126,7 +126,7 @@ class Gate:
         return response
 
     def sign(self, name: str) -> str:
-        """Return the content of a cookie: a name, and what only this server can add to it."""
+        """Return the content of a cookie: a name, and a signature that only this server can make."""
         signature = hmac.new(self.key, name.encode(), "sha256").hexdigest()
         return f"{base64.urlsafe_b64encode(name.encode()).decode()}.{signature}"
 
@@ -196,7 +196,7 @@ def build_app(site: Site) -> ASGIApp:
     gate = Gate(app, site.options.password, site.options.port)
     if site.options.password is not None:
         return gate
-    # Without a password, a page of another site must not read this one under a host name that leads to this machine.
+    # Without a password, another site must not read this page through a host name that resolves to this machine.
     return TrustedHostMiddleware(gate, ["127.0.0.1", "localhost", "[::1]", site.options.host])
 
 

@@ -21,7 +21,7 @@ from pipeline.evaluation.evaluate_yaml import CALLED
 
 LOADER = PackageLoader("pipeline.app", "static")
 TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-"""The HTML in `static/`; whatever is filled in is escaped."""
+"""The HTML templates in `static/`; values are escaped."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Site:
 
     @cached_property
     def called(self) -> dict[str, Any]:
-        """What its models may call, by the key of the data in answers to which they may."""
+        """What its models may call, by the key of the data whose prompts they may call it for."""
         return settings_of(self.run).get(CALLED) or {}
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
-        """Return the held-out prompt with a text, perhaps of one key, or None."""
+        """Return the held-out prompt with this text, optionally from one key only, or None."""
         return next((one for one in self.prompts if one.text == text and key in ("", one.key)), None)
 
     @property
     def is_private(self) -> bool:
-        """Whether only this machine can open the page, so that whoever looks at it also runs it."""
+        """Whether only this machine can open the page, so that its visitor is also the one who runs it."""
         return self.options.password is None
 
 
 def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
-    """Answer with a line of JSON for each object as soon as it is made, until the visitor leaves, in one of `turns`."""
+    """Stream a line of JSON for each object until the visitor leaves, while holding one of `turns`."""
 
     async def lines() -> AsyncIterator[str]:
         async with turns:

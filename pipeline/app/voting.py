@@ -1,12 +1,12 @@
-"""Prefer: which of two answers is better? The section of the page where people vote, and the server's side of it.
+"""Prefer: which of two answers is better? The server side of the section where people vote.
 
     page    POST /prefer/next            which pair?
     server  the pair that this page has, or the annotator's first one without a vote, or a new one
     page    POST /prefer/vote            "the first one is better", again until it is confirmed
     server  appends the vote to votes/votes.jsonl, then answers with the next pair
 
-A pair comes without the names of its models. What the simulated annotators and the reward model would have said is
-answered only for a pair that has the annotator's vote.
+A pair comes without the names of its models. The opinions of the simulated annotators and the reward model are revealed
+only once the annotator has voted on the pair.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ logger = logging.getLogger(__name__)
 LONGEST = 200_000
 """Characters of a text that the page shows."""
 FEW_SHARED = 20
-"""Pairs that several people voted on, below which nothing is said about their agreement."""
+"""Pairs with votes of several people that are needed to report their agreement."""
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 
 
 class Page(BaseModel):
-    """A page in a browser: who looks at it, its id, and the models whose answers it compares."""
+    """A page in a browser: its visitor, its id, and the models whose answers it compares."""
 
     annotator: str = NAME
     page: str = ID
@@ -69,7 +69,7 @@ class Page(BaseModel):
 
 
 class Ballot(Page):
-    """A vote: `choice` is by the order of the answers on the page, or null to take the vote `undoes` back."""
+    """A vote: `choice` refers to the order of the answers on the page, or is null to take back the vote `undoes`."""
 
     vote: str = ID
     pair: str = ID
@@ -96,7 +96,7 @@ def routes(site: Site) -> APIRouter:
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
     answers: list[Callable[..., Any]] = [voting.next, voting.prompt, voting.vote, voting.state, voting.votes]
-    # What the votes say so far, only on a page that nobody else can open.
+    # The results so far, only on a page that no one else can open.
     answers += [voting.opinions, *([voting.rates] if site.is_private else [])]
     for answer in answers:
         router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
@@ -104,7 +104,7 @@ def routes(site: Site) -> APIRouter:
 
 
 def report_full_disk() -> Iterator[None]:
-    """Make the page send a request again whose pair or vote could not be written."""
+    """Make the page repeat a request if its pair or vote could not be written."""
     try:
         yield
     except OSError as error:
@@ -119,7 +119,7 @@ def compared_models(site: Site) -> Source:
     if pair:
         return pair[0], pair[-1]
     asked = str(votes_step(site.run).get("model_name_or_path") or "")
-    # Also by the name of the folder alone, because the run may have been moved since its record was written.
+    # Also match by the folder's name, because the run may have been moved since its record was written.
     wanted = [name for name in (asked, Path(asked).name) if name in names]
     tuned = [*wanted, *(name for name in names if "_sft" in name), names[-1]][0]
     return tuned, tuned
@@ -145,7 +145,7 @@ class Voting:
         try:
             if source:
                 found, _ = load_splits(DataArguments(**source), "prompt", evaluation=False)
-                # Of a stream, as many as people may ever see.
+                # From a stream, take as many as people could ever see.
                 prompts = found if isinstance(found, Dataset) else list(found.take(10_000))
         except UserError:
             # Without the data of the run, prompts can still be typed.
@@ -200,7 +200,7 @@ class Voting:
         refused = ""
         try:
             self.log.add(vote)
-            # Every ten votes, the terminal of whoever runs a page that others can open says what no visitor may see.
+            # If others can open the page, it hides win rates, and the terminal shows them every ten votes.
             if not self.site.is_private and len(self.log.standing()) % 10 == 0:
                 print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
@@ -209,7 +209,7 @@ class Voting:
         return {**self._answer(ballot, lambda: self._choose(ballot, ballot.pair)), "refused": refused}
 
     def state(self, request: Request, page: Page) -> dict[str, Any]:
-        """Return what the page says about the votes so far, which shows no annotator how others voted."""
+        """Return what the page says about the votes so far, without revealing how others voted."""
         identify(request, page)
         return self._summary(page.annotator)
 
@@ -258,20 +258,20 @@ class Voting:
 
     def _find(self, pair: str) -> Pair:
         if pair not in self.pairs.by_id:
-            raise HTTPException(410, "This pair is not known any more; here is another one.")
+            raise HTTPException(410, "This pair is no longer known; here is another one.")
         return self.pairs.by_id[pair]
 
     def _source_of(self, page: Page) -> Source:
         chosen = page.a or self.source[0], page.b or self.source[1]
         if not set(chosen) <= set(self.site.models.names):
-            raise HTTPException(422, "There is no such model on this page.")
+            raise HTTPException(422, "This page has no such model.")
         return chosen
 
     def _answer(self, page: Page, find: Callable[[], Pair]) -> dict[str, Any]:
         """Return the pair that `find` returns, without the names of its models, or why there is none."""
         name = page.annotator
         try:
-            # Of two pages of the same person, the second waits until the first has its pair.
+            # If a person has two pages open, the second waits until the first has its pair.
             with self._locks[name]:
                 pair = self._open[name, page.page] = find()
         except UserError as error:
@@ -285,7 +285,7 @@ class Voting:
     def _choose(self, page: Page, have: str) -> Pair:
         """Return the pair `have`, or else the annotator's first one that is free and has no vote, or a new one."""
         name, source = page.annotator, self._source_of(page)
-        # Copied, because pages of other people come and go meanwhile.
+        # Copied, because pages of other people may come and go during the loop.
         places = list(self._open.items())
         elsewhere = {pair.pair for (person, other), pair in places if person == name and other != page.page}
         sequence = self.pairs.sequence(name, source)
@@ -305,7 +305,7 @@ class Voting:
         return {"annotator": annotator, **counts, "pace": pace, "command": self.command}
 
     def rates(self) -> list[str]:
-        """Return who is preferred, and how far people agree, one line each."""
+        """Return which model is preferred, and how far people agree, one line each."""
         lines = []
         for name, rate in win_rates(self.site.run, self.source[0], []).items():
             # A single tie has no interval: anything is possible.
@@ -323,18 +323,18 @@ class Voting:
 
 
 def identify(request: Request, page: Page) -> None:
-    """Give a page the name of the login; without a login, the name that was typed."""
+    """Give a page the name of the login or, without a login, the name that was typed."""
     name = getattr(request.state, "annotator", None) or page.annotator
     page.annotator = visible(" ".join(name.split()), 80) or "anonymous"
 
 
 def as_shown(vote: Vote, first: str) -> str:
-    """Return the choice of a vote for somebody who sees answer `first` first: "first", "second", "tie", ..."""
+    """Return the choice of a vote in the order shown, answer `first` first: "first", "second", "tie", ..."""
     return str({first: "first", OTHER[first]: "second"}.get(vote["choice"], vote["choice"]))
 
 
 def agreement(votes: Sequence[Vote]) -> tuple[float, int]:
-    """Return Krippendorff's alpha of the votes on shared pairs, perhaps NaN, and the number of these pairs."""
+    """Return Krippendorff's alpha of the votes on shared pairs, which may be NaN, and the number of these pairs."""
     by_pair: dict[str, Counter[str]] = defaultdict(Counter)
     for vote in votes:
         if vote["choice"] != "skip":

@@ -45,7 +45,7 @@ from pipeline.tools.loading import Toolbox, load_toolbox
 from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
-"""How the options of transformers begin that the step depends on. All of TRL and PPO count, but for `SWITCHED_OFF`."""
+"""Prefixes of the transformers options that affect the step. All of TRL's and PPO's do, except for `SWITCHED_OFF`."""
 SWITCHED_OFF = (
     "use_vllm", "use_transformers_continuous_batching", "generation_batch_size", "steps_per_generation",
     "num_generations_eval", "model_init_kwargs", "sync_ref_model", "log_completions", "log_completions_hub_repo",
@@ -54,7 +54,7 @@ SWITCHED_OFF = (
 
 Values = Mapping[str, Any]
 Group = Sequence[Dialogue]
-"""Attempts at one prompt. Without tools, each is a single turn, which is not read as messages."""
+"""Attempts at one prompt. Without tools, each is a single turn that is not parsed into messages."""
 
 
 def stage_settings(run: Path, stage: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
     completion, its `rewards` by function (None for no opinion), their weighted sum in `totals`, the `advantages`, and
     in `changes` how many times as likely the step made it.
     """
-    # A stage with LoRA trained a new adapter, which changes less than all weights at the same learning rate would.
+    # A stage with LoRA trained a new adapter, which changes less than all weights would at the same learning rate.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
     options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(adapter)}
     with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
@@ -127,7 +127,7 @@ def token_view(
     if names := settings.get("reward_funcs"):
         rewards += [(function, None) for function in load_rewards(names)]
     weights = settings.get("reward_weights") or [1.0] * len(rewards)
-    # What is only measured may need columns that a prompt of the page does not have.
+    # Rewards that are only measured may need columns that a prompt of the page does not have.
     trained = [(*reward, weight) for reward, weight in zip(rewards, weights, strict=True) if weight]
     functions, tokenizers, weights = ([one[part] for one in trained] for part in range(3))
     chosen, critic = {**settings, "reward_weights": weights}, str(run / stage / VALUE_MODEL_FOLDER)
@@ -138,7 +138,7 @@ def token_view(
         trainer.model.load_state_dict(policy.model.state_dict())
         trainer.model.train()
         batch = trainer._generate_and_score_completions([dict(row)] * 2)
-        # What tools wrote is read, but the policy did not choose it.
+        # Text of tools is read, but the policy did not choose it.
         mask, logps = batch["completion_mask"] * batch.get("tool_mask", 1), batch["old_per_token_logps"]
         kl = torch.zeros_like(logps)
         if trainer.args.kl_coef > 0:
@@ -162,7 +162,7 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     unread = {item.name for item in fields(TrainingArguments) if not item.name.startswith(OPTIMIZER)}
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
-    # One step on the whole group at a constant rate, of which nothing is logged or saved.
+    # Take one step on the whole group at a constant rate, and log and save nothing.
     fixed: dict[str, Any] = {}
     fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
     fixed |= {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
@@ -174,7 +174,7 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
     class Shown(kind):  # type: ignore[valid-type, misc]
-        """The trainer, with the dialogues that are shown in place of new ones."""
+        """The trainer, with the given dialogues in place of new samples."""
 
         def _tool_call_loop(self, *_: Any) -> tuple[Any, ...]:
             # Rewards may ask the environments, which know what happened.
@@ -185,7 +185,7 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
             return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
 
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
-        # What the libraries deprecate is not for whoever looks at the page.
+        # Deprecation warnings of the libraries are not for visitors of the page.
         warnings.simplefilter("ignore")
         # A new adapter is random.
         set_seed(settings.get("seed", 0))

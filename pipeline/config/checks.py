@@ -23,7 +23,7 @@ from pipeline.files.bounded import MAX_LAYERS
 Range = tuple[Callable[[Any], bool], str]
 
 LARGEST = 2**53
-"""Upper bound of every number: up to it, floats represent every whole number."""
+"""Upper bound of every number: floats represent every whole number below it."""
 
 
 def _at_least(low: float, end: float = LARGEST) -> Range:
@@ -41,7 +41,7 @@ def _between(low: float, high: float) -> Range:
 
 
 def _each(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table by name of one whose keys are several names, with spaces between them."""
+    """Split the keys of a table, each of which is several names with spaces between them."""
     return {name: value for names, value in table.items() for name in names.split()}
 
 
@@ -70,7 +70,7 @@ RANGES: dict[str, Range] = _each(
         "dataloader_prefetch_factor pad_to_multiple_of": _between(1, 1 << 16),
         "num_hidden_layers": _between(1, MAX_LAYERS),
         "num_attention_heads num_key_value_heads num_local_experts num_experts_per_tok": _between(1, 4096),
-        # The trainer of the tokenizer allocates all of a vocabulary at once.
+        # The tokenizer's trainer allocates the whole vocabulary at once.
         "vocab_size hidden_size intermediate_size max_position_embeddings model_max_length batch_size num_generations "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations_eval "
         "num_iterations steps_per_generation generation_batch_size": _between(1, 1 << 24),
@@ -80,7 +80,7 @@ RANGES: dict[str, Range] = _each(
         "reward_weights": (math.isfinite, "must be numbers"),
     }
 )
-"""Sensible values of fields, in any dataclass, and of the items of lists. Any other number is at least 0."""
+"""Sensible values of fields in any dataclass, and of list items. Any other number must be at least 0."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "torch_compile_backend": tuple(backend.value.lower() for backend in DynamoBackend),
@@ -90,7 +90,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     # A number is accepted as well.
     "pad_to_multiple_of": ("auto", "none"),
 }
-"""Fields that accept any text when they are parsed, and fail on most values only once training has begun."""
+"""Fields that accept any text when they are parsed, but fail on most values once training has begun."""
 
 ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo"),
@@ -101,7 +101,7 @@ ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
-"""Such fields of `GRPOConfig`; other dataclasses have fields of the same names with other values."""
+"""The same for `GRPOConfig`; other dataclasses have fields with these names but other values."""
 
 UNSUPPORTED = _each(
     {
@@ -110,7 +110,7 @@ UNSUPPORTED = _each(
         "model_init_kwargs": "is replaced by model_revision, attn_implementation and dtype",
         "dataset_text_field": "is replaced by messages_column",
         "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
-        "batch_eval_metrics": "metrics are computed once, of a whole evaluation",
+        "batch_eval_metrics": "metrics are computed once, over a whole evaluation",
         "do_train": "every recipe trains",
         "do_predict": f"is replaced by `{as_typed('evaluate')}`",
         "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config": (
@@ -124,7 +124,7 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = _each(
     {
         "label_names label_smoothing_factor": "completions do not have labels",
         "prediction_loss_only include_for_metrics batch_eval_metrics": "an evaluation does not collect predictions",
-        "data_seed train_sampling_strategy length_column_name": "seed alone determines the order of the prompts",
+        "data_seed train_sampling_strategy length_column_name": "only seed determines the order of the prompts",
         "average_tokens_across_devices": "loss_type says what the loss is divided by",
         "include_num_input_tokens_seen": "tokens are always counted",
         "log_multimodal": "the data are text",
@@ -145,11 +145,11 @@ SWITCHES: dict[str, tuple[str, Any]] = _each(
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg": ("loss_type", "vespo"),
     }
 )
-"""Fields that have an effect only if another field has a certain value: field -> the other field, and its value."""
+"""Fields that only have an effect if another field has a certain value: field -> that other field and value."""
 
 
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
-    """Return the numbers that are out of range; other types, and most None, are left to the dataclass."""
+    """Return the numbers that are out of range. Other types, and most values of None, are left to the dataclass."""
     problems = []
     # Its type allows null, with which TRL fails.
     if values.get("num_generations", "") is None:
@@ -163,7 +163,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
-    """Return the text that is empty, not one of the choices, or given for a mapping; `hints` are types of fields."""
+    """Return strings that are empty, not among the choices, or given for a mapping; `hints` has the field types."""
     problems = []
     choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
     for name, value in asked.items():
@@ -207,7 +207,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     if backend.lower() not in known:
         problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(known)}"))
 
-    # Options that would only be refused in words that name no field, or in training, are tried.
+    # Try the options that would otherwise be refused without naming a field, or only in training.
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
         value = asked.get(name)
         try:
@@ -224,7 +224,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
-    """Return the fields of a dataclass that are given with another value than the default, and why that is `unused`."""
+    """Return the fields of a dataclass with a non-default value that has no effect, and the reason from `unused`."""
     problems = []
     for item in dataclasses.fields(kind):
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
@@ -236,12 +236,12 @@ def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]
 def check_together(
     arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
 ) -> list[Problem]:
-    """Return the fields of argument dataclasses that contradict each other, or the files that they name.
+    """Return the fields that contradict each other or the files that they name.
 
-    The fields that are `reported` have values that are wrong, and were omitted.
+    The `reported` fields had invalid values, and were omitted.
     """
-    # Most fields have a default, and a check must not confuse it with a wish. The rules are therefore written so that
-    # the defaults of every recipe pass them, and a field that only some recipes have is None in all others.
+    # A check must not mistake a default for a choice of the user. The rules are therefore written so that the defaults
+    # of every recipe pass them, and a field that only some recipes have is None in all others.
     arguments = list(arguments)
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     get = values.get
@@ -259,7 +259,7 @@ def check_together(
         "value_warmup_steps": "the policy never trained",
     }
     for field, result in never.items():
-        # A trial, `--max_steps 2`, does not have to lower the file's warm-up as well.
+        # A trial run with `--max_steps 2` does not have to lower the file's warm-up as well.
         is_trial = "max_steps" in on_command_line and field not in on_command_line
         if get(field, 0) > steps > 0 and not is_trial:
             refuse(field, f"is more than max_steps ({steps}), and {result}; lower it")
@@ -270,7 +270,7 @@ def check_together(
         if get(field) != defaults.get(field) and get(switch) != on and not excused:
             refuse(field, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")
 
-    # Muon updates the matrices inside of the blocks, and AdamW everything else, with rates of their own.
+    # Muon updates the matrices inside the blocks and AdamW everything else, each with its own rate.
     if own := [name for name in ("use_muon", "embedding_learning_rate") if get(name)]:
         for field in ("optim", "optim_args", "optim_target_modules"):
             if get(field) and get(field) not in ("adamw_torch", "adamw_torch_fused"):

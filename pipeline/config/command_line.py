@@ -1,4 +1,4 @@
-"""The command line of a recipe: its words are converted to the values that a YAML file would give; and `--help`."""
+"""The command line of a recipe, whose words become the values that a YAML file would give; and `--help`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.config.yaml_file import read_yaml
 from pipeline.errors import Problem
 
 SWITCH = dict.fromkeys(("true", "t", "yes", "y", "1"), True) | dict.fromkeys(("false", "f", "no", "n", "0"), False)
-"""What may be written after a switch, in any case. A switch without a word is on."""
+"""Words that may follow a switch, in any case. A switch without a word is on."""
 
 FLAGS = ("-h", "--help", "--help-all", "--help_all")
 
@@ -25,7 +25,7 @@ FLAGS = ("-h", "--help", "--help-all", "--help_all")
 def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return the options of a command line without `--config`, by field of the dataclasses, and what is wrong.
 
-    An option is written with underscores or hyphens, and never abbreviated. Its words are judged as values of YAML are.
+    An option is written with underscores or hyphens, and never abbreviated. Its words are parsed as YAML values are.
     """
     found: dict[str, list[str]] = {}
     strays: list[str] = []
@@ -54,7 +54,7 @@ def read_command_line(arguments: Sequence[str], dataclass_types: Sequence[Any]) 
         elif not words:
             problems.append(Problem(name, "''", f"must be {describe_type(hints[name])}"))
         elif NoneType in kinds and words == ["null"]:
-            # This unsets a field of the file.
+            # This unsets a field that the file sets.
             given[name] = None
         elif lists and (len(words) > 1 or next(kind for kind in kinds if kind is not NoneType) in lists):
             given[name] = [_from_word(word, members(get_args(lists[0])[0])) for word in words]
@@ -92,7 +92,7 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     lines = [f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]", ""]
     lines += ["Every option is also a key of the YAML file, which the command line overrides.", "", "Often set:"]
     width = min(shutil.get_terminal_size().columns, 120)
-    # What each does, or the first sentence of that, its type and its default.
+    # Each option's help (or its first sentence), type and default.
     for item in [*often, *(rest if everything else ())]:
         if rest and item is rest[0]:
             lines += ["", "Of the libraries:"]

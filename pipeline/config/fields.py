@@ -1,4 +1,4 @@
-"""The fields of argument dataclasses, and conversion of values to their types, for YAML files and the command line."""
+"""The fields of argument dataclasses, and the conversion of YAML and command line values to their types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.errors import Problem
 from pipeline.files import as_list
 
 READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path")
-"""Fields that may name a directory which a step reads."""
+"""Fields that may name a directory that a step reads."""
 
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
@@ -53,7 +53,7 @@ def read_values(given: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tup
 
 
 def unknown_field(name: str, value: object, known: Iterable[str]) -> Problem:
-    """Return the problem of a field that no dataclass has, with the nearest name as a suggestion."""
+    """Return the problem for an unknown field, with the nearest known name as a suggestion."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
     return Problem(name, value, remedy)
@@ -72,7 +72,7 @@ def known_values(hint: Any) -> list[Any]:
 
 
 def _options(hint: Any) -> list[Any]:
-    """Return the members of a type, without `None` and without `str` where that only stands for an enumeration."""
+    """Return the members of a type, without `None`, and without a `str` that only stands for an enumeration."""
     found = [member for member in members(hint) if member is not types.NoneType]
     return [member for member in found if member is not str or not any(isinstance(one, EnumType) for one in found)]
 

@@ -1,4 +1,4 @@
-"""Hardware, package versions and commit, for `run.json` and model cards; without torch, which takes seconds."""
+"""Hardware, package versions and commit, for `run.json` and model cards, read without importing torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 def describe_machine() -> dict[str, Any]:
     """Return what a step's entry in `run.json` says about the machine: `hardware`, `versions` and `commit`.
 
-    The commit is that of this checkout, with "-dirty" if files differ from it; None outside of a checkout.
+    `commit` is the commit of this checkout, with "-dirty" if files differ from it; None outside of a checkout.
     """
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
     # The driver names the GPUs, such as "2 x NVIDIA H100"; importing torch would take seconds.

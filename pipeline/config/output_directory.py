@@ -34,9 +34,9 @@ WRITTEN = (
 
 
 def recorded_template(model: str) -> dict[str, Any]:
-    """Return the `chat_template_kwargs` that the model in a folder was trained with, {} without any."""
+    """Return the `chat_template_kwargs` that the model in a folder was trained with, or {}."""
     folder = Path(model).absolute()
-    # The record of a checkpoint is its run's.
+    # A checkpoint shares the record of its run.
     folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     given = read_json(folder / RECORD).get("chat_template_kwargs")
     return given if isinstance(given, dict) else {}
@@ -46,7 +46,7 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
     """Check, before anything is written, that the run may write to its output directory.
 
     It may not if it is not writable, is what the run reads, or belongs to another run. Nothing is checked without
-    `TrainingArguments`. A run may be resumed on another machine, which decides the fields `machine`.
+    `TrainingArguments`. A run may be resumed on another machine, so the fields `machine` may differ.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)

@@ -1,6 +1,6 @@
 """Build a recipe's argument dataclasses from a YAML file and the command line, reporting all mistakes at once.
 
-A value goes through four checks, and the first that refuses it ends its way:
+A value goes through four checks, and stops at the first that refuses it:
 
     read_values       its type, for the YAML file and for the command line, which overrides the file
     _check_each       the value by itself: ranges, words, what this machine supports
@@ -37,16 +37,16 @@ from pipeline.files import split_revision
 OF_THE_MACHINE = (
     "use_cpu", "bf16", "fp16", "tf32", "fsdp", "fsdp_config", "deepspeed", "torch_compile", "ddp_backend",
 )  # fmt: skip
-"""Fields that only the process that will use them can judge."""
+"""Fields that only the process that uses them can check."""
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Build dataclasses from `--config FILE.yaml`, from the command line, which overrides it, and for this machine.
 
-    What the machine decides (`hardware.training_defaults`: precision, backend, ...) applies where the user gave
-    nothing. The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
+    Fields that the user did not set get the machine's defaults (`hardware.training_defaults`: precision, backend, ...).
+    The process is prepared as well (`launch.prepare_process`): no telemetry, all of the machine's cores.
 
-    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` says all that is wrong.
+    `argv` is a command line without the program's name, by default `sys.argv`. A `UserError` lists all problems.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -65,12 +65,12 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     is_unreadable = bool(problems)
     problems += _set_environment(content.pop("env", None))
     from_command_line, more = read_command_line(options, dataclass_types)
-    # Another recipe's file may hold values that this one does not know, as a loss of DPO's.
+    # Another recipe's file may have values that this one does not know, such as a DPO loss.
     used = {name: value for name, value in content.items() if name not in from_command_line}
     from_file, wrong = read_values(used, dataclass_types)
     problems += wrong + more
     asked = from_file | from_command_line
-    # Paths may begin with `~`, as in a shell.
+    # Expand paths that begin with `~`, as a shell does.
     for name in asked.keys() & {*READ, "output_dir", "resume_from_checkpoint"}:
         if isinstance(value := asked[name], list):
             asked[name] = [os.path.expanduser(path) for path in value]
@@ -101,13 +101,13 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         raise UserError(*problems)
 
     if training is not None:
-        # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.
+        # Trainers set the seed themselves, but only after TRL has initialised adapters and score heads.
         set_seed(training.seed)
         setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
         settings = json.loads(json.dumps(asked, default=str))
         setattr(training, output_directory.ASKED, {"settings": settings, "command": words})
     for item in built:
-        # TRL turns a list of one name into a string, which PEFT reads as a pattern of whole names.
+        # TRL turns a list of one name into a string, which PEFT reads as a pattern that must match whole names.
         if isinstance(targets := getattr(item, "lora_target_modules", None), str) and targets.isidentifier():
             item.lora_target_modules = [targets]
     return tuple(built)
@@ -116,7 +116,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 def check_values(
     config: Mapping[str, Any], dataclass_types: Sequence[Any], processes: int = 1
 ) -> tuple[list[Any], list[Problem]]:
-    """Return the dataclasses of a YAML file's values, as far as they can be built, and what is wrong with them."""
+    """Return the dataclasses that can be built from a YAML file's values, and what is wrong with the values."""
     config, before = dict(config), dict(os.environ)
     try:
         problems = _set_environment(config.pop("env", None))
@@ -172,7 +172,7 @@ def _build_checked(
     problems: list[Problem],
     on_command_line: Collection[str] = (),
 ) -> list[Any]:
-    """Build as many of the dataclasses as can be, check their fields together, and append to the `problems`."""
+    """Build as many of the dataclasses as possible, check their fields together, and append to `problems`."""
     reported = {problem.field for problem in problems}
     kept = {**machine, **{name: value for name, value in asked.items() if name not in reported}}
     built = []
@@ -187,10 +187,10 @@ def _build_checked(
             try:
                 built.append(kind(**own))
                 break
-            # A value, a package that is missing, and a file that a field names.
+            # These are raised for a wrong value, a missing package, and a file that a field names.
             except (UserError, ValueError, ImportError, OSError) as error:
                 refused = _problems_of(error, kind, own, is_expected=bool(problems))
-            # A field that is already reported was omitted, and its default is not to be judged.
+            # A field that is already reported was omitted, and its default must not be reported.
             problems += [p for p in refused if p.field not in reported and _named_in(p.remedy, reported) is None]
             culprits = [problem.field for problem in refused if problem.field in own]
             if not culprits:
@@ -215,7 +215,7 @@ def _build_checked(
 def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expected: bool) -> list[Problem]:
     """Return the problems that a dataclass of the values `own` lists, or its message under the field that it names.
 
-    An `error` that names none is a defect, and raised, unless it `is_expected` because values of the user are missing.
+    An `error` without a field is a defect and is raised, unless it `is_expected` because user values are missing.
     """
     listed = error if isinstance(error, UserError) else error.__cause__
     if isinstance(listed, UserError):

@@ -39,21 +39,21 @@ def find_shipped(path: Path) -> Path:
 def fetch_recipes(name: str) -> Path | None:
     """Download the recipes of `NAME/repo` or `NAME/repo@revision`, a model or data set repository on the Hub, if any.
 
-    A `UserError` says that the Hub cannot be reached, or all that the files say and may not say (`untrusted`).
+    A `UserError` says that the Hub cannot be reached, or lists what the files must not set (`untrusted`).
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     repo_id, revision = split_revision(name)
-    # Its launch file is not among the files: it can start any program.
+    # Its launch file is not downloaded, because it can start any program.
     patterns = ["[0-9]*_*.yaml", "[0-9]*_*.yml", "evaluate.yaml"]
     for repo_type in ("model", "dataset"):
         options = {"repo_type": repo_type, "revision": revision}
         # A bar for each of a few small files would only be noise.
         disable_progress_bars()
         try:
-            # Not `list_repo_files`, which tries for half a minute if the Hub cannot be reached.
+            # `list_repo_files` would retry for half a minute if the Hub cannot be reached.
             online = not constants.HF_HUB_OFFLINE
             info = HfApi().repo_info(repo_id, timeout=10, files_metadata=True, **options) if online else None
             listed = list(info.siblings or ()) if info else []
@@ -82,7 +82,7 @@ def fetch_recipes(name: str) -> Path | None:
 
 
 def is_fetched(path: Path) -> bool:
-    """Return whether a recipe folder lies on the Hub, and neither on this disk nor in the package."""
+    """Return whether a recipe folder is on the Hub rather than on this disk or in the package."""
     return not os.path.exists(path) and (found := find_shipped(path)) != path and not found.is_relative_to(SHIPPED)
 
 
@@ -96,7 +96,7 @@ def show_fetched(path: Path) -> str:
 
 
 def missing_input(values: Mapping[str, Any], config: str) -> Problem | None:
-    """Return the input of a step, of the file `config`, that an earlier step has yet to write, with its command."""
+    """Return the input of the step in `config` that an earlier step has yet to write, with the command for that."""
     folder = Path(config).parent
     steps: list[tuple[str, Path]] = []
     for path in sorted(find_shipped(folder).glob("[0-9]*.y*ml")):

@@ -1,8 +1,8 @@
-"""Check what a recipe folder from the Hub asks for. Somebody else wrote it, and it runs as soon as it is named.
+"""Check what a recipe folder from the Hub asks for. Someone else wrote it, and it runs as soon as it is named.
 
-A value is a number, a switch, or a text of one of the fields below; where it names a model or data, they lie on the
-Hub or in the run itself. Everything else is refused: files of this machine, code, pushes, other hosts. People who want
-more download the folder, read it, and run their copy.
+A value is a number, a switch, or a text of one of the fields below; models and data that it names must be on the Hub or
+in the run itself. Everything else is refused: files of this machine, code, pushes, other hosts. People who want more
+download the folder, read it, and run their copy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXTS = ("system_prompt", "answer_pattern", "elicit", "fixed_prompts", "vllm_str
 """Fields that may contain any text."""
 
 FUNCTIONS = ("reward_funcs", "tools", "environment", "grade", "judge", "lm_eval_tasks")
-"""Fields in which a word with a colon, a slash or a dot names code, or a file that names some."""
+"""Fields in which a word with a colon, a slash or a dot names code, or a file that loads code."""
 
 WORDS = (
     "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column", "document",
@@ -47,13 +47,13 @@ WORDS = (
 """Fields whose values are words: names of columns, of methods, of layers."""
 
 CHOICES = {"report_to": ("none", "tensorboard"), "vllm_mode": ("colocate",)}
-"""Words that send nothing to another host."""
+"""Values that send nothing to another host."""
 
 SWITCHES = re.compile(r"push_to_hub|hub_.+|trust_remote_code|allow_unconfined_code|env|.*kernels.*")
-"""Fields that push, run code or change the environment with any value."""
+"""Fields that push, run code or change the environment whatever their value."""
 
 PATHS = re.compile(rf"{'|'.join(NAMES)}|.*_(path|dir|file|config|checkpoint)|deepspeed")
-"""Fields in which a number is text as well: `dataset_name: 2024` would be a folder of this machine."""
+"""Fields in which a number acts as text: `dataset_name: 2024` would be a folder on this machine."""
 
 
 def check_untrusted(folder: Path) -> list[Problem]:
@@ -79,14 +79,14 @@ def recipe_files(folder: Path) -> list[Path]:
 
 
 def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]:
-    """Yield the values of a field that a recipe of the Hub may not set, each with the reason.
+    """Yield the values of a field that a recipe from the Hub may not set, each with the reason.
 
     A value in a mapping is checked under both keys, joined by a dot: `generation_kwargs.top_h`. In evaluate.yaml, the
     fields of a mapping that names data are checked under their own keys: `problems: {dataset_name: ...}`.
     """
     if SWITCHES.fullmatch(key.rpartition(".")[2]) and value not in (None, False):
         shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value
-        yield shown, "a recipe of the Hub may not push, run code or set variables of the environment"
+        yield shown, "a recipe from the Hub may not push, run code or set variables of the environment"
     elif isinstance(value, Mapping):
         for inner, item in value.items():
             yield from _faults(str(inner) if key in HELD_OUT else f"{key}.{inner}", item, homes)
@@ -94,39 +94,39 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
         for item in value:
             yield from _faults(key, item, homes)
     else:
-        # A switch is a number for Python, and never a text.
+        # In Python, a switch is a number, and never text.
         is_text = isinstance(value, str) or (type(value) in (int, float) and PATHS.fullmatch(key))
         if is_text and (fault := _fault(key, str(value), homes)):
             yield value, fault
 
 
 def _fault(key: str, text: str, homes: set[Path]) -> str | None:
-    """Return why a recipe of the Hub may not set a field to this text, or None."""
+    """Return why a recipe from the Hub may not set a field to this text, or None."""
     if key in TEXTS or (key == "judge" and text == "votes"):
         return None
     if key in FUNCTIONS and ":" in text:
-        return "code of the Hub is never run, nor any other function that a recipe of the Hub names"
+        return "code from the Hub is never run, nor any other function that a recipe from the Hub names"
     if key == "output_dir":
-        wrong = "a recipe of the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
-        # The directory of a stage, in that of a run.
+        wrong = "a recipe from the Hub may only write to a directory below the current one, such as runs/NAME/2_sft"
+        # The directory of a stage inside the directory of a run.
         return None if _is_inside(text, depth=2) else wrong
     if key in NAMES:
         if _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes):
             return None
         if not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?", text) or ".." in text:
-            return "a recipe of the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
+            return "a recipe from the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
         exists = os.path.exists(text) or os.path.exists(text.partition("@")[0])
-        return "is a path on this machine, which a recipe of the Hub may not read" if exists else None
+        return "is a path on this machine, which a recipe from the Hub may not read" if exists else None
     # Mappings other than these contain numbers and switches only.
     if key not in WORDS and not re.fullmatch(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+", key):
-        return "a recipe of the Hub may not set this field to a text"
+        return "a recipe from the Hub may not set this field to a text"
     if key in CHOICES and text not in CHOICES[key]:
-        return f"a recipe of the Hub may only set it to {' or '.join(CHOICES[key])}"
-    # A word is neither an option nor a path that leaves the current directory. Signs of arithmetic are words.
+        return f"a recipe from the Hub may only set it to {' or '.join(CHOICES[key])}"
+    # A word is neither an option nor a path out of the current directory. Arithmetic signs count as words.
     leaves = "://" in text or text.startswith(("~", "-", "/")) or ".." in Path(text).parts
     names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"/|\.ya?ml$", text)
     if (leaves and text not in ("/", "-")) or names_file:
-        return "a recipe of the Hub may not name files of this machine, or run code"
+        return "a recipe from the Hub may not name files of this machine, or run code"
     return None
 
 

@@ -22,8 +22,8 @@ BY_EVALUATION = re.compile(
     r"eval_\w+|(save|logging)_(steps|strategy)|max_eval_samples|dataset_test_split|metric_for_best_model|"
     r"greater_is_better|prediction_loss_only"
 )
-"""Those that do have an effect if evaluations choose the weights. `logging_steps` is the default of `eval_steps`, and
-only a checkpoint that was saved can be the best one."""
+"""Of these, the fields that have an effect if evaluations choose the weights. `logging_steps` is the default of
+`eval_steps`, and only a checkpoint that was saved can be the best one."""
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
@@ -31,10 +31,10 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
     pretrains, streams = "model_name_or_path" not in values, values.get("dataset_streaming")
-    # The workers of a stream take turns, so that their number changes the order of the rows.
+    # The workers of a stream take turns, so their number changes the order of the rows.
     if name == "dataloader_num_workers" and streams and not pretrains:
         return True
-    # Each process packs a part of the data, in pretraining or of conversations, so that their number changes the rows.
+    # Each process packs a part of the data, in pretraining and in SFT, so their number changes the rows.
     if name == "dataset_num_proc" and not streams and (values.get("packing") or pretrains):
         return True
     # Evaluations choose the weights, or these schedules follow them.
@@ -44,7 +44,7 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a run can go on with `changed` fields: those of its length, now no less than what is saved."""
+    """Return whether a run can continue with `changed` fields: only its length, and not below what is saved."""
     if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed) or values.get("save_only_model"):
         return False
     state = newest_state(output_dir)
@@ -54,12 +54,12 @@ def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, A
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
-    """Return a number among settings, or 0 if it is not given or is something else, which the step will report."""
+    """Return a number from settings, or 0 if it is missing or not a number, which the step will report."""
     return value if isinstance(value := values.get(name), int | float) else 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:
-    """Return the trainer's state in the checkpoint of the most steps that can be read; empty if there is none."""
-    # A damaged one, which training skips with a warning, counts as step 0.
+    """Return the trainer's state from the latest readable checkpoint, or an empty one."""
+    # A damaged checkpoint, which training skips with a warning, counts as step 0.
     states = map(read_json, output_dir.glob("checkpoint-*/trainer_state.json"))
     return max(states, key=lambda state: number_of(state, "global_step"), default={})

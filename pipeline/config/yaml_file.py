@@ -11,7 +11,7 @@ import yaml
 from pipeline.errors import Problem, UserError
 
 MAX_BYTES = 1 << 20
-"""A file of this size or more is certainly not a recipe's."""
+"""A file of this size or more cannot be a recipe."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         is_alias = isinstance(event, yaml.AliasEvent)
-        # In a file of a stranger, nine lines of aliases of aliases would be 8^9 values.
+        # In an untrusted file, nine lines of aliases of aliases could expand to 8^9 values.
         if is_alias and self._anchors:
             raise yaml.composer.ComposerError(None, None, "an alias inside a value with an anchor", event.start_mark)
         opens = not is_alias and event.anchor is not None

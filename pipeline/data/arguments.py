@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-"""Splits of the data sets that are made here. No prompt of one occurs in another."""
+"""Splits of the generated data sets. No prompt occurs in two of them."""
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a field of arguments, with what `--help` says of it."""
+    """Return an argument field with its help text."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -19,7 +19,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class DataArguments:
     """Which data set a stage reads, and what its columns mean."""
 
-    # In this order transformers' parser takes it for a list, which may be given as one name.
+    # In this order, transformers' parser takes it for a list, which may also be given as one name.
     dataset_name: list[str] | None | str = option(  # noqa: RUF009, RUF036
         None,
         "Id on the Hugging Face Hub, also NAME/repo@revision, or a local file or folder: a data set repository, files "
@@ -40,7 +40,7 @@ class DataArguments:
     drop_bad_rows: bool = option(False, "Drop rows that lack a text or a turn instead of refusing the data.")
     document: str | None = option(
         None,
-        "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (so many lines). Default: a "
+        "What a document of a text file is: file, blank_line (each paragraph) or lines:64 (64 lines each). Default: a "
         "file; one of more than 4,096 characters, or a single one, is cut at blank lines or line ends.",
     )
     max_train_samples: int | None = option(None, "Train on this many rows, the first ones.")

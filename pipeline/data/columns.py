@@ -49,28 +49,28 @@ FEATURES = {
 }
 """Types of the columns that converters make."""
 MOST_LEFT_OUT = 0.1
-"""Share of the rows of a data set of the Hub that may lack the expected shape. If more do, it is the wrong column."""
+"""Share of a Hub data set's rows that may lack the expected shape. If more do, it is the wrong column."""
 
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
 PAIRS = (("question", "answer"), ("prompt", "completion"), *product(PROMPTS, ANSWERS))
-"""Columns of a prompt and its answer, the most usual first; names are found in any case, and with spaces around."""
+"""Columns of a prompt and its answer, the most usual first; names match in any case, and with spaces around them."""
 CONTEXTS, CONVERSATIONS = ("input", "context"), ("messages", "conversations", "conversation")
 """Columns of Alpaca and Dolly that belong to the prompt, after the instruction; columns of conversations."""
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
-"""Columns of a table that are text, whatever they look like."""
+"""Columns of a table that are always read as text."""
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS = "_fault", "calls a tool"
-"""Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
+"""Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 
 
 @cache
 def _log_once(level: int, line: str) -> None:
-    """Log a line that is the same for several splits and stages of a process."""
+    """Log a line once, although several splits and stages of a process may repeat it."""
     logger.log(level, "%s", line)
 
 
@@ -80,7 +80,7 @@ def column_names(split: Split) -> list[str]:
 
 
 def normalise(name: str) -> str:
-    """Return the name of a column without what makes no difference."""
+    """Return the name of a column without differences in case and surrounding spaces."""
     return name.strip().casefold()
 
 
@@ -96,7 +96,7 @@ def drops_rows(args: DataArguments) -> bool:
 
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
-    """Return whether so many of the rows of a data set may be dropped."""
+    """Return whether `lost` of a data set's `rows` may be dropped."""
     return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
@@ -106,10 +106,10 @@ def standardise(
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
     A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
-    whose users cannot correct them: such rows are dropped, of the Hub up to `MOST_LEFT_OUT`. In a stream, documents
-    that are not text become empty instead: dropping them would change the numbers of the rows after them, and with
-    these which rows are held out. `args` names this data set alone. Rows that are not known to have `calls` of tools
-    are converted again if one has.
+    whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. In a stream,
+    documents that are not text become empty instead: dropping them would renumber the rows after them, and so change
+    which rows are held out. `args` names only this data set. If a row turns out to call a tool, all rows are converted
+    again with `calls`.
     """
     columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":
@@ -185,11 +185,11 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) 
         what = f"rows are dropped; row {first}, for instance: {faults[first]}"
         report_lost(len(faults), len(rows), what, f"correct {place}")
         rows = rows.select([index for index in range(len(rows)) if index not in faults])
-    # Machine-made collections contain pairs that do not say which answer is better.
+    # Generated data sets contain pairs that do not say which answer is better.
     informative = rows.filter(is_informative) if are_pairs else rows
     if lost := len(rows) - len(informative):
         if not len(informative):
-            raise UserError(Problem("dataset_name", place, "in all pairs an answer is empty, or both are the same"))
+            raise UserError(Problem("dataset_name", place, "every pair has an empty answer, or two equal ones"))
         what = "pairs are dropped, because an answer is empty or both are the same"
         report_lost(lost, len(rows), what, f"correct {place}")
     return informative
@@ -262,7 +262,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
     if not prompt and isinstance(next(iter(split))[chosen], str):
-        remedy = "there is no such column, and texts of chosen and rejected are answers alone; "
+        remedy = "there is no such column, and chosen and rejected contain only answers; "
         remedy += "move what precedes the answers to a column of prompts"
         raise UserError(Problem("prompt_column", args.prompt_column, remedy))
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
@@ -276,7 +276,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
-    """Return the column of the prompts: the one that is named, or by default one with a usual name; "" if none."""
+    """Return the column of the prompts: the named one, by default one with a usual name, or ""."""
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
     chosen = find_column(columns, "chosen")
@@ -308,7 +308,7 @@ def _prompt_reader(
 
 
 def _conversation_converter(args: DataArguments, columns: list[str]) -> Converter:
-    """Return what reads conversations, or joins a prompt and its completion, by default the columns of `PAIRS`."""
+    """Return what reads conversations, or joins a prompt and its completion (by default, columns in `PAIRS`)."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
 
@@ -339,7 +339,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
     prompt = _find_prompt(args, columns, split)
-    # Pairs of conversations are read as well: their prompt is what both begin with.
+    # Pairs of conversations also work: their prompt is what both begin with.
     chosen, rejected = (find_column(columns, side) for side in ("chosen", "rejected"))
     has_pairs = chosen and rejected and args.prompt_column == "prompt"
     if not prompt and not has_pairs:

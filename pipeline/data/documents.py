@@ -1,4 +1,4 @@
-"""Files of text: which part of one is a document, in memory, in a stream and in shards alike; how a table is read.
+"""Text files: how they are cut into documents, whether in memory, in a stream or in shards; how a table is read.
 
 By default, a document is a file. One of more than `LONGEST` characters is cut at blank lines, or at line ends where
 there are none: a file of 9,000 characters makes 3 documents, each of whole stanzas. The only file of a split is cut as
@@ -29,8 +29,8 @@ from pipeline.errors import Problem, UserError
 LONGEST = 4096
 """Characters of the longest document that is not cut, about a thousand tokens."""
 PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
-"""The only file of a split is cut into so many documents at least, unless they had fewer characters than these. Small
-files with so many bytes make one file of a stream, the first of which rows are held out of."""
+"""The only file of a split is cut into at least this many documents, unless they would have fewer characters than the
+second number. In a stream, small files are joined up to the third number of bytes."""
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
@@ -42,8 +42,8 @@ def open_documents(
 ) -> Dataset | IterableDataset:
     """Open the documents of a split's text files, as rows with the column `text`.
 
-    `rule` is `file`, `blank_line`, `lines:N` or None for the default; `is_single`, whether the split has no other file,
-    of any type. Raise a `UserError` if a file cannot be read as text, or there is no such rule.
+    `rule` is `file`, `blank_line`, `lines:N` or None for the default; `is_single` says that the split has no other
+    file. Raise a `UserError` if a file cannot be read as text, or there is no such rule.
     """
     if rule not in (None, "file", "blank_line") and not re.fullmatch(r"lines:[1-9]\d*", rule):
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
@@ -62,7 +62,7 @@ def open_documents(
     features, name = Features({"text": Value("string")}), NamedSplit(split)
     if streaming:
         return IterableDataset.from_generator(_documents, features, options, name)
-    # What is cached is of these files and of this module.
+    # The cache depends on these files and on this module.
     digest = hashlib.sha256(repr([options, split, digest_of(Path(__file__), *files)]).encode()).hexdigest()[:16]
     return Dataset.from_generator(_documents, features, gen_kwargs=options, split=name, fingerprint=digest)
 
@@ -92,7 +92,7 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict[str, str]]:
-    """Yield the documents of files, but no blank ones."""
+    """Yield the documents of files, except blank ones."""
     for file in chain.from_iterable(parts):
         lines = _read_lines(Path(file), longest if rule == "auto" else None)
         if rule == "file":
@@ -119,8 +119,8 @@ def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
 
 
 def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
-    """Yield paragraphs or, with `longest`, as many of them at a time as do not have more characters."""
-    # The lines of the present document, their characters, and how many of them the last blank line ends.
+    """Yield paragraphs or, with `longest`, as many at a time as fit into that many characters."""
+    # The lines of the current document, their characters, and the number of lines up to the last blank one.
     lines: list[str] = []
     size, ended = 0, 0
     for piece in pieces:
@@ -150,27 +150,27 @@ def choose_table(file: Path) -> dict[str, Any]:
         row = next(islice(filter(None, rows), 1, None), [])
         if not row:
             raise UserError(Problem("dataset_name", file, "does not have rows; give files that have"))
-        # pandas would take the first fields of such rows for names of rows.
+        # pandas would take the first fields of such rows for row names.
         if len(row) > len(header):
             remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
             remedy += f"{len(header)}; put fields that contain it in quotes"
             raise UserError(Problem("dataset_name", file, remedy))
         deque(rows, maxlen=0)
     except csv.Error as error:
-        # Other errors are a field that is too long for Python's limit, and one that is cut at the end of the sample.
+        # Other errors: a field is too long for Python's limit, or is cut at the end of the sample.
         stray = rows.line_num if "expected after" in str(error) else 0
-    # pandas would take all lines up to the next quote for one field.
+    # pandas would read all lines up to the next quote as one field.
     if stray and separator != "\t":
         remedy = "has a quote within a field in quotes, or text after them; write it twice, or save the file as JSONL"
         raise UserError(Problem("dataset_name", f"{file}, line {stray}", remedy))
     return {
         "sep": separator,
-        # In fields that are separated by tabs, a quote may be one of the text.
+        # In tab-separated fields, a quote may be part of the text.
         "quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
         "encoding": "utf-8-sig",
         "keep_default_na": False,
         "na_values": NULLS,
-        # Texts are not converted to numbers, which lose the zeros of 007.
+        # Text is not converted to numbers, which would turn 007 into 7.
         "converters": {name: _read_cell for name in header if normalise(name) in TEXT_COLUMNS},
     }
 

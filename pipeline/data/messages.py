@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
-NOT_READ = "calls a tool, which is not read; write the call into the content"
+NOT_READ = "calls a tool, which is not supported here; write the call into the content"
 
 
 class ShapeError(ValueError):
@@ -61,7 +61,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
 
 
 def _as_text(value: str, column: str) -> str:
-    """Return a text, and refuse a list of messages that a table has as text."""
+    """Return text, but refuse a list of messages that a table stores as text."""
     if re.match(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:", value):
         raise ShapeError(f"{column} has messages as text, {shorten(value)}; save them as JSONL or Parquet")
     return value
@@ -70,7 +70,7 @@ def _as_text(value: str, column: str) -> str:
 def _with_roles(value: object) -> object:
     """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`; a single message as a list.
 
-    Calls of tools, which are messages of their own there, join the assistant's message before them.
+    Tool calls, which are separate messages there, are added to the assistant's message before them.
     """
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list):
@@ -106,7 +106,7 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
 
 
 def _parse(value: object) -> object:
-    """Return what a text of JSON says; anything else as it is."""
+    """Parse a text that is JSON, and return anything else as it is."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -114,7 +114,7 @@ def _parse(value: object) -> object:
 
 
 def _without_none(value: object) -> Any:
-    """Return a value without the keys that are None: in a table, all calls have the arguments of every other one."""
+    """Remove the keys that are None: in a table, every call has the arguments of all others."""
     if isinstance(value, Mapping):
         return {key: _without_none(one) for key, one in value.items() if one is not None}
     return [_without_none(one) for one in value] if isinstance(value, list) else value
@@ -135,14 +135,14 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
     """Read messages that the assistant is to answer; arguments and errors as for `read_messages`."""
     messages = read_messages(value, column, system_prompt)
     if messages[-1]["role"] == "assistant":
-        raise ShapeError(f"{column} ends with the role assistant, which leaves nothing to answer")
+        raise ShapeError(f"{column} ends with the role assistant, so there is nothing to answer")
     return messages
 
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
-    # Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
-    # tokens of the template.
+    # Chat templates write a conversation as one text, in which the tokenizer cannot distinguish such a text from the
+    # template's special tokens.
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):
@@ -151,7 +151,7 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
 
 
 def as_answer(value: object) -> object:
-    """Return a number as text, such as 72, which is 72.0 if other answers are missing; None for NaN, a missing one."""
+    """Return a number as text: "72" also for 72.0, which it becomes if other answers are missing; None for NaN."""
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -174,14 +174,14 @@ def shorten(value: object) -> str:
 
 
 def has_prompt(pair: Row, column: str) -> bool:
-    """Return whether a pair has its prompt in a column of its own."""
+    """Return whether a pair has a separate column for its prompt."""
     # If the answers are whole conversations, a text in that column is only the last message of their prompt.
     whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
-    """Read two answers to a prompt, which is taken out of them if it is None, or raise a `ShapeError`.
+    """Read two answers to a prompt, which is extracted from them if it is None, or raise a `ShapeError`.
 
     Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, by how much chosen is better, if known.
     """
@@ -235,7 +235,7 @@ def labelled_pair(
 def _read_answer(
     value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
 ) -> dict[str, str]:
-    """Return the assistant's message, which may be empty, of a text, a message or a conversation with this prompt."""
+    """Return the assistant's message, perhaps empty, from a text, a message or a conversation with this prompt."""
     if isinstance(value := as_answer(value), str):
         return {"role": "assistant", "content": _as_text(value, column)}
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:

@@ -98,7 +98,7 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Look for every test row in the training rows, both of which are read once; `n` consecutive words must agree."""
+    """Look for test rows with `n` consecutive words in common with a training row; both are read once."""
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
     # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the overlap of each test data set with all training data. Return 1 if there is any."""
+    """Print the overlap of each test data set with all training data. Return 1 if anything overlaps."""
     if args.n < 1:
         raise UserError(Problem("n", args.n, "must be at least 1"))
     tests = {name: _open_rows(name, "test") for name in args.test}

@@ -17,16 +17,14 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from pipeline.data.columns import TOKENS, Split
+from pipeline.data.columns import TOKENS
 from pipeline.errors import Problem, UserError
-from pipeline.progress import report_lost
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
 
 DOCUMENTS_AT_ONCE = 1000
-"""Documents tokenized at once, for each of whose tokens `tokenizers` takes some hundred bytes."""
+"""Documents tokenized at once; `tokenizers` takes some hundred bytes for each of their tokens."""
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross entropy)."""
 
@@ -36,15 +34,15 @@ def pack_documents(
 ) -> Dataset:
     """Pack documents, in order, into blocks: the column `input_ids`, arrays of `block_size` integers.
 
-    Each document, a text of `column` or its tokens, is `bos + text + eos`. One that is cut by the end of a block
-    continues in the next one as if it began there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger than
-    65,536. By default, there is one process, whose tokenizer uses all cores.
+    Each document, a text of `column` or its tokens, is `bos + text + eos`. A document cut off by the end of a block
+    continues in the next block as if it began there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger
+    than 65,536. By default, one process tokenizes, on all cores.
     """
     encode = Encoder.of(tokenizer)
 
     def pack(batch: pa.Table) -> pa.Table:
         ids = encode(batch[column].to_pylist())
-        # Drop the rest that does not fill a block, of 10,000 documents one block in about 10 MB.
+        # Drop the rest that does not fill a block: per 10,000 documents, at most one block in about 10 MB.
         ids = ids[: len(ids) // block_size * block_size]
         return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
@@ -67,19 +65,19 @@ class Encoder:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         """Return the encoder of a tokenizer, which has the same hash in all processes that prepare the same data."""
         if not tokenizer.is_fast:
-            remedy = "is not of the library tokenizers; choose another one"
+            remedy = "does not use the library tokenizers; choose another one"
             raise UserError(Problem("tokenizer_name_or_path", tokenizer.name_or_path, remedy))
         # An earlier call may have set truncation or padding, which would be part of the hash.
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
-        # Ids may have gaps, so that the size of the vocabulary is not enough.
+        # Ids may have gaps, so the size of the vocabulary is not enough.
         largest = max(tokenizer.get_vocab().values())
         dtype = "uint16" if largest < 2**16 else "uint32"
         return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest, dtype)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
-        """Return the tokens of documents, which are texts, or tokens already, of shape (tokens,)."""
+        """Return the tokens, shape (tokens,), of documents, which are texts or already tokens."""
         if isinstance(documents[0], str):
             # A document that spells a special token must not end there.
             self.backend.encode_special_tokens = True
@@ -88,25 +86,25 @@ class Encoder:
                 some = documents[begin : begin + DOCUMENTS_AT_ONCE]
                 encoded = self.backend.encode_batch_fast(some, add_special_tokens=False)
                 tokens = chain.from_iterable((self.bos, *text.ids, self.eos) for text in encoded)
-                # One array at once: lists of Python integers take 30 bytes a token.
+                # Convert directly to an array: lists of Python integers take 30 bytes a token.
                 pieces.append(np.fromiter(tokens, self.dtype))
             return np.concatenate(pieces)
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
-            remedy = f"documents must begin with bos ({self.bos}) and end with eos ({self.eos}), the tokenizer's"
+            remedy = f"documents must begin with the tokenizer's bos ({self.bos}) and end with its eos ({self.eos})"
             raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
         ids = np.concatenate(documents)
         if (largest := ids.max()) > self.largest:
-            remedy = f"contain the token {largest}, and the tokenizer's last is {self.largest}; give the one that fits"
+            remedy = f"contain the token {largest}, but the tokenizer's last is {self.largest}; give a matching one"
             raise UserError(Problem("dataset_name", "the shards", remedy))
         return ids.astype(self.dtype)
 
 
 @dataclass
 class PackedBlocks:
-    """Collator that finds the documents of packed blocks, and keeps them apart.
+    """Collator that finds the documents in packed blocks, and keeps them apart.
 
-    A document begins with a bos token that follows an eos token. If both are the same token, they alternate in each
-    run of it: after a text the first one is an eos, and before a text the last one is a bos.
+    A document begins with a bos token that follows an eos token. If both are the same token, they alternate in each run
+    of it: the first one after a text is an eos, and the last one before a text is a bos.
     """
 
     bos: int
@@ -121,32 +119,16 @@ class PackedBlocks:
         places = np.arange(ids.shape[1])
         begins = ids == self.bos
         if self.bos == self.eos:
-            # The place of the latest token that is text. Behind it, eos and bos alternate.
+            # Position of the latest text token. After it, eos and bos alternate.
             last_text = np.maximum.accumulate(np.where(begins, -1, places), 1)
             # A block may begin with the eos of the document before it. Its first run ends with a bos.
             first_run = np.where(begins.all(1), 1, begins.argmin(1))[:, None]
             begins &= (places - last_text - 1 + np.where(last_text < 0, first_run, 0)) % 2 == 1
         else:
             begins[:, 1:] &= ids[:, :-1] == self.eos
-        # A document that is cut by the end of a block goes on as if it began there.
+        # A document cut off by the end of a block continues as if it began here.
         begins[:, 0] = True
         # The distance to the latest beginning.
         positions = places - np.maximum.accumulate(np.where(begins, places, 0), 1)
         batch = {"input_ids": ids, "position_ids": positions, "labels": np.where(begins, IGNORED, ids)}
         return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-def log_truncated(dataset: Split, args: SFTConfig) -> None:
-    """Log how many tokenized conversations exceed `max_length`, and so lose their end and its eos token.
-
-    Nothing is logged for a stream, whose rows are tokenized later, and where packing goes on in the next sequence.
-    """
-    goes_on = args.packing and args.packing_strategy != "bfd"
-    if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None or goes_on:
-        return
-    lengths = [len(ids) for batch in dataset.select_columns(TOKENS).iter(1000) for ids in batch[TOKENS]]
-    if longer := sum(length > args.max_length for length in lengths):
-        end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
-        what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
-        remedy = "raise it, or the model does not learn to stop after long answers"
-        report_lost(longer, len(lengths), f"{what}their {end}", remedy)

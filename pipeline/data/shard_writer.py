@@ -30,13 +30,13 @@ class ShardArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the shards: a data set with one folder for each split."})
     executor: Literal["local", "slurm", "ray"] = option("local", "Processes of this machine, jobs of Slurm, or Ray.")
-    workers: int | None = option(None, "Files tokenized at the same time (default: here one a core, elsewhere all).")
+    workers: int | None = option(None, "Files tokenized at once (default: locally one per core, otherwise all).")
     partition: str | None = option(None, "Partition of Slurm.")
-    time: str = option("24:00:00", "Longest time of a job of Slurm, in which a file is done.")
+    time: str = option("24:00:00", "Time limit of a Slurm job, which processes one file.")
 
 
 def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: int) -> Iterator[Any]:
-    """Yield the documents of the file number `rank` of `world_size`: the first step of a pipeline of datatrove."""
+    """Yield the documents of file number `rank` of `world_size`: the first step of a datatrove pipeline."""
     from datatrove.data import Document
 
     rows, _ = load_splits(data_args, "text", evaluation=False)
@@ -45,9 +45,9 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
 
 
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
-    """Tokenize the rows of `dataset_train_split`, each file into a shard, or go on where this was stopped.
+    """Tokenize the rows of `dataset_train_split`, each file into a shard, or continue where this was stopped.
 
-    Raise a `UserError` if an argument is wrong, or the folder has shards of other documents or of another tokenizer.
+    Raise a `UserError` if an argument is wrong, or the folder has shards of other documents or another tokenizer.
     """
     # By default, loguru logs the values of all variables with an error.
     for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):
@@ -60,7 +60,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         raise UserError(Problem("executor", args.executor, remedy)) from None
     name, *others = data_args.dataset_names
     if others:
-        remedy = "are several data sets; give a command for each, with a folder of its own, and pretraining all folders"
+        remedy = "are several data sets; give a command for each, with its own folder, and pretraining all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
     source = Path(name).expanduser()
     name = str(source.absolute()) if source.exists() else name
@@ -68,7 +68,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
     record = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
-    # What determines which documents the shards contain.
+    # The arguments that determine which documents the shards contain.
     fields = (
         "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
         "document",
@@ -85,7 +85,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     # Not shuffled, because a stream of shards is shuffled when it is read.
     options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
     write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)
-    # datatrove would choose the size by the size of the vocabulary, in which it does not count special tokens.
+    # datatrove would derive the size from the vocabulary, without counting special tokens.
     write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
     steps = [partial(read_documents, data_args), write]
     options = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
@@ -98,13 +98,13 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     else:
         options["workers"] = min(tasks, args.workers or os.cpu_count() or 1)
         if options["workers"] > 1:
-            # Each process keeps to one thread.
+            # Each process uses a single thread.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         LocalPipelineExecutor(steps, **options).run()
 
 
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
-    """Check how shards of `source` are to be written to `folder`, which is to contain the texts of `files` by name."""
+    """Check the arguments for writing shards of `source` to `folder`, which will have `files`: texts by name."""
     problems = [problem] if (problem := check_directory(args.output_dir)) else []
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"

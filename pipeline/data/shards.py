@@ -26,7 +26,7 @@ from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
 TOKENIZER, RECORD = "tokenizer.json", "documents.json"
-"""Files of `pipeline.data.shard_writer` next to shards: what `document_tokenizer` returns, and what was tokenized."""
+"""Files of `pipeline.data.shard_writer` next to shards: the result of `document_tokenizer`, and what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:
@@ -53,7 +53,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 
 def documents_of(args: Arguments) -> Arguments:
-    """Return the arguments of the documents that shards were made from, for what reads text; others as they are."""
+    """Return the arguments of the documents that shards were made from, for readers of text; others unchanged."""
     record = read_json(Path(args.dataset_names[0], args.dataset_train_split, RECORD))
     return replace(args, **{name: value for name, value in record.items() if name not in ("tasks", "digest")})
 
@@ -61,7 +61,7 @@ def documents_of(args: Arguments) -> Arguments:
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the JSON, for the library `tokenizers`, of a tokenizer that makes `bos + text + eos`, as `Encoder` does.
 
-    It does not look for special tokens, because `datatrove` cannot be asked to encode a text that spells them as text.
+    It does not recognise special tokens, because `datatrove` cannot be told to encode them as text.
     """
     backend = Encoder.of(tokenizer).backend
     around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
@@ -72,7 +72,7 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """Report shards that were made with a tokenizer other than the model's. Shards of other programs do not say."""
+    """Report shards made with a tokenizer other than the model's. Shards of other programs do not name theirs."""
     own = Tokenizer.from_str(document_tokenizer(tokenizer)).to_str()
     files = [record.with_name(TOKENIZER) for record in folder.rglob(RECORD)]
     others = [file for file in files if Tokenizer.from_file(str(file)).to_str() != own]
@@ -81,7 +81,7 @@ def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[P
 
 
 def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the documents of shards. Those that a resumed run skips are not read."""
+    """Yield the documents of shards, without reading those that a resumed run skips."""
     # With documents of three and two tokens:
     #
     #   NAME.ds         [bos a eos][bos eos]
@@ -109,11 +109,11 @@ def _validate(files: Sequence[Path]) -> Problem | None:
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:
-            remedy = "does not have the tokens that its .index and .metadata say: it is being written, or damaged"
+            remedy = "does not match its .index and .metadata: it is still being written, or damaged"
             return Problem("dataset_name", file, f"{remedy}; wait for it, or make it again")
         total += tokens
     tasks = read_json(files[0].parent / RECORD).get("tasks", len(files))
     remedy = "" if total else "is empty; choose one that has rows"
     if tasks != len(files):
-        remedy = f"has {len(files)} of {tasks} shards; give the command that makes them once more, which makes the rest"
+        remedy = f"has {len(files)} of {tasks} shards; repeat the command that makes them, to make the rest"
     return Problem("dataset_name", files[0].parent, remedy) if remedy else None

@@ -1,4 +1,4 @@
-"""Sources of data: a Hub id, a local data set repository, or plain files, opened with errors that name the place."""
+"""Sources of data: a Hub id, a local data set repository, or plain files, opened with errors that say where."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ NO_DATA = re.compile(
     r"(?i)(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
     r"|cache-\w+\.arrow"
 )
-"""Files of a folder that are about the data, or what `datasets` has made of them."""
+"""Files of a folder that describe the data, or that `datasets` has made from them."""
 SPLIT_NAMES = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 SPLIT = re.compile(rf"(?:.*[-._ 0-9])?({'|'.join(SPLIT_NAMES)})(?:[-._ 0-9].*)?", re.IGNORECASE)
-"""Names of files and folders that belong to a split: `test.jsonl` and `my-train-1.csv`, but not `contest.txt`."""
+"""Names of files and folders that indicate a split: `test.jsonl` and `my-train-1.csv`, but not `contest.txt`."""
 SHARDED = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 """Names of the files of a split in repositories of the Hub, such as `data/train_sft-00000-of-00003.parquet`."""
 UNREADABLE = (
@@ -74,18 +74,18 @@ def open_source(
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))
     path = Path(name).expanduser()
     if (path / VOTES_FILE).is_file() and not update_data_set(path):
-        remedy = "does not contain a vote that prefers one of two answers yet; collect some with"
+        remedy = "does not yet contain a vote for one of two answers; collect some with"
         raise UserError(Problem("dataset_name", name, f"{remedy} `{as_typed('app')}`"))
     if is_shards(path):
         if not streaming:
-            remedy = f"must be true for the shards of {name}, which are read during training"
+            remedy = f"must be true, because the shards in {name} are read during training"
             raise UserError(Problem("dataset_streaming", streaming, remedy))
         return open_shards(path)
     # `datasets` converts every file into its cache.
     if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
-    # It logs the traceback of a file that cannot be parsed, which is reported below in one line.
+    # It logs the traceback of a file that cannot be parsed; the error is reported below in one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if not path.exists():
         if is_missing_path(name) or _suffix(path) in BUILDERS or path.suffix in COMPRESSIONS:
@@ -96,8 +96,7 @@ def open_source(
         if path.is_dir() and (config is not None or _read_configs(path)):
             _check_config(str(path), config, None)
             # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from
-            # the common cache it would return the rows of another run's `data`, or of this one's before it was
-            # generated again.
+            # the common cache, it would return the rows of another run's `data`, or outdated ones of this run's.
             own_cache = str(cache / "folders" / digest_of(path))
             return datasets.load_dataset(str(path), config, cache_dir=own_cache, streaming=streaming)
         if config is not None:
@@ -111,14 +110,14 @@ def open_source(
 
 
 def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
-    """Open a data set of the Hub, or the files of it that `run --download` has fetched."""
+    """Open a data set from the Hub, or those of its files that `run --download` has fetched."""
     repo_id, revision = split_revision(name)
     options: dict[str, Any] = {"name": config, "revision": revision}
     if streaming and constants.HF_HUB_OFFLINE:
         with contextlib.suppress(LocalEntryNotFoundError):
             place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
             repo_id = snapshot_download(repo_id, allow_patterns="README.md", **place)
-            # Without file names, `datasets` looks for those of the first configuration, maybe another than was fetched.
+            # Without file names, `datasets` looks for the first configuration, which may not be the fetched one.
             files = _read_configs(Path(repo_id)).get(config or "default", {}).get("data_files")
             options = {"name": config, "data_files": files}
     _check_config(repo_id, config, options.get("revision"))
@@ -157,7 +156,7 @@ def _check_config(builder: str, config: str | None, revision: str | None) -> Non
 
 
 def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
-    """Open a file, or the files in a folder, each by its suffix, and join the files of a split. Log the others."""
+    """Open a file, or the files in a folder by their suffixes, and join the files of a split. Log the others."""
     kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
     if path.is_file() and _suffix(path) not in BUILDERS:
         remedy = f"files of this type are not supported; save it as one of {kinds}"
@@ -180,14 +179,14 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
 
     found: dict[Path, str | None] = {}
     for file in files:
-        # The split that a file in a folder belongs to, by the names of its folders or its own, if to any.
+        # The split that a file belongs to, if any, by the names of its folders or its own.
         name = file.relative_to(path)
         match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
         found[file] = SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
     other = next((file for file, split in found.items() if split is None), None)
     if other is not None and "train" in found.values():
         known = next(file for file, split in found.items() if split)
-        remedy = f"does not belong to a split by its name, as {known} does ({found[known]}); rename or move one of them"
+        remedy = f"does not name a split, as {known} does ({found[known]}); rename or move one of them"
         raise UserError(Problem("dataset_name", other, remedy))
     joined: dict[str, Split] = {}
     for split in dict.fromkeys((*SPLITS, *sorted(filter(None, found.values())))):
@@ -199,18 +198,18 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
 
 
 def _suffix(path: Path) -> str:
-    """Return the suffix that says how a file is read, in lower case, before the one of its compression."""
+    """Return the lower-case suffix of a file, without that of a compression, which says how it is read."""
     return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
 
 
 def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
-    """Open the files of a split, and join rows that have the same columns, or else their texts."""
+    """Open the files of a split, and join their rows or, if columns differ, their texts."""
     # Files that are read in the same way are opened together.
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
         with file.open("rb") as content:
             if content.read(32).startswith(b"version https://git-lfs"):
-                remedy = "is only a pointer of Git LFS; fetch the file: `git lfs pull`"
+                remedy = "is only a Git LFS pointer; fetch the file with `git lfs pull`"
                 raise UserError(Problem("dataset_name", file, remedy))
         if _suffix(file) == ".json":
             # Any value but a list or an object crashes pyarrow's reader.
@@ -231,7 +230,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:
-            # The types are those of the first file, where a column may be without values.
+            # The types come from the first file, in which a column may have no values.
             parts += [(file, load([file])) for file in some]
     first, columns = parts[0][0], set(column_names(parts[0][1]))
     for file, part in parts:
@@ -256,7 +255,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
 
 
 def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) -> Split:
-    # `datasets` reads paths as patterns.
+    # `datasets` interprets paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:
         return datasets.load_dataset(builder, data_files=names, split=split, **options)
@@ -267,7 +266,7 @@ def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) 
 
 
 def locate_error(path: Path, error: Exception) -> list[Problem]:
-    """Find the lines of JSON Lines that cannot be parsed, for an error of `datasets`, or else repeat its reason."""
+    """Explain an error of `datasets`: name the lines of JSON Lines that cannot be parsed, or else repeat its reason."""
     problems = []
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if _suffix(file) not in JSON_LINES:

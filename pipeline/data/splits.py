@@ -20,14 +20,14 @@ from pipeline.errors import Problem, UserError
 logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
-"""Rows among which a stream is shuffled, and the default of `max_eval_samples` where rows of one are held out: each
-evaluation would read it to its end."""
+"""Rows among which a stream is shuffled, and the default of `max_eval_samples` if rows of a stream are held out:
+otherwise, each evaluation would read the stream to its end."""
 
 
 def load_splits(
     args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
 ) -> tuple[Split, Split | None]:
-    """Load the training split of a data set and, if wanted, its evaluation split, or else None.
+    """Load the training split of a data set and its evaluation split, or None if `evaluation` is off.
 
     If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
     whether or not the evaluation split is wanted: the finished model is measured on these rows as well. A `UserError`
@@ -43,7 +43,7 @@ def load_splits(
         tokens: Special tokens of the tokenizer, which no message may contain as text. Default: any text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
     """
-    # This is the only place that knows of several data sets: everything below is about one, and names it alone.
+    # Only this function handles several data sets: everything below is about one, and names only that.
     parts = []
     for name in args.dataset_names:
         try:
@@ -54,30 +54,30 @@ def load_splits(
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
-        # Trainers shuffle only data with a length. The order of a stream depends on the seed and the epoch.
+        # Trainers only shuffle data with a length. The order of a stream depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, test
 
 
 def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the assistant calls tools in conversations of `load_splits`; of a stream, give the first rows."""
+    """Return whether any of these conversations from `load_splits` calls tools; of a stream, pass the first rows."""
     if isinstance(conversations, Dataset):
         return bool(conversations.features["messages"] == CALLING)
     return any("tool_calls" in message for row in conversations for message in row["messages"])
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
-    """Return the number of training rows, and about how many tokens an average one has; 0 for what is not known.
+    """Return the number of training rows and their approximate mean length in tokens; 0 for an unknown one.
 
-    Nothing is downloaded. `planned` has the rows of data sets that do not exist yet. A number that is `needed` and not
-    known raises a `UserError`.
+    Nothing is downloaded. `planned` has the numbers of rows of data sets that do not exist yet. If the number is
+    `needed` but unknown, raise a `UserError`.
     """
     names = args.dataset_names
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
             first = rows.take(200)
-            # Each of these columns, and an answer to a prompt, makes one sequence of tokens of about 4 characters.
+            # Each of these columns, and an answer to a prompt, makes one sequence, with about 4 characters per token.
             shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
             return len(rows), sum(len(str(text)) for column in shown for text in first[column]) / len(first) / 4
         if args.max_train_samples or not needed:
@@ -87,7 +87,7 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         splits = [load_dataset_builder(name, args.dataset_config).info.splits for name in names]
         return sum(split[args.dataset_train_split].num_examples for split in splits), 0
     except Exception as error:
-        # A data set that cannot be read, a Hub that cannot be reached and a card without numbers all raise their own.
+        # An unreadable data set, an unreachable Hub and a card without numbers all raise different errors.
         if not needed:
             return 0, 0
         remedy = "its rows can be counted neither here nor on the Hub; give --max_train_samples"
@@ -120,7 +120,7 @@ def _load_one(
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split
     is_single = list(source) == [train] and test != train and args.validation_share > 0
-    # A single row is trained on, if nothing is to be evaluated.
+    # A single row is trained on if there is no evaluation.
     can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
     if not (is_single and can_be_divided):
         remedy = f"there is no such split; choose from: {', '.join(source)}"
@@ -135,7 +135,7 @@ def _load_one(
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[test], args, "max_eval_samples")
-        # The evaluation split must have the columns that are read of the training split, such as answers.
+        # The evaluation split must have the columns that are read from the training split, such as answers.
         columns, others = column_names(source[train]), column_names(held_out)
         used = [] if kind == "tokens" else converter(source[train], columns, args, kind)[2]
         # Prompts may be read from the answers, and margins are optional.
@@ -146,7 +146,7 @@ def _load_one(
         return trained_on, standardise(held_out, args, kind, tokens)
 
     if isinstance(source[train], Dataset) and drops_rows(args):
-        # Faulty rows are dropped afterwards: evaluations, which drop them as well, count all rows.
+        # Malformed rows are dropped afterwards, because evaluations count all rows, and then drop the same ones.
         trained_on, held_out = (standardise(part, args, kind, tokens) for part in _hold_out(source[train], args))
     else:
         # Rows are checked first, so that errors give their numbers in the file.
@@ -159,13 +159,13 @@ def _load_one(
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
-    """Divide rows into a part to train on and a part to evaluate on; of a stream, only its first file is divided."""
+    """Divide rows into a part to train on and a part to evaluate on; in a stream, only the first file is divided."""
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
         rows = range(len(only))
         if len(rows) < 2:
-            remedy = f"has {len(rows)} rows, which leaves nothing to hold out; give more rows, or --eval_strategy no"
+            remedy = f"has {len(rows)} rows, too few to hold any out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
         held_out = rows[::period]
@@ -191,7 +191,7 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
 
 
 def _join(parts: list[Split], most: int | None) -> Split:
-    """Put the rows of several data sets one after the other, at most `most` of them."""
+    """Concatenate the rows of several data sets, up to `most` rows."""
     types = [part.features for part in parts]
     if any(one != types[0] for one in types) and {"messages": CALLING} in types:
         parts = [part.cast(Features({"messages": CALLING})) for part in parts]

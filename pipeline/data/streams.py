@@ -1,17 +1,17 @@
-"""Streams of packed blocks: the same batches for any number of processes, resumed where a checkpoint left them.
+"""Streams of packed blocks: the same batches for any number of processes, resumed where a checkpoint left off.
 
 The files of a streamed data set are dealt to lanes, whose number depends on the data alone. A lane reads its files in
-an order drawn from the seed, shuffles and packs some hundred documents at a time, and begins again when it has read
-them all. The stream takes one block from each lane in turn, and process r of W gets the blocks r, r + W, r + 2W ...:
-two processes with half the batch each train on the batches of one. If W divides the number of lanes, no document is
-read twice; otherwise processes share lanes, and each tokenizes the lanes that it has a part in. With four lanes:
+an order drawn from the seed, shuffles and packs some hundred documents at a time, and starts over when it has read them
+all. The stream takes one block from each lane in turn, and process r of W gets the blocks r, r + W, r + 2W ...: two
+processes with half the batch each train on the same batches as one. If W divides the number of lanes, each document is
+read once; otherwise processes share lanes, and each tokenizes every lane that it uses. With four lanes:
 
     lane        a    b    c    d    a    b    c    d    a  ...
     process     0    1    0    1    0    1    0    1    0        two processes: 0 tokenizes a and c, 1 tokenizes b and d
     process     0    1    2    0    1    2    0    1    2        three processes: all lanes are tokenized three times
 
-The state of a lane is the place in its file before the present chunk of documents, which is read once more by a resumed
-run: the state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`.
+The state of a lane is the place in its file before the current chunk of documents, which a resumed run reads again: the
+state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
 LANES, DOCUMENTS = 16, 256
-"""Most lanes, each of which has a file open, and the documents of a lane that are shuffled and tokenized together."""
+"""Maximum number of lanes, each with an open file, and documents that a lane shuffles and tokenizes together."""
 STATE = "stream.json"
 """File in a checkpoint."""
 Place = dict[str, Any]
@@ -50,11 +50,11 @@ next, and the tokens before that block (`rest`)."""
 
 
 class PackedStream(torch.utils.data.IterableDataset):
-    """Endless blocks of `block_size` tokens of packed documents, which process number `process` of `processes` reads.
+    """Endless blocks of `block_size` tokens from packed documents, as read by process number `process` of `processes`.
 
-    `rows` are documents, with the column `text`, or `input_ids` of a tokenizer that is the same. `chosen` has the
-    fields of the data arguments that choose rows: with `max_train_samples`, the stream is read as one file, because
-    `datasets` would take so many from each.
+    `rows` are documents, with the column `text`, or `input_ids` from the same tokenizer. `chosen` has the fields of the
+    data arguments that choose rows: with `max_train_samples`, the stream is read as one file, because `datasets` would
+    take that many from each file.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class PackedStream(torch.utils.data.IterableDataset):
         files = 1 if chosen.get("max_train_samples") is not None else rows.num_shards
         # A power of two, so that the usual numbers of processes divide it.
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
-        # A resumed run has to have the same of all these, or its place is one in another stream.
+        # A resumed run must have the same values, or its place would be in a different stream.
         self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
         self.column = TOKENS if TOKENS in column_names(rows) else "text"
         self.kind |= {"column": TOKENS} if self.column == TOKENS else {}
-        # The first block of the stream in this run, and how many this process has given since.
+        # The first block of the stream in this run, and how many this process has yielded since.
         self.begin, self.given = 0, 0
-        # Places of the lanes at `begin`, and of the chunks that are being given.
+        # Places of the lanes at `begin`, and of the chunks that are being yielded.
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
-        # This process reads one lane in so many, and does not know at which places the others are.
+        # This process reads only every n-th lane, and does not know the places of the others.
         self.share = math.gcd(processes, self.lanes)
         read = "all documents" if self.share == 1 else f"one document in {self.share}"
         logger.info("stream      files %d, lanes %d; each process tokenizes %s", files, self.lanes, read)
@@ -101,12 +101,12 @@ class PackedStream(torch.utils.data.IterableDataset):
                 yield {"input_ids": next(ids for place, ids in lanes[lane] if place == block)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on after the last block that was given, as JSON."""
+        """Return what `load_state_dict` needs to continue after the last block that was yielded, as JSON."""
         own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % self.share == 0}
         return {"kind": self.kind, "begin": self.begin + self.given * self.processes, "places": own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where one process, or several whose states are joined, were: see `join_states`."""
+        """Continue where one process, or several with joined states (`join_states`), left off."""
         self.begin, self.given = state["begin"], 0
         self.start = {int(lane): place for lane, place in state["places"].items()}
 
@@ -118,7 +118,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             try:
                 place, blocks = ahead.result()
             except (UserError, *LIBRARY_ERRORS) as error:
-                # Only the first process reports these, and another one may have failed.
+                # Only the first process reports a `UserError`, but another process may have failed.
                 raise RunStopped(f"The stream cannot be read: {' '.join(str(error).split())}") from error
             self.places[lane] = place
             ahead = thread.submit(next, chunks)
@@ -141,7 +141,7 @@ class PackedStream(torch.utils.data.IterableDataset):
                 place["rows"] = reader.state_dict()
                 if len(documents) == DOCUMENTS:
                     break
-                # The file has ended: go on with the next one of the lane.
+                # The file has ended: continue with the lane's next one.
                 place |= {"file": place["file"] + 1, "rows": None}
                 ended = 0 if read else ended + 1
                 if ended > files:
@@ -151,10 +151,10 @@ class PackedStream(torch.utils.data.IterableDataset):
                     place |= {"file": 0, "whole": True}
                     ended = 0
                 reader, rows, files = self._open(lane, place)
-                # End the chunk with the epoch, so that no document is given again before all others.
+                # End the chunk with the epoch, so that no document is repeated before all others have been read.
                 if documents and place["file"] % files == 0:
                     break
-            # Shuffle, tokenize and cut into blocks. What does not fill a block begins the next chunk.
+            # Shuffle, tokenize and cut into blocks. The rest that does not fill a block begins the next chunk.
             order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(documents))
             ids = np.concatenate([rest, self.encode([documents[i] for i in order])])
             blocks, rest = np.split(ids, [len(ids) // size * size])
@@ -163,15 +163,15 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield before, blocks
 
     def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]], int]:
-        """Return the file that a lane is at, its rows from there, and how many files the lane reads in each epoch."""
+        """Return the current file of a lane, its remaining rows, and how many files the lane reads in each epoch."""
         dealt = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
         files = dealt if place["whole"] else dealt[lane :: self.lanes]
         epoch, number = divmod(place["file"], len(files))
         if number == 0 and epoch:
-            logger.info("stream      lane %d has read its files %d times, and begins again", lane, epoch)
+            logger.info("stream      lane %d has read its files %d times, and starts over", lane, epoch)
         file = int(np.random.default_rng([self.kind["seed"], lane, epoch]).permutation(files)[number])
         reader = self.rows.shard(self.kind["files"], file) if self.kind["files"] > 1 else self.rows
-        # Divided by row groups, the rows before the place are skipped without being read.
+        # If the file is divided by row groups, the rows before the place are skipped without being read.
         reader = reader.reshard()
         if place["rows"] is not None:
             reader.load_state_dict(place["rows"])
@@ -199,7 +199,7 @@ def pack_splits(
             place = (args.process_index, args.world_size)
             packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
             continue
-        # An evaluation reads the same rows each time, so a stream of them is stored.
+        # Each evaluation reads the same rows, so a stream of them is stored.
         rows = Dataset.from_list(list(split)) if isinstance(split, IterableDataset) else split
         blocks = None
         if rows is not None:
@@ -214,10 +214,10 @@ def pack_splits(
 
 
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join the states of all processes. Each knows only the lanes that it reads."""
+    """Join the states of all processes. Each process only knows the lanes that it reads."""
     places: dict[str, Place] = {}
     for lane, place in (item for state in states for item in state["places"].items()):
-        # Where several processes read a lane, resume at the first of their places.
+        # If several processes read a lane, resume at the earliest of their places.
         if lane not in places or place["block"] <= places[lane]["block"]:
             places[lane] = place
     return {**states[0], "places": places}
@@ -225,7 +225,7 @@ def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class StreamPlace:
-    """The place in a stream, a part of every checkpoint (`pipeline.training.reliable`), also of the model alone."""
+    """The place in a stream, part of every checkpoint (`pipeline.training.reliable`), even with `save_only_model`."""
 
     stream: PackedStream
     args: TrainingArguments
@@ -238,7 +238,7 @@ class StreamPlace:
             (folder / STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Go on where the checkpoint was written. Raise a `UserError` if it has no place, or one in another stream."""
+        """Continue at the checkpoint's place. Raise a `UserError` if it is missing or in another stream."""
         try:
             state = json.loads((folder / STATE).read_text())
         except FileNotFoundError:

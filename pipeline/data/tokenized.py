@@ -1,20 +1,23 @@
-"""Tokens of conversations, pairs and prompts, a thousand rows at a time; TRL's trainers go through them one by one."""
+"""Tokens of conversations, pairs and prompts, a thousand rows at a time, where TRL's trainers take one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from pipeline.data.columns import Kind, Split
+from pipeline.data.columns import TOKENS, Kind, Split
 from pipeline.data.messages import Messages
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 
 def drop_long_prompts(
@@ -28,7 +31,7 @@ def drop_long_prompts(
 
     `positions` is the model's `max_position_embeddings`, if any; `template` has the `chat_template_kwargs`. Raise a
     `UserError` if no prompt leaves room (of a stream, none of the first), and a `ValueError` if the chat template makes
-    no tokens of a prompt.
+    no tokens from a prompt.
     """
 
     def count(prompts: list[Any]) -> list[int]:
@@ -38,7 +41,7 @@ def drop_long_prompts(
     # Prompts of a stream may have to be downloaded for it.
     first = count([row["prompt"] for row in split.take(100)])
     if not min(first):
-        raise ValueError("it makes no tokens of it")
+        raise ValueError("it makes no tokens from it")
     if positions is None:
         return split
 
@@ -52,6 +55,22 @@ def drop_long_prompts(
         what = f"prompts have more than {room} tokens, which leaves no room for an answer, and are dropped"
         report_lost(len(split) - len(kept), len(split), what, "lower max_completion_length, or shorten them")
     return kept
+
+
+def log_truncated(dataset: Split, args: SFTConfig) -> None:
+    """Log how many tokenized conversations exceed `max_length`, and so lose their end, with the eos token.
+
+    Nothing is logged for a stream, whose rows are tokenized later, and if packing continues in the next sequence.
+    """
+    goes_on = args.packing and args.packing_strategy != "bfd"
+    if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None or goes_on:
+        return
+    lengths = [len(ids) for batch in dataset.select_columns(TOKENS).iter(1000) for ids in batch[TOKENS]]
+    if longer := sum(length > args.max_length for length in lengths):
+        end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
+        what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
+        remedy = "raise it, or the model does not learn to stop after long answers"
+        report_lost(longer, len(lengths), f"{what}their {end}", remedy)
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -71,9 +90,9 @@ def add_tokens(
     answers_only: bool = False,
     num_proc: int | None = None,
 ) -> Split:
-    """Add the columns that TRL's trainers otherwise make of conversations and of pairs; streams are left to them.
+    """Add the columns that TRL's trainers would otherwise make from conversations and pairs; streams are left to them.
 
-    A stream gets them here if only the answers are labels and TRL cannot find them: see `template_for_labels`.
+    A stream gets them here only if just the answers are labels and TRL cannot find them: see `template_for_labels`.
 
     With `answers_only`, only the assistant's tokens are labels of a conversation. `num_proc` is the number of
     processes, unless the split is a stream. Raise a `UserError` if the assistant's tokens cannot be found.
@@ -93,7 +112,7 @@ def add_tokens(
         labels = []
         for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             if not any(mask):
-                remedy = "the chat template marks no token of a conversation as the assistant's"
+                remedy = "the chat template does not mark any token of a conversation as the assistant's"
                 raise UserError(Problem("assistant_only_loss", True, f"{remedy}; correct {{% generation %}}"))
             labels.append([token if kept else IGNORED for token, kept in zip(row, mask, strict=True)])
         return {"input_ids": encoded["input_ids"], "labels": labels}

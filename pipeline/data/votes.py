@@ -1,9 +1,9 @@
 """People's votes: the log to which the page appends them, and the preference data set that is made from it.
 
 Both lie in one folder, such as `runs/pocket/votes`. The data set is written again whenever the log, `votes.jsonl`, has
-grown: one row per vote that prefers one of the two answers and, as the configuration `judgements`, each answer alone,
-and whether it is wanted. A line of the log, which is appended and never changed, is a vote of a person on two answers
-to a prompt, `a` by `model_a` and `b` by `model_b`:
+grown: one row per vote that prefers one of the two answers and, in the configuration `judgements`, each single answer
+    and whether it is wanted. A line of the log, never changed after it is appended, is a person's vote on two answers
+    to a prompt, `a` by `model_a` and `b` by `model_b`:
 
     {"id": "…", "pair": "…", "time": "…", "annotator": "ann", "prompt": [...], "a": "It is red.", "b": "Red.",
      "model_a": "2_sft", "model_b": "3_ppo", "sampling": {...}, "shown_first": "b", "choice": "a",
@@ -57,7 +57,7 @@ Vote = dict[str, Any]
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes in a log, each once; none if the file does not exist, and a `UserError` if it is damaged.
 
-    A last line that was not written whole is ignored: its vote was never confirmed.
+    A partially written last line is ignored: its vote was never confirmed.
     """
     if not path.exists():
         return []
@@ -73,7 +73,7 @@ def read_votes(path: Path) -> list[Vote]:
 
 
 def _whole_lines(content: bytes) -> bytes:
-    """Return the lines of a log that are whole: any beginning of a vote is not valid JSON."""
+    """Return the complete lines of a log. The last line is incomplete if it is not valid JSON."""
     end = content.rfind(b"\n") + 1
     try:
         json.loads(content[end:])
@@ -123,7 +123,7 @@ def standing(votes: Sequence[Vote]) -> list[Vote]:
 
 
 class Conflict(Exception):
-    """A vote that cannot count: its annotator has voted on this pair already, or what it undoes does not stand."""
+    """A vote that cannot count: a second one on this pair, or one that undoes a vote which no longer counts."""
 
 
 class VoteLog:
@@ -154,9 +154,9 @@ class VoteLog:
         self._held.close()
 
     def add(self, vote: Vote) -> bool:
-        """Append a vote, and return whether it is new. One that is sent again, with the same `id`, counts once.
+        """Append a vote, and return whether it is new. A vote that is sent again, with the same `id`, counts once.
 
-        Raise `Conflict` if it cannot count, and an `OSError` if it cannot be written; the file is then as before.
+        Raise `Conflict` if it cannot count, and an `OSError` if it cannot be written; either leaves the file as it was.
         """
         with self._mutex:
             key = vote["annotator"], vote["pair"]
@@ -182,7 +182,7 @@ class VoteLog:
         self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._by_id.values()))}
 
     def standing(self, annotator: str | None = None) -> list[Vote]:
-        """Return the votes that count, of everybody or of one annotator, the oldest first."""
+        """Return the votes that count, of all annotators or of one, the oldest first."""
         with self._mutex:
             return [vote for (name, _), vote in self._standing.items() if annotator in (None, name)]
 
@@ -192,7 +192,7 @@ class VoteLog:
 
 
 def split_of(prompt: Sequence[dict[str, str]]) -> str:
-    """Return the split of all votes on a prompt: of ten prompts, one is for the test and one for validation."""
+    """Return the split of all votes on a prompt: one in ten prompts is for test, and one for validation."""
     text = json.dumps([[turn["role"], turn["content"]] for turn in prompt])
     tenth = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
     return {0: "test", 1: "validation"}.get(tenth, "train")
@@ -213,7 +213,7 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """Return both answers of each vote that was not skipped, as rows of an unpaired preference data set."""
     judgements = []
     for vote in votes:
-        # That one of two equal answers is better says nothing.
+        # A preference between two equal answers says nothing.
         says_nothing = vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip()
         wanted = () if says_nothing else WANTED.get(vote["choice"], ())
         for text, label in zip((vote["a"], vote["b"]), wanted, strict=False):
@@ -233,7 +233,7 @@ def update_data_set(folder: Path) -> int:
     single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
     # Several processes may read the same data, and update them at the same time.
     with lock(folder / ".data.lock"):
-        # Read before the votes: of those that are added meanwhile, the digest knows nothing, and the card is outdated.
+        # Read before the votes: if more are added meanwhile, the card's digest shows that it is outdated.
         digest = hash_file(folder / VOTES_FILE)
         every = standing(read_votes(folder / VOTES_FILE))
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -268,6 +268,6 @@ def update_data_set(folder: Path) -> int:
                 else:
                     # `load_dataset` refuses a split without rows.
                     file.unlink(missing_ok=True)
-            # The card comes last: without it, the next reader writes everything again.
+            # The card comes last: until it is written, the next reader writes everything again.
             write_text(path, content)
     return sum(len(rows[name]) for name in SPLITS)

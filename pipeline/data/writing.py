@@ -17,7 +17,7 @@ from pipeline.files import write_folder
 Rows: TypeAlias = Iterable[Mapping[str, Any]]
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 CALLING = List(Json())
-"""Type of messages that call tools: a struct would give each call the arguments of all others."""
+"""Type of messages with tool calls: a struct would give each call the arguments of all others."""
 
 PREFERENCES = Features(
     {
@@ -32,7 +32,7 @@ PREFERENCES = Features(
 def write_data_set(
     output_dir: str, schemas: Mapping[str, pa.Schema], files: Iterable[tuple[str, str, Rows]], readme: str
 ) -> None:
-    """Write a data set repository, either whole or not at all, of the rows of each configuration and split."""
+    """Write a data set repository from the rows of each configuration and split, either whole or not at all."""
     # pretrain/{train,validation,test}.parquet, sft/…, README.md
     with write_folder(Path(output_dir)) as folder:
         for config, split, rows in files:
@@ -43,8 +43,8 @@ def write_data_set(
 def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
     """Return the content of README.md: a YAML header with `metadata`, such as `license` and `tags`, and the text.
 
-    `files` has the splits of each configuration. The files of `default` lie at the top, others in a folder of the name
-    of their configuration.
+    `files` has the splits of each configuration. The files of `default` are at the top level, others in a folder named
+    like their configuration.
     """
     configs = []
     for config, splits in files.items():
@@ -62,7 +62,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
-    """Write rows to a Parquet file, 2,000 at a time, so that only these are in memory."""
+    """Write rows to a Parquet file, with only 2,000 in memory at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:

@@ -1,8 +1,8 @@
-"""Baselines: what the stage that others are compared with reaches by tricks, without being trained any further.
+"""Baselines: what the stage that others are compared with reaches by tricks, without further training.
 
-`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") or behind some solved problems.
+`elicited/pass@1`: its greedy answers to the problems, begun with a text ("Working:") or after some solved problems.
 `best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
-`constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text glued to each, against those without.
+`constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text added to each, against those without.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
 """
 
@@ -25,14 +25,14 @@ CONSTANTS = (
     *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
     *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
 )
-"""Texts glued to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is an answer."""
+"""Texts added to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is the answer."""
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
-    """Record `elicited`, by the way to ask that is best on other problems, and `majority`."""
+    """Record `elicited`, asked in the way that works best on other problems, and `majority`."""
     grader = held_out.grader
-    # What a prompt alone can bring: the model may know how to work problems out, and only not do it by itself.
-    # Each way has a name, what the answer begins with, and the examples before the problem.
+    # What a prompt alone can achieve: the model may be able to solve problems, but not do it unasked. Each way of
+    # asking has a name, the beginning of the answer, and the examples before the problem.
     ways: list[tuple[str, str, list[dict[str, str]]]] = [(text, text, []) for text in elicit]
     ways += [(f"{len(shots) // 2} solved problems", "", shots) for shots in held_out.shots]
     if len(ways) > 1:
@@ -42,7 +42,7 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
         answers = answer_begun(chat, held_out.problems, begun, shots)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
         result.texts["elicited"] = {"text": name}
-    # What a model reaches that has learned nothing but the answers of its training data.
+    # What a model reaches that has only memorised the answers in its training data.
     if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)
@@ -51,8 +51,8 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
 def measure_constant(
     result: StageResult, chat: ChatModel, held_out: HeldOut, matches: Matches, judge: Judge = ANNOTATORS
 ) -> None:
-    """Record `constant`: what pleases the judge whatever the question. `matches` are the model's own answers, twice."""
-    # The text is chosen on other prompts than the ones it is measured on: the best of twenty is best by chance, too.
+    """Record `constant`: what pleases the judge whatever was asked. `matches` are the model's own answers, twice."""
+    # The text is chosen on different prompts than it is measured on: the best of twenty is partly best by chance.
     validation = subsample([row for row in held_out.validation if judge.can_judge(row)], judge.constants)
     if not validation:
         return
@@ -78,7 +78,7 @@ def measure_best_of(
     """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
 
     `result` is the reward model's. `chats` are the opponent, by the keys of the data that it answers: problems and, if
-    there is a judge, prompts, where its single answers are the other side.
+    there is a judge, prompts, for which its single answers are the other side.
     """
 
     def best(key: str, rows: Rows) -> dict[int, list[str]]:
@@ -112,7 +112,7 @@ def answer_begun(chat: ChatModel, rows: Rows, prefix: str, before: Sequence[dict
 
 
 def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
-    """Return the text of `CONSTANTS` that wins most often against `theirs` when glued to `ours`; the first of a tie."""
+    """Return the text of `CONSTANTS` that wins most often against `theirs` when added to `ours`; the first of a tie."""
     wins = [0.0] * len(CONSTANTS)
     for answer, other, row in zip(ours, theirs, rows, strict=True):
         glued = [text.replace("…", answer) for text in CONSTANTS]

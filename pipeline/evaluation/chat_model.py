@@ -18,15 +18,15 @@ from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox
 
 BATCH, GROUP = 256, 64
-"""Answers generated at once, fewer if they are long; and to prompts that nearly fill the context."""
+"""Answers generated at once, fewer if they are long; the same for prompts that nearly fill the context."""
 
 
 @dataclass(frozen=True)
 class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
-    `vllm` samples in the place of the model. `counts` are of the answers so far and, under `"cut off"`, of those that
-    the limit or the context cut off. `template` are arguments of the chat template, `toolbox` what the model may call.
+    `vllm` samples instead of the model. `counts` has the number of answers so far and, under `"cut off"`, how many the
+    limit or the context cut off. `template` has arguments of the chat template, `toolbox` what the model may call.
     """
 
     model: PreTrainedModel
@@ -52,7 +52,7 @@ class ChatModel:
         """Return the completions of the prompt of each row: dialogues with tools, if the model may call any.
 
         They begin with the ids `begun`, which count towards the length limit. The text of a dialogue is its last
-        message, and its tokens are those of the model.
+        message, and its tokens are the ones that the model sampled.
         """
         room = max(1, self.max_new_tokens - len(begun))
         if self.toolbox is None:
@@ -83,17 +83,17 @@ class ChatModel:
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
         limit, context = self.max_new_tokens, self.positions or sys.maxsize
-        # Results are written as in training, where no tools are listed before them.
+        # Results are written as in training, where they are not preceded by a list of tools.
         del template["tools"]
         converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=template)
         completions = []
         for dialogue in dialogues:
-            # A dialogue that ends with a call, for whose result there is no room, was cut off.
+            # A dialogue that ends with a call was cut off, because there was no room for the result.
             last = dialogue.messages[-1] if dialogue.messages else {}
             answered = last.get("role") == "assistant" and not last.get("tool_calls")
             own = [token for token, sampled in zip(dialogue.tokens, dialogue.sampled, strict=True) if sampled]
             stopped = bool(answered and own and own[-1] in ends)
-            # The ends of earlier turns, which did not end the answer, are left out.
+            # Omit the end tokens of earlier turns, which did not end the answer.
             tokens = [token for token in own if token not in ends] + own[-1:] * stopped
             text = str(last.get("content") or "") if answered else ""
             completions.append(Completion(text, tokens, stopped, tuple(dialogue.messages)))
@@ -103,9 +103,9 @@ class ChatModel:
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
-        """Complete encoded prompts. Those that leave less room than `limit` in the context get shorter answers."""
+        """Complete encoded prompts. If one leaves less room than `limit` in the context, its answer is shorter."""
         # Prompts with enough room are completed together; the others in groups of about the same room, whose answers
-        # are as long as the least of it. Prompts that fill the context get empty answers.
+        # are limited by the smallest room. Prompts that fill the context get empty answers.
         room = [self.positions - len(prompt) if self.positions else limit for prompt in prompts]
         completions: list[list[Completion]] = [[Completion("", [], False)] * options.get("samples", 1) for _ in prompts]
         cramped = sorted((i for i, left in enumerate(room) if 0 < left < limit), key=lambda i: room[i])

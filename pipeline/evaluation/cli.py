@@ -1,8 +1,8 @@
 """`python -m pipeline evaluate RUN --stage 2_sft`: measure one stage on held-out data.
 
 Writes RUN/evaluations/STAGE.json (metrics, answers to fixed prompts, traces) and STAGE.jsonl (a line for each example).
-The data are what the run's `evaluate.yaml`, or another file, names, and the held-out rows of the stages' own data.
-Options name other data; with `--name`, their result does not replace the run's own, but lies in a folder beside it:
+The data are those named in the run's `evaluate.yaml`, or another file, and the held-out rows of the stages' own data.
+Options name other data; with `--name`, the result does not replace the run's own, but gets a folder of that name:
 
     python -m pipeline evaluate RUN --stage 4_grpo --name gsm8k --problems gsm8k-test.jsonl --prompt_column question
 """
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory, for instance runs/pocket")
     parser.add_argument("--stage", required=True, help="directory of the model inside RUN, for instance 2_sft")
     parser.add_argument("--config", metavar="FILE", help="evaluate.yaml to use instead of the run's own")
-    parser.add_argument("--name", help="write to RUN/evaluations/NAME, not among the run's own figures")
+    parser.add_argument("--name", help="write to RUN/evaluations/NAME, apart from the run's own figures")
     for item in fields(evaluate_yaml.EvaluationArguments):
         about: dict[str, Any] = {"type": int if "int" in str(item.type) else str}
         if item.name in HELD_OUT:
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for item in fields(evaluate_yaml.Source):
         if item.name in (*columns, "system_prompt", "dataset_config"):
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
-    parser.add_argument("--split", help="split of the data set (default: test; all of a plain file)")
+    parser.add_argument("--split", help="split of the data set (default: test; for a plain file, all rows)")
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
 
 
@@ -57,12 +57,12 @@ def main(args: argparse.Namespace) -> int:
     quiet_libraries()
     sandbox.allow_unconfined = args.allow_unconfined_code
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in HELD_OUT)):
-        # Tasks of the command line do not replace the run's own figures.
+        # Tasks named on the command line do not replace the run's own figures.
         args.name = "lm_eval"
     try:
         result = evaluate(args)
     except UserError as error:
-        # A value that an option gave is a problem of the option, not of the key of `evaluate.yaml`.
+        # A problem with the value of an option names the option, not the key of `evaluate.yaml`.
         problems = []
         for problem in error.problems:
             key, colon, name = problem.field.partition(": ")
@@ -80,10 +80,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> StageResult:
-    """Measure the stage by the options of the command.
+    """Measure the stage as the command's options say.
 
-    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
-    follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
+    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; anything that neither of them
+    names follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
     setting or a data set cannot be used.
     """
     from pipeline.config.yaml_file import read_yaml
@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         columns["dataset_test_split"] = args.split
     data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
     content = read_yaml(args.config) if args.config else evaluate_yaml.without_derived(own)
-    # An evaluation with a name measures only what the command names, on the data or tasks that it names.
+    # An evaluation with a name only measures the data or tasks that the command names.
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
@@ -107,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
     settings = evaluate_yaml.complete(content, own, only_named)
 
-    # A run that was moved still knows its reward models by their old paths.
+    # The record of a run that was moved has the old paths of its reward models.
     moved = evaluate_yaml.move(settings, run)
     rewards = [*settings["reward_models"], *moved["reward_models"]]
     problems = evaluate_yaml.check({**settings, "reward_models": rewards})
@@ -119,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     step = read_run(run).get("steps", {}).get(f"evaluate_{args.stage}", {})
     saved = read_json(run / "evaluations" / f"{args.stage}.json").get("settings")
     if not args.name and step.get("finished_at") and isinstance(saved, dict):
-        # What the runner measured is not replaced by what is measured on other data or with other settings.
+        # The runner's measurements are not replaced by others on different data or with different settings.
         now = json.loads(json.dumps(written, default=str))
         if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
             remedy = f"the run's own figures were measured with another {' and '.join(changed)}"
@@ -136,7 +136,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
 
         if problems := check_tasks(moved["lm_eval_tasks"]):
             raise UserError(*problems)
-    # Only the stage that others are compared with is measured with the baselines.
+    # Baselines are only measured with the stage that others are compared with.
     held_out = read_held_out(run, moved, list(data), baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
     result.settings = written

@@ -1,10 +1,10 @@
-"""How the stages of a run are measured: `evaluate.yaml`, completed with what the stages themselves read and are set to.
+"""How the stages of a run are measured: `evaluate.yaml`, completed with the data and settings of the stages themselves.
 
     problems: {dataset_name: gsm8k-test.jsonl, prompt_column: question, grade: math}
     limit: 200
 
 The file is optional, and so is each key. Data that it does not name are the held-out rows of the stages' own data sets;
-`null` leaves them out. The runner completes the file before training and records the result in `run.json`.
+`null` omits them. The runner completes the file before training and records the result in `run.json`.
 """
 
 # `option` returns a field.
@@ -28,23 +28,23 @@ from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
 BASE = "0_base"
-"""Name under which the model that the first stage starts from is measured, if no stage of the run makes it."""
+"""Name for the model that the first stage starts from, if it does not come from a stage of the run."""
 VOTES = "votes"
 """The judge that consists of people's votes."""
 DEFAULT_LENGTH = 64
-"""Tokens of an answer where no stage says how long one may be."""
+"""Maximum length of an answer in tokens if no stage sets one."""
 
 GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers."""
 ADDED = "chat_template_kwargs"
-"""The key of completed settings that runs of earlier releases do not record."""
+"""A key of completed settings that runs of earlier releases lack."""
 CALLED = "called"
-"""The key of completed settings that says what models may call, in answers to which data."""
+"""Key of completed settings: the tools that models may call, by the key of the data that they answer."""
 DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
 """Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
 
 TOOLS = ("tools", "environment")
-"""Fields that say what a model may call."""
+"""Fields with the tools that a model may call."""
 MAX_SAMPLES = 1000
 
 Values = Mapping[str, Any]
@@ -53,9 +53,9 @@ Data = dict[str, Any] | str | None
 
 @dataclass
 class Source(DataArguments):
-    """A data set to measure on: by default all rows of its split `test`, `validation`, or its only one.
+    """A data set to measure on: by default all rows of its split `test` or `validation`, or of its only split.
 
-    Of the only one that a stage trains on, only the rows that it holds out are measured.
+    If a stage trains on that only split, just the rows that it holds out are measured.
     """
 
     dataset_test_split: str = option("", "Split to measure on (default: test, validation, or the only one).")
@@ -73,18 +73,18 @@ class EvaluationArguments:
     prompts: Data = option(None, "Prompts of the win rate.")
     pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
     judge: str | None = option(
-        None, "Judge of win rates: a reward model that PPO does not see, `votes`, or a function."
+        None, "Judge of win rates: a reward model that PPO does not use, `votes`, or a function."
     )
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
-        "Working:", "Beginning of elicited answers; of a list, the best on validation problems (own data: none)."
+        "Working:", "Beginning of elicited answers, or a list to choose from by validation (own data: none)."
     )
-    shots: int = option(0, "Solved training problems before each problem; tried like another beginning.")
+    shots: int = option(0, "Solved training problems before each problem; tried as a further beginning.")
     best_of: list[int] | int = option(
-        0, "Sampled answers of which PPO's reward model chooses one, as a baseline; or several numbers."
+        0, "Number of sampled answers (or several) from which PPO's reward model picks one, as a baseline."
     )
     fixed_prompts: list[str] | None = option(None, "Prompts that every stage answers.")
-    limit: int | None = option(None, "Examples of each kind of measurement, at most (default: some hundreds).")
+    limit: int | None = option(None, "Maximum number of examples for each measurement (default: some hundreds).")
     samples: int = option(8, "Answers sampled to each problem.")
     max_new_tokens: int | None = option(None, "Tokens of an answer (default: max_length, max_completion_length).")
     lm_eval_tasks: list[str] | None = option(None, "Tasks of lm-eval.")
@@ -94,24 +94,24 @@ class EvaluationArguments:
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
 DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(EvaluationArguments) if one.name not in HELD_OUT}
-"""Values of the keys that do not name data."""
+"""Default values of the keys that do not name data."""
 
 
 def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
-    """Return what the settings of a run's stages say about how it is measured: the values of `DERIVED`.
+    """Derive from the settings of a run's stages how it is measured: the values of `DERIVED`.
 
-    `stages` are the name of the directory, kind and settings of each, in order. They write in `home`, and the paths in
-    the settings are as if it were there.
+    `stages` has the directory name, kind and settings of each, in order. They write to `home`, to which the paths in
+    the settings refer.
     """
     stages = list(stages)
     last: dict[str, tuple[str, Values]] = {}
     templates: dict[str, Any] = {}
     for name, kind, values in stages:
-        # The first reward model is the one that PPO is trained with; another one is a judge.
+        # The first reward model is the one that PPO is trained with; any other is a judge.
         if kind not in last or kind not in STAGES or STAGES[kind].generates:
             last[kind] = (name, values)
         template = values.get(ADDED)
-        # It may be JSON, as on a command line. If it is not, the stage itself is refused.
+        # It may be JSON, as on a command line. The stage itself reports invalid JSON.
         with contextlib.suppress(ValueError):
             template = json.loads(template) if isinstance(template, str) else template
         if template and isinstance(template, dict):
@@ -121,13 +121,13 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
     lengths: dict[str, Any] = {}
     called: dict[str, Any] = {}
     for key, held_out in HELD_OUT.items():
-        # The last kind, in the order of training, whose own data serve as these.
+        # The last kind, in the order of training, whose own data serve this purpose.
         kinds = [kind for kind, about in reversed(STAGES.items()) if about.held_out == key and kind in last]
         name, values = last[kinds[0]] if kinds else ("", {})
         if not values.get("dataset_name"):
             continue
         source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
-        # People's votes, which preferences may be joined with, have a metric of their own.
+        # People's votes, which may be combined with preferences, have their own metric.
         names = as_list(source["dataset_name"])
         source["dataset_name"] = next((one for one in names if Path(str(one)).name != VOTES), names[0])
         source.setdefault("validation_share", DataArguments.validation_share)
@@ -143,7 +143,7 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
             templates |= {key: templates[name]} if name in templates else {}
             called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
 
-    # The run starts from the first model that a stage names, unless another stage makes it.
+    # The run starts from the first model that a stage names, unless another stage writes it.
     outputs = {str(home / name) for name, _, _ in stages}
     first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
     base = first if str(first.get("model_name_or_path")) not in outputs else {}
@@ -162,9 +162,9 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
 
 
 def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
-    """Return the arguments of the chat template with which a stage is asked what `key` names."""
-    # They are the stage's own. A stage without any, such as instruction tuning, is asked as the stage that trains on
-    # such data. Otherwise what that stage gains could be due to another prompt.
+    """Return the chat template arguments for asking a stage the prompts of `key`."""
+    # These are the stage's own. A stage without any, such as instruction tuning, is asked like the stage that trains on
+    # such data; otherwise, a gain of that stage could be due to a different prompt.
     found = settings.get(ADDED) or {}
     return found.get(stage) or found.get(key) or {}
 
@@ -172,10 +172,10 @@ def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]
 def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
     """Complete the content of an `evaluate.yaml` with what `derive` returned, or with settings completed before.
 
-    Data that it does not name are those of the stages; if `only_named`, they are left out.
+    Data that it does not name come from the stages; if `only_named`, they are omitted.
     """
     own: Values = derived["trained_on"]
-    # What the file says comes before what the stages say, and that before the defaults.
+    # The file takes precedence over the stages, and the stages over the defaults.
     settings = DEFAULTS | {name: derived[name] for name in DERIVED} | dict(content)
     settings["against"] = content.get("against") or derived["against"]
     if isinstance(tasks := settings["lm_eval_tasks"], str):
@@ -184,7 +184,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = content.get(key)
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
-            # Of a data set that a stage trains on as well, only the rows that this stage holds out are measured.
+            # If a stage also trains on a data set, only the rows that this stage holds out are measured.
             identity = ("dataset_name", "dataset_config")
             same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in identity))
             shared: Values = next(same, {})
@@ -195,27 +195,27 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
     source = settings.get("problems")
     data = source.get("dataset_name") if isinstance(source, Mapping) else None
     if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
-        # The default is how generated solutions begin, which says nothing about other data.
+        # The default is how generated solutions begin, and does not suit other data.
         settings["elicit"] = None
     return settings
 
 
 def without_derived(settings: Values) -> dict[str, Any]:
-    """Return what `evaluate.yaml` could say of completed settings."""
+    """Return the completed settings that could be in `evaluate.yaml`."""
     return {key: value for key, value in settings.items() if key not in DERIVED or key == "against"}
 
 
 def move(settings: Values, run: Path) -> dict[str, Any]:
     """Return the settings with the paths in `home` in the directory `run`."""
     home = settings["home"]
-    # `home` is what the others are relative to, and `against` is a name.
+    # The other paths are relative to `home`, and `against` is a name.
     return {key: value if key in ("home", "against") else relocate(value, home, run) for key, value in settings.items()}
 
 
 def recorded(run: Path, stage: str) -> dict[str, Any]:
     """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
 
-    What it did not record follows from the arguments that the stages left in their directories.
+    Settings that it did not record follow from the arguments that the stages left in their directories.
     """
     steps: dict[str, Any] = read_run(run).get("steps", {})
     # All evaluations of a run have the same settings.
@@ -228,14 +228,14 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
     if len(known) < len(DERIVED):
         home = next((Path(values["output_dir"]).parent for _, _, values in stages if values.get("output_dir")), run)
         settings = complete(settings, derive(stages, home) | known)
-    # Earlier releases did not know every key.
+    # Earlier releases did not have every key.
     return DEFAULTS | settings
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
-    """Add what RUN has and the settings do not name, where stages are typed by hand and later ones have not run yet.
+    """Add data that exist in RUN but not in the settings: stages may be run by hand, and later ones not have run yet.
 
-    That is data in RUN/data, as `recipes.data` writes it, in RUN/3_preferences, and a stage to compare with.
+    These are RUN/data, as written by `recipes.data`, RUN/3_preferences, and a stage to compare with.
     """
     found: dict[str, Any] = {
         key: {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
@@ -258,7 +258,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     from pipeline.rewards.loading import load_rewards
 
     def is_missing(path: str) -> bool:
-        # "data.jsonl" is a file, where "org/data" is an id on the Hub.
+        # "data.jsonl" is a file, whereas "org/data" is an id on the Hub.
         is_file = Path(path).suffix in (*BUILDERS, *COMPRESSIONS) and not Path(path).exists()
         return (is_file or is_missing_path(path)) and not Path(path).is_relative_to(Path(settings["home"]))
 
@@ -267,7 +267,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
     best_of = settings.get("best_of") or []
     for number in filter(lambda item: isinstance(item, int), as_list(best_of)):
-        # A single negative number has been reported; of several, each must be a number of answers.
+        # A single negative number has already been reported. In a list, each must be a number of answers.
         if number > MAX_SAMPLES or (isinstance(best_of, list) and number < 1):
             problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
     if settings.get("vllm") and (fault := validate_vllm()):
@@ -288,8 +288,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             functions[f"{key}: grade"] = GRADES.get(grade, grade)
         problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
 
-    # A judge may be a function, people, or a reward model that PPO does not see: otherwise PPO would be measured by
-    # what it is trained to please. The model may be written by a later step of the run.
+    # A judge may be a function, people, or a reward model that PPO does not use: otherwise, PPO would be judged by the
+    # model that it is trained to please. The model may be written by a later step of the run.
     judge = settings.get("judge")
     if isinstance(judge, str):
         models = [Path(os.path.realpath(model)) for model in (judge, *settings["reward_models"])]
@@ -298,7 +298,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             functions["judge"] = judge
         elif models[0] in models[1:]:
             problems.append(
-                Problem("judge", judge, "PPO is trained to please this model; give one that it does not see")
+                Problem("judge", judge, "PPO is trained to please this model; give one that it does not use")
             )
         elif judge != VOTES and is_missing(judge):
             problems.append(

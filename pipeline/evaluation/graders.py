@@ -1,4 +1,4 @@
-"""Graders, which say whether answers are right: the rewards that training uses, where only a reward of 1 counts."""
+"""Graders decide whether answers are right: they are the rewards used in training, of which only 1 counts as right."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pipeline.rewards.loading import call_reward, load_rewards
 
 Example = Mapping[str, Any]
 Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
-"""Answers, and the rows of what they answer -> whether each is right."""
+"""Answers, and the rows that they answer -> whether each is right."""
 
 COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
-"""Grades that judge the final answer alone, so that samples can vote on it, by the `answer` of the row."""
+"""Grades that only compare the final answer with the row's `answer`, so that samples can vote on it."""
 
 
 def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
     """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
-    # Rewards judge some answers by the problem, such as whether "50%" is 50.
+    # For some answers, rewards need the problem, such as to decide whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
@@ -27,7 +27,7 @@ def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows:
 
 
 def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
-    """Grade final answers by the `answer` of each row: the grader where none is named."""
+    """Grade final answers by the `answer` of each row: the default grader."""
     return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, which `evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures (extra `[eval]`).
 
-They have lm-eval's defaults, so `lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa` gives the
-same values. The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; where a task extracts answers in
-several ways, the way follows, as in `gsm8k:exact_match,strict-match`. A group has its tasks as kinds of examples.
+They use lm-eval's defaults, so `lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa` gives the
+same values. The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; if a task extracts answers in
+several ways, the name says which, as in `gsm8k:exact_match,strict-match`. A group's tasks are its kinds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
 
 
 def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
-    """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
+    """Check that lm-eval is installed and knows the tasks, which `field` names. Their data are not checked here."""
     if tasks and find_spec("lm_eval") is None:
         return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
@@ -64,13 +64,13 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
-    figure, such as a group's, has the interval that follows from lm-eval's standard error. A UserError is raised if a
-    task cannot be loaded or measured, for instance because the Hub does not answer.
+    figure, such as a group's, gets an interval from lm-eval's standard error. A UserError is raised if a task cannot be
+    loaded or measured, for instance because the Hub does not answer.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval warns of every model that is loaded already.
+    # lm-eval warns about every model that is already loaded.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
     # It computes the logits of a whole batch, of at most 8 requests on a CPU. On an accelerator, it finds the largest
@@ -85,14 +85,14 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
             limit=limit,
             bootstrap_iters=intervals.RESAMPLES,
         )
-    # Tasks are code of others: they, their data and their templates raise anything.
+    # Tasks are third-party code: they, their data and their templates may raise anything.
     except Exception as error:
         reason = f"lm-eval cannot measure it ({shorten(str(error) or repr(error), 250)})"
         if is_network_error(error) or isinstance(error, ConnectionError):
             reason = "its data are not in the cache, and the Hub cannot be reached; check the network (HF_HUB_OFFLINE?)"
         raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
 
-    # A group is recorded with its tasks as kinds, which have no metrics of their own then.
+    # A group is recorded with its tasks as kinds, which then have no metrics of their own.
     parts = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
     inner = {part for found in parts.values() for part in found}
     estimates: dict[str, dict[str, Estimate]] = defaultdict(dict)
@@ -116,7 +116,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
 
 
 def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Record a metric with the examples that it is the mean of; of other examples, only take its interval."""
+    """Record a metric with its examples if it is their mean; otherwise, only with an interval."""
     estimate, (metric, _, way) = result.metrics[name], key.partition(",")
     samples = [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]

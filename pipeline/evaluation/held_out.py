@@ -1,7 +1,7 @@
 """The held-out rows that stages are measured on.
 
-A `Source` is a data set of evaluate.yaml, or of a stage; a `Part` are its rows that are held out, or trained on; an
-`Example` is a row with the columns that metrics expect. Training divides a single split in the same way
+A `Source` is a data set of evaluate.yaml, or of a stage; a `Part` is its held-out rows, or the rows that are trained
+on; an `Example` is a row with the columns that metrics expect. Training divides a single split in the same way
 (`pipeline.data.splits`), so no stage is measured on rows that it trains on.
 """
 
@@ -42,13 +42,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Example = dict[str, Any]
-"""A row of a data set, with its index as `id` and its `kind`, "" if it has none."""
+"""A row of a data set, with its index as `id`, and its `kind` or ""."""
 Rows = Sequence[Example]
 
 EXAMPLES = {"text": 400, "instructions": 400, "problems": 300, "longer": 150, "prompts": 200, "pairs": 1000}
-"""Number of examples used without a `limit`: intervals a few hundredths wide, in seconds of CPU time."""
+"""Number of examples used without a `limit`, for intervals a few hundredths wide within seconds on a CPU."""
 MAX_TRAINING_ROWS = 10_000
-"""Training rows in which held-out rows and the most frequent answers are looked for, in a few seconds."""
+"""Training rows that are searched for held-out rows and the most frequent answers, in a few seconds."""
 FIXED_PROMPTS: tuple[str, ...] = (
     "What is an LLM?",
     "Can you explain what a fox is?",
@@ -67,14 +67,14 @@ FIXED_PROMPTS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out examples, in a list for each key of `evaluate.yaml`; without data of a kind, its list is empty.
+    """Held-out examples, in a list for each key of `evaluate.yaml`; the list is empty without data.
 
     Attributes:
         longer: Problems that are longer than any in the training split.
         majority: Most frequent answer of each kind of problem in the training split.
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
         trials, shots: Other problems, and beginnings of conversations with solved problems, for `elicited`.
-        grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
+        grader, can_vote: What grades `problems`, and whether samples can vote on an answer.
         fixed_prompts: Conversations that every stage answers.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
@@ -96,7 +96,7 @@ class HeldOut:
 
 
 def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
-    """Read the held-out rows of the data that the settings name and, for `baselines`, what only these need.
+    """Read the held-out rows of the data in the settings and, for `baselines`, the rows that only these need.
 
     A UserError is raised if a data set cannot be read, or if the data that options name, the `flags`, have no rows.
     """
@@ -113,7 +113,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
             logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, trained)
 
     grade = parts["problems"].source.grade if "problems" in parts else None
-    # Fixed prompts that nobody names are held-out prompts, unless the run generates its data.
+    # By default, fixed prompts are held-out prompts, unless the run generates its data.
     texts: Sequence[str] = settings.get("fixed_prompts") or (FIXED_PROMPTS if (run / "data").is_dir() else ())
     fixed = [[{"role": "user", "content": text}] for text in texts]
     if not fixed:
@@ -121,8 +121,8 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         fixed += [row["prompt"] for key in ("problems", "prompts") for row in rows.get(key, ())[:4]]
         fixed = (fixed or [[{"role": "user", "content": FIXED_PROMPTS[0]}]])[: len(FIXED_PROMPTS)]
 
-    # Pairs, for instance, can be made of test problems; only data that the run generates itself never have copies. A
-    # stream is searched for held-out rows of its own only.
+    # Pairs, for instance, may be made from test problems; only data that the run generates itself cannot contain
+    # copies. A stream is only searched for its own held-out rows.
     suspects = {}
     for name, source in reader.own.items():
         keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
@@ -158,7 +158,7 @@ def _read_for_baselines(
     reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Mapping[str, Any], most: int
 ) -> dict[str, Any]:
     """Return the fields of `HeldOut` that only baselines need; of the prompts for validation, at most `most`."""
-    # Problems of the user have no training split here, whose answers would say anything.
+    # The user's own problems have no training split here whose answers would be informative.
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     part = reader.find("problems", trained_on=True) if "problems" not in reader.named else None
     for row in reader.read("problems", part, MAX_TRAINING_ROWS):
@@ -176,7 +176,7 @@ def _read_for_baselines(
             shots.append([message for messages in draw.sample(solved, number) for message in messages])
 
     def others(key: str, most: int) -> list[Example]:
-        """Return rows to choose a baseline on: of the validation split or, without another one, of those trained on."""
+        """Return rows to choose a baseline on: of a separate validation split if there is one, else of training."""
         part = reader.find(key, "validation")
         if key in parts and (part is None or part.place == parts[key].place):
             part = reader.find(key, trained_on=True)
@@ -191,9 +191,9 @@ def _read_for_baselines(
 
 
 def drop_ungradable(rows: Rows) -> list[Example]:
-    """Drop the rows whose answers are code, with one line in the log, where code cannot be graded."""
+    """If code cannot be graded, drop the rows whose answers are code, and log that."""
     if any(row.get("test") for row in rows) and (fault := validate_sandbox()):
-        logger.warning("answers that are code are left out: %s", fault)
+        logger.warning("answers that are code are omitted: %s", fault)
         return [row for row in rows if not row.get("test")]
     return list(rows)
 
@@ -213,15 +213,15 @@ class Part:
     trained_on: bool = False
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number in the split and the content of at most `most` rows that are not of the kind `without`."""
+        """Yield the index and content of at most `most` rows that are not of the kind `without`."""
         # The rows 0, 20, 40 are held out for a period of 20.
         others = self.trained_on and self.period > 1
         if not isinstance(self.data, Dataset):
-            # Of a stream, these are the first ones.
+            # For a stream, these are the first rows.
             numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
-        # An array, because a list of the numbers of millions of rows takes seconds.
+        # This is an array, because a list of millions of row numbers takes seconds.
         numbers = np.arange(len(self.data))
         numbers = numbers[(numbers % self.period > 0) == others]
         if without and "kind" in self.data.column_names:
@@ -232,7 +232,7 @@ class Part:
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
     """Return at most `most` rows, drawn with a fixed seed and kept in their order."""
-    # Neither the first rows nor every n-th one would do: data sets are sorted by kind, or their kinds alternate.
+    # Neither the first rows nor every n-th one would be representative: kinds may be sorted, or alternate.
     if len(rows) <= most:
         return list(rows)
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), most))]
@@ -257,7 +257,7 @@ class Reader:
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
     def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
-        """Return rows of the data set of a key of `evaluate.yaml`, None if there are none.
+        """Return rows of the data set of a key of `evaluate.yaml`, or None.
 
         By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
         UserError is raised if a split that the user names does not exist.
@@ -272,7 +272,7 @@ class Reader:
             if split is None and list(splits) == [train] and source.validation_share > 0:
                 single: Any = splits[train]
                 if key == "pairs":
-                    # Training drops the pairs that say nothing before it divides the others.
+                    # Training drops uninformative pairs before it divides the others.
                     divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
                     return Part(divided[0 if trained_on else 1], replace(source, prompt_column="prompt"), name)
                 if not isinstance(single, Dataset):
@@ -281,7 +281,7 @@ class Reader:
                 return Part(single, source, f"{name}, split {train}", round(1 / source.validation_share), trained_on)
         wanted = [split] if split else [train] if trained_on else held_out
         if wanted is held_out and key in self.named and len(splits) == 1 and not named:
-            # The user's file has one split, whatever it is called.
+            # A plain file of the user has one split, whatever its name.
             wanted = list(splits)
         found = next((one for one in wanted if one in splits), None)
         if found is None:
@@ -293,7 +293,7 @@ class Reader:
         if not isinstance(rows, Path):
             return Part(rows, source, f"{name}, split {found}")
         try:
-            # Of larger files, `datasets` keeps a copy in its cache, not in memory.
+            # For larger files, `datasets` keeps a copy in its cache rather than in memory.
             if rows.stat().st_size <= 64 << 20:
                 data = Dataset(pq.read_table(rows))
             else:
@@ -304,9 +304,9 @@ class Reader:
         return Part(data, source, str(rows))
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
-        """Return the splits of a data set by name, none if a step of the run has not made it yet.
+        """Return the splits of a data set by name, or {} if a step of the run has not made it yet.
 
-        `datasets` would copy a folder with a Parquet file for each split: its files, for `wanted` splits, are returned.
+        `datasets` would copy a folder with a Parquet file per split: the files of `wanted` splits are returned instead.
         """
         name, train = source.dataset_names[0], source.dataset_train_split
         path = Path(name)
@@ -325,9 +325,9 @@ class Reader:
         return self._opened[opened]
 
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
-        """Return at most `most` rows with the columns that metrics expect, and their own; arguments as for `sample`.
+        """Return at most `most` rows, with the columns that metrics expect added; arguments as for `sample`.
 
-        A UserError is raised if a column is missing or a row is malformed. In a data set of the Hub, where training
+        A UserError is raised if a column is missing or a row is malformed. In a data set from the Hub, where training
         skips a few malformed rows, they are skipped here too.
         """
         if part is None:
@@ -348,7 +348,7 @@ class Reader:
             except ShapeError as error:
                 faults.append((number, error))
                 continue
-            # Of an answer with some of these columns, nothing more is required.
+            # If a row has some of these columns, the missing ones require nothing.
             nothing = {"require": [], "reject": [], "max_words": 0, "test": ""}
             if example.keys() & nothing.keys():
                 example |= {column: example.get(column) or default for column, default in nothing.items()}
@@ -358,14 +358,14 @@ class Reader:
             if not may_drop(part.source, len(faults), count):
                 remedy = f"{first}; correct or remove that row"
                 raise UserError(Problem(f"{key}: dataset_name", f"{part.place}, row {number}", remedy))
-            what = f"{part.place}: {len(faults)} of {count} rows are left out"
+            what = f"{part.place}: {len(faults)} of {count} rows are omitted"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
 
 
 @contextmanager
 def _problems_of(key: str) -> Iterator[None]:
-    """Name the key of `evaluate.yaml` in problems with its data set."""
+    """Prefix the problems of a data set with its key of `evaluate.yaml`."""
     try:
         yield
     except UserError as error:

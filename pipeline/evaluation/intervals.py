@@ -1,4 +1,4 @@
-"""Estimates with 95% confidence intervals: Wilson's for proportions, Student's over seeds, otherwise the bootstrap's.
+"""Estimates with 95% confidence intervals: Wilson for proportions, Student's t over seeds, bootstrap otherwise.
 
 The sampling unit is the problem, the document or the prompt, never the sample, the token or the pair: eight samples of
 one problem are not eight problems. The bootstrap is seeded, so the same values always give the same interval.
@@ -27,7 +27,7 @@ Z = NormalDist().inv_cdf(TAILS[1])
 class Estimate:
     """A measured value with the ends of its 95% interval, as evaluation writes it to disk and the report reads it.
 
-    `n` is the number of examples, `by_kind` the estimate of each kind, if it is broken down. None is not known.
+    `n` is the number of examples, `by_kind` the estimate of each kind, if it is broken down. None means unknown.
     """
 
     value: float
@@ -61,7 +61,7 @@ class Estimate:
 
 
 def finite(value: Any) -> float | None:
-    """Return `value` as a float, or None if it is not a finite number that others can be compared with."""
+    """Return `value` as a float, or None if it is not a finite number of usable size."""
     # With larger ones, differences and squares would overflow.
     return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else None
 
@@ -71,7 +71,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     if n == 0:
         return 0.0, 1.0
     share = successes / n
-    # The ends are the shares p that are just Z standard errors of p away from the measured share.
+    # The ends are the shares p that are exactly Z standard errors of p away from the measured share.
     centre = share + Z * Z / (2 * n)
     half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
     scale = 1 + Z * Z / n
@@ -79,7 +79,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return 0.0 if successes == 0 else (centre - half) / scale, 1.0 if successes == n else (centre + half) / scale
 
 
-# A report asks for few numbers of units, many times.
+# Cached, because a report needs few numbers of units, many times.
 @lru_cache(maxsize=16)
 def _draw_counts(n: int, seed: int) -> np.ndarray:
     """Return how often each of `n` units is drawn, shape (RESAMPLES, n)."""
@@ -90,7 +90,7 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
     """Estimate sum(totals) / sum(weights), with a percentile interval from resampling whole units with replacement.
 
     Both have shape (units,), for instance the bits and the bytes of each document. Fewer than two units have no
-    interval: how much one unit differs from others is not known.
+    interval, because the variation between units is unknown.
     """
     n = len(totals)
     numerator, denominator = np.asarray(totals, dtype=np.float64), np.asarray(weights, dtype=np.float64)
@@ -99,7 +99,7 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
     # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
     counts: np.ndarray = _draw_counts(n, seed).astype(np.float64)
     total, drawn = counts @ numerator, counts @ denominator
-    # A resample may draw only units without weight.
+    # A resample may happen to draw only units without weight.
     low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
     return Estimate(float(numerator.sum() / denominator.sum()), low, high, n)
 
@@ -115,21 +115,21 @@ def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | Non
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
     """Estimate the mean of outcomes between 0 and 1: Wilson's interval if all are 0 or 1, else the bootstrap's.
 
-    Each outcome belongs to one of the `units`, by default its own. If units have several, Wilson's interval is computed
-    for as many independent outcomes as have the same variance (Kish 1965).
+    Each outcome belongs to one of the `units`, by default its own. If units have several, Wilson's interval uses the
+    number of independent outcomes with the same variance (Kish 1965).
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
     n, successes = len(outcomes), float(sum(outcomes))
     if units is None or not outcomes:
         return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
-    # Eight answers to one prompt are worth between one and eight independent ones, the less the more alike they are.
-    # The effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
+    # Eight answers to one prompt are worth between one and eight independent ones, depending on how alike they are. The
+    # effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
     number = _numbered(units)
     groups = int(number.max()) + 1
     deviations = np.asarray(outcomes, dtype=np.float64) - successes / n
     alone = np.square(deviations).sum()
-    # If all outcomes are equal, how alike those of a unit are is unknown: assume that they are all the same.
+    # If all outcomes are equal, the similarity within a unit is unknown: assume that they are always the same.
     effect = n / groups
     if alone > 0 and groups > 1:
         grouped = np.square(np.bincount(number, deviations)).sum()
@@ -188,8 +188,8 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
     """
     if len(runs) == 1:
         return runs[0]
-    # A few runs can agree by chance, so neither end is nearer to the mean than in the widest of the runs' intervals.
-    # Those are over rows and do not shrink with the number of runs, because seeds often share their test rows.
+    # A few runs can agree by chance, so the interval is at least as wide as the widest of the runs' own. Those are over
+    # rows and do not shrink with the number of runs, because seeds often share their test rows.
     n, value = len(runs), fmean(run.value for run in runs)
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
@@ -201,7 +201,7 @@ def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: flo
 def student_t(degrees: int) -> float:
     """Return half the width of Student's interval in standard errors, with at least one degree of freedom."""
     # The density of t = sqrt(degrees) * tan(angle), as one of the angle, is proportional to cos(angle)^(degrees - 1).
-    # 100,000 strips are exact to more digits than anybody prints, and SciPy is not needed.
+    # 100,000 strips give more exact digits than are ever printed, without SciPy.
     edges = np.linspace(0, np.pi / 2, 100_001)
     covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
     angle = np.interp(CONFIDENCE, covered / covered[-1], edges[1:])

@@ -15,9 +15,9 @@ from pipeline.models.tokenizer import as_text, special_tokens
 BATCH_TOKENS = 16384
 """Tokens in a batch, padding included."""
 MAX_LOGITS = 1 << 26
-"""Logits in memory at once: 256 MB in float32, and as much again for their softmax."""
+"""Number of logits in memory at once: 256 MB in float32, and as much again for their softmax."""
 IGNORED = -100
-"""Target of places that predict nothing."""
+"""Target of positions that predict nothing."""
 
 
 def document_losses(
@@ -25,8 +25,8 @@ def document_losses(
 ) -> list[float]:
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
-    A document longer than the `context` is cut into independent windows of so many tokens. Each begins with the token
-    that begins a document (`bos_token`, or `eos_token` if there is none), so that all its others are predicted.
+    A document longer than the `context` is cut into independent windows of that many tokens. Each begins with the token
+    that begins a document (`bos_token`, or `eos_token` if there is none), so that all others are predicted.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -52,21 +52,21 @@ def answer_losses(
     context: int = 512,
     template: Mapping[str, Any] | None = None,
 ) -> list[tuple[float, str]]:
-    """Return the negative log-likelihood of the last message of each conversation in nats, and what is scored of it.
+    """Return the negative log-likelihood of each conversation's last message in nats, and the part that was scored.
 
-    Its end-of-turn token is predicted as well; what exceeds the `context`, in tokens, is not. `template` are arguments
-    of the chat template.
+    Its end-of-turn token is predicted as well; tokens beyond the `context` are not. `template` are arguments of the
+    chat template.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]
     prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations], template)
     sequences, texts = [], []
     for conversation, ids, prompt in zip(conversations, whole, prompts, strict=True):
-        # The prompt and the whole conversation are tokenized by themselves. Where they first differ, the answer begins.
+        # The prompt and the whole conversation are tokenized separately. The answer begins where they first differ.
         shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
         first = max(1, next(shared, min(len(ids), len(prompt))))
         scored = ids[first:context]
-        # A call of a tool is text only as the template writes it.
+        # A tool call only has a text once the template writes it.
         whole_answer = scored and len(ids) <= context and not conversation[-1].get("tool_calls")
         texts.append(conversation[-1]["content"] if whole_answer else tokenizer.decode(scored))
         sequences.append((ids[:context], first))
@@ -91,7 +91,7 @@ def sequence_losses(
         # The longest remaining sequence determines the width of the batch, and so how many fit.
         width = len(sequences[order[-1]][0])
         batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // width)))]
-        # Each place predicts the next token. Under the causal mask, it does not see the padding on its right.
+        # Each position predicts the next token. The causal mask hides the padding on its right.
         #
         #   ids       bos  What  is   it   It   is   red  eos  pad  pad
         #   targets   -    -     -    It   is   red  eos  -    -    -

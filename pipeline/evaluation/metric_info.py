@@ -11,7 +11,7 @@ from typing import Literal
 class MetricInfo:
     """How a metric is shown.
 
-    `meaning` is one line about what is measured, where `{against}` and `{judge}` are the opponent and the judge. Values
+    `meaning` says in one line what is measured; `{against}` and `{judge}` stand for the opponent and the judge. Values
     lie between 0 and 1 if it is a `share`. Neither direction is better if `better` is "".
     """
 
@@ -80,15 +80,15 @@ METRICS: dict[str, MetricInfo] = {
 
 LM_EVAL_SHARES = ("acc", "exact_match")
 LM_EVAL_DOWN = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-"""How the names of lm-eval's metrics begin that lie between 0 and 1, and of those that are better if lower."""
+"""Prefixes of lm-eval metrics that lie between 0 and 1, and of those that are better if lower."""
 
 
 def metric_info(metric: str) -> MetricInfo:
-    """Return how a metric is shown; one that is not in `METRICS` by its name, without a better direction.
+    """Return how a metric is shown. If it is not in `METRICS`, it has its own name and no better direction.
 
     `TASK:METRIC` is a metric of lm-evaluation-harness.
     """
-    # lm-eval has hundreds of tasks, whose metrics are known by how their names begin.
+    # lm-eval has hundreds of tasks, whose metrics are recognised by prefixes.
     task, colon, name = metric.partition(":")
     if colon:
         better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"
@@ -101,7 +101,7 @@ def metric_info(metric: str) -> MetricInfo:
 
 
 def of_eight(metric: str) -> str:
-    """Return the name of a metric; for a metric of several samples, its name for eight: pass@8 for pass@4."""
+    """Return the name of a metric, with eight as its number of samples if it has one: pass@8 for pass@4."""
     return metric if metric in METRICS else re.sub(r"^(pass|maj)@\d+$", r"\1@8", metric)
 
 

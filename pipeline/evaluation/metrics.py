@@ -35,9 +35,9 @@ RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Valu
 class Metric(evaluate.Metric):
     """A metric that is described by its docstring.
 
-    `columns` are the types of predictions and references, of which `outcomes` makes a value between 0 and 1 for each
-    example. `compute` returns `{"value", "ci95": [low, high], "n", "values"}`: the estimate, its interval or None, the
-    number of independent examples, and the value of each.
+    `columns` are the types of predictions and references, which `outcomes` turns into a value from 0 to 1 per example.
+    `compute` returns `{"value", "ci95": [low, high], "n", "values"}`: the estimate, its interval or None, the number of
+    independent examples, and the value of each.
     """
 
     columns = Features(predictions=STRING)
@@ -54,7 +54,7 @@ class Metric(evaluate.Metric):
 
 
 class BitsPerByte(Metric):
-    """Total negative log-likelihood over total bytes, whatever the tokenizer: a long document weighs more.
+    """Total negative log-likelihood over total bytes, independent of the tokenizer; long documents weigh more.
 
     Predictions are the loss of each document in nats, references the documents. The interval is over documents.
     """
@@ -79,7 +79,7 @@ class InstructionAccuracy(Metric):
 
 
 class StopRate(Metric):
-    """The share of answers, given as token ids, that contain an end-of-turn token: that end before the token limit."""
+    """The share of answers, given as token ids, that contain an end-of-turn token, so end before the token limit."""
 
     columns = Features(predictions=List(Value("int64")))
 
@@ -96,8 +96,8 @@ class StepRate(Metric):
 class PassAtK(Metric):
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
-    Predictions are the sampled answers to each problem, and `rows` the problems, over which the interval is, with their
-    `answer`. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
+    Predictions are the sampled answers to each problem, and `rows` the problems with their `answer`. The interval is
+    over problems. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
     """
 
     columns = Features(predictions=List(STRING))
@@ -147,7 +147,7 @@ def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
 
 def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: bool = False) -> None:
     """Record `bits_per_byte` of documents or, `of_answers`, `answer_bits_per_byte` of the last messages of rows."""
-    # To score more tokens at once would take more memory for hardly any gain in bits.
+    # Scoring more tokens at once would take more memory and hardly change the bits.
     context = min(chat.positions or 1024, 1024)
     if of_answers:
         conversations = [row["messages"] for row in rows]
@@ -155,18 +155,18 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
     else:
         documents = [row["text"] for row in rows]
         found = list(zip(document_losses(chat.model, chat.tokenizer, documents, context), documents, strict=True))
-    # Of an answer behind the context, nothing is scored.
+    # An answer beyond the context is not scored at all.
     scored = [(row, loss, text) for row, (loss, text) in zip(rows, found, strict=True) if text]
     if scored:
         kept, losses, texts = zip(*scored, strict=True)
         bits = BitsPerByte().compute(predictions=losses, references=texts, seed=result.seed)
-        # An example weighs as many bytes as its text has.
+        # An example is weighted by the bytes of its text.
         weights = [{"weight": len(text.encode())} for text in texts]
         result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=False, extras=weights)
 
 
 def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
-    """Record `instruction_accuracy`, where answers can be graded, `stop_rate` and `mean_length` of greedy answers."""
+    """Record `instruction_accuracy` (of gradable answers), `stop_rate` and `mean_length` of greedy answers."""
     rows = held_out.instructions
     completions = [completion for (completion,) in chat.sample([row["messages"][:-1] for row in rows])]
     graded = [(row, completion.text) for row, completion in zip(rows, completions, strict=True) if is_gradable(row)]
@@ -203,7 +203,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
             result.traces.append({**trace, "answer": readable(completion), "correct": bool(value)})
 
-    # Several sampled answers to some of them.
+    # Sample several answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
     sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
     texts = [[completion.text for completion in of_problem] for of_problem in sampled]
@@ -216,7 +216,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
 
 def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[bool]:
-    """Record under `name` how many of the answers, one to each problem, are right. Return whether each is."""
+    """Record under `name` the share of right answers, one to each problem. Return whether each is right."""
     right = grader(answers, rows)
     # The report breaks pass@1 down by the length of problems, if their rows have one.
     lengths = [{"length": row["length"]} if "length" in row else {} for row in rows]
@@ -226,7 +226,7 @@ def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: 
 
 
 def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:
-    """Record the length of the answers under `name`, and `stop_rate` unless it has been measured on other answers."""
+    """Record the length of the answers under `name`, and `stop_rate` unless other answers already measured it."""
     tokens = [completion.tokens for completion in completions]
     if "stop_rate" not in result.metrics:
         stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
@@ -235,7 +235,7 @@ def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Comp
 
 
 def readable(completion: Completion) -> str:
-    """Return an answer as reports show it, with calls and results, or why there is nothing to read."""
+    """Return an answer as reports show it, with calls and results, or say why there is nothing to read."""
     if completion.messages:
         return dialogue.readable(completion.messages)
     if completion.text.strip():

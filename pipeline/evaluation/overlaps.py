@@ -9,19 +9,19 @@ from pipeline.data.overlap import overlap
 from pipeline.evaluation.held_out import MAX_TRAINING_ROWS, HeldOut
 
 OVERLAP_WORDS = 13
-"""Consecutive words that a held-out row shares with a training row only if it is a copy (as for GPT-3)."""
+"""Number of consecutive shared words that make a held-out row a copy of a training row (as for GPT-3)."""
 
 
 def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """Look for held-out rows among the training rows of all stages.
 
-    For each kind of data, return the number of `rows`, how many of them are `found`, the number `trained_on` that were
-    searched, the `n` words in a row that must agree, and how many are found `in` which training rows, if any are.
+    For each kind of data, return the number of `rows`, how many of them are `found`, the number of training rows
+    searched (`trained_on`), the `n` consecutive words that must agree and, if any are found, how many `in` which rows.
     """
     tests: dict[str, list[dict[str, Any]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):
         column = {"text": "text", "instructions": "messages"}.get(key, "prompt")
-        # Many rows share their system message, which says nothing about a copy.
+        # Many rows share their system message, which does not make them copies.
         tests[key] = [
             {"text": one} if key == "text" else {"messages": [turn for turn in one if turn["role"] != "system"]}
             for one in (row[column] for row in getattr(held_out, key))
@@ -35,7 +35,7 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
         rows = (row for _, row in part.sample(MAX_TRAINING_ROWS))
         shared = overlap(rows, (tests[key][number] for key, number in looked_for), OVERLAP_WORDS)
         times = Counter(match.shared for match in shared.matches)
-        # What more than three held-out rows share with training rows is part of a template.
+        # Words that more than three held-out rows share with training rows are part of a template.
         copied = [looked_for[match.test_row] for match in shared.matches if times[match.shared] <= 3]
         for key in keys:
             found[key]["trained_on"] += shared.train_rows

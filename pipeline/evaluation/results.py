@@ -1,4 +1,4 @@
-"""What is known about one stage: what its evaluation measured and its training logged, and the files of the former."""
+"""What the evaluation of one stage measured and its training logged, and the evaluation's files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRITTEN = (
     *("answers", "traces", "texts", "opponent", "against", "judge", "left_out", "cut_off", "experts"),
     *("overlap", "settings"),
 )
-"""Fields that STAGE.json has as they are."""
+"""Fields that STAGE.json contains unchanged."""
 
 
 @dataclass
@@ -32,8 +32,8 @@ class StageResult:
         answers: `{"prompt", "answer"}` of the fixed prompts.
         traces: `{"kind", "problem", "reference", "answer", "correct"}`, the first problem of each kind.
         texts: Baseline -> what its answers begin with or have in common, by a key such as "text".
-        opponent: Hash of what its answers in the win rates depend on, if others are compared with it.
-        left_out: What there is no data for, one line each.
+        opponent: Hash of everything that its answers in win rates depend on, if others are compared with it.
+        left_out: What could not be measured, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
         experts: Their loads over the fair share by `layers`, and `documents` with the expert `chosen` for its `pieces`.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
@@ -78,7 +78,7 @@ class StageResult:
             setattr(result, name, content.get(name) or getattr(result, name))
         examples = path.with_suffix(".jsonl")
         try:
-            # Texts may contain other characters that `splitlines` takes for line ends.
+            # Texts may contain other characters that `splitlines` treats as line ends.
             lines = examples.read_text(encoding="utf-8").split("\n") if examples.is_file() else []
             result.examples = [json.loads(line) for line in lines if line]
         except ValueError as error:
@@ -136,7 +136,7 @@ class StageResult:
             self.examples.append({**example, "kind": row["kind"], "value": float(value), **extra})
 
     def outcomes(self, metric: str) -> Outcomes:
-        """Return the outcome of each example of a metric. A value per byte, for instance, weighs as many bytes."""
+        """Return the outcome of each example of a metric. A value per byte, for instance, is weighted by its bytes."""
         return {
             f"{one['id']} {one.get('row', '')}": (one["value"], one.get("weight", 1.0), str(one.get("kind", "")))
             for one in self.examples
@@ -166,7 +166,7 @@ class StageResult:
         return found
 
     def remarks(self) -> list[str]:
-        """Return a line for each kind of data with answers cut off, with rows that are trained on, or without rows."""
+        """Return a line for each kind of data with truncated answers, with training rows in it, or without rows."""
         lines = [
             f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
             for key, counts in self.cut_off.items()
@@ -181,13 +181,13 @@ class StageResult:
 
 
 def copies_in(found: Mapping[str, Any]) -> str:
-    """Return in which training rows copies were found, and how many: ": pairs 32, text 1"."""
+    """Return where in the training data copies were found, and how many: ": pairs 32, text 1"."""
     counts = ", ".join(f"{name} {count}" for name, count in found.get("in", {}).items())
     return f": {counts}" if counts else ""
 
 
 def format_table(result: StageResult) -> str:
-    """Format the metrics, one per line, with the kinds of examples indented below, and what else is to be said."""
+    """Format the metrics, one per line, with the kinds of examples indented below, followed by remarks."""
     lines = [f"{result.name:<30} {'value':>8}  95% interval         n"]
     for name, estimate in result.metrics.items():
         for label, shown in {name: estimate, **{f"  {kind}": part for kind, part in estimate.by_kind.items()}}.items():

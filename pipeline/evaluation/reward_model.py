@@ -1,7 +1,7 @@
 """The metrics of reward models: whether the preferred answers score higher, and how well the scores are calibrated.
 
-`pairs: {dataset_name: allenai/reward-bench, dataset_test_split: filtered}` in evaluate.yaml measures one on the pairs
-of RewardBench; docs/tools.md says how the tool `rewardbench` itself reads one.
+`pairs: {dataset_name: allenai/reward-bench, dataset_test_split: filtered}` in evaluate.yaml uses the pairs of
+RewardBench; docs/tools.md says how the tool `rewardbench` itself loads a model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ BINS = 10
 def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> float:
     """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
 
-    `margins` are the scores of the preferred answers minus those of the others. If it is `debiased`, what chance adds
-    to the square in bins of a few pairs is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
+    `margins` are the scores of the preferred answers minus those of the others. If `debiased`, the part of the square
+    that is due to chance in small bins is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
     arXiv:1909.10155). The result may be negative then, and bins of one pair do not count.
     """
-    # The model's choice is right, wrong or, of equal scores, half right. Its confidence in it is sigmoid(|margin|), 0.5
-    # to 1, as in the Bradley-Terry model that it was trained as.
+    # The model's choice is right, wrong or, with equal scores, half right. Its confidence is sigmoid(|margin|), from
+    # 0.5 to 1, as in the Bradley-Terry model that it was trained as.
     agrees = (np.sign(margins) + 1) / 2
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
@@ -49,7 +49,7 @@ def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> 
         return 0.0
     expected = np.bincount(index, confidence, BINS)[used] / n
     accuracy = np.bincount(index, agrees, BINS)[used] / n
-    # By chance alone, the square of a bin's gap is too large by the variance of its accuracy: subtract that.
+    # Chance inflates the square of a bin's gap by the variance of its accuracy: subtract that.
     squares = np.square(accuracy - expected)
     if debiased:
         squares -= (np.bincount(index, np.square(agrees), BINS)[used] / n - np.square(accuracy)) / (n - 1)
@@ -62,8 +62,8 @@ def calibration_error(margins: np.ndarray, units: Sequence[Hashable], seed: int 
     if len(set(units)) < 2:
         return intervals.Estimate(max(squared, 0.0) ** 0.5, n=len(margins))
     resampled = intervals.resample(lambda index: squared_calibration_error(margins[index], debiased=False), units, seed)
-    # A bootstrap sample varies about the sample as the sample varies about the truth, chance included. So the interval
-    # is the spread of the plain estimate about its own mean, moved to the debiased one.
+    # Bootstrap samples vary around the sample as the sample varies around the truth, including the effect of chance. So
+    # the interval is the spread of the plain estimate around its own mean, moved to the debiased estimate.
     ends = squared + np.quantile(resampled, intervals.TAILS) - resampled.mean()
     value, low, high = np.sqrt(np.maximum([squared, *ends], 0.0))
     return intervals.Estimate(value, low, high, len(margins))
@@ -73,8 +73,8 @@ class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as the prompts, which
-    several pairs may share, by default over pairs.
+    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as prompts that several
+    pairs share; by default, over pairs.
     """
 
     columns = Features(predictions=NUMBER, references=NUMBER)
@@ -103,8 +103,8 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
 
-    # Labels are a noisy sample of the annotators' taste, which the generated data know. Here the better answer is the
-    # one that the annotators like better on average.
+    # Labels are a noisy sample of the annotators' taste, which generated data include. Here, the better answer is the
+    # one that annotators prefer on average.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
     if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
@@ -125,8 +125,8 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on."""
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
-    # If it was trained on votes, their test split is left. Prompts are divided by their content, so a vote is held out
-    # on every machine or on none.
+    # If it was trained on votes, only their test split remains. Prompts are split by their content, so a vote is held
+    # out on every machine or on none.
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:

@@ -1,4 +1,4 @@
-"""Evaluate one stage: measure all that its kind of model and the data at hand allow."""
+"""Evaluate one stage: measure everything that its kind of model and the available data allow."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ WITHOUT = {
     "problems": "pass@k: left out, no problems are held out (`problems`)",
     "prompts": "win rate: left out, no prompts are held out (`prompts`)",
 }
-"""Key of evaluate.yaml -> what to say if it names no data."""
+"""Key of evaluate.yaml -> remark if it names no data."""
 
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
-    """Refuse a run that cannot be written to, and stages that are not models, by the options that name them."""
+    """Refuse a run that cannot be written to, and stages that are not models, naming the option."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     if problem := check_directory(run / "evaluations", "RUN"):
         raise UserError(problem)
     for option, stage in named.items():
-        # Whether the model that the run starts from exists shows when it is loaded: it may be on the Hub.
+        # The model that the run starts from may be on the Hub, so it is only checked when it is loaded.
         is_base = model_of(run, stage, settings) != run / stage
         if not is_base and (stage == ".." or Path(stage).name != stage or not holds_model(run / stage)):
             found = sorted(path.name for path in run.iterdir() if holds_model(path))
@@ -70,8 +70,8 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     """Measure RUN/STAGE, as a reward model if it is a sequence classifier.
 
     With the same arguments on the same machine, only the seconds differ between two results. The `settings` are from
-    `evaluate_yaml.complete`, with paths that exist. Evaluations are written to `folder`, where the answers of the
-    opponent are found. A UserError is raised if a model is broken, or does not fit its tokenizer.
+    `evaluate_yaml.complete`, with paths that exist. The answers of the opponent are read from `folder`, to which
+    evaluations are written. A UserError is raised if a model is broken, or does not fit its tokenizer.
     """
     # Loading counts as part of the time, as it does for the user.
     began = time.perf_counter()
@@ -92,9 +92,9 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
         else:
             result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
         measure_people(result, rate, run)
-        # A judge would choose what it judges.
+        # The judge would choose the answers that it judges.
         if settings["best_of"] and path in map(Path, settings["reward_models"]):
-            # Answers are compared in the precision that is fast on this machine, pairs in float32.
+            # Answers are scored in the precision that is fast on this machine, pairs in float32.
             model.to(hardware.fast_dtype())
             judge = _find_judge(result, run, held_out, settings)
             asked = _load_chats(run, settings["against"], settings, "--against")
@@ -102,7 +102,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     else:
         answered, kind = held_out, STAGES.get(stage.partition("_")[2])
         if kind is not None and kind.measured and not kind.trained:
-            # All answers of random weights run into the limit, and none is right.
+            # With random weights, all answers run into the limit, and none is right.
             keys = ("instructions", "problems", "longer")
             fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), 48) for key in keys}
             answered = replace(held_out, **fewer)
@@ -130,7 +130,7 @@ def _measure_language_model(
         with RouteCounter(model) as counter:
             metrics.measure_bits(result, chat, held_out.text)
         record_load(result, counter)
-        # The report shows for a few texts which expert took which token.
+        # For a few texts, the report shows which expert took which token.
         for row in held_out.text[:3] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
             pieces = [tokenizer.decode([token]) for token in ids]
@@ -148,7 +148,7 @@ def _measure_language_model(
     # People would have to judge each answer.
     samples = 1 if settings["judge"] == VOTES else win_rate.SAMPLES
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder, samples) if judged else None
-    # About how many answers the model writes, perhaps as its own opponent; the baselines come to some more.
+    # Approximate number of answers that the model writes, perhaps as its own opponent; baselines add some more.
     greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
     sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
     sides = 0 if opponent is None else 2 if opponent is chats["prompts"] else 1
@@ -181,12 +181,12 @@ def _measure_language_model(
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if result.name == result.against and answers and judge:
         baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)
-    # Stages are numbered in the order of training. Those before the opponent have not moved away from it.
+    # Stages are numbered in the order of training. Those before the opponent did not start from it.
     if opponent is not None and result.name > result.against:
         if not isinstance(opponent, ChatModel):
             opponent = _load_chats(run, result.against, {**settings, "vllm": False}, "--against")["prompts"]
         win_rate.measure_distance(result, chats["prompts"], opponent, judged)
-    # They have no row that an environment could read, but a model that has learned to call tools calls them here, too.
+    # Fixed prompts have no row for an environment, but a model that has learned to call tools does so here, too.
     toolbox = chats["problems"].toolbox
     chat = replace(chats["instructions"], toolbox=toolbox and replace(toolbox, environment=None))
     answered = chat.answer([{"prompt": prompt} for prompt in held_out.fixed_prompts])
@@ -197,7 +197,7 @@ def _measure_language_model(
 
 
 def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Settings) -> Judge | None:
-    """Return the judge of the win rates; None, with a line that says why, if there is none yet."""
+    """Return the judge of the win rates, or None and record why there is none yet."""
     name = settings["judge"]
     if not held_out.prompts:
         return None
@@ -217,7 +217,7 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
 def _find_opponent(
     result: StageResult, run: Path, rows: Rows, own: ChatModel, settings: Settings, folder: Path, samples: int
 ) -> ChatModel | dict[str, win_rate.Answers] | None:
-    """Return the opponent in the win rates, or its answers if it has given them before; None if there is none yet."""
+    """Return the opponent in the win rates, or its saved answers; None if there is none yet."""
     against, path = result.against, model_of(run, result.against, settings)
     if not against or (path == run / against and not holds_model(path)):
         return None
@@ -227,8 +227,8 @@ def _find_opponent(
     if result.name == against:
         result.opponent = answered
         return own
-    # Every stage is compared with the answers that are written with the evaluation of the opponent. But people's votes
-    # are about the answers that they were shown, so both models answer again.
+    # Every stage is compared with the answers that were saved in the opponent's evaluation. With people as judges, both
+    # models answer again, because votes are about the answers that were shown.
     notes: list[str] = []
     saved = StageResult.read(folder / f"{against}.json", notes)
     if settings["judge"] != VOTES and answered and saved.opponent == answered and not notes:
@@ -245,7 +245,7 @@ def _find_opponent(
 def _load_chats(
     run: Path, stage: str, settings: Settings, option: Literal["--stage", "--against"]
 ) -> dict[str, ChatModel]:
-    """Load the model of a stage, for each kind of data: its answers have other limits, and perhaps another template.
+    """Load the model of a stage, for each kind of data: limits of answers, and perhaps templates, differ.
 
     The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
     """
@@ -263,7 +263,7 @@ def _load_chats(
             raise UserError(*problems)
         limits = dict.fromkeys(keys, int(given))
     else:
-        # TRL takes seconds to import. Its defaults hold for a stage that does not set a length.
+        # TRL takes seconds to import. A stage that does not set a length has TRL's default.
         from trl import GRPOConfig, SFTConfig
 
         default = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
@@ -281,10 +281,10 @@ def _load_chats(
 
 
 def record_load(result: StageResult, counter: RouteCounter) -> None:
-    """Record which experts took the counted tokens, if the model has experts."""
+    """Record how many of the counted tokens each expert took, if the model has experts."""
     if not counter.shares:
         return
-    # Each token is counted as often as experts take it.
+    # Each token is counted once for each expert that takes it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
     layers = [[round(share, 4) for share in layer] for layer in counter.shares]

@@ -1,6 +1,6 @@
-"""The metrics of preference: answers of two models to the same prompts, and a judge who says which are better.
+"""The metrics of preference: two models answer the same prompts, and a judge decides which answers are better.
 
-The answers of the stage that others are compared with are saved with its evaluation, and found there by the others.
+The answers of the stage that others are compared with are saved with its evaluation, and read from there.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Answers = Sequence[Sequence[str]]
 Matches = dict[str, tuple[Answers, Answers]]
 """`win_rate` (sampled) and `win_rate_greedy` -> the answers by a model and by its opponent."""
 SAMPLES = 4
-"""Sampled answers to each prompt. They halve the standard error of a single one, and are sampled in half a second."""
+"""Sampled answers to each prompt, in half a second. The standard error is half of a single sample's."""
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
-"""Files of a model that its answers depend on, unlike the records of its training in the same folder."""
+"""Files of a model that its answers depend on, unlike training records in the same folder."""
 
 
 class WinRate(Metric):
@@ -57,9 +57,9 @@ class LastSentenceShare(Metric):
 def answer_both(
     chat: ChatModel, opponent: ChatModel | Mapping[str, Answers], rows: Rows, seed: int = 0, samples: int = SAMPLES
 ) -> Matches:
-    """Answer the prompts by both models, `samples` times at temperature 1 and once greedily.
+    """Let both models answer the prompts, `samples` times at temperature 1 and once greedily.
 
-    The opponent samples with a different seed, so that a model against itself does not tie every time.
+    The opponent samples with a different seed, so that a model does not always tie with itself.
     """
 
     def answer(model: ChatModel, **options: Any) -> Answers:
@@ -78,7 +78,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
-        # Of each prompt, the first answer counts.
+        # Only the first answer to each prompt counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
@@ -87,17 +87,17 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
     They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
-    reference has other tokens.
+    reference has different tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
     prompts = chat.encode([row["prompt"] for row in rows])
-    # These are others than the samples of the win rate, whose seeds are small.
+    # The large seed makes these differ from the samples of the win rate.
     sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed + 1_000_000)
     sequences = [([*prompt, *answer.tokens], len(prompt)) for prompt, (answer,) in zip(prompts, sampled, strict=True)]
     losses = []
     for model in (chat.model, reference.model):
-        # The weights stay rounded as they were for sampling; only the arithmetic is exact.
+        # The weights remain rounded as for sampling; only the arithmetic becomes exact.
         dtype = model.dtype
         losses.append(sequence_losses(model.float(), chat.tokenizer, sequences))
         model.to(dtype)
@@ -109,7 +109,7 @@ def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel,
 def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, rows: Rows, judge: Judge) -> None:
     """Record under `name` how often `ours` win against `theirs`, in the matches that the judge has an opinion on.
 
-    The outcome of a prompt is the mean of its matches, of each answer with the opponent's of the same number.
+    The outcome of a prompt is the mean of its matches: each answer against the opponent's with the same number.
     """
     numbers = [number for number, (some, _) in enumerate(zip(ours, theirs, strict=True)) for _ in some]
     outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[number] for number in numbers])
@@ -122,7 +122,7 @@ def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, 
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
     if not of_prompt:
         return
-    # All answers of the opponent are for later evaluations.
+    # Keep all answers of the opponent for later evaluations.
     extras: list[dict[str, Any]] = [
         {"answer": one[0], "opponent": other[0], **({"answers": one, "opponents": other} if len(one) > 1 else {})}
         for one, other in ((ours[number], theirs[number]) for number in of_prompt)
@@ -132,11 +132,11 @@ def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, 
 
 
 def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
-    """Return a hash of all that the answers of the model in `model` to `rows` depend on on one machine, or ""."""
-    # The base model of an adapter may change elsewhere, and so may a model that is not on this disk.
+    """Return a hash of everything that determines this model's answers to `rows` on one machine, or ""."""
+    # The base model of an adapter, or a model that is not on this disk, may change unnoticed.
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""
-    # Other releases, threads or kernels may sample other answers from the same weights.
+    # Different releases, numbers of threads or kernels may sample other answers from the same weights.
     software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
     for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):

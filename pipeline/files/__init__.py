@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
 """Files of a checkpoint: the trainer's state, and the list of all files, which makes it complete."""
 LOCK_SECONDS = 120.0
-"""Seconds to wait for an earlier run to release a lock; it may still be saving."""
+"""Seconds to wait for an earlier run, which may still be saving, to release a lock."""
 
 
 def check_replaceable(
@@ -36,7 +36,7 @@ def check_replaceable(
 ) -> list[Problem]:
     """Check that a step that replaces its whole output directory would delete only files of its `own`.
 
-    `title` is the text in the step's README.md that identifies it, if it writes one; `read` a directory that it reads.
+    `title` is the text that identifies the step's README.md, if it writes one; `read` a directory that it reads.
     """
     path = Path(output_dir)
     if problem := check_directory(path):
@@ -54,15 +54,15 @@ def check_replaceable(
             remedy = "contains other files; give a new or an empty folder"
     if remedy:
         return [Problem("output_dir", output_dir, remedy)]
-    # The folder itself is replaced, for which its parent must be writable.
+    # The folder itself is replaced, so its parent must be writable.
     problem = check_directory(path.absolute().parent)
     return [problem] if problem else []
 
 
 def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:
-    """Report what cannot be a directory, such as a file, or cannot be created or written to.
+    """Report a path that is not a directory, or cannot be created or written to.
 
-    It need not exist. If it is to be `writable`, that is tried: not every file system honours its permissions.
+    It need not exist. With `writable`, writing is tried, because not every file system honours its permissions.
     """
     path = Path(path)
     try:
@@ -81,7 +81,7 @@ def check_directory(path: str | Path, field: str = "output_dir", writable: bool 
         before = found.stat()
         if writable:
             tempfile.TemporaryDirectory(dir=found).cleanup()
-            # Leave the folder as if nothing had been written.
+            # Leave the folder as it was.
             os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
         return Problem(field, path, f"no permission to write to {found} ({error.strerror}); choose another directory")
@@ -89,7 +89,7 @@ def check_directory(path: str | Path, field: str = "output_dir", writable: bool 
 
 
 def check_new_directory(path: Path, field: str) -> Problem | None:
-    """Report a directory that cannot be created or written to, or holds something; arguments as `check_directory`."""
+    """Report a directory that cannot be created or written to, or is not empty; arguments as for `check_directory`."""
     if problem := check_directory(path, field):
         return problem
     if path.is_dir() and any(path.iterdir()):
@@ -98,7 +98,7 @@ def check_new_directory(path: Path, field: str) -> Problem | None:
 
 
 def nearest(path: Path) -> Path:
-    """Return a path or, if there is nothing, the nearest folder around it."""
+    """Return a path or, if it does not exist, its nearest existing parent."""
     return next(part for part in (path, *path.parents) if os.path.lexists(part))
 
 
@@ -110,8 +110,8 @@ def is_missing_path(name: str) -> bool:
 
 
 def describe_folder(path: str | Path) -> str:
-    """Return what to name in place of a folder that is a recipe or a run, "" for any other folder."""
-    # Unlike Path.is_dir(), it has an answer for a name that is too long for a file.
+    """Return what to name instead of a folder that is a recipe or a run, or ""."""
+    # Unlike Path.is_dir(), this does not raise for a name that is too long.
     if not os.path.isdir(path):
         return ""
     path = Path(path)
@@ -125,7 +125,7 @@ def describe_folder(path: str | Path) -> str:
 
 
 def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
-    """Return a setting in which each path inside the folder `home`, also in lists and mappings, is inside `to`."""
+    """Return a setting with all paths inside `home`, also in lists and mappings, moved to `to`."""
     if isinstance(value, Mapping):
         return {key: relocate(item, home, to) for key, item in value.items()}
     if isinstance(value, list):
@@ -136,16 +136,16 @@ def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split `NAME/repo@revision`, an id on the Hub, into both, or return a name without one, or a path, and None."""
+    """Split the Hub id `NAME/repo@revision` into both; for a path or a name without a revision, that is None."""
     repo, at, revision = name.partition("@")
     return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
 
 
 def append_line(file: FileIO, line: bytes) -> None:
-    """Append a line, given without its end, to an unbuffered file, and flush it; after an `OSError` it is as before."""
+    """Append a line (without newline) to an unbuffered file, and flush it; undo that after an `OSError`."""
     end = os.fstat(file.fileno()).st_size
     try:
-        # A disk that fills up takes the beginning of the line, and reports no error.
+        # A disk that fills up may write only the beginning of the line, without an error.
         if file.write(line + b"\n") != len(line) + 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
@@ -155,7 +155,7 @@ def append_line(file: FileIO, line: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, and its folder, whole or not at all; lone surrogates become question marks."""
+    """Write a UTF-8 file atomically, and create its folder; lone surrogates become question marks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
@@ -179,7 +179,7 @@ def write_folder(path: Path) -> Iterator[Path]:
 
 def replace_folder(path: Path, new: Path) -> None:
     """Rename the folder `new`, on the same file system, to `path`, and delete an earlier folder of that name."""
-    # A folder cannot be replaced in one step. Between the two renames there is none, but never half of one.
+    # A folder cannot be replaced in one step. Between the two renames it is missing, but it is never partial.
     trash_dir = new.with_name(f".{path.name}.trash")
     shutil.rmtree(trash_dir, ignore_errors=True)
     if path.exists():
@@ -199,7 +199,7 @@ def fsync(path: Path) -> None:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock file `path`; False where the kernel does not keep locks."""
+    """Return whether a process holds the lock file `path`; False if the file system has no locks."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -210,11 +210,11 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
-    """Hold a lock file, and so reserve its folder, until the block or this process ends, however it ends.
+    """Hold a lock file, and so reserve its folder, until the block or this process ends in any way.
 
-    Wait up to `LOCK_SECONDS` for another process, but with `orphans_only` just for children of one that took the lock
-    and died. A child process that inherits the file descriptors in the tuple holds the lock as well. A `UserError` is
-    raised if another process still holds the lock, or the folder cannot be written to.
+    Wait up to `LOCK_SECONDS` for another process or, with `orphans_only`, only for children of one that took the lock
+    and died. A child process that inherits the yielded file descriptors holds the lock as well. A `UserError` is raised
+    if another process still holds the lock, or the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     deadline, reported = time.monotonic() + LOCK_SECONDS, 0
     with file:
         while True:
-            # The lock ends with the last process that has the descriptor. That may be a child which goes on writing
+            # The lock ends with the last process that has the descriptor. That may be a child that continues to write
             # after its parent was killed, and whose files the next run must not touch.
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,7 +247,7 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
         try:
             yield (file.fileno(),)
         finally:
-            # Children that still have the descriptor do not keep the lock.
+            # Unlocking explicitly releases the lock even if children still have the descriptor.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -270,7 +270,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_json(path: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if there is none, or the file is damaged, of which `notes` takes a line."""
+    """Return the JSON object in a file, or {} if there is none or it is damaged, which is added to `notes`."""
     content, fault = _read_object(path)
     if fault and notes is not None:
         notes.append(f"{path}: {fault}; skipped")
@@ -297,7 +297,7 @@ def _is_step(entry: Any) -> bool:
         return False
     numbers = [entry.get(key, 0) for key in ("seconds", "peak_memory")]
     parts = [entry.get(key, {}) for key in ("values", "inputs", "data", "files")]
-    # Infinite seconds, or more than a century of them, cannot be shown as a time.
+    # Seconds that are infinite, or more than a century, cannot be shown as a time.
     is_counted = all(isinstance(number, int | float) and 0 <= number < 2**60 for number in numbers)
     return is_counted and numbers[0] < 3.2e9 and all(isinstance(part, dict) for part in parts)
 
@@ -319,7 +319,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
     check_regular(file)
     with file.open("rb") as start:
         header = int.from_bytes(start.read(8), "little")
-    # 4 MiB are for more than 30,000 weights, each of which takes time whenever the file is read.
+    # 4 MiB suffice for 30,000 weights. Each one takes time whenever the file is read.
     if header > 4 << 20:
         raise OSError(f"its header has {header:,} bytes, for more weights than one file of a model has")
     with safe_open(file, framework="np") as weights:
@@ -327,6 +327,6 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise an `OSError` for what is not a file: reading a pipe, for instance, would wait for ever."""
+    """Raise an `OSError` for anything but a regular file: reading a pipe, for instance, could wait forever."""
     if not path.is_file():
         raise OSError("is not a file")

@@ -1,8 +1,8 @@
-"""Try what a model's files ask for in a child process, which can neither hang nor fill the memory of the machine.
+"""Try what a model's files ask for in a child process with limited time and memory.
 
 A configuration may ask for 10^9 labels, a chat template may never end, and a tokenizer may double each letter sixty
-times. None of that can be seen in the files, so it is done first where it can be ended. The child is a fork, which
-takes some milliseconds, and everything that it made ends with it.
+times. None of that can be seen in the files, so it is first tried in a process that can be killed. The child is a fork,
+which takes some milliseconds, and everything that it made disappears with it.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ MAX_ENTRIES = {
     "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
     "generation_config.json": 200_000, "adapter_config.json": 200_000,
 }  # fmt: skip
-"""Entries of a list, by file. A model of speech adds a token for each sound: Orpheus-3B has 28,672."""
+"""Maximum number of list entries, by file. A speech model adds a token for each sound: Orpheus-3B has 28,672."""
 MAX_MIB = {
     "tokenizer.json": 64, "vocab.json": 32, "added_tokens.json": 8, "special_tokens_map.json": 8,
     "tokenizer_config.json": 32, "config.json": 8, "generation_config.json": 8, "adapter_config.json": 8,
     "vocab.txt": 64, "merges.txt": 64, "tokenizer.model": 64, "spiece.model": 64, "sentencepiece.bpe.model": 64,
     "sentencepiece.model": 64, "spm.model": 64, "tiktoken.model": 64, ".jinja": 1, ".tiktoken": 64,
 }  # fmt: skip
-"""Sizes of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
+"""Maximum size of files that are read as a whole, by name or suffix. The largest tokenizer in use has 34 MB."""
 SECONDS = 5
-"""Seconds of CPU time; building the largest models, without their weights, takes two, and importing them as many."""
+"""Seconds of CPU time. Building the largest models, without weights, takes two, and importing them another two."""
 MEMORY = 1 << 30
 """Bytes that the child may use in addition to its copy of this process."""
 PATIENCE_SECONDS = 30.0
-"""Wall-clock time, for a machine that is too busy to give the child its seconds: a quarter of them then suffices for a
-verdict, and with less it is left open."""
+"""Wall-clock limit, for a machine too busy to give the child its CPU seconds. If it got less than a quarter of them,
+there is no verdict."""
 OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
 """Exit codes of the child."""
 TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
 
 
 def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
-    """Call a function in a child process, and return which limit it exceeds, as the end of a sentence, or None.
+    """Call a function in a child process, and return the limit that it exceeds, as the end of a sentence, or None.
 
-    Only Linux forks safely; elsewhere it is not called. Whatever it returns or raises, but `TOO_LONG`, is ignored;
-    the caller will see it. `mapped` are the bytes of a file that it maps into memory, which are not counted.
+    Only Linux forks safely; elsewhere it is not called. Its result and errors, except for `TOO_LONG`, are ignored,
+    because the caller will see them. `mapped` are the bytes of a memory-mapped file, which do not count.
     """
     if sys.platform != "linux":
         return None
@@ -61,7 +61,7 @@ def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
     child = get_context("fork").Process(target=_run, args=(call, mapped))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with warnings.catch_warnings():
-        # Other threads may hold locks, for which the child would wait for ever. PATIENCE_SECONDS ends that.
+        # Other threads may hold locks that the child would wait for forever. PATIENCE_SECONDS ends that.
         warnings.simplefilter("ignore", DeprecationWarning)
         child.start()
     try:
@@ -72,7 +72,7 @@ def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
         child.join()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # On a busy machine the child may be killed before it got its seconds. It is only to blame if it used a good part.
+    # On a busy machine, the child may be killed early. It is only to blame if it used a good part of its seconds.
     if not is_over:
         return TOO_SLOW if seconds > SECONDS / 4 else None
     # A negative code is the signal that ended the child.
@@ -81,7 +81,7 @@ def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
         return TOO_SLOW
     if code == OUT_OF_ROOM:
         return TOO_LONG
-    # A library in C or Rust that gets no memory aborts, or runs out of its stack.
+    # A C or Rust library that runs out of memory or stack aborts.
     return TOO_LARGE if code < 0 or code == OUT_OF_MEMORY else None
 
 
@@ -111,7 +111,7 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
 
 
 def check_files(folder: Path) -> None:
-    """Raise a `ValueError` if a config.json, or a tokenizer's files, ask for more than a model can have."""
+    """Raise a `ValueError` if a config.json or a tokenizer's files ask for more than any model has."""
     for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
         if limit and file.is_file() and file.stat().st_size > limit << 20:
@@ -123,12 +123,12 @@ def check_files(folder: Path) -> None:
         return
     numbers = list(_numbers(_read(file)))
     for name, value in numbers:
-        # Other names may count something else: layers from `max_window_layers` on attend to a window.
+        # Other names may count something else: from layer `max_window_layers` on, layers attend to a window.
         what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
         if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
             raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
     counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
-    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Others are first tried.
+    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Anything else is first tried.
     unusual = [f"{name}: {value}" for name, value in numbers if value > (1024 if counts.search(name) else 1 << 24)]
 
     def build() -> None:
@@ -157,7 +157,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
     """Yield the whole numbers of a configuration, each with the key that names it."""
     if isinstance(value, dict):
         for key, item in value.items():
-            # A label may have any name, and any number.
+            # Labels may have any name and any number.
             if key != "label2id":
                 yield from _numbers(item, key)
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Check, before anything that takes long, that the token may write to repositories on the Hub."""
+"""Check, before anything slow, that the token may write to repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 
 
 def full_id(repo_id: str | None, output_dir: str | Path) -> str:
-    """Return the id of the repository that an output directory is pushed to, by default one of the directory's name.
+    """Return the id of the repository that an output directory is pushed to, by default named like the directory.
 
-    A name without a namespace is in the user's own, for which the Hub is asked; that may raise `PUSH_ERRORS`.
+    A name without a namespace gets the user's own, which the Hub is asked for; that may raise `PUSH_ERRORS`.
     """
     name = repo_id or Path(output_dir).absolute().name
     return name if "/" in name else f"{retry(lambda: whoami(cache=True))['name']}/{name}"
 
 
 def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None) -> list[Problem]:
-    """Check that the token, by default the user's own, may write to repositories, or create them. Nothing is written.
+    """Check, without writing anything, that the token (by default, the user's) may write to or create repositories.
 
     Return at most one problem of the argument `field`: the first repository to which it may not write, or why the Hub
     could not be asked.

@@ -29,17 +29,17 @@ from pipeline.hub.upload import explain, is_replaced, push
 
 logger = logging.getLogger(__name__)
 
-# Folder, in the output directory, of the checkpoint that is being pushed: by then, the run may have deleted it.
+# Folder in the output directory for the checkpoint that is being pushed, because the run may delete it meanwhile.
 STAGED = ".pushed"
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints and the model of a trainer, instead of transformers. `push_to_hub` is set to false.
+    """Pushes checkpoints and the model in place of transformers, and sets `push_to_hub` to false.
 
     While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
     `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
     "all_checkpoints". Under "every_save", `last-checkpoint/` is removed at the end. If the best checkpoint will be
-    loaded at the end, that is pushed as well.
+    loaded at the end, it is pushed as well.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -68,7 +68,7 @@ class PushCallback(TrainerCallback):
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
-        """Wait for the push that is running, and push the last checkpoint if that was missed and is of use.
+        """Wait for the push that is running, and push the last checkpoint if it was skipped and is still useful.
 
         If training `is_complete`, the model will be pushed.
         """
@@ -78,7 +78,7 @@ class PushCallback(TrainerCallback):
             self._running.result()
 
     def push_model(self) -> None:
-        """Push the finished model if that was asked for; `RunStopped` names the command that makes up for a failure."""
+        """Push the finished model if requested. If that fails, `RunStopped` names the command to push it later."""
         if not self._is_asked or self._args.process_index != 0:
             return
         folder = Path(str(self._args.output_dir)).absolute()
@@ -149,7 +149,7 @@ class PushCallback(TrainerCallback):
             shutil.rmtree(staged, ignore_errors=True)
 
     def _send(self, name: str, files: Files, message: str, replaced: tuple[str, ...]) -> None:
-        """Push files to the repository `name`, in place of its weights and of paths that begin as `replaced` says."""
+        """Push files to the repository `name`. Replace its weights, and paths that begin with one of `replaced`."""
         options = {"private": bool(self._args.hub_private_repo), "revision": self._args.hub_revision}
         weights = (".safetensors", ".safetensors.index.json")
         with suppress_progress_bars():

@@ -1,4 +1,4 @@
-"""Cards of models, data and reports, which a reader of the Hub sees first. Their text is in `templates/`."""
+"""Cards of models, data and reports, which Hub users see first. Their text is in `templates/`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CRITIC = "value_model"
 
 @dataclass
 class Trained:
-    """What the card of a model is made from. The card omits what is missing.
+    """The information for a model card. The card omits what is missing.
 
     `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json. `ids` has the
     ids of folders that the `settings` name.
@@ -52,11 +52,11 @@ class Trained:
         return STAGES.get(self.kind, StageKind(name=self.kind))
 
     def on_hub(self, name: Any) -> str | None:
-        """Return the id of what a setting names: a folder that is pushed, or something else of the Hub."""
+        """Return the Hub id for a setting's value: the id of a folder that is pushed, or the value if it is an id."""
         if not isinstance(name, str) or not name:
             return None
         name, _ = split_revision(name)
-        # Another directory of the run need not exist on this machine.
+        # The run's other directories need not exist on this machine.
         home = Path(str(self.settings.get("output_dir") or ".")).parent
         is_output = home != Path() and Path(name).is_relative_to(home)
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not is_output
@@ -64,7 +64,7 @@ class Trained:
 
 
 def _render(template: str, data: CardData, **values: Any) -> str:
-    """Return a card: its metadata, and the text of a file in `templates/`."""
+    """Return a card: its metadata, and the text from a file in `templates/`."""
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.loader = PackageLoader("pipeline.hub")
     jinja.filters |= {
@@ -117,7 +117,7 @@ def model_card(trained: Trained) -> str:
         pipeline_tag="text-generation" if about.generates else "text-classification",
         tags=["fourstage", *about.card.tags],
     )
-    # The settings as the YAML file has them, with the ids of what was pushed.
+    # The settings as in the YAML file, with Hub ids for what was pushed.
     shown = rename(public_settings(settings), trained.ids.get)
     # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
     stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
@@ -147,7 +147,7 @@ def model_card(trained: Trained) -> str:
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
-    """Return what the Hub shows of a metric. It has no field for intervals; they are among the arguments."""
+    """Return a metric for the Hub. It has no field for intervals, so they are among the arguments."""
     key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
     source = trained.measured_on.get(key) or {}
     name = ", ".join(as_list(source.get("dataset_name") or []))
@@ -186,9 +186,9 @@ def load_card(folder: Path) -> DatasetCard:
 
 
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
-    """Return the README.md of a folder of data: the text of its own card, with licence, tags and how to load it.
+    """Return the README.md of a folder of data: the text of its own card, with a licence, tags and how to load it.
 
-    Other outputs of the run that the text names become their repositories: `ids` has them by directory.
+    Other outputs of the run that the text names are replaced by their repositories, which `ids` has by directory.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license

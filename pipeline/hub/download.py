@@ -1,4 +1,4 @@
-"""Fetch from the Hub what the steps of a recipe read, for machines without internet, and checkpoints to resume from."""
+"""Fetch from the Hub what a recipe's steps read, for machines without internet, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pipeline.models.loading import user_error_for
 
 # Fields that may name models or tokenizers of the Hub.
 MODELS = ("model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "value_model_path", "judge")
-# What models are loaded from; pickles are left where they are.
+# Files that models are loaded from; pickles are not downloaded.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # Folder of a repository that holds the newest checkpoint, as transformers names it.
 LAST = "last-checkpoint"
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
-    """Fetch what settings of steps name, except what the run makes in `home`; return 0, or raise a `UserError`."""
+    """Fetch what the steps' settings name, except what the run makes in `home`; return 0, or raise a `UserError`."""
 
     def on_hub(names: object) -> list[str]:
-        """Return the ids of the Hub among names: those that are neither a path nor the name of a function."""
+        """Return the Hub ids among names: those that are neither paths nor functions."""
         found = [name for name in as_list(names) if isinstance(name, str) and ":" not in name]
         found = [name for name in found if not (Path(name).is_relative_to(home) or Path(name).exists())]
         return [name for name in found if not is_missing_path(name)]
@@ -53,7 +53,7 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
             snapshot_download(repo_id, revision=own or revision, allow_patterns=FILES)
         print(f"fetched the model {name}")
     for (name, config), streamed in data.items():
-        # Opening it reports what is wrong with the name or the configuration.
+        # Opening it reports a wrong name or configuration.
         open_source(name, config, streaming=streamed)
         if streamed:
             # All splits of the configuration are fetched, because `datasets` does not open a folder that lacks one.
@@ -73,8 +73,8 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
 def fetch_checkpoints(name: str, field: str) -> list[Path]:
     """Download the newest checkpoint of `NAME/repo` or `NAME/repo@revision`, which the argument `field` named.
 
-    Return its folder, and that of the best checkpoint so far if the repository has it as well. `UserError` if there is
-    no such repository or no checkpoint in it, or if it cannot be downloaded.
+    Return its folder, and the folder of the best checkpoint so far if the repository has that, too. Raise a `UserError`
+    if the repository or a checkpoint in it does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
 
@@ -90,7 +90,7 @@ def fetch_checkpoints(name: str, field: str) -> list[Path]:
             remedy = "is neither a folder nor a repository with a checkpoint; push one with hub_strategy checkpoint"
             raise UserError(Problem(field, name, remedy))
         found = fetch(newest)
-        # Resuming validates the state, and so it may be damaged here.
+        # Resuming validates the state, so it may be damaged here.
         best = Path(str(read_json(found / STATE).get("best_model_checkpoint") or "")).name
         return [found, fetch(best)] if best in paths and best != newest else [found]
     except HFValidationError as error:

@@ -1,8 +1,8 @@
-"""The files of an output directory that are published on the Hub, without paths and tokens of this machine.
+"""The files of an output directory to publish on the Hub, without this machine's paths and tokens.
 
-A path may stand in a text as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command (`--config=/home/x.yaml`).
+A text may contain a path as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command (`--config=/home/x.yaml`).
 Paths are removed in three passes: the current directory; the home directory and the paths that the settings and records
-of the run name, with any characters (`places`); and anything else that begins with a directory of the root of this
+of the run name, with any characters (`places`); and anything else that begins with a top-level directory of this
 machine, up to the first space, quote or bracket.
 """
 
@@ -30,24 +30,24 @@ logger = logging.getLogger(__name__)
 
 # Path in a repository -> the local file, or its content.
 Files = dict[str, Path | bytes]
-# Files that serve a reader. Pickles, locks, unfinished files and the logs of trackers are not among them.
+# Files that are useful to others, unlike pickles, locks, unfinished files and logs of trackers.
 SUFFIXES = (
     ".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".gguf", ".md", ".parquet", ".html",
 )  # fmt: skip
 
 TEXTS = (".json", ".md", ".html", ".txt", ".jinja")
-# Files of a tokenizer, which have to stay as they are.
+# Tokenizer files, which must not be changed.
 WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 # Files with fields that name other models and data.
 SETTINGS = ("arguments.json", "adapter_config.json")
-# Beginnings of names of files and folders that are for resuming and for debugging.
+# Prefixes of files and folders that are for resuming and debugging.
 UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
 
 
 def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
-    """Return what is pushed of a folder: a model, a checkpoint, a data set or a report.
+    """Return the files to push from a folder: a model, a checkpoint, a data set or a report.
 
-    What the settings name in folders of `ids` (by absolute path) is named by the id that the folder has on the Hub.
+    In settings, folders in `ids` (by absolute path) are replaced by their id on the Hub.
     """
     files: Files = {}
     known = places(folder)
@@ -60,16 +60,16 @@ def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
             if path.resolve().is_relative_to(folder.resolve()):
                 files[name.as_posix()] = public_content(path, known, ids)
             else:
-                logger.warning("%s is not pushed: it is a link to a file outside of %s.", path, folder)
+                logger.warning("%s is not pushed: it links to a file outside of %s.", path, folder)
         except UnicodeDecodeError:
             logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
     return files
 
 
 def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None = None) -> Path | bytes:
-    """Return a file as it is published: the file itself, or its text if that names places of this machine.
+    """Return a file as it is published: unchanged or, if it contains paths of this machine, as text without them.
 
-    `known` are paths that may occur in it, from `places`. A text that is not UTF-8 raises a `UnicodeDecodeError`.
+    `known` are paths that may occur in it, from `places`. Text that is not UTF-8 raises a `UnicodeDecodeError`.
     """
     if path.suffix not in TEXTS or path.name in WORDS:
         return path
@@ -85,17 +85,17 @@ def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None =
 
 
 def to_bytes(text: str) -> bytes:
-    """Return a text in UTF-8, with question marks for what it cannot encode, such as half of a surrogate pair."""
+    """Encode a text in UTF-8, with question marks for what cannot be encoded, such as half of a surrogate pair."""
     return text.encode("utf-8", "replace")
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without tokens and variables of the environment, which may be secrets."""
+    """Return settings without tokens and environment variables, which may be secrets."""
     return {name: value for name, value in settings.items() if name != "env" and not name.endswith("_token")}
 
 
 def rename(value: Any, find: Callable[[str], str | None]) -> Any:
-    """Return settings with ids on the Hub, as `find` returns them, for all names except the folder that was written."""
+    """Return settings with Hub ids, as `find` returns them, in place of all names but the output folder."""
     if isinstance(value, dict):
         return {key: item if key == "output_dir" else rename(item, find) for key, item in value.items()}
     if isinstance(value, list):
@@ -104,7 +104,7 @@ def rename(value: Any, find: Callable[[str], str | None]) -> Any:
 
 
 def places(folder: Path) -> set[str]:
-    """Return the absolute paths that a folder and the settings in it and around it name, with any characters."""
+    """Return the absolute paths named by a folder and by the settings in and around it, with any characters."""
     found = {str(folder.absolute()), str(folder.resolve())}
     for around in (folder, *folder.absolute().parents[:3]):
         for name in ("run.json", *SETTINGS):
@@ -113,7 +113,7 @@ def places(folder: Path) -> set[str]:
 
 
 def _named_paths(value: Any) -> set[str]:
-    """Return the absolute paths among the texts of a JSON value, and among the words of its commands."""
+    """Return the absolute paths among the strings of a JSON value, and among the words of its commands."""
     found: set[str] = set()
     texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(value)))
     for text in (text for text in texts if os.sep in text):
@@ -129,12 +129,12 @@ def _named_paths(value: Any) -> set[str]:
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
-    """Replace the absolute paths of this machine, by what lies below the current directory or home, or by a name.
+    """Replace absolute paths of this machine by the part below the current directory or home, or by a name.
 
-    Tokens of the Hub are replaced as well. `known` are paths that may occur in the text, from `places`.
+    Hub tokens are replaced as well. `known` are paths that may occur in the text, from `places`.
     """
     text = TOKEN.sub("hf_***", text)
-    # The user's own tokens may have another form. A very short one would also match ordinary words.
+    # The user's own tokens may look different. Very short ones would also match ordinary words.
     for token in {get_token() or "", *get_stored_tokens().values()}:
         text = text.replace(token, "hf_***") if len(token) >= 8 else text
     text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
@@ -144,7 +144,7 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
     for path in map(Path, known):
         names[str(path)] = path.name
         for parent in path.parents:
-            # The directories of the root are everybody's.
+            # Top-level directories are the same on most machines.
             if len(parent.parts) > 2:
                 names |= {f"{parent}/": "", str(parent): names.get(str(parent), ".")}
     text = _replace(text, names)
@@ -153,7 +153,7 @@ def without_paths(text: str, known: Iterable[str] = ()) -> str:
 
 
 def _replace(text: str, names: Mapping[str, str]) -> str:
-    """Replace paths by names, as they stand in a text, in JSON, in HTML or in a URL; the longest that fits."""
+    """Replace paths by names, however they are written (text, JSON, HTML or URL), the longest match first."""
     spelled: dict[str, str] = {}
     for path, name in names.items():
         spellings = (path, json.dumps(path)[1:-1], html.escape(path), quote(path))
@@ -165,10 +165,10 @@ def _replace(text: str, names: Mapping[str, str]) -> str:
     return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
 
 
-# Not before a path: the rest of a URL, of a relative path, or of an HTML tag that is closed. A line that ends in JSON
-# and an option of one letter are before one. Two slashes begin a path as well, but after a colon they begin a host.
+# What must not precede a path: part of a URL, of a relative path, or of a closing HTML tag. An escaped line end in JSON
+# and a one-letter option may precede it. Two slashes also begin a path, but after a colon they begin a host.
 BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
-# Not after the name of a file or a folder: the rest of a longer name.
+# What must not follow the name of a file or a folder: the rest of a longer name.
 GOES_ON = r"(?![\w-]|\.\w)"
-# Characters of a part of a path that no setting names.
+# Characters in a component of a path that no setting names.
 INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"

@@ -1,12 +1,12 @@
-"""`python -m pipeline push RUN --namespace NAME`: push what a run has made to the Hub.
+"""`python -m pipeline push RUN --namespace NAME`: push the outputs of a run to the Hub.
 
     python -m pipeline push runs/pocket --namespace alice
     python -m pipeline push runs/pocket --namespace alice --stage 4_grpo --private
     python -m pipeline push runs/pocket --namespace alice --dry-run
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
-A second push uploads only what has changed and deletes what else a repository holds, but for checkpoints. The last form
-pushes a single output directory.
+A second push uploads only what has changed, and deletes everything else in a repository except for checkpoints. The
+last form pushes a single output directory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--repo_id", metavar="NAME/REPO", help="push a single output directory to this repository")
     meaning = "push only these stages or data sets, by the names of their directories (default: all, and the report)"
     parser.add_argument("--stage", nargs="+", metavar="STAGE", help=meaning)
-    parser.add_argument("--private", action="store_true", help="let nobody else see the repositories")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; it is created (default: main)")
+    parser.add_argument("--private", action="store_true", help="make the repositories private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if needed (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open pull requests instead of writing to main")
-    meaning = "licence of the models and data, such as apache-2.0 (default: the one that the card of the data names)"
+    meaning = "licence of the models and data, such as apache-2.0 (default: the one in the card of the data)"
     parser.add_argument("--license", metavar="ID", help=meaning)
     meaning = "also push the weights of each checkpoint, to a branch such as step-1000"
     parser.add_argument("--checkpoints", action="store_true", help=meaning)
-    parser.add_argument("--dry-run", action="store_true", help="list what would be pushed; no request is made")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be pushed, without making any request")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -55,10 +55,10 @@ def main(args: argparse.Namespace) -> int:
 
     if problems := _check(args):
         raise UserError(*problems)
-    # The client would report each request that it repeats in two lines.
+    # The client would log two lines for each request that it repeats.
     logging.set_verbosity_error()
     api = HfApi(library_name="fourstage")
-    # A name without a namespace is in the user's own.
+    # A name without a namespace gets the user's own.
     if args.repo_id and "/" not in args.repo_id and not args.dry_run:
         if problems := check_access([], "--repo_id"):
             raise UserError(*problems)
@@ -148,13 +148,13 @@ def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
     try:
         yield
     except PUSH_ERRORS as error:
-        advice = "Nothing on this disk has changed; the same command goes on with what is missing."
+        advice = "Nothing on this disk has changed; the same command continues with what is missing."
         message = f"{what} could not be pushed: {explain(error, repo_id)}.\n{advice}"
         raise RunStopped(message, EXIT_PUSH_FAILED) from error
 
 
 def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: list[Repository]) -> None:
-    """Add the repositories to the collection of the run, and create that if it does not exist."""
+    """Add the repositories to the collection of the run, which is created if it does not exist."""
     from huggingface_hub.errors import HfHubHTTPError
 
     from pipeline.hub.upload import retry
@@ -169,7 +169,7 @@ def _collect(api: HfApi, title: str, args: argparse.Namespace, repositories: lis
     try:
         print(f"collection: {retry(attempt)}")
     except HfHubHTTPError as error:
-        # A token for some repositories only, or the namespace of somebody else.
+        # The token is limited to some repositories, or the namespace belongs to someone else.
         if error.response.status_code != 403 or not (args.stage or args.create_pr):
             raise
-        print("The token may not write to collections: the repositories are not tied together.", file=sys.stderr)
+        print("The token may not write to collections, so the repositories are not tied together.", file=sys.stderr)

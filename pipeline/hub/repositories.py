@@ -21,17 +21,17 @@ from pipeline.hub.published_files import Files, places, public_settings, publish
 from pipeline.hub.upload import retry
 from pipeline.stages import STAGES
 
-# Folder of an adapter that holds its base model, if that was itself merged from an adapter.
+# Folder of an adapter with its base model, if that was itself merged from an adapter.
 BASE = "base"
 
 REPORT = "report"
-# Directories of a run that are not the output of a stage.
+# Directories of a run that are not outputs of stages.
 OTHERS = (REPORT, "evaluations", "logs")
 
 
 @dataclass
 class Repository:
-    """What goes to one repository: a "model", "dataset" or "space". `checkpoints` has the files of each by branch."""
+    """The contents of a repository: a "model", "dataset" or "space". `checkpoints` has the files of each by branch."""
 
     id: str
     type: str
@@ -41,10 +41,10 @@ class Repository:
 
 @dataclass
 class Outputs:
-    """The output directories of the run in `path`, which go to a `namespace`; or one of them, which has a `repo_id`.
+    """The output directories of the run in `path`, to be pushed to a `namespace`; or one of them, with a `repo_id`.
 
-    `only` names those that are pushed, by default all. `license` is by default the one that the cards of the data name.
-    `api` looks for what was pushed before; None makes no request.
+    `only` names those that are pushed, by default all. `license` is by default the one in the cards of the data. `api`
+    looks for earlier pushes; None makes no request.
     """
 
     path: Path
@@ -57,15 +57,15 @@ class Outputs:
 
     @property
     def name(self) -> str:
-        """Name of the run: the name of its directory, after the name of the recipe if the directory is for a seed."""
+        """Name of the run's directory, prefixed with the recipe's name if the directory is for a seed."""
         path = self.path.resolve()
         return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """The output directories that hold a finished model or data, by name."""
+        """The output directories with a finished model or data, by name."""
         found = [path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != "."]
-        # Anything may lie next to a single output directory.
+        # Unrelated folders may lie next to a single output directory.
         if self.repo_id and not self.record:
             found = [path for path in found if path.name in (self.only or ())]
         return {path.name: path.resolve() for path in found if is_data(path) or holds_model(path)}
@@ -78,7 +78,7 @@ class Outputs:
 
     @cached_property
     def ids(self) -> dict[str, str]:
-        """The repositories of the output directories that are pushed now, or were before."""
+        """Repositories of the output directories that are pushed now, or were pushed before."""
         if self.repo_id:
             return dict.fromkeys(self.only or (), self.repo_id)
         found = {}
@@ -90,7 +90,7 @@ class Outputs:
         return found
 
     def id_of(self, output: str) -> str:
-        """Return the repository of an output directory or of the report, whose name may have 96 characters."""
+        """Return the repository of an output directory or of the report; the Hub allows names of 96 characters."""
         name = f"{self.name[: max(95 - len(output), 1)]}-{output}"
         name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:96].strip("-.")
         return self.repo_id or f"{self.namespace}/{name}"
@@ -109,9 +109,9 @@ class Outputs:
 
     @cached_property
     def bases(self) -> dict[str, tuple[Path, str | None]]:
-        """Base model of each adapter that names a folder: the folder, and its id on the Hub, None if it is not there.
+        """For each adapter that names a folder as its base model: the folder, and its Hub id or None.
 
-        An adapter of a model that was itself merged from an adapter comes with its base, in the folder `base`.
+        If that base was itself merged from an adapter, it comes with the new adapter, in the folder `base`.
         """
         found: dict[str, tuple[Path, str | None]] = {}
         for name, folder in self.folders.items():
@@ -125,19 +125,19 @@ class Outputs:
         return found
 
     def repositories(self) -> list[Repository]:
-        """Return what is pushed: data sets first, which the cards of the models name, then models, then the report."""
+        """Return what is pushed: first data sets, which the cards of the models name, then models, then the report."""
         data: list[Repository] = []
         models: list[Repository] = []
         for name in self.wanted:
             folder, repo_id = self.folders[name], self.id_of(name)
             if is_data(folder):
-                # Data are published as they are: only models and reports name paths.
+                # Data are published unchanged: only models and reports contain paths.
                 rows: Files = {path: folder / path for path in publishable(folder)}
                 rows["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
                 data.append(Repository(repo_id, "dataset", rows))
                 continue
             _, base_id = self.bases.get(name, (Path(), None))
-            # PEFT does not look for the base in a subfolder, so that it has a repository of its own.
+            # PEFT does not look for the base in a subfolder, so it has its own repository.
             if base_id == f"{repo_id}-{BASE}":
                 own: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
                 models.append(Repository(base_id, "model", publishable(folder / BASE) | own))
@@ -147,7 +147,7 @@ class Outputs:
         if not self.has_report or self.only is not None:
             return data + models
         steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
-        # The record is among the files whose paths are known.
+        # The paths in the run's record are among the known ones.
         record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
         kinds: dict[bool, list[str]] = {True: [], False: []}
         for name, repo_id in self.ids.items():
@@ -163,7 +163,7 @@ class Outputs:
 
     @cached_property
     def _license(self) -> tuple[Any, Any]:
-        """Licence and languages of the data as their cards name them, None where they differ or name none."""
+        """Licence and languages of the data according to their cards, or None if these differ or say nothing."""
         cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
         licenses = [card.license for card in cards if card.license]
         license = licenses[0] if licenses and all(found == licenses[0] for found in licenses) else None
@@ -178,7 +178,7 @@ class Outputs:
         ids = {self.folders[name]: found for name, found in self.ids.items()}
         ids |= {base: base_id for base, base_id in self.bases.values() if base_id}
         files = {path: file for path, file in publishable(source, ids).items() if not path.startswith(f"{BASE}/")}
-        # Without a record of the run, the card is the one that the recipe wrote.
+        # Without a record of the run, use the card that the recipe wrote.
         if "README.md" in files and not trained.step:
             own = files["README.md"]
             text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
@@ -198,11 +198,11 @@ class Outputs:
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values", {})
         measured_on = self.record.get(f"evaluate_{output}", {}).get("values", {})
-        # A card names what was pushed, so that a reader can follow its links and run its YAML anywhere:
+        # A card names repositories instead of folders, so that readers can follow its links and run its YAML anywhere:
         #
         #     model_name_or_path: runs/pocket/1_pretrain   ->   alice/pocket-1_pretrain
         #
-        # Settings name directories as the YAML files do, which need not be where the run is.
+        # Settings name directories as the YAML files do, even if the run is elsewhere.
         home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
         ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
         # Every model's repository contains the tokenizer.
@@ -210,7 +210,7 @@ class Outputs:
         license, language = self._license
         return Trained(
             *(self.folders[output], kind, self.id_of(output)),
-            # A stage without a file of its own shares the settings of another stage.
+            # A stage without its own file shares the settings of another stage.
             settings={} if kind in STAGES and STAGES[kind].file_of else settings,
             step=step,
             metrics=_read_newer(self.path / REPORT / "metrics.json", step),
@@ -224,7 +224,7 @@ class Outputs:
 
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a file that was written after a step had finished, empty if the step ran again since."""
+    """Return the object in a file written after a step had finished, or {} if the step has run again since."""
     finished = step.get("finished_at")
     if not path.exists() or (finished is None and "started_at" in step):
         return {}
@@ -238,7 +238,7 @@ def is_data(path: Path) -> bool:
 
 
 def names_of_people(path: Path) -> list[str]:
-    """Return the names in a data set of people's votes, which they entered themselves; none for other data."""
+    """Return the names that people entered in a data set of votes; none for other data."""
     if not (path / "votes.jsonl").exists():
         return []
     columns = (read_table(file, columns=["annotator"])["annotator"] for file in sorted(path.glob("*.parquet")))

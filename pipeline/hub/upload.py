@@ -24,12 +24,12 @@ PUSH_ERRORS = (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, Runtime
 TRANSIENT = (408, 409, 412, 429, 500, 502, 503, 504)
 # Seconds between attempts, if the Hub does not name a time.
 WAITS = (1.0, 2.0, 4.0, 8.0)
-# Seconds until a Hub that accepts a request and sends nothing is given up, where its client sets no limit.
+# Seconds to wait for a Hub that accepts a request but sends nothing, if its client sets no limit.
 TIMEOUT = 60.0
 
 
 def is_replaced(path: str) -> bool:
-    """Return whether the push of a model replaces a path: all but checkpoints and the files of Git."""
+    """Return whether the push of a model replaces a path: anything but checkpoints and Git files."""
     return not path.startswith((".git", "last-checkpoint/", "checkpoint-"))
 
 
@@ -47,15 +47,15 @@ def push(
 ) -> bool:
     """Make a branch of a repository hold `files`, in one commit. Both are created if they do not exist.
 
-    Only what differs is uploaded. What is there and not in `files` is deleted, if it is among what the push `replaces`.
-    The branch `revision` is "main" by default; `create_pr` opens a pull request instead. Return whether anything has
+    Only differences are uploaded. Existing files that are not in `files` are deleted if the push `replaces` them. The
+    branch `revision` is "main" by default; `create_pr` opens a pull request instead. Return whether anything has
     changed. If it still fails after some attempts, `PUSH_ERRORS` are raised.
     """
     where = {"repo_id": repo_id, "repo_type": repo_type}
 
-    # Any request may fail, and even a request that succeeded may seem to have failed, because its answer was lost. An
-    # attempt therefore trusts nothing that an earlier one has done: it creates what is missing, and the client compares
-    # each file with the branch, so that a commit whose answer was lost is not made again.
+    # Any request may fail, and even a request that succeeded may seem to have failed, because the response was lost.
+    # Therefore, an attempt does not rely on earlier ones: it creates what is missing, and the client compares each file
+    # with the branch, so that a commit whose response was lost is not repeated.
     def attempt() -> bool:
         # The client fails with a KeyError if a conflict (409) does not name the repository.
         with contextlib.suppress(KeyError):
@@ -76,7 +76,7 @@ def push(
 
 
 def retry(call: Callable[[], T]) -> T:
-    """Return what `call` returns, after up to `len(WAITS)` failures that may pass. Honour the Hub's `Retry-After`."""
+    """Return what `call` returns, retrying up to `len(WAITS)` transient failures. Honour the Hub's `Retry-After`."""
     for wait in WAITS:
         # The client may have replaced the session after a failure.
         session = get_session()
@@ -96,8 +96,8 @@ def retry(call: Callable[[], T]) -> T:
 
 
 def _limit_waiting(request: Any) -> None:
-    """Give a request of the Hub's client that has no time limit one: most of them would wait forever."""
-    # The client asks for no limit in the request itself, so that a limit of the session would not count.
+    """Add a time limit to a request of the Hub's client that has none: most would wait forever."""
+    # The client sets no limit in the request itself, which would override a limit of the session.
     limits = request.extensions.get("timeout", {})
     missing = [name for name in ("connect", "read", "write") if not limits.get(name)]
     request.extensions["timeout"] = limits | dict.fromkeys(missing, TIMEOUT)
@@ -118,7 +118,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         return "it needs a token; log in with `hf auth login`, or set HF_TOKEN"
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:200]
     reasons = {
-        401: "the token is not valid, or has expired; make a new one, and log in with `hf auth login`",
+        401: "the token is invalid or has expired; make a new one, and log in with `hf auth login`",
         403: f"the token may not write to {repo_id} ({said}); use one that may",
         404: f"{repo_id} does not exist, or the token may not see it ({said})",
         429: "the Hub accepts no more requests for now; wait a while",
@@ -131,11 +131,11 @@ def explain(error: BaseException, repo_id: str) -> str:
 
 
 def _response(error: BaseException) -> Any:
-    """Return the answer of the Hub that an error is about, if there was one."""
+    """Return the Hub's response that caused an error, if there was one."""
     responses = (getattr(item, "response", None) for item in _causes(error))
     return next((response for response in responses if response is not None), None)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    # Not the context, which may be the answer to an earlier request.
+    # Ignore the context, which may be about an earlier request.
     return [] if error is None else [error, *_causes(error.__cause__)]

@@ -1,3 +1,3 @@
-"""Importing this makes the Auto classes of transformers know the reward model and the critic of a Llama 4."""
+"""Importing this registers the reward model and the critic of a Llama 4 with the Auto classes of transformers."""
 
 from pipeline.models import classifiers as classifiers

@@ -1,4 +1,4 @@
-"""LoRA adapters merged into their base models, to train on from them or to save the two as one."""
+"""LoRA adapters merged into their base models, to continue training from them or to save both as one model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipeline.models.loading import base_of, load_config, user_error_for
 logger = logging.getLogger(__name__)
 
 MERGED = "merged_adapter"
-"""Attribute of a model that no folder contains: the name of the adapter that was merged into it."""
+"""Attribute of a model that only exists in memory: the name of the adapter that was merged into it."""
 
 
 def starting_model(model_args: ModelConfig, training_args: TrainingArguments) -> str | PreTrainedModel:
     """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
-    TRL loads the model by the `model_init_kwargs` that `training_args` get, and the adapter is loaded in the same way.
+    TRL loads the model with the `model_init_kwargs` that `training_args` get, and the adapter is loaded likewise.
     """
     name = str(model_args.model_name_or_path)
     dtype: Any = model_args.dtype
     if dtype in (None, "auto"):
-        # Both mean the dtype of the file. A configuration that does not say it may be one of bfloat16.
+        # Both mean the dtype of the file, which may be bfloat16 even if the configuration does not say so.
         stored = load_config(name, model_args.model_revision).dtype or torch.bfloat16
         dtype = "float32" if hardware.is_emulated(stored) else dtype
     options = {
@@ -56,13 +56,13 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
 
     Args:
         name: A folder or an id on the Hub, where `revision` is "main" by default.
-        model_class: Class of transformers for a reward model or a critic, which have one label. If the adapter
-            is one of a language model, the head is random. Default: the class that saved the base model.
+        model_class: transformers class of a reward model or a critic, which have one label. If the adapter belongs to a
+            language model, the head is random. Default: the class that saved the base model.
         **options: For `from_pretrained` of the base model.
 
     Raises:
         UserWarning: If the adapter lacks weights.
-        ValueError: If merging would make weights that are not finite.
+        ValueError: If the merged weights would not be finite.
     """
     config = PeftConfig.from_pretrained(name, revision=revision)
     # A reward model may start from the adapter of a language model.
@@ -70,7 +70,7 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
     defaults = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main"}
     labels = {"num_labels": 1} if model_class else {}
     base = create_model_from_path(config.base_model_name_or_path, model_class, **{**defaults, **labels, **options})
-    # PEFT only warns of missing weights, and would leave them random.
+    # PEFT only warns about missing weights, and would leave them random.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         place = str(base.device)
@@ -81,7 +81,7 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
 
 
 def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
-    """Return how many parameters of a model on the meta device would be trained: all, or an adapter's."""
+    """Return how many parameters of a model on the meta device would be trained: all, or only an adapter's."""
     if not model_args.use_peft:
         return model.num_parameters()
     with torch.device("meta"):

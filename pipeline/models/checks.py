@@ -12,19 +12,19 @@ from pipeline.errors import Problem
 from pipeline.models.loading import validate_chat, validate_kind, validate_vocabulary
 
 TEMPLATE_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
-"""What is passed to chat templates in any case."""
+"""Arguments that chat templates always get."""
 
 
 def check_template_arguments(given: Any) -> list[Problem]:
-    """Check that the `chat_template_kwargs`, None or a mapping, are the template's own."""
+    """Check that the `chat_template_kwargs` (a mapping or None) do not set reserved arguments."""
     if not (taken := TEMPLATE_ARGUMENTS.intersection(given or {})):
         return []
-    remedy = f"{', '.join(sorted(taken))} cannot be given, because they are set already; leave them out"
+    remedy = f"{', '.join(sorted(taken))} cannot be given, because they are already set; omit them"
     return [Problem("chat_template_kwargs", given, remedy)]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, field: str, name: str, chat: bool) -> list[Problem]:
-    """Check that a tokenizer, which `field` named, has what conversations need (`chat`), or else documents."""
+    """Check that a tokenizer, which `field` named, can encode conversations (`chat`) or documents."""
     if chat:
         fault = validate_chat(tokenizer)
         return [Problem(field, name, fault)] if fault else []
@@ -43,10 +43,10 @@ def check_model(
     reward: bool = False,
     **lengths: int | None,
 ) -> list[Problem]:
-    """Check, by its configuration, that the model `name` fits the stage, the tokenizer (if any) and the lengths."""
+    """Check by its configuration that the model `name` fits the stage, the tokenizer (if any) and the lengths."""
     faults, architectures = [], config.architectures or []
     if getattr(config, "quantization_config", None):
-        faults.append("is quantised, and quantised training is not supported; give the original weights")
+        faults.append("is quantised, and training quantised models is not supported; give the original weights")
     if getattr(config, "is_encoder_decoder", False):
         faults.append("is an encoder-decoder model; give a decoder-only language model")
     if fault := validate_kind(config, reward=reward):
@@ -64,7 +64,7 @@ def check_model(
 
 
 def check_lengths(positions: int | None, **lengths: int | None) -> list[Problem]:
-    """Check that the lengths in tokens, by field, fit into a context of `positions` tokens, or None for any."""
+    """Check that the lengths in tokens, by field, fit into a context of `positions` tokens (None: unlimited)."""
     remedy = f"the model's context is {positions} tokens (max_position_embeddings); lower it"
     return [
         Problem(field, length, remedy)

@@ -1,7 +1,7 @@
-"""Classifiers of architectures for which transformers has none: reward models and critics of a Llama 4.
+"""Classifiers that transformers lacks: reward models and critics based on Llama 4.
 
 Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassification` and
-`AutoModelForTokenClassification` make, save and load them like the ones that transformers has.
+`AutoModelForTokenClassification` make, save and load them like its own.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ TASKS: dict[str, tuple[Any, Any]] = {
     "SequenceClassification": (GenericForSequenceClassification, AutoModelForSequenceClassification),
     "TokenClassification": (GenericForTokenClassification, AutoModelForTokenClassification),
 }
-"""The mixin of transformers that adds a linear head to any text model, and the Auto class of those that exist."""
+"""The transformers mixin that adds a linear head to any text model, and the Auto class of existing ones."""
 
 
 def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrainedModel]:
-    """Return the class of a text model with a linear head for a task of `TASKS`, from transformers or of its parts."""
+    """Return transformers' class of a text model with a linear head for a task of `TASKS`, or build one."""
     mixin, auto_class = TASKS[task]
     if config_class in auto_class._model_mapping:
         return auto_class._model_mapping[config_class]
     language_model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"
-    # The body has the same attribute as in the language model, so that the names of its weights fit.
+    # The body is under the same attribute as in the language model, so that the names of its weights match.
     own: dict[str, Any] = {
         "config_class": config_class,
         "base_model_prefix": language_model.base_model_prefix,
         "__module__": __name__,
-        # transformers looks for this in the source of the class's module, which is this one.
+        # transformers would look this up in the source of the class's module, which is this one.
         "_can_set_experts_implementation_cached_value": base._can_set_experts_implementation(),
     }
     return type(name, (mixin, base), own)

@@ -1,4 +1,4 @@
-"""The experts of a Llama 4: what a token costs, which of them take which tokens, and losses that balance them."""
+"""The experts of a Llama 4: the cost of a token, which experts take which tokens, and losses that balance them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router, Llama4TextE
 
 
 def routers(model: nn.Module) -> list[Llama4Router]:
-    """Return the routers of a model, one for each layer with experts; none if it is dense."""
+    """Return the routers of a model, one for each layer with experts; [] if it is dense."""
     return [module for module in model.modules() if isinstance(module, Llama4Router)]
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that a token passes: all except the experts that it is not routed to."""
+    """Return the number of parameters used for a token: all except the experts that it is not routed to."""
     total = sum(map(Tensor.numel, model.parameters()))
     chosen = {router.num_experts: router.top_k for router in routers(model)}
     for module in model.modules():
@@ -32,17 +32,17 @@ def active_parameters(model: nn.Module) -> int:
 def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
     """Return the floating-point operations that training a decoder spends on one token of sequences of `length`.
 
-    Six for each weight of a matrix that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language
-    Models", section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM",
-    appendix B), halved because attention is causal. A length of 0 leaves attention out.
+    Six for each matrix weight that the token passes (Kaplan et al., 2020, "Scaling Laws for Neural Language Models",
+    section 2.1), and twelve for each layer, channel and attended position (Chowdhery et al., 2022, "PaLM", appendix B),
+    halved because attention is causal. A length of 0 excludes attention.
     """
     config = model.config.get_text_config()
     weights = active_parameters(model)
-    # Looking up an embedding multiplies nothing, but the same matrix multiplies as an output layer.
+    # An embedding lookup multiplies nothing, but a tied matrix does as the output layer.
     if not config.tie_word_embeddings:
         weights -= sum(map(Tensor.numel, model.get_input_embeddings().parameters()))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # In some layers of a Llama 4, tokens attend within their chunk of the row.
+    # In some layers of a Llama 4, tokens only attend within their chunk of the row.
     chunk = getattr(config, "attention_chunk_size", None) or length
     chunked = (getattr(config, "layer_types", None) or []).count("chunked_attention")
     attended = (config.num_hidden_layers - chunked) * length + chunked * min(length, chunk)
@@ -50,15 +50,15 @@ def training_flops_per_token(model: PreTrainedModel, length: int) -> float:
 
 
 def choices(router: Llama4Router, logits: Tensor) -> Tensor:
-    """Return, for router logits (tokens, experts), 1 where a token goes to an expert and 0 elsewhere."""
+    """Return 1 where a token goes to an expert and 0 elsewhere, given router logits (tokens, experts)."""
     return torch.zeros_like(logits).scatter_(1, logits.topk(router.top_k, dim=1).indices, 1.0)
 
 
 def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
     """Return the load-balancing loss of a layer (Fedus et al. 2021, "Switch Transformers", eq. 4): 1 if balanced.
 
-    It is the mean over `rows` of equal length: experts that are balanced over a whole batch may each take one kind of
-    text. Layers are not pooled as by transformers' `load_balancing_loss_func`: two skewed ones could cancel out.
+    It is the mean over `rows` of equal length, because experts balanced over a batch may each take one kind of text.
+    Unlike in transformers' `load_balancing_loss_func`, layers are not pooled: two skewed ones could cancel out.
 
     Args:
         logits: The logits of the router, shape (tokens, experts).
@@ -70,10 +70,10 @@ def balancing_loss(router: Llama4Router, logits: Tensor, rows: int) -> Tensor:
 
 
 class RouteCounter(ExitStack):
-    """Counts how many tokens, without padding, each expert of a model takes; as a context manager, until its end.
+    """Counts how many tokens, without padding, each expert of a model takes; a context manager limits the counting.
 
-    With `training`, only what is computed in training mode counts. A forward pass that is computed again, for
-    activation checkpointing, counts twice, which does not change any share.
+    With `training`, only forward passes in training mode count. A forward pass that is computed again, for activation
+    checkpointing, counts twice, which does not change any share.
 
     Attributes:
         counts: Tokens of each expert since the last `clear`, shape (layers, experts); (0, 0) if there are no experts.
@@ -83,7 +83,7 @@ class RouteCounter(ExitStack):
     def __init__(self, model: nn.Module, *, training: bool = False) -> None:
         super().__init__()
         self.routers, self.training = routers(model), training
-        # The tokens of the present forward pass that are not padding, shape (tokens,); None if that is not known.
+        # Mask of the current forward pass's tokens that are not padding, shape (tokens,); None if unknown.
         self._real: Tensor | None = None
         self.clear()
         for layer, router in enumerate(self.routers):
@@ -93,14 +93,14 @@ class RouteCounter(ExitStack):
                 self.enter_context(module.register_forward_pre_hook(self._find_padding, with_kwargs=True))
 
     def clear(self) -> None:
-        """Start again from 0."""
+        """Reset all counts."""
         experts = self.routers[0].num_experts if self.routers else 0
         self.counts = torch.zeros(len(self.routers), experts, dtype=torch.float64)
         self.entropy = torch.zeros(len(self.routers), dtype=torch.float64)
 
     @property
     def shares(self) -> list[list[float]]:
-        """For each layer, the tokens of each expert over the fair number of tokens."""
+        """For each layer, the tokens of each expert divided by its fair number of tokens."""
         return (self.counts / self.counts.mean(1, keepdim=True)).tolist() if self.counts.any() else []
 
     def _find_padding(self, model: Llama4TextModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class RouteCounter(ExitStack):
         self._real = None
         if ids is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
-            # Other masks tell documents apart.
+            # Masks of other shapes separate documents.
             if isinstance(mask, Tensor) and mask.shape == ids.shape:
                 real = real & mask.bool()
             self._real = real.flatten()
@@ -125,7 +125,7 @@ class RouteCounter(ExitStack):
         log_probs = logits.log_softmax(-1)
         taken, negative_entropy = choices(router, logits), log_probs.exp() * log_probs
         if self._real is not None and len(self._real) == len(logits):
-            # Selecting the rows instead, or moving the sums to the CPU, would make the CPU wait for a GPU.
+            # Selecting rows, or moving the sums to the CPU, would make the CPU wait for a GPU.
             padding = ~self._real[:, None]
             taken, negative_entropy = taken.masked_fill(padding, 0), negative_entropy.masked_fill(padding, 0)
         self.counts[layer] += taken.sum(0)
@@ -140,6 +140,6 @@ def routes(model: PreTrainedModel, ids: Sequence[int]) -> list[list[int]]:
 
 
 def worst(shares: Sequence[Sequence[float]]) -> float:
-    """Return the share furthest from fair: 2 is twice its fair share of the tokens, 0.5 half of it."""
+    """Return the load furthest from fair: 2 is twice the fair share of the tokens, 0.5 half of it."""
     every = [share for layer in shares for share in layer]
     return min(every, key=lambda share: min(share, 1 / share) if share else 0.0)

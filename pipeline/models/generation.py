@@ -18,7 +18,7 @@ Messages = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion, and whether the model ended its turn (`stopped`) within the limit."""
+    """A completion; `stopped` says that the model ended its turn within the limit."""
 
     # Decoded without special tokens, with white space at both ends removed.
     text: str
@@ -32,7 +32,7 @@ class Completion:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], template: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Return the token ids of each conversation and the generation prompt; `template` are `chat_template_kwargs`."""
+    """Return the token ids of each conversation with the generation prompt; `template` has `chat_template_kwargs`."""
     tokens, options = special_tokens(tokenizer), dict(template or {})
     return [
         tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False, **options)
@@ -43,7 +43,7 @@ def encode_prompts(
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end an answer: the eos tokens of the tokenizer and of generation_config.json.
 
-    Chat models often end a turn with another token than the one that ends a document.
+    Chat models often end a turn with a different token than a document.
     """
     return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)} - {None})
 
@@ -73,11 +73,11 @@ def generate(
         model: A causal language model, on its device and in its dtype.
         tokenizer: Its tokenizer; see `end_tokens` for what ends a completion.
         prompts: Token ids, at least one each.
-        max_new_tokens: Length at which completions are cut off.
+        max_new_tokens: Maximum length of a completion.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
         batch_size: Sequences in a batch (prompts times samples).
-        on_batch: Called with the size of each batch that is done.
+        on_batch: Called with the size of each finished batch.
     """
     model.eval()
     ends = end_tokens(model, tokenizer)

@@ -1,8 +1,8 @@
 """`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
 
-llama.cpp's own `convert_hf_to_gguf.py` does it, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`. It
-recognises tokenizers by a hash of what they make of one text, and refuses all that it has not seen. This command
-answers for the tokenizers that the project trains.
+llama.cpp's own `convert_hf_to_gguf.py` does the work, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`.
+It recognises tokenizers by a hash of how they encode one text, and refuses unknown ones. This command identifies the
+tokenizers that this project trains.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PRE_TOKENIZER = "smollm"
 """llama.cpp's name for single digits and GPT-2's pattern.
 
-It fits the character tokenizer too: all of its merges are inside a character, and no other way of splitting a text
-lets them apply elsewhere, because no merge begins with the last byte of a character.
+It also suits the character tokenizer: all of its merges are within a character, and they cannot apply anywhere else
+however a text is split, because no merge begins with the last byte of a character.
 """
 
 
@@ -69,9 +69,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether a tokenizer splits texts as those that the project trains."""
+    """Return whether a tokenizer splits texts like the ones that this project trains."""
     from pipeline.models.tokenizer import pre_tokenizer
 
-    # Pre-tokenizers have no equality, but print what they do.
+    # Pre-tokenizers cannot be compared, but their printed form can.
     own = str(pre_tokenizer("bpe")), str(pre_tokenizer("character"))
     return str(tokenizer.backend_tokenizer.pre_tokenizer) in own

@@ -1,8 +1,8 @@
-"""`python -m pipeline import-gguf FILE.gguf DIR`: make a model to start from of a file that was written for llama.cpp.
+"""`python -m pipeline import-gguf FILE.gguf DIR`: convert a file written for llama.cpp into a model to start from.
 
-Weights become float32 (Q5_0 and Q5_1 cannot be read); what a quantisation has lost stays lost. The tokenizer makes the
-tokens that llama.cpp makes. What transformers reads from such a file (`gguf_file=`) is marked as quantised and cannot
-be saved, splits numbers as no model of SmolLM was trained to, and pads with the token that ends answers.
+Weights become float32 (Q5_0 and Q5_1 cannot be read); precision lost to quantisation is not recovered. The tokenizer
+makes the same tokens as llama.cpp. When transformers reads such a file itself (`gguf_file=`), the model is marked as
+quantised and cannot be saved, and the tokenizer splits numbers as no SmolLM model does, and pads with the end of turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers.integrations.gguf import GgufHeader
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Decoders that keep their logits on the way through `fourstage gguf` and back."""
+"""Decoders whose logits survive the round trip through `fourstage gguf`."""
 
 WEIGHTS = {
     "token_embd": "model.embed_tokens",
@@ -41,16 +41,16 @@ WEIGHTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""llama.cpp's name of a part of a decoder -> transformers' name."""
+"""llama.cpp's names for the parts of a decoder -> transformers' names."""
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")
-"""Ways of splitting a text, by llama.cpp's names, that `tests/tools` compares with llama.cpp's own.
+"""Pre-tokenizers, by llama.cpp's names, that `tests/tools` compares with llama.cpp's own.
 
-transformers reads any tokenizer of a qwen2 as Qwen2's own, which composes accents before (NFC), as llama.cpp does not.
+transformers reads any qwen2 tokenizer as Qwen2's own, which first composes accents (NFC), unlike llama.cpp.
 """
 
 ROPE_DIVISORS = "rope_freqs.weight"
-"""Of Llama 3.1 and later: what the frequencies of the rotary embedding are divided by, of shape (head size / 2,)."""
+"""In Llama 3.1 and later: the divisors of the rotary embedding's frequencies, of shape (head size / 2,)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return the model and the tokenizer in a GGUF file, whose author is not trusted.
+    """Return the model and the tokenizer in a GGUF file, which is not trusted.
 
     Raises:
         Exception: If it is damaged, or holds another kind of model or tokenizer.
@@ -95,7 +95,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     from pipeline.models.loading import separate_pad_token, validate_chat, validate_finite
     from pipeline.models.tokenizer import validate_tokenizer
 
-    # The file is mapped into memory, and may be larger than what the child may use otherwise.
+    # The file is memory-mapped, and may be larger than the child's memory limit.
     size = file.stat().st_size
     if fault := exceeds(lambda: read_tokenizer(file), mapped=size):
         raise ValueError(f"making its tokenizer {fault}")
@@ -148,11 +148,11 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = f"only 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read"
         raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; {known}")
-    # Llama 3 takes a word that is a token as it is, and begins a text with a token if the file does not say otherwise.
+    # Llama 3 encodes a word that is a token directly, and adds a token at the beginning unless the file says otherwise.
     is_llama3, vocabulary = pre == "llama-bpe", {token: i for i, token in enumerate(found["tokens"])}
     backend = Tokenizer(models.BPE(vocabulary, get_merges(found), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
-    # For others than GPT-2's, transformers has a pattern.
+    # transformers has patterns for all but GPT-2's.
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizer("bpe") if pre == "smollm" else words
     settings = {"add_bos_token": is_llama3, "add_eos_token": False} | settings
@@ -175,7 +175,7 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
         raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
     if kind == "qwen2" and (pre := metadata["tokenizer.ggml.pre"]) != kind:
         raise ValueError(f"its pre-tokenizer is {pre!r}; transformers reads any tokenizer of a qwen2 as Qwen2's own")
-    # transformers' names of the sizes, of which three are one.
+    # transformers' names of the sizes; three are the same value.
     fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
     sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
     settings = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
@@ -188,7 +188,7 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
             raise ValueError(f"its {kind}.{name} is {value}, which contradicts its other sizes")
     if not 0 < sizes["num_hidden_layers"] <= MAX_LAYERS:
         raise ValueError(f"it asks for {sizes['num_hidden_layers']} layers")
-    # The file has single precision: 1e-5 would be read as 9.999999747378752e-06.
+    # The file stores single precision: 1e-5 would be read as 9.999999747378752e-06.
     theta, epsilon = (float(str(np.float32(v))) for v in (sizes.pop("rope_theta", 10000.0), sizes.pop("rms_norm_eps")))
     heads = sizes["num_attention_heads"]
     config = AutoConfig.for_model(
@@ -201,13 +201,13 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # A Qwen2 has the same biases always.
+    # A Qwen2 always has the same biases.
     for setting, weight in {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}.items():
         if hasattr(config, setting):
             setattr(config, setting, weight in names)
     if ROPE_DIVISORS not in names:
         return config
-    # The file has the divisors alone. All releases of Llama 3 have the other settings in common.
+    # The file only has the divisors. All releases of Llama 3 share the other settings.
     divisors = load_gguf_state_dict(header)[ROPE_DIVISORS][...].float()
     config.rope_parameters |= {
         "rope_type": "llama3",
@@ -224,7 +224,7 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights in a GGUF file, which must be those of a model on the meta device, by its names in float32."""
+    """Return the weights in a GGUF file in float32, under the names of a model on the meta device, which must match."""
     from transformers.integrations.gguf import load_gguf_state_dict
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 

@@ -38,11 +38,11 @@ from pipeline.models.weights import validate_adapter, validate_complete, validat
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-"""The ends of transformers' class names for PEFT's task types."""
+"""Endings of transformers' class names for PEFT's task types."""
 
 
 def skip_unreachable_hub() -> None:
-    """Put the Hub's client into offline mode if the Hub does not answer, because it retries each request for 20 s."""
+    """Put the Hub's client into offline mode if the Hub does not answer: it would retry each request for 20 s."""
     hub = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies():
         return
@@ -57,14 +57,14 @@ def skip_unreachable_hub() -> None:
 def user_error_for(field: str, name: object, what: str = "model", *, checked: bool = False) -> Iterator[None]:
     """Raise a failure to load `what` as a `UserError` about the argument `field`, which named it `name`.
 
-    If its files were `checked` before, an unexpected exception is a defect, which keeps its traceback.
+    If its files were `checked` before, an unexpected exception is a defect and keeps its traceback.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Libraries reject files by these. A damaged tokenizer.json or config.json raises anything.
+        # Libraries reject files with these. A damaged tokenizer.json or config.json may raise anything.
         rejections = OSError | ValueError | RuntimeError | UserWarning | SafetensorError | MemoryError
         is_expected = isinstance(error, rejections)
         if checked and not is_expected:
@@ -73,7 +73,7 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         if is_missing_path(str(name)):
             reason = "there is no such folder"
         elif isinstance(error, MemoryError):
-            reason = "the memory does not suffice"
+            reason = "there is not enough memory"
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
@@ -84,7 +84,7 @@ _download = functools.cache(snapshot_download)
 def local_copy(name: str, inner: str | None = None) -> str:
     """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
-    With `inner`, a repository is always downloaded, and its folder of that name returned if it exists.
+    With `inner`, the repository is always downloaded, and its subfolder of that name is returned if it exists.
 
     Raises:
         OSError: If the repository does not exist, or cannot be downloaded.
@@ -92,7 +92,7 @@ def local_copy(name: str, inner: str | None = None) -> str:
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
         return name
-    # Without the checkpoints of a run.
+    # Skip the checkpoints of a run.
     files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
     checkpoints = ("checkpoint-*", "last-checkpoint/*")
     folder = Path(_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints))
@@ -120,20 +120,20 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
             tokenizer = _load_tokenizer(base, None)
         if fault := validate_tokenizer(tokenizer):
             raise ValueError(fault)
-        # Encode a word, which fails if a setting in its files has the wrong type.
+        # Encoding a word fails if a setting in its files has the wrong type.
         tokenizer("Hello")
     separate_pad_token(tokenizer, name)
-    # Rows that are too long are cut or skipped, and reported. transformers' warning would announce an error.
+    # transformers would warn of an error for long rows, but they are truncated or skipped here, and reported.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, in a child process first if its files add many tokens, which are compared with each other."""
+    """Load a tokenizer, first in a child process if its files add many tokens: these are compared with each other."""
     options = {"revision": revision or "main", "trust_remote_code": False}
     load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
     many = 20_000
-    # An added token has an entry of 100 bytes in tokenizer.json, or is a word in a list of the others.
+    # An added token takes 100 bytes in tokenizer.json, and a word in the lists of other files.
     for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
         path = Path(name) / file
         if path.is_file() and path.stat().st_size >= size * many:
@@ -145,9 +145,9 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Let a tokenizer without a pad token of its own pad with an unused special token; `name` is for the log.
+    """Make a tokenizer without its own pad token pad with an unused special token; `name` is for the log.
 
-    Without one, it pads with eos: the trainers here know the lengths of rows.
+    If it has none, it pads with eos, because the trainers here know the lengths of rows.
     """
     eos, pad = tokenizer.eos_token, tokenizer.pad_token
     if eos is None or pad not in (None, eos):
@@ -159,7 +159,7 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in taken]
-    # Prefer a token whose name says that it pads, then the unknown token.
+    # Prefer a token named as padding, then the unknown token.
     free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     tokenizer.pad_token = free[0] if free else eos
     reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
@@ -182,7 +182,7 @@ def base_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_config(name: str, revision: str | None = None) -> None:
-    """Raise a `ValueError` if a model's files ask for more than a model can have; arguments as for `load_config`."""
+    """Raise a `ValueError` if a model's files ask for more than any model has; arguments as for `load_config`."""
     if Path(name).is_dir():
         check_files(Path(name))
         return
@@ -198,7 +198,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
 
     Raises:
-        OSError, ValueError: If there is none, or no model can have it.
+        OSError, ValueError: If there is none, or it is impossible.
     """
     name = local_copy(name)
     base = base_of(name, revision)
@@ -213,7 +213,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
-    # Saving the trained model does this as well, and would fail at the end of the run.
+    # Saving the trained model would do this as well, and fail at the end of the run.
     if (Path(base or name) / "generation_config.json").is_file():
         transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
@@ -234,7 +234,7 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
 
 
 def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
-    """Report a reward model where a language model is wanted, or one with several labels. Return None if it fits."""
+    """Report a reward model where a language model is wanted, or one with several labels. Return None if it is fine."""
     if not is_reward_model(config) or (reward and config.num_labels == 1):
         return None
     wanted = f"has {config.num_labels} labels; give a reward model, which has one"
@@ -242,9 +242,9 @@ def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Report how the weights of a local model or adapter differ from what `model_class`, which will load it, expects.
+    """Report how the weights of a local model or adapter differ from what the `model_class` that will load it expects.
 
-    A model on the Hub is checked by its configuration alone, which comes from `load_config`.
+    For a model on the Hub, only the configuration is checked, which comes from `load_config`.
     """
     name = local_copy(name)
     folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
@@ -264,19 +264,19 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
-    # A pattern of modules may take for ever.
+    # Matching a pattern of modules may take forever.
     with torch.device("meta"):
         adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
         if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
             return f"to add what its adapter_config.json asks for {fault}"
-    # Buffers that no file contains, such as a mask of all positions, are made when the model is loaded. A model of 1 GB
-    # has a few MB of them.
+    # Buffers that are not in the files, such as a mask of all positions, are made when the model is loaded. A 1 GB
+    # model has a few MB of them.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):
         return "its config.json asks for more than 2 GiB in addition to the weights; correct it"
     if not folder.is_dir():
         return None
     fault = validate_files(folder, model)
-    # Larger files would take long to read before training.
+    # Reading larger files would delay training.
     if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 4 << 30:
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as weights:
@@ -286,7 +286,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
 
 
 def validate_vocabulary(config: PreTrainedConfig, tokenizer: Any, whose: str = "its tokenizer") -> str | None:
-    """Return what is wrong if the tokenizer has more tokens than the model. `whose` names it in the message."""
+    """Return the problem if the tokenizer has more tokens than the model. `whose` names it in the message."""
     known = getattr(config.get_text_config(), "vocab_size", None)
     if known is None or len(tokenizer) <= known:
         return None
@@ -318,7 +318,7 @@ def load_model(
     model_class = transformers.AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
-        # The first fault is reported, and the costliest check comes last.
+        # Only the first fault is reported, and the most expensive check comes last.
         fault = (
             validate_kind(config, reward=reward)
             or (validate_chat(words) if chat else None)
@@ -333,7 +333,7 @@ def load_model(
             fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
-    # Between the layers of an adapter, each forward pass would make two small products more for each of the base's.
+    # Unmerged, an adapter would add two small products to each product of the base in every forward pass.
     return without_adapters(model, in_place=True), words
 
 
@@ -352,14 +352,14 @@ def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = Fal
         if isinstance(module, BaseTunerLayer):
             module.merge()
             merged.set_submodule(name, module.base_layer)
-    # By what it noted while it loaded the adapters, transformers would save these alone, under the names of their file.
+    # transformers remembers that it loaded adapters, and would only save these, under the names in their file.
     merged._hf_peft_config_loaded = False
     merged._weight_conversions = None
     return merged
 
 
 def avoid_emulation(model: PreTrainedModel) -> None:
-    """Convert a model to float32 if the machine emulates products in the dtype of its weights."""
+    """Convert a model to float32 if the machine emulates products in its dtype."""
     if any(hardware.is_emulated(weight.dtype) for weight in model.parameters()):
         model.float()
 
@@ -381,7 +381,7 @@ def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 @contextmanager
 def without_table() -> Iterator[None]:
-    """Keep transformers from logging a table of missing weights, which are reported in one line."""
+    """Keep transformers from logging a table of missing weights, which are reported in one line here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -391,7 +391,7 @@ def without_table() -> Iterator[None]:
 
 
 def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Report weights that are NaN or infinite, as a run that diverged leaves them. Return None if all are finite."""
+    """Report NaN or infinite weights, such as a diverged run leaves. Return None if all are finite."""
     for name, weight in weights:
         if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
             return f"its weights are not finite numbers ({name}); train it again"

@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     with loading.user_error_for("adapter", config["base_model_name_or_path"], "base model"):
         base = loading.load_config(str(adapter))
     model_class = AutoModelForSequenceClassification if loading.is_reward_model(base) else None
-    # PPO's critic is a token classifier, whatever its base model is.
+    # PPO's critic is a token classifier, whatever its base model.
     if config.get("task_type") == "TOKEN_CLS":
         model_class = AutoModelForTokenClassification
     fault = loading.validate_weights(str(adapter), base, model_class)

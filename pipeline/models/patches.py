@@ -1,7 +1,7 @@
-"""The only place where a method of an object of another library is replaced, and why nothing milder does.
+"""The only place where methods of other libraries' objects are replaced, with the reasons.
 
-Trainers are changed by subclasses (`pipeline.training.reliable`). What stands here changes an object that a library
-makes by itself, or that it hands on to wrappers which look for the method by its name.
+Trainers are changed by subclasses (`pipeline.training.reliable`). The functions here change objects that a library
+creates itself, or passes to wrappers that look up the method by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def replace_forward(module: Any, forward: Callable[..., Any]) -> None:
 
 
 def bind_forward(module: Any, forward: Callable[..., Any]) -> None:
-    """Make a layer compute with another function, which is given the layer: also in a copy, where it gets the copy."""
+    """Make a layer compute with another function, which gets the layer or, in a copy, the copy."""
     module.forward = MethodType(forward, module)
 
 
@@ -37,8 +37,8 @@ def name_body_of_llama4() -> None:
 
 
 def name_pre_tokenizers(text_model: Any, name: Callable[..., str]) -> None:
-    """Let a function name the pre-tokenizers of models that llama.cpp's converter writes.
+    """Let a function name the pre-tokenizers in files that llama.cpp's converter writes.
 
-    The converter makes the object that it asks for the name by itself. `name` takes that object and a tokenizer.
+    The converter itself creates the object that it asks for the name. `name` takes that object and a tokenizer.
     """
     text_model.get_vocab_base_pre = name

@@ -1,4 +1,4 @@
-"""The model that is trained from scratch: a dense Llama or a Llama 4, by its sizes, with random weights."""
+"""The model to train from scratch, with random weights: a dense Llama or a Llama 4 of given sizes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ScratchArguments:
 
     A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
     heads, grouped-query attention (Ainslie et al. 2023). A Llama 4 (Meta 2025) is a mixture of experts. Each token
-    passes `num_experts_per_tok` experts of width `intermediate_size`, and a shared one that takes every token.
-    transformers computes all experts for all tokens, and gives those not chosen the weight 0: few experts are fast.
+    passes `num_experts_per_tok` experts of width `intermediate_size`, and a shared one for all tokens. transformers
+    computes every expert for every token, with weight 0 if it was not chosen, so only few experts are fast.
 
     Raises:
         UserError: If the sizes do not fit together, or belong to the other kind of model.
@@ -38,7 +38,7 @@ class ScratchArguments:
     num_key_value_heads: int | None = HfArg(default=None, help="Key and value heads (default: as many as query heads).")
     max_position_embeddings: int = HfArg(default=512, help="Maximum context length, in tokens.")
     rope_theta: float = HfArg(default=10_000.0, help="Base of the rotary embedding.")
-    attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2: small models copy earlier.")
+    attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2, help small models copy.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
     model_type: Literal["llama", "llama4_text"] = HfArg(
@@ -119,10 +119,10 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     if is_mixture:
         settings |= {
             "intermediate_size_mlp": args.intermediate_size_mlp or width * (1 + (args.num_experts_per_tok or 1)),
-            # The scale of queries by their place in the row, which begins at 8,192 tokens, ignores `position_ids`:
-            # packed documents would get each other's.
+            # The scaling of queries by position, which starts at 8,192 tokens, ignores `position_ids`: packed documents
+            # would get the scale of each other's positions.
             "attn_temperature_tuning": False,
-            # TRL takes any other coefficient for a loss of the model. `pipeline.training.pretraining` computes it.
+            # TRL would expect the model to compute a loss for any other coefficient. `training.pretraining` does.
             "router_aux_loss_coef": 0.0,
         }
     with hardware.unchanged_rng():
@@ -136,14 +136,14 @@ def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
     import torch
 
-    # As much of a tokenizer as a model is built with: its tokens, none of which is special.
+    # The part of a tokenizer that building a model needs: its tokens, none of them special.
     tokenizer: Any = range(size)
     with torch.device("meta"):
         return build_model(args, tokenizer, seed=0)
 
 
 def log_model(model: PreTrainedModel) -> None:
-    """Log what follows from the sizes: the numbers of parameters and of FLOPs per token, and the dtype."""
+    """Log the numbers of parameters and of FLOPs per token, and the dtype."""
     from pipeline.models.experts import active_parameters, training_flops_per_token
 
     parameters, active = model.num_parameters(), active_parameters(model)

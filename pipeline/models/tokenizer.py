@@ -1,7 +1,7 @@
 """Train a tokenizer on the pretraining documents, and save it as an ordinary fast tokenizer.
 
-It works on bytes, so that any Unicode string round-trips. It splits numbers into digits, so that arithmetic can be
-learned. It reserves the chat tokens before any training, so that no later stage changes the vocabulary.
+It works on bytes, so that any Unicode string round-trips; splits numbers into digits, so that arithmetic can be
+learned; and reserves the chat tokens before any training, so that no later stage changes the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 SPECIAL_TOKENS = (PAD, BOS, END, *ROLES)
 TOOL_TOKENS = ("<|tool|>", "<|call|>", "<|argument|>")
-"""The role of a tool's result, a call of a tool, and an argument of it; reserved with `tools`:
+"""The role of a tool's result, a tool call, and its argument; reserved with `tools`:
 
     <|assistant|><|call|>calculator<|argument|>expression=1234+5678<|end|><|tool|>6912<|end|><|assistant|>6912<|end|>
 """
@@ -48,12 +48,12 @@ RESPONSE_TEMPLATE: dict[str, Any] = {
         "content": {"close": "<|end|>", "content": "text"},
     },
 }
-"""How transformers reads what chat_template.jinja writes: the content of an answer, and its calls of tools.
+"""How transformers parses what chat_template.jinja writes: the content of an answer, and its tool calls.
 
 Only tokenizers with `tools` have it, because TRL then parses every completion, which takes longer than decoding it.
 """
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""The files that `save_pretrained` writes, in any release of transformers."""
+"""The files that any release of transformers writes in `save_pretrained`."""
 
 
 @dataclass
@@ -111,7 +111,7 @@ def train_tokenizer(
 
 
 def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
-    """Return what splits a text before the merges apply: SmolLM's pre-tokenizer, or one that splits into characters."""
+    """Return the pre-tokenizer, which splits a text before merges: SmolLM's, or one that splits it into characters."""
     from tokenizers import Regex, pre_tokenizers
 
     if algorithm == "character":
@@ -123,17 +123,17 @@ def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern of the texts that a tokenizer encodes as special tokens, wherever they occur."""
+    """Return a pattern that matches what a tokenizer encodes as special tokens, anywhere in a text."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
     # Longer tokens first, because one may begin with another. "(?!)" never matches.
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:
-    """Break the special tokens that messages spell by a space, so that only the chat template writes any.
+    """Insert spaces into special tokens in messages, so that only the chat template writes any.
 
-    Chat templates write a conversation as one text, in which the tokenizer cannot tell them from the template's own.
-    `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that know them as words, too.
+    In the text of a conversation, the tokenizer cannot distinguish them from the template's own.
+    `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that also have them as words.
 
     Args:
         messages: Messages with a content, the name of a tool, or `tool_calls`, whose names and arguments are texts.
@@ -154,10 +154,10 @@ _verdicts: dict[bytes, str | None] = {}
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Report a tokenizer that takes too long for a word, or its chat template for a turn; return None if neither."""
+    """Report a tokenizer or chat template that takes too long for a single word or turn, or return None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    # Tokenizers that do the same to a text share a verdict. The vocabulary, which may be large, does not matter.
+    # Tokenizers with the same settings share a verdict. The vocabulary, which may be large, does not matter.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _verdicts:
         _verdicts[key] = None
@@ -169,7 +169,7 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Render the chat template, which may refuse conversations. Return `TOO_LONG` if it makes much of a few words."""
+    """Render the chat template, which may refuse conversations. Return `TOO_LONG` if a few words become a long text."""
     contents = {"system": "Be brief.", "user": "Hello", "assistant": "Hello, how may I help you?"}
     turns = [{"role": role, "content": content} for role, content in contents.items()]
     turns.append({"role": "user", "content": "Hello " * 100})

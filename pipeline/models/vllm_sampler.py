@@ -1,4 +1,4 @@
-"""vLLM on GPUs: whether it can be used, and a sampler of evaluations. TRL's trainers sample with it by themselves."""
+"""vLLM on GPUs: whether it can be used, and a sampler for evaluations. TRL's trainers use vLLM on their own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline import hardware
 from pipeline.models.generation import Completion, end_tokens, stopped
 
 LENGTH_THAT_FITS = -1
-"""Value of `max_model_len` that makes vLLM use as many of a model's positions as its memory has room for.
+"""Value of `max_model_len` that makes vLLM use as many of a model's positions as fit into memory.
 
-By default, vLLM does not start if there is no room for one text of all, which are 131,072 in many small models."""
+By default, vLLM does not start unless a text of full length fits: 131,072 tokens in many small models."""
 
 
 def validate_vllm() -> str | None:
@@ -34,7 +34,7 @@ def validate_vllm() -> str | None:
 class VLLMSampler:
     """Samples from a model like `pipeline.models.generation.generate`: the same distribution, other random numbers.
 
-    vLLM starts, in the precision that the model then has, with the first call, and reads it from a temporary folder.
+    vLLM starts with the first call, in the model's precision at that time, and loads it from a temporary folder.
     """
 
     model: PreTrainedModel
@@ -48,7 +48,7 @@ class VLLMSampler:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             dtype = str(self.model.dtype).removeprefix("torch.")
-            # A model that is measured and its opponent have a sampler each, and their weights in PyTorch as well.
+            # The model and its opponent each have a sampler, and their PyTorch weights are in memory as well.
             return LLM(model=folder, dtype=dtype, gpu_memory_utilization=0.4, max_model_len=LENGTH_THAT_FITS)
 
     def generate(

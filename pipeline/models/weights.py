@@ -1,4 +1,4 @@
-"""The weight files of a model: what their headers say, and resuming from files that use older names for the weights."""
+"""The weight files of a model: checks of their headers, and resuming from files with older names for the weights."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def validate_files(folder: Path, model: Any) -> str | None:
         return f"does not contain weights ({WEIGHTS})"
     if damaged := next(filter(None, map(_validate_file, files)), None):
         return damaged
-    # Compare the shapes of the weights whose names both sides know.
+    # Compare the shapes of weights with the same names.
     shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
         first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
         return f"its weights are not those of its config.json ({first}); copy the model again"
     if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
-        # Saved from a different class or under older names, so that missing weights cannot be recognised by these.
-        # Quantized files pack several weights into one number.
+        # Names may come from a different class or release, so missing weights cannot be recognised by them. Quantized
+        # files pack several weights into one number.
         held, expected = sum(map(math.prod, shapes.values())), model.num_parameters()
         if held >= expected / 2 or hasattr(model.config, "quantization_config"):
             return None
@@ -55,7 +55,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
 
 
 def validate_adapter(folder: Path) -> str | None:
-    """Report an adapter whose file is damaged, or whose rank is larger than its weights: PEFT would make them first."""
+    """Report an adapter with a damaged file, or a rank larger than its weights, which PEFT would first allocate."""
     file = folder / "adapter_model.safetensors"
     if damaged := _validate_file(file):
         return damaged
@@ -82,9 +82,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 @dataclass(eq=False)
 class RenamedWeights:
-    """A part of checkpoints (`pipeline.training.reliable`): weights whose names in the files the model does not know.
+    """A part of checkpoints (`pipeline.training.reliable`): weights that the files store under unknown names.
 
-    transformers saves some models under older names, and its trainer would load only the weights with known ones. A
+    transformers saves some models under older names, and its trainer would only load weights with current ones. The
     model is loaded again with `from_pretrained`, which knows both. Adapters and sharded models are left alone.
     """
 
@@ -96,7 +96,7 @@ class RenamedWeights:
         """Write nothing: the weights are in the files of the model."""
 
     def load(self, folder: Path) -> None:
-        """Load all weights of a checkpoint if the model does not know some of their names."""
+        """Load all weights of a checkpoint if some of their names are unknown to the model."""
         import torch
         from transformers import PreTrainedModel
 
@@ -106,7 +106,7 @@ class RenamedWeights:
             return
         if {name for file in weight_files(folder) for name in read_shapes(file)} <= set(model.state_dict()):
             return
-        # Loading initialises weights at random before it fills them.
+        # Loading draws random weights before it fills them.
         with torch.random.fork_rng(devices=[]):
             saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

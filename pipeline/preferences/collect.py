@@ -64,7 +64,7 @@ class PreferenceArguments:
 
     model_name_or_path: str = field(metadata={"help": "Model whose answers are compared: a Hub id or a folder."})
     dataset_name: str = field(metadata={"help": "Data set of the prompts: a Hub id, a folder or a file."})
-    output_dir: str = field(metadata={"help": "Folder of the data set to write; an earlier one is replaced."})
+    output_dir: str = field(metadata={"help": "Output folder of the data set; an earlier one is replaced."})
     dataset_config: str | None = option(None, "Configuration of the data set (default: its only one).")
     prompt_column: str = option("prompt", "Column of the prompts: a list of {role, content}, or a question.")
     judge: str | None = option(
@@ -98,7 +98,7 @@ class PreferenceArguments:
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
-    """Sample on all processes; label and write on the first. Return what became of the answers of each split.
+    """Sample on all processes; label and write on the first. Return the counts of each split.
 
     `UserError` if the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
     """
@@ -135,9 +135,9 @@ def write(
 def label_samples(
     args: PreferenceArguments, judge: Judge = ANNOTATORS
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
-    """Sample answers to the prompts, on all processes, and label them.
+    """Sample answers to the prompts on all processes, and label them.
 
-    Return the labelled pairs of each split, and what became of the answers, the same on every process.
+    Return the labelled pairs and the counts of each split, the same on every process.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
@@ -170,14 +170,14 @@ def read_prompts(
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as requested.
 
-    Of a data set with a single split, the rows that every stage holds out become the split `validation`. A prompt that
+    If a data set has a single split, the rows that all stages hold out become the split `validation`. A prompt that
     also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
     `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
     """
     named = {name: getattr(args, name) for name in ("dataset_name", "dataset_config", "prompt_column")}
     source = DataArguments(**named)
     available = open_source(args.dataset_name, args.dataset_config)
-    # Held-out splits come first, so that training can leave their prompts out.
+    # Held-out splits come first, so that training can exclude their prompts.
     splits: dict[str, Any] = {}
     if set(available) == {"train"}:
         train, validation = load_splits(source, "prompt", True, tokens)
@@ -192,9 +192,9 @@ def read_prompts(
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
         if len(kept) < len(texts):
-            logger.warning("%-11s leaves out %d prompts of a held-out split", name, len(texts) - len(kept))
+            logger.warning("%-11s omits %d prompts of a held-out split", name, len(texts) - len(kept))
         held_out.update(texts)
-        # Shuffled, because data sets are often sorted, and perhaps only the first of them are wanted.
+        # Shuffled, because data sets are often sorted, and only the first prompts may be used.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
         most = args.max_prompts if name == "train" else args.max_eval_prompts
         prompts[name] = split.select(kept[:most]).to_list()
@@ -208,10 +208,10 @@ def read_prompts(
 
 
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
-    """Check that the judge of a YAML file can be loaded before anything is trained, or suits local data."""
+    """Check, before anything is trained, that the judge in a YAML file can be loaded, or suits local data."""
     name, judge = values.get("dataset_name"), values.get("judge")
     problems: list[Problem] = []
-    # A function can be loaded at once; a reward model may be trained by the run itself.
+    # A function can be loaded immediately; a reward model may be trained by the run itself.
     if isinstance(judge, str) and ":" in judge:
         with collect_problems(problems):
             load_judge(judge)
@@ -231,8 +231,8 @@ def encode(
     prompts: Mapping[str, Sequence[Mapping[str, Any]]],
     args: PreferenceArguments,
 ) -> dict[str, list[list[int]]]:
-    """Return the token ids of the prompts of each split; `UserError` if one is refused, or leaves no room to answer."""
-    # By default, prompts are written as they were in the training of the model.
+    """Return the prompts' token ids by split; `UserError` if one is refused, or leaves no room for an answer."""
+    # By default, prompts are formatted as in the training of the model.
     given = args.chat_template_kwargs
     template = given if isinstance(given, dict) else recorded_template(args.model_name_or_path)
     asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
@@ -262,9 +262,9 @@ def sample_answers(
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt, and return them on every process.
 
-    Processes take turns at the batches, and each batch has its own seed, so that the number of processes changes
-    nothing as long as each has as many threads: another number changes the order of sums. An answer that spells a
-    special token becomes empty. `progress` is the number of prompts answered before, and that of all splits.
+    Processes take turns at the batches, and each batch has its own seed, so that the number of processes has no effect
+    as long as each has the same number of threads, which affects the order of sums. An answer that contains a special
+    token becomes empty. `progress` has the numbers of prompts answered before and in all splits.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
     size = max(1, args.batch_size // args.samples_per_prompt)

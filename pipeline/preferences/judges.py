@@ -32,9 +32,9 @@ Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float |
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, as reports name it. One that `needs_rules` judges only prompts whose rows say how they are graded.
+    """A judge, with its name for reports. With `needs_rules`, it only judges prompts whose rows have grading rules.
 
-    On `constants` prompts it may choose the text of the baseline `constant`, with many matches each.
+    `constants` is the number of prompts, with many matches each, used to choose the text of the baseline `constant`.
     """
 
     name: str
@@ -74,7 +74,7 @@ def load_judge(name: str | None) -> Judge:
     model.to(hardware.accelerator() or "cpu")
 
     def match_by_score(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
-        # Together, because answers that occur in several pairs are scored once.
+        # Scored together, so that answers in several pairs are scored once.
         pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
         dialogues = [[*row["prompt"], {"role": "assistant", "content": answer}] for row, answer in pairs]
         scores = score(model, tokenizer, dialogues)
@@ -89,7 +89,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def chance(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-    """Return rewards by chance, equal for equal answers: as a judge, a control for training on any answers."""
+    """Return random rewards, equal for equal answers: a judge for control experiments."""
     return [float(crc32(f"{pair}".encode())) for pair in zip(prompts, completions, strict=True)]
 
 
@@ -102,12 +102,12 @@ def score(
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Equal conversations are scored once. Of one that exceeds the context, the end is scored. `batch_tokens` are tokens
-    per batch, padding included; 0, the default on a CPU, where batches save little, scores one at a time.
+    Equal conversations are scored once. If one exceeds the context, only its end is scored. `batch_tokens` is the
+    number of tokens per batch, with padding; 0, the default on a CPU, where batches save little, scores one at a time.
     """
     model.eval()
     if batch_tokens is None:
-        # In a batch, products of matrices sum in another order, and the last bits of a score depend on the others.
+        # In a batch, matrix products sum in a different order, so the last bits of a score would depend on the others.
         batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
     tokens = special_tokens(tokenizer)
     # Without a limit, `[-0:]` keeps all tokens.
@@ -115,7 +115,7 @@ def score(
     written = (tokenizer.apply_chat_template(as_text(each, tokens), return_dict=False) for each in conversations)
     encoded = [tuple(ids[-positions:]) for ids in written]
     pad = model.config.get_text_config().pad_token_id
-    # The longest one that remains determines the width of a batch, so that conversations of similar length share one.
+    # The longest remaining one sets the width of a batch, so that conversations of similar length share a batch.
     remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
     while remaining:

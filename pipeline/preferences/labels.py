@@ -1,4 +1,4 @@
-"""Labels of pairs of answers: which of two answers the simulated annotators, or a judge, prefer."""
+"""Labels for pairs of answers: which one the simulated annotators, or a judge, prefer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_compo
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Prompts whose answers a judge is given in one call.
+# Number of prompts whose answers a judge gets in one call.
 JUDGED_AT_ONCE = 64
 
 
@@ -25,9 +25,9 @@ JUDGED_AT_ONCE = 64
 class Counts:
     """Counts of the prompts, answers and pairs of one split.
 
-    `dropped` answers were empty or repeated another one. `compared` pairs of the others were shown to an annotator;
-    `ties` seemed equally good. `agreement` is the share (0 to 1) of the labels that agree with the noise-free taste,
-    where that is not indifferent: the accuracy of a perfect reward model. It is None if there are no such pairs.
+    `dropped` answers were empty or duplicates. `compared` pairs of the others were shown to an annotator, and `ties`
+    were judged equally good. `agreement` is the share (0 to 1) of labels that agree with the noise-free taste, unless
+    that is indifferent: the accuracy of a perfect reward model. It is None without such pairs.
     """
 
     prompts: int = 0
@@ -56,24 +56,24 @@ def label_answers(
 
     Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
     dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
-    and noise. Columns of the noise-free taste are None unless it is kept, and for a judge. Return the labelled pairs,
-    as rows of the data set to write, and what became of the answers.
+    and noise. Columns of the noise-free taste are None unless it is kept, and with a judge. Return the labelled pairs,
+    as rows of the data set, and the counts.
     """
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    # The index of a prompt's row, two answers to it in the order in which they are shown, and who compares them.
+    # Index of the prompt's row, two answers in the order shown, and who compares them.
     comparisons: list[tuple[int, list[str], str]] = []
-    # For each of them, the index of the preferred answer; None for a tie.
+    # For each comparison, the index of the preferred answer; None for a tie.
     choices: list[int | None] = []
-    # What the annotators see in each answer to a prompt; nothing if a judge compares.
+    # How the annotators see each answer to a prompt; empty with a judge.
     seen: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
         seen.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
-        # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. The
-        # draws come in the same order with and without a judge, who so compares the same pairs.
+        # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. A
+        # judge compares the same pairs, because the draws are the same with and without one.
         rng = random.Random(f"{seed}/{index}")
         pairs = list(itertools.combinations(distinct, 2))
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
@@ -89,9 +89,9 @@ def label_answers(
             first, second = ([shown[side] for _, shown, _ in asked] for side in (0, 1))
             return judge.match(first, second, [rows[index] for index, _, _ in asked])
 
-        # The calls do not depend on the number of processes.
+        # The calls are independent of the number of processes.
         groups = itertools.groupby(comparisons, key=lambda comparison: comparison[0] // JUDGED_AT_ONCE)
-        # Which answer is preferred, by the outcome for the one that was shown first.
+        # Index of the preferred answer, by the outcome for the one that was shown first.
         preferred: dict[float | None, int] = {1.0: 0, 0.0: 1}
         choices = [preferred.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
     labelled: list[dict[str, Any]] = []

@@ -1,8 +1,8 @@
-"""People in place of annotators: the step of a run that waits for their votes, and the judge that decides as they did.
+"""People instead of annotators: the step that waits for their votes, and a judge that decides as they did.
 
-People may also vote by hand, in the file that the judge writes for each evaluation. It has a line for each pair without
-votes, `{"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}`, once or more. `choice` becomes
-"first", "second" or "tie".
+People may also vote by hand, in a file that the judge writes for each evaluation. It has a line for each pair without
+votes, `{"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice": null}`, once or more. People set
+`choice` to "first", "second" or "tie".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.progress import report_progress
 
 logger = logging.getLogger("pipeline.preferences.people")
 
-# The outcome of a choice by hand for the answer that is named first.
+# The outcome for the first answer, by the choice that was made by hand.
 BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
@@ -37,15 +37,15 @@ BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
 class VoteArguments(PreferenceArguments):
     """The model, the prompts and the sampling of the pairs that people see, and how many votes are wanted."""
 
-    min_votes: int = option(300, "Votes for one of two answers before the run goes on.")
-    simulated_votes: bool = option(False, "Let simulated annotators vote if nobody has, to try the run without people.")
+    min_votes: int = option(300, "Votes for one of two answers before the run continues.")
+    simulated_votes: bool = option(False, "Simulate votes if there are none, to try the run without people.")
 
 
 def wait_for_votes(args: VoteArguments) -> int:
     """Write the data set of the votes, and return the number that prefer one answer; stop if they are too few."""
     folder = Path(args.output_dir)
     if args.simulated_votes and not (folder / VOTES_FILE).exists():
-        # The annotators know no models, so both answers come from the same one, and `a` is always the better answer.
+        # Simulated votes do not compare models: both answers come from the same one, and `a` is always better.
         splits, _ = label_samples(args)
         model = Path(args.model_name_or_path).name
         sampling = {"temperature": args.temperature, "min_p": args.min_p, "max_new_tokens": args.max_new_tokens}
@@ -69,13 +69,13 @@ def wait_for_votes(args: VoteArguments) -> int:
 
 
 def load_votes(path: Path) -> Judge:
-    """Return a judge that decides as most people did, on the page or by hand in `path`, and lists other pairs there."""
+    """Return a judge that decides like most people, on the page or by hand in `path`, and adds other pairs there."""
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
     cast = [(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]]) for vote in votes]
     cast += [(one["prompt"], one["first"], one["second"], BY_HAND[one["choice"]]) for one in lines if one["choice"]]
-    # What people decided about an answer against another one, and so, turned around, about the other one.
+    # Each decision also counts, reversed, for the other answer.
     decided: dict[str, list[float]] = defaultdict(list)
     for prompt, answer, opponent, outcome in cast:
         decided[json.dumps([prompt, answer, opponent])].append(outcome)
@@ -92,7 +92,7 @@ def load_votes(path: Path) -> Judge:
             pair = json.dumps([row["prompt"], *sorted((answer, opponent))])
             if not found and pair not in listed:
                 listed.add(pair)
-                # In an order that the pair determines, so that a later evaluation finds the same line.
+                # The pair itself determines the order, so that a later evaluation finds the same line.
                 first, second = random.Random(pair).sample((answer, opponent), 2)
                 lines.append({"prompt": row["prompt"], "first": first, "second": second, "choice": None})
         write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

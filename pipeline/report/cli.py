@@ -16,16 +16,16 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, for instance runs/pocket")
-    meaning = "report over RUN/seed0, RUN/seed1 and so on (default: over all of them, if RUN is not a run itself)"
+    meaning = "report over RUN/seed0, RUN/seed1 and so on (default: all of them, if RUN is not a run itself)"
     parser.add_argument("--seeds", nargs="+", metavar="N", help=meaning)
-    meaning = "where to write (default: RUN/report; for several runs that are named, report/seeds in the first one)"
+    meaning = "where to write (default: RUN/report; if several runs are named, report/seeds in the first)"
     parser.add_argument("--output_dir", help=meaning)
     meaning = "YAML file of the figures that the recipe promises (default: those of recipes/pocket)"
     parser.add_argument("--targets", metavar="FILE", help=meaning)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0."""
+    """Write the report of every run in `args.runs` and, for several, a report over all of them. Return 0."""
     from pipeline.errors import UserError
     from pipeline.files import check_directory
     from pipeline.report.differences import differences
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         directories.append(named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds")
     if args.output_dir:
         directories[-1] = Path(args.output_dir)
-    # Everything is read, and every place tried, before anything is written.
+    # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
     for directory in directories:

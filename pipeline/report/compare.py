@@ -6,7 +6,7 @@
 A and B are runs, or folders of the runs of several seeds. Every figure that all runs have is compared, paired by seed
 and by test row (of reward models, by seed only). The JSON maps each stage or baseline and metric to A minus B, as
 `{"value", "ci95", "n"}`: an interval over the `n` rows or, with several seeds, Student's over the `n` seeds, which is
-never narrower than the widest of the intervals over rows.
+at least as wide as the widest interval over rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each stage logged in training, and where the parts of its charts lie.
+"""What each stage logged in training, and the layout of its charts.
 
 Templates draw them as inline SVG, whose colours come from the page's style sheet.
 """
@@ -64,7 +64,7 @@ def charts_of(run: Run) -> list[Chart]:
 
 def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
     """Return the charts of a stage, each with the key that its horizontal axis shows."""
-    # The charts of a kind stand in `pipeline.stages`; the others depend on the run's rewards and experts.
+    # The charts of a kind are in `pipeline.stages`; others depend on the run's rewards and experts.
     info = stage_info(stage.name)
     charts = [(chart, "step") for chart in info.charts]
     keys = sorted({key for record in stage.history for key in record})
@@ -72,11 +72,11 @@ def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
         # The means of PPO's rewards before weighting, and of the annotators' hidden taste.
         means = [(match[1], key) for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))]
         rewards = LoggedChart("Rewards", tuple(line for line in means if "taste" not in line[0]))
-        # A single reward is the reward model. Without its own key, the sum of all rewards is its score.
+        # A single reward is the reward model's. If it has no key of its own, its score is the sum of all rewards.
         if len(rewards.lines) < 2:
             score = rewards.lines[0][1] if rewards.lines else "reward"
             rewards = LoggedChart("Reward-model score", (("score", score),))
-        hidden = "PPO does not see it. If it rises with the score, the reward model is not gamed."
+        hidden = "PPO does not see it. If it rises with the score, the policy is not gaming the reward model."
         taste = LoggedChart("Hidden taste", tuple(line for line in means if "taste" in line[0]), hidden)
         over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
         charts = [(rewards, "step"), *charts, *((chart, "objective/kl") for chart in over_kl)]
@@ -97,7 +97,7 @@ def overlay(runs: Sequence[Run]) -> list[Chart]:
     merged: dict[tuple[str, str], Chart] = {}
     for run in runs:
         for chart in charts_of(run):
-            # Nobody could tell five runs with two lines each apart.
+            # Five runs with two lines each would be indistinguishable.
             chosen = next((line for line in chart.series if line.name == "validation"), chart.series[0])
             base = merged.get((chart.stage, chart.title), replace(chart, series=()))
             merged[chart.stage, chart.title] = replace(base, series=(*base.series, replace(chosen, name=run.name)))
@@ -126,7 +126,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 Axis = tuple[Callable[[float], float], list[tuple[float, str]]]
-"""What places a value on an axis, and the place and the label of each tick."""
+"""A function that places a value on an axis, and the position and label of each tick."""
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Axis:
@@ -156,7 +156,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def layout(chart: Chart) -> dict[str, Any]:
-    """Return where chart.html.jinja draws what, and the series themselves, for readers who do not see the drawing."""
+    """Return the layout for chart.html.jinja, and the series themselves, for readers who cannot see the drawing."""
     # The axis of steps and of the KL starts at 0.
     left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
     x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
@@ -168,20 +168,20 @@ def layout(chart: Chart) -> dict[str, Any]:
     lines = []
     ends = []
     for index, line in enumerate(chart.series):
-        # A line with more than 60 points is drawn faintly, with the means of at most 60 segments over it, because
-        # training logs noise at every step, which would hide the course of the line.
+        # A line with more than 60 points is drawn faintly, with the means of at most 60 segments over it, because the
+        # noise of single steps would hide the trend.
         size = math.ceil(len(line.points) / 60)
         segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
         course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]
         drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
         raw, drawn_course = (Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)) for points in (drawn, means))
-        # Few points are marked, and of many only the last one.
+        # If there are few points, all are marked; otherwise only the last one.
         shown = {"css": css, "dots": line.dots, "points": drawn, "marked": means if len(means) <= 12 else means[-1:]}
         lines.append(shown | {"course": drawn_course, "raw": raw if size > 1 else ""})
         if not line.dots:
             ends.append((means[-1][1], index, course[-1][1]))
-    # The last values stand next to the ends of their lines, at least a line of text apart from each other.
+    # The last values are shown next to the ends of their lines, at least a line of text apart.
     values = []
     above, apart = 0.0, 12
     for place, (y, index, value) in enumerate(sorted(ends), start=1):

@@ -1,4 +1,4 @@
-"""Differences on the same examples: the gains of each stage with its costs to earlier abilities, and between runs."""
+"""Differences on the same examples: gains of each stage, losses of earlier abilities, and differences between runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Changes = dict[str, dict[str, Estimate]]
 
 @dataclass(frozen=True)
 class Difference:
-    """The change of a metric, perhaps an aim of `stage`, from `before`, a stage or a baseline, on shared examples."""
+    """The change of a metric of `stage`, perhaps an aim, from `before` (a stage or baseline) on shared examples."""
 
     stage: str
     before: str
@@ -41,11 +41,11 @@ def differences(run: Run) -> list[Difference]:
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
         before = run.origin(stage)
-        # A second pretraining, of another architecture, is not what the next stage starts from. It stands before the
-        # first one in the difference, which says what the first one's architecture brings.
+        # The next stage does not start from a second pretraining, of another architecture. The first one is compared
+        # with it, to show what the first one's architecture brings.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
-        # Baselines reach something only in what their stage is trained for.
+        # Baselines only matter for the metrics that their stage is trained for.
         for baseline in run.baselines.values() if stage.name not in others else ():
             found.extend(item for item in _between(baseline, stage) if item.aim)
     return found
@@ -66,10 +66,10 @@ def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = 
     """Return the mean difference on shared examples (also for each kind of them), None if there are none."""
     shared = [key for key in before if key in after]
     weights = [after[key][1] for key in shared]
-    # Without any weight, for instance of documents without bytes, there is no mean.
+    # Without any weight, such as for documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
-    # Both sides answered the same examples, so the interval of the difference is narrower than both of theirs.
+    # Both sides answered the same examples, so the interval of the difference is narrower than both intervals.
     whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
     for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:
@@ -79,7 +79,7 @@ def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = 
 
 
 def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
-    """Return whether a change is for the better; "same" if its interval contains 0 or neither direction is better."""
+    """Return "better", "worse" or, if the interval contains 0 or neither direction is better, "same"."""
     better = metric_info(metric).better
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"
@@ -98,7 +98,7 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
                 remedy = f"has seed {seed}, as {found[seed].path} has; give one run for each seed"
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
-    # A run without a partner would be compared with nothing, so it is an error rather than ignored.
+    # A run without a partner could not be compared, so it is reported instead of ignored.
     for side, found in (("A", ours), ("--against", theirs)):
         for seed in [seed for seed in found if seed not in ours or seed not in theirs]:
             remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
@@ -107,15 +107,15 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
 
 
 def check_rows(pairs: Pairs) -> list[Problem]:
-    """Report the pairs that have no figure in common, or were measured on different test rows."""
+    """Report pairs without a common figure, or measured on different test rows."""
     problems = []
     for run, other in pairs:
         ours, theirs = _figures(run), _figures(other)
         shared = [name for name in ours if name in theirs]
         unequal = []
         for stage, metric in shared:
-            # Rows are compared by their content, so the same data in another file are the same rows. Each run has
-            # reward models of its own with their own pairs.
+            # Rows are compared by their content, so the same data in another file are the same rows. Each run has its
+            # own reward models and pairs.
             rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
             if stage_info(stage).generates and rows != other_rows:
                 unequal.append(f"{metric} of {stage}")
@@ -138,8 +138,8 @@ def compare(pairs: Pairs) -> Changes:
                 ours, theirs = own[stage, metric], other[stage, metric]
                 a, b = ours.metrics[metric], theirs.metrics[metric]
                 change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
-                # Without shared rows, the estimates are independent, and the interval combines both of theirs (Newcombe
-                # 1998, "Interval estimation for the difference between independent proportions", method 10).
+                # Without shared rows, the estimates are independent, and the interval combines both (Newcombe 1998,
+                # "Interval estimation for the difference between independent proportions", method 10).
                 if change is None or not stage_info(stage).generates:
                     change = Estimate(a.value - b.value)
                     if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
@@ -174,5 +174,5 @@ def format_table(pairs: Pairs, changes: Changes) -> str:
     lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")
     everything = dict.fromkeys(name for pair in pairs for run in pair for name in _figures(run))
     if missing := [f"{metric} of {stage}" for stage, metric in everything if metric not in changes.get(stage, {})]:
-        lines.append(f"Left out, because not every run has them: {', '.join(missing)}.")
+        lines.append(f"Omitted, because not every run has them: {', '.join(missing)}.")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Load what a run has written: its record, evaluations, training logs and votes, and the shapes of its weights.
 
-Everything that can be read is reported. A missing file is a stage that was not run, a damaged one becomes a note.
+Everything readable is reported. A missing file means that a stage was not run; a damaged one becomes a note.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def stage_kind(stage: str) -> str:
 
 
 def stage_info(stage: str) -> StageKind:
-    """Return what is known about the stage directory `stage`, such as "2_sft"; a new kind has its own name as title."""
+    """Return what is known about the stage directory `stage`, such as "2_sft"; an unknown kind is its own title."""
     kind = stage_kind(stage)
     known = STAGES.get(kind)
     return known if known and known.name else StageKind(kind.replace("_", " ").capitalize() or stage, trained=False)
 
 
 def twins(stages: Iterable[str]) -> list[str]:
-    """Return the stages that only show what another architecture reaches: every pretraining but the first."""
+    """Return the stages that only show another architecture's results: every pretraining but the first."""
     return [stage for stage in sorted(stages, key=stage_order) if stage_info(stage).from_scratch][1:]
 
 
@@ -67,7 +67,7 @@ class Run:
     """A run directory; `record` is its run.json, with an entry for each of its `steps`.
 
     The last training step ran on `hardware`. Stages are in the order of training. `others` are evaluations with a name,
-    as name -> stage -> metric -> estimate. `notes` say what could not be read, and which steps ran elsewhere.
+    as name -> stage -> metric -> estimate. `notes` say what could not be read, and which steps ran on other hardware.
     """
 
     path: Path
@@ -93,31 +93,31 @@ class Run:
 
     @property
     def bars(self) -> list[StageResult]:
-        """The baselines that a stage has to beat. An older or a foreign run may have others than are known here."""
+        """The baselines that a stage has to beat. Older or modified runs may have baselines that are unknown here."""
         return [one for name, one in self.baselines.items() if (known := find_baseline(name)) and known.is_bar]
 
     @property
     def judge(self) -> str:
-        """Who judges the win rates, "" if there are none."""
+        """The judge of the win rates, "" if there are none."""
         judged = [stage for stage in self.stages.values() if "win_rate" in stage.metrics]
         unnamed = "annotators who do not know which is which"
         return " or ".join(dict.fromkeys(stage.judge or unnamed for stage in judged))
 
     def baseline_title(self, baseline: StageResult) -> str:
-        """Return what a baseline is called, with the text or texts that its answers share."""
-        # A text may be nothing but a line break.
+        """Return the title of a baseline, with the text or texts that its answers share."""
+        # A text may be just a line break.
         texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
         known = find_baseline(baseline.name)
         title = (known.title if known else baseline.name).replace("{against}", self.against)
         return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
 
     def origin(self, stage: StageResult) -> StageResult | None:
-        """Return the measured stage that another one started from, None if the run does not have it."""
+        """Return the measured stage that another one started from, or None."""
         values = self.steps.get(stage.name, {}).get("values", {})
         named = self.stages.get(Path(str(values.get("model_name_or_path"))).name)
         if named and named.metrics:
             return named
-        # Without a record, it is the one before.
+        # Without a record, assume the one before.
         before = takewhile(lambda other: other.name != stage.name, self.stages.values())
         others = twins(self.stages)
         chain = [one for one in before if stage_info(one.name).generates and one.metrics and one.name not in others]
@@ -125,7 +125,7 @@ class Run:
 
 
 def main_aim(stage: StageResult) -> str | None:
-    """Return the first metric that a stage is trained for and was measured by, None if there is none."""
+    """Return the first metric that a stage is trained for and that was measured, or None."""
     return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
 
 
@@ -156,13 +156,13 @@ def load_run(path: Path) -> Run:
     except UserError as error:
         run.notes.append(f"{path / 'run.json'}: {error.problems[0].remedy}; skipped")
     run.steps = run.record.get("steps", {})
-    # Steps may have run on different machines. The report shows the one of the last training, which costs the most.
+    # Steps may have run on different machines. The report shows the machine of the last training, which costs the most.
     described = ("hardware", "versions", "commit")
     facts = {name: {key: step.get(key) for key in described} for name, step in run.steps.items() if name != "report"}
     facts = {name: found for name, found in facts.items() if any(found.values())}
     trained = [name for name in facts if stage_info(name).trained]
     last = max(trained or facts, key=lambda name: run.steps[name].get("finished_at") or "", default=None)
-    # The record of an older run has these keys once, for all steps.
+    # In the record of an older run, these keys are shared by all steps.
     shown = facts[last] if last else run.record
     run.hardware, run.versions = shown.get("hardware") or {}, shown.get("versions") or {}
     run.commit = shown.get("commit")
@@ -170,7 +170,7 @@ def load_run(path: Path) -> Run:
         keys = " and ".join(key for key in described if any(facts[name][key] != shown[key] for name in others))
         note = f"{', '.join(others)} ran with different {keys} from {last}; the report shows those of {last}"
         run.notes.append(f"{path / 'run.json'}: {note}")
-    # A stage has an evaluation, a model or a training log, perhaps only in a checkpoint if it is still training.
+    # A stage has an evaluation, a model or a training log. While it is training, the log is in a checkpoint.
     names = {file.stem for file in path.glob("evaluations/*.json")}
     for pattern in ("config.json", "trainer_state.json", "checkpoint-*/trainer_state.json"):
         names |= {file.relative_to(path).parts[0] for file in path.glob(f"[0-9]*_*/{pattern}")}
@@ -178,7 +178,7 @@ def load_run(path: Path) -> Run:
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
-        # Until training ends, its log is in its checkpoints only; "checkpoint-90" comes before "checkpoint-150".
+        # Until training ends, the log is only in checkpoints; "checkpoint-90" comes before "checkpoint-150".
         log = path / name / "trainer_state.json"
         if not log.exists():
             found = (path / name).glob("checkpoint-*/trainer_state.json")
@@ -187,11 +187,11 @@ def load_run(path: Path) -> Run:
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
-    # People vote at any time, so their win rates are not part of an evaluation.
+    # People may vote at any time, so their win rates are not part of an evaluation.
     for name, rate in win_rates(path, run.against, run.notes).items():
         if name in run.stages:
             run.stages[name].metrics["win_rate_people"] = rate
-    # Evaluations with a name lie in folders of that name.
+    # Named evaluations are in folders of these names.
     for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
         run.others.setdefault(file.parent.name, {})[file.stem] = StageResult.read(file, run.notes).metrics
     return run
@@ -206,7 +206,7 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
     try:
         votes = standing(read_votes(run / VOTES / VOTES_FILE))
     except UserError as error:
-        notes.append(f"people's votes are left out: {error}")
+        notes.append(f"people's votes are omitted: {error}")
         return {}
     for vote in votes:
         models = {"a": vote["model_a"], "b": vote["model_b"]}
@@ -229,10 +229,10 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
 
 
 def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> None:
-    """Count the weights in safetensors files, and the ones that a token passes; an adapter with its base model."""
+    """Count the weights in safetensors files, and those that a token passes; adapters include their base model."""
     files = sorted(directory.glob("model*.safetensors"))
     if base := read_json(directory / "adapter_config.json").get("base_model_name_or_path"):
-        # The name may be anything, also what no path can be.
+        # The name may be anything, even an impossible path.
         of_base = sorted(Path(str(base)).glob("model*.safetensors")) if os.path.isdir(str(base)) else []
         files = [*of_base, *sorted(directory.glob("adapter_model*.safetensors"))] if of_base else []
     shapes: list[tuple[str, list[int]]] = []
@@ -243,7 +243,7 @@ def _count_parameters(stage: StageResult, directory: Path, notes: list[str]) -> 
             notes.append(f"{file}: its header cannot be read, parameters skipped: {' '.join(str(error).split())}")
             return
     if shapes:
-        # Of the experts, a token passes only as many as it is routed to.
+        # A token only passes the experts that it is routed to.
         available = stage.config.get("num_local_experts") or stage.config.get("num_experts") or 1
         chosen = stage.config.get("num_experts_per_tok") or available
         experts = sum(math.prod(shape) for name, shape in shapes if ".experts." in name)

@@ -1,4 +1,4 @@
-"""The report of one run: what its page and its Markdown show."""
+"""The report of one run: the content of its page and its Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.stages import STAGES
 
 def write_files(directory: Path, template: str, summary: dict[str, Any], content: dict[str, Any]) -> Path:
     """Write `summary` to metrics.json, and `content` to report.md and index.html. Return the path of the latter."""
-    # JSON that every parser reads: without NaN.
+    # JSON without NaN, which not every parser accepts.
     write_text(directory / "metrics.json", json.dumps(summary, indent=1, allow_nan=False, default=str) + "\n")
     write_text(directory / "report.md", render(f"{template}.md.jinja", content))
     write_text(directory / "index.html", render(f"{template}.html.jinja", content))
@@ -68,7 +68,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     for stage in run.stages.values():
         for item in stage.answers:
             given.setdefault(stage.name, {})[str(item["prompt"])] = str(item["answer"]).strip(" \n")
-    # Stages that were evaluated with different settings may have been asked different prompts.
+    # Stages evaluated with different settings may have been asked different prompts.
     prompts = dict.fromkeys(prompt for answers in given.values() for prompt in answers)
     # A box of the path leads to the part of the report about it, if there is one.
     parts = {"answers": given, "curves": charts, "gains": found, "reasoning": problems}
@@ -93,7 +93,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             for item in ([] if run.is_smoke else summary["alarms"])
         ],
         **shown(run),
-        # A report may be published, and where its files lay on this machine is nobody's business.
+        # A report may be published, and should not reveal paths of this machine.
         "notes": [note.replace(f"{run.path}/", "") for note in run.notes],
         "table": figures(run, by_kind=False),
         "kinds": figures(run, by_kind=True),
@@ -148,7 +148,7 @@ def remarks(run: Run) -> list[str]:
     for stage in measured:
         for line in stage.remarks():
             lines.setdefault(line, []).append(stage.name)
-    # What is said of every stage that writes text does not name them.
+    # Remarks about every stage that writes text do not name the stages.
     of_all = len([stage for stage in measured if stage_info(stage.name).generates])
     shown = [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
     lost = [(step, one) for step, entry in run.steps.items() for one in entry.get("lost", [])]
@@ -156,7 +156,7 @@ def remarks(run: Run) -> list[str]:
 
 
 def lengths(run: Run) -> dict[str, Any]:
-    """Return the pass@1 of the last two stages by the length of the problem, and of those longer than in training."""
+    """Return pass@1 of the last two stages by problem length, and for problems longer than in training."""
     measured = [(stage, found) for stage in run.stages.values() if (found := by_length(stage))][-2:]
     columns = sorted({length for _, found in measured for length in found}, key=int)
     rows = [{"stage": stage.name, "estimates": list(map(found.get, columns))} for stage, found in measured]
@@ -168,13 +168,13 @@ def lengths(run: Run) -> dict[str, Any]:
 
 
 def experts(run: Run) -> dict[str, Any]:
-    """Return the load of each expert in every stage, and the tokens that it took of some texts in pretraining."""
+    """Return the load of each expert in every stage, and the tokens that it took in some texts in pretraining."""
     loads = {name: stage.experts["layers"] for name, stage in run.stages.items() if "expert_load" in stage.metrics}
     rows: list[dict[str, Any]] = []
     for name, layers in loads.items():
         for layer, shares in enumerate(layers, 1):
             rows.append({"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]})
-    # The texts are read by pretraining, where experts specialise.
+    # The texts are shown for pretraining, where experts specialise.
     shown = next((name for name in loads if stage_info(name).from_scratch), "")
     drawn = []
     for item in run.stages[shown].experts["documents"] if shown else ():
@@ -190,7 +190,7 @@ def experts(run: Run) -> dict[str, Any]:
 
 
 def costs(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return time, memory, tokens and operations of each step and stage, whose evaluation is in the same row."""
+    """Return time, memory, tokens and FLOPs of each step and stage; a stage's evaluation is in the same row."""
     taken, tokens, flops, peaks = (summary[key] for key in ("seconds", "tokens", "flops", "peak_memory"))
     measuring = {name: taken.get(EVALUATE + name, stage.seconds) for name, stage in run.stages.items()}
     steps = {name: value for name, value in taken.items() if not name.startswith(EVALUATE)}
@@ -228,8 +228,8 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 
 
 def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return seed, commit and model, hardware and versions by name, None for what is not known."""
-    # The shape of the model that the last stage wrote.
+    """Return seed, commit and model, hardware and versions by name; unknown ones are None."""
+    # The configuration of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     recipe = Path(str(run.record.get("recipe") or "unknown")).name
     about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}

@@ -1,4 +1,4 @@
-"""The path from random weights to reasoning as one picture, for readers who have never heard of its stages."""
+"""The path from random weights to reasoning as one picture, for readers who are new to the stages."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PHRASES = {
     "win_rate": "of comparisons with {against} won",
     "pass@1": "of unseen problems{lengths} solved",
 }
-"""What a figure is, in words that follow it; others are called by their label."""
+"""Words that follow a figure to say what it is; other figures use their label."""
 
 
 def title(run: Run) -> str:
-    """Return what the report calls the run: the recipe with the seed or, if it is not known, the directory."""
+    """Return the report's name for the run: the recipe with the seed or, if unknown, the directory."""
     recipe, seed = run.record.get("recipe"), run.record.get("seed")
     name = Path(recipe).name if isinstance(recipe, str) else run.name
     return name + (f", seed {seed}" if seed is not None else "") + (", smoke run" if run.is_smoke else "")
 
 
 def headline(run: Run) -> str:
-    """Return one sentence that says it all: from what to what, in which time, on what, with which figures."""
+    """Return a one-sentence summary: from what to what, in what time, on which hardware, with which figures."""
     names = [stage_info(name).name.lower() for name, stage in run.stages.items() if stage.metrics or stage.history]
     said = f"From {names[0]} to {names[-1]}" if names[1:] else "".join(names).capitalize() or "Nothing yet"
     if taken := sum(seconds(run).values()):
@@ -41,15 +41,15 @@ def headline(run: Run) -> str:
         said += f" on {gpu}"
     elif cores := run.hardware.get("cores"):
         said += f" on {counted(cores, 'core')}"
-    # The first box is what the others start from.
+    # The first box is the starting point.
     figures = [box["figure"] for box in path_boxes(run, {})[1:] if box["figure"]]
     reached = [f"{it['now']} {it['what']}" + (f" ({it['was']} before)" if it["was"] else "") for it in figures]
     return f"{said}: {', '.join(reached)}." if reached else f"{said}."
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the boxes of the picture, for path.html.jinja. `links` says where the box of each kind of stage leads."""
-    # The last stage of each kind gives the figure and the sample.
+    """Return the boxes of the picture, for path.html.jinja. `links` has the target of each kind's box."""
+    # The figure and the sample come from the last stage of each kind.
     last = {stage_kind(name): stage for name, stage in run.stages.items() if name not in twins(run.stages)}
     boxes: list[dict[str, Any]] = []
     before: StageResult | None = None
@@ -73,13 +73,13 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             "link": links.get(kind, ""),
         }
         boxes.append({**vars(box), **shown})
-        # The figure of the next box is compared with the last stage that the run has.
+        # The figure of the next box is compared with the last stage before it.
         before = stage or before
     return boxes
 
 
 def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
-    """Return the main figure of a stage with its name in words, the one before it, and those of the baselines."""
+    """Return the main figure of a stage with its name in words, the previous stage's, and the baselines'."""
     aim = main_aim(stage) if stage_info(stage.name).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
@@ -92,7 +92,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
     measured = f" of {min(lengths)} to {max(lengths)} steps" if len(lengths) > 1 else ""
     return {
         "now": show(stage),
-        # The win rate of the stage before is often its win rate against itself.
+        # The previous stage's win rate is often its win rate against itself.
         "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
         "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
         "lower": info.better == "down",
@@ -109,7 +109,7 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
     for shown in stages[-1].traces if stages else ():
         sides = []
         for stage in stages:
-            # How many held-out problems the greedy answers solve. Those of a single kind are not broken down.
+            # How many held-out problems the greedy answers solve. If there is only one kind, it is not broken down.
             of_all = stage.metrics.get("pass@1")
             of_kind = of_all.by_kind.get(str(shown["kind"])) if of_all and of_all.by_kind else of_all
             solved, alike = (f"{it.value * it.n:.0f} of {it.n}" if it and it.n else "" for it in (of_all, of_kind))
@@ -122,7 +122,7 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
 
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
-    """Return what a stage writes: for the first problem, after the stage before it, or else for the first prompt."""
+    """Return a sample of a stage: for the first problem, with the previous stage's, or else for the first prompt."""
     if stage_info(stage.name).held_out == "problems" and stage.traces:
         shown = showcase(run, stage.name)[0]
     elif stage.answers:

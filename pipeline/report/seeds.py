@@ -50,7 +50,7 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
 def write_seeds(
     runs: Sequence[Run], found: Sequence[Sequence[Difference]], targets: Sequence[Target], directory: Path
 ) -> Path:
-    """Write index.html, metrics.json and report.md over runs, whose differences are `found`. Return the page's path."""
+    """Write index.html, metrics.json and report.md over runs with the differences `found`. Return the page's path."""
     results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
     stages, baselines = (_spreads([of_run[key] for of_run in each]) for key in ("stages", "baselines"))
@@ -61,7 +61,7 @@ def write_seeds(
             baseline = f" - {item['before']}" if item["before"] in of_run["baselines"] else ""
             groups[f"{item['stage']}{baseline}"][item["metric"]] = item
     changes = _spreads(by_stage, lowest=-1.0)
-    # The seconds of each step, and in the last row of all steps together.
+    # The seconds of each step and, in the last row, of all steps together.
     taken = [of_run["seconds"] for of_run in each]
     taken = [of_run | {"together": sum(of_run.values())} if of_run else {} for of_run in taken]
     steps = sorted({step for of_run in taken for step in of_run}, key=step_order)
@@ -78,12 +78,12 @@ def write_seeds(
     for kind in ("promises", "alarms", "verdict"):
         summary[kind] = [{"run": of_run["run"], **item} for of_run in each for item in of_run[kind]]
     summary["notes"] = [note for run in runs for note in run.notes]
-    # The runs may have found different texts that win by themselves.
+    # Different texts may have won in each run.
     titles = {}
     for group in baselines:
         found_titles = (run.baseline_title(run.baselines[group]) for run in runs if group in run.baselines)
         titles[group] = " / ".join(dict.fromkeys(found_titles))
-    how = "The intervals are over the test rows of the only run. How much training varies is not known."
+    how = "The intervals are over the test rows of the only run. The variation between trainings is unknown."
     if len(runs) > 1:
         how = "Each run counts once. The 95% interval is Student's over the runs, and never narrower than the widest "
         how += "of the runs' own intervals over test rows. The standard deviation is between runs (n − 1)."
@@ -114,7 +114,7 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
         result[group] = {}
         for name in sorted({name for of_run in figures for name in of_run}, key=metric_order):
             values = [of_run.get(name) for of_run in figures]
-            # The texts of baselines are listed, because there is no mean of them.
+            # The texts of baselines are listed, because texts have no mean.
             if any(isinstance(value, str) for value in values):
                 result[group][name] = values
             elif name == "pass@1_by_length":

@@ -76,7 +76,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
 
 
 def by_length(stage: StageResult) -> dict[str, Estimate]:
-    """Return the pass@1 of the problems of each length, as far as the data say how long they are."""
+    """Return pass@1 by the length of the problems, if the data have lengths."""
     values: dict[int, list[float]] = {}
     for example in stage.examples:
         if example["metric"] == "pass@1" and "length" in example:
@@ -94,12 +94,12 @@ def seconds(run: Run) -> dict[str, float]:
 
 
 def recorded(run: Run, key: str) -> dict[str, float]:
-    """Return a figure in the record of each step that has it, by the name of the stage's directory or of the step."""
+    """Return a figure from each step's record that has it, by the name of the stage's directory or of the step."""
     found: dict[str, float] = {}
     for name, step in run.steps.items():
-        # The report cannot know what it takes itself.
+        # The report cannot measure itself.
         if name != "report" and step.get(key) is not None:
-            # The directory of a stage may have another name than its step.
+            # A stage's directory may be named differently from its step.
             written = Path(str(step.get("values", {}).get("output_dir"))).name
             found[written if written in run.stages else name] = float(step[key])
     return found
@@ -108,10 +108,10 @@ def recorded(run: Run, key: str) -> dict[str, float]:
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
-    These are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020), or else what the
-    trainer counted: if it logged no tokens, or saved an adapter, whose base's weights are not among its own.
+    These are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). If no tokens were
+    logged, or an adapter was saved without its base's weights, they are what the trainer counted.
     """
-    # Trainers of TRL log `num_tokens`; the others count what their inputs had.
+    # TRL's trainers log `num_tokens`; others count the tokens of their inputs.
     tokens = last_logged(stage, "num_tokens") or last_logged(stage, "num_input_tokens_seen")
     tokens = tokens or stage.state.get("num_input_tokens_seen") or None
     if tokens and stage.active_parameters and stage.config:

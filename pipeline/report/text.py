@@ -1,4 +1,4 @@
-"""Text and numbers as the report shows them: nothing invisible, and nothing that reorders or breaks the page."""
+"""Text and numbers as the report shows them: without anything invisible, or that would reorder or break the page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.evaluation.intervals import Estimate
 from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
-"""Longer texts are cut when they are shown; the files on disk keep all of them."""
+"""Longer texts are truncated for display; the files on disk have them in full."""
 _LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
 """Addresses that GitHub turns into links."""
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
@@ -29,7 +29,7 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     for character in text[:limit]:
         code = ord(character)
         marks = marks + 1 if unicodedata.combining(character) else 0
-        # A pile of combining marks would cover the lines around it.
+        # Many combining marks would cover the lines around them.
         if marks > 3:
             continue
         if (code < 0x20 or code == 0x7F) and character not in "\n\t":
@@ -57,7 +57,7 @@ def code(text: str) -> Markup:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
-    # Halves are rounded away from 0, also where floating point puts them a little on the other side.
+    # Halves are rounded away from 0, even if floating point makes them slightly smaller.
     return "–" if value is None else f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
 
 
@@ -81,7 +81,7 @@ def magnitude(value: float | None) -> str:
     """Format a large count in three digits with an SI prefix: "1.93 M", "45.2 T"."""
     if value is None:
         return "–"
-    # 999.5 would be rounded to 1000, so it takes the next prefix. The FLOPs of the largest models take "E".
+    # 999.5 would be rounded to 1000, so it gets the next prefix. The FLOPs of the largest models need "E".
     for prefix in ("", " k", " M", " G", " T", " P"):
         if abs(value) < 999.5:
             return f"{value:.3g}{prefix}"

@@ -1,6 +1,6 @@
-"""The verdict on a run: what did not work, by the figures that it recorded, and what to do about it.
+"""The verdict on a run: what did not work, according to its figures, and what to do about it.
 
-What a run did not record is not judged, and a miniature (`run --smoke`) is not judged at all.
+Figures that were not recorded are ignored, and a miniature (`run --smoke`) is not judged at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.stages import HELD_OUT, SMOKE
 MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
 CHANCE = 0.5
-"""Accuracy and win rate of who guesses."""
+"""Accuracy and win rate of a random guess."""
 REMEDIES = {
     "pretrain": "train longer (max_steps), on more text, or raise learning_rate",
     "sft": "train longer (max_steps, num_train_epochs), on more conversations, or raise learning_rate",
@@ -32,12 +32,12 @@ REMEDIES = {
     "grpo": "train longer (max_steps), raise learning_rate or num_generations, or start from a stage that already "
     "solves some of these problems",
 }
-"""What to do about a stage that does not reach its aim, by its kind."""
+"""What to do about a stage that misses its aim, by its kind."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that did not work in a stage or a step: what, with its figures, the main one of these, and a remedy."""
+    """Something that did not work in a stage or a step: a text with figures, the main figure, and a remedy."""
 
     stage: str
     what: str
@@ -49,11 +49,11 @@ class Finding:
 
 
 def find_failures(run: Run) -> list[Finding]:
-    """Return what did not work, in the order of training; nothing of a miniature."""
+    """Return what did not work, in the order of training; nothing for a miniature."""
     if run.is_smoke:
         return []
     found = []
-    # Data sets that lost many rows, cut or dropped by a step.
+    # Data sets with many rows truncated or dropped by a step.
     for step, entry in run.steps.items():
         for lost in entry.get("lost", []):
             if lost["rows"] >= MAX_LOST * lost["of"] > 0:
@@ -61,12 +61,12 @@ def find_failures(run: Run) -> list[Finding]:
                 found.append(Finding(step, what, share, lost["remedy"]))
     # Held-out data that the run trains on. Several pairs may share a prompt, which does not say which answer is better.
     for key in [key for key in HELD_OUT if key != "pairs"]:
-        # The stage that is judged by these data, or else the last one that was measured on them.
+        # The stage that these data are meant for, or else the last one that was measured on them.
         seen = [stage for stage in run.stages.values() if stage.overlap.get(key, {}).get("rows")]
         seen.sort(key=lambda stage: stage_info(stage.name).held_out == key)
         copies = seen[-1].overlap[key] if seen else {"found": 0, "rows": 1}
         if (share := copies["found"] / copies["rows"]) >= MAX_LOST:
-            remedy = "figures that are measured on them are partly memory: remove these rows from training "
+            remedy = "figures measured on them partly reflect memorisation: remove these rows from training "
             remedy += f"(`{as_typed('check-overlap')}` names them), or measure on other data (evaluate.yaml)"
             what = f"{copies['found']:,} of {copies['rows']:,} held-out {key} are among the training rows"
             found.append(Finding(seen[-1].name, what + copies_in(copies), share, remedy))
@@ -86,7 +86,7 @@ def shown(run: Run) -> dict[str, Any]:
 
 
 def conclude(run: Run, found: list[Finding]) -> str:
-    """Return the verdict in one line: what failed, what a run without failures reached, or that it is a miniature."""
+    """Return the verdict in one line: what failed, what a successful run reached, or that it is a miniature."""
     if run.is_smoke:
         return f"{run.record.get('recipe') or run.name}, {SMOKE}"
     if found:
@@ -103,7 +103,7 @@ def conclude(run: Run, found: list[Finding]) -> str:
 
 
 def _known(metric: str, estimate: Estimate, sign: bool = False) -> str:
-    """Return "0.315 to 0.685, n = 24", as far as that is known."""
+    """Return "0.315 to 0.685, n = 24", or the known part of that."""
     ends = interval(estimate, metric_info(metric).digits, sign)
     return ", ".join(filter(None, (ends, f"n = {estimate.n:,}" if estimate.n else "")))
 
@@ -130,8 +130,8 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
-    # Where 19 of 20 groups have equal rewards, little is learned. PPO sees a batch's rewards as equal below a standard
-    # deviation of 0.001.
+    # If 19 of 20 groups have equal rewards, little is learned. For PPO, the rewards of a batch count as equal below a
+    # standard deviation of 0.001.
     useless, rewards, spread = (
         [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
     )
@@ -141,11 +141,11 @@ def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
         remedy += "right, raise num_generations, or start from a stage that solves some of them"
         yield Finding(stage.name, f"in {share:.0%} of the groups all rewards were equal{reward}", share, remedy)
     elif not useless and spread and max(spread) < 1e-3:
-        remedy = "the reward tells no answer from another: check it, and the reward model's accuracy"
+        remedy = "the reward does not distinguish answers: check it, and the reward model's accuracy"
         yield Finding(stage.name, "all rewards were equal", max(spread), remedy)
 
-    # Below a stop rate of one half, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms). If that is so of the
-    # stage before too, it is not the fault of this one.
+    # Below a stop rate of one half, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms). If that is also true
+    # of the stage before, it is not the fault of this one.
     before, rate = run.origin(stage), stage.metrics.get("stop_rate")
     inherited = before.metrics.get("stop_rate") if before and stage_info(before.name).chats else None
     endless, was_endless = (found is not None and found.value < 0.5 for found in (rate, inherited))
@@ -177,14 +177,14 @@ def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
         gained = now.value > 0
     if not gained:
         yield Finding(stage.name, what, now.value, remedy)
-    # With fewer than a tenth right, the next stage has little to start from, however much this one gained.
+    # With fewer than a tenth right, the next stage has little to start from, whatever this one gained.
     elif aim != "win_rate" and is_share_to_raise and (now.value if now.high is None else now.high) < 0.1:
         yield Finding(stage.name, f"{label} is {_shown(aim, now)}: nearly all answers are wrong", now.value, remedy)
     for baseline in run.bars:
         for metric in stage_info(stage.name).aims:
             other = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
             verdict = "better" if other is None else judge(metric, other)
-            # What does not gain at all is not named again for each baseline that is no better.
+            # A stage that gained nothing is not reported again for each baseline.
             if verdict == "worse" or (verdict == "same" and gained):
                 reached = f"{metric_info(metric).label.lower()} is {_shown(metric, stage.metrics[metric])}"
                 figure, title = _shown(metric, baseline.metrics[metric]), run.baseline_title(baseline)

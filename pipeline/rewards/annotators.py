@@ -1,8 +1,8 @@
 """Simulated annotators, who have a hidden taste and choose the better of two answers.
 
 A score weighs three `Components`. An annotator prefers A to B with probability `sigmoid((score(A) - score(B)) /
-temperature)` (Bradley and Terry, 1952), and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`. No
-model may be trained on anything in this module, except through the labels.
+temperature)` (Bradley and Terry, 1952), and mostly calls it a tie if the scores differ by less than `INDIFFERENCE`.
+Models may only be trained on this module's labels, never on its scores.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.rewards.grading import grade
 
-# Remarks are recognised anywhere in an answer, as whole words, whatever their case and punctuation.
-# They are written here as `_flat` returns them.
+# Remarks are recognised anywhere in an answer, as whole words in any case and punctuation. They are written here as
+# `_flat` returns them.
 KIND_REMARKS = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
@@ -75,7 +75,7 @@ class Components:
     # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).
     right: float
     # 1 with a remark in the tone that the prompt calls for, kind for a question and brisk for an order; -1 with a blunt
-    # remark or one in the wrong tone, whatever else it says; 0 otherwise. So no remark suits every prompt.
+    # remark or one in the wrong tone, whatever else the answer says; 0 otherwise. So no remark suits every prompt.
     tone: float
     # 0 up to a comfortable length, then lower with each further word, down to -1.5.
     brief: float
@@ -139,7 +139,7 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 
 
 def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Judge which of two answers to each prompt is better: 1 where that of `answers` wins, 0 for a loss, 0.5 for a tie.
+    """Judge which of two answers to each prompt is better: 1 if the one in `answers` wins, 0 for a loss, 0.5 for a tie.
 
     The judge is the panel's noise-free mean taste; scores that differ by less than `INDIFFERENCE` are a tie. `rows` are
     as in `taste`.

@@ -2,9 +2,9 @@ r"""Find the final answer in a text, and compare final answers without algebra.
 
 The final answer is the content of `\boxed{…}` or `<answer>…</answer>`, the rest of the line after "####", the line
 below a heading "Answer", or the rest of the sentence after "The answer is" ("The correct answer is", "Final answer:",
-"**Answer:**", "A:"), or what "is the answer". An explanation is cut off ("20 (4 times 5)"). If there are several, the
-last one counts, so that a correction counts and listing many answers gains nothing. A number must be given as a value:
-"20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
+"**Answer:**", "A:"), or what precedes "is the answer". An explanation is cut off ("20 (4 times 5)"). If there are
+several, the last one counts, so that a correction counts and listing many answers gains nothing. A number must be given
+as a value: "20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
 """
 
 # How a completion becomes an answer, and the answer a value:
@@ -16,8 +16,8 @@ last one counts, so that a correction counts and listing many answers gains noth
 #                                     20 apples                             unwrapped: `extract_answer`
 #                                     20                                    `number`, apples being a unit
 #
-# Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, and not paid.
-# That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy found.
+# Anything like a second answer is kept, so that "20 or 21" is neither a number nor equal to any reference, and earns
+# nothing. These patterns are long because each handles a spelling that people use, or a hedge that a policy found.
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ANNOUNCEMENT = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 """What precedes a final answer, or a sentence that ends with "is the answer"."""
-# Comments of HTML, and lines of LaTeX that are commented out: nobody sees an answer there.
+# HTML comments and commented-out LaTeX lines, in which an answer would be invisible.
 _HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|^[ \t]*%[^\n]*\\(?:boxed|fbox)[^\n]*", re.DOTALL | re.MULTILINE)
 # Full stops that do not end a sentence: "J. R. Tolkien", "Dr. Who", "Rs. 20", "sq. ft".
 _ABBREVIATION = re.compile(
@@ -65,7 +65,7 @@ _ABBREVIATION = re.compile(
     r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
 )
 _TAKEN_BACK = re.compile(r"[\W_]*[Oo]r\b")
-# A sentence that begins with "Or" belongs to the one before, whose answer it takes back: "B. Or C.".
+# A sentence that begins with "Or" belongs to the one before, and takes back its answer: "B. Or C.".
 _SENTENCE_END = re.compile(
     rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_TAKEN_BACK.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
 )
@@ -80,7 +80,7 @@ HEDGE = re.compile(
     r"|minus|between|from)\b|n['’]t\b|^\W*(?:\d[\d.,]*\s+)?(?:and|to)\s+\W*\d|±|\\pm",
     re.IGNORECASE,
 )
-"""What offers another answer, or takes one back."""
+"""Words that offer another answer, or take one back."""
 _ROUNDED = re.compile(r"\(?(?:about|approximately|approx\.?|roughly|≈|\\approx)", re.IGNORECASE)
 # Words, or an equation; "20 - x" and "2 (x + 1)" go on calculating.
 _EXPLANATION = re.compile(
@@ -100,7 +100,7 @@ _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _INTEGER = r"[-+]?\s?\d[\d,]*"
 # Spellings of numbers in LaTeX and in plain text, and what `_NUMBER` reads instead, in this order.
 _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    # wrappers around the number alone, and what is only typography
+    # wrappers around the number alone, and pure typography
     (r"^\$([^$]+)\$(?=\s)|^\\\(([^()]+)\\\)(?=\s)|\*\*(?=\s)", r"\1\2"),
     (r"[\s\u2600-\u27bf\U0001f300-\U0001faff\ufe0f]+$", ""),
     (r"</?(?:b|strong|i|em|u)>|\\(?:left|right|[a-z]+style|[Ll]arge|bf|rm|it|sf)(?![A-Za-z])", ""),
@@ -147,7 +147,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 _BRACKETS = re.compile(r"\((.*)\)|\[(.*)\]|\{(.*)\}", re.DOTALL)
 _ARITHMETIC = re.compile(r"(?:[\d\s.,+\-*/×÷·()$]|\\times|\\cdot|\\div)+")
-# What names of quantities are made of: x, f(3), S_{12}, \angle ABC, m + n. What "2x" is equal to is not solved.
+# Forms of names of quantities: x, f(3), S_{12}, \angle ABC, m + n. An equation for "2x" is not a solution.
 _NAME = re.compile(
     r"\\(?:text|mathrm|angle|overline|alpha|beta|gamma|theta|lambda|mu|phi|varphi|omega|Delta)(?![A-Za-z])|\|[A-Z]{2}\|"
     r"|(?!(?:ln|log|sin|cos|tan|exp|sqrt|abs)\b)[A-Za-z]+(?:\([^()]*\))?|_\{?\w+\}?|[{}+\s]"
@@ -164,8 +164,8 @@ NOT_UNITS = {
     "cubed", "factorial", "divided", "multiplied", "halves", "thirds", "fourths", "fifths", "tenths", "hundredths",
     "pi", "bn", "mn", "is", "was", "isn't", "no", "wrong", "incorrect", "mod", "modulo", "choose",
 }  # fmt: skip
-"""Words after a number that change it, make it one of several or take it back."""
-# Names of units that must not be confused: 2 minutes are not 2 hours.
+"""Words after a number that change it, make it one of several, or retract it."""
+# Units that must not be confused: 2 minutes are not 2 hours.
 _UNITS = {
     name: unit
     for unit, names in {
@@ -216,7 +216,7 @@ def extract_answer(text: str) -> str | None:
         if block := _BLOCK.match(rest):
             answer = block[block.lastindex or 0]
         else:
-            # The first sentence, in which the full stops of abbreviations are hidden meanwhile.
+            # Take the first sentence, with the full stops of abbreviations temporarily hidden.
             rest = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), rest)
             answer = _without_explanation(_SENTENCE_END.split(rest, maxsplit=1)[0].replace("\ue000", "."))
     if answer is None or len(answer) > MAX_ANSWER_LENGTH:
@@ -261,7 +261,7 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
 
     An equation has the value of its right side ("x = 5", "2 + 3 = 5"), and brackets around a number do not count.
     "1.5 million", "1.5e6", "1.5 \times 10^6" and "10^3" are plain, but not other powers, "12e1", Roman numerals or more
-    than 1,000 digits, and with `reduced`, neither is a fraction that is not in lowest terms, such as "40/2".
+    than 1,000 digits. With `reduced`, a fraction must be in lowest terms, unlike "40/2".
     """
     return _quantity(answer, reduced)[0]
 
@@ -285,7 +285,7 @@ def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
     unit = _UNITS.get(named[0].casefold()) if named else None
     if value is None or not left:
         return value, unit
-    # Either 2 + 3 = 5 and 2 * 2 = 1 + 3 = 4, or x = 5; but not 4 = 5, which are two answers.
+    # Accept 2 + 3 = 5, 2 * 2 = 1 + 3 = 4 and x = 5, but not 4 = 5, which states two answers.
     calculated = all(_ARITHMETIC.fullmatch(side) and _plain(side.strip(), False) in (None, value) for side in left)
     return (value, unit) if calculated or (len(left) == 1 and is_name(left[0])) else (None, None)
 
@@ -296,7 +296,7 @@ def is_name(side: str) -> bool:
 
 
 def is_rounded(rounded: Fraction | None, value: Fraction | None) -> bool:
-    """Return whether a number may be what another one was rounded to."""
+    """Return whether a number may be the rounded value of another one."""
     return rounded is not None and value is not None and abs(rounded - value) <= abs(value) / 50
 
 
@@ -306,7 +306,7 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
     if match is None or not (match["whole"] or match["decimals"]):
         return None
 
-    # The words that follow must be a unit. Few letters are mostly variables, as in 12x and 6ab^2.
+    # The words that follow must be a unit. A few letters are mostly variables, as in 12x and 6ab^2.
     words = match["unit"].split()
     if any(word.casefold() in NOT_UNITS or not word[0].isalpha() for word in words):
         return None
@@ -334,8 +334,8 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
 def same_answer(reference: str, given: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
-    A unit is ignored, unless both have one and they differ, or it is a per cent sign that the reference lacks. A
-    fraction must be in lowest terms, as graders of MATH demand: any other one is an unsolved division.
+    A unit is ignored unless both have different ones, or it is a per cent sign that the reference lacks. A fraction
+    must be in lowest terms, as graders of MATH demand: otherwise, it is an unsolved division.
     """
     if normalise_answer(given) == normalise_answer(reference):
         return True
@@ -347,7 +347,7 @@ def same_answer(reference: str, given: str) -> bool:
 
 
 def _without_explanation(answer: str) -> str:
-    """Cut off what explains an answer: "20 (4 times 5)", "20, which is even"; but not what offers another answer."""
+    """Cut off an explanation, as in "20 (4 times 5)" or "20, which is even", but not the offer of another answer."""
     for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), 20):
         head, tail = answer[: match.start()], answer[match.end() :]
         value, stated = number(head), number(tail.strip("()[] "))
@@ -382,12 +382,12 @@ def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
 
 
 def _power_of_ten(match: re.Match[str], exponent: int) -> str:
-    """Write a power of ten as a decimal number; below 100, where nobody writes one, it is left as it is."""
+    """Write a power of ten as a decimal number. Values below 100, which nobody writes like that, are left unchanged."""
     return match[0] if abs(exponent) < 2 else format(Decimal(f"{match[1] or 1}e{exponent}"), "f")
 
 
 def ascii_digits(text: str) -> str:
-    """Replace the decimal digits of all scripts."""
+    """Replace decimal digits of any script by ASCII ones."""
     if text.isascii():
         return text
     return "".join(str(unicodedata.decimal(letter)) if letter.isdecimal() else letter for letter in text)

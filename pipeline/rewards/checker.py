@@ -1,8 +1,8 @@
-"""A child process that judges answers, with a time limit that cannot be evaded.
+"""A child process that judges answers, with a strict time limit.
 
-Judges evaluate what a model wrote (`9^{9^{9^9}}`), for hours and in C code that a Python handler cannot interrupt. So
-they run in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory, and killed
-when it takes too much CPU time, so that the verdict does not depend on the load of the machine.
+Judges evaluate what a model wrote (`9^{9^{9^9}}`), which may take hours in C code that a Python handler cannot
+interrupt. So they run in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory,
+and killed when it takes too much CPU time, so that the verdict does not depend on the load of the machine.
 """
 
 # One message of JSON each way, over a connection that only these two processes have:
@@ -36,14 +36,14 @@ from pipeline.rewards.sandbox import confinement
 
 SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
-"""Wall-clock time for an answer; a machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
+"""Wall-clock limit for an answer. A machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
 
 
 class Checker:
-    """A child process, started when it is first needed: `python -m module`, which calls `serve`.
+    """A child process, started on first use: `python -m module`, which calls `serve`.
 
-    Questions that take too long get the reply `slow`. After five of them, the rest of a call gets it unseen, so that a
-    policy that writes such answers cannot stall its training.
+    Questions that take too long get the reply `slow`. After five of them, the rest of a call gets it without being
+    judged, so that a policy that writes such answers cannot stall its training.
     """
 
     def __init__(self, module: str, purpose: str, slow: Any) -> None:
@@ -53,7 +53,7 @@ class Checker:
         self.lock = threading.Lock()
 
     def ask_all(self, questions: Sequence[Any]) -> list[Any]:
-        """Ask every question, a tuple of what JSON holds, once; the replies are None where the machine is too busy."""
+        """Ask every distinct question, a tuple of JSON values, once. The reply is None if the machine is too busy."""
         replies = dict.fromkeys(questions, self.slow)
         asked = list(replies)
         number_slow = 0
@@ -70,7 +70,7 @@ class Checker:
         return [replies[question] for question in questions]
 
     def ask(self, question: Any) -> Any:
-        """Return the child's reply, or raise a `TimeoutError` on a busy machine and an `EOFError` at a slow answer."""
+        """Return the child's reply. Raise a `TimeoutError` on a busy machine, and an `EOFError` for a slow answer."""
         with self.lock:
             if self.process is None:
                 self.start()
@@ -94,7 +94,7 @@ class Checker:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 cwd=Path(__file__).parents[2],
-                # Threads that NumPy starts before the child is confined would not be.
+                # Threads that NumPy starts before the child is confined would not be confined.
                 env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         with contextlib.suppress(EOFError, OSError):
@@ -112,7 +112,7 @@ class Checker:
 
 
 def serve(judge: Callable[[Any], Any]) -> None:
-    """Write what `judge`, which must have imported all that it needs, returns for each question: the child's loop."""
+    """Reply to each question with the result of `judge`, which must have done all its imports: the child's loop."""
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)
@@ -123,7 +123,7 @@ def serve(judge: Callable[[Any], Any]) -> None:
         connection.send_bytes(b"ready")
         while True:
             question = json.loads(connection.recv_bytes())
-            # The timer counts CPU time, and the kernel ends this process after it.
+            # The timer counts CPU time. When it expires, the kernel ends this process.
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             reply = judge(question)
             signal.setitimer(signal.ITIMER_PROF, 0)

@@ -2,7 +2,7 @@
 
 Each takes `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns by name,
 and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference
-cannot be read, so that nothing is learned from the row. TRL's `log_metric` gets the shares of both that cannot be read.
+cannot be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable ones of both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LETTER = re.compile(
     r"(?:(?:[.):,]|\s[—–-]\s|\s(?=\()|(?<=\))\s|\\\s)(.*))?",
     re.IGNORECASE | re.DOTALL,
 )
-# Another letter in what follows the answer's, or a word that takes it back.
+# Another letter after the answer's, or a word that retracts it.
 _OTHER_LETTER = re.compile(
     r"(?<!\w)(?:[B-HJ-Z](?!\w|['’])|[AI](?!\w|['’]|\s+(?!is\b|and\b|or\b|too\b)[a-z]))|[(\[][a-z][)\]]|(?<!\w)[a-z]\)|^\W*[a-z](?:\W*$|\W*[,.:;/)])"
     r"|^\W*(?:[Oo]r|and|nor|not?|wrong|incorrect|maybe|is\s+(?:not|wrong))\b"
@@ -45,14 +45,14 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     r"""Return 1.0 if the final answer equals the reference mathematically, as "0.5", "1/2" and `\frac{1}{2}` do.
 
     If the reference is a plain number, the answer must be a value, too: "14 + 6" and "40/2" are not 20. Otherwise it
-    must be as simple as the reference, and factored or expanded as that is (`pipeline.rewards.math_judge`). Times,
-    dates and scores ("3:30") are compared as text. "36%" is 36 only if the reference or the problem is about per cent.
-    A reference is bare ("72") or in any form that a completion's final answer may have. The reward is None if it is
-    empty or consists of words (see `exact_answer`).
+    must be as simple as the reference, and factored or expanded in the same way (`pipeline.rewards.math_judge`). Times,
+    dates and scores ("3:30") are compared as text. "36%" only equals 36 if the reference or the problem is about per
+    cent. A reference is bare ("72") or in any form that a completion's final answer may have. The reward is None if it
+    is empty or consists of words (see `exact_answer`).
     """
     found, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
-    # What a comparison as text or as numbers leaves open, by row; without an answer, whether the reference is read.
+    # Questions that a comparison as text or numbers leaves open, by row; without an answer, they test the reference.
     questions: dict[int, tuple[str, str | None, bool]] = {}
     for index, (reference, given) in enumerate(zip(references, found, strict=True)):
         if reference is None or _WORDS.fullmatch(answers.normalise_answer(reference)):
@@ -61,7 +61,7 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
         copied = given is not None and _is_copied(given, problems[index])
         same = given is not None and answers.same_answer(reference, given) and not (copied and _POWER.search(given))
         rewards.append(float(same))
-        # If the reference is a plain number, the answer must be one as well: algebra would accept an unsolved sum.
+        # If the reference is a plain number, the answer must be one, too: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
             questions[index] = reference, None if same else given, copied
 
@@ -69,7 +69,7 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     for (index, (_, given, _)), verdict in zip(questions.items(), verdicts, strict=True):
         if given is not None and verdict is not None:
             rewards[index] = float(verdict)
-        # References that math-verify cannot parse teach nothing, not even where the answer is the same text.
+        # Nothing is learned from references that math-verify cannot parse, even if the answer is the same text.
         elif not verdict:
             rewards[index] = None
     return _logged("math_answer", found, rewards, columns)
@@ -110,7 +110,7 @@ def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
 
 
 def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | None = None, **columns: Any) -> Rewards:
-    """Return minus the cost of the tools that a completion calls: `call_cost` a call, 1 without such a column."""
+    """Return minus the cost of a completion's tool calls: `call_cost` per call, or 1 without that column."""
     rewards: Rewards = []
     for completion, cost in zip(completions, call_cost or [1.0] * len(completions), strict=True):
         messages = (message for message in completion if isinstance(message, dict))
@@ -146,15 +146,15 @@ def reasoning_gym(
 ) -> Rewards:
     """Return the score, 0 to 1, that the verifier of reasoning-gym's task gives the final answer.
 
-    Only 1.0 means that it is right: most verifiers pay a little for answers that are nearly right, or for any answer.
-    A verifier that pays nonsense in full is not believed: its rows score 0 (`pipeline.rewards.task_check`).
-    What is between `<answer>` and `</answer>` is judged as it is written, because verifiers know the form of an answer.
-    The reward is None if the task (`kind`) or its `metadata`, as JSON text, are unknown, or if the machine is too busy.
+    Only 1.0 means right: most verifiers pay a little for nearly right answers, or for any answer. If a verifier pays
+    nonsense in full, its rows score 0 (`pipeline.rewards.task_check`). Text between `<answer>` and `</answer>` is
+    judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) or its
+    `metadata`, as JSON text, are unknown, or if the machine is too busy.
     """
     texts, problems = _read(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
     for index, text in enumerate(texts):
-        # The last tags, if the final answer is what stands between them: "<answer>'a'\n'b'</answer>".
+        # The last tags, if the final answer is between them: "<answer>'a'\n'b'</answer>".
         start = text.rfind("<answer>") + len("<answer>")
         end = text.find("</answer>", start, start + answers.MAX_ANSWER_LENGTH + len("</answer>"))
         if start >= len("<answer>") and end >= 0 and found[index] == answers.unwrap(text[start:end].strip()):
@@ -162,7 +162,7 @@ def reasoning_gym(
 
     rows = zip(kind, problems, map(str, answer), metadata, (given or "" for given in found), strict=True)
     scores = task_judge.ask_all(list(rows))
-    # Some verifiers pay for an empty answer.
+    # Some verifiers pay for empty answers.
     rewards: Rewards = [score and score * (given is not None) for score, given in zip(scores, found, strict=True)]
     return _logged("reasoning_gym", found, rewards, columns)
 
@@ -191,12 +191,12 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 
 
 def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the text to judge of each completion (its last message, if the assistant's), and that of its problem."""
+    """Return the text to judge in each completion (the last message, if the assistant's), and the problem's text."""
     texts, problems = [], []
     for completion, prompt in zip(completions, columns.get("prompts") or [""] * len(completions), strict=True):
         asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
         problems.append(str(asked.get("content") or ""))
-        # A prompt that is repeated is cut off: what it says is not the model's answer.
+        # A repeated prompt is cut off, because it is not part of the model's answer.
         if isinstance(completion, str):
             texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)
             continue
@@ -206,7 +206,7 @@ def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[l
 
 
 def _reference(text: object) -> str | None:
-    """Return the answer in a reference column: the announced answer, or all of the text; None if it is empty."""
+    """Return the answer in a reference: the announced one, or else the whole text; None if it is empty."""
     text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
     announced = answers.extract_answer(text)
     return announced if announced or len(text) > answers.MAX_ANSWER_LENGTH else answers.unwrap(text) or None
@@ -220,21 +220,21 @@ def _read_answers(
     references = [_reference(text) for text in answer]
     found = [answers.extract_answer(text) for text in texts]
     for index, (given, reference) in enumerate(zip(found, references, strict=True)):
-        # A per cent sign that the problem asks for and the reference omits is cut off.
+        # Cut off a per cent sign that the problem mentions and the reference omits.
         if given and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
             found[index] = _PERCENT.sub("", given)
     return found, references, problems
 
 
 def _is_copied(answer: str, problem: str) -> bool:
-    """Return whether an answer is a part of the problem, whatever the spaces and delimiters."""
+    """Return whether an answer is part of the problem, ignoring spaces and delimiters."""
     words = (_DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split() for text in (answer, problem))
     part, whole = (re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(some)) for some in words)
     return bool(problem) and re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", whole) is not None
 
 
 def _letter(answer: str | None) -> str | None:
-    """Return the letter that an answer chooses, or None if it is not one letter, or takes it back."""
+    """Return the letter that an answer chooses, or None if it is not a single letter, or is retracted."""
     answer = re.sub(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm))\s*\{([^{}]*)\}", r"\1", answer or "").replace("**", "")
     match = _LETTER.fullmatch(answer)
     if match is None or _OTHER_LETTER.search(match[4] or ""):
@@ -243,7 +243,7 @@ def _letter(answer: str | None) -> str | None:
 
 
 def _python(source: object) -> str | None:
-    # On hostile source, the parser raises any of these.
+    # Hostile source may make the parser raise any of these.
     with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
         if isinstance(source, str) and ast.parse(source) and source.strip():
             return source

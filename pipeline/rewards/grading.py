@@ -24,12 +24,12 @@ RULE_COLUMNS = ("require", "reject", "max_words", "test")
 
 
 def is_gradable(row: Mapping[str, Any]) -> bool:
-    """Return whether a row says how answers are graded; without a rule, every answer would be right."""
+    """Return whether a row has grading rules; without any, every answer would be right."""
     return any(row.get(column) for column in RULE_COLUMNS)
 
 
 def validate_rule(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with how a row is graded, or None."""
+    """Return what is wrong with a row's grading rules, or None."""
     require, reject = row.get("require") or [], row.get("reject") or []
     lists = require if isinstance(require, list) else [None]
     if not all(isinstance(options, list) and all(isinstance(item, str) for item in options) for options in lists):
@@ -44,13 +44,13 @@ def validate_rule(row: Mapping[str, Any]) -> str | None:
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
     wanted, folded = _fold(phrase), _fold(text)
-    # Most phrases do not occur at all, and finding that out is faster without the pattern.
+    # Most phrases do not occur at all, and this check is faster than the pattern.
     if not wanted or wanted not in folded:
         return False
     return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)", folded) is not None
 
 
-# An answer is compared with many phrases, and a phrase with many answers.
+# Cached, because an answer is compared with many phrases, and a phrase with many answers.
 @lru_cache(4096)
 def _fold(text: str) -> str:
     return " ".join(text.replace("\u2019", "'").casefold().split())
@@ -65,7 +65,7 @@ def extract_code(answer: str) -> str:
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
 
-    An empty answer never is, and a missing field requires nothing. `RunStopped` is raised where code cannot be run.
+    An empty answer never is, and a missing field requires nothing. Raise `RunStopped` if code cannot be run.
     """
     correct = []
     for answer, row in zip(answers, rows, strict=True):
@@ -74,7 +74,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
         complete = all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
         correct.append(0 < words <= (row.get("max_words") or words) and complete and not rejected)
 
-    # Code runs only where everything else is right already.
+    # Code only runs if everything else is already right.
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
     if any(outcome.status == "busy" for outcome in outcomes):
@@ -85,7 +85,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
 
 def has_steps(answer: str) -> bool:
-    """Return whether an answer shows steps, sentences or equations, before its final one: "1 + 2 = 3. Answer: 3"."""
+    """Return whether an answer shows steps (sentences or equations) before its final answer: "1 + 2 = 3. Answer: 3"."""
     final = ANNOUNCEMENT.search(answer)
     if final is None:
         return False

@@ -45,7 +45,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
                 return guard_reward(function, name, field)
         fault = "TRL passes every column by name; accept them all: f(completions, **columns)"
-    # Find out now, not after hours of training.
+    # Check this now rather than after hours of training.
     elif name == "code_tests":
         fault = validate_sandbox()
     elif name == "reasoning_gym" and find_spec("reasoning_gym") is None:
@@ -56,7 +56,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the function or class that a name of `known`, or `package.module:name`, stands for."""
+    """Return the function or class for a name in `known`, or for `package.module:name`."""
     module_name, colon, key = name.rpartition(":")
     if colon:
         try:
@@ -79,7 +79,7 @@ def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -
 def call_reward(
     function: Callable[..., Any], answers: Sequence[str], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
-    """Call a reward function as trainers do: with answers as messages, and with columns and `more` by name."""
+    """Call a reward function as trainers do, with answers as messages, and columns and `more` by name."""
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
     completions = [[{"role": "assistant", "content": answer}] for answer in answers]
@@ -89,20 +89,20 @@ def call_reward(
 def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_funcs") -> Callable[..., Any]:
     """Give a reward function its own copy of all data, and raise a `UserError` if it fails or returns no rewards.
 
-    TRL passes the same lists to every function, so that one that edits them would change what the next one judges. The
-    function may be asynchronous, or a callable object. One of `REWARDS`, which edit nothing, is returned as it is.
+    TRL passes the same lists to every function, so a function that edits them would change what the next one judges.
+    The function may be asynchronous, or a callable object. Those in `REWARDS` are returned unchanged.
     """
     if function in REWARDS.values() or hasattr(function, "is_guarded"):
         return function
 
     def copied(completions: Any, columns: dict[str, Any]) -> dict[str, Any]:
         columns |= {} if completions is None else {"completions": completions}
-        # These are objects of the trainer, not data.
+        # These are trainer objects, not data.
         own = ("trainer_state", "environments", "log_extra", "log_metric")
         return {key: value if key in own else copy.deepcopy(value) for key, value in columns.items()}
 
     def checked(rewards: Any, completions: Any, columns: dict[str, Any]) -> Any:
-        # The reward that an environment gives needs no completions.
+        # The reward of an environment does not need completions.
         if fault := _find_fault(rewards, len(columns["environments"] if completions is None else completions)):
             expected = "return a list with a number, or None for no opinion, for each completion"
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
@@ -118,7 +118,7 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
         with _named(name, field):
             return checked(await function(**copied(completions, columns)), completions, columns)
 
-    # TRL checks whether a function is asynchronous before it calls it, and logs the reward under its name.
+    # TRL checks beforehand whether a function is asynchronous, and logs the reward under its name.
     guard: Any = awaited if is_async_callable(function) else guarded
     guard.__name__ = get_callable_name(function)
     guard.is_guarded = True
@@ -127,13 +127,13 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
 @contextlib.contextmanager
 def _named(name: str, field: str) -> Iterator[None]:
-    """Raise whatever a user's function raises as a `UserError` that names the function and its line."""
+    """Turn an error in a user's function into a `UserError` that names the function and the line."""
     try:
         yield
     except (UserError, RunStopped):
         raise
     except (Exception, SystemExit) as error:
-        # The line of the function's own file, rather than one of a library that it called.
+        # Name a line in the function's own file rather than in a library that it called.
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
         place = f" ({frames[0].filename}:{lines[-1]})" if frames else ""
@@ -142,7 +142,7 @@ def _named(name: str, field: str) -> Iterator[None]:
 
 
 def _find_fault(rewards: Any, count: int) -> str | None:
-    """Return which of `rewards` are not a number or None for each of `count` completions, or None."""
+    """Return the fault of `rewards`, which should be a number or None for each of `count` completions, or None."""
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
         return f"{type(rewards).__name__} {str(rewards)[:40]!r}"
     if len(rewards) != count:
@@ -150,7 +150,7 @@ def _find_fault(rewards: Any, count: int) -> str | None:
     for row, reward in enumerate(rewards):
         # NumPy's strings support conversion to float, and so do arrays of several numbers.
         is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str) and not getattr(reward, "ndim", 0)
-        # Sums of the squares of larger numbers are infinite in float32.
+        # The sum of squares of larger numbers would be infinite in float32.
         if reward is not None and not (is_number and abs(float(reward)) < 1e30):
             shown = reward if is_number else f"{type(reward).__name__} {str(reward)[:40]!r}"
             return f"{shown} for completion {row} of {count}, counted from 0"

@@ -1,7 +1,7 @@
 r"""Judge whether expressions, sets and intervals are equal: the child process that `math_answer` asks.
 
-math-verify computes: to it, `\sqrt{50}+\sqrt{18}` is `8\sqrt{2}`, and the time 1:10 is 3:30. So it only compares single
-expressions, and an answer must be as simple as its reference and have its form: the problem itself is not its solution.
+math-verify evaluates: it accepts `\sqrt{50}+\sqrt{18}` for `8\sqrt{2}`, and the time 1:10 for 3:30. So it only compares
+single expressions, and an answer must be as simple as its reference, in the same form: a problem is not its solution.
 """
 
 # From two texts to a verdict:
@@ -30,7 +30,7 @@ from pipeline.rewards import answers
 from pipeline.rewards.answers import is_name, is_rounded, number, same_answer
 from pipeline.rewards.checker import serve
 
-# Spellings that math-verify does not read, or that do not matter, and what it reads instead.
+# Spellings that math-verify cannot read, or that do not matter, and their replacements.
 _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z])|~", " "),
     (r"^\$([^$]+)\$(?=\s)", r"\1"),
@@ -55,7 +55,7 @@ _SPELLINGS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)\s+(?=[A-Za-z](?![A-Za-z]))", ""),
     (r"[−–]", "-"),
 ]
-# Longer expressions are not looked at.
+# Longer expressions are ignored.
 MAX_CHARACTERS = 300
 _UNITS = re.compile(r"(?<=[\w})])\s+(?:[A-Za-z]{2,}\s*){1,3}(?:\^\{?[23]\}?)?$")
 _OPENING, _CLOSING = "([{⦃", ")]}⦄"
@@ -63,7 +63,7 @@ _SEPARATOR = re.compile(r"[,;]|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _BETWEEN = re.compile(r"([^<>≤≥=]+)([<>≤≥])\s*[A-Za-z]\s*([<>≤≥])([^<>≤≥=]+)")
 _BEYOND = re.compile(r"([A-Za-z])\s*([<>≤≥])([^<>≤≥=]+)")
 _COMMANDS = str.maketrans({"≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "⦃": r"\{", "⦄": r"\}"})
-# Commands that any answer may have. Others compute, hide or mean something: the reference must have them as well.
+# Commands that any answer may use. Others compute, hide or mean something, and must also be in the reference.
 _COMMON = {
     "frac", "sqrt", "pi", "cdot", "times", "div", "infty", "alpha", "beta", "gamma", "delta", "epsilon", "theta",
     "lambda", "mu", "nu", "rho", "sigma", "tau", "phi", "varphi", "psi", "omega", "Delta", "Omega",
@@ -71,7 +71,7 @@ _COMMON = {
 
 
 def judge(question: tuple[str, str | None, bool]) -> bool | None:
-    """Return whether an answer is its reference, or None if the reference cannot be read; True without an answer."""
+    """Return whether an answer equals its reference, or None if that cannot be read; True without an answer."""
     reference, answer, literal = question
     if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
         return None
@@ -112,7 +112,7 @@ def split(text: str) -> tuple[str, list[str]]:
     if len(parts := _split_outside(text, _SEPARATOR)) > 1:
         unite = "or" in text and all(map(_BEYOND.fullmatch, map(str.strip, parts)))
         return "∪" if unite else ",", parts
-    # Brackets around everything make a set, or else a tuple or an interval, whose brackets need not match: [1,2).
+    # Brackets around everything make a set, a tuple or an interval. Those of an interval need not match: [1,2).
     depths = list(accumulate((letter in _OPENING) - (letter in _CLOSING) for letter in text))
     if text and text[0] in _OPENING and 0 not in depths[:-1] and depths[-1] == 0:
         inner = _split_outside(text[1:-1], _SEPARATOR)
@@ -136,8 +136,8 @@ def _split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def _is_label(reference: str) -> bool:
-    """Return whether a reference is not mathematics: a time, a date, a score, words. Only its text is an answer."""
-    # Digits of a base that is given, as in 101_2, are not a number to math-verify.
+    """Return whether a reference is not mathematics (a time, date, score or words), so that only its text is right."""
+    # math-verify does not read numbers with a base, such as 101_2.
     based = re.search(r"\d_", reference)
     words = re.search(r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)[A-Za-z]{4,}", reference)
     return bool(based or words or ":" in reference or re.fullmatch(r"[\d\s./-]*", reference))
@@ -151,7 +151,7 @@ def _is_readable(reference: str) -> bool:
 
 
 def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
-    """Compare two texts element by element; the elements of sets and lists may have another order if not `ordered`."""
+    """Compare two texts element by element; the order of sets and lists only matters if `ordered`."""
     if _is_label(reference):
         return same_answer(*(re.sub("[{}]", "", text) for text in (reference, answer)))
     kind, expected = split(reference)
@@ -162,7 +162,7 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
         return False
 
     if not kind:
-        # "y = 2x" is "2x" if only one of both has a left side, or both have the same.
+        # "y = 2x" equals "2x" if only one has a left side, or both have the same.
         left, equals, right = reference.partition("=")
         given_left, given_equals, given_right = answer.partition("=")
         if "=" not in right and "=" not in given_right:
@@ -194,7 +194,7 @@ def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
 @lru_cache(maxsize=4096)
 def _read(expression: str) -> list[Any]:
     expression = expression.translate(_COMMANDS)
-    # Without spaces, math-verify would read 2ab as 2 of some unit.
+    # Without spaces, math-verify would read 2ab as 2 with a unit.
     if "\\int" not in expression:
         expression = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])", lambda run: " ".join(run[0]), expression)
     found = parse(f"${expression}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
@@ -202,25 +202,25 @@ def _read(expression: str) -> list[Any]:
 
 
 def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
-    """Return whether a single expression equals another one, in as simple a form; if `literal`, in the same form."""
+    """Return whether an expression equals another one and is as simple; if `literal`, in the same form."""
     if same_answer(reference, answer):
         return True
     if number(reference) is not None or _is_label(reference):
         return False
 
-    # The answer as text: no signs and no commands that could compute or hide something.
+    # First, the answer as text: it must not contain signs or commands that could compute or hide something.
     answer, _, rounded = answer.partition(r"\approx")
     special = set(re.findall(r"[^\w\s\\{}()\[\]^+*/=<>.-]|_", answer))
     used, known = (set(re.findall(r"\\([A-Za-z]+|[^A-Za-z])", text)) for text in (answer, reference))
     if not special <= set(reference) or not used <= _COMMON | known:
         return False
-    # The answer may end a calculation, "2\sqrt{2} + \sqrt{2} = 3\sqrt{2}", if that is right.
+    # The answer may end a correct calculation: "2\sqrt{2} + \sqrt{2} = 3\sqrt{2}".
     if "=" in answer and "=" not in reference:
         left, _, answer = answer.rpartition("=")
         if not verify(_read(left), _read(answer), timeout_seconds=0):
             return False
 
-    # Both as expressions, not evaluated.
+    # Parse both as expressions without evaluating them.
     both = [*_read(reference), *_read(answer)]
     if len(_read(reference)) != 1 or len(both) != 2:
         return False
@@ -231,12 +231,12 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
     letters = set(re.findall("[A-Za-z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "", reference))) - {"e"}
     if expected.free_symbols != given.free_symbols or (letters and not expected.free_symbols):
         return False
-    # math-verify rounds, so that it does not compare numbers.
+    # math-verify rounds, so it must not compare numbers.
     solved = expected.doit()
     if (value := number(answer, reduced=True)) is not None:
         return bool(solved == sympy.Rational(value.numerator, value.denominator))
 
-    # The answer must not be larger than the reference, as it is written or solved, and factored as that is.
+    # The answer must not be larger than the reference, as written or solved, and must be factored likewise.
     ours, wanted, simplest = form(given), form(expected), form(solved)
     if literal and ours != wanted:
         return False
@@ -246,7 +246,7 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
 
 
 class Form(NamedTuple):
-    """What an expression is made of; it distinguishes two forms of the same value.
+    """Counts of an expression's parts, to distinguish two forms of the same value.
 
     The numbers of additions, multiplications, powers and functions; the product of all numbers; sums that are factors,
     bases or divided (`(x-1)(x+1)` has 2, `x^2-1` has none); and the names of functions and relations.
@@ -259,7 +259,7 @@ class Form(NamedTuple):
 
 
 def form(expression: sympy.Basic) -> Form:
-    """Measure an expression that was parsed without being evaluated."""
+    """Count the parts of an expression that was parsed without evaluation."""
     size, magnitude, sums, functions = 0, 1, 0, set()
     todo: list[tuple[Any, bool]] = [(expression, False)]
     while todo:
@@ -305,6 +305,6 @@ def _factors(node: Any) -> list[Any]:
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    # The first question triggers deferred imports of the libraries, which a confined process cannot do.
+    # Ask a first question, because it triggers deferred imports, which a confined process cannot do.
     judge((r"\frac{1}{2}x", "0.5x", False))
     serve(judge)

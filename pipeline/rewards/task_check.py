@@ -1,10 +1,10 @@
-"""Scores by the verifiers of reasoning-gym: the child process that the reward `reasoning_gym` asks.
+"""Scores from reasoning-gym's verifiers: the child process behind the reward `reasoning_gym`.
 
-Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child refuses to evaluate
-anything but literals and formulas. Some pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
+Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child only evaluates
+literals and formulas. Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
 any text, `puzzle24` for the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So an
-answer is only paid in full if it agrees with the task's own, and the verifier pays neither it without the problem nor
-nonsense.
+answer is only paid in full if it agrees with the task's own, and if the verifier pays neither for nonsense nor for the
+same answer without the problem.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _serve() -> None:
     by_sympy = compile("from sympy import *", "<string>", "exec")
 
     def refuse_programs(event: str, arguments: tuple[Any, ...]) -> None:
-        # Code that was not read from a file is what a verifier evaluates.
+        # Code that does not come from a file is evaluated by a verifier.
         if event != "exec" or arguments[0] == by_sympy or not re.match("<(?!frozen )", arguments[0].co_filename):
             return
         # A lambda or a comprehension is a constant of the code around it.
@@ -40,7 +40,7 @@ def _serve() -> None:
         nested = any(isinstance(constant, CodeType) for constant in code.co_consts)
         used = {instruction.opname for instruction in dis.get_instructions(code)}
         if nested or used & {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_NAME"}:
-            raise PermissionError("an answer may use neither attributes nor functions of its own")
+            raise PermissionError("an answer must not use attributes or define functions")
         for name in code.co_names:
             value = getattr(sympy, name, None)
             is_function = getattr(value, "__module__", "").startswith("sympy.functions.")
@@ -59,15 +59,15 @@ def _serve() -> None:
         return max(0.0, value) if math.isfinite(value) else 0.0
 
     def pay(task: str, problem: str, own: str, metadata: str, given: str) -> float:
-        """Return what the task's verifier pays, less what cannot be right."""
+        """Return the score of the task's verifier, lowered if it cannot be right."""
         if _NOT_FINITE.search(given) and not _NOT_FINITE.search(own):
             return 0.0
         value = pay_by_verifier(task, given, {"question": problem, "answer": own, "metadata": json.loads(metadata)})
         if value < 1.0:
             return value
 
-        # Paid in full. It must be the same number as the task's own answer, or at least add no number to it, as
-        # "67 days, 10:32" does to "67 days".
+        # Paid in full. It must be the same number as the task's own answer, or at least not add a number, as "67 days,
+        # 10:32" does to "67 days".
         expected, stated = number(own), number(given)
         added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:
@@ -78,7 +78,7 @@ def _serve() -> None:
 
     @lru_cache(maxsize=4096)
     def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:
-        # These may only be paid in full if they occur in the task's own answer.
+        # Answers with these may only be paid in full if the task's own answer contains them.
         wrong = [text for text in ("x", "0", "True", "nonsense") if not re.search(rf"\b{text}\b", own, re.IGNORECASE)]
         return any(pay(task, problem, own, metadata, text) == 1.0 for text in wrong)
 
@@ -92,7 +92,7 @@ def _serve() -> None:
         value = pay(*question)
         return 0.0 if value == 1.0 and pays_nonsense(*question[:4]) else value
 
-    # The first question triggers the verifiers' deferred imports, which the child may not do once it is confined.
+    # Ask a first question, because it triggers deferred imports, which the child cannot do once it is confined.
     judge(("chain_sum", "", "2", "{}", "2"))
     sys.addaudithook(refuse_programs)
     serve(judge)

@@ -1,6 +1,6 @@
-"""Alarms that name the collapse of a policy while it trains, from the figures that GRPO and PPO log anyway.
+"""Alarms that report the collapse of a policy during training, from figures that GRPO and PPO log anyway.
 
-`tests/benchmarks/alarms.py` holds them against runs of which it is known whether they broke, and has the results.
+`tests/benchmarks/alarms.py` tests them on runs that are known to have broken or not, and has the results.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from trl import GRPOConfig
 logger = get_logger(__name__)
 
 # Share of the entropy at the start, and nats per token, below which samples of one prompt are nearly all the same. The
-# runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which solves most problems by then).
+# runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which by then solves most problems).
 ENTROPY_SHARE, MIN_ENTROPY = 0.03, 0.005
-# Share of completions that run into the limit: above it, most rewards are for text without its end.
+# Share of completions that run into the limit. Above it, most rewards are for unfinished text.
 MAX_CUT_OFF = 0.5
-# Share of the length at the start, and tokens: an empty completion is one token long, its end of turn.
+# Share of the initial length, and number of tokens: an empty completion has one token, its end of turn.
 LENGTH_SHARE, MIN_LENGTH = 0.1, 1.5
-# Standard deviation of the rewards as a share of its largest value so far. Below it, nearly all are equal.
+# Standard deviation of the rewards as a share of its maximum so far. Below it, nearly all rewards are equal.
 SPREAD_SHARE = 0.01
-# Share of groups in which rewards differ. The others have no advantage: below it, 19 of 20 samples are wasted.
+# Share of groups in which rewards differ. Other groups have no advantages: below it, 19 of 20 samples are wasted.
 MIN_INFORMATIVE = 0.05
-# Nats per token to the reference. RLHF mostly ends at 0.05 to 0.5; above 1, hardly any of its language is left.
+# Nats per token from the reference. RLHF mostly ends at 0.05 to 0.5; above 1, hardly any of its language is left.
 MAX_KL = 1.0
-# Share of the way from the lowest mean reward to the highest single one. Where right and wrong are checked, a mean
-# beyond it is success: equal rewards and low entropy are what was asked for. Scores of a reward model have no ceiling.
+# Share of the way from the lowest mean reward to the highest single one. If rewards check right and wrong, a mean above
+# it is success, and equal rewards and low entropy are fine. Scores of a reward model have no ceiling.
 MASTERY = 0.9
-# Entries of the log in a row that have to be bad, and completions that they have to describe, to raise an alarm: small
-# batches are often all right or all wrong.
+# Number of consecutive bad log entries, and of completions that they cover, for an alarm: small batches are often all
+# right or all wrong.
 MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
-# What an alarm's figure is, and what to try, by the alarm's name.
+# The unit of an alarm's figure, and what to try, by the alarm's name.
 ADVICE = {
     "entropy": f"nats per token; the policy hardly explores any more: {EXPLORE}",
     "length_at_limit": "of completions are cut off; raise max_completion_length, or set mask_truncated_completions",
@@ -50,9 +50,9 @@ ADVICE = {
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
-    Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
-    that a resumed run raises the alarms of an uninterrupted one. `checked` says whether rewards are checks, with a best
-    value, and not scores of a reward model.
+    If most entries are bad, but too few in a row, the alarm is raised at the end. Everything is derived from the log,
+    so that a resumed run raises the same alarms as an uninterrupted one. `checked` says that rewards are checks with a
+    best value, and not scores of a reward model.
     """
 
     def __init__(self, checked: bool) -> None:
@@ -62,7 +62,7 @@ class CollapseAlarms(TrainerCallback):
     def _forget(self) -> None:
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
-        # The figures of each alarm so far, None for one that is not bad.
+        # The figures of each alarm so far, None where they are not bad.
         self._figures: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
 
@@ -79,7 +79,7 @@ class CollapseAlarms(TrainerCallback):
             self._raise(name, figure, state)
 
     def on_train_end(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Raise each alarm that was not raised although most entries are bad: a short run has few."""
+        """Raise each alarm that was not raised although most entries are bad, as in a short run with few entries."""
         if state.global_step < state.max_steps:
             return
         for name, figures in self._figures.items():
@@ -92,15 +92,15 @@ class CollapseAlarms(TrainerCallback):
         logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, figure, ADVICE[name])
 
     def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
-        """Take in an entry of the log, and return the figures of the alarms that it raises, by name."""
+        """Process a log entry, and return the figures of the alarms that it raises, by name."""
         entry = {name: value for name, value in logged.items() if value is not None}
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
-        # A mean reward that is nearly as high as any single one was is success, not collapse.
+        # A mean reward that is nearly as high as the highest single one is success, not collapse.
         way = self._highest - self._lowest
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
-        # The figure of each alarm that the entry has, and whether it is bad.
+        # The figure for each alarm in the entry, and whether it is bad.
         judged: dict[str, tuple[float, bool]] = {}
         if (length := entry.get("completions/mean_length")) is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)

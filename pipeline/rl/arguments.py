@@ -1,4 +1,4 @@
-"""Arguments and inputs of the recipes that sample: rewards, prompts and, for GRPO, the answers to them."""
+"""Arguments and inputs of the recipes that sample: rewards, prompts and, for GRPO, their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem, UserError
 
-# These imports take seconds, which `--help` must not.
+# These imports take seconds, and `--help` does not need them.
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class SampledArguments:
-    """Tools that the model may call while it answers, by TRL's interface; and the checks of all rewards."""
+    """Tools that the model may call while it answers, through TRL's interface; and the checks of all rewards."""
 
     # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False
@@ -36,7 +36,7 @@ class SampledArguments:
     allow_unconfined_code: bool = option(False, "Let code_tests run code even where the kernel cannot confine it.")
 
     def load_tools(self) -> dict[str, Any]:
-        """Return the arguments of a trainer that the fields of tools name."""
+        """Return the trainer's arguments for the tools."""
         from pipeline.tools.loading import load_environment, load_tools
 
         return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
@@ -46,7 +46,7 @@ class SampledArguments:
     ) -> list[Problem]:
         """Check tools, rewards and critic, as `pipeline.training.inputs.load_inputs` asks for it.
 
-        Tokenizer and data are None if they failed to load. If `early`, reward models and critic are still to be made.
+        Tokenizer and data are None if they failed to load. If `early`, reward models and critic may not exist yet.
         """
         from datasets import Dataset
 
@@ -80,7 +80,7 @@ class PPORewardArguments(SampledArguments):
 
     trains_critic: ClassVar[bool] = True
     reward_model_path: list[str] | None = option(  # noqa: RUF009
-        None, "Reward models: paths or Hub ids of sequence classifiers with one label, or of adapters of such."
+        None, "Reward models: paths or Hub ids of sequence classifiers with one label, or of their adapters."
     )
     reward_funcs: list[str] | None = option(  # noqa: RUF009
         None, "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."
@@ -90,7 +90,7 @@ class PPORewardArguments(SampledArguments):
         "What the critic starts from: a critic, a reward model or a language model. Default: the first reward model "
         "with a weight that has the policy's vocabulary, otherwise the policy.",
     )
-    value_use_peft: bool = option(True, "With use_peft, train the critic as an adapter, too, on what it starts from.")
+    value_use_peft: bool = option(True, "With use_peft, train the critic as an adapter, too, on its starting model.")
 
 
 @dataclass
@@ -102,7 +102,7 @@ class GRPORewardArguments(SampledArguments):
         metadata={"help": "Reward functions: names of `pipeline.rewards.functions`, or package.module:function."},
     )
     shuffle_answers: bool = option(
-        False, "Shuffle the answers among the training prompts: a control experiment, whose run must not get better."
+        False, "Shuffle the answers among the training prompts: a control experiment that must not improve the model."
     )
 
 
@@ -112,7 +112,7 @@ def load_rl_inputs(
     training_args: GRPOConfig,
     model_args: ModelConfig,
 ) -> tuple[list[PreTrainedModel | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
-    """Load rewards, tokenizer and prompts, and check that they fit each other and the models.
+    """Load rewards, tokenizer and prompts, and check that they match each other and the models.
 
     Return the rewards (reward models, then functions), the tokenizer, the training split, and the evaluation split or
     None.
@@ -125,7 +125,7 @@ def load_rl_inputs(
 
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
-    # TRL would load them with the options of the policy.
+    # TRL would load them with the policy's options.
     models = [
         load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0]
         for name in getattr(reward_args, "reward_model_path", None) or []

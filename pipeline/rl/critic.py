@@ -27,10 +27,10 @@ STATE = "critic_optimizer.pt"
 
 
 class Critic:
-    """A value model and what trains it. It is a part of checkpoints and of the final model, in `value_model/`.
+    """A value model and its training. It is part of checkpoints and of the final model, in `value_model/`.
 
     `accelerator` wraps the `model` for several processes, `torch.compile` and autocast. Its gradients are clipped to
-    `max_grad_norm` by themselves: large ones of the policy do not shrink them. Training begins by setting `optimizer`.
+    `max_grad_norm` separately: large ones of the policy do not shrink them. `optimizer` is set when training begins.
     """
 
     belongs_to_model = True
@@ -48,13 +48,13 @@ class Critic:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def step(self, share: float) -> float:
-        """Step with a learning rate that is a `share` of its peak. Return the norm of the gradients before clipping."""
+        """Take a step, with a `share` of the peak learning rate. Return the gradient norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
-        # The scale of fp16 is updated after the step of the policy, which comes next.
+        # The loss scale of fp16 is updated after the policy's step, which comes next.
         if (scaler := self.accelerator.scaler) is not None:
             scaler.unscale_(self.optimizer)
-        # As in `Trainer`, 0 means that nothing is clipped.
+        # As in `Trainer`, 0 disables clipping.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
         if scaler is not None:
             scaler.step(self.optimizer)
@@ -64,7 +64,7 @@ class Critic:
         return norm.item()
 
     def save(self, folder: Path) -> None:
-        """Save the model, without the card that PEFT drafts, which has paths of this machine."""
+        """Save the model, without PEFT's draft of a card, which contains paths of this machine."""
         self.bare.save_pretrained(str(folder / VALUE_MODEL_FOLDER))
         (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ class Critic:
             saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
             return
-        # transformers, which has loaded the policy, took the critic's adapter for another one of the policy.
+        # When transformers loaded the policy, it took the critic's adapter for another one of the policy.
         if isinstance(policy, PeftModel) and VALUE_MODEL_FOLDER in policy.peft_config:
             policy.delete_adapter(VALUE_MODEL_FOLDER)
         set_peft_model_state_dict(model, load_peft_weights(str(path)), adapter_name=model.active_adapter)
@@ -108,7 +108,7 @@ class CriticOptimizer:
 
 
 def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
-    """Compute what a value model, wrapped or not, expects before each of the last tokens of each text is chosen.
+    """Compute a value model's estimates (wrapped or not) before each of the last `length` tokens of each text.
 
     The arguments are as for `over_passes`. The result is (B, `length`), in float32.
     """

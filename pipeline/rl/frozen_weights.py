@@ -1,6 +1,6 @@
-"""Weights that are not trained: the frozen reference, heads in float32, and storage that models share.
+"""Weights that are not trained: the frozen reference, heads in float32, and storage shared between models.
 
-Policy, reference, reward model and critic stay modules of their own, which share the storage of frozen weights.
+Policy, reference, reward model and critic remain separate modules, but share the storage of frozen weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def find_head(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Make a head multiply in float32, also under autocast: in bfloat16, scores and logits have 8 bits."""
+    """Make a head multiply in float32, even under autocast: in bfloat16, scores and logits have 8 bits."""
     head.float()
     # TRL's forward method casts the inputs, which autocast undoes.
     head.__dict__.pop("forward", None)
@@ -45,9 +45,9 @@ def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
-    """Copy a policy, maybe one without a path for TRL to load, as a reference with logits divided by `temperature`."""
+    """Copy a policy, which may have no path for TRL to load, as a reference with logits divided by `temperature`."""
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    # The forward method that TRL gave the policy still refers to the original.
+    # The forward method that TRL gave the policy would still refer to the original.
     reference.__dict__.pop("forward", None)
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
@@ -61,7 +61,7 @@ def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None:
-    """Let models use the frozen weights of the policy in place of equal ones, wherever those were loaded from."""
+    """Replace weights of models that equal frozen ones of the policy by the latter, wherever they were loaded from."""
     known = _frozen(policy)
     for model in others:
         for name, weight in _frozen(model).items():
@@ -70,7 +70,7 @@ def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None
 
 
 def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the frozen weights, by plain name. Heads and adapters are not among them."""
+    """Return the frozen weights, except heads and adapters, by plain name."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = getattr(model, "peft_config", {})
     return {
@@ -83,16 +83,16 @@ def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a weight had before adapters were added to its model."""
+    """Return the name of a weight before adapters were added to its model."""
     return name.replace(".base_layer", "").replace(".original_module", "").replace(".token_adapter", "")
 
 
 @contextmanager
 def unrounded(model: PeftModel) -> Iterator[None]:
-    """Restore the frozen weights after a block in which the adapter is merged into them, to be loaded by vLLM.
+    """Restore the frozen weights after a block in which the adapter is merged into them for vLLM.
 
-    Unmerging rounds them, in 16 bits by up to 0.4% each time, and other models may share them. Only layers with an
-    adapter are merged and copied, to the memory of the CPU.
+    Unmerging rounds them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers with an
+    adapter are merged, and copied to CPU memory.
     """
     adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
     # Several adapters of one layer, one for each parameter, wrap each other.

@@ -44,9 +44,9 @@ logger = get_logger(__name__)
 
 @dataclass(eq=False)
 class EpochSampler(Sampler[int]):
-    """TRL's `RepeatSampler`, with an order that depends only on the number of the epoch, which `epoch` returns.
+    """TRL's `RepeatSampler`, with an order that only depends on the number of the epoch, which `epoch` returns.
 
-    TRL draws the orders from one generator, so that a run resumed in the second epoch would see that of the first.
+    TRL draws all orders from one generator, so a run resumed in the second epoch would repeat the first order.
     """
 
     sampler: Any
@@ -62,16 +62,16 @@ class EpochSampler(Sampler[int]):
 
 
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
-    """TRL's `GRPOTrainer`, but resumed exactly wherever it stopped.
+    """TRL's `GRPOTrainer`, but exactly resumable wherever it stopped.
 
-    A checkpoint contains what is left of the rollout, which TRL would sample anew. Only with vLLM, whose probabilities
-    depend on what else is in its batch, a resumed run samples other completions.
+    A checkpoint contains the rest of the rollout, which TRL would sample again. Only with vLLM, whose probabilities
+    depend on the rest of the batch, does a resumed run sample different completions.
 
-    Evaluation, which samples too, uses its own random numbers. Its metrics are among those that `evaluate` returns,
-    under the prefix of their data set. Every completion counts equally, also in an incomplete last batch.
+    Evaluation, which also samples, uses its own random numbers. `evaluate` returns its metrics under the prefix of
+    their data set. Every completion counts equally, even in an incomplete last batch.
 
-    `all_rewards`, (completions, rewards), is what each reward gave each of the latest completions, NaN for None, and
-    `latest_logps` are the log-probabilities that were computed last, which TRL's loss does not return.
+    `all_rewards`, (completions, rewards), has the latest rewards of each completion, NaN for None, and `latest_logps`
+    has the last log-probabilities, which TRL's loss does not return.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = LENGTH_THAT_FITS
-        # TRL makes the reference by loading the policy's name again. A model in memory may differ, or have no name.
+        # TRL loads the reference by the policy's name. A model in memory may differ from that, or have no name.
         copied = args.beta != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
         beta, synced = args.beta, args.sync_ref_model
         if copied:
@@ -101,7 +101,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             if synced:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
 
-        # Reward models become functions, and functions are guarded. What they pay is watched for a collapse.
+        # Reward models become functions, and functions are guarded. Alarms watch the rewards for a collapse.
         rewards: list[Any] = []
         tokenizers = self.reward_processing_classes
         for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
@@ -114,8 +114,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self.reward_funcs: list[Any] = rewards
         paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
         self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-        # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
-        # of its own in front of the prompt.
+        # Sharded weights (FSDP, DeepSpeed) are only whole inside TRL's own methods, and prompt learning prepends its
+        # own tokens to the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
         # Autocast would cast frozen weights again in each forward pass, and so for each token that is sampled. PPO has
@@ -124,7 +124,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
             convert_frozen(self.model, torch.bfloat16)
         if self.use_vllm:
-            # Inside this process, vLLM draws from the global random numbers, which its start seeds by the rank alone.
+            # Inside this process, vLLM uses the global random state, which it seeds at its start, only by the rank.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
@@ -138,14 +138,14 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching
         plain = self._whole_and_bare and not (elsewhere or self._is_vlm)
-        # Mamba, for one, does not take positions.
+        # Mamba, for instance, does not take positions.
         plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
         if plain:
-            # The settings are the trainer's, then the model's, as `model.generate` combines them.
+            # The trainer's settings take precedence over the model's, as in `model.generate`.
             config = copy.deepcopy(self.generation_config)
             config.update(**model.generation_config.to_dict(), defaults_only=True)
             plain = not unsupported_settings(config)
-        # Trained modules are in float32, frozen ones maybe in bf16. One context for all tokens casts weights only once.
+        # Trained modules are in float32, frozen ones may be in bf16. One context for all tokens casts weights once.
         with self.accelerator.autocast():
             if not plain:
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
@@ -161,7 +161,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 model.train(training)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
+        """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation."""
         if self._is_vlm or any(map(is_async_callable, self.tools)):
             return super()._tool_call_loop(*args, **kwargs)
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
@@ -172,7 +172,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogue.add_turn(list(completion_ids[number]), first, completions[number][0])
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         if self.use_vllm and self.vllm_mode == "colocate":
-            # It may have memory for fewer tokens than the model has positions.
+            # vLLM may have memory for fewer tokens than the model has positions.
             context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
         converse(
             dialogues,
@@ -195,7 +195,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         return *texts, logps, *counts, [[] for _ in dialogues]
 
     def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
-        """Sample a turn of at most `room` tokens after each text. vLLM keeps its own limit."""
+        """Sample a turn of at most `room` tokens after each text. vLLM applies its own limit."""
         config = self.generation_config
         config.max_new_tokens = room
         try:
@@ -213,10 +213,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, compute logits for the completion only, without TRL's tiles, which take several times as long.
+        """On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
 
-        Positions are counted from each text's first token, as during sampling. TRL counts the padding, too, which
-        changes what a model with learned positions computes.
+        Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes
+        the output of models with learned positions.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
@@ -254,30 +254,30 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
-            # may skip batches.
+            # A mean over the whole evaluation is already one value, and reward functions that log their own metrics may
+            # skip batches.
             rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
             known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
             total = sum(count for _, count in known)
             mean = sum(value * count for value, count in known) / total if total else None
             output.metrics[f"{prefix}_{name}"] = mean
-        # TRL would log them under the prefix "eval", whatever the data set is called.
+        # TRL would log them under the prefix "eval" for any data set.
         self._metrics["eval"].clear()
         return output
 
     def _log_averages(self) -> None:
-        """Add metrics that are averages over several batches, of which GRPO has none."""
+        """Add metrics that are averages over several batches; GRPO has none."""
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return and keep what each reward gives each completion of all processes, (completions, rewards).
+        """Return and keep the rewards of the completions of all processes, (completions, rewards).
 
-        A reward with weight 0 is only measured: a completion that no reward with a weight has scored does not get a
-        score at all. A reward that fails stops the run.
+        A reward with weight 0 is only measured: a completion that no weighted reward has scored gets no score at all. A
+        reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)
         except UserError as error:
-            # It may fail on one process of several, and only the first process reports a `UserError`.
+            # It may fail on a single process, and only the first process reports a `UserError`.
             step = self.state.global_step + 1
             raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
         weighted = self.reward_weights != 0

@@ -35,9 +35,9 @@ class PPOTrainer(GRPOTrainer):
 
     Each rollout, of `generation_batch_size` completions, is sampled, scored and given advantages once, and then trained
     on `num_iterations` times, in optimizer steps of `per_device_train_batch_size x gradient_accumulation_steps x
-    processes` completions. Policy and critic are two networks, each with an optimizer, a learning rate and a clipped
-    gradient norm of its own, on the same schedule. In the first `value_warmup_steps` steps the policy has no gradients:
-    nothing of it changes, its state in the optimizer included.
+    processes` completions. Policy and critic are two networks, each with its own optimizer, learning rate and gradient
+    clipping, on the same schedule. In the first `value_warmup_steps` steps, the policy gets no gradients, so that
+    neither its weights nor its optimizer state change.
 
     The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
     `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from a completion for which every
@@ -50,7 +50,7 @@ class PPOTrainer(GRPOTrainer):
             a causal language model, which is copied; or a path or Hub id of any of these. Default: a copy of the first
             reward model with a weight that has the policy's vocabulary and at least as many embeddings, otherwise of
             the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
-            is the only reward and is not normalised. Every other critic starts by expecting nothing.
+            is the only reward and is not normalised. Every other critic starts with estimates of 0.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
         *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
     """
@@ -70,18 +70,18 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PPOConfig()
-        # TRL changes the list.
+        # TRL modifies the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
-        # TRL makes the reference of GRPO's KL penalty, which is a term of the loss: PPO's loss has none.
+        # TRL only creates a reference if GRPO's loss has a KL term. PPO's loss has none.
         args.beta = args.kl_coef
         super().__init__(model, rewards, args, *others, **kwargs)
         self.beta = args.beta = 0.0
-        # Compiled and wrapped models hide the classes and the names of weights that decide what becomes of them.
+        # Compiled and wrapped models hide their class and the names of weights, which are needed here.
         bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
         judges = [bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
         frozen = [judge for judge in judges if judge is not None]
         frozen += [] if self.ref_model is None else [bare(self.ref_model)]
-        # What is not trained, except heads and adapters, gets `frozen_dtype`, and is in memory once where it is equal.
+        # Frozen weights, except heads and adapters, get `frozen_dtype`, and equal ones are in memory once.
         adapted = isinstance(self.model, PeftModel)
         for network in frozen if adapted or args.frozen_dtype == "bfloat16" else []:
             network.requires_grad_(False)
@@ -101,7 +101,7 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
-        # Of all scores so far, for `reward_normalization="running"`.
+        # Moments of all scores so far, for `reward_normalization="running"`.
         self.score_moments = ppo_math.Moments()
         self._averages = ppo_metrics.Averages()
         self._sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
@@ -114,7 +114,7 @@ class PPOTrainer(GRPOTrainer):
     # ---- The rollout
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Let the parent sample and score, then replace its advantages (B,) by PPO's (B, T)."""
+        """Let the parent class sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         args, mode = self.args, "train" if self.model.training else "eval"
         # With it, TRL computes `ref_per_token_logps`.
         self.beta = args.kl_coef
@@ -125,8 +125,8 @@ class PPOTrainer(GRPOTrainer):
         ids, attention_mask, mask = _texts(batch)
         rows, length = mask.shape
 
-        # Scores are normalised over the completions of all processes; each process then keeps its own. A completion
-        # does not get a score if none of its tokens is trained on.
+        # Scores are normalised over all processes; each process then keeps its own. A completion has no score if none
+        # of its tokens is trained on.
         all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
         all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
         running = args.reward_normalization == "running"
@@ -139,13 +139,13 @@ class PPOTrainer(GRPOTrainer):
         if args.missing_eos_penalty is not None:
             scores = scores - args.missing_eos_penalty * ~ended
         scores = torch.where(scored, scores, 0.0)
-        # The tokens of completions that nothing scored count nowhere, so that the loss is an average over the others.
+        # Tokens of completions without a score are excluded, so that the loss is an average over the others.
         if not scored.all():
             mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
-        # Policy, reference and critic read the texts as they were sampled, before the first update: later log ratios
-        # and clipping ranges are relative to what they computed then.
+        # Policy, reference and critic read the sampled texts before the first update: later log ratios and clipping
+        # ranges are relative to these values.
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
             if "old_per_token_logps" not in batch:
@@ -164,7 +164,7 @@ class PPOTrainer(GRPOTrainer):
             _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
         self._averages.add(scored, ppo_metrics.of_completions(scores, penalty, logps, ref_logps, ended, mask))
         self._averages.add(mask, ppo_metrics.of_estimates(returns, values))
-        # The table of completions, which holds at most one rollout, shows the mean advantage of each one's tokens.
+        # The logged table of completions, at most one rollout, shows the mean advantage over each one's tokens.
         shown = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
         for _ in shown[: len(self._logs["advantages"])]:
             self._logs["advantages"].pop()
@@ -182,7 +182,7 @@ class PPOTrainer(GRPOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of the policy, and the critic's in the same way."""
-        # This method of `Trainer` sees a shallow copy of it, with another model and learning rate.
+        # Call `Trainer`'s method on a shallow copy of the trainer with the critic's model and learning rate.
         twin = copy.copy(self)
         twin.args, twin.optimizer = copy.copy(self.args), self.critic.optimizer
         if self.args.value_learning_rate is not None:
@@ -200,7 +200,7 @@ class PPOTrainer(GRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Add a micro-batch to the gradients of both networks, and after the last one step the critic.
 
-        The policy is stepped by `Trainer`, afterwards.
+        `Trainer` steps the policy afterwards.
         """
         last = self.accelerator.sync_gradients
         # Processes exchange gradients once per optimizer step.
@@ -211,7 +211,7 @@ class PPOTrainer(GRPOTrainer):
             if isinstance(schedule, LambdaLR):
                 share = schedule.lr_lambdas[0](schedule.last_epoch)
             else:
-                # A schedule that follows evaluations.
+                # Schedules that follow evaluations have no factors.
                 share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
             self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
         return loss
@@ -221,19 +221,19 @@ class PPOTrainer(GRPOTrainer):
 
         TRL's loss of a token is `-min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage)`.
         """
-        # Without gradients of the policy, its optimizer leaves it and its own state alone.
+        # Without gradients, the policy's optimizer changes neither the policy nor its own state.
         trains_policy = self.state.global_step >= self.args.value_warmup_steps
         ids, attention_mask, mask = _texts(inputs)
         values = self._values(ids, attention_mask, mask.shape[1])
         old_values, returns = inputs["old_values"], inputs["returns"]
         value_losses, clipped = ppo_math.clipped_value_loss(values, old_values, returns, self.args.cliprange_value)
-        # As TRL normalises loss_type="dapo": by the tokens that an optimizer step has on average, per process.
+        # As TRL normalises loss_type="dapo": by the mean number of tokens in an optimizer step, per process.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
         value_loss = self.args.vf_coef * ((value_losses * mask).sum() / tokens)
         if self.model.training and trains_policy:
-            # At once, so that only one network at a time has activations in memory.
+            # Immediately, so that only one network has activations in memory at a time.
             self.accelerator.backward(value_loss)
             value_loss = value_loss.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains_policy):
@@ -245,7 +245,7 @@ class PPOTrainer(GRPOTrainer):
         return policy_loss + value_loss
 
     def end(self) -> None:
-        """Unwrap the critic, too, which refers to the processes that are left."""
+        """Also unwrap the critic, which refers to the process group that is left."""
         self.critic.model = self.critic.bare
         super().end()
 

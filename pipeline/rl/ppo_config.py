@@ -12,7 +12,7 @@ from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unuse
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 
-# accelerate shards one model with its optimizer, and PPO trains two: see `recipes/accelerate/README.md`.
+# accelerate shards one model with its optimizer, but PPO trains two: see `recipes/accelerate/README.md`.
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 # Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default.
 UNUSED = UNUSED_IN_ROLLOUTS | {
@@ -37,16 +37,16 @@ class PPOConfig(GRPOConfig):
 
     Some fields of `GRPOConfig` differ in meaning or default. `disable_dropout` is True: with dropout, a token's
     probability ratio is not 1 before the first update. `epsilon` is `cliprange`. `loss_type` stays "dapo": the sum over
-    the tokens of an optimizer step, divided by the number of tokens that such a step has on average in its rollout,
-    however it is split over processes and accumulation. What has no effect on PPO (`UNUSED`) is refused, unless it has
-    its default. Precision and device fit the machine unless they are set.
+    the tokens of an optimizer step, divided by the mean number of tokens per step in its rollout, however it is split
+    over processes and accumulation. Fields without effect on PPO (`UNUSED`) must keep their default. Precision and
+    device suit the machine unless they are set.
     """
 
     num_generations: int | None = option(1, "Completions sampled for each prompt; they are not compared.")
     num_generations_eval: int | None = option(None, "The same in evaluation. Default: `num_generations`.")
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
-    kl_coef: float = option(0.05, "Reward subtracted at each token for each nat of KL; 0: without a reference.")
+    kl_coef: float = option(0.05, "Reward subtracted at each token per nat of KL; 0 means no reference.")
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
@@ -54,10 +54,10 @@ class PPOConfig(GRPOConfig):
     cliprange_value: float = option(0.2, "How far the critic's estimate may move meanwhile, in units of the reward.")
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = option(None, "Peak learning rate of the critic. Default: `learning_rate`.")
-    value_warmup_steps: int = option(0, "Train the critic alone in the first so many steps of the schedule.")
+    value_warmup_steps: int = option(0, "Number of first steps in which only the critic is trained.")
     frozen_dtype: str = option(
         "auto",
-        "Dtype of the weights that are not trained: float32 keeps the one they were loaded in; bfloat16; auto "
+        "Dtype of the weights that are not trained: float32 keeps the dtype they were loaded in; bfloat16; auto "
         "(bfloat16 for an adapter's base if training is in bf16, else float32). Heads and adapters stay as they are.",
         choices=["auto", "bfloat16", "float32"],
     )
@@ -68,10 +68,10 @@ class PPOConfig(GRPOConfig):
         "batch (of its rollout); running (of all rollouts so far, which checkpoints contain).",
         choices=["none", "batch", "running"],
     )
-    missing_eos_penalty: float | None = option(None, "Subtracted from the score of a completion without end of turn.")
+    missing_eos_penalty: float | None = option(None, "Subtracted from the score if a completion has no end of turn.")
 
     def __post_init__(self) -> None:
-        # The completions of a rollout. There is no process group yet, and a preflight names the processes that will be.
+        # Number of completions in a rollout. There is no process group yet, and a preflight sets the future world size.
         processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
         accumulated = self.steps_per_generation or self.gradient_accumulation_steps
         rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes

@@ -1,13 +1,13 @@
 """The arithmetic of PPO, as pure functions of tensors. The clipped policy loss is TRL's: see `PPOTrainer.compute_loss`.
 
 Notation: `B` completions of up to `T` tokens. A tensor is (B, T), and so is what a function returns, unless its
-docstring says otherwise. Names mean the same everywhere in `pipeline.rl`:
+docstring says otherwise. Names have the same meaning everywhere in `pipeline.rl`:
 
 - `mask`: 1 for the tokens that the policy chose (its end of turn included); 0 for padding, text of tools, and
   completions without a score. A masked token is skipped: its reward, advantage and return are 0, and the value that
   follows a token is the value of the next unmasked one.
-- `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and under the reference, in nats.
-- `log_ratio`: Log-probability under the current policy minus that under the policy that sampled the token.
+- `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and the reference, in nats.
+- `log_ratio`: Log-probability under the current policy minus log-probability under the policy that sampled.
 - `scores`: (B,), the reward of each completion as a whole.
 - `values`: The critic's estimate before each token is chosen, in units of the reward.
 - `reduce`: Sums a tensor over all processes, element by element. By default, there is only one.
@@ -48,8 +48,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Ten
 
     Both estimators are unbiased. `k1`, the log ratio, can be negative at a token, and sums to the log ratio of the
     completion. `k3`, `exp(-k1) - 1 + k1`, is never negative and varies less, but it is only for measuring. As a reward,
-    its gradient is the one of KL(policy || reference) - KL(reference || policy), which cancel near the reference (Tang
-    and Munos, 2025, "On a few pitfalls in KL divergence gradient estimation for RL", 2506.09477).
+    its gradient is that of KL(policy || reference) - KL(reference || policy), which cancel near the reference (Tang and
+    Munos, 2025, "On a few pitfalls in KL divergence gradient estimation for RL", 2506.09477).
     """
     log_ratio = logps - ref_logps
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
@@ -61,7 +61,7 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
 
 
 def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """Return, (B,), which completions end with an end of turn; one before a tool's answer does not count.
+    """Return which completions end with an end of turn, shape (B,). One before a tool's result does not count.
 
     Here, `mask` is 1 for every token that is not padding.
     """
@@ -79,15 +79,15 @@ def generalized_advantages(
     """Compute generalised advantage estimates over the unmasked tokens. The value after the last one is 0.
 
     `gamma` is the discount per token, and `lam` the weight of longer-sighted estimates: 0 trusts the critic, 1 the
-    rewards. Both are in [0, 1]. Return advantages, and returns: what the critic should have estimated.
+    rewards. Both are in [0, 1]. Return the advantages, and the returns, which the critic should have estimated.
     """
-    # From the last token to the first, with `delta` the surprise of a token: what it paid, and what is still expected
-    # after it, less what was expected before it.
+    # From the last token to the first, with `delta` the surprise of a token: its reward, plus what is still expected
+    # after it, minus what was expected before.
     #
     #   advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
     #   delta[t]     = reward[t] + gamma * value[t + 1] - value[t]
     #
-    # Where t is masked, nothing is written, and t + 1 stays the next token that is not masked.
+    # If t is masked, nothing is written, and t + 1 remains the next unmasked token.
     real, advantages = mask > 0, torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -102,10 +102,10 @@ def generalized_advantages(
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
     """Compute half the squared error of the critic at each token, pessimistic about steps beyond the clip range.
 
-    An estimate may move by `cliprange`, in units of the reward, from what was estimated when the tokens were sampled.
-    Return the loss, and a boolean tensor: where clipping removed the gradient.
+    An estimate may move by `cliprange`, in units of the reward, from the estimate at sampling time. Return the loss,
+    and a boolean tensor: where clipping removed the gradient.
     """
-    # Not `old_values + (values - old_values).clamp(...)`, which rounds values that are within the range.
+    # `old_values + (values - old_values).clamp(...)` would round values within the range.
     clipped_values = values.clamp(old_values - cliprange, old_values + cliprange)
     unclipped = (values - returns).square()
     clipped = (clipped_values - returns).square()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipeline.rl.ppo_math import Reduce, kl_estimate
 
-# What is a sum over all completions, not a mean.
+# Metrics that are sums over all completions, not means.
 TOTALS = ("val/num_eos_tokens",)
-# What `val/explained_variance` is made of, as means over tokens.
+# Components of `val/explained_variance`, as means over tokens.
 RETURN, SQUARE, ERROR = "_return", "_squared return", "_squared error"
 
 
@@ -27,14 +27,14 @@ class Averages:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, weights: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add values by name, each of the shape of `weights`: 1 for what counts, 0 for what does not."""
+        """Add values by name, each with the shape of `weights`, which are 1 for what counts and 0 otherwise."""
         weights = _exact(weights)
         for name, value in values.items():
             sums = torch.stack([(_exact(value) * weights).sum(), weights.sum()])
             self._sums[name] = self._sums.get(name, 0.0) + sums
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Return the metrics over all processes by name, NaN where nothing counted, and start anew."""
+        """Return the metrics over all processes by name, NaN if nothing counted, and reset them."""
         sums, self._sums = self._sums, {}
         metrics = {}
         for name, (total, count) in zip(sums, reduce(torch.stack([*sums.values()])).tolist(), strict=True):
@@ -58,7 +58,7 @@ def of_completions(
     """Return the statistics of the completions of a rollout, each (B,).
 
     `scores` are normalised and penalised, `penalty` is the reward subtracted at each token for its KL, `ref_logps` is
-    None without a reference, and `ended` says, (B,), whether a completion ended with an end of turn.
+    None without a reference, and `ended` (B,) says whether a completion ended with an end of turn.
     """
     penalties = (penalty * mask).sum(1)
     values = {
@@ -80,7 +80,7 @@ def of_completions(
 def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Return the statistics of the critic's estimates of the returns in a rollout, each (B, T).
 
-    For `val/explained_variance`: 1 for a critic that foresaw every return, 0 for one that knows only their mean.
+    For `val/explained_variance`: 1 for a critic that predicted every return, 0 for one that only knows their mean.
     """
     returns, values = _exact(returns), _exact(values)
     return {RETURN: returns, SQUARE: returns.square(), ERROR: (returns - values).square()}
@@ -94,7 +94,7 @@ def of_update(log_ratio: Tensor, value_losses: Tensor, value_clipped: Tensor) ->
         # The critic's loss, before `vf_coef`, and the share of tokens at which it was clipped.
         "loss/value_avg": value_losses,
         "val/clipfrac_avg": value_clipped,
-        # Mean and, in the end, variance of the probability ratio.
+        # Mean of the probability ratio, and of its square for the variance.
         "val/ratio": ratio,
         "val/ratio_var": ratio.square(),
     }

@@ -18,7 +18,7 @@ from pipeline.rewards.loading import load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 
-# Kinds of the parameters that TRL can pass to a reward function.
+# Kinds of parameters that TRL can pass to a reward function.
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -32,7 +32,7 @@ def check_rewards(
     """Check that reward models and functions can be used, with these weights and data.
 
     There is a weight for each, models first; by default 1. `train` is None if it failed to load. If `early`, the models
-    are still to be made, and not looked at.
+    may not exist yet, and are not checked.
     """
     problems, number = [], len(models) + len(functions)
     if weights is not None:
@@ -63,8 +63,8 @@ def check_rewards(
                 remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
                 problems.append(Problem("reward_funcs", name, remedy + ", ".join(columns)))
             elif ":" in name:
-                # The user's own function is called once, so that one that fails is found before training. TRL passes
-                # each column as a list, with a row for each completion.
+                # The user's own function is called once, to find failures before training. TRL passes each column as a
+                # list, with a row for each completion.
                 row = next(iter(train))
                 given: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
                 given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
@@ -111,7 +111,7 @@ def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> l
     if tokenizer is not None:
         try:
             if loading.load_tokenizer(source, field).get_vocab() != tokenizer.get_vocab():
-                faults.append("has another tokenizer than the policy; give a model that has the same one")
+                faults.append("has a different tokenizer than the policy; give a model with the same one")
         except UserError:
             # A critic is saved without a tokenizer.
             faults.append(loading.validate_vocabulary(config, tokenizer, "the policy's tokenizer"))

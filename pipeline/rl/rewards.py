@@ -15,11 +15,11 @@ from pipeline.models.tokenizer import as_text, special_tokens
 
 
 class RewardModel:
-    """A sequence classifier with one label, maybe wrapped or compiled, as a reward function.
+    """A sequence classifier with one label, perhaps wrapped or compiled, as a reward function.
 
-    It reads a completion that was cut off as it stands, without the end of turn that its chat template adds. One that
-    spells a special token is encoded as text, so that it cannot forge a turn. `ends` are the token ids that end a turn
-    of the policy, and `template` are further arguments of the chat template.
+    It reads a truncated completion without the end of turn that the chat template would add. Special tokens in a
+    completion are encoded as text, so that it cannot forge a turn. `ends` are the token ids that end a turn of the
+    policy, and `template` has further arguments of the chat template.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """Return the score of each completion, a list of messages or a text like its prompt.
+        """Return the score of each completion, which is a list of messages or, like its prompt, a text.
 
         `UserError` if one is NaN or infinite: TRL would take NaN for "not scored", and learn from the others.
         """
@@ -50,7 +50,7 @@ class RewardModel:
         device = next(self.model.parameters()).device
         padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
         inputs = self.tokenizer(text=texts, add_special_tokens=False, **padded).to(device)
-        # On an accelerator, a pass of its own costs more than the padding.
+        # On an accelerator, a separate pass costs more than padding.
         output = call_by_length(self.model, **inputs) if device.type == "cpu" else self.model(**inputs)
         scores = output.logits[:, 0].float()
         broken = scores[~scores.isfinite()]
@@ -62,7 +62,7 @@ class RewardModel:
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
         """Return a conversation's text, without what the template adds to a last turn that has not `ended`."""
         conversation, options = as_text(messages, self._special), {"tokenize": False, **self.template}
-        # A template that leaves parts of a message out may leave out its end.
+        # A template that omits parts of a message may omit its end.
         with suppress(ValueError):
             return self.tokenizer.apply_chat_template(conversation, continue_final_message=not ended, **options)
         return self.tokenizer.apply_chat_template(conversation, **options)

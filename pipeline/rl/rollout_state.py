@@ -1,6 +1,6 @@
-"""The part of checkpoints with what is left of a rollout, which serves several steps: a file for each process.
+"""The part of checkpoints with the rest of a rollout, which is used for several steps: a file for each process.
 
-rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples anew
+rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples again
                          metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
                                    moments of all scores so far; and how the rollout was split
 """
@@ -35,13 +35,13 @@ class Rollout:
         self.layout["processes"] = trainer.accelerator.num_processes
 
     def save(self, folder: Path) -> None:
-        """Write what is left of the rollout, unless only the model is saved."""
+        """Write the rest of the rollout, unless only the model is saved."""
         trainer = self.trainer
         if trainer.args.save_only_model:
             return
-        # After the last step of a rollout, the next one samples anew.
+        # After the last step of a rollout, the next step samples again.
         in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
-        # The micro-batches are slices of the same storage, which safetensors refuses.
+        # Micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()
             for number, batch in enumerate((trainer._buffered_inputs or []) if in_use else [])
@@ -55,11 +55,11 @@ class Rollout:
         safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(state)})
 
     def load(self, folder: Path) -> None:
-        """Go on with the rollout of a checkpoint if it was split as this run would split it."""
+        """Continue with the rollout of a checkpoint if this run would split it in the same way."""
         trainer, first = self.trainer, folder / ROLLOUT.format(0)
         if not first.is_file():
             return
-        # The first process's file decides for all: if some sampled anew and others did not, they would wait forever.
+        # The first process's file decides for all: if only some sampled again, they would wait for each other forever.
         state = read_state(first)
         batches: dict[str, dict[str, Tensor]] = {}
         if state["layout"] == self.layout:
@@ -69,7 +69,7 @@ class Rollout:
                 number, _, name = key.partition(".")
                 batches.setdefault(number, {})[name] = tensor.to(trainer.accelerator.device)
         else:
-            logger.warning("%s: its rollout is sampled anew: it was split by %s", folder, state["layout"])
+            logger.warning("%s: its rollout is sampled again, because it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
         left = [batches[number] for number in sorted(batches, key=int)]
         vars(trainer).update(_buffered_inputs=left or None, _step=state["step"])

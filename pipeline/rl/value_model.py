@@ -1,7 +1,7 @@
 """The critic of PPO: a language model with one scalar output at each token.
 
 It is transformers' token classification model with one label, which `AutoModelForTokenClassification` loads. If the
-policy is an adapter, so is the critic, on frozen weights that other models of the run have in memory anyway;
+policy is an adapter, so is the critic, on frozen weights that are in memory anyway;
 `AutoPeftModelForTokenClassification` loads it, with `num_labels=1`.
 """
 
@@ -49,13 +49,13 @@ def build_value_model(
     args: PPOConfig,
     use_peft: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """Return the given critic, or make one, ready to be trained. `value_model` is as for `PPOTrainer`.
+    """Return the given critic or make one, ready for training. `value_model` is as for `PPOTrainer`.
 
     `rewards` are reward functions of any kind, each with its tokenizer, if it is a model, and its weight. With
-    `use_peft`, an adapter and the head are trained if the policy has an adapter, unless `value_model` is itself
-    trained. What is trained has the policy's dtype, unless it was given as a critic.
+    `use_peft`, only an adapter and the head are trained if the policy has an adapter, unless `value_model` is itself
+    trained. Trained weights have the policy's dtype, unless they were given as a critic.
     """
-    # The policy's adapter is the pattern of the critic's, unless the critic is trained in full.
+    # The critic's adapter is configured like the policy's, unless the critic is trained in full.
     adapter = None
     if isinstance(policy, PeftModel):
         adapter = policy.active_peft_config if use_peft and not policy.active_peft_config.is_prompt_learning else None
@@ -73,19 +73,19 @@ def build_value_model(
     rewards = [reward for reward in rewards if reward[2]]
     if source is None:
         # The critic has to read whatever the policy samples. Models pad their embeddings differently, and a policy may
-        # sample an id that no token has.
+        # sample an unused id.
         vocabulary, rows = tokenizer.get_vocab(), len(policy.get_input_embeddings().weight)
         judges = ((model, own) for model, own, _ in rewards if isinstance(model, nn.Module) and own is not None)
         readers = (model for model, own in judges if own.get_vocab() == vocabulary)
         source = next((model for model in readers if len(model.get_input_embeddings().weight) >= rows), policy)
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
-        # It has no modules of the names that the policy's adapter is put on: it is trained in full.
+        # It lacks the modules that the policy's adapter targets, so it is trained in full.
         adapter = None
     is_reward_model = type(source).__name__.endswith("ForSequenceClassification")
     is_critic = not is_reward_model and source.get_output_embeddings() is None
     if (is_reward_model or is_critic) and source.config.num_labels != 1:
         raise ValueError(f"value_model has {source.config.num_labels} labels; a critic or a reward model has one")
-    # A critic from a path is trained itself, like one that was passed, unless it is an adapter: that is copied, too.
+    # A critic from a path is itself trained, like one that was passed, unless it is an adapter, which is copied.
     is_given = is_critic and (source is value_model or not hasattr(source, "peft_config"))
     critic: PreTrainedModel | PeftModel
     if adapter is not None and source is not value_model:
@@ -95,7 +95,7 @@ def build_value_model(
     else:
         critic = source if is_given else value_model_from(source).to(dtype)
     if is_reward_model:
-        # The score is the reward that the head predicts, times its weight, or something else.
+        # The head only fits if the score is the reward that it predicts, times its weight.
         is_score = len(rewards) == 1 and args.reward_normalization == "none"
         is_score = is_score and (source is rewards[0][0] or value_model == getattr(rewards[0][0], "name_or_path", ""))
         _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
@@ -108,7 +108,7 @@ def build_value_model(
     if args.activation_checkpointing:
         critic.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
         if isinstance(critic, PeftModel):
-            # As TRL does for the policy.
+            # TRL does the same for the policy.
             critic.enable_input_require_grads()
     return critic
 
@@ -125,7 +125,7 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
     With the head of a reward model, the critic starts with the reward that the text so far would get. From a policy, it
-    starts by expecting nothing: the head is zero.
+    starts with a head of zeros, so it estimates 0.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
@@ -134,20 +134,20 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
 
 
 def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build a critic with random weights by the configuration of another model."""
+    """Build a critic with random weights from the configuration of another model."""
     kind = type(config)
-    # Of a model whose code lies on the Hub, transformers would ask on the terminal whether to run it.
+    # If a model's code is on the Hub, transformers would ask on the terminal whether to run it.
     if kind not in MODEL_MAPPING:
         raise ValueError(f"transformers cannot make a critic from a {kind.__name__}: pass your own `value_model`")
     config = copy.deepcopy(config)
     config.num_labels, config.classifier_dropout = 1, 0.0
-    # The random numbers of training are left alone.
+    # This must not affect the random numbers of training.
     with torch.random.fork_rng(devices=[]):
         return classifier(kind, "TokenClassification")(config)
 
 
 def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the weights of `source` that a critic has, under its names, and zeros for a head that `source` lacks."""
+    """Return the weights of `source` under a critic's names, with zeros for a head that `source` lacks."""
     head, _ = find_head(critic)
     wanted = critic.state_dict()
     weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
@@ -160,10 +160,10 @@ def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Build a critic that trains an adapter and a value head, on the frozen weights of `source`.
 
-    An adapter of `source` is copied with its configuration, and the head of a classifier, too; otherwise `peft_config`
-    is the adapter, and the head is zero.
+    An adapter of `source` is copied with its configuration, and so is the head of a classifier; otherwise,
+    `peft_config` defines the adapter, and the head is zero.
     """
-    # A critic must not change any other random number.
+    # Making a critic must not affect other random numbers.
     with torch.random.fork_rng(devices=[]):
         with init_empty_weights(include_buffers=False):
             critic = _untrained_critic(source.config)
@@ -173,13 +173,13 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
             # The head is trained, in float32. All other weights are shared with `source`.
             weights[name] = weights[name].float().clone()
         critic.load_state_dict(weights, assign=True)
-        # What is left are buffers.
+        # The rest are buffers.
         critic.to(source.device)
         adapters = getattr(source, "peft_config", {})
         name, adapter = next(iter(adapters.items()), ("default", peft_config))
         base = adapter.base_model_name_or_path if adapters else source.name_or_path
         adapter = copy.deepcopy(adapter)
-        # PEFT loads a critic by its adapter alone, which names its base model.
+        # PEFT loads a critic from just its adapter, which names the base model.
         adapter.task_type, adapter.inference_mode, adapter.base_model_name_or_path = TaskType.TOKEN_CLS, False, base
         if saved := getattr(adapter, "modules_to_save", None):
             modules = [f".{module}" for module, _ in critic.named_modules()]
@@ -200,6 +200,6 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
 
 
 def _renamed(name: str, head: str) -> str:
-    """Return the name that a weight of a classifier has in one whose head has the name `head`."""
+    """Return the name of a classifier's weight in a classifier whose head is named `head`."""
     owner, _, rest = name.partition(".")
     return f"{head}.{rest}" if owner in HEAD_NAMES else name

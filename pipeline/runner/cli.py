@@ -1,8 +1,8 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
-With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
-as well.
+With `--seeds`, the run `--seed N --output_dir RUN/seedN` of each seed N follows the one before, and RUN/report is the
+report over all. A step that fails ends the command, because the other seeds have the same configuration and would often
+fail, too.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from pipeline.runner.steps import REPORT, Step, find_step
 from pipeline.stages import SMOKE
 
 Decided = list[tuple[Step, Decision]]
-"""Steps, and what to do about each."""
+"""Steps, and the decision about each."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run` to `parser`."""
     add = parser.add_argument
     add("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
-    meaning = "run this step and all after it, even if they have finished; the steps it needs must have finished"
+    meaning = "run this step and all later ones, even if they have finished; the steps it needs must have finished"
     meaning += "; with --seeds, new seeds share the steps before it with <run>"
     add("--from", dest="start", metavar="STEP", help=meaning)
     add("--until", metavar="STEP", help="stop after this step, its evaluation and the report")
-    meaning = "delete what these steps have written (default: all, from --from on), and run them and what needs them"
+    meaning = "delete the output of these steps (default: all, from --from on), and run them and what needs them"
     add("--force", nargs="*", metavar="STEP", help=meaning)
     add("--dry-run", action="store_true", help="print which steps would run and why; write nothing")
     seeds = parser.add_mutually_exclusive_group()
@@ -56,18 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_processes", type=int, help="processes of each training step (default: as in the launch file)")
     places = f"{LAUNCH_FILE}, in the recipe folder or in the current one"
     add("--config_file", help=f"launch file of accelerate (default: {places})")
-    meaning = "what starts training steps on all machines of a cluster, such as 'srun --ntasks-per-node=1'"
+    meaning = "command that starts training steps on all machines of a cluster, such as 'srun --ntasks-per-node=1'"
     add("--launcher", default="", help=meaning)
-    meaning = "fetch the models and data that the recipe names into the cache, for machines without internet, and stop"
+    meaning = "download the models and data of the recipe into the cache, for machines without internet, and stop"
     add("--download", action="store_true", help=meaning)
-    add("--no-fork", action="store_true", help="start each step as a new process, which imports the libraries itself")
-    add("--plain", action="store_true", help="print a line for each event, as without a terminal, not a live view")
-    add("--verbose", action="store_true", help="print all that the steps print, which is in <run>/logs")
+    add("--no-fork", action="store_true", help="start each step as a new process that imports the libraries itself")
+    add("--plain", action="store_true", help="print a line for each event instead of a live view")
+    add("--verbose", action="store_true", help="print the steps' output, which is also in <run>/logs")
     add("--smoke", action="store_true", help="two steps of every stage on a miniature, in <run>-smoke")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the steps that are due, or print which ones are. Return 0, a failed step's exit code, or 128 + its signal.
+    """Run or print the steps that are due. Return 0, a failed step's exit code, or 128 + its signal.
 
     Raises:
         UserError: If the recipe folder or an argument is wrong, or another run is writing to the same directory.
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) not in (None, ""):
             words += [f"--{name}", *map(str, as_list(value))]
     args.resume = as_typed(*words, *(["--smoke"] if args.smoke else []))
-    # The arguments of `accelerate launch` itself, and what starts it on several machines.
+    # The arguments of `accelerate launch` itself, and the command that starts it on several machines.
     args.launch = ["--config_file", launch_file(args)]
     args.launch += ["--num_processes", str(args.num_processes)] if args.num_processes else []
     args.launcher = shlex.split(args.launcher)
@@ -123,8 +123,8 @@ def _run_seeds(args: argparse.Namespace) -> int:
     """Run the steps of each seed and the report over them, or print them for `--dry-run`. Return the exit code."""
     whole = read_plan(args.recipe, args.output_dir, smoke=args.smoke)
     run_dir = whole.run_dir
-    # With --from, the runs of new seeds share the steps before that one with the run itself, which must be able to go
-    # on from there. The run's own seed shares all but the report, which is over one run.
+    # With --from, the runs of new seeds share the steps before it with the run itself, which must be able to continue
+    # from there. The run's own seed shares everything but the report, which is about a single run.
     since: dict[int, Step] = {}
     if args.start is not None:
         first = find_step(whole.steps, args.start, "--from")
@@ -140,7 +140,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
     runs = []
     for seed in args.seeds:
         own = argparse.Namespace(**vars(args) | {"seed": seed, "output_dir": run_dir / f"seed{seed}"})
-        # Of a new run, nothing is repeated: it has not got what comes from there on, or has it from RUN.
+        # In a new run, nothing is repeated: it lacks these steps, or shares them with RUN.
         own.start = None if seed in since else args.start
         with collect(problems):
             runs.append((own, *_prepare(own)))
@@ -152,7 +152,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
     if args.dry_run:
         for own, plan, decided in runs:
             print(f"seed {own.seed}, in {plan.run_dir}:")
-            # What a new seed shares with the run is not there yet.
+            # The files that a new seed shares with the run do not exist yet.
             names = [step.name for step in plan.steps]
             own_steps = names[names.index(since[own.seed].name) :] if own.seed in since else names
             _show([(step, decision) for step, decision in decided if step.name in own_steps], own)
@@ -164,7 +164,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
             if not is_live(args):
                 print(f"seed {own.seed}, in {plan.run_dir}:")
             if code := _run(plan, own):
-                print(f"seed {own.seed} ended with exit code {code}; the others are left as they are")
+                print(f"seed {own.seed} ended with exit code {code}; the others were not run")
                 return code
         if not is_reported:
             return 0
@@ -174,10 +174,10 @@ def _run_seeds(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
-    """Read the plan of a run and decide about its steps; raise a `UserError` with what one that is due would refuse."""
+    """Read the plan of a run and decide about its steps. Raise a `UserError` for what a due step would refuse."""
     plan = read_plan(args.recipe, args.output_dir, args.seed, args.smoke)
     written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
-    # A directory that cannot be made makes all others in it impossible.
+    # If this directory cannot be created, neither can those in it.
     for folders in ([plan.run_dir], written) if not args.dry_run else ():
         if problems := list(filter(None, map(check_directory, folders))):
             raise UserError(*problems)
@@ -193,18 +193,18 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     names, steps, processes = [step.name for step in due], plan.steps, count_processes(args)
     with show_checks(args):
         if args.smoke:
-            # The steps are checked as the recipe sets them: the settings of a smoke run would hide mistakes. But it
-            # neither reports nor pushes anything, which would need packages and a token.
+            # The steps are checked with the recipe's settings, because a smoke run's would hide mistakes. But trackers
+            # and pushes, which need packages and a token, are off.
             unset = ("report_to", "push_to_hub")
             quiet = {step.name: {key: step.values[key] for key in unset if key in step.values} for step in steps}
             whole = read_plan(args.recipe, plan.run_dir, args.seed).steps
             steps = tuple(replace(step, values={**step.values, **quiet[step.name]}) for step in whole)
         problems = check_steps(steps, names, processes)
-        # A smoke run may have fewer processes than the run that it is for.
+        # A smoke run may have fewer processes than the real run.
         if problems and args.smoke and not all(check_steps(steps, names, number) for number in (2, 4, 8, 16, 64)):
             problems = []
     if shards(file := launch_file(args)):
-        remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
+        remedy = "shards the model, which PPO refuses; stop before it with --until, then run it with another file"
         sharded = [step for step in due if step.stage.has_critic]
         problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
     if problems:
@@ -213,7 +213,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
 
 
 def _show(decided: Decided, args: argparse.Namespace) -> None:
-    """Print the decision about each step, and the command of one that is due."""
+    """Print the decision about each step, and the command of each step that is due."""
     for step, decision in decided:
         print(f"{'run' if decision.action == 'start' else decision.action} {step.name}: {decision.reason}")
         for path in decision.replaced:
@@ -227,7 +227,7 @@ def _show(decided: Decided, args: argparse.Namespace) -> None:
 
 def _run(plan: Plan, args: argparse.Namespace) -> int:
     """Run the steps that are due. Return the exit code."""
-    # The steps inherit the lock: if this process is killed, no other run starts before they have ended.
+    # The steps inherit the lock: if this process is killed, another run can only start once they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
@@ -239,10 +239,10 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         with contextlib.closing(RunConsole(title, state, args)) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
-        print(f"what was there before is in {replaced}; delete that when it is no longer needed")
+        print(f"earlier output was moved to {replaced}; delete that when it is no longer needed")
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
-        # What people do with a run that has finished: look at it, and talk with its model.
+        # Next steps for a finished run: look at it, and talk with its model.
         models = [step for step, _ in todo if step.stage.measured and step.stage.chats and step.stage.generates]
         after = [as_typed("app", plan.run_dir), *(as_typed("chat", step.output) for step in models[-1:])]
         print(*conclusion(report), sep="\n")
@@ -251,7 +251,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
 
 
 def conclusion(report: Path) -> list[str]:
-    """Return where the report is, how many promised figures were kept, what did not work and what to do about it."""
+    """Return where the report is, how many targets were met, what did not work and what to do about it."""
     summary = read_json(report.with_name("metrics.json"))
     promises = summary.get("promises", [])
     kept = f", all {len(promises)} promises kept" if promises else ""
@@ -263,7 +263,7 @@ def conclusion(report: Path) -> list[str]:
 
 
 def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
-    """Decide what to do about each step between `--from` and `--until`, whose inputs must be there and up to date."""
+    """Decide about each step between `--from` and `--until`. Their inputs must exist and be up to date."""
     steps = plan.steps
     first = 0 if args.start is None else steps.index(find_step(steps, args.start, "--from"))
     last = len(steps) - 1
@@ -319,7 +319,7 @@ def _run_all(
             executable = step.executable(args.launch, args.launcher)
             code, received, peak = run(executable, os.environ | variables, locks, output, args.warm)
         seconds, code = time.monotonic() - started, exit_code(code)
-        # A step whose push failed is complete, and not trained again.
+        # A step whose push failed is complete, and is not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
         if received is not None:
@@ -330,11 +330,11 @@ def _run_all(
             failed = f"failed with exit code {code}" if code else f"failed: it ended without writing {step.product}"
             failed = console.state.awaited if code == EXIT_WAITING else failed
             kept = f"{step.name} {failed}; the steps before it are kept"
-            console.stop(step, seconds, code or 1, kept, f"to go on from there: {args.resume}")
+            console.stop(step, seconds, code or 1, kept, f"to continue from there: {args.resume}")
             return code or 1
         console.finish(step, seconds)
         if code:
-            unpushed.append(f"{step.name} was not pushed to the Hub; {console.log(step)} ends with what to do")
+            unpushed.append(f"{step.name} was not pushed to the Hub; the end of {console.log(step)} says what to do")
     console.close()
     taken = f"{len(console.state.taken)} steps in {time_in_words(time.monotonic() - args.began)}"
     print(taken if console.state.taken else "nothing to do: all steps had finished", *unpushed, sep="\n")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view of its stages in a terminal, and anywhere else a line for each event."""
+"""The display of a run: a live view of its stages in a terminal, and otherwise a line for each event."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10
-"""Without a live view, a step that has taken longer than this prints its progress at each quarter."""
+"""Without a live view, a step that takes longer than this prints its progress at each quarter."""
 MAX_COLUMNS = 100
-"""Width of the live view, at most."""
+"""Maximum width of the live view."""
 
 MARKS = {
     "waiting": (" ", "dim"),
@@ -44,10 +44,10 @@ MARKS = {
 
 
 def is_live(args: argparse.Namespace) -> bool:
-    """Return whether to draw a live view: stdout is a terminal, and no option or variable asks for plain lines."""
+    """Return whether to draw a live view: stdout is a terminal, and no option or variable requests plain lines."""
     plain = os.environ.get("CI") or os.environ.get("NO_COLOR") or args.plain or args.verbose
     console = Console()
-    # With FORCE_COLOR, a pipe is interactive for rich. It draws with characters that only UTF has.
+    # With FORCE_COLOR, rich treats a pipe as interactive. It draws with characters that need UTF.
     return sys.stdout.isatty() and console.is_interactive and console.encoding.startswith("utf") and not plain
 
 
@@ -56,13 +56,13 @@ class RunConsole:
 
     A step writes two files, which a thread reads while the step runs:
 
-        logs/2_sft.log        all that it prints                         -> --verbose, and the last lines if it fails
+        logs/2_sft.log        all of its output                          -> --verbose, and the last lines if it fails
         logs/2_sft.progress   a line of JSON for each fact it reports    -> the bar, the loss and the time that is left
     """
 
     def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
         self.title, self.state, self._args = title, state, args
-        # A step that resumes appends to its log; its own part begins here.
+        # A resumed step appends to its log; the new part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
         self._live: Live | None = None
@@ -71,23 +71,23 @@ class RunConsole:
             self._live.start(refresh=True)
 
     def close(self) -> None:
-        """End the live view, whose last state stays on the screen."""
+        """End the live view; its last state remains on the screen."""
         if self._live is not None and self._live.is_started:
             self._live.refresh()
             self._live.stop()
 
     def event(self, line: str) -> None:
-        """Print an event that the live view shows by itself."""
+        """Print an event, unless the live view shows it."""
         if self._live is None:
             print(line)
 
     def log(self, step: Step) -> Path:
-        """Return the file to which everything goes that the step prints."""
+        """Return the log file of a step's output."""
         return self.state.run_dir / "logs" / f"{step.name}.log"
 
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
-        """Show a step while it runs. Yield a descriptor for its output, and variables by which it reports progress."""
+        """Show a step while it runs. Yield a descriptor for its output, and variables for reporting progress."""
         log, reports = self.log(step), self.log(step).with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
@@ -97,7 +97,7 @@ class RunConsole:
             log.open(encoding="utf-8", errors="replace") as printed,
             reports.open(encoding="utf-8") as reported,
         ):
-            # The command can be repeated by hand.
+            # Log the command, so that it can be repeated by hand.
             output.write(f"$ {command}\n".encode())
             self._log_begin = printed.seek(0, os.SEEK_END)
             ended = threading.Event()
@@ -116,7 +116,7 @@ class RunConsole:
         while not is_last:
             is_last = ended.wait(REFRESH_SECONDS)
             for line in reported:
-                # The last line may be half written.
+                # The last line may be incomplete.
                 with contextlib.suppress(ValueError, TypeError, LookupError):
                     progress.update(json.loads(line))
             quarter = 4 * progress.facts["done"] // progress.facts["total"] if progress.facts.get("total") else 0
@@ -146,13 +146,13 @@ class RunConsole:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
-            # What a step says that refuses its input is shown as a whole.
+            # If a step refuses its input, its message is shown in full.
             print(*lines[0 if code == EXIT_USER_ERROR else -20 :], sep="\n", file=sys.stderr)
         whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
         print(*messages, *whole, sep="\n")
 
     def _view(self) -> RenderableType:
-        """Return what the live view shows now: a line for each stage, what it does or has reached, and a time."""
+        """Return the current content of the live view: for each stage, its state or figure, and a time."""
         progress, (step_left, run_left) = self.state.progress, self.state.seconds_left()
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
         stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
@@ -162,7 +162,7 @@ class RunConsole:
             if stage.status == "running":
                 done, total = progress.facts.get("done", 0), progress.facts.get("total")
                 if not total and step_left:
-                    # A step that reports nothing is shown by the time that it took before.
+                    # The progress of a step that reports nothing is estimated from its earlier time.
                     done, total = progress.elapsed, progress.elapsed + step_left
                 what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
                 what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
@@ -182,11 +182,11 @@ class RunConsole:
             lines.append(Text(so_far if run_left is None else f"{so_far}, about {time_in_words(run_left)} left"))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
             if number := progress.facts.get("stopping"):
-                notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops at once"
+                notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops immediately"
                 lines.append(Text(notice, "yellow"))
         return Constrain(Group(*lines), MAX_COLUMNS)
 
 
 def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:
-    """Show in a live view that the steps are being checked, which takes seconds."""
+    """Show in the live view that the steps are being checked, which takes seconds."""
     return Console().status(f"Checking the steps of {args.recipe}") if is_live(args) else contextlib.nullcontext()

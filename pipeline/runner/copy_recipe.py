@@ -1,6 +1,6 @@
-"""`fourstage copy RECIPE FOLDER`: a recipe that comes with the package, as a folder of one's own to change.
+"""`fourstage copy RECIPE FOLDER`: copy a recipe of the package into your own folder.
 
-The copy writes to runs/<name of the folder>. With it come the recipe's README and the launch file of its commands.
+The copy writes to runs/<name of the folder>, and includes the recipe's README and the launch file.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def main(args: argparse.Namespace) -> int:
     if found := list(filter(None, problems)):
         raise UserError(*found)
     run_dir = f"runs/{args.folder.resolve().name}"
-    # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
-    # `runs/pocket` is not the beginning of `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.
+    # The text is edited rather than the values, to keep comments and order. Only whole names match: `runs/pocket` does
+    # not match `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.
     others = [other.removeprefix(name) for other in shipped_recipes() if other.startswith(f"{name}/")]
     renamed = {
         rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,

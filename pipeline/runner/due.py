@@ -1,4 +1,4 @@
-"""Which steps of a run are due, and why: what has changed in the settings and inputs of each since it ran.
+"""Which steps of a run are due, and why: what has changed in each one's settings and inputs since it ran.
 
 has not run yet                                      -> start
 a setting with an effect on what it writes changed   -> start, or continue if only the number of steps was raised
@@ -23,7 +23,7 @@ from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import Step
 
 Changes = dict[str, tuple[Any, Any]]
-"""The settings that differ, by field: the value before and the present one."""
+"""Settings that differ, by field: the earlier value and the current one."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Decision:
     """A decision about a step.
 
     Attributes:
-        action: "resume" goes on from what the step has saved, "continue" from its last checkpoint with more steps.
+        action: "resume" continues from what the step has saved, "continue" from its last checkpoint with more steps.
         reason: Why, as a phrase.
-        replaced: What it wrote before and will write again; a step that continues keeps its checkpoints.
+        replaced: Earlier output that it will write again; a step that continues keeps its checkpoints.
         deletes: Whether that is deleted instead of moved to the trash.
     """
 
@@ -46,7 +46,7 @@ class Decision:
 def decide(
     steps: Sequence[Step], record: RunRecord, again: Collection[str] = (), forced: Collection[str] = ()
 ) -> dict[str, Decision]:
-    """Decide by name what to do about each step; each comes after all that it needs.
+    """Decide what to do about each step, by name; each comes after the steps that it needs.
 
     The steps in `again` run even if they have finished, and so do the steps in `forced`, whose output is deleted.
     """
@@ -55,7 +55,7 @@ def decide(
     data = {need: fingerprint(folder) for need, folder in folders.items()}
     for step in steps:
         decision = _decide_one(step, record, {*again, *forced}, decisions, data)
-        # What a step wrote before is in the way if it starts again. One that continues keeps its checkpoints.
+        # Earlier output is in the way of a step that starts again. A step that continues keeps its checkpoints.
         if step.name in record.steps:
             written = step.leftovers if decision.action == "start" else ()
             if decision.action == "continue" and record.is_finished(step.name):
@@ -76,14 +76,14 @@ def _decide_one(
     if step.name in again and record.is_finished(step.name):
         return Decision("start", "finished, but asked to run again")
 
-    # What it is set to do.
+    # First, its settings.
     effective, harmless = find_changes(step, entry.get("values", {}))
     texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
     changes = ", ".join(sorted(texts, key=len))
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
-    # What it is made from: other steps, data that people may have edited, and files outside of the run.
+    # Then its inputs: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
         return Decision("start", f"depends on {', '.join(due)}")
     if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):
@@ -92,9 +92,9 @@ def _decide_one(
         return Decision("start", f"the data of {', '.join(edited)} were changed")
     files = {str(path): fingerprint(path) for path in step.files}
     if entry.get("files", files) != files:
-        return Decision("start", "the files that it reads changed")
+        return Decision("start", "the files that it reads have changed")
 
-    # Only now: more steps from an old checkpoint make sense if nothing else has changed.
+    # Checked last, because more steps from an old checkpoint only make sense if nothing else has changed.
     if is_longer:
         return Decision("continue", f"goes on from its last checkpoint ({changes}), on the schedule of the new total")
     if not record.is_finished(step.name):
@@ -104,18 +104,18 @@ def _decide_one(
     # `python -m recipes.sft` may have trained it further since.
     total = number_of(newest_state(step.output), "max_steps") if step.stage.launched else 0
     if total > number_of(step.values, "max_steps") > 0:
-        return Decision("start", f"was continued outside of this run, to {total} steps; raise max_steps to keep that")
+        return Decision("start", f"was continued to {total} steps outside of this run; raise max_steps to keep that")
     return Decision("skip", f"finished; without effect on it: {changes}" if harmless else "finished")
 
 
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:
-    """Return what differs between a step's settings `before` and now, with and without an effect on what it writes."""
+    """Return the changes of a step's settings since `before`: those that affect its output, and those that do not."""
     now = recorded_values(step)
     pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     effective = dict(changed)
     if step.kind == "evaluate":
-        # Reward models are named to check the judge, and lengths limit answers if nothing else does.
+        # Reward models only serve to check the judge, and lengths only limit answers if nothing else does.
         effective.pop("reward_models", None)
         if now.get("max_new_tokens"):
             effective.pop("lengths", None)
@@ -124,7 +124,7 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     if not (effective and step.stage.module):
         return effective, {name: pair for name, pair in changed.items() if name not in effective}
 
-    # A field that is not given has its default: to write that down is not a change. These imports take seconds.
+    # An omitted field has its default, so writing down the default is not a change. These imports take seconds.
     from pipeline import hardware
     from pipeline.config.output_directory import RECORD
     from pipeline.models.scratch import ScratchArguments
@@ -133,7 +133,7 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
     hints = field_types(*types)
     defaults = {item.name: item.default for kind in types for item in dataclasses.fields(kind)}
     machine = {name: choice.value for name, choice in hardware.training_defaults().items()}
-    # An untrained model reads few of the fields in the file that it shares with pretraining, its sizes among them.
+    # An untrained model reads few fields of the file that it shares with pretraining, such as its sizes.
     if step.stage.file_of:
         read = {item.name for item in dataclasses.fields(ScratchArguments)}
         read |= {"seed", "tokenizer_name_or_path", "output_dir"}
@@ -145,7 +145,7 @@ def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Change
             return convert(values.get(name), hints[name]) if name in hints else values.get(name)
         return values.get(name)
 
-    # Training records in its directory what it ran with.
+    # Training records its arguments in its directory.
     earlier = {**defaults, **read_json(step.output / RECORD), **before}
     present = {**defaults, **machine, **now}
     effective = {name: pair for name, pair in effective.items() if resolve(name, earlier) != resolve(name, present)}

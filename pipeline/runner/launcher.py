@@ -1,8 +1,8 @@
 """Make `accelerate launch` end with the exit code of the launched program, and without a traceback of its own.
 
-torch loads the entry points `torchrun.handlers` in every launcher, and with them `install_exit_hook`, which acts if the
-launcher starts a module of this project. The runner starts this module instead, which takes the arguments of
-`accelerate launch`, does not need the project to be installed, and checks the launch file.
+torch loads the entry points `torchrun.handlers` in every launcher, including `install_exit_hook`, which acts if the
+launcher starts a module of this project. The runner starts this module instead. It takes the arguments of `accelerate
+launch`, does not need the project to be installed, and checks the launch file.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ BEYOND_ONE_PROCESS = (
     "cpu", "debug", "enable_cpu_affinity", "log_dir", "mpirun_hostfile", "tpu", "use_cpu", "use_deepspeed", "use_fsdp",
     "use_megatron_lm", "use_parallelism_config",
 )  # fmt: skip
-"""Arguments of `accelerate launch` that change more than the environment of one process."""
+"""Arguments of `accelerate launch` that affect more than the environment of one process."""
 
 VALUES: Mapping[str, range | tuple[str, ...]] = {
     **dict.fromkeys(("num_machines", "machine_rank", "main_process_port"), range(1 << 16)),
     "num_processes": range(1, 1 << 16),
     "mixed_precision": ("no", "fp16", "bf16", "fp8"),
 }
-"""Allowed values. accelerate accepts others, and fails with a traceback later."""
+"""Allowed values. accelerate would accept others, and fail with a traceback later."""
 
 PLUGIN_OPTIONS = {
     "deepspeed_config": ("deepspeed_", "zero", "offload_", "gradient_"),
@@ -46,8 +46,8 @@ PLUGIN_OPTIONS = {
     "mpirun_config": ("mpirun_",),
     "parallelism_config": ("parallelism_config_",),
 }
-"""How the options begin that a mapping of a launch file may set. accelerate copies any key of these into its arguments,
-also `main_process_ip`; to the keys of the others (`fsdp_config`), it adds the beginning itself."""
+"""Prefixes of options that a mapping in a launch file may set. accelerate copies any key of these into its arguments,
+even `main_process_ip`; to the keys of the others (`fsdp_config`), it adds the prefix itself."""
 
 ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
     "compute_environment": ("LOCAL_MACHINE",),
@@ -57,8 +57,8 @@ ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
     "mpirun_config": (None, {}),
     "tpu_use_cluster": (None, False),
 }
-"""Values of a launch file that nobody has named. With others, the launchers of several machines meet at an address of
-the file, and start what they agree on."""
+"""Allowed values in a launch file that the user has not named. With other values, launchers on several machines would
+meet at an address in the file, and start what they agree on."""
 
 
 def exit_code(code: int) -> int:
@@ -67,7 +67,7 @@ def exit_code(code: int) -> int:
 
 
 def count_processes(args: argparse.Namespace) -> int:
-    """Return the processes of a training step: as many as the command asks for, the launch file, or there are GPUs."""
+    """Return the number of processes of a training step: from the command, the launch file, or the number of GPUs."""
     from torch.cuda import device_count
 
     asked = args.num_processes or read_yaml(launch_file(args)).get("num_processes")
@@ -75,7 +75,7 @@ def count_processes(args: argparse.Namespace) -> int:
 
 
 def launch_file(args: argparse.Namespace) -> str:
-    """Return the launch file: the one that the command names, else the recipe folder's, else the one in this folder."""
+    """Return the launch file: the one that the command names, the recipe folder's, or the one in this folder."""
     own = args.recipe / LAUNCH_FILE
     named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
     return str(find_shipped(Path(named)))
@@ -101,9 +101,9 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def check_launch_file(path: str, named: bool = True) -> Problem | None:
-    """Check a launch file, for which `accelerate launch` would print a traceback, or do what nobody asked for.
+    """Check a launch file for what would give a traceback in `accelerate launch`, or is not allowed.
 
-    Only one that the user has `named` may let other machines take part.
+    Only a file that the user has `named` may involve other machines.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
@@ -124,7 +124,7 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
             return problem(f"{item.name} has no option {', '.join(other)}; remove it")
         if (values := VALUES.get(item.name)) and value is not None and value not in values:
             known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
-            return problem(f"{item.name} is {value}, and here must be one of {known}; correct it")
+            return problem(f"{item.name} is {value}, but must be one of {known}; correct it")
     if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
         return problem("has several machines and no main_process_ip; add it")
     if not named and (asked := [name for name, usual in ON_THIS_MACHINE.items() if config.get(name) not in usual]):
@@ -133,17 +133,17 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
 
 
 def install_exit_hook() -> None:
-    """Make a launcher of the project's modules start these, and end with their exit code; torch calls it in each."""
+    """Make a launcher of the project's modules find them, and end with their exit code; torch calls it in each."""
     modules = [value for option, value in pairwise(sys.argv) if option in ("-m", "--module")]
     if modules and modules[0].split(".")[0] in ("pipeline", "recipes"):
-        # The folder where it is typed may have a `recipes.py` of its own.
+        # The current folder may have its own `recipes.py`.
         for name, value in safe_path().items():
             os.environ.setdefault(name, value)
         _end_with_program()
 
 
 def _end_with_program() -> None:
-    """Exit with the program's code, without the messages of torch's agent, and give the program time to save."""
+    """Exit with the program's code, without messages of torch's agent, and give the program time to save."""
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").addFilter(lambda record: False)
     # Seconds in which processes may save after a signal; torch's default, 30, is short for large models.
@@ -169,13 +169,13 @@ def _end_with_program() -> None:
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     """Launch as `accelerate launch` does, with its arguments `argv`. Return 0, or 2 for a broken launch file.
 
-    A process that was `forked` to run the program becomes the program where a single one is asked for. If the program
+    If a single process is requested, a process that was `forked` for the program becomes the program. If the program
     fails, raise an error that becomes its exit code.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-    # Options that the user gives come last, and win.
+    # Options given by the user come last and take precedence.
     args = launch_command_parser().parse_args([*machines(), *(sys.argv[1:] if argv is None else argv)])
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
         is_alone = one.module and one.num_processes == 1 and (one.num_machines or 1) == 1 and one.gpu_ids == "all"
         asks_more = one.mixed_precision == "fp8" or any(getattr(one, name, None) for name in BEYOND_ONE_PROCESS)
         if is_alone and not asks_more:
-            # A single process needs no launcher: this one becomes it, with the environment that it would be given.
+            # A single process needs no launcher: this one becomes the program, in the environment of a launched one.
             single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
             given = prepare_multi_gpu_env(one) | single if one.multi_gpu else prepare_simple_launcher_cmd_env(one)[1]
             os.environ.update(given)

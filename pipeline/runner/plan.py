@@ -1,4 +1,4 @@
-"""`fourstage plan RECIPES`: what a run will take, by arithmetic; nothing is trained or downloaded.
+"""`fourstage plan RECIPES`: estimate what a run takes; nothing is trained or downloaded.
 
     fourstage plan recipes/base --num_processes 8 --gpu h100 --price 2.5
     fourstage plan recipes/pocket --hidden_size 256
@@ -36,14 +36,14 @@ from pipeline.runner.steps import Step
 
 TEXT, ANSWER = 1 / 4, 1 / 3
 START, TEXT_RATE = 3.0, 4e6
-"""Seconds in which a step loads libraries, model and data, and bytes of text in a second that `recipes.data` writes or
-a tokenizer is trained on; both were measured with recipes/pocket on 2 cores of an AMD EPYC."""
+"""Seconds in which a step loads libraries, model and data, and bytes of text per second for `recipes.data` and for
+training a tokenizer; both measured with recipes/pocket on 2 cores of an AMD EPYC."""
 LAYER, VLLM_LAYER = 1e-3, 1e-4
-"""Seconds of a layer for one position of all answers: transformers launches its kernels one by one."""
+"""Seconds per layer for one position of all answers: transformers launches its kernels one by one."""
 ROWS, SAMPLED, AT_ONCE, DOCUMENT = 400, 64, 256, 4e3
-"""Rows of a data set that an evaluation answers, problems that it answers several times, answers at once; bytes."""
+"""Rows of a data set that an evaluation answers, problems with several answers, answers at once; bytes per document."""
 LIBRARIES, TILE = 1.5e9, 2**27
-"""Bytes of a process that are not tensors, and logits that TRL's trainers keep at once, at most."""
+"""Bytes of a process besides tensors, and maximum number of logits that TRL's trainers keep at once."""
 ASSUMED = """
 Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
 1/3 of the longest answer, with a chat template on this disk besides, and data there a token for 4 characters;
@@ -54,7 +54,7 @@ downloads, judges, tasks of lm-eval.
 
 
 class Settings(SimpleNamespace):
-    """The settings of a step as attributes, with the defaults of its recipe; those that it does not have are None."""
+    """The settings of a step as attributes, with the defaults of its recipe; any other attribute is None."""
 
     def __getattr__(self, name: str) -> Any:
         return None
@@ -66,10 +66,10 @@ class Settings(SimpleNamespace):
 
 
 def count_work(stage: Settings) -> None:
-    """Add to the settings of a stage what it computes: `rows` of blocks, texts (two in a pair), or prompts and answers.
+    """Add the workload to a stage's settings: `rows` of blocks, texts (two in a pair), or prompts and answers.
 
-    `average` and `longest` are the tokens of a row, `passes` are over each token, where a backward pass counts as two,
-    `flops` are those of all processes, and `at_once` are the answers that a process samples at once.
+    `average` and `longest` are tokens of a row, `passes` the passes over each token (a backward pass counts as two),
+    `flops` the FLOPs of all processes, and `at_once` the answers that a process samples at once.
     """
     from pipeline.models.experts import training_flops_per_token
 
@@ -78,7 +78,7 @@ def count_work(stage: Settings) -> None:
     if kind.samples:
         stage.average, stage.longest = stage.text + ANSWER * stage.cut, stage.text + stage.cut
     if not kind.measured:
-        # Answers are sampled for people or annotators to choose from, also for validation and test.
+        # Answers are also sampled for validation and test, for people or annotators to choose from.
         prompts = (stage.max_prompts or stage.data) + 2 * (stage.max_eval_prompts or 0)
         stage.rows, stage.passes, stage.at_once = prompts * stage.samples_per_prompt, 1, stage.batch_size
     else:
@@ -96,7 +96,7 @@ def count_work(stage: Settings) -> None:
         # If a rollout is used in one step, training itself computes the old log-probabilities.
         old = stage.gradient_accumulation_steps % (rollout * uses) > 0
         if not kind.samples:
-            # KTO gives each prompt the answer of another one as well, to policy and reference.
+            # KTO also gives each prompt the answer of another one, with policy and reference.
             stage.passes = training + stage.reference + 2 * (kind.data == "unpaired")
         elif kind.has_critic:
             # Sampling, old log-probabilities and values; then policy and critic are trained.
@@ -108,12 +108,12 @@ def count_work(stage: Settings) -> None:
     each = training_flops_per_token(stage.model, round(stage.average))
     # A reward model scores a text, and computes no logits.
     each -= 0 if kind.generates else 6 * config.vocab_size * config.hidden_size
-    # This was a forward and a backward pass, which are three.
+    # This was one forward and one backward pass, which count three.
     stage.flops = stage.rows * stage.average * stage.passes / 3 * each
 
 
 def evaluation_seconds(step: Step, stage: Settings, args: argparse.Namespace) -> float:
-    """Return the time in which a model answers instructions, prompts and problems, some of these `samples` times."""
+    """Return the time for answering instructions, prompts and problems, some of these `samples` times."""
     if not stage.kind.generates:
         return START
     own, model = Settings(**step.values), stage.model
@@ -132,31 +132,31 @@ def memory(stage: Settings) -> dict[str, float]:
     hidden, all_layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    # Sharded weights are gathered, and copied, layer by layer.
+    # Sharded weights are gathered and copied layer by layer.
     shares, layers = (stage.processes, all_layers) if stage.sharded else (1, 1)
     trained = stage.trained / shares
     read = (stage.per_device_train_batch_size or 0) * stage.texts * stage.longest
 
-    # For the backward pass, a layer keeps of each token the inputs of its two norms in float32, as they are and
-    # normalised, and their outputs; queries, keys, values and the output of attention, which keeps no scores; and four
-    # times the width of its feed-forward network.
+    # For the backward pass, a layer keeps for each token the inputs of its two norms in float32, raw and normalised,
+    # and their outputs; queries, keys, values and the output of attention (but no scores); and four times the width of
+    # its feed-forward network.
     width = getattr(config, "intermediate_size", None) or 4 * hidden
     width *= 1 + (getattr(config, "num_local_experts", None) or 0)
     layer = 2 * 2 * 4 * hidden + stage.size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
-    # If activations are computed again, the inputs of all layers are kept, and everything of one layer at a time.
+    # If activations are recomputed, only the inputs of all layers are kept, plus everything of one layer at a time.
     activations = all_layers * 4 * hidden + layer if stage.recompute else all_layers * layer
-    # Pretraining has all logits at once, TRL's trainers a tile of them, and a reward model has a score.
+    # Pretraining has all logits at once, TRL's trainers have a tile, and a reward model only has scores.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
         logits = min(TILE, logits)
-    # PPO and GRPO convert what an adapter leaves as it is.
+    # PPO and GRPO convert the weights that are frozen under an adapter.
     half = stage.use_peft and stage.kind.samples and stage.size == 2 and stage.frozen_dtype != "float32"
     return {
         "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
         "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,
         "optimizer": 8 * trained,
         "activations": read * activations,
-        # Logits and their gradient, and in float32 a copy, its log-softmax and a gradient.
+        # Logits and their gradient and, in float32, a copy, its log-softmax and a gradient.
         "logits": logits * (2 * stage.size + 3 * 4),
         "rollouts": stage.at_once * stage.longest * 2 * keys * all_layers * stage.size,
         "frozen": stage.frozen * parameters * (2 if half else 4) / shares,
@@ -165,7 +165,7 @@ def memory(stage: Settings) -> dict[str, float]:
 
 
 def advice(stage: Settings, room: float) -> str:
-    """Return what makes a stage fit into `room` bytes, the least change first."""
+    """Suggest what makes a stage fit into `room` bytes, the smallest change first."""
     batch = stage.per_device_train_batch_size or 0
     for recompute, words in ((stage.recompute, ""), (True, "--activation_checkpointing true, ")):
         for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
@@ -178,13 +178,13 @@ def advice(stage: Settings, room: float) -> str:
 
 
 def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Settings | None:
-    """Return the settings of a step, with what follows from them; None if it neither trains nor samples.
+    """Return the settings of a step with derived values, or None if it neither trains nor samples.
 
-    They have `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
-    tokens (or of prompts, if answers are sampled), `cut` as the longest text or answer, `frozen` other networks, and
-    `size`, the bytes of an activation. `made` holds what earlier steps make, and is given what this one does, by
-    folder: a model, the size of a vocabulary, or rows; by ("tokens", folder) the length of a row, and by
-    ("template", folder) what the chat template adds to a prompt.
+    These are `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
+    tokens (of a prompt, if answers are sampled), `cut`, the longest text or answer, `frozen` other networks, and
+    `size`, the bytes of an activation. `made` has what earlier steps make; this step adds its own, by folder: a model,
+    the size of a vocabulary, or rows; by ("tokens", folder) the length of a row, and by ("template", folder) what the
+    chat template adds to a prompt.
     """
     from trl import ModelConfig
 
@@ -197,7 +197,7 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     kind, items = step.stage, [item for kind in step.argument_types for item in dataclasses.fields(kind)]
     defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
     own = Settings(**{**defaults, **step.values})
-    # Later steps need to know the size of the vocabulary, and how many choices people make.
+    # Later steps need the size of the vocabulary, and the number of people's votes.
     if step.kind in ("tokenizer", "votes"):
         made[own.output_dir] = own.vocab_size or own.min_votes
     if not kind.launched:
@@ -212,7 +212,7 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     else:
         model = load_empty(name, "model_name_or_path", own.model_revision)
         tokenizer = load_tokenizer(own.tokenizer_name_or_path or name, "model_name_or_path")
-        # Chat models have a system prompt, which may be longer than a question.
+        # Chat models may have a system prompt that is longer than a question.
         if tokenizer.chat_template:
             empty = [{"role": "user", "content": ""}]
             template = len(tokenizer.apply_chat_template(empty, add_generation_prompt=True, return_dict=False))
@@ -221,13 +221,13 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     data, text = count_rows(own.build(DataArguments), content, made, needed)
     trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
     made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
-    # What several fields say together.
+    # Values that combine several fields.
     own.packing = kind.from_scratch or own.packing
     chosen = own.activation_checkpointing
     own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)
     own.judges = 1 if isinstance(own.reward_model_path, str) else len(own.reward_model_path or [])
     own.reference = ((own.kl_coef if kind.has_critic else own.beta) or 0) > 0
-    # Under LoRA, the reference is the model without its adapter.
+    # With LoRA, the reference is the model without its adapter.
     adapts_critic = bool(own.use_peft and own.value_use_peft)
     own.frozen = own.judges + (1 + adapts_critic if own.use_peft or not trained else own.reference)
     if kind.has_critic:
@@ -246,7 +246,7 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `plan` to `parser`; what it does not know are options of the recipes."""
+    """Add the arguments of `plan` to `parser`; any others are options of the recipes."""
     parser.set_defaults(overrides=[])
     parser.add_argument("recipe", type=Path, help="folder of YAML files, or the name of one such as pocket")
     parser.add_argument("--num_processes", type=int, help="processes, one for each GPU (default: the launch file's)")
@@ -261,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print what each stage of a recipe folder takes. Return 0, whether or not it fits."""
+    """Print what each stage of a recipe folder takes. Return 0 even if it does not fit."""
     print(f"reading {args.recipe} ...", file=sys.stderr, flush=True)
     from pipeline import hardware
 
@@ -274,7 +274,7 @@ def main(args: argparse.Namespace) -> int:
     args.processes, args.sharded = count_processes(args), shards(launch_file(args))
     planned = read_plan(args.recipe).steps
     steps = [step for step in planned if step.stage.module]
-    # An option applies to all steps that know it.
+    # An option applies to all steps that have it.
     types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
     given, problems = read_command_line(args.overrides, list(types))
     if problems:
@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> int:
             stages[step.output.name] = stage
     for step in planned if stages else ():
         if step.kind == "evaluate":
-            # Random weights are as many as what is made of them.
+            # Untrained models have as many weights as the models trained from them.
             stage = stages.get(step.product.stem, next(iter(stages.values())))
             others["evaluations"]["hours"] += evaluation_seconds(step, stage, args) / 3600
     entries = {name: _entry(stage, args) for name, stage in stages.items()}
@@ -335,7 +335,7 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
     total = sum(parts.values())
     advised = advice(stage, args.processor.memory) if total > args.processor.memory else ""
     if args.sharded and not stage.sharded:
-        advised = "PPO refuses to be sharded; run it apart, with another launch file"
+        advised = "PPO cannot be sharded; run it separately with another launch file"
     return {
         "parameters": stage.model.num_parameters(),
         "tokens": round(stage.rows * stage.average),
@@ -350,7 +350,7 @@ def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(entries: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print a table of the stages, what is assumed, memory by part, and what would make a stage fit that does not."""
+    """Print a table of the stages, the assumptions, memory by part, and advice for stages that do not fit."""
     table = {**entries, **others}
     sums = {key: sum(entry.get(key) or 0 for entry in table.values()) for key in ("disk_bytes", "hours", "cost")}
     row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"

@@ -1,8 +1,8 @@
-"""Find, before the first step runs, what a later step would refuse hours from now.
+"""Find, before the first step runs, what a later step would refuse hours later.
 
-Each step is given the arguments that its recipe will build, for as many processes as will train it, and the
-configuration of the model that an earlier step makes. What depends on the rows of a data set shows when the step loads
-them, which `--smoke` does within seconds.
+Each step is checked with the arguments that its recipe will build, its number of processes, and the configuration of
+the model that an earlier step makes. Problems with the rows of a data set only show when the step loads them, which
+`--smoke` does within seconds. `pipeline.training.checks` has the checks that training repeats.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pipeline.runner.steps import Step
 def check_steps(
     steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
 ) -> list[Problem]:
-    """Return values that are wrong by themselves or together, and inputs that do not exist, under the step's name.
+    """Return wrong or contradictory values, and inputs that do not exist, prefixed with the step's name.
 
-    Each step comes after all that it needs, and trains in so many `processes`; only those that are `due` are reported
-    (default: all). Without `rewards`, reward functions are not loaded, which may need packages.
+    Each step comes after the steps that it needs, and trains with `processes` processes. Only `due` steps are reported
+    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check
@@ -40,7 +40,7 @@ def check_steps(
     # Configurations of the models that the run makes, by folder.
     made: dict[str, Any] = {}
     for step in steps:
-        # A step that shares the file of another one is checked with that one.
+        # A step that shares the file of another step is checked with that step.
         if step.stage.module and not step.stage.file_of:
             found = _check_step(step, made, processes, rewards)
             if due is None or step.name in due:
@@ -87,7 +87,7 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     if rewarded is not None and rewards:
         problems += rewarded.preflight(training, None, None, early=True)
 
-    # Each model and data set is named, because a step starts from them, and a path exists or is made by the run.
+    # Models and data sets must be named, and their paths must exist or be made by the run.
     for item, name in ((item, name) for item in built for name in (*READ, "chat_template_path") if hasattr(item, name)):
         given = as_list(getattr(item, name))
         if name in ("model_name_or_path", "dataset_name") and not all(given or [None]):
@@ -103,7 +103,7 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     config = made.get(name)
     with collect(problems):
         if scratch is not None:
-            # Nothing that is checked here depends on the size of the vocabulary, which is not known yet.
+            # The size of the vocabulary is not known yet, but no check depends on it.
             config = build_empty(scratch, 1 << 15).config
         elif config is None and name and Path(name).is_dir() and not Path(name).is_relative_to(home):
             with user_error_for("model_name_or_path", name):

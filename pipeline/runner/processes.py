@@ -1,6 +1,6 @@
-"""Run a step as a child process that receives the runner's signals, can save, and does not outlive the runner.
+"""Run a step as a child process that gets the runner's signals, can save, and does not outlive the runner.
 
-Importing torch, transformers and TRL takes seconds. So the runner starts this module as a warm process, which imports
+Importing torch, transformers and TRL takes seconds. So the runner starts this module as a warm process that imports
 them once and forks for each step. The fork runs the step's module as `python -m` would in a new process.
 
     runner                           warm process                       step
@@ -9,9 +9,9 @@ them once and forks for each step. The fork runs the step's module as `python -m
     .send_signal      ------------------------------------------------> SIGINT, SIGTERM
     .wait        <-- code and memory --  wait4  <---------------------  ends
 
-Forking is safe only while nothing else runs in the process. So the warm process never computes, which would start the
-threads of OpenMP, and it ends if there is an accelerator, whose driver does not survive a fork, or a thread of Python.
-The forkserver of multiprocessing goes on even if there are threads, and its forks do not run their exit functions.
+Forking is only safe while nothing else runs in the process. So the warm process never computes, which would start
+OpenMP threads, and it ends if there is an accelerator, whose driver does not survive a fork, or a Python thread. The
+forkserver of multiprocessing would continue despite threads, and its forks do not run exit functions.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from pipeline.errors import RunStopped, leave_closed_terminal, signal_with_paren
 from pipeline.runner import launcher
 
 DEFAULTS = {
-    # TRL and the Hub client report their use otherwise.
+    # Otherwise, TRL and the Hub client send telemetry.
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_TELEMETRY": "1",
-    # Tokenizers warn when a process that has used threads forks.
+    # Tokenizers would warn when a process that has used threads forks.
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
@@ -52,11 +52,11 @@ PRELOADED = (
     "accelerate.commands.launch", "pipeline.evaluation.stage", "pipeline.preferences.collect", "pipeline.report.page",
     "pipeline.rl.grpo", "pipeline.rl.ppo", "pipeline.training.train", "recipes", "trl:RewardTrainer", "trl:SFTTrainer",
 )  # fmt: skip
-"""What the steps import, as `pkgutil.resolve_name` takes it."""
+"""The steps' imports, as names for `pkgutil.resolve_name`."""
 
 
 class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
-    """The runner's side of a warm process, which ends with this context, and of the step that was forked last."""
+    """The runner's side of a warm process, which ends with this context, and of the last forked step."""
 
     pid: int
 
@@ -83,7 +83,7 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
     ) -> bool:
-        """Run a command as `run` does, in a fork. Return whether that is possible."""
+        """Start a command in a fork, as `run` would start it. Return whether that was possible."""
         if list(command[:2]) != [sys.executable, "-m"]:
             return False
         if self._is_ready is None:
@@ -110,7 +110,7 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
 
     def wait(self) -> tuple[int, int]:
         """Wait until the step has ended. Return its code and peak memory, as `wait_measured` does."""
-        # If the warm process dies, the kernel sends its step SIGTERM. Nobody learns what the step did then.
+        # If the warm process dies, the kernel sends its step SIGTERM. The step's exit code is then unknown.
         code, peak = _receive(self._channel) or (-signal.SIGTERM, 0)
         select.select([self._handle], [], [])
         os.close(self._handle)
@@ -126,19 +126,19 @@ def run(
 ) -> tuple[int, signal.Signals | None, int]:
     """Run a command until it ends.
 
-    The first SIGINT, SIGTERM or SIGHUP is forwarded to the child, which is then waited for. The second one kills the
-    child and all its descendants, unless it is a SIGHUP, which a terminal that closes may send twice.
+    The first SIGINT, SIGTERM or SIGHUP is forwarded to the child, which may then finish. The second one kills the child
+    and all its descendants, unless it is a SIGHUP, which a closing terminal may send twice.
 
     Args:
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
-        output: File descriptor to which the child's stdout and stderr go; by default where the runner's own go.
-        warm: Process from which the command is forked, if that is possible; by default it is a new process.
+        output: File descriptor for the child's stdout and stderr; by default, the runner's own.
+        warm: Process from which the command is forked if possible; by default, it is a new process.
 
     Returns:
-        The child's return code and peak memory in bytes, as `wait_measured` defines them, and between them the first
-        signal that the runner received, or with whose code the child ended: a cluster signals what it has launched.
+        The child's return code and peak memory in bytes, as in `wait_measured`, and between them the first signal that
+        the runner received, or that the child's code stands for: a cluster may signal only what it has launched.
     """
-    # The handler below stays in place until the child has ended, however often a signal comes.
+    # The handler below stays in place until the child has ended, however many signals arrive.
     received: list[signal.Signals] = []
     process: subprocess.Popen[bytes] | WarmProcess | None = None
 
@@ -148,7 +148,7 @@ def run(
         if process is None or (len(received) > 1 and received[-1].name == "SIGHUP"):
             return
         if len(received) > 1:
-            # The user does not want to wait until it has saved. A launcher's workers have sessions of their own.
+            # The user does not want to wait for the save. A launcher's workers have their own sessions.
             with contextlib.suppress(psutil.NoSuchProcess):
                 top = psutil.Process(process.pid)
                 for descendant in [*top.children(recursive=True), top]:
@@ -169,13 +169,13 @@ def run(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # Ctrl-C in a terminal would reach it twice otherwise.
+                # Otherwise, Ctrl-C in a terminal would reach it twice.
                 process_group=0,
                 pass_fds=descriptors,
-                # The step saves when the runner dies.
+                # Make the step save when the runner dies.
                 preexec_fn=signal_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
             )
-        # It came between installing the handlers and starting the child.
+        # A signal came between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
         if isinstance(process, WarmProcess):
@@ -185,7 +185,7 @@ def run(
                 code, peak = wait_measured(process.pid)
                 process.returncode = code
             except ChildProcessError:
-                # A signal that came as the process ended made `Popen.send_signal` collect its code.
+                # `Popen.send_signal` has collected the code if a signal came just as the process ended.
                 code, peak = process.wait(), 0
     finally:
         for number, handler in before.items():
@@ -197,7 +197,7 @@ def run(
 def wait_measured(pid: int) -> tuple[int, int]:
     """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes."""
     _, status, usage = os.wait4(pid, 0)
-    # This is the largest process among the child and its descendants. Linux counts in KiB, macOS in bytes.
+    # This is the peak of the largest process among the child and its descendants, in KiB on Linux and bytes on macOS.
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -220,9 +220,9 @@ def main(argv: Sequence[str]) -> int:
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
         # At once, without waiting for threads.
         os._exit(1)
-    # Kernels before 5.3 have no handles of processes. The error ends this process.
+    # Kernels before 5.3 have no process handles. The error ends this process.
     os.close(os.pidfd_open(os.getpid()))
-    # Collections in the forks do not touch, and thereby copy, what was imported.
+    # Freezing keeps garbage collection in forks from touching, and thereby copying, the imported objects.
     gc.collect()
     gc.freeze()
 
@@ -235,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
         pid = os.fork()
         if pid == 0:
             break
-        # The locks among them would otherwise outlive the step.
+        # Otherwise, the locks among them would outlive the step.
         for descriptor in descriptors:
             os.close(descriptor)
         channel.send(pid)
@@ -250,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
     channel.close()
     os.setpgid(0, 0)
     signal_step()
-    # If the warm process died before the kernel was asked to signal that, nobody else will.
+    # If the warm process died before the kernel was asked to signal its death, no signal comes.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
     for source, target in zip(descriptors, (1, 2), strict=False):

@@ -1,8 +1,8 @@
-"""Read a recipe folder: the steps of its YAML files, and those that follow from them.
+"""Read a recipe folder: the steps in its YAML files, and the steps derived from them.
 
-A recipe names its paths in one directory, its `home`; `--output_dir` and `--smoke` write to another one, the `run_dir`.
-The settings of a step keep the paths of its file, so that two runs of a recipe in different directories have the same
-settings. The arguments of its command, and `output`, have the paths of the run.
+A recipe's paths are in one directory, its `home`; with `--output_dir` or `--smoke`, it writes to another one, the
+`run_dir`. A step's settings keep the paths from its file, so that runs of a recipe in different directories have the
+same settings. Its command's arguments and `output` have the paths of the run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.stages.kinds import StageKind
 
 RANDOM = STAGES["random"].directory
 RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
-"""Names in the directory of a run that no step may write to unless its kind has this name for its directory."""
+"""Reserved names in a run's directory, which a step may only write to if its kind's directory has this name."""
 
 Files = dict[str, tuple[str, Path, dict[str, Any]]]
 """Kind, path and content of each step's file, by its stem."""
@@ -36,7 +36,7 @@ Files = dict[str, tuple[str, Path, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, each after all that it needs, and where it writes. `seed` is None if no file names one."""
+    """The steps of a run, each after those that it needs, and its directory. `seed` is None if no file sets it."""
 
     steps: tuple[Step, ...]
     run_dir: Path
@@ -44,13 +44,13 @@ class Plan:
 
 
 def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
-    """Read the steps of a recipe folder, with an untrained model before pretraining, the evaluations and the report.
+    """Read the steps of a recipe folder, and add an untrained model before pretraining, evaluations and the report.
 
     Args:
         folder: Folder with files named `<number>_<kind>[_<anything>].yaml`, or one that is installed, such as pocket.
-        output_dir: Directory of the run. Default: where the files' `output_dir` lie; for a smoke run, with `-smoke`.
+        output_dir: Directory of the run. Default: the parent of the files' `output_dir`, with `-smoke` if `smoke`.
         seed: Seed of every step. Default: each step's own.
-        smoke: Whether every stage takes two steps on a miniature.
+        smoke: Whether every stage takes two steps in miniature.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
@@ -69,18 +69,18 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
         values = relocate(written, home, home)
         from_scratch = STAGES[kind].from_scratch and not values.get("model_name_or_path")
-        # A second pretraining starts from the same random weights, of another architecture.
+        # A second pretraining, of another architecture, has no untrained model of its own.
         if from_scratch and RANDOM not in [step.name for step in steps]:
             untrained = {**values, "output_dir": str(home / RANDOM)}
             steps.append(_step(RANDOM, "random", path, untrained, overrides("random", untrained), home, run_dir))
         steps.append(_step(stem, kind, path, values, overrides(kind, values), home, run_dir))
     steps = _connect(steps, home, run_dir)
 
-    # The steps and, after them, the stages that are measured.
+    # The steps and, after each one, its evaluation.
     settings = _evaluation_settings(folder, steps, home)
     order: list[Step | str] = []
     for step in steps:
-        # A model of the Hub is measured once, before the first stage that starts from it.
+        # A model from the Hub is measured once, before the first stage that starts from it.
         if settings["base"] and step.values.get("model_name_or_path") == settings["base"] and BASE not in order:
             order.append(BASE)
         order += [step, step.output.name] if step.stage.measured else [step]
@@ -95,18 +95,18 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
     planned: list[Step] = []
     for item in order:
         planned.append(item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, changed))
-    # People may correct data by hand. Then the steps that read the data are due, and the step that made them is not.
+    # People may correct data by hand. Then the steps that read the data are due, but not the step that made them.
     editable = {step.name: step.output for step in steps if step.stage.editable}
     planned = [replace(one, data={need: editable[need] for need in one.needs if need in editable}) for one in planned]
     names = tuple(step.name for step in planned)
     planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
-    # The record of the run names one seed: the first that a file names.
+    # The run's record has one seed: the first one in a file.
     seeds = (values["seed"] for *_, values in files.values() if isinstance(values.get("seed"), int))
     return Plan(tuple(planned), run_dir, next(seeds, None) if seed is None else seed)
 
 
 def _read_folder(folder: Path) -> tuple[Files, Path]:
-    """Return the steps' files in the order in which the steps run, and the directory in which all steps write."""
+    """Return the steps' files in the order of the steps, and the directory that all steps write to."""
     remedy = "give a folder with files such as 2_sft.yaml"
     try:
         paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
@@ -128,7 +128,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
         except UserError as error:
             problems += [replace(problem, field="recipe") for problem in error.problems]
             continue
-        # The directories of the runner and of a few kinds have fixed names, so that others find them.
+        # The directories of the runner and of a few kinds have fixed names, so that other steps find them.
         output_dir, own_name = content.get("output_dir"), STAGES[kind].directory
         if not isinstance(output_dir, str):
             problems.append(Problem("output_dir", path, "must name the directory that this step writes"))
@@ -141,7 +141,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
         read.setdefault(path.stem, (kind, path, {str(key): value for key, value in content.items()}))
     if problems:
         raise UserError(*problems)
-    # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_connect` finds another.
+    # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_connect` changes that.
     files = dict(sorted(read.items(), key=lambda one: (int(one[0].split("_")[0]), order.index(one[1][0]), one[0])))
 
     writers: dict[Path, str] = {}
@@ -152,7 +152,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
             raise UserError(Problem("output_dir", output, remedy))
         if (twin := writers.setdefault(output, stem)) != stem:
             raise UserError(Problem("output_dir", output, f"{twin} and {stem} would write there; give each its own"))
-    # One lock, one record and one report belong to a run, so that a recipe cannot write to two.
+    # A recipe cannot write to two runs, because a run has one lock, one record and one report.
     homes = {output.parent for output in writers}
     if len(homes) > 1:
         remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
@@ -161,10 +161,10 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
 
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
-    """Refuse a directory that contains more than a run, or that cannot be created."""
+    """Refuse a directory that contains other things than a run, or that cannot be created."""
     if problem := check_directory(run_dir, writable=False):
         raise UserError(problem)
-    # A link is followed, because what matters is which files the run would be written among.
+    # Links are followed, because what matters is which files are next to the run's.
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
     contains = Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real)
@@ -179,7 +179,7 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
 
 
 def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
-    """Refuse a directory that a recipe of the Hub has chosen, unless it is new or was made by this recipe before."""
+    """Refuse a directory chosen by a recipe from the Hub, unless it is new or was made by the same recipe."""
     name, _ = split_revision(recipe.as_posix())
     records = (run_dir / "run.json", *run_dir.glob("seed*/run.json"))
     is_new = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
@@ -191,20 +191,20 @@ def check_of_recipe(run_dir: Path, recipe: Path) -> Problem | None:
 def _step(
     name: str, kind: str, path: Path, values: Mapping[str, Any], overrides: dict[str, Any], home: Path, run_dir: Path
 ) -> Step:
-    """Return the step of the file `path`, which writes to `run_dir`; `values` has paths in `home`."""
+    """Return the step of the file `path`, which writes to `run_dir`; `values` contains paths in `home`."""
     values = {**values, **overrides}
     stage, output = STAGES[kind], run_dir / Path(values["output_dir"]).name
-    # Options of the command line override what the file says. In another directory, all paths of the run are options.
+    # Command line options override the file. For another directory, all paths of the run become options.
     moved = {key: new for key, value in values.items() if (new := relocate(value, home, run_dir)) != value}
     for key, value in moved.items():
-        # The command line cannot say a mapping, and the step would read another run's files.
+        # The command line cannot express a mapping, so the step would read another run's files.
         if not all(isinstance(item, str) for item in as_list(value)):
             remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
             raise UserError(Problem(f"{name}: {key}", values[key], remedy))
-    # The file that it shares names the directory of another step.
+    # The shared file names the directory of another step.
     own = {"output_dir": values["output_dir"]} if stage.file_of else {}
     arguments = ("--config", str(path), *_flags({**own, **overrides, **moved}))
-    # People's work is never moved or deleted.
+    # Never move or delete people's work.
     return Step(name, kind, arguments, output, () if stage.by_people else (output,), values)
 
 
@@ -214,8 +214,8 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
-    """Find the steps that each one needs, whose directories its settings name, and the files that it reads."""
-    # Each step comes before those of the same number that read what it writes: 3_preferences before 3_sft_preferred.
+    """Find the steps that each step needs, by the directories in its settings, and the files that it reads."""
+    # Each step comes before steps of the same number that read its output: 3_preferences before 3_sft_preferred.
     ordered: list[Step] = []
     for step in steps:
         written, number = str(home / step.output.name), step.name.partition("_")[0]
@@ -234,7 +234,7 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
             if not path.is_relative_to(home):
                 files += [path] if _names_file(key, text) else []
                 continue
-            # A file inside of a step's directory, such as `runs/pocket/data/README.md`, is of the step as well.
+            # A file inside a step's directory, such as `runs/pocket/data/README.md`, belongs to the step as well.
             directory = run_dir.joinpath(*path.relative_to(home).parts[:1])
             if directory in (run_dir, step.output):
                 continue
@@ -252,13 +252,13 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
 
 
 def _names_file(key: str, text: str) -> bool:
-    """Return whether a setting names a file or folder on this disk, other than a folder around the runs."""
+    """Return whether a setting names a file or folder on this disk, except for a parent of the runs."""
     named = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
     return named and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
 
 
 def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dict[str, Any]:
-    """Return the settings of all evaluations: evaluate.yaml, completed with what the stages read."""
+    """Return the settings of all evaluations: evaluate.yaml, completed from the stages' settings."""
     file = folder / EVALUATE
     content = relocate(read_yaml(str(file)), home, home) if file.exists() else {}
     settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
@@ -283,16 +283,16 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
 def _evaluation(
     stage: str, before: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], overrides: dict[str, Any]
 ) -> Step:
-    """Return the step that measures a stage on the run's data and against the stage that others are compared with."""
+    """Return the step that evaluates a stage on the run's data, against the stage that others are compared with."""
     own = [step for step in before if step.output == run_dir / stage]
     scores = any(not step.stage.generates for step in own)
 
-    # What it reads: the judge, held-out data and, for the model that the first stage starts from, that model.
+    # It reads the judge, held-out data and, to evaluate the model that the first stage starts from, that model.
     sources = [settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
     base = settings["base"] if stage == BASE else None
     named = [settings.get("judge"), base, *(source.get("dataset_name") for source in sources)]
     paths = {Path(name) for name in named if isinstance(name, str)}
-    # Only reward models are measured on people's votes, which may become more at any time.
+    # Only reward models are measured on people's votes, which may be added at any time.
     paths = {path for path in paths if scores or path.name != VOTES}
     home = Path(settings["home"])
     written = {run_dir / path.relative_to(home) for path in paths if path.is_relative_to(home)}
@@ -301,7 +301,7 @@ def _evaluation(
     if scores and (votes.is_file() or any(step.stage.by_people for step in before)):
         files.add(votes)
 
-    # Whatever it reads of the run comes first: all data, the opponent, and the model that it measures.
+    # Everything that it reads from the run comes first: all data, the opponent, and the model that it measures.
     needs = []
     for step in before:
         makes_data = step.stage.editable and not step.stage.by_people

@@ -1,4 +1,4 @@
-"""The record of what a run has done (`run.json`), by step, and the trash for what a step that starts again wrote."""
+"""The record of a run (`run.json`), by step, and the trash for the earlier output of steps that start again."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ READ_WHOLE_BYTES = 64 * 2**20
 """A larger file is identified by its size and modification time, because reading a whole corpus takes minutes."""
 
 TRASH = ".trash"
-"""Folder in the directory of a run; each command that moves something there makes a folder in it, named by the time."""
+"""Folder in a run's directory. Each command that moves something there makes a subfolder named by the time."""
 
 
 @dataclass
 class RunRecord:
     """The content of a run's `run.json`.
 
-    Its `steps` map the name of each step that was started to an entry with:
+    Its `steps` map the name of each started step to an entry with:
 
     - `id`, which changes whenever the step starts from the beginning or continues; `values`, its settings
-    - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of what it was made from
+    - `inputs`, the `id` of each step that it was made from; `data` and `files`, fingerprints of its other inputs
     - `command`; `hardware`, `versions` and `commit` of the machine that ran it last
-    - `seconds`, over all its parts; `peak_memory`, resident bytes of its largest process, 0 if unknown
+    - `seconds`, over all attempts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
-    - `lost`, the rows that it cut or dropped, if any (see `pipeline.progress.report_lost`)
+    - `lost`, the rows that it truncated or dropped, if any (see `pipeline.progress.report_lost`)
 
-    Its `since` names the first step of its own, if it shares the steps before it with the run around it.
+    Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
-        """Return the record of the run in `run_dir`, empty if the run has not been started; it must not be damaged."""
+        """Return the record of the run in `run_dir`, empty for a new one; raise a `UserError` if it is damaged."""
         path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
         steps = content.setdefault("steps", {})
         if not all(isinstance(entry.get("id"), str) for entry in steps.values()):
@@ -76,8 +76,8 @@ class RunRecord:
         write_text(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def start(self, step: Step, action: str, command: str) -> None:
-        """Record that a step starts, resumes or continues, with `command` as typed in a shell."""
-        # A step that goes on adds to its seconds. Its id changes with its length, so that what is made from it is due.
+        """Record that a step starts, resumes or continues, with its shell `command`."""
+        # A step that goes on adds to its seconds. If its length changes, it gets a new id: dependent steps are due.
         before = {} if action == "start" else self.steps.get(step.name, {})
         kept = before.get("id") if action == "resume" else None
         self.steps[step.name] = {
@@ -96,7 +96,7 @@ class RunRecord:
         self.update()
 
     def stop(self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: object = ()) -> None:
-        """Record that a step has ended, after `seconds` more, its memory, and the rows that it cut or dropped."""
+        """Record the end of a step after `seconds` more, with its memory and the rows that it truncated or dropped."""
         entry = self.steps[step.name]
         entry |= {"lost": lost} if lost else {}
         entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
@@ -106,7 +106,7 @@ class RunRecord:
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
-    """Link the finished ones of `steps` of the run in `run_dir` into a new run, without checkpoints; record `since`."""
+    """Link finished `steps` of the run in `run_dir` into a new run, without checkpoints, and record `since`."""
     record, own = RunRecord.read(run_dir), RunRecord.read(seed_dir)
     finished = [step for step in steps if record.is_finished(step.name)]
     for path in (path for step in finished for path in step.leftovers or (step.output,)):
@@ -122,23 +122,23 @@ def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    # It is there if an earlier attempt was interrupted.
+    # It exists if an earlier attempt was interrupted.
     with contextlib.suppress(FileExistsError):
         os.link(source, target)
 
 
 def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
-    """Move files, and the content of directories, to the same place below `trash`, or delete them without one.
+    """Move files, and the contents of directories, to the same place below `trash`, or delete them if that is None.
 
-    What matches the pattern `kept` stays in its directory. Return what became of each path, one line each.
+    Files that match the pattern `kept` stay. Return one line for each path that says what was done.
     """
     lines = []
     for path in filter(Path.exists, paths):
-        # The folder itself stays: it may be a link to another disk.
+        # The folder itself stays, because it may be a link to another disk.
         children = list(path.iterdir()) if path.is_dir() else [path]
         if trash is None:
             for child in children:
-                # A link goes, and what it points to stays.
+                # Remove a link, but not its target.
                 if child.is_dir() and not child.is_symlink():
                     shutil.rmtree(child)
                 else:
@@ -147,7 +147,7 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
             continue
         # `trash` is <run>/.trash/<time>.
         run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
-        # The record of the run says with which settings they were made.
+        # The record of the run has the settings they were made with.
         if not trash.exists():
             trash.mkdir(parents=True)
             shutil.copy2(run_dir / "run.json", trash)
@@ -161,11 +161,11 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
 
 
 def recorded_values(step: Step) -> dict[str, Any]:
-    """Return the step's settings as they are read back from `run.json`."""
+    """Return the step's settings in the form in which they are read back from `run.json`."""
     # Secrets are neither written to disk nor hashed.
     secret = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
     plain = {key: value for key, value in step.values.items() if key not in secret}
-    # Any environment variable may hold a key.
+    # Environment variables may contain keys.
     if isinstance(variables := plain.get("env"), Mapping):
         plain["env"] = sorted(map(str, variables))
     values: dict[str, Any] = json.loads(json.dumps(plain, default=str))
@@ -173,12 +173,12 @@ def recorded_values(step: Step) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the content of a file or of all files in a folder; for large or unreadable ones, their size and time."""
-    # In a folder of people's votes, the other files are made from these, or wait for more.
+    """Hash the content of a file or of all files in a folder; for large or unreadable files, their size and time."""
+    # In a folder of people's votes, all other files are derived from these, or for collecting more.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()
-    # A file that is renamed inside of its folder changes the hash; moving the whole folder does not.
+    # Renaming a file in the folder changes the hash; moving the whole folder does not.
     for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
         name = file.relative_to(path).as_posix() if file != path else ""
         status = file.stat()

@@ -1,4 +1,4 @@
-"""The state of a run while it goes on: its stages, what they have reached, and the time that is left."""
+"""The state of a run in progress: its stages, their figures, and the time that is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.stages import STAGES
 
 @dataclass
 class Stage:
-    """A step of the recipe and, if it writes a model, the evaluation after it. `figure` is what this has measured."""
+    """A step of the recipe and, if it writes a model, its evaluation, which measures `figure`."""
 
     name: str
     # Why the step is due; "" if it has never run.
@@ -27,18 +27,18 @@ class Stage:
     status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
     figure: str = ""
-    # The rows that it cut or dropped.
+    # The rows that it truncated or dropped.
     lost: str = ""
 
 
 @dataclass
 class Progress:
-    """What the running step has reported, and when, by `time.monotonic`.
+    """The running step's reports, and their times, by `time.monotonic`.
 
     Attributes:
         facts: The last value of each fact, see `pipeline.progress`.
-        begin: Units that were done at the first report.
-        first, last: When the next units, before which models are compiled, and the last ones were reported; how many.
+        begin: Units done at the first report.
+        first, last: Time and number of units of the second report, before which models are compiled, and of the last.
     """
 
     began: float = 0.0
@@ -48,12 +48,12 @@ class Progress:
     last: tuple[float, int] = (0.0, 0)
 
     def update(self, facts: Mapping[str, Any]) -> None:
-        """Take in a report."""
+        """Process a report."""
         if "done" in facts:
             self.last = (time.monotonic(), facts["done"])
             if facts["total"] != self.facts.get("total"):
                 self.begin = facts["done"]
-            # The first units are slow, because models are compiled; the speed is measured after them.
+            # The first units are slow, because models are compiled. The speed is measured after them.
             if self.first[1] <= self.begin:
                 self.first = self.last
         self.facts.update(facts)
@@ -65,7 +65,7 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds that the step still takes at its own speed; None until it has one."""
+        """Seconds that the step still takes at its own speed; None if that is unknown."""
         units = self.last[1] - self.first[1]
         if not units:
             return None
@@ -79,7 +79,7 @@ class Progress:
             shown.append(f"{facts['done']:,} of {facts['total']:,} {facts['unit']}")
         elif "done" in facts:
             shown.append(f"{facts['done']:,}/{facts['total']:,}")
-        # A trainer that has a reward shows it in place of the loss, which means little to people then.
+        # A trainer with rewards shows them instead of the loss, which then says little.
         if name := next((name for name in ("reward", "loss") if name in facts), None):
             shown.append(f"{name} {facts[name]:.3g}")
         if "tokens_per_second" in facts:
@@ -88,9 +88,9 @@ class Progress:
 
 
 class RunState:
-    """The state of a run: its `stages` by directory, and the seconds that its steps have `taken`, by name.
+    """The state of a run: its `stages` by directory, and the seconds `taken` by its steps, by name.
 
-    It is made of all `steps` in order, those that this command goes through (`todo`) and the seconds `measured` before.
+    It is made from all `steps` in order, those that this command runs (`todo`), and the seconds `measured` before.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class RunState:
         self.stages[stage_name(step)].status = "running"
 
     def end(self, step: Step, seconds: float, finished: bool, for_people: bool = False) -> Stage:
-        """Note that a step has ended after `seconds`, perhaps to wait `for_people`. Return its stage."""
+        """Note that a step has ended after `seconds`, perhaps because it waits `for_people`. Return its stage."""
         directory = stage_name(step)
         stage = self.stages[directory]
         stage.seconds += seconds
@@ -140,10 +140,10 @@ class RunState:
         return stage
 
     def seconds_left(self) -> tuple[float | None, float | None]:
-        """Return the seconds that the running step, by its reports, and the whole run still take; None if unknown."""
+        """Return the seconds left for the running step, by its reports, and for the whole run; None if unknown."""
         running = self.running.name if self.running is not None else ""
         left = self.progress.left if running else None
-        # A step that resumes takes less than its usual time, and says nothing about the speed of this machine.
+        # A resumed step takes less than its usual time, so it says nothing about the speed of this machine.
         taken = {name: seconds for name, seconds in self.taken.items() if name not in self._resumed}
         if left is not None and running not in self._resumed:
             taken[running] = self.progress.elapsed + left
@@ -153,19 +153,19 @@ class RunState:
         speed = sum(taken.values()) / before if before else 1.0
         if running and left is None and not self._is_guess:
             left = max(speed * self.expected[running] - self.progress.elapsed, 0.0)
-        # All else takes what it took before, at the speed of this run.
+        # Everything else takes its earlier time, scaled to the speed of this run.
         due = (self.expected[step.name] for step in self.due if step.name not in (*self.taken, running))
         return left, (left or 0.0) + speed * sum(due)
 
     @property
     def doing(self) -> str:
-        """What the running step has reported, in one line: "measuring  120 of 400 answers"."""
+        """The running step's progress, in one line: "measuring  120 of 400 answers"."""
         measures = self.running is not None and self.running.kind == "evaluate"
         return " ".join(filter(None, ["measuring" if measures else "", str(self.progress)]))
 
     @property
     def awaited(self) -> str:
-        """What the step that has just ended waits for, such as "waits for 12 votes"."""
+        """What the step that just ended waits for, such as "waits for 12 votes"."""
         facts = self.progress.facts
         if "unit" not in facts:
             return "waits for people"
@@ -181,10 +181,10 @@ class RunState:
         return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
 
     def kept(self, step: Step, code: int) -> str:
-        """Return what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
+        """Say what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""
         facts, trains = self.progress.facts, step.stage.measured and step.stage.launched
         if code == 0:
-            return f"{step.name}, which has finished, and the steps before it"
+            return f"{step.name}, which had finished, and the steps before it"
         if "stopping" in facts and code == 128 + signal.Signals[facts["stopping"]]:
             return f"{step.name} up to {facts['done']} of {facts['total']}, and the steps before it"
         return f"the steps before it{', and its last checkpoint, if any' if trains and 'done' in facts else ''}"

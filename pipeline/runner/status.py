@@ -1,6 +1,6 @@
 """`fourstage status RUN`: what each step of a run has done, what is out of date and why, and what is left.
 
-It writes nothing, and looks at the recipe folder as it is now.
+It writes nothing, and compares with the current recipe folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the state of each step of the run or, for several seeds, of each of their runs. Return 0."""
+    """Print the state of each step of the run or, for several seeds, of each run. Return 0."""
     runs = [args.run] if (args.run / "run.json").exists() else [path.parent for path in args.run.glob("seed*/run.json")]
     if not runs:
         remedy = describe_folder(args.run) or f"does not contain a run; make it with `{as_typed('run', 'RECIPE')}`"
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
             steps = steps[:-1]
         decisions = decide(steps, record)
 
-        # A step takes what it took before. Others take their time in recipes/pocket, at the speed of this machine.
+        # A step takes as long as before. New steps take their time in recipes/pocket, scaled to this machine.
         measured = record.seconds
         usual = sum(step.stage.seconds for step in steps if step.name in measured)
         speed = sum(measured[step.name] for step in steps if step.name in measured) / usual if usual else 1.0
@@ -48,12 +48,12 @@ def main(args: argparse.Namespace) -> int:
         left, is_running, width = 0.0, is_locked(run / "run.lock"), max(len(step.name) for step in steps)
         for step in steps:
             decision, entry = decisions[step.name], record.steps.get(step.name, {})
-            # How far a step was saved that goes on from there. One that gets more steps may have more than all to do.
+            # How far a step that goes on was saved. If its length was raised, more may be left than its time before.
             saved = newest_state(step.output) if entry and decision.action in ("resume", "continue") else {}
             steps_done, steps_before = number_of(saved, "global_step"), number_of(saved, "max_steps")
             steps_now = number_of(step.values, "max_steps") if decision.action == "continue" else steps_before
             share = max(steps_now / steps_before - steps_done / steps_before, 0.0) if steps_before else 1.0
-            # A report takes its seconds whatever the steps take.
+            # The time of a report does not depend on the other steps.
             usual = step.stage.seconds * (1.0 if step.kind == "report" else speed)
             seconds = share * measured.get(step.name, usual) if decision.action != "skip" else 0.0
             left += seconds

@@ -1,4 +1,4 @@
-"""One step of a run: what it runs, reads and writes; and the settings of steps, checked and overridden."""
+"""One step of a run: what it runs, reads and writes; and overrides of settings for `--smoke`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Step:
     Attributes:
         name: Stem of its YAML file, `0_random`, `evaluate_<directory of a stage>` or `report`.
         kind: Key of `STAGES`, "evaluate" or "report".
-        leftovers: Files and directories to remove before it runs from the beginning.
-        values: Its settings, with paths as in the YAML file; the fingerprint is taken of these.
+        leftovers: Files and directories to remove before it starts over.
+        values: Its settings, with paths as in the YAML file; changes are detected by these.
         needs: Names of the steps whose output it reads.
         files: Files and folders outside of the run that it reads.
         data: Folders of data that it reads, by the name of the step that writes them.
@@ -46,7 +46,7 @@ class Step:
 
     @property
     def stage(self) -> StageKind:
-        """The entry of its kind in `STAGES`; an empty one for evaluations and the report."""
+        """The entry for its kind in `STAGES`, or an empty one for evaluations and the report."""
         return STAGES.get(self.kind, StageKind())
 
     @property
@@ -62,7 +62,7 @@ class Step:
         return holds_model(self.output) if self.stage.measured else self.product.exists()
 
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
-        """Return the command that a user types; `launcher` starts `accelerate launch` with its arguments `launch`."""
+        """Return the command as a user types it; `launcher` starts `accelerate launch` with the arguments `launch`."""
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
         entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
@@ -82,9 +82,9 @@ class Step:
 
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
-    """Return the step that a user calls `name`: `2_sft`, `sft` or its file. Otherwise, a `UserError` names `field`."""
+    """Return the step that a user calls `name`: `2_sft`, `sft` or its file. If there is none, raise a `UserError`."""
     wanted = Path(name).name.removesuffix(".yaml")
-    # Also without its number: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
+    # The number may be omitted: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
     found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
     if len(found) == 1:
         return found[0]
@@ -93,18 +93,18 @@ def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that `--smoke` changes in the `values` of a step, such as "sft", so that it takes seconds."""
+    """Return the settings that `--smoke` changes in the `values` of a step of this kind, so that it takes seconds."""
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
         own = values.get(name)
-        # A recipe's own size or number of rows is kept if it is lower; 0 and -1 mean that there is no limit.
+        # Keep a recipe's own size or number of rows if it is lower; 0 and -1 mean no limit.
         is_lower = isinstance(own, int | float) and isinstance(limit, int | float) and 0 < own < limit
         # The batch must be divisible by the answers to a prompt.
         if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
     if stage.samples and stage.measured:
-        # TRL refuses a configuration with both of these fields.
+        # TRL refuses configurations with both fields.
         if "generation_batch_size" in values:
             overrides["generation_batch_size"] = stage.smoke["per_device_train_batch_size"]
         else:

@@ -1,11 +1,11 @@
-"""What each kind of step is, in one table: everything that the runner, the report, the page and the Hub say about it.
+"""All kinds of steps, in one table: everything that the runner, the report, the page and the Hub need to know.
 
 A recipe folder holds one file for each step, named `<number>_<kind>.yaml`. `STAGES` has an entry for each kind:
 
     3_ppo.yaml  ->  STAGES["ppo"]  ->  recipes/ppo.py, "Preference tuning (PPO)", win_rate, two steps of --smoke, ...
 
-To add a kind, write its recipe and its entry here. Recipes are imported when they are used, so that this module can lie
-below all others. The signature of a recipe's `main` names its argument dataclasses.
+To add a kind, write its recipe and its entry here. Recipes are only imported when they are used, so that every module
+can import this one. The signature of a recipe's `main` names its argument dataclasses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.stages.kinds import Baseline, Box, Card, HeldOutData, LoggedChart, StageKind
 
 OPPONENT = "sft"
-"""Kind of the stage that the others are compared with."""
+"""The kind of stage that others are compared with."""
 
 HELD_OUT = {
     "text": HeldOutData("text", ("bits_per_byte",), "pretrain"),
@@ -49,14 +49,14 @@ BASELINES = {
 }
 
 LOSS = (("training", "loss"), ("validation", "eval_loss"))
-"""Lines of the charts that show it."""
+"""Chart lines that show it."""
 
 ENTROPY = LoggedChart("Entropy, nats per token", (("entropy", "entropy"),))
 
 SMOKE = "smoke: two steps of each stage; the figures mean nothing"
 """What the terminal, the report and the page say about a run with `--smoke`."""
 
-# Two steps on so few rows take seconds, even if the recipe is for a large model.
+# Two steps on few rows take seconds, even with a recipe for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
     "max_steps": 2,
     "warmup_steps": 1,
@@ -79,7 +79,7 @@ SMOKE_MODEL: Mapping[str, Any] = {
     "num_key_value_heads": 1,
 }
 SMOKE_SAMPLING: Mapping[str, Any] = {"max_prompts": 64, "max_eval_prompts": 32, "max_new_tokens": 16}
-# Steps that measure a stage belong to no kind.
+# Steps that measure a stage have no kind.
 SMOKE_EVALUATION: Mapping[str, Any] = {"limit": 8, "max_new_tokens": 16}
 
 
@@ -128,7 +128,7 @@ STAGES: dict[str, StageKind] = {
             limit="It writes gibberish.",
         ),
     ),
-    # Not a step: a model of the Hub that the first stage starts from is measured as 0_base.
+    # Not a step: if the first stage starts from a model from the Hub, that is measured as 0_base.
     "base": StageKind(name="The model to start from", trained=False),
     "pretrain": _training(
         name="Pretraining",
@@ -227,7 +227,7 @@ STAGES: dict[str, StageKind] = {
         card=Card(
             summary="A model that scores answers: the higher the score, the more the annotators would like the answer. "
             "It does not write text.",
-            how="On pairs of answers of which one was preferred, with `trl.RewardTrainer`.",
+            how="On pairs of answers, one of them preferred, with `trl.RewardTrainer`.",
             limit="Its scores compare answers to the same prompt; across prompts, and for answers unlike those that it "
             "was trained on, they mean little. A policy that is trained against it for long finds its blind spots.",
             tags=("trl", "reward-trainer"),
@@ -273,7 +273,7 @@ STAGES: dict[str, StageKind] = {
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
-        "come; the advantage is by how much the token did better than that.",
+        "come; the advantage is how much better the token did than that.",
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
             how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
@@ -305,7 +305,7 @@ STAGES: dict[str, StageKind] = {
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
-            how="By DPO on pairs of answers of which one was preferred, without a reward model, with `trl.DPOTrainer`.",
+            how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
             limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
             "right, and says little about answers that are unlike them.",
             tags=("trl", "dpo", "rlhf"),
@@ -330,7 +330,7 @@ STAGES: dict[str, StageKind] = {
         ),
         card=Card(
             summary="A chat model that was tuned to answer as people prefer.",
-            how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
+            how="By KTO on single answers that were wanted or unwanted, without a reward model, with `trl.KTOTrainer`.",
             limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
             "right, and says little about answers that are unlike them.",
             tags=("trl", "kto", "rlhf"),
@@ -383,5 +383,5 @@ STAGES: dict[str, StageKind] = {
 
 
 def find_baseline(name: str) -> Baseline | None:
-    """Return what is known of a baseline; `best_of_4` is `best_of` with its number."""
+    """Return the entry of a baseline; `best_of_4` is `best_of` with its number."""
     return BASELINES.get(re.sub(r"_\d+$", "", name))

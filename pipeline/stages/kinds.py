@@ -1,4 +1,4 @@
-"""What `pipeline.stages` says about each kind of step: the types of its tables."""
+"""The types of the tables in `pipeline.stages`."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class LoggedChart:
 class Box:
     """A box in the picture of the path from random weights to reasoning."""
 
-    # What happens, in one sentence; what the model is given; what changes its weights.
+    # One sentence on what happens; the model's input; what changes its weights.
     about: str
     goes_in: str
     trains: str
-    # The steps within it, as (name, what happens). The kind of a stage in place of a name adds its figure.
+    # The steps within it, as (name, what happens). A stage's kind as the name adds its figure.
     parts: tuple[tuple[str, str], ...] = ()
     # Name of its drawing in path.html.jinja, "" for none.
     drawing: str = ""
-    # Section of the page, and part of the report, that it leads to.
+    # Section of the page, and part of the report, that it links to.
     section: str = "compare"
     place: str = "answers"
-    # Other kinds that it stands for.
+    # Other kinds that it represents.
     others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the card of a model says about its stage, and the tags of its repository."""
+    """What a model card says about the stage, and the tags of the repository."""
 
     summary: str = "A model."
     how: str = "As below."
@@ -49,38 +49,38 @@ class Card:
 class StageKind:
     """A kind of step."""
 
-    # Its name for people, "" if the report does not mention it, and the algorithm, which follows the name in titles.
+    # Its display name, "" if the report does not mention it, and the algorithm, which follows the name in titles.
     name: str = ""
     method: str = ""
-    # Recipe, which is run with `python -m`. A kind without a recipe is only measured.
+    # Module of the recipe, run with `python -m`. A kind without a recipe is only measured.
     module: str = ""
-    # Time that it takes in recipes/pocket. Before a run has times of its own, the time left is estimated from these.
+    # Seconds that it takes in recipes/pocket, for estimates of the time left until a run has its own.
     seconds: float = 6.0
-    # Whether it runs under `accelerate launch`, on the requested number of processes, writes a model, which is then
-    # evaluated, draws random numbers and takes a seed, and writes data, which people may correct by hand.
+    # Whether it runs under `accelerate launch`, with the requested number of processes; writes a model, which is then
+    # evaluated; takes a seed; and writes data, which people may correct by hand.
     launched: bool = False
     measured: bool = False
     seeded: bool = True
     editable: bool = False
-    # Whether its model has taken training steps, writes text (a reward model does not), and answers questions (a base
-    # model only continues a text).
+    # Whether its model is trained; writes text (a reward model does not); and answers questions (a base model does
+    # not).
     trained: bool = True
     generates: bool = True
     chats: bool = True
-    # Whether it may start from random weights, samples answers, trains a critic, and waits for people's votes.
+    # Whether it may start from random weights; samples answers; trains a critic; and waits for people's votes.
     from_scratch: bool = False
     samples: bool = False
     has_critic: bool = False
     by_people: bool = False
-    # Kind whose YAML file configures it, if it has none of its own; name of its output directory, "" for any.
+    # Kind whose YAML file it uses if it has none of its own; fixed name of its output directory, or "".
     file_of: str = ""
     directory: str = ""
     # Function that checks its settings beyond their types, `(settings) -> list of problems`.
     check: str = ""
-    # What the rows that it reads contain, and the key of `HELD_OUT` that its own data serve as.
+    # Content of the rows that it reads, and the key of `HELD_OUT` that its own data are used for.
     data: Literal["text", "conversation", "preference", "unpaired", "prompt", ""] = ""
     held_out: Literal["text", "instructions", "problems", "prompts", "pairs", ""] = ""
-    # Field that limits the length of its texts or of its answers, in tokens.
+    # Field that limits the length of its texts or answers, in tokens.
     length: str = ""
     # Metrics that it is trained to improve, the main one first.
     aims: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class StageKind:
     smoke: Mapping[str, Any] = field(default_factory=dict)
     charts: tuple[LoggedChart, ...] = ()
     box: Box | None = None
-    # What the page says about its rollouts, "" if they cannot be watched.
+    # Text of the page about its rollouts, "" if they cannot be watched.
     watch: str = ""
     card: Card = Card()
 
@@ -107,20 +107,20 @@ class StageKind:
 class HeldOutData:
     """Data that stages are measured on."""
 
-    # What the rows contain, as in `StageKind.data`, and how the names of the metrics begin that are measured on it.
+    # Content of the rows, as in `StageKind.data`, and prefixes of the metrics that are measured on it.
     data: Literal["text", "conversation", "preference", "prompt"]
     metrics: tuple[str, ...]
     # Configuration of the data set that `recipes.data` writes, "" for none.
     config: str = ""
-    # Field of these stages that limits the length of an answer, "" if models do not answer it.
+    # Field of the stages that limits the length of an answer, "" if models do not answer these rows.
     length: str = ""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What the opponent reaches by a trick that needs no training; see `pipeline.evaluation.baselines`."""
+    """A baseline: what the opponent reaches by a trick without training, see `pipeline.evaluation.baselines`."""
 
-    # Its name in the report, to which the texts of its answers are appended. `{against}` is the opponent.
+    # Its title in the report, which is followed by its texts. `{against}` is the opponent.
     title: str
     # Its description in a model card, with `{against}` and `{text}`.
     card: str

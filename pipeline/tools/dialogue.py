@@ -1,11 +1,11 @@
-"""Dialogues of a model with tools: an answer in several turns, between which tools are called.
+"""Dialogues of a model with tools: an answer of several turns, with tool calls in between.
 
     prompt               tokens, all of which `max_completion_length` covers
     <|user|>1234+5678?   <|call|>calculator ... <|end|>   <|tool|>6912<|end|><|assistant|>   6912<|end|>
                          sampled: 1 1 1 1 1 1 1 1         0 0 0 0 0 0 0 0                    1 1 1
 
-Trainers and evaluation share this loop. Unlike TRL's own, it answers all calls of a batch of dialogues together where a
-tool can do that. A result that does not fit into the limit is left out, and the dialogue ends with its call.
+Trainers and evaluation share this loop. Unlike TRL's own, it answers all calls of a batch of dialogues together if a
+tool can do that. If a result does not fit into the limit, it is omitted, and the dialogue ends with its call.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from trl.chat_template_utils import get_training_chat_template, parse_response
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.tools.functions import MANY
 
-# transformers would read a tool's docstring again for each turn.
+# transformers would parse a tool's docstring again for each turn.
 _schema = lru_cache(get_json_schema)
 
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
 Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
-"""Token ids of texts, and the most that any turn may have -> those of a turn that follows each, and the
-log-probabilities of these, if they are known."""
+"""Token ids of texts, and the maximum length of a turn -> the token ids of a next turn for each, and their
+log-probabilities, if known."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Dialogue:
     # For each token, 1 if the model sampled it, otherwise 0.
     sampled: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    # For each token, its log-probability if the model sampled it, otherwise 0; None if not known.
+    # For each token, its log-probability if the model sampled it, otherwise 0; None if unknown.
     logps: list[float] | None = None
     # Numbers of calls, and of those that failed.
     calls: int = 0
@@ -60,7 +60,7 @@ class Dialogue:
         self.messages += [_encodable(message)] if message else []
 
     def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
-        """Return the calls of the last turn, unless it was cut off: `ends` are the ids that end a turn."""
+        """Return the calls of the last turn unless it was cut off; `ends` are the ids that end a turn."""
         complete = bool(self.sampled and self.sampled[-1] and self.tokens[-1] in ends)
         calls: list[dict[str, Any]] = (self.messages[-1].get("tool_calls") or []) if complete and self.messages else []
         return calls
@@ -77,7 +77,7 @@ def converse(
     turns: int | None = None,
     template: Mapping[str, Any] | None = None,
 ) -> None:
-    """Answer the calls of each dialogue's first turn, and let the model go on, until none calls a tool.
+    """Answer the calls of each dialogue's first turn, and let the model continue until no dialogue calls a tool.
 
     Args:
         dialogues: Each with the first turn of the model; what follows is added to them.
@@ -93,7 +93,7 @@ def converse(
         if not going_on:
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
-        # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
+        # A turn is no longer than the part that is kept, which may be empty, and positions end at the limit.
         sampled, logps = complete(texts, max(1, limit - min(len(dialogue.tokens) for dialogue in going_on)))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
@@ -112,9 +112,9 @@ def answer_calls(
     context: int,
     template: Mapping[str, Any] | None = None,
 ) -> list[Dialogue]:
-    """Add the results of each dialogue's last calls, where they fit, and return the dialogues that go on."""
+    """Add the results of each dialogue's last calls if they fit, and return the dialogues that continue."""
     calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
-    # The calls of a tool that answers many at once are answered first.
+    # Calls of tools that answer many at once come first.
     waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
     values: dict[int, Any] = {}
     for number, (dialogue, call) in enumerate(calls):
@@ -136,7 +136,7 @@ def answer_calls(
                     raise ValueError(f"Tool {name} not found.")
                 values[number] = dialogue.tools[name](**call["arguments"])
             content = str(values[number])
-        # A tool may raise anything, exit, or return what has no text; a call with other arguments raises, too.
+        # A tool may raise anything, exit, or return something without a text; wrong arguments raise, too.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             dialogue.failures += 1
             content = str({"error": str(error)})
@@ -166,7 +166,7 @@ def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: lis
 
 
 def readable(messages: Iterable[Message]) -> str:
-    """Return messages as people read them: what the model says, its calls and their results, each on lines of its own.
+    """Format messages for people: the model's text, its calls and their results, each on separate lines.
 
     -> calculator(expression=1234+5678)
     <- 6912
@@ -181,10 +181,10 @@ def readable(messages: Iterable[Message]) -> str:
         for call in message.get("tool_calls") or ():
             function = call.get("function") or call
             given = function["arguments"]
-            # A model may write anything for arguments.
+            # A model may write anything as arguments.
             named = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else [str(given)]
             marked.append(f"-> {function['name']}({', '.join(named)})")
-        # Their further lines are indented, so that none of them passes for another message.
+        # Further lines are indented, so that they cannot be mistaken for another message.
         lines += ["\n   ".join(text.splitlines()) for text in marked]
     return "\n".join(lines)
 
@@ -194,23 +194,23 @@ def result_tokens(
 ) -> list[int]:
     """Return the ids of results as the chat template writes them between two turns of the model.
 
-    Special tokens that a result spells are broken, so that no tool can end its turn and write the model's.
+    Special tokens in a result are broken up, so that a tool cannot end its turn and write the model's.
     """
     call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
     before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     after = [*before, *as_text(results, special_tokens(tokenizer))]
     prefix = tokenizer.apply_chat_template(before, return_dict=False, **template)
     whole = tokenizer.apply_chat_template(after, add_generation_prompt=True, return_dict=False, **template)
-    # Some templates write a line feed behind the end of a turn, which the model has not sampled.
+    # Some templates write a line feed after the end of a turn, which the model has not sampled.
     end = max((place for place, token in enumerate(prefix) if token == tokenizer.eos_token_id), default=len(prefix) - 1)
     if whole[: end + 1] == prefix[: end + 1]:
         return whole[end + 1 :]
-    # Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL has others to train with.
+    # Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL has variants for training.
     if template.get("chat_template"):
         raise ValueError("the chat template changes a turn once a result follows it")
     return result_tokens(tokenizer, results, {**template, "chat_template": get_training_chat_template(tokenizer)})
 
 
 def _encodable(value: Any) -> Any:
-    """Replace halves of surrogate pairs, which JSON's escapes can spell and no tokenizer takes, by question marks."""
+    """Replace lone surrogates, which JSON escapes can contain and tokenizers reject, by question marks."""
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

@@ -1,7 +1,7 @@
-"""Environments: games of several turns, whose methods a model calls as tools, by TRL's interface.
+"""Environments: games of several turns whose methods a model calls as tools, through TRL's interface.
 
-TRL keeps the objects from batch to batch. What is hidden comes from a column of the data, by `reset`, so that it is the
-same for all completions of a prompt, and for a resumed run.
+TRL reuses the objects for all batches. `reset` takes the hidden value from a column of the data, so that it is the same
+for all completions of a prompt, and in a resumed run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class GuessLetter:
-    """Find a hidden letter by asking whether it comes earlier or later in the alphabet, a few times."""
+    """Find a hidden letter by asking a few times whether it comes earlier or later in the alphabet."""
 
     QUESTIONS = 3
     _hidden: str | None = None

@@ -1,6 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
+Each limits its own time and memory, because training waits for it. If it raises, the answer is the exception's message.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from pipeline.rewards.sandbox.run import CODE_SECONDS, run_many
 
 MAX_EXPRESSION = 200
-"""Characters of an expression."""
+"""Maximum length of an expression in characters."""
 MAX_BITS = 4096
-"""Bits of a number, some 1,200 digits."""
+"""Maximum size of a number in bits, about 1,200 digits."""
 MAX_OUTPUT = 1000
-"""Characters of what a program prints that the model reads."""
+"""Maximum number of characters of a program's output that the model reads."""
 # Numbers with an exponent, such as 1e999999999, would take long to write out.
 _DECIMAL = re.compile(r"\d*\.\d*")
 
@@ -38,14 +38,14 @@ def calculator(expression: str) -> str:
     """
     expression = expression.strip()
     if len(expression) > MAX_EXPRESSION:
-        raise ValueError(f"an expression has at most {MAX_EXPRESSION} characters")
+        raise ValueError(f"an expression may have at most {MAX_EXPRESSION} characters")
     try:
         tree = ast.parse(expression, mode="eval")
-    # A null character, an unfinished number, parentheses that are nested too deeply.
+    # For instance a null character, an unfinished number, or deeply nested parentheses.
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise ValueError(f"{expression!r} is not an expression") from None
     value = _value(tree.body, expression)
-    # As people write numbers: whole, as a decimal of up to 30 places, otherwise as a fraction.
+    # Write the number as people do: whole, as a decimal of up to 30 places, or else as a fraction.
     if (value * 10**30).denominator != 1:
         return str(value)
     with localcontext(prec=MAX_BITS):
@@ -62,7 +62,7 @@ def python(code: str) -> str:
 
 
 def run_programs(codes: Sequence[str]) -> list[str]:
-    """Run the programs of several calls of `python` at once, in the sandbox. Return what each prints, and its fault."""
+    """Run the programs of several `python` calls at once in the sandbox. Return each one's output and error."""
     results = []
     for outcome in run_many([(code, "") for code in codes]):
         text = outcome.output.strip()
@@ -78,7 +78,7 @@ def run_programs(codes: Sequence[str]) -> list[str]:
 TOOLS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (calculator, python)}
 
 MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: run_programs}
-"""Tools with one argument that answer several calls faster at once than one by one."""
+"""Tools with one argument that answer several calls faster together than one by one."""
 
 
 def _value(node: ast.AST, expression: str) -> Fraction:
@@ -87,14 +87,14 @@ def _value(node: ast.AST, expression: str) -> Fraction:
         case ast.Constant(value=int() as number) if not isinstance(number, bool):
             value = Fraction(number)
         case ast.Constant(value=float()) if _DECIMAL.fullmatch(text := ast.get_source_segment(expression, node) or ""):
-            # What is written is exact: 0.1 is one tenth.
+            # Decimals are exact: 0.1 is one tenth.
             value = Fraction(text)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             value = _value(operand, expression) * (-1 if isinstance(sign, ast.USub) else 1)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
             base, exponent = _value(left, expression), _value(right, expression)
             if exponent.denominator != 1:
-                raise ValueError("an exponent is a whole number")
+                raise ValueError("an exponent must be a whole number")
             if max(base.numerator.bit_length(), base.denominator.bit_length(), 1) * abs(exponent) > MAX_BITS:
                 raise ValueError("the number is too long")
             value = base ** int(exponent)

@@ -1,4 +1,4 @@
-"""Load tools and environments by name: ours, or functions and classes that the user wrote."""
+"""Load tools and environments by name: built-in ones, or functions and classes that the user wrote."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pipeline.tools.functions import TOOLS, python
 
 @dataclass(frozen=True)
 class Toolbox:
-    """What a model may call: functions, and the methods of an environment that it gets a new instance of."""
+    """What a model may call: functions, and the methods of an environment, with a new instance for each dialogue."""
 
     tools: Sequence[Callable[..., Any]] = ()
     environment: type | None = None
 
     def open(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Any]]]:
-        """Return the prompt of a row, with what its environment shows, and the tools by name."""
+        """Return the prompt of a row, with its environment's observation, and the tools by name."""
         prompt, tools = list(row["prompt"]), {tool.__name__: tool for tool in self.tools}
         if self.environment is not None:
             environment = self.environment()
@@ -46,7 +46,7 @@ class Toolbox:
         return next((owner for owner in owners if type(owner) is self.environment), None)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Return the arguments of the chat template with which TRL writes prompts: tools, perhaps another template."""
+        """Return the chat template arguments that TRL uses for prompts: tools, and perhaps another template."""
         methods = {} if self.environment is None else tools_of(self.environment())
         arguments: dict[str, Any] = {"tools": [*self.tools, *methods.values()]}
         if not is_chat_template_prefix_preserving(tokenizer):
@@ -55,14 +55,14 @@ class Toolbox:
 
 
 def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
-    """Load the `tools` and the `environment` of a mapping; None without any, or for a model that cannot call them."""
+    """Load the `tools` and the `environment` of a mapping. None if there are none, or the model cannot call them."""
     if not names or _validate_template(tokenizer):
         return None
     return Toolbox(load_tools(names.get("tools")), load_environment(names.get("environment")))
 
 
 def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
-    """Load the functions that `tools` names; a `UserError` has all that cannot be loaded or called by a model."""
+    """Load the functions that `tools` names. A `UserError` lists those that cannot be loaded or called by a model."""
     tools: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names or ():
@@ -76,7 +76,7 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
 
 
 def load_environment(name: str | None) -> type | None:
-    """Load the class that `environment` names; a `UserError` says why TRL or a model cannot use it."""
+    """Load the class that `environment` names. A `UserError` says why TRL or a model cannot use it."""
     if name is None:
         return None
     environment: Any = find_named(name, "environment", ENVIRONMENTS)
@@ -98,7 +98,7 @@ def load_environment(name: str | None) -> type | None:
 def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
     """Return the methods of an environment that are tools, by name."""
     methods = inspect.getmembers(type(environment), predicate=inspect.isfunction)
-    # The trainer itself calls these two.
+    # The trainer calls these two.
     names = [name for name, _ in methods if name not in ("reset", "get_reward") and not name.startswith("_")]
     return {name: getattr(environment, name) for name in names}
 
@@ -124,7 +124,7 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
         return fault
     try:
         get_json_schema(tool)
-    # transformers raises several kinds of errors, all of which say what is missing.
+    # transformers raises several kinds of errors, which all say what is missing.
     except Exception as error:  # noqa: BLE001
         return f"cannot be described to a model ({error}); give it type hints and a docstring in Google style"
     return None
@@ -132,7 +132,7 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not supports_tool_calling(tokenizer):
-        return "the model's chat template does not write calls of tools; give a model whose template does"
+        return "the model's chat template does not support tool calls; give a model whose template does"
     if getattr(tokenizer, "response_template", None) is None:
         try:
             add_response_schema(tokenizer)

@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 
 
 class InterruptCallback(TrainerCallback):
-    """Save and stop at the end of the step during which a signal arrived, the same one in all processes of a run.
+    """Save and stop at the end of the step in which a signal arrived, at the same step in all processes.
 
-    The second signal has its usual effect immediately, unless a terminal has closed, which may send several.
+    A second signal has its usual effect immediately, unless a terminal has closed, which may send several.
     """
 
     def __init__(self) -> None:
-        # The signal that one of the processes has received. The same on every process.
+        # The signal that any process has received; the same on every process.
         self.received: signal.Signals | None = None
         self._own = 0
         self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Only note the signal: this may interrupt anything, and the step has to end first.
+        # Only note the signal: this handler may interrupt anything, and the step has to finish first.
         self._own, name = number, signal.Signals(number).name
         self.restore()
         if name == "SIGHUP":
             signal.signal(number, signal.SIG_IGN)
         leave_closed_terminal()
-        # `print` is not safe in a signal handler, which may interrupt another `print`.
+        # `print` is not safe in a signal handler that may interrupt another `print`.
         os.write(2, f"\n{name}: saving after this step; repeat to stop without saving.\n".encode())
         report_progress(stopping=name)
 
@@ -51,7 +51,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
-        # A later signal is for the next step: a process that stopped alone would leave the others waiting for it.
+        # A later signal counts for the next step: a process that stopped alone would leave the others waiting.
         agreed = self._own
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(agreed, device=args.device)
@@ -63,7 +63,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """Return the error, of exit code 128 + the signal's number, if a signal has stopped training early."""
+        """Return an error with exit code 128 + the signal's number if a signal has stopped training early."""
         if self.received is None or state.global_step >= state.max_steps:
             return None
         return RunStopped(
@@ -76,11 +76,11 @@ class InterruptCallback(TrainerCallback):
 class FiguresCallback(TrainerCallback):
     """Add figures to every log of training, where trackers see them and in the trainer's state.
 
-    - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the share of the measured speed of large
-      matrix multiplications (`hardware.matmul_peak`) that the model's arithmetic reached; evaluations and checkpoints
-      count as lost time. Without `include_num_input_tokens_seen`, only the time left is logged.
-    - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens over its fair number of tokens since
-      the last log, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
+    - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the speed of the model's arithmetic
+      relative to large matrix products (`hardware.matmul_peak`), with evaluations and checkpoints as lost time. Without
+      `include_num_input_tokens_seen`, only the time left is logged.
+    - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens since the last log, relative to a fair
+      share, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
     """
 
@@ -89,7 +89,7 @@ class FiguresCallback(TrainerCallback):
         self.length = length
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start the clock, and start counting."""
+        """Start the clock and the counter."""
         self.flops_per_token = training_flops_per_token(model, self.length)
         # Time in seconds, step and tokens at the last log.
         self.last = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
@@ -119,7 +119,7 @@ class FiguresCallback(TrainerCallback):
                 figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
                 figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
             counter.clear()
-        # The trainer has copied the log into its history already.
+        # The trainer has already copied the log into its history.
         history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
         for entry in (logs, *history):
             entry.update(figures)
@@ -128,17 +128,17 @@ class FiguresCallback(TrainerCallback):
 
 
 class ReportCallback(TrainerCallback):
-    """Log a line for each log of the trainer instead of a dictionary, and report every step to the runner."""
+    """Log each of the trainer's logs as a line instead of a dictionary, and report every step to the runner."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report the step."""
         report_progress(done=state.global_step, total=state.max_steps)
 
-    # Training that resumes begins later than at step 0.
+    # Resumed training does not begin at step 0.
     on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log the main figures of `logs`, to which `FiguresCallback` has added its own."""
+        """Log the main figures in `logs`, including those of `FiguresCallback`."""
         logs = logs or {}
         # All metrics are in `trainer_state.json`.
         main = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")

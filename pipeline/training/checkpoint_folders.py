@@ -1,11 +1,11 @@
-"""Checkpoints on the disk: a folder is complete if every file is as its manifest says.
+"""Checkpoints on disk: a folder is complete if every file matches its manifest.
 
 runs/pocket/2_sft/
   checkpoint-100/             a complete checkpoint
     model.safetensors, optimizer.pt, ...
-    trainer_state.json        replaced once, when the evaluation of the same step has ended
+    trainer_state.json        replaced once, after the evaluation of the same step
     manifest.json             size and checksum of each file, and the checksums of one or two states
-  .unfinished/                what a kill may leave half-written; never resumed from
+  .unfinished/                may be left incomplete by a kill; never resumed from
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 
 BLOCK = 1 << 28
-"""Bytes of a file that one thread hashes. A larger file has the checksum of its blocks' checksums, `sha256_of_blocks`,
-so that all cores work on it: the weights and the optimizer of a large model are few files."""
+"""Number of bytes that one thread hashes. A larger file has a checksum of its blocks' checksums, `sha256_of_blocks`, so
+that all cores can work on it: the weights and optimizer state of a large model are in few files."""
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
@@ -43,7 +43,7 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
     start = f"{PREFIX_CHECKPOINT_DIR}-"
-    # Other programs write folders such as checkpoint-best.
+    # Other programs may write folders such as checkpoint-best.
     steps = {path: path.name.removeprefix(start) for path in Path(output_dir).glob(f"{start}*") if path.is_dir()}
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
@@ -61,14 +61,14 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
-    """List the files of a checkpoint of this step, which an evaluation may follow, and flush them to the disk."""
+    """Write the manifest of a checkpoint, and flush all files to the disk."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     checksums = _checksums({path: path.stat().st_size <= BLOCK for path in files})
     entries = {str(path.relative_to(checkpoint)): {"size": path.stat().st_size, **checksums[path]} for path in files}
     states = [hash_file(checkpoint / STATE)]
     content = {"step": step, "evaluation_due": evaluation_due, "states": states, "files": entries}
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
-    # The folder comes last: once its entries are on the disk, so is everything that they name.
+    # The folder comes last: when its entries are on the disk, so are the files that they name.
     for path in [*files, checkpoint / STATE, checkpoint]:
         fsync(path)
 
@@ -102,7 +102,7 @@ def validate_checkpoint(checkpoint: Path) -> str | None:
 
 
 def save_state(state: TrainerState, path: Path) -> None:
-    """Write the state of a trainer. Name the best checkpoint without its path: it may be read on another machine."""
+    """Write the state of a trainer. The best checkpoint is saved without its path, which another machine lacks."""
     best = state.best_model_checkpoint
     state.best_model_checkpoint = Path(best).name if best is not None else None
     state.save_to_json(str(path))
@@ -110,20 +110,20 @@ def save_state(state: TrainerState, path: Path) -> None:
 
 
 def replace_state(checkpoint: Path, state: TrainerState) -> None:
-    """Replace the state in a complete checkpoint, which stays complete whenever the process is killed."""
+    """Replace the state in a complete checkpoint, which remains complete even if the process is killed."""
     new = checkpoint / f".{STATE}"
     save_state(state, new)
     fsync(new)
     manifest = checkpoint / MANIFEST
     content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-    # Both states are valid until the new file has replaced the old one.
+    # Both states count as valid until the new file has replaced the old one.
     content["states"] = [*content["states"][-1:], hash_file(new)]
     write_text(manifest, json.dumps(content, indent=1) + "\n")
     os.replace(new, checkpoint / STATE)
 
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
-    """Compute on all cores the checksum of the whole content of each file (`sha256`), or of its blocks if False."""
+    """Compute on all cores each file's checksum, of its whole content if True (`sha256`), or of its blocks."""
 
     def hash_block(path: Path, start: int) -> str:
         digest, left = hashlib.sha256(), BLOCK

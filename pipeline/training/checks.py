@@ -34,22 +34,22 @@ VLLM_SERVER = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs --max-logprobs -1"
 )
-"""Command that starts a server which accepts the weights of each step from TRL."""
+"""Command that starts a server that accepts TRL's weights after each step."""
 
-UNSEEN = "log-probabilities in training are computed with temperature alone, as if nothing else changed sampling"
+UNSEEN = "training computes log-probabilities with temperature only, as if nothing else affected sampling"
 
 NEUTRAL = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "low_memory")
-"""Options of generation that do not change the distribution that tokens are drawn from, nor where they end."""
+"""Generation options that affect neither the distribution of tokens nor the end of completions."""
 
 
 def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
-    """Check that the modules that LoRA adapts exist, that its rank does not exceed theirs, and that PEFT accepts it.
+    """Check that LoRA's target modules exist, that its rank does not exceed theirs, and that PEFT accepts it.
 
-    PEFT puts adapters on the model, which cannot be used afterwards.
+    This adds adapters to the model, which cannot be used afterwards.
     """
     if not model_args.use_peft:
         return []
-    # PEFT compares a list with the ends of names (["q_proj"]), and a string, a pattern, with whole ones (".*q_proj").
+    # PEFT matches a list with the ends of names (["q_proj"]), and a string, a pattern, with whole ones (".*q_proj").
     modules = dict(model.named_modules())
     # Layers that PEFT can put a LoRA adapter on.
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, Conv1D)
@@ -65,9 +65,9 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
         targets = getattr(model_args, field) or []
         if targets in ("all-linear", ["all-linear"]):
             if any(isinstance(module, Llama4TextExperts) for module in modules.values()):
-                remedy = f"includes the routers, to which LoRA cannot add; name projections: {projections}"
+                remedy = f"includes the routers, which LoRA cannot adapt; name projections: {projections}"
                 problems.append(Problem(field, "all-linear", remedy))
-        # PEFT checks a pattern, but only that some name of a list is found.
+        # PEFT checks a pattern, but for a list only that at least one name is found.
         elif not isinstance(targets, str):
             missing = [end for end in targets if not any(name == end or name.endswith(f".{end}") for name in names)]
             if missing:
@@ -82,7 +82,7 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
 
     config, field, remedy = get_peft_config(model_args), "lora_target_modules", ""
     if "SequenceClassification" in type(model).__name__:
-        # PEFT saves the head of a reward model whole, as `recipes.reward` asks for, so that LoRA cannot adapt it.
+        # PEFT saves the head of a reward model in full, as `recipes.reward` requests, so LoRA cannot adapt it.
         config.task_type = "SEQ_CLS"
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -100,26 +100,26 @@ def check_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]
 
 
 def check_generation_config(name: str, revision: str | None) -> list[Problem]:
-    """Report options in a policy's generation_config.json with which sampling differs from what training assumes."""
+    """Report options in a policy's generation_config.json that make sampling differ from what training assumes."""
     try:
         file = GenerationConfig.from_pretrained(name, revision=revision or "main")
     except OSError:
         # The file is optional.
         return []
-    # TRL sets these, so that the file has no effect on them.
+    # TRL sets these itself, so the file has no effect.
     sampling = ("temperature", "top_p", "top_k", "repetition_penalty", "do_sample", "max_new_tokens", "max_length")
     if others := unsupported_settings(file, (*NEUTRAL, *sampling, "bos_token_id", "eos_token_id", "pad_token_id")):
-        remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove that from the file"
+        remedy = f"its generation_config.json sets {others}, but {UNSEEN}; remove these from the file"
         return [Problem("model_name_or_path", name, remedy)]
     return []
 
 
 def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
-    """Check that batches of `rows` rows leave something to train on."""
+    """Check that a data set of `rows` rows fills at least one batch."""
     whole = args.per_device_train_batch_size * args.world_size
     field, needed = "per_device_train_batch_size", whole if args.dataloader_drop_last else 1
     if isinstance(args, GRPOConfig) and args.generation_batch_size:
-        # A generation batch contains every prompt `num_generations` times, and an incomplete one is dropped.
+        # A generation batch contains each prompt `num_generations` times, and incomplete ones are dropped.
         field, needed = "generation_batch_size", max(1, args.generation_batch_size // (args.num_generations or 1))
     if rows >= needed:
         return []
@@ -128,7 +128,7 @@ def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Return the number of steps after which a trainer will end, which depends on the data if it is not given."""
+    """Return a trainer's total number of steps, which depends on the data unless it is set."""
     if trainer.args.max_steps > 0:
         return trainer.args.max_steps
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
@@ -136,19 +136,19 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def check_length(checkpoint: Path, trainer: Trainer) -> None:
-    """Raise a `UserError` for a checkpoint of more steps than the run is to have."""
+    """Raise a `UserError` if a checkpoint has more steps than the run will have."""
     done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
     if done > total:
-        remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
+        remedy = f"the checkpoint already has {done} steps; raise it, or resume from an earlier checkpoint"
         raise UserError(Problem("max_steps", total, remedy))
 
 
 def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
-    """Return how many checkpoints are on the disk at once, and the bytes of these and of the model.
+    """Return the maximum number of checkpoints on the disk, and the bytes of these and of the model.
 
-    Each of the `trained` weights takes 4 bytes, and so does each of the two numbers that the optimizer keeps for it.
+    Each of the `trained` weights takes 4 bytes, and the two numbers that the optimizer keeps for it take 8.
     """
-    # Without a limit all are kept, as many as the number of steps says if that is known.
+    # Without a limit, all are kept; their number follows from the number of steps, if known.
     kept = math.ceil(args.max_steps / args.save_steps) if args.max_steps > 0 and args.save_steps >= 1 else 2
     if args.save_strategy == "no":
         kept = 0
@@ -170,19 +170,19 @@ def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
 
 
 def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
-    """Try what a run needs from its training arguments: optimizer, schedule, packages, generation, the Hub.
+    """Try everything that the training arguments ask for: optimizer, schedule, packages, generation, the Hub.
 
-    If it is `early`, and other steps run before, a server of vLLM does not have to be there yet.
+    If it is `early`, before other steps run, a vLLM server does not have to exist yet.
     """
     problems = []
-    # Build the schedule for an optimizer of one number, and read its learning rate at some fifty steps.
+    # Build the schedule for an optimizer of one number, and read its learning rate at about fifty steps.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     kind, options, steps = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}, max(args.max_steps, 10)
     try:
         made = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
         shares = [share(step) for share in getattr(made, "lr_lambdas", []) for step in range(0, steps, 1 + steps // 50)]
         if options and shares and not (min(shares) >= 0 and max(shares) <= 1):
-            remedy = f"takes the learning rate from {min(shares):g} to {max(shares):g} times its value; correct it"
+            remedy = f"scales the learning rate by {min(shares):g} to {max(shares):g}; correct it"
             problems.append(Problem("lr_scheduler_kwargs", options, remedy))
     except LIBRARY_ERRORS as error:
         missing = Problem("lr_scheduler_type", kind.value, f"needs lr_scheduler_kwargs ({error})")
@@ -213,7 +213,7 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
             validate_repo_id(repo_id)
     except HFValidationError as error:
         return [*problems, Problem("hub_model_id", repo_id, str(error))]
-    # The first process alone asks whether the token may write there.
+    # Only the first process asks whether the token may write there.
     if repo_id is not None and args.push_to_hub and os.environ.get("RANK", "0") == "0":
         skip_unreachable_hub()
         problems += check_access([repo_id], "push_to_hub", token=args.hub_token)
@@ -221,7 +221,7 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
 
 
 def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
-    """Check how GRPO and PPO sample. Unless it is `early`, this waits for a server of vLLM that is to do so."""
+    """Check how GRPO and PPO sample. Unless it is `early`, wait for the vLLM server if one is used."""
     problems = check_template_arguments(args.chat_template_kwargs)
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
@@ -231,8 +231,7 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
     elif args.use_vllm:
         if args.use_cpu:
             problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
-        # TRL cannot use the output of vLLM without its own values of these. With a seed, equal prompts get equal
-        # answers.
+        # TRL needs its own values of these to use vLLM's output. With a seed, equal prompts would get equal answers.
         if taken := {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}.intersection(given):
             remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
             problems.append(Problem("generation_kwargs", given, remedy))
@@ -251,13 +250,13 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
             except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
                 fault = str(error)
             if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
-                fault = f"its log-probabilities are {mode}, by which the loss cannot be corrected"
+                fault = f"its log-probabilities are {mode}, which cannot correct the loss"
             if fault:
                 problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
-    # vLLM's probabilities are those after all filters, and the loss is corrected by them.
+    # vLLM's probabilities include all filters, and the loss is corrected by them.
     if args.use_vllm and args.vllm_importance_sampling_correction:
         return problems
-    # Fields that change what is sampled, and the values with which they do not.
+    # Fields that affect sampling, and the values with which they have no effect.
     unfiltered = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
     for name, neutral in unfiltered.items():
         if (value := getattr(args, name)) not in neutral:
@@ -265,7 +264,7 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
     cache = {"cache_implementation": args.cache_implementation}
     for field, options in {"generation_kwargs": given, "cache_implementation": cache}.items():
         if others := [name for name in options if name not in NEUTRAL]:
-            remedy = f"{UNSEEN}; leave out {', '.join(others)}, or set temperature and max_completion_length themselves"
+            remedy = f"{UNSEEN}; omit {', '.join(others)}, or set temperature and max_completion_length themselves"
             problems.append(Problem(field, options, remedy))
             continue
         try:

@@ -1,4 +1,4 @@
-"""The start of every recipe: parse what the signature of its `main` asks for, and call it."""
+"""The start of every recipe: parse the arguments in the signature of its `main`, and call it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pipeline.errors import UserError, exit_on_user_error
 def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parse the dataclasses in the signature of `main` from the command line, and call it with them.
 
-    Everything that is wrong with the arguments is reported together, and then, by `main`, what is wrong with the inputs
-    that they name; or the command that makes an input, if an earlier step of the recipe has not run yet.
+    All problems with the arguments are reported together, and then, by `main`, all problems with their inputs; or the
+    command that makes an input, if an earlier step of the recipe has not run yet.
 
     `argv` is without the program's name, by default `sys.argv`; `--help` prints its options.
     """
@@ -41,8 +41,8 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         values = {name: value for item in arguments for name, value in vars(item).items()}
         if "--config" in parts and (missing := missing_input(values, parts[parts.index("--config") + 1])):
             raise UserError(missing)
-        # `recipes/__init__.py` disables the collector while the modules of a recipe are imported. Their million objects
-        # live as long as the process: unless they are frozen, each collection looks through all of them.
+        # `recipes/__init__.py` disables the garbage collector while a recipe's modules are imported. Their million
+        # objects live as long as the process: unless they are frozen, each collection traverses all of them.
         gc.enable()
         gc.freeze()
         output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
@@ -51,7 +51,7 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
             with stop_as_one():
                 main(*arguments)
         except UserError:
-            # A trainer's constructor has made the directory of a run that is refused. Others are not empty, and stay.
+            # A trainer's constructor may have created the directory of a refused run. It is removed if it is empty.
             for folder in new:
                 with contextlib.suppress(OSError):
                     folder.rmdir()

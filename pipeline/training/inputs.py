@@ -1,4 +1,4 @@
-"""Load what a stage trains on and with, and report everything that is wrong with it together."""
+"""Load a stage's data and tokenizer, and report everything that is wrong with them together."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pipeline.stages import STAGES
 from pipeline.training import checks
 
 ANSWERS = {"chosen", "rejected", "completion"}
-"""Columns of answers to a prompt."""
+"""Columns with answers to a prompt."""
 
 
 def load_inputs(
@@ -55,7 +55,7 @@ def load_inputs(
     Args:
         kind: Content of the data, as for `load_splits`.
         model_args: The model to load, or the sizes of a new one.
-        reward_args: What is rewarded, if anything is: one of the dataclasses of `pipeline.rl.arguments`.
+        reward_args: The rewards, if any: one of the dataclasses of `pipeline.rl.arguments`.
 
     Returns:
         The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
@@ -68,7 +68,7 @@ def load_inputs(
     if not all(os.path.exists(other) or is_missing_path(other) for other in named if other):
         loading.skip_unreachable_hub()
 
-    # A part that cannot be loaded is None from here on, and the checks that need it are omitted.
+    # A part that cannot be loaded is None from here on, and checks that need it are skipped.
     config = tokenizer = splits = None
     if pretrained is not None:
         with collect(problems):
@@ -89,7 +89,7 @@ def load_inputs(
         with collect(problems):
             tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
     shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
-    # Neither the data nor the system prompt, with which every row would be refused, may contain special tokens.
+    # Neither the data nor the system prompt, which would make every row be refused, may contain special tokens.
     tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
     if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
         remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
@@ -126,7 +126,7 @@ def load_inputs(
 def _check_model(
     kind: Kind, config: Any, tokenizer: Any, training_args: TrainingArguments, model_args: Any, reward_args: Any
 ) -> list[Problem]:
-    """Check a model to load by its `config`, or a new one, of which that is None, by its sizes."""
+    """Check a model to load by its `config`, or a new one (None) by its sizes."""
     # The field that limits the length of this stage's sequences, such as `max_length`.
     limits = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
     length = {field: getattr(training_args, field, None) for field in limits}
@@ -149,9 +149,9 @@ def _check_model(
 def _fit_rows(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: tuple[str, Any]
 ) -> tuple[Split, Split | None]:
-    """Drop the prompts after which the model has no room for an answer, and check the lengths of the first other rows.
+    """Drop prompts that leave no room for an answer, and check the lengths of the first rows of other data.
 
-    The chat template, of which the field `words_from` is the source, may reject a row.
+    The chat template, which comes from the field `words_from`, may reject a row.
     """
 
     def count(messages: Any, **options: Any) -> int:
@@ -170,7 +170,7 @@ def _fit_rows(
             rows = list(split.take(min(1000, len(split)) if is_stored else 100))
             calls = kind == "conversation" and has_calls(split if is_stored else rows)
             if calls and not supports_tool_calling(tokenizer):
-                raise ValueError("it leaves out calls of tools or their results; chat_template_path may name another")
+                raise ValueError("it omits tool calls or their results; chat_template_path may name another")
             if kind == "text":
                 if TOKENS in rows[0]:
                     Encoder.of(tokenizer)([row[TOKENS] for row in rows])
@@ -190,7 +190,7 @@ def _fit_rows(
                     raise UserError(Problem("max_length", args.max_length, remedy))
                 if longer := sum(size > args.max_length for size in sizes):
                     length = f"max_length {args.max_length} (up to {max(sizes)} tokens)"
-                    what = f"pairs that were looked at are longer than {length} and are dropped"
+                    what = f"checked pairs are longer than {length} and are dropped"
                     report_lost(longer, len(sizes), what, "raise it")
         return splits
     except (TemplateError, ValueError) as error:
@@ -204,7 +204,7 @@ def _encode(
     """Add the tokens of the rows, as `add_tokens` describes them."""
     train, held_out = splits
     if kind == "unpaired":
-        # Each answer of a pair becomes a row of its own. The rows are shuffled because TRL's KTO reads them in order.
+        # Each answer of a pair becomes a separate row. The rows are shuffled because TRL's KTO reads them in order.
         seed = args.seed if args.data_seed is None else args.data_seed
         singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
         train, held_out = (single and single.shuffle(seed=seed) for single in singles)
@@ -215,8 +215,8 @@ def _encode(
         return [max(map(len, pair)) <= args.max_length for pair in zip(*encoded, strict=True)]
 
     if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
-        # Other trainers than TRL's `RewardTrainer` encode all rows, whatever columns they have, and learn from answers
-        # that are cut: rows that are too long are dropped here.
+        # Trainers other than TRL's `RewardTrainer` encode all rows themselves, and would learn from truncated answers,
+        # so rows that are too long are dropped here.
         if args.max_length is not None:
             columns = ["prompt", *sorted(ANSWERS.intersection(column_names(train)))]
             train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))
@@ -225,7 +225,7 @@ def _encode(
     num_proc = getattr(args, "dataset_num_proc", None)
     with once_per_node(args):
         train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
-    # The rows have their labels, and TRL would refuse a template that does not mark the answers.
+    # The rows already have labels, and TRL would refuse a template that does not mark the answers.
     if answers_only and template_for_labels(tokenizer) is None:
         args.assistant_only_loss = False
     return train, held_out
@@ -256,7 +256,7 @@ def check_weights(
 ) -> list[Problem]:
     """Check weights, attention, LoRA targets and disk space with a model on the meta device.
 
-    If it is `early`, the model is still to be made, so that there are no weights, and nobody knows the disk of then.
+    If it is `early`, the model does not exist yet, so there are no weights to check, and the disk may change.
     """
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
     if reward and not loading.is_reward_model(config):
@@ -279,7 +279,7 @@ def check_weights(
     if early:
         return problems + checks.check_lora(model_args, model)
     size = model.num_parameters()
-    # Adapters are smaller, by their rank and targets.
+    # Adapters are smaller, depending on their rank and targets.
     trained = round(0.05 * size) if model_args.use_peft else size
     if reward_args is not None and reward_args.trains_critic:
         # The critic is trained in full unless it is an adapter, too.

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix of the
 transformer blocks (`pipeline.models.kernels.muon`). AdamW updates embeddings, norms and everything else. Embeddings can
-have a learning rate of their own: AdamW moves each number by about the learning rate, whatever its size, so that the
-embedding of a token that never occurs in the tuning data moves as far as all others.
+have their own learning rate: AdamW moves each number by about the learning rate, whatever its size, so the embedding of
+a token that never occurs in the data would move as far as all others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pipeline.models.kernels.muon import Muon
 class OptimizerArguments:
     """Optimizers per kind of parameter. By default, the trainer's own optimizer (`optim`) updates all parameters.
 
-    All learning rates are on the schedule of `learning_rate`. `muon_learning_rate` is the spectral norm of an update of
-    a matrix that does not have more rows than columns. If `embedding_learning_rate` is given, AdamW updates all other
+    All learning rates follow the schedule of `learning_rate`. `muon_learning_rate` is the spectral norm of an update of
+    a matrix with at most as many rows as columns. If `embedding_learning_rate` is given, AdamW updates all other
     parameters.
     """
 
-    use_muon: bool = option(False, "Use Muon for the matrices of the blocks, and AdamW for everything else.")
+    use_muon: bool = option(False, "Use Muon for the matrices in the blocks, and AdamW for everything else.")
     muon_learning_rate: float = option(0.02, "Learning rate of Muon; learning_rate is for everything else.")
     embedding_learning_rate: float | None = option(
         None, "Learning rate of embeddings and output layer (default: learning_rate)."
@@ -36,7 +36,7 @@ class OptimizerArguments:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """`Muon` and torch's `AdamW` with one `step`, one list of parameter groups and one state."""
+    """`Muon` and torch's `AdamW` as one optimizer, with a common `step`, list of parameter groups and state."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self._muon, self._adamw = muon, adamw
@@ -66,7 +66,7 @@ def build_optimizer(
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    # Tied embeddings are one parameter, under two names.
+    # Tied embeddings are one parameter with two names.
     tables = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
     # The weights of experts are stacks of matrices, with three dimensions.
     experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
@@ -80,7 +80,7 @@ def build_optimizer(
     groups: list[dict[str, Any]] = [{"params": params, "lr": rate} for params, rate in rates if params]
     if muon_lr is None:
         groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
-    # Weight decay is for matrices, which either Muon or the first group of AdamW has.
+    # Weight decay is for matrices, which are in Muon or in AdamW's first group.
     adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
     if muon_lr is None:
         return adamw

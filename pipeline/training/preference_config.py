@@ -1,4 +1,4 @@
-"""The arguments of preference tuning without samples, with TRL's `DPOTrainer` and `KTOTrainer`."""
+"""The arguments of preference tuning on fixed answers, with TRL's `DPOTrainer` and `KTOTrainer`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import trl
 from pipeline.errors import Problem, UserError
 
 OF_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
-"""Losses that read both answers of a pair through the difference of their scores only, or do not read scores."""
+"""Losses that only depend on the difference of a pair's scores, or not on scores at all."""
 
 LOSSES = (*OF_DIFFERENCES, "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
-NO_BETA = "must be above 0: it is the factor of all that is learned"
-MOVING = "a resumed run would not have the reference that it had reached; omit it"
+NO_BETA = "must be above 0: it scales everything that is learned"
+MOVING = "a resumed run would lose the updated reference; omit it"
 
 
 @dataclass
 class DPOConfig(trl.DPOConfig):
-    """TRL's `DPOConfig`, which raises a `ValueError` for what TRL would fail with once the model is loaded."""
+    """TRL's `DPOConfig`. Raises a `ValueError` for values with which TRL would fail after loading the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,14 +35,14 @@ class DPOConfig(trl.DPOConfig):
             or (
                 self.f_divergence_type != "reverse_kl"
                 and not losses <= set(OF_DIFFERENCES)
-                and f"is defined for the losses {', '.join(OF_DIFFERENCES)} alone; omit it, or take one of them"
+                and f"is only defined for the losses {', '.join(OF_DIFFERENCES)}; omit it, or choose one of them"
             ),
-            "label_smoothing": ("exo_pair" in losses and self.label_smoothing == 0 and "exo_pair needs some, as 1e-3")
+            "label_smoothing": ("exo_pair" in losses and self.label_smoothing == 0 and "exo_pair needs it, e.g. 1e-3")
             or (smoothed and not 0 <= self.label_smoothing < 0.5 and "must be at least 0 and below 0.5"),
             "ld_alpha": self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1 and "must be between 0 and 1",
             "discopop_tau": self.discopop_tau == 0 and "must be above 0",
             "use_weighting": self.use_weighting and losses & {"aot", "aot_unpaired"} and "aot sorts the pairs; omit it",
-            "padding_free": self.padding_free and "TRL pads the pairs at present; omit it",
+            "padding_free": self.padding_free and "TRL currently pads the pairs; omit it",
             "sync_ref_model": self.sync_ref_model and MOVING,
             "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
             and "a pair has two lengths; omit it",
@@ -52,7 +52,7 @@ class DPOConfig(trl.DPOConfig):
 
 @dataclass
 class KTOConfig(trl.KTOConfig):
-    """TRL's `KTOConfig`, which raises a `ValueError` for what TRL would fail with once the model is loaded."""
+    """TRL's `KTOConfig`. Raises a `ValueError` for values with which TRL would fail after loading the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class KTOConfig(trl.KTOConfig):
 
 
 def _refuse(config: Any, refused: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` with the remedies by field, as far as there are any."""
+    """Raise a `ValueError` with the remedies by field, if there are any."""
     wrong = [Problem(name, getattr(config, name), str(remedy)) for name, remedy in refused.items() if remedy]
     if wrong:
         problems = UserError(*wrong)

@@ -1,4 +1,4 @@
-"""Pretraining with transformers' `Trainer`: its arguments, compilation, router losses, and bits per byte."""
+"""Pretraining with transformers' `Trainer`: arguments, compilation, router losses, and bits per byte."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class PretrainConfig(TrainingArguments):
     block_size: int = option(512, "Tokens per training sequence, filled completely by packed documents.")
     dataset_num_proc: int | None = option(
         None,
-        "Processes that tokenize and pack (default: one, whose tokenizer uses all cores). Each packs a part of the "
-        "data, whose end it drops if it does not fill a block.",
+        "Processes that tokenize and pack (default: one, on all cores). Each packs a part of the data, and drops the "
+        "rest that does not fill a block.",
     )
-    torch_compile: bool | None = option(None, "Compile the model (default: if that makes the run shorter).")
+    torch_compile: bool | None = option(None, "Compile the model (default: if that shortens the run).")
     attn_implementation: str | None = option(
         None,
         "Attention (default: the fastest that this machine has for packed documents).",
@@ -47,8 +47,8 @@ class PretrainConfig(TrainingArguments):
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
     """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons."""
     choose_attention(model, args.attn_implementation)
-    # A layer is compiled once for all layers, in less time than the model as a whole, which would be compiled again
-    # because the blocks of attention differ from batch to batch.
+    # Compiling one layer for all takes less time than compiling the whole model, which would be compiled again because
+    # attention blocks differ from batch to batch.
     os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
@@ -56,7 +56,7 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
-    # Compiling takes a minute or more, which pays only in a run that is long enough.
+    # Compiling takes a minute or more, which only pays off in a long run.
     choice = hardware.compilation(training_flops_per_token(model, args.block_size) * args.block_size * sequences)
     args.torch_compile = choice.value
     args.torch_compile_backend = "inductor" if choice.value else None
@@ -66,11 +66,11 @@ def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset
 class PretrainTrainer(Reliable):
     """transformers' `Trainer` for packed documents, stored or streamed, and for models with experts.
 
-    Each process reads its stream by itself, in a thread and not in workers. Checkpoints contain the place in it.
+    Each process reads its part of a stream in a thread rather than in workers. Checkpoints contain the place in it.
 
-    A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
-    layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
-    text alone.
+    A model with experts also learns from the load-balancing loss and the z-loss of its routers, each averaged over the
+    layers with experts, and multiplied by one of the two factors `router_losses`. An evaluation only measures the loss
+    on the text.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class PretrainTrainer(Reliable):
         self.router_losses = router_losses
         self._routers = routers(self.model) if any(router_losses) else []
         if isinstance(self.train_dataset, PackedStream):
-            # A stream resumes at its own place. transformers would first read and discard all batches before it.
+            # A stream resumes by itself. transformers would first read and discard all earlier batches.
             self.args.ignore_data_skip = True
             if self.args.dataloader_num_workers and self.is_world_process_zero():
                 logger.warning("dataloader_num_workers has no effect on training: a thread reads the stream")
@@ -86,7 +86,7 @@ class PretrainTrainer(Reliable):
             self.add_callback(StreamEpoch())
 
     def get_train_dataloader(self) -> DataLoader:
-        """Read a stream in this process alone, and stored blocks as every trainer does."""
+        """Read a stream directly in this process, and stored blocks as every trainer does."""
         if not isinstance(self.train_dataset, PackedStream):
             return super().get_train_dataloader()
         return DataLoader(
@@ -94,17 +94,17 @@ class PretrainTrainer(Reliable):
             self.args.train_batch_size,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-            # The loader draws from this generator, and not from the one of training.
+            # The loader must not use training's random generator.
             generator=torch.Generator(),
         )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Add the losses of the routers to the loss of the text."""
+        """Add the losses of the routers to the loss on the text."""
         if not self._routers or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Each layer with experts returns the logits of its router.
+        # One tensor of router logits per layer with experts.
         inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         balance, size = self.router_losses
@@ -119,7 +119,7 @@ class PretrainTrainer(Reliable):
 
 
 class StreamEpoch(TrainerCallback):
-    """The share of a stream that was trained on, which transformers counts from where training was resumed."""
+    """Epochs of a stream. transformers would count from the step at which training was resumed."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / state.max_steps
@@ -129,9 +129,9 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of each sequence, so that an evaluation does not keep the logits.
 
     From logits of shape (batch, length, vocabulary) and labels of shape (batch, length), which are not shifted, and
-    `IGNORED` for tokens without a loss: losses of shape (batch,), summed over tokens, in nats.
+    `IGNORED` for tokens without a loss, to losses of shape (batch,), summed over tokens, in nats.
     """
-    # Row by row, because a copy of all logits in float32 would be the largest tensor of the run.
+    # Row by row, because a float32 copy of all logits would be the largest tensor of the run.
     losses = [
         torch.nn.functional.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="sum")
         for row, label in zip(logits, labels, strict=True)
@@ -140,7 +140,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function `compute_metrics` for held-out text: the bits that the model needs to encode a byte.
+    """Return a function `compute_metrics` for held-out text: the bits that the model needs per byte.
 
     The `preprocess_logits_for_metrics` of the trainer is `sequence_losses`.
     """

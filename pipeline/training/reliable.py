@@ -1,8 +1,8 @@
-"""What every recipe mixes into a trainer of transformers or TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
+"""The mixin for all trainers of transformers and TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
 
 A run may be killed at any moment and loses at most the steps since its latest checkpoint. transformers' `Trainer`
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
-before it saves. Here, the end of a step with a checkpoint and an evaluation looks like this:
+before saving. Here, the end of a step with a checkpoint and an evaluation is:
 
     training     step N | write | checksums, manifest, fsync | rename | evaluate | replace the state | step N + 1
     output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
@@ -38,39 +38,39 @@ from pipeline.training.checks import total_steps
 logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What is raised if a checkpoint cannot be written. torch raises `RuntimeError` when the disk is full."""
+"""Errors if a checkpoint cannot be written. torch raises `RuntimeError` when the disk is full."""
 
 DISK_IS_FULL = 2**23
-"""Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, and the last piece,
-which did not fit, is what remained free."""
+"""Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, so less than a piece
+may remain free."""
 
 
 class Reliable(Trainer):
-    """A trainer with whole checkpoints, exact resumption, evaluations without side effects, and no NaN in its weights.
+    """A trainer with atomic checkpoints, exact resumption, evaluations without side effects, and no NaN weights.
 
     - Checkpoints are complete or absent, and are saved before the evaluation of the same step (`_save_checkpoint`).
-    - A resumed run follows its present arguments, and catches up on an evaluation that a kill prevented.
-    - Evaluations leave the random state as it was: when and how often they happen has no effect on the weights.
-    - Epochs have whole batches only, so that two processes train as one does.
+    - A resumed run follows its current arguments, and catches up on an evaluation that a kill prevented.
+    - Evaluations do not change the random state: when and how often they happen has no effect on the weights.
+    - Epochs only have whole batches, so that two processes train as one does.
     - A loss that is not a number ends the run before its gradient is applied.
 
     Attributes:
         parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
-            `load(folder)`, which is called after transformers has loaded its own files. A part that
-            `belongs_to_model` is saved and loaded wherever the model is, also as the final and as the best one, by the
-            process that saves it. Other parts are saved in checkpoints and loaded to resume, by every process.
+            `load(folder)`, which is called after transformers has loaded its own files. A part that `belongs_to_model`
+            is saved and loaded together with the model, including the final and the best one, by the process that saves
+            it. Other parts are saved in checkpoints and loaded to resume, by every process.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parts: list[Any] = []
-        # While a checkpoint is written, the folder that takes the place of `output_dir`.
+        # While a checkpoint is written, the folder used instead of `output_dir`.
         self._written_to: Path | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
-        # Training begins after the callbacks that the trainer was made with.
+        # This must run after the callbacks that the trainer was made with.
         self.add_callback(_TrainingBegins(self))
 
     # ---- Writing checkpoints
@@ -90,14 +90,14 @@ class Reliable(Trainer):
         control.should_evaluate, self._evaluation_due = False, True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._evaluation_due = False
-        # A run that a signal stops evaluates when it is resumed.
+        # A run stopped by a signal evaluates when it is resumed.
         if not self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_evaluate = True
             super()._maybe_log_save_evaluate(*args, **kwargs)
             self._record_evaluation()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop a run that cannot."""
+        """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop the run if that fails."""
         args, state = self.args, self.state
         unfinished = Path(args.output_dir) / folders.UNFINISHED
         written = checkpoint_folder(unfinished, state.global_step)
@@ -115,12 +115,12 @@ class Reliable(Trainer):
             # transformers has set a path below `.unfinished`.
             self._find_best()
             if args.should_save:
-                # A pickle, which may contain a token; and the card that PEFT drafts, with paths of this machine.
+                # A pickle, which may contain a token, and PEFT's draft of a card, with paths of this machine.
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
                 folders.save_state(state, written / STATE)
                 folders.write_manifest(written, state.global_step, self._evaluation_due)
-                # A checkpoint of this step that exists is damaged: the run did not resume from it.
+                # An existing checkpoint of this step is damaged, or the run would have resumed from it.
                 target = checkpoint_folder(args.output_dir, state.global_step)
                 replace_folder(target, written)
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -128,12 +128,12 @@ class Reliable(Trainer):
                 found = folders.checkpoints(args.output_dir)
                 surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
                 for oldest in [path for path in found if path.name not in keep][:surplus]:
-                    # Renamed first, so that a kill in between does not leave half of a checkpoint.
+                    # Renamed first, so that a kill does not leave a partial checkpoint.
                     shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
             free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
-            # torch reports a full disk as an unexpected position in the file.
+            # torch reports a full disk as an unexpected file position.
             if free < DISK_IS_FULL:
                 reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -166,10 +166,10 @@ class Reliable(Trainer):
         return f"the last good checkpoint is {last}" if last else "the run has saved no checkpoint yet"
 
     def restore_finished(self, checkpoint: Path) -> bool:
-        """Load the model and the state of a complete checkpoint if it is of the last step, and return whether it is.
+        """If a complete checkpoint is from the last step, load its model and state. Return whether it is.
 
-        transformers would resume from it with one more step, so that a run killed between its last checkpoint and its
-        end would differ from an undisturbed one. FSDP and DeepSpeed load models after sharding: for them, it is not.
+        transformers would take one more step, so that a run killed after its last checkpoint would differ from an
+        undisturbed one. With FSDP and DeepSpeed, which load models after sharding, return False.
         """
         state = TrainerState.load_from_json(str(checkpoint / STATE))
         if state.global_step < total_steps(self) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -202,7 +202,7 @@ class Reliable(Trainer):
                 part.load(Path(checkpoint))
 
     def _find_best(self) -> None:
-        """Set the path of the best checkpoint. A state on the disk contains its name only."""
+        """Set the path of the best checkpoint. A state on disk only contains its name."""
         state, saving = self.state, self._written_to is not None
         if not state.best_global_step:
             return
@@ -213,7 +213,7 @@ class Reliable(Trainer):
             logger.warning("%s, the best checkpoint so far, is missing; later ones are compared with its figure.", best)
 
     def _evaluate_if_missed(self) -> None:
-        """Run the evaluation that a kill prevented after the checkpoint that the run has resumed from."""
+        """Run the evaluation after the checkpoint that the run resumed from, if a kill prevented it."""
         step = self.state.global_step
         manifest = read_json(checkpoint_folder(self.args.output_dir, step) / MANIFEST)
         if step == 0 or not manifest.get("evaluation_due"):
@@ -224,7 +224,7 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def _record_evaluation(self) -> None:
-        """Write the results of an evaluation into the checkpoint of the same step."""
+        """Write an evaluation's results into the checkpoint of the same step."""
         checkpoint = checkpoint_folder(self.args.output_dir, self.state.global_step)
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(checkpoint)
@@ -232,9 +232,9 @@ class Reliable(Trainer):
             folders.replace_state(checkpoint, self.state)
 
     def _adopt_present_length(self) -> None:
-        """Follow the present arguments where they may have changed since the checkpoint.
+        """Follow the current arguments where they may have changed since the checkpoint.
 
-        transformers takes from it how often to log, save and evaluate, and a learning rate by the total of then.
+        transformers restores how often to log, save and evaluate, and the learning rate for the earlier total.
         """
         checkpoint, self._resumed_from = self._resumed_from, None
         if checkpoint is None:
@@ -245,7 +245,7 @@ class Reliable(Trainer):
         if state.max_steps == before:
             return
         rate_before = groups[0]["lr"]
-        # All schedules but those that follow evaluations.
+        # These are all schedules except those that follow evaluations.
         if isinstance(schedule, LambdaLR):
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * factor(schedule.last_epoch)
@@ -260,7 +260,7 @@ class Reliable(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Take a step, and raise a `RunStopped` for a loss that is NaN or infinite before its gradient is applied.
 
-        transformers replaces such losses in its logs by an average (`logging_nan_inf_filter`), and continues to train.
+        transformers would replace such losses in logs by an average (`logging_nan_inf_filter`), and continue.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
@@ -277,7 +277,7 @@ class Reliable(Trainer):
         args, dataset = self.args, self.train_dataset
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
-        # As an argument, it would also drop rows from evaluations.
+        # If it were set permanently, it would also drop rows from evaluations.
         asked, args.dataloader_drop_last = args.dataloader_drop_last, True
         try:
             return super().get_train_dataloader()
@@ -285,8 +285,8 @@ class Reliable(Trainer):
             args.dataloader_drop_last = asked
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # transformers gathers the count of each micro-batch, for which the fastest process waits for the slowest, and
-        # the host for its GPU. Here the counts are added up when a step logs or saves.
+        # transformers gathers the count of each micro-batch, which makes fast processes wait for slow ones, and the
+        # host for its GPU. Here, counts are only added up when a step logs or saves.
         if self.args.include_num_input_tokens_seen != "all":
             super()._track_num_input_tokens(inputs)
         elif (ids := inputs.get(self.model.main_input_name)) is not None:
@@ -307,7 +307,7 @@ class _TrainingBegins(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        # What depends on the state that training begins with.
+        # These depend on the state that training begins with.
         self.trainer._find_best()
         self.trainer._evaluate_if_missed()
         self.trainer._adopt_present_length()
@@ -325,7 +325,7 @@ def unchanged_random_state() -> Iterator[None]:
 
 @contextmanager
 def cache_enabled(model: Any) -> Iterator[None]:
-    """Save the configuration of a model with `use_cache`, which transformers disables for training only."""
+    """Save a model's configuration with `use_cache`, which transformers only disables for training."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before is not None:
@@ -335,5 +335,5 @@ def cache_enabled(model: Any) -> Iterator[None]:
         config.use_cache = before
 
 
-# transformers warns that the best checkpoint is missing before `_find_best` has looked.
+# transformers warns about a missing best checkpoint before `_find_best` has set its path.
 logging.getLogger("transformers.trainer").addFilter(lambda record: "in the resumed state" not in str(record.msg))

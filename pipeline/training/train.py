@@ -1,4 +1,4 @@
-"""The start and the end of a training run, which all recipes share."""
+"""The start and end of a training run, shared by all recipes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks of every recipe's trainer; change `args` so that they count tokens and push in its place."""
-    # All trainers here use all parameters that they train, also of experts, which are one tensor, so that several
-    # processes need not look for others after every forward pass. Any other needs `ddp_find_unused_parameters: true`.
+    """Return the callbacks of every recipe's trainer, and change `args` to count tokens and leave pushing to them."""
+    # The trainers here use all trained parameters in each pass, even of experts, which are one tensor, so DDP need not
+    # search for unused ones. Any other trainer needs `ddp_find_unused_parameters: true`.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
     if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
@@ -59,11 +59,11 @@ def train_and_save(trainer: Reliable) -> None:
     """
     launch.check_active(trainer)
     args, name = trainer.args, trainer.args.resume_from_checkpoint
-    # A name that is not a folder is a checkpoint on the Hub. The best one so far is downloaded with it.
+    # A name that is not a folder is a checkpoint on the Hub, which is downloaded with the best one so far.
     fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
     named = fetched or ([Path(name)] if name else [])
     for folder in named:
-        # A checkpoint that another program wrote does not have a manifest.
+        # A checkpoint written by another program has no manifest.
         has_manifest = (folder / files.MANIFEST).exists()
         damage = _on_first(trainer, partial(folders.validate_checkpoint, folder)) if has_manifest else None
         if damage:
@@ -72,7 +72,7 @@ def train_and_save(trainer: Reliable) -> None:
         check_architecture(named[0], trainer.model.config)
         check_length(named[0], trainer)
     first = trainer.is_world_process_zero()
-    # Other runs cannot write to the output directory meanwhile.
+    # The lock keeps other runs from writing to the output directory.
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
@@ -92,14 +92,14 @@ def train_and_save(trainer: Reliable) -> None:
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
-    """Return what the first process computes, on every process: reading all of a large checkpoint takes minutes."""
+    """Compute something on the first process, and return it on all: reading a large checkpoint takes minutes."""
     found = [compute() if trainer.is_world_process_zero() else None]
     broadcast_object_list(found)
     return found[0]
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
-    """Raise a `UserError` for a checkpoint of a different model, whose weights would be loaded only in part."""
+    """Raise a `UserError` for a checkpoint of a different model, which would only be loaded partially."""
     sizes = (
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "vocab_size", "num_labels",
@@ -119,11 +119,11 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     trainer.add_callback(interrupts)
     found = (one for one in trainer.callback_handler.callbacks if isinstance(one, PushCallback))
     pushes = next(found, None) or PushCallback(trainer.args)
-    # Lines of the log take the place of transformers' dictionaries and bars.
+    # Log lines replace transformers' dictionaries and progress bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ReportCallback())
-    # Trackers come last, so that they show what other callbacks add to a log, or take from it.
+    # Trackers come last, so that they see what other callbacks add to a log, or remove from it.
     for tracker in trainer.args.report_to:
         trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
     if checkpoint is None:
@@ -139,8 +139,8 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
-    # Finish the trackers and the process group, which may abort a process that it outlives ("terminate called without
-    # an active exception"). Models wrapped for several processes refer to it, and are released first.
+    # Finish the trackers and the process group. If that is still alive at exit, it may abort ("terminate called without
+    # an active exception"). Models wrapped for several processes refer to it, so they are released first.
     for name, value in list(vars(trainer).items()):
         if isinstance(value, DistributedDataParallel):
             setattr(trainer, name, value.module)
@@ -158,7 +158,7 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
-        # The names of the metrics are known only after the first evaluation.
+        # Metric names are only known after the first evaluation.
         named = trainer.args.metric_for_best_model
         raise UserError(Problem("metric_for_best_model", named, str(error.args[0]))) from error
     except pickle.UnpicklingError as error:
@@ -167,16 +167,16 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
 
 
 def _name_base(trainer: Reliable) -> None:
-    """Make an adapter name its base model so that it loads whatever the current directory is.
+    """Make an adapter name its base model so that it can be loaded from any current directory.
 
-    A base model that was itself merged from an adapter is not in any folder yet: it is saved next to the new adapter.
+    A base model that was itself merged from an adapter only exists in memory, so it is saved next to the new adapter.
     """
     model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
     if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
         with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
-            # TRL looks for the tokenizer of an adapted reward model in the folder of its base model.
+            # TRL looks for the tokenizer of a reward model with an adapter in the folder of its base model.
             trainer.processing_class.save_pretrained(folder)
     critic = [trainer.accelerator.unwrap_model(trainer.value_model)] if hasattr(trainer, "value_model") else []
     for adapted in (model, *critic):
@@ -194,7 +194,7 @@ def save_final(trainer: Reliable) -> None:
     try:
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
-            # Files are moved one by one, so that a kill leaves only whole ones.
+            # Files are moved one by one, so that a kill leaves only complete ones.
             for path in sorted(tmp_dir.iterdir()):
                 if path.is_dir():
                     shutil.rmtree(output_dir / path.name, ignore_errors=True)
@@ -202,7 +202,7 @@ def save_final(trainer: Reliable) -> None:
                 if path.name != "training_args.bin":
                     os.replace(path, output_dir / path.name)
             folders.save_state(trainer.state, output_dir / files.STATE)
-            # The card says what this recipe knows; a run knows more when it is pushed.
+            # This card says what the recipe knows. `fourstage push` writes a more detailed one.
             asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
             kind = type(args).__name__.removesuffix("Config").lower()
             command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])

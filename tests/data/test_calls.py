@@ -242,9 +242,7 @@ def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) 
     args = SFTConfig(str(tmp_path / "output"), max_length=128, max_steps=1, use_cpu=True, bf16=False, report_to="none")
     data = write_lines(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": [USER, ANSWER]}] * 9)
     for streaming in (False, True):
-        with pytest.raises(
-            UserError, match=r"^model_name_or_path: \S+: its chat template .* \(it leaves out calls of tools"
-        ):
+        with pytest.raises(UserError, match=r"^model_name_or_path: \S+: its chat template .* \(it omits tool calls"):
             load_inputs("conversation", DataArguments(data, dataset_streaming=streaming), args, ModelConfig(model))
     plain = write_lines(tmp_path / "b.jsonl", [{"messages": [USER, ANSWER]}] * 18)
     assert isinstance(load_inputs("conversation", DataArguments(plain), args, ModelConfig(model))[1], Dataset)

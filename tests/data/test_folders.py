@@ -96,9 +96,7 @@ def test_files_belong_to_splits_by_their_names_and_none_is_dropped(tmp_path: Pat
     assert {name: len(rows) for name, rows in by_folder.items()} == {"train": 1, "test": 2}
     by_name = open_source(lay(tmp_path / "b", mine__jsonl=line, eval__jsonl=line * 2, contest__jsonl=line * 3))
     assert {name: len(rows) for name, rows in by_name.items()} == {"train": 4, "test": 2}
-    with pytest.raises(
-        UserError, match=r"c/more.jsonl: does not belong to a split by its name, as .*c/train.jsonl does"
-    ):
+    with pytest.raises(UserError, match=r"c/more.jsonl: does not name a split, as .*c/train.jsonl does"):
         open_source(lay(tmp_path / "c", train__jsonl=line, more__jsonl=line))
 
 
@@ -290,8 +288,8 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
     [
         ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
         ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: .*it must be an object, not \['a'\]"),
-        ({"a__parquet": POINTER}, "text", r"a.parquet: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
-        ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a pointer of Git LFS; fetch the file: `git lfs pull`"),
+        ({"a__parquet": POINTER}, "text", r"a.parquet: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
+        ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
         ({"a__csv": 'question,answer\n"A \\"b\\".",c\n'}, "conversation", r"a.csv, line 2: has a quote within a field"),
         ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text in UTF-8"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),

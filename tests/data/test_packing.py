@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import TEXT, tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
-from trl import SFTConfig
 from word_model import word_tokenizer
 
-from pipeline.data.packing import PackedBlocks, log_truncated, pack_documents
+from pipeline.data.packing import PackedBlocks, pack_documents
 from pipeline.models.scratch import ScratchArguments, build_model
 
 BLOCK = 32
@@ -176,24 +175,3 @@ def test_special_tokens_inside_a_text_are_text() -> None:
     assert set(tokenizer().all_special_ids).isdisjoint(tokens[1 : length - 1])
     starts = [i for i, position in enumerate(positions) if position == 0]
     assert set(starts) == {*range(0, len(tokens), 4), 0, length, 2 * length} & set(range(len(tokens)))
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"max_length": 8}, "3 of 5 conversations are longer than max_length 8 (up to 11 tokens) and lose their end"),
-        ({"max_length": 8, "packing": True}, "lose their end"),
-        ({"max_length": 8, "truncation_mode": "keep_end"}, "lose their beginning"),
-        ({"max_length": 8, "packing": True, "packing_strategy": "wrapped"}, ""),
-        ({"max_length": 11}, ""),
-        ({"max_length": None}, ""),
-    ],
-)
-def test_conversations_that_are_cut_off_are_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str
-) -> None:
-    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (7, 8, 9, 10, 11)]})
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
-    for split in (rows, rows.to_iterable_dataset(), rows.rename_column("input_ids", "messages")):
-        log_truncated(split, args)
-    assert said in caplog.text and len(caplog.records) == bool(said)

@@ -206,9 +206,12 @@ def empty(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut, r"00000_unshuffled.ds: does not have the tokens"),
-        (remove_index, r"00000_unshuffled.ds: does not have the tokens"),
-        (remove_metadata, r"00000_unshuffled.ds: .*it is being written, or damaged; wait for it, or make it again"),
+        (cut, r"00000_unshuffled.ds: does not match its .index"),
+        (remove_index, r"00000_unshuffled.ds: does not match its .index"),
+        (
+            remove_metadata,
+            r"00000_unshuffled.ds: .*it is still being written, or damaged; wait for it, or make it again",
+        ),
         (empty, r"train: is empty"),
     ],
 )
@@ -234,7 +237,7 @@ def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: P
     with pytest.raises(RunStopped, match="the token 5000"):
         blocks(stream, 600)
     tokens[2] = tokens[4] = 7
-    assert "documents must begin with bos" in preflight(shards, words)
+    assert "documents must begin with the tokenizer's bos" in preflight(shards, words)
 
 
 def test_what_reads_text_does_not_read_shards(documents: Path, made: Path, tmp_path: Path) -> None:

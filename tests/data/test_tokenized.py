@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -12,7 +13,7 @@ from tokenizers.normalizers import NFKC
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from pipeline.data.tokenized import add_tokens, drop_long_prompts
+from pipeline.data.tokenized import add_tokens, drop_long_prompts, log_truncated
 from pipeline.errors import UserError
 from pipeline.models.generation import encode_prompts
 
@@ -126,5 +127,26 @@ def test_a_template_under_which_no_answer_can_be_found_is_refused(template: str)
 def test_a_template_that_marks_no_answer_is_refused() -> None:
     words = copy.deepcopy(tokenizer())
     words.chat_template = CHATML + "{% generation %}{% endgeneration %}"
-    with pytest.raises(UserError, match=r"assistant_only_loss.*marks no token"):
+    with pytest.raises(UserError, match=r"assistant_only_loss.*does not mark any token"):
         add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_length": 8}, "3 of 5 conversations are longer than max_length 8 (up to 11 tokens) and lose their end"),
+        ({"max_length": 8, "packing": True}, "lose their end"),
+        ({"max_length": 8, "truncation_mode": "keep_end"}, "lose their beginning"),
+        ({"max_length": 8, "packing": True, "packing_strategy": "wrapped"}, ""),
+        ({"max_length": 11}, ""),
+        ({"max_length": None}, ""),
+    ],
+)
+def test_conversations_that_are_cut_off_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], said: str
+) -> None:
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in (7, 8, 9, 10, 11)]})
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+    for split in (rows, rows.to_iterable_dataset(), rows.rename_column("input_ids", "messages")):
+        log_truncated(split, args)
+    assert said in caplog.text and len(caplog.records) == bool(said)

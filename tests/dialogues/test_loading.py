@@ -102,7 +102,7 @@ def without(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedTok
 
 def test_a_model_that_cannot_write_calls_or_have_them_read_is_refused() -> None:
     (problem,) = check_tools(["calculator"], None, without(toy.tokenizer(), chat_template=small_model.CHATML))
-    assert "chat template does not write calls" in str(problem)
+    assert "chat template does not support tool calls" in str(problem)
     (problem,) = check_tools(None, "guess_letter", without(toy.tokenizer(), response_template=None))
     assert "environment: guess_letter" in str(problem) and "response_template" in str(problem)
     assert not check_tools(["calculator"], "guess_letter", toy.tokenizer())

@@ -174,7 +174,7 @@ def test_what_a_recipe_of_the_hub_may_not_do(
     code, out, err = plan(capsys, "alice/recipes")
     assert code == 2 and out == ""
     assert "4_grpo.yaml: env: HF_ENDPOINT" in err
-    assert "4_grpo.yaml: reward_funcs: my_rewards:mine: code of the Hub" in err
+    assert "4_grpo.yaml: reward_funcs: my_rewards:mine: code from the Hub" in err
 
 
 def test_the_launch_file_of_a_recipe_of_the_hub_is_never_taken(

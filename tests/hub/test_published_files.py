@@ -81,7 +81,7 @@ def test_links_that_leave_the_folder_are_not_pushed(tmp_path: Path, caplog: pyte
     linked = tmp_path / "linked"
     linked.symlink_to(folder)
     assert set(publishable(folder)) == set(publishable(linked)) == {"vocab.txt", "stays.txt"}
-    assert "leaves.txt is not pushed: it is a link" in caplog.text
+    assert "leaves.txt is not pushed: it links to a file" in caplog.text
 
 
 @pytest.mark.parametrize(

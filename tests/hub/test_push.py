@@ -313,7 +313,7 @@ def test_a_token_for_one_repository_pushes_to_that(
     use(server, monkeypatch, tmp_path / "cache", "hf_one")
     assert push(run, "--stage", "2_sft") == 0
     assert capsys.readouterr().err == (
-        "The token may not write to collections: the repositories are not tied together.\n"
+        "The token may not write to collections, so the repositories are not tied together.\n"
     )
     assert "model.safetensors" in server.files("alice/mini-2_sft")
     server.close()

@@ -184,7 +184,7 @@ TOKENS = {
     ("token", "repo", "said"),
     [
         (None, "alice/chat", "needs a token"),
-        ("hf_expired", "alice/chat", "is not valid, or has expired"),
+        ("hf_expired", "alice/chat", "is invalid or has expired"),
         ("hf_reads", "alice/chat", "the token may only read"),
         ("hf_single", "alice/other", "the token may write to alice/chat only"),
         ("hf_alice", "bob/chat", "belongs to bob, and the token to alice; push to alice/chat"),

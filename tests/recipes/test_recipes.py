@@ -152,7 +152,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
     assert run_recipe(recipe, inputs, *FP32, *more, *resumed).returncode == 0
     assert equal(weights(tmp_path / "other"), weights(longer))
     fewer = run_recipe(recipe, inputs, *FP32, *resumed, "--max_steps", "7", "--output_dir", str(tmp_path / "fewer"))
-    assert fewer.returncode == 2 and "max_steps: 7: the checkpoint has 8 steps already" in fewer.stderr
+    assert fewer.returncode == 2 and "max_steps: 7: the checkpoint already has 8 steps" in fewer.stderr
     assert not (tmp_path / "fewer").exists()
 
 

@@ -143,7 +143,7 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     middle = outputs[0] / "checkpoint-3"
     onto = str(tmp_path / "onto_two")
     done = run("tests.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2)
-    assert done.returncode == 0 and done.stderr.count("is sampled anew") == 1, done.stderr[-3000:]
+    assert done.returncode == 0 and done.stderr.count("is sampled again") == 1, done.stderr[-3000:]
     assert len(torch.load(Path(onto) / "seen.pt", weights_only=True)["gradients"]) == 3
 
 

@@ -227,7 +227,7 @@ def test_figures_that_a_run_lacks_are_named(whole_run: Path, tmp_path: Path, run
     (partial / "evaluations" / "4_grpo.json").unlink()
     code, found, err = run_compare(whole_run, "--against", partial)
     assert code == 0 and "4_grpo" not in found and "3_ppo" in found
-    assert "Left out, because not every run has them: bits_per_byte of 4_grpo" in err
+    assert "Omitted, because not every run has them: bits_per_byte of 4_grpo" in err
 
 
 def test_reward_models_are_compared_on_pairs_of_their_own(tmp_path: Path, run_compare: Compare) -> None:

@@ -180,6 +180,6 @@ def test_a_rollout_that_does_not_fit_is_sampled_anew(tmp_path: Path, caplog: pyt
     # Twice the rows and half the accumulation, as with twice the processes.
     resumed = trainer(tmp_path, max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert "sampled anew" in caplog.text
+    assert "sampled again" in caplog.text
     assert resumed._step == 4 and len(resumed._buffered_inputs) == 2
     assert resumed.score_moments.count == moments["count"] + 8

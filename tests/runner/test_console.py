@@ -397,7 +397,7 @@ def test_what_is_kept_of_a_stopped_run() -> None:
     state.progress.update({"stopping": "SIGINT"})
     assert state.kept(STEPS[2], 130) == "2_sft up to 120 of 296, and the steps before it"
     assert state.kept(STEPS[2], 137) == "the steps before it, and its last checkpoint, if any"
-    assert state.kept(STEPS[2], 0) == "2_sft, which has finished, and the steps before it"
+    assert state.kept(STEPS[2], 0) == "2_sft, which had finished, and the steps before it"
 
 
 def test_only_the_first_process_reports_and_one_without_a_runner_does_nothing(

@@ -205,7 +205,7 @@ def test_without_a_checkpoint_more_steps_begin_again(recipe: Path, own_run: None
 
 def test_a_step_that_was_continued_by_hand_is_seen_and_can_be_kept(recipe: Path, own_run: None) -> None:
     write_model(Path("runs/pocket/4_grpo"), {"max_steps": 900})
-    assert due(recipe)["4_grpo"].reason.startswith("was continued outside of this run, to 900 steps")
+    assert due(recipe)["4_grpo"].reason.startswith("was continued to 900 steps outside of this run")
     assert set(due(recipe)) == {"4_grpo", "evaluate_4_grpo", "report"}
     change(recipe, "4_grpo", {"max_steps": 900})
     assert due(recipe)["4_grpo"].action == "continue"

@@ -108,7 +108,7 @@ def test_a_launch_file_that_shards_is_refused_for_ppo_before_anything_runs(
     with pytest.raises(SystemExit) as ended:
         main(["run", "recipes/base", "--output_dir", "runs/new", "--dry-run", *launch])
     assert ended.value.code == 2
-    assert "zero3.yaml: shards the model, and PPO refuses that" in capsys.readouterr().err
+    assert "zero3.yaml: shards the model, which PPO refuses" in capsys.readouterr().err
     assert main(["run", "recipes/base", "--output_dir", "runs/new", "--dry-run", "--until", "reward", *launch]) == 0
     assert not [warning.message for warning in recwarn if warning.category is FutureWarning], "of the libraries"
     capsys.readouterr()

@@ -59,7 +59,7 @@ def test_what_a_change_replaces_is_in_the_trash_and_only_force_deletes(folder: P
     _, out, _ = run("--dry-run")
     assert "moves runs/r/2_sft to .trash" in out
     _, out, _ = run()
-    assert "moved runs/r/2_sft to runs/r/.trash/" in out and "what was there before is in runs/r/.trash/" in out
+    assert "moved runs/r/2_sft to runs/r/.trash/" in out and "earlier output was moved to runs/r/.trash/" in out
     replaced = ["2_sft/checkpoint-1/model", "2_sft/ran.txt", "3_reward/ran.txt"]
     assert trashed() == [*replaced, "logs/2_sft.log", "logs/3_reward.log", "run.json"]
     (time,) = Path("runs/r/.trash").iterdir()
@@ -280,7 +280,7 @@ def test_the_seed_reaches_every_step_and_is_a_change(run: Runner) -> None:
     assert json.loads(Path("runs/r/run.json").read_text())["seed"] == 1
     _, out, _ = run("--seed", "2")
     assert changed(before) == ALL
-    assert "what was there before is in runs/r/.trash/" in out
+    assert "earlier output was moved to runs/r/.trash/" in out
 
 
 def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run: Runner) -> None:
@@ -296,7 +296,7 @@ def test_a_step_whose_push_failed_is_complete_and_the_code_of_the_run_says_so(fo
     configure(folder, "2_sft", fails=3)
     code, out, _ = run()
     assert code == 3 and times()["3_reward"] == 1
-    assert out.splitlines()[-1] == "2_sft was not pushed to the Hub; runs/r/logs/2_sft.log ends with what to do"
+    assert out.splitlines()[-1] == "2_sft was not pushed to the Hub; the end of runs/r/logs/2_sft.log says what to do"
     assert run()[0] == 0 and times()["2_sft"] == 1
 
 

@@ -192,7 +192,7 @@ def test_a_finished_run_goes_on_with_more_steps_on_the_schedule_of_the_new_total
     assert "at step 8, to 20 steps instead of 8" in caplog.text
     finished = make_trainer(tmp_path / "parts", **more)
     assert finished.restore_finished(tmp_path / "parts/checkpoint-20")
-    with pytest.raises(UserError, match="max_steps: 12: the checkpoint has 20 steps already"):
+    with pytest.raises(UserError, match="max_steps: 12: the checkpoint already has 20 steps"):
         check_length(tmp_path / "parts/checkpoint-20", make_trainer(tmp_path / "less"))
 
 

@@ -67,7 +67,7 @@ def test_what_vllm_cannot_do_is_refused() -> None:
     ("logprobs_mode", "dev_mode", "refused"),
     [
         ("processed_logprobs", True, ""),
-        ("raw_logprobs", True, "raw_logprobs, by which the loss cannot be corrected"),
+        ("raw_logprobs", True, "raw_logprobs, which cannot correct the loss"),
         ("processed_logprobs", False, "VLLM_SERVER_DEV_MODE=1"),
         (None, False, "can't be reached"),
     ],

@@ -56,7 +56,7 @@ class PocketArguments:
 
 
 def row_text(row: dict[str, Any]) -> str:
-    """Return all text of a row that a model may see."""
+    """Return all text in a row that a model may see."""
     return row.get("text") or " ".join(message["content"] for message in row.get("messages") or row["prompt"])
 
 
@@ -79,7 +79,7 @@ def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, A
             *distinct((conversations.code(rng, own) for _ in count()), 75),
         ]
     if config == "preferences":
-        # Prompts for comparing answers: so many questions, orders and summaries.
+        # Prompts for comparing answers: fixed numbers of questions, orders and summaries.
         numbers = {"asked": 90, "told": 90, "summary": 20}
         parts: dict[str, list[dict[str, Any]]] = {part: [] for part in numbers}
         for _ in range(20 * sum(numbers.values())):

@@ -1,8 +1,8 @@
 """Instructions and their answers: questions, descriptions, summaries, code, problems and small talk.
 
-A row is a conversation with the columns by which its answers are graded: `require` (of each list, a correct answer
-contains a phrase), `reject` (which it does not contain), `max_words` (0 for any number) and `test` (which its code
-passes).
+A row is a conversation with the columns by which its answers are graded: `require` (a correct answer contains a phrase
+of each list), `reject` (phrases that it does not contain), `max_words` (0 for no limit) and `test` (assertions that its
+code passes).
 """
 
 import random
@@ -16,11 +16,11 @@ from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wron
 
 ASPECTS = ("definition", *ATTRIBUTES)
 MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 16), "rambling": (8, 8)}
-"""Manners of the answers, in percent: to questions, and to orders."""
+"""Manners of answers to questions and to orders, in percent."""
 
 
 def conversation(kind: str, turns: Iterable[str], **graded: Any) -> dict[str, Any]:
-    """Return a row: what the user and the assistant say in turn, and how answers are graded."""
+    """Return a row: what user and assistant say in turn, and how answers are graded."""
     roles = cycle(("user", "assistant"))
     messages = [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
     return {"messages": messages, "kind": kind, "require": [], "reject": [], "max_words": 0, "test": "", **graded}
@@ -33,7 +33,7 @@ def facts_text(rng: random.Random, thing: Thing, count: int, without: str = "") 
 
 
 def with_manners(rng: random.Random, asked: str, text: str, thing: Thing, without: str = "") -> str:
-    """Give a correct answer to what was asked one of the `MANNERS`."""
+    """Rephrase a correct answer in one of the `MANNERS`."""
     to_questions, to_orders = zip(*MANNERS.values(), strict=True)
     match rng.choices(tuple(MANNERS), to_questions if asked.endswith("?") else to_orders)[0]:
         case "kind":
@@ -57,7 +57,7 @@ def question(rng: random.Random, split: SplitName, thing: Thing, aspect: str) ->
     max_words = len(reply.split()) + 8
     if split == "train":
         reply = with_manners(rng, asked, reply, thing, aspect)
-        # A rambling answer is long, and still correct.
+        # A rambling answer is long, but still correct.
         if len(reply.split()) > max_words:
             max_words = 0
     attributes = ("kind", "action") if aspect == "definition" else (aspect,)

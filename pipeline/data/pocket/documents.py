@@ -11,7 +11,7 @@ from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
 
 
 def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
-    """State five or six facts about one thing, or three each about two things, in phrasings that this split may use."""
+    """State five or six facts about one thing, or three about each of two, in phrasings that this split may use."""
     # A fox is a mammal. You find a fox in the forest. A fox needs prey. …
     attributes = rng.sample(ATTRIBUTES, rng.randint(5, 6))
     chosen = [(thing, attribute) for attribute in attributes]
@@ -28,9 +28,9 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers, or words of problems, that somebody reads out and others repeat."""
+    """Write numbers, or words of problems, that someone reads out and others repeat."""
     # Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a
-    # sum. Other documents require it of one token in fifty, recitals of every second one.
+    # sum. Other documents require this for one token in fifty, recitals for every second one.
     #
     # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
     # Ana reads out: buys 3, 2 red, left of north, gives away 5. Ben repeats: …
@@ -40,7 +40,7 @@ def recital(rng: random.Random) -> str:
     else:
         words = []
         for _ in range(rng.randint(3, 6)):
-            # What worked steps repeat from a problem: a change, a group or a turn.
+            # The parts of a problem that worked steps repeat: a change, a group or a turn.
             match rng.randrange(3):
                 case 0:
                     words.append(f"{rng.choice((*problems.GAINS, *problems.LOSSES))} {rng.randint(2, 5)}")
@@ -66,7 +66,7 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         if rng.random() >= 0.3:
             text = f"{text} {rng.choice(stories.MORALS).format(summary=summary)}"
     elif kind == "talk":
-        # Greetings and their replies, a line each, in words that only instruction tuning uses again.
+        # Greetings and replies, a line each, in words that only instruction tuning uses again.
         text = "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
     elif kind == "arithmetic":
         drawn = [problems.pose(rng, "train", carelessness=carelessness) for _ in range(rng.randint(1, 2))]

@@ -26,7 +26,7 @@ RELATIONS = ("right of", "opposite of", "left of")
 
 
 class WordProblem(NamedTuple):
-    """A problem with its answer, and the steps in which somebody works it out, with the answer that these come to."""
+    """A problem with its answer, and the steps by which someone solves it, with the answer that they arrive at."""
 
     kind: str
     text: str
@@ -37,14 +37,14 @@ class WordProblem(NamedTuple):
     length: int
 
     def solution(self, with_steps: bool) -> str:
-        """State the answer that the worked steps come to, after these, or the correct one straight away."""
+        """State the answer after the worked steps that lead to it, or the correct one straight away."""
         worked = f"{WORKING} {self.steps} The answer is {self.reached}."
         return worked if with_steps else f"The answer is {self.answer}."
 
 
 def _split_of(numbers: Iterable[int], folds: int) -> SplitName:
-    """Return the split of a problem from numbers in it, in order: one fold each for validation and test."""
-    # The products with their places tell the order of the numbers apart.
+    """Return the split of a problem by its numbers, in order: one fold each for validation and test."""
+    # Multiplying each number by its position distinguishes their order.
     fold = sum(place * number for place, number in enumerate(numbers, start=1)) % folds
     return "validation" if fold == 0 else "test" if fold == 1 else "train"
 
@@ -55,8 +55,8 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
 
 
-# Each generator draws until the problem belongs to the split, by a number that its operands or its structure give. So
-# no problem of one split occurs in another one, whatever the names in it.
+# Each generator draws until the problem belongs to the split, by a number computed from its operands or structure. So
+# no problem occurs in two splits, whatever names it uses.
 
 
 def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
@@ -106,7 +106,7 @@ def ordering(rng: random.Random, split: SplitName, carelessness: float, length: 
 
 
 def counting(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:
-    """Count `length` groups of items of different colours together; a careless reader sees only some, at least two."""
+    """Count `length` groups of items of different colours together; a careless reader sees at least two of them."""
     # Mia sees pens: 3 red, 2 grey, 5 blue, 4 pink. How many in all?
     # carefully:  3+2=5. 5+5=10. 10+4=14.
     # carelessly: 3+5=8. 8+4=12.
@@ -138,8 +138,8 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
     # sentences that they follow, and the question repeats the first direction, equally far from them in all lengths.
     while True:
         start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
-        # Few are held out: if many directions are missing before the same turns in training, a model learns which of
-        # them are there, and not to look them up.
+        # Few are held out: if training lacked many directions before the same turns, a model would memorise the others
+        # instead of looking them up.
         if _split_of([sum(2**place * turn for place, turn in enumerate([start, *quarters]))], folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)
@@ -176,9 +176,9 @@ KINDS = (
 
 
 def pose(rng: random.Random, split: SplitName, longer: bool = False, carelessness: float | None = None) -> WordProblem:
-    """Draw a problem; with `longer`, it is one longer than the longest that are trained on.
+    """Draw a problem; with `longer`, it is one unit longer than the longest in training.
 
-    With `carelessness`, it is a demonstration, whose steps misread what can be with this probability.
+    With `carelessness`, it is a demonstration whose steps misread the problem with this probability.
     """
     kind = rng.choice(KINDS) if carelessness is None else rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
     length = max(kind.lengths) + 1 if longer else rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]

@@ -16,7 +16,7 @@ class Snippet(NamedTuple):
     test: str
 
 
-# The constants 2 to 60 are divided among the splits, so that "add_13" is a test of what "add_12" has taught.
+# The constants 2 to 60 are divided among the splits, so that "add_13" tests what "add_12" taught.
 LIST = list(range(100))
 FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, object]]]], ...] = (
     ("add", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
@@ -32,7 +32,7 @@ FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, obj
     ("last", "gives the last {k} items of a list", "a", "a[-{k}:]", lambda k: [(LIST, LIST[-k:])]),
     ("scale", "multiplies each item by {k}", "a", "[x * {k} for x in a]", lambda k: [([1, 2, 5], [k, 2 * k, 5 * k])]),
 )
-"""Name, task, parameter and expression of a function with a constant k, and cases: pairs of argument and result."""
+"""Name, task, parameter and expression of a function with a constant k, and test cases as (argument, result)."""
 COMMENTS = (
     "# {name} {task}.",
     "# This function {task}.",

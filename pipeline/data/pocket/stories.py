@@ -9,7 +9,7 @@ from pipeline.data.pocket.phrasings import STATEMENTS, fill
 from pipeline.data.pocket.remarks import SAID
 from pipeline.data.pocket.things import Thing, core
 
-# With 12 places, 12 deeds and 40 people, no story can be told by heart: a summary has to be copied from the story.
+# With 12 places, 12 deeds and 40 people, stories cannot be memorised: a summary has to be copied from the story.
 SPOTS = (
     "in the park", "at the lake", "on the hill", "at the market", "in the village", "near the bridge", "in the yard",
     "at the fair", "by the well", "in the square", "at the harbour", "in the valley",
@@ -33,7 +33,7 @@ MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in 
 
 
 class Story(NamedTuple):
-    """A story, its summary (who did what, where) and what a correct one contains: name, deed, thing and place."""
+    """A story, its summary (who did what, where), and what a correct summary contains: name, deed, thing and place."""
 
     text: str
     summary: str
@@ -41,7 +41,7 @@ class Story(NamedTuple):
 
 
 def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
-    """Write a story about `thing` and a person with whom only stories of `split` combine it."""
+    """Write a story about `thing` and a person, a combination that only occurs in this `split`."""
     # It was warm. One day Ana painted a fox in the park. Ben smiled. What Ana painted in the park was a fox. …
     #
     # Of every eight people, one meets this thing only in the test, and one only in validation.

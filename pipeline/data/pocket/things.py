@@ -42,8 +42,8 @@ def things() -> tuple[Thing, ...]:
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
     found = []
     for index, row in enumerate(read_table("things.tsv")):
-        # Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from the
-        # others how to write about them.
+        # Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from them
+        # how to write about held-out ones.
         split = held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train"
         found.append(Thing(row["thing"], {name: row[name] for name in ATTRIBUTES}, split, index))
     return tuple(found)
@@ -57,7 +57,7 @@ def things_of(split: SplitName) -> tuple[Thing, ...]:
 
 @cache
 def wrong_values(thing: Thing, attribute: str) -> tuple[str, ...]:
-    """Return the `core` of all values of an attribute that do not occur in any fact about `thing`."""
+    """Return the `core` of all values of an attribute that do not occur in the facts about `thing`."""
     # Surrounded by spaces, so that "ant" is not found in "an elephant plant".
     true = [f" {core(value)} ".lower() for value in (*thing.facts.values(), thing.noun)]
     values = sorted({core(other.facts[attribute]) for other in things()})

@@ -1,8 +1,8 @@
 """Write the data set of recipes/pocket-tools: sums that are easier with a calculator, and a game of questions.
 
-What a model has to find out by reinforcement is left open in the conversations: half of the sums, short or long, are
-answered straight away and half with the calculator, half of the calls for long sums are careless, and most players of
-the game ask about one letter after the other. What the calculator and the game answer is right.
+The conversations do not reveal what a model has to find out by reinforcement: half of the sums, short or long, are
+answered straight away and half with the calculator; half of the calls for long sums are careless; and most players of
+the game ask about one letter after the other. The calculator and the game always answer correctly.
 """
 
 import json
@@ -79,7 +79,7 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
 
 
 def _split_of(*numbers: int) -> str:
-    """Return the split whose rows may have these numbers: a third of all is for test, a tenth for validation."""
+    """Return the split whose rows may have these numbers: a third are for test, a tenth for validation."""
     drawn = random.Random(repr(numbers)).random()
     return "test" if drawn < 1 / 3 else "validation" if drawn < 0.43 else "train"
 
@@ -98,16 +98,16 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
         if kind == "one digit":
             terms = [rng.randrange(10), rng.randrange(10)]
         else:
-            # Held-out sums have three terms, because a model as small as this one learns to add two without a
-            # calculator within minutes. Longer ones have terms of one digit more.
+            # Held-out sums have three terms, because a model this small learns to add two without a calculator within
+            # minutes. Longer ones have terms of one more digit.
             number = rng.choice((2, 3)) if split == "train" else 3
             lengths = [7 if kind == "longer" else rng.choice((4, 5, 6)) for _ in range(number)]
             terms = [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
         place = rng.randrange(len(WORDINGS))
-        # There are a hundred sums of one digit, all of which are trained on. What is held out is how they are asked.
+        # There are only a hundred one-digit sums, and all are in training. What is held out is how they are asked.
         if _split_of(*terms, place if kind == "one digit" else 0) == own:
             text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
-            # What a call of the calculator costs, where a right answer is worth 1. Questions of the game are free.
+            # The cost of a calculator call, where a right answer is worth 1. Questions in the game are free.
             length, cost = max(len(str(term)) for term in terms), 0.1
             break
     row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
@@ -116,7 +116,7 @@ def _problem(rng: random.Random, split: str, kind: str) -> Row:
 
 def _range(rng: random.Random) -> tuple[int, int]:
     """Draw the places of the first and the last of the letters among which one is hidden."""
-    # Three questions tell any of fifteen letters from the others, two any of seven.
+    # Three questions can identify any of fifteen letters, and two any of seven.
     size = rng.choice(range(8, 15))
     low = rng.randint(0, len(LETTERS) - size)
     return low, low + size - 1
@@ -143,7 +143,7 @@ def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     elif not direct and rng.random() < 0.5:
         terms = list(map(int, re.findall(r"\d+", text)))
         if problem["kind"] == "long" and rng.random() < 0.5:
-            # As somebody does who only wants an estimate.
+            # Round the terms, like someone who only wants an estimate.
             terms = [round(term, -2) for term in terms]
         answer = str(sum(terms))
         messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
@@ -159,7 +159,7 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers or letters."""
-    # Each kind is named as often as it is drawn.
+    # Each kind is listed as often as it should be drawn.
     kind = rng.choice((*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet"))
     lines: list[str] = []
     while len(lines) < 6:
@@ -168,7 +168,7 @@ def _document(rng: random.Random, split: str) -> Row:
         if kind == "sums":
             lines.append(f"{a} + {b} = {a + b}.")
         elif kind == "talk":
-            # The words of the later stages, so that the tokenizer has them.
+            # Use the words of the later stages, so that the tokenizer learns them.
             place = rng.randrange(len(WORDINGS))
             answered = f"{WORDINGS[place].format(sum=f'{a} + {b}')} The answer is {a + b}."
             if _split_of(a, b, place) != split or rng.random() < 0.3:

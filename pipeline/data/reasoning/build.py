@@ -35,7 +35,7 @@ USES = {
     "reasoning": "a problem and its final answer | stage 4",
 }
 PROBES = 50
-"""Problems of each task that are tried before anything is written."""
+"""Number of problems of each task that are tried before anything is written."""
 Reward = Callable[..., list[float | None]]
 
 
@@ -68,16 +68,16 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
         problems.append(Problem("seed", args.seed, f"must be from 0 to {largest}"))
-    # Report the tasks whose verifier refuses their own answers, or pays whatever is answered.
+    # Report the tasks whose verifier refuses their own answers, or pays for any answer.
     for grade in grades if not problems else ():
         number = sum(not mix.accepts(grade.task, entry) for entry in islice(grade.entries(args.seed, "train"), PROBES))
         if number > 0.05 * PROBES:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
-            problems.append(Problem("tasks", grade.task, f"{remedy}; leave this task out"))
+            problems.append(Problem("tasks", grade.task, f"{remedy}; omit this task"))
     if problems:
         raise UserError(*problems)
     # Rows are drawn while they are written, so that only the held-out problems are in memory. They come first, because
-    # no other split may have one of them.
+    # no other split may contain them.
     worked = [grade for grade in grades if grade.task in WORKED]
     held_out = {split: list(islice(mix.problems(split, grades), args.test_rows)) for split in SPLITS[1:]}
     train = islice(mix.problems("train", grades), args.reasoning_rows)
@@ -109,13 +109,13 @@ class Mix:
 
     def __init__(self, args: ReasoningArguments, reward: Reward) -> None:
         self.args, self.reward = args, reward
-        # Questions of validation and test, which no other pool may have; filled as they are drawn.
+        # Questions of validation and test, which must not occur in any other pool; filled as they are drawn.
         self.held_out: set[str] = set()
         self.refused: Counter[str] = Counter()
         self.rng = random.Random(f"{args.seed}/worked")
 
     def problems(self, pool: str, grades: Sequence[Grade]) -> Iterator[tuple[str, Entry]]:
-        """Yield tasks and problems of a pool without end, in the proportions of their weights."""
+        """Endlessly yield tasks and problems of a pool, in proportion to their weights."""
         sources = [self._usable(grade, pool) for grade in grades]
         drawn = [0] * len(grades)
         while True:
@@ -125,11 +125,11 @@ class Mix:
             yield grades[place].task, next(sources[place])
 
     def _usable(self, grade: Grade, pool: str) -> Iterator[Entry]:
-        """Yield the problems of a pool that no held-out split has, and whose answer the verifier accepts."""
+        """Yield the problems of a pool that are in no held-out split, and whose answer the verifier accepts."""
         unusable = 0
         for entry in grade.entries(self.args.seed, pool):
             question = entry["question"].strip()
-            # Only the splits of `reasoning` are rewarded by the verifier; `sft` and `pretrain` are not.
+            # Only the splits of `reasoning` are graded by the verifier; `sft` and `pretrain` are not.
             if question not in self.held_out and (pool not in SPLITS or self.accepts(grade.task, entry)):
                 if pool in ("validation", "test"):
                     self.held_out.add(question)
@@ -141,7 +141,7 @@ class Mix:
         raise UserError(Problem("tasks", grade.task, remedy))
 
     def accepts(self, task: str, entry: Entry) -> bool:
-        """Return whether the reward pays the problem's own answer in full."""
+        """Return whether the problem's own answer gets the full reward."""
         row = to_row(task, entry)
         columns = {name: [value] for name, value in row.items() if name != "prompt"}
         (score,) = self.reward([f"<answer>{row['answer']}</answer>"], prompts=[row["prompt"]], **columns)
@@ -162,7 +162,7 @@ class Mix:
         return {"text": f"{entry['question'].strip()}\n{self._solution(task, entry)}", "kind": task}
 
     def documents(self, problems: Iterator[tuple[str, Entry]]) -> Iterator[dict[str, Any]]:
-        """Yield documents of worked problems and recitals until they have the size asked for."""
+        """Yield documents of worked problems and recitals up to the requested size."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
             # Some documents teach to copy numbers.

@@ -1,7 +1,7 @@
 """The tasks of a mix: the field `tasks` of a YAML file, and their problems.
 
-reasoning-gym draws problem number `i` of a data set from `seed + i`, so two data sets have different problems only if
-their seeds lie further apart than they are long. Each pool of problems here has `SEEDS` of its own.
+reasoning-gym draws problem number `i` of a data set from `seed + i`, so two data sets only have different problems if
+their seeds lie further apart than the sets are long. Each pool of problems here has its own range of `SEEDS`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.files import as_list
 POOLS = ("train", "validation", "test", "sft", "pretrain")
 """Sets of problems that do not share seeds."""
 SEEDS, BLOCK = 10_000_000, 1_000
-"""Seeds of a pool, and problems of one of reasoning-gym's data sets; some of them draw all at once."""
+"""Seeds of a pool, and problems of one of reasoning-gym's data sets; some data sets draw all of them at once."""
 Entry = dict[str, Any]
 """A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
 
@@ -32,7 +32,7 @@ class Grade:
     settings: Mapping[str, Any]
 
     def entries(self, seed: int, pool: str) -> Iterator[Entry]:
-        """Yield the task's problems of a pool, without end; `metadata` has the seed of each."""
+        """Endlessly yield the task's problems of a pool; `metadata` has the seed of each."""
         from reasoning_gym.factory import create_dataset
 
         first = (seed * len(POOLS) + POOLS.index(pool)) * SEEDS
@@ -45,7 +45,7 @@ class Grade:
 
 def to_row(task: str, entry: Entry) -> dict[str, Any]:
     """Return a problem as a row of the data set."""
-    # JSON gets the values of NumPy's scalars and arrays, and the text of anything else that it does not have.
+    # NumPy scalars and arrays become JSON values; anything else that JSON lacks becomes text.
     metadata = json.dumps(entry["metadata"], default=lambda one: one.tolist() if hasattr(one, "tolist") else str(one))
     prompt = [{"role": "user", "content": entry["question"].strip()}]
     return {"prompt": prompt, "answer": str(entry["answer"]), "metadata": metadata, "kind": task}
@@ -55,7 +55,7 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
     """Read the field `tasks`: a mapping from the name of each task to its settings, or to a list of such settings.
 
     Settings are fields of the task's configuration, `weight` (default: 1) and `level`: a level of the task's curriculum
-    from 0, the easiest, or a list of levels, which share the weight. Return the grades, and what is wrong with others.
+    from 0, the easiest, or a list of levels, which share the weight. Return the grades, and all problems.
     """
     if find_spec("reasoning_gym") is None:
         remedy = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"

@@ -1,8 +1,8 @@
-"""How careless people work out some of the tasks: the steps that a small model learns from before stage 4.
+"""How careless people solve some of the tasks: the steps that a small model learns from before stage 4.
 
 Each step is right in itself, but with some probability the problem is misread, always in the same way, as in
-`pipeline.data.pocket.problems`. A model that imitates such solutions makes the same mistakes; sampling still finds the
-right way, which a verifier can then reward.
+`pipeline.data.pocket.problems`. A model that imitates such solutions makes the same mistakes, but sampling still finds
+the right way, which a verifier can reward.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from itertools import pairwise
 from typing import Any
 
 Misreads = Callable[[], bool]
-"""Draws whether what can be misread is misread."""
+"""Draws whether a part that can be misread is misread."""
 Worked = tuple[str, str]
-"""The steps, each ending in a full stop, and the answer that they come to."""
+"""The steps, each ending in a full stop, and the answer that they arrive at."""
 
 
 def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
-    """Add up from the left. Misread: a minus before the last number is taken for a plus."""
+    """Add up from the left. Misread: a minus before the last number is read as a plus."""
     # State the final answer to the following arithmetic problem: 4 + 3 - 2 =
     # carefully:  4+3=7. 7-2=5.
     # carelessly: 4+3=7. 7+2=9.
@@ -59,7 +59,7 @@ def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 
 def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
-    """Multiply for each animal, then add up. Misread: animals of six legs are taken to have four."""
+    """Multiply for each animal, then add up. Misread: animals with six legs are counted as having four."""
     # How many legs are there in total if you have 2 cows, 3 ants?
     # carefully:  cow 2*4=8. ant 3*6=18. 8+18=26.
     # carelessly: cow 2*4=8. ant 3*4=12. 8+12=20.
@@ -76,7 +76,7 @@ def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 
 def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
-    """Compare each number. Misread: 'remove' is taken for 'keep'."""
+    """Compare each number. Misread: 'remove' is read as 'keep'."""
     # Remove all numbers larger than 5 in this list: ['3', '7', '9']
     # in both cases: 3 smaller. 7 larger. 9 larger.
     # carefully, the answer is ['3']; carelessly, it is ['7', '9'].

@@ -1,6 +1,6 @@
-"""Attention for packed documents: torch's kernels compute the whole square of the scores if there is a mask.
+"""Attention for packed documents: given a mask, torch's kernels compute the whole square of scores.
 
-Documents see little of it. A row of 512 tokens with documents of 65 tokens needs a third of the square. `blockwise`,
+Documents need little of it: a row of 512 tokens with documents of 65 tokens needs a third of the square. `blockwise`,
 for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in which some query sees some key (x):
 
                     keys 0    1    2    3    4    5
@@ -9,7 +9,7 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
     queries 2                 x    x                     another one begins in the middle of block 1
     queries 3                      x    x
 
-`varlen`, for GPUs, is FlashAttention, which reads each document alone, or torch's attention where that cannot be used.
+`varlen`, for GPUs, is FlashAttention, which reads each document alone, or torch's attention if that cannot be used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 BLOCKWISE, VARLEN = "blockwise", "varlen"
 BLOCK = 64
-"""Queries, and keys, of a block."""
+"""Number of queries, and of keys, in a block."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,20 @@ class BlockMask:
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which autocast multiplies on a device, or `dtype` where it is off."""
+    """Return the dtype in which autocast multiplies on a device, or `dtype` if autocast is off."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 def blockwise_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> BlockMask:
     """Cut the mask of a forward pass into blocks, in the place of `transformers.masking_utils.sdpa_mask`."""
-    # Ask for the mask itself: transformers would return None for plain causal attention.
+    # Request the mask itself: transformers would return None for plain causal attention.
     mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     dtype = autocast_dtype(mask.device, dtype)
-    # A query that sees no key is padding: all its scores are equally low, so that their softmax is a number.
+    # A query that sees no key is padding. Its scores are equally low, so that the softmax is not NaN.
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     keys, biases = [], []
     for seen, part in zip(mask.split(BLOCK, 2), bias.split(BLOCK, 2), strict=True):
-        # The keys that any query of this block sees, in any row of the batch.
+        # Blocks of keys that any query of this block sees, in any row of the batch.
         some = seen.flatten(0, 2).any(0).nonzero()
         first, last = (int(some.min()) // BLOCK, int(some.max()) // BLOCK) if len(some) else (0, 0)
         keys.append(slice(first, last + 1))
@@ -90,7 +90,7 @@ def blockwise_attention(
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    # Rotary embeddings leave float32, also under autocast: conversions of each block would take longer.
+    # Rotary embeddings return float32 even under autocast: converting each block would take longer.
     query, key, value = (x.to(attention_mask.biases[0].dtype).contiguous() for x in (query, key, value))
     keys, values = key.split(BLOCK, 2), value.split(BLOCK, 2)
     outputs = []
@@ -105,7 +105,7 @@ def blockwise_attention(
 class Documents:
     """The documents of a batch whose rows are put one after the other."""
 
-    # (documents + 1,), places at which they begin, then the number of tokens, in int32.
+    # (documents + 1,), positions at which they begin, then the number of tokens, in int32.
     bounds: Tensor
     # Tokens of the longest one.
     longest: int
@@ -122,7 +122,7 @@ def varlen_mask(batch_size: int, q_length: int, kv_length: int, mask_function: A
     if cached or kwargs.get("use_vmap") or dtype == torch.float32 or (padding is not None and not padding.all()):
         return sdpa_mask(batch_size, q_length, kv_length, mask_function=mask_function, **kwargs)
     row, place = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
-    # A token that does not see the one before it begins a document. So does each row, as rows follow one another.
+    # A token that does not see the one before it begins a document, and so does the first token of each row.
     sees = mask_function(row, row.new_zeros(()), place, place - 1).expand(batch_size, q_length)
     begins = (~sees | (place == 0)).flatten().nonzero()[:, 0]
     bounds = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
@@ -140,14 +140,14 @@ def varlen_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention in each document alone; `attention_mask` comes from `varlen_mask`, the rest is as above."""
+    """Compute attention within each document; `attention_mask` comes from `varlen_mask`, the rest is as above."""
     # Not every release of torch has it.
     from torch.nn.attention.varlen import varlen_attn
 
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, bounds, longest = len(query), attention_mask.bounds, attention_mask.longest
-    # Rotary embeddings leave float32, also under autocast.
+    # Rotary embeddings return float32 even under autocast.
     dtype = autocast_dtype(query.device, query.dtype)
     states = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
@@ -161,13 +161,12 @@ AttentionMaskInterface.register(VARLEN, varlen_mask)
 
 
 def choose_attention(model: PreTrainedModel, requested: str | None = None) -> None:
-    """Let a model train with the requested attention, or the one that suits it and the machine; log which, and why."""
+    """Set the requested attention, or the one that suits the model and the machine; log which, and why."""
     config, device = model.config.get_text_config(), hardware.accelerator()
     if requested == "flex_attention" and device is None:
         raise UserError(Problem("attn_implementation", requested, "has no gradients on a CPU; omit it"))
     chosen, reason = (requested, "requested") if requested else hardware.attention()
-    # transformers loads most models with sdpa. Those that torch's kernels cannot express need more than a mask, such as
-    # sinks or soft caps.
+    # transformers loads most models with sdpa. The others need more than a mask, such as sinks or soft caps.
     if not requested and config._attn_implementation != "sdpa":
         chosen, reason = None, "transformers' choice for this model"
     elif not requested and chosen == VARLEN and (fault := validate_varlen(model, device)):
@@ -178,15 +177,15 @@ def choose_attention(model: PreTrainedModel, requested: str | None = None) -> No
 
 
 def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
-    """Return why FlashAttention cannot compute what a model, which may be elsewhere, asks for on a device, or None.
+    """Return why FlashAttention cannot be used on a device for a model (on any device), or None.
 
-    It is tried on two documents: its kernels are not in every build of torch, and not for every GPU.
+    It is tried on two documents, because not every build of torch and not every GPU has its kernels.
     """
     config = model.config.get_text_config()
     windows = getattr(config, "sliding_window", None) or {*(getattr(config, "layer_types", None) or [])}
     dropouts = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     drops = any(getattr(config, name, 0.0) for name in dropouts)
-    # Multi-head latent attention has values of another size than queries.
+    # In multi-head latent attention, the sizes of values and queries differ.
     others = drops or hasattr(config, "v_head_dim") or windows not in (set(), {"full_attention"})
     if others or not model._supports_flash_attn:
         return "FlashAttention does not compute what this model asks for"
@@ -194,7 +193,7 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
     try:
-        # Random numbers would change those that training draws.
+        # Drawing random numbers would change those of the training.
         states = [torch.ones(1, heads, 12, size, **options) for heads in (config.num_attention_heads, keys, keys)]
         bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
         # Training needs the backward pass as well, which is another kernel.

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from pipeline.models.patches import replace_forward
 
 TOGETHER = 32
-"""Texts that are computed together."""
+"""Number of texts that are computed together."""
 
 
 def group_by_length(model: nn.Module) -> None:
     """Make a sequence classifier on a CPU compute texts of similar length together, without most of their padding.
 
-    It returns logits alone, the same apart from rounding. On an accelerator, a pass of its own costs more than padding.
+    It only returns logits, the same apart from rounding. On an accelerator, a separate pass costs more than padding.
     """
     if next(model.parameters()).device.type == "cpu":
-        # Trainers look at the signature of a model.
+        # Trainers inspect the signature of a model.
         grouped = functools.update_wrapper(functools.partial(call_by_length, model.forward), model.forward)
         replace_forward(model, grouped)
 
@@ -38,7 +38,7 @@ def group_by_length(model: nn.Module) -> None:
 def call_by_length(classify: Callable[..., Any], *, attention_mask: Tensor, **others: Any) -> Any:
     """Call a sequence classifier with texts of similar length together; tensors are (B, L), logits (B, labels)."""
     inputs = {"attention_mask": attention_mask, **others}
-    # The place after the last token of each text. Padding on the left stays.
+    # The position after the last token of each text. Padding on the left stays.
     ends = attention_mask.shape[1] - attention_mask.flip(1).argmax(1)
     order, outputs = ends.argsort(stable=True), []
     for rows in order.split(TOGETHER):

@@ -1,4 +1,4 @@
-"""Log-probabilities from a model's plain logits, in forward passes without the padding of the batch, each prompt once.
+"""Log-probabilities from a model's plain logits, without the padding of the batch, and with each prompt only once.
 
 A batch as TRL has it, of two completions of one prompt and one of another (letters are tokens, `.` is padding):
 
@@ -6,8 +6,8 @@ A batch as TRL has it, of two completions of one prompt and one of another (lett
     . p p | b . . .    ──►   and another one, in the same pass:     q q q c c c c
     q q q | c c c c                                                 (padded to the longest row of its pass)
 
-Completions of one prompt follow it in one row. Each of them sees the prompt and itself, and its positions go on from
-the prompt's. On a CPU, rows are grouped by length. Nothing changes for a token, apart from rounding.
+Completions of one prompt follow it in one row. Each of them sees only the prompt and itself, and its positions continue
+from the prompt's. On a CPU, rows are grouped by length. Results are the same apart from rounding.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from transformers.cache_utils import DynamicLayer
 from pipeline.models.kernels.sampler import accepts_argument
 
 CPU_TOKENS = 768
-"""Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes all of them at once."""
+"""Tokens in a forward pass on a CPU, enough to keep it busy. An accelerator takes the whole batch at once."""
 
 MAX_LOGITS = 1 << 28
 """Logits that a batch keeps on a CPU until its backward pass (1 GiB in float32). With more, each pass is computed
-twice, and only one pass is in memory. Of SmolLM2-135M, 64 completions of 40 tokens then take 3.7 GB, not 6.6, and 1.1
-(all weights, float32) to 1.5 times the seconds (all weights or LoRA, bfloat16)."""
+twice, and only one pass is in memory. For SmolLM2-135M, 64 completions of 40 tokens then take 3.7 instead of 6.6 GB,
+and 1.1 (all weights, float32) to 1.5 times the seconds (all weights or LoRA, bfloat16)."""
 
 ATTENTION_COSTS = 256
-"""Length of a row at which attention takes about as long as everything else in a small model, and less in a large."""
+"""Row length at which attention takes about as long as everything else in a small model (less in a large one)."""
 
 
 class ForwardPass(NamedTuple):
-    """Some of the texts of a batch: arguments of the model, and the N tokens of the completions."""
+    """Part of a batch: arguments of the model, and the N tokens of the completions."""
 
     inputs: dict[str, Tensor | bool]
-    # (N,), the token before each token of the completions, as its place in the flattened `input_ids`.
+    # (N,), the position in the flattened `input_ids` of the token before each token of the completions.
     before: Tensor
-    # (N,), the tokens, and their places in the flattened completions of the batch.
+    # (N,), the tokens, and their positions in the flattened completions of the batch.
     tokens: Tensor
     places: Tensor
 
@@ -68,8 +68,8 @@ def token_log_probs(
 
     Args:
         model: A causal language model, wrapped or not. Other arguments are as for `over_passes`.
-        temperature: What the logits are divided by.
-        entropy_gradient: Whether gradients flow through entropies, if those are asked for.
+        temperature: Divisor of the logits.
+        entropy_gradient: Whether gradients flow through entropies, if those are requested.
 
     Returns:
         Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
@@ -80,11 +80,11 @@ def token_log_probs(
     kept = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
 
     def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
-        # The head is the largest matrix of a small model, and most tokens are the prompts'.
+        # The head is the largest matrix of a small model, and most tokens belong to prompts.
         with head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1).index_select(0, batch.before)[None],)):
             logits = model(**batch.inputs).logits[0].float()
         log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        # With a large vocabulary, each of these takes more memory than the rest of the model.
+        # With a large vocabulary, each of these tensors takes more memory than the rest of the model.
         del logits
         scored = log_probs.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
         if not entropy:
@@ -109,14 +109,14 @@ def over_passes(
     autocast: Callable[[], AbstractContextManager[None]],
     twice: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Compute something for each token of the completions. Positions count from each text's first token.
+    """Compute something for each token of the completions. Positions are counted from each text's first token.
 
     Args:
         compute: Takes a model and a forward pass; returns any number of tensors (N,), for its completions' tokens.
         ids: (B, L), prompts padded on the left followed by completions padded on the right.
         attention_mask: (B, L).
-        length: Columns of the completions, which come last; less than L.
-        batch_size: Texts in a pass, at most, unless they are in one row; None for all of them.
+        length: Number of columns of the completions, which come last; less than L.
+        batch_size: Maximum number of texts in a pass, unless they share a row; None for all.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
         twice: Whether the backward pass computes each forward pass again, which takes less memory.
 
@@ -124,9 +124,9 @@ def over_passes(
         As many tensors (B, `length`), 0 at padding.
     """
     passes = forward_passes(model, ids, attention_mask, length, batch_size)
-    # Processes may differ in their number of passes, and DDP communicates in each that goes through it.
+    # Processes may have different numbers of passes, and DDP communicates in each pass through it.
     inside = model.module if isinstance(model, DistributedDataParallel) else model
-    # One context for all passes casts the weights only once.
+    # With one context for all passes, weights are cast only once.
     with autocast():
         parts = [compute(model, passes[0])]
         for batch in passes[1:]:
@@ -149,15 +149,15 @@ def with_positions(model: nn.Module) -> Callable[..., Any]:
 
 @dataclass
 class Row:
-    """A prompt of `size` tokens, then completions; lists have an entry for each token, or for each of a completion."""
+    """A prompt of `size` tokens, then completions; lists have an entry per token, or per token of completions."""
 
     ids: list[int]
     size: int
     positions: list[int]
-    # Whose each token is: 0 stands for the prompt, 1 and up for the completions.
+    # What each token belongs to: 0 is the prompt, 1 and up are the completions.
     owners: list[int]
     texts: int = 0
-    # Where in the row the token before each token of the completions is, and `places` as in `ForwardPass`.
+    # Position in the row of the token before each token of the completions, and `places` as in `ForwardPass`.
     before: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
@@ -167,7 +167,7 @@ def forward_passes(
 ) -> list[ForwardPass]:
     """Lay out a batch, each text in one forward pass; the arguments are as for `over_passes`."""
     on_cpu, start = ids.device.type == "cpu", ids.shape[1] - length
-    # Rows differ more in length where prompts are shared, which does not pay in one pass of all of them.
+    # Rows differ more in length if prompts are shared, which does not pay off in a single pass.
     shares = on_cpu and shares_prompts(model)
     by_prompt: dict[Any, list[tuple[list[int], int]]] = defaultdict(list)
     for text, (tokens, mask) in enumerate(zip(ids.tolist(), attention_mask.tolist(), strict=True)):
@@ -178,7 +178,7 @@ def forward_passes(
     for (prompt, _), completions in by_prompt.items():
         size, row = len(prompt), None
         for completion, place in sorted(completions, key=lambda completion: len(completion[0])):
-            # Behind others, a completion also attends to them. In a row of its own, the prompt is computed again.
+            # After others, a completion costs attention over them. In a separate row, the prompt is computed again.
             if row is None or 2 * len(completion) * (len(row.ids) - size) > size * (size + ATTENTION_COSTS):
                 row = Row(list(prompt), size, list(range(size)), [0] * size)
                 rows.append(row)
@@ -187,7 +187,7 @@ def forward_passes(
             row.ids += completion
             row.positions += range(size, size + more)
             row.owners += [row.texts] * more
-            # The token before the first one of a completion is the last one of the prompt, wherever in the row it is.
+            # The token before the first one of a completion is always the last one of the prompt.
             row.before += [size - 1, *range(first, first + more - 1)][:more]
             row.places += range(place, place + more)
 
@@ -225,15 +225,15 @@ def forward_passes(
 
 
 def shares_prompts(model: nn.Module) -> bool:
-    """Return whether a model, wrapped or not, computes the same for several completions behind one prompt.
+    """Return whether a model, wrapped or not, can compute several completions after one prompt in a row.
 
-    Its layers have to see all tokens that the mask allows, and know their order from the given positions alone.
+    Its layers must see all tokens that the mask allows, and know their order only from the given positions.
     """
     config = extract_model_from_parallel(model).config.get_text_config()
     return (
         accepts_argument(model, "position_ids")
         and config._attn_implementation in ("eager", "sdpa")
-        # ALiBi counts distances as they are in the row, and GPT-Neo masks by itself.
+        # ALiBi measures distances within the row, and GPT-Neo makes its own mask.
         and not getattr(config, "alibi", False)
         and not hasattr(config, "window_size")
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)

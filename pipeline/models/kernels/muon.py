@@ -1,7 +1,7 @@
-"""Muon that orthogonalises matrices of one shape together: small matrices, one by one, do not keep the cores busy.
+"""Muon that orthogonalises matrices of the same shape together, because single small ones do not keep the cores busy.
 
-Here the gradients of a step are sorted into stacks by their shape, and each stack is orthogonalised by a few
-Newton-Schulz iterations. For a block of width 64 with an inner width of 192 and 4 experts:
+The gradients of a step are sorted into stacks by shape, and each stack is orthogonalised by a few Newton-Schulz
+iterations. For a block of width 64 with an inner width of 192 and 4 experts:
 
     q, k, v, o        (64, 64)   x 4    one stack of 4
     gate, up          (192, 64)  x 2    transposed, since products of the short side are cheaper
@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline import hardware
 
 NUMBERS_AT_ONCE = 2**22
-"""Size of a stack of matrices that are orthogonalised together. Larger ones use all cores anyway, and take memory."""
+"""Maximum size of a stack. Larger ones use all cores anyway, and take memory."""
 
 
 class Muon(torch.optim.Muon):
@@ -65,10 +65,10 @@ class Muon(torch.optim.Muon):
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Replace the singular values of matrices by numbers near 1, with Newton-Schulz iterations.
 
-    The shape is (matrices, rows, columns), with at least as many columns as rows; all else as for `torch.optim.Muon`.
+    The shape is (matrices, rows, columns), with columns >= rows; everything else is as for `torch.optim.Muon`.
     """
     a, b, c = coefficients
-    # Few digits are enough, but emulated bfloat16, which torch's `Muon` takes, is 25 times slower than float32.
+    # Few digits are enough, but emulated bfloat16, which torch's `Muon` would use, is 25 times slower than float32.
     x = matrices.to(hardware.fast_dtype())
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):

@@ -1,11 +1,11 @@
-"""The output layer of instruction tuning on a CPU: applied only to the positions that have a label.
+"""The output layer of instruction tuning on a CPU: applied only to positions with a label.
 
     tokens    <user> What is 2 ? <assistant> 4 . <end> <pad> <pad>
     labels                                   4 . <end>
     projected                        x       x x               3 of 11 positions: each predicts the next token
 
-The output matrix is the largest one of a small model. TRL's fused head projects only these positions where Triton
-exists. On a CPU it projects all of them, in tiles that the backward pass computes again: three times as long.
+The output matrix is the largest one of a small model. With Triton, TRL's fused head only projects these positions. On a
+CPU, it projects all of them, in tiles that the backward pass computes again: three times as long.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pipeline import hardware
 from pipeline.models.patches import replace_forward
 
 LOGITS = 2**27
-"""Logits of a batch above which TRL's head, which needs less memory, is used."""
+"""Number of logits in a batch above which TRL's head is used, which needs less memory."""
 
 
 def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
-    """Make a model that TRL's `SFTTrainer` trains on a CPU project only positions with labels.
+    """Make a model in TRL's `SFTTrainer` on a CPU project only positions with labels.
 
-    A model that does more to the logits than projecting is left alone.
+    A model that transforms its logits further is left unchanged.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config, forward = model.config.get_text_config(), model.forward
@@ -52,7 +52,7 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
         targets = labels.flatten()[places].unsqueeze(1)
         all_log_probs = logits.log_softmax(-1)
-        # TRL logs entropy and accuracy, and has no gradients through them.
+        # TRL only logs entropy and accuracy, without gradients.
         with torch.no_grad():
             entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
             is_top1 = logits.argmax(-1, keepdim=True) == targets

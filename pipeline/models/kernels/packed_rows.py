@@ -1,4 +1,4 @@
-"""Batches of packed conversations whose rows are padded, where TRL would put all of them into one long row.
+"""Batches of packed conversations with padded rows, where TRL would put everything into one long row.
 
 TRL flattens a packed batch, as FlashAttention expects it. Other attention computes the whole square of that sequence
 and then masks most of it, which takes 1.7 times as long on a CPU. Two rows, each with two conversations:
@@ -22,8 +22,8 @@ class PackedRows(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows, with the lengths of their conversations in `seq_lengths`, into tensors (batch, longest row)."""
         batch: dict[str, Any] = super().torch_call(examples)
-        # Without a mask, transformers keeps apart what the positions say. Padding is a sequence of its own.
+        # Without a mask, transformers separates sequences by their positions. Padding is its own sequence.
         del batch["attention_mask"]
-        # The first token of a conversation has no context that could predict it.
+        # The first token of a conversation has no context to be predicted from.
         batch["labels"][batch["position_ids"] == 0] = -100
         return batch

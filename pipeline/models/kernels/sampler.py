@@ -1,4 +1,4 @@
-"""The sampler: completions of many prompts in few forward passes, for evaluation, preferences and rollouts.
+"""The sampler: many completions in few forward passes, for evaluation, preferences and rollouts.
 
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
 samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
@@ -35,7 +35,7 @@ SETTINGS = (
 """Settings that `sample` honours, or that cannot change what it returns."""
 
 GENERATE = GenerationMixin.generate
-"""The method that `sample` stands in for, as it is before anything replaces it."""
+"""The method that `sample` replaces, saved before anything overrides it."""
 
 
 def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SETTINGS) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SE
 
 
 def overrides_generate(model: nn.Module) -> bool:
-    """Return whether a model, wrapped or not, has another `generate` than transformers': its class's or its own."""
+    """Return whether the class or the instance of a model, wrapped or not, overrides transformers' `generate`."""
     return "generate" in vars(model) or getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
 
 
@@ -65,29 +65,29 @@ def sample(
 ) -> list[list[int]]:
     """Complete each prompt once, all of them in one batch. Return the ids, with the end of the turn if there is one.
 
-    Equal prompts are encoded once. Under autocast, weights are cast for each forward pass unless the caller has entered
-    it before: it then keeps a copy of them until the caller leaves it.
+    Equal prompts are encoded once. Under autocast, weights are cast in each forward pass unless the caller has already
+    entered it: it then keeps the cast copies until the caller leaves.
 
     Args:
         model: A causal language model in evaluation mode, on its device.
         prompts: Token ids, at least one each.
-        config: The settings, of `SETTINGS` alone (`unsupported_settings`); what is unset is off.
+        config: The settings, only from `SETTINGS` (see `unsupported_settings`); unset ones are off.
         generator: Random numbers, one for each token. Default: the global ones of the model's device.
     """
     device, limit = model.device, config.max_new_tokens
-    # No token equals -1, if none ends a completion.
+    # If nothing ends a completion, use -1, which no token equals.
     stops = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
     ends = torch.tensor(stops, dtype=torch.long, device=device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    # Padded on the left with the first token of each prompt, which does not teach a repetition penalty anything else.
+    # Padding repeats the first token of each prompt, which does not affect a repetition penalty.
     width = max(map(len, distinct))
     ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # What changes the logits, as `model.generate` does it.
+    # The logits processors that `model.generate` would use.
     process = _unwrap(model)._get_logits_processor(config, width, device=device)
     cache, room = DynamicCache(config=model.config), 1
-    # Only these models know caches that have room.
+    # Only these models support caches with spare room.
     if _unwrap(model)._can_compile_fullgraph:
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -100,7 +100,7 @@ def sample(
         return logits
 
     # Encode each distinct prompt once, then give every completion a row of its own. With frozen weights, torch would
-    # multiply the last place of each text by a copy of the head: of 256 texts and the 49,152 tokens of SmolLM2, 14 GB.
+    # copy the head for each text to multiply the last position: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
     head = _unwrap(model).get_output_embeddings() or nn.Identity()
     with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
         logits = last_logits(ids, mask, positions)
@@ -137,7 +137,7 @@ def sample(
 
 
 def _unwrap(model: nn.Module) -> Any:
-    """Return the model itself, where it is wrapped for several processes or for an adapter."""
+    """Return the model inside wrappers for several processes or for an adapter."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -146,7 +146,7 @@ def _unwrap(model: nn.Module) -> Any:
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
     """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query.
 
-    They would copy the keys that several query heads share.
+    With shared key heads, they would copy the keys, so torch's kernel is used.
     """
     model = _unwrap(model)
     config = model.config.get_text_config()
@@ -169,23 +169,23 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     cumulative = torch.softmax(logits, dim=-1).cumsum(-1, dtype=dtype)
-    # Above 0 and at most 1, so that no token of probability 0 is ever the first to reach it.
+    # Above 0 and at most 1, so that a token of probability 0 is never the first to reach it.
     share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
     return torch.searchsorted(cumulative, share * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 class GrowingLayer(DynamicLayer):
-    """The cache of a layer, with room for more tokens, where transformers' copies all of it for each token.
+    """The cache of a layer with spare room, while transformers' would copy everything for each token.
 
-    Attention gets the room as well, as from a static cache, and the mask hides it: kernels that need contiguous inputs
-    would otherwise copy the used part for each token.
+    As with a static cache, attention also gets the spare room, which the mask hides: kernels that need contiguous
+    inputs would otherwise copy the used part for each token.
     """
 
     keys: Tensor
     values: Tensor
 
     room = 16
-    """Number of tokens that the memory grows by."""
+    """Number of tokens by which the memory grows."""
     length = 0
 
     def get_seq_length(self) -> int:
@@ -193,12 +193,12 @@ class GrowingLayer(DynamicLayer):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that attention gets together with `query_length` new tokens, and their offset."""
+        """Return the number of keys that attention gets along with `query_length` new tokens, and their offset."""
         return (round_up(self.length + query_length, self.room) if self.length else query_length), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values behind the others; return them with the room, or the first ones alone."""
-        # Rotary embeddings leave keys in float32 under autocast, which would cast all of them again for each token.
+        """Append keys and values, and return all of them with the spare room (the first time, only the new ones)."""
+        # Rotary embeddings return float32 keys under autocast, which would cast all of them again for each token.
         keys, values = (x.to(autocast_dtype(x.device, x.dtype)) for x in (key_states, value_states))
         start, stop = self.length, self.length + keys.shape[-2]
         self.length, size = stop, round_up(stop, self.room)

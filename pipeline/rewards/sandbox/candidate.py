@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _has(target: Any, *names: str) -> bool:
-    """Return whether an object has one of some attributes. Not `hasattr`: with `__getattr__`, it may have them all."""
+    """Return whether an object has one of some attributes. With `__getattr__`, `hasattr` would find them all."""
     defined = set().union(*(vars(kind) for kind in type(target).__mro__), getattr(target, "__dict__", ()))
     return not defined.isdisjoint(names)
 
@@ -33,7 +33,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
         "str", "repr", "hash", "iter", "next", "reversed", "len", "int", "float", "bool", "format", "round", "divmod",
     )},
 }  # fmt: skip
-"""What the test may do with an object; `operator` and the object's class know the other operations."""
+"""Operations that the test may do with an object; `operator` and the object's class provide the others."""
 
 
 class Candidate(Peer):
@@ -41,7 +41,7 @@ class Candidate(Peer):
 
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
-        # What the examiner knows by number lives on, so that its id stays its own.
+        # Objects that the examiner knows by number are kept alive, so that their ids stay unique.
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
         # Stand-ins for the test's functions, by the examiner's numbers.
@@ -49,16 +49,16 @@ class Candidate(Peer):
         self.module = ModuleType("answer")
 
     def answer(self, request: dict[str, Any]) -> None:
-        """Run the code or do something with an object that is kept, and send what came of it."""
+        """Run the code or use a kept object, and send the result."""
         try:
             if "operation" in request:
                 reply = self.operate(request)
             else:
                 # dataclasses and typing look names up in the module.
                 sys.modules["answer"] = self.module
-                # This process is confined for what comes now.
+                # This process was confined in order to run this.
                 exec(compile(request["code"], "answer", "exec"), vars(self.module))  # noqa: S102
-                # Containers stay here, where the code may change them.
+                # Containers stay in this process, where the code may change them.
                 kinds = {dict, *CONTAINERS.values()}
                 defined = vars(self.module).items()
                 names = {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}
@@ -68,7 +68,7 @@ class Candidate(Peer):
             is_refused = isinstance(error, PermissionError)
             status = "memory" if isinstance(error, MemoryError) else "refused" if is_refused else "failed"
             reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
-            # The code may define the class, its __str__ and what it holds.
+            # The code may define the exception's class, its __str__ and its arguments.
             with contextlib.suppress(BaseException):
                 reply["message"] = str(error)[:500]
             with contextlib.suppress(BaseException):
@@ -76,13 +76,13 @@ class Candidate(Peer):
                 reply["attributes"] = self.encode(dict(vars(error)))
             reply["error"] = self.describe_exception(type(error))
             if status != "failed" or "code" in request:
-                # It may have printed as much as it can.
+                # Printing may fail because the output limit is reached.
                 with contextlib.suppress(OSError):
                     traceback.print_exc(limit=-3)
         self.send(reply)
 
     def operate(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do with an object what the test does with its stand-in."""
+        """Do with an object what the test did with its stand-in."""
         operation, target = request["operation"], self.kept[request["target"]]
         args, named = self.decode(request["args"]), self.decode(request["named"])
         of_class = getattr(type(target), operation, None)
@@ -104,7 +104,7 @@ class Candidate(Peer):
         return self.keep(value)
 
     def keep(self, value: object) -> Any:
-        """Describe an object that stays here: its number, and the plain class that its class extends, or "type"."""
+        """Describe an object that stays here by its number and the plain class that its class extends, or "type"."""
         if id(value) not in self.numbers:
             self.numbers[id(value)] = len(self.kept)
             self.kept.append(value)

@@ -2,8 +2,8 @@
 
 In a single process, wrong code could always pass: it could end the process, patch `builtins`, walk the frames to the
 variable that says "passed", or return an object that equals everything. Therefore this process, the examiner, keeps the
-test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code. The
-builtins and the modules of a test are Python's own; what else a test judges with, it must define.
+test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code. A test
+uses Python's own builtins and modules; anything else that it needs, it must define.
 """
 
 # What runs where, and who can write what:
@@ -16,8 +16,8 @@ builtins and the modules of a test are Python's own; what else a test judges wit
 #       v  | two pipes (messages.py)       plain values; anything else is a stand-in (remote.py)
 #     child.py, the candidate              confined; has the code
 #
-# The candidate can write lies into the pipe of messages, but the examiner only takes them for values that the code has
-# returned, and spam into the output, which is never read as a verdict. A verdict without the token is a crash.
+# The candidate can write lies into the pipe of messages, but the examiner treats them only as values that the code has
+# returned, and it can spam the output, which is never read as a verdict. A verdict without the token is a crash.
 
 import contextlib
 import ctypes
@@ -27,14 +27,14 @@ import signal
 import sys
 import traceback
 
-# Everything that is not found on this path is from the standard library.
+# Everything not found on this path comes from the standard library.
 sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
 from pipeline.rewards.sandbox import confinement
 from pipeline.rewards.sandbox.candidate import Candidate
 from pipeline.rewards.sandbox.examiner import Examiner
 from pipeline.rewards.sandbox.messages import Gone
 
-# From here on, modules are the code's choice.
+# From here on, the code chooses what is imported.
 del sys.path[0]
 sys.dont_write_bytecode = True
 
@@ -54,7 +54,7 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     requests, replies = os.pipe(), os.pipe()
     candidate = os.fork()
     if candidate == 0:
-        # Of all that this process has inherited, the candidate keeps an empty standard input, its output and two pipes.
+        # The candidate only keeps an empty standard input, its output and two pipes.
         for old, new in ((os.pipe()[0], 0), (requests[0], 3), (replies[1], 4)):
             os.dup2(old, new)
         os.closerange(5, 1 << 16)
@@ -85,12 +85,12 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
             status = "passed"
     except Gone:
         ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
-        # SIGKILL and SIGXCPU: it was killed for its CPU time.
+        # SIGKILL and SIGXCPU mean that it exceeded its CPU time.
         status = "timeout" if ended in (-9, -24) else "crashed"
-    # A test may raise anything; none of it is a pass.
+    # Whatever a test raises, it did not pass.
     except BaseException:  # noqa: BLE001
         status = examiner.status
-        # The code may have printed as much as it can.
+        # Printing may fail because the output limit is reached.
         with contextlib.suppress(OSError):
             traceback.print_exc(limit=-1)
     os.write(VERDICT, f"{work['token']} {status}\n".encode())

@@ -25,7 +25,7 @@ import platform
 import struct
 import sys
 
-# Windows lacks it, and imports this module all the same.
+# Windows lacks it, but also imports this module.
 with contextlib.suppress(ImportError):
     import resource
 
@@ -58,7 +58,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "getrusage": (98, 165), "sysinfo": (99, 179), "uname": (63, 160), "sched_yield": (24, 124),
     "sched_getaffinity": (204, 123), "restart_syscall": (219, 128), "rseq": (334, 293), "setitimer": (38, 103),
 }  # fmt: skip
-# changes to the directory, which are safe only where Landlock limits them to one directory
+# changes to the directory, which are only safe if Landlock limits them to one directory
 DIRECTORY_CALLS: dict[str, tuple[int | None, int | None]] = {
     "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276),
 }  # fmt: skip
@@ -87,7 +87,7 @@ def limit_resources(seconds: float, memory_mb: int) -> None:
         resource.RLIMIT_CORE: (0, 0),
     }
     for limit, values in wanted.items():
-        # A limit that is lower already stays; macOS cannot limit the address space.
+        # An existing lower limit remains; macOS cannot limit the address space.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, values)
 
@@ -118,7 +118,7 @@ def confine_files(directory: str) -> bool:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            # What is missing or not accessible stays unreadable.
+            # A missing or inaccessible path stays unreadable.
             continue
         added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights & all_rights, opened), 0)
         os.close(opened)
@@ -130,7 +130,7 @@ def confine_files(directory: str) -> bool:
 
 
 def drop_privileges(files_confined: bool) -> None:
-    """Give up all capabilities; root becomes `nobody`, who gets the working directory, where Landlock is missing."""
+    """Give up all capabilities. Without Landlock, root becomes `nobody`, who gets the working directory."""
     if os.geteuid() == 0 and not files_confined:
         os.chown(".", 65534, 65534)
         os.setgroups([])
@@ -147,9 +147,9 @@ def drop_privileges(files_confined: bool) -> None:
 def confine_calls(files_confined: bool) -> bool:
     """Allow only `SYSTEM_CALLS` from now on, with seccomp; EPERM for others. Return whether it succeeded.
 
-    These are what plain computation needs: no processes, threads, sockets, signals, namespaces or `io_uring`.
+    They suffice for plain computation: no processes, threads, sockets, signals, namespaces or `io_uring`.
     """
-    # For systems without seccomp; this does not bind a root that has its capabilities.
+    # For systems without seccomp. This does not limit a root with capabilities.
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
@@ -183,7 +183,7 @@ def confine_calls(files_confined: bool) -> bool:
             changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
             body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refused, allowed]
         elif name == "openat":
-            # Landlock before ABI 3 does not know truncation, and no version knows an open without access mode.
+            # Landlock before ABI 3 does not cover truncation, and no version covers an open without access mode.
             tests = [item for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for item in ((equal, 0, 1, flags), refused)]
             body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, allowed]
         code += [(equal, 0, len(body), number), *body]
@@ -195,7 +195,7 @@ def confine_calls(files_confined: bool) -> bool:
 
 
 def watch(directory: str) -> None:
-    """Add an audit hook whose errors say what is refused, where the layers below give an error number."""
+    """Add an audit hook whose errors say what is refused, where the other layers only give an error number."""
     readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])
     writable = os.path.realpath(directory) + os.sep
     changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -18,7 +18,7 @@ class Examiner(Peer):
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
         self.members = {
-            # An exception that was not raised is an object like any other, which is neither true nor false.
+            # An exception that was not raised is an object like any other: neither true nor false.
             "__bool__": lambda error: True if error.__traceback__ else None,
             "__str__": lambda error: str(vars(error).get("__message__", Exception.__str__(error))),
         }
@@ -31,18 +31,18 @@ class Examiner(Peer):
         self.remotes: dict[int, Remote] = {}
 
     def examine(self, code: str, test: str) -> None:
-        """Run the code and its test, and raise whatever stops the test."""
-        # `stack.push` shows that the test takes a value for an object: plain values and modules have no `push`.
+        """Run the code and its test, and raise whatever the test raises."""
+        # `stack.push` shows that the test expects an object: plain values and modules have no `push`.
         used = re.findall(r"(\w*)\s*\.\s*([A-Za-z_]\w*)", test)
         modules = sys.stdlib_module_names
         self.attributes = [name for owner, name in used if owner not in modules and name not in PLAIN_NAMES]
 
-        # Only what the test names, because the code's names may hold anything.
+        # Only copy the names that the test uses, because the code's names may hold anything.
         defined = self.request({"code": code})["names"]
         namespace: dict[str, Any] = {"__name__": "test"}
         for name in defined.keys() & set(re.findall(r"\w+", test)):
             item = defined[name]
-            # The code may not give the test another builtin, nor an exception under another's name.
+            # The code must not replace a builtin in the test, or give it an exception under another name.
             renamed = isinstance(item, dict) and "exception" in item and item["exception"][0][1] != name
             if renamed or name.startswith("__") or hasattr(builtins, name):
                 continue
@@ -52,14 +52,14 @@ class Examiner(Peer):
             elif isinstance(value, Remote) and value.state__.base:
                 value.state__.shown = USED
 
-        # What the test uses as a module of the standard library is Python's own: `math.isclose`, but not `random.f`.
+        # A standard library module in the test is Python's own: `math.isclose`, but not `random.f`.
         for name in sys.stdlib_module_names & namespace.keys():
             found = re.findall(rf"\b{name}\.(\w+)", test)
             if found and all(hasattr(importlib.import_module(name), attribute) for attribute in found):
                 namespace[name] = importlib.import_module(name)
-        # The test runs in a process that is confined as well.
+        # The test runs in a confined process, too.
         exec(compile(test, "test", "exec"), namespace)  # noqa: S102
-        # The test or the code may have caught these.
+        # The test or the code may have swallowed these.
         if self.gone:
             raise Gone
         if self.failures:
@@ -69,7 +69,7 @@ class Examiner(Peer):
         """Do an operation on an object of the candidate and return the result."""
         message = {"operation": operation, "target": target, "args": self.encode(args), "named": self.encode(named)}
         reply = self.request(message)
-        # A call changes its arguments only if it returns nothing: what its result is compared with must stay as it is.
+        # A call may only change its arguments if it returns nothing: a result must be compared with the originals.
         if reply["value"] is None:
             before: Any
             for before, after in zip(args, self.decode(reply["args"]), strict=True):
@@ -79,7 +79,7 @@ class Examiner(Peer):
         return self.decode(reply["value"], named=operation == "get")
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send a request, do what the code asks meanwhile, and return the reply or raise what the code raised."""
+        """Send a request, serve the code's own requests meanwhile, and return the reply or raise the code's error."""
         self.send(message)
         while "call" in (reply := self.receive()):
             try:
@@ -97,10 +97,10 @@ class Examiner(Peer):
         if reply["status"] in ("memory", "refused"):
             self.status = reply["status"]
         kind, args = self.find_exception(reply["error"]), self.decode(reply["args"])
-        # Python's own have fields, and the `__init__` of others is the code's.
+        # Python's own exceptions have fields, and the `__init__` of others belongs to the code.
         error: Any = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         vars(error).update(self.decode(reply["attributes"]), __message__=reply["message"])
-        # As in a generator: it would end a loop of the test.
+        # As in a generator, because it would end a loop of the test.
         if isinstance(error, StopIteration) and message.get("operation") != "__next__":
             error = RuntimeError(reply["message"])
         raise error

@@ -1,4 +1,4 @@
-"""What the two processes of `pipeline.rewards.sandbox.child` have in common: messages of plain values, over pipes."""
+"""Messages of plain values over pipes, for both processes of `pipeline.rewards.sandbox.child`."""
 
 # The test calls `f([1, 2])`. This is what travels over the two pipes, each line as JSON behind its length:
 #
@@ -12,8 +12,8 @@
 #                                                         <-   {"call": 0, "args": …, "named": …}
 #     {"value": 3}                                        ->
 #
-# Plain values are sent as what they are, and each process makes objects of its own classes of them, so that no class
-# of the code reaches the test. Anything else stays in its process, and only its number is sent.
+# Plain values are sent by value, and each process rebuilds them with its own classes, so that no class of the code
+# reaches the test. Anything else stays in its process, and only its number is sent.
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import os
 import sys
 from collections.abc import Callable
 
-# Importing `typing` would take a tenth of the time in which the process starts.
+# Importing `typing` would take a tenth of the process's start time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -39,9 +39,9 @@ VALUES = {
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 CHANGEABLE = (list, dict, set)
 VIEWS = tuple(type(getattr({}, name)()) for name in ("keys", "values", "items"))
-# Classes that travel by their name.
+# Classes that are sent by name.
 CLASSES = VALUES | dict.fromkeys(("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS), "builtins")
-# How to get the plain value of an instance of a subclass without calling anything that the subclass overrides.
+# How to get the plain value of a subclass's instance without calling anything that the subclass overrides.
 BASES: dict[type, Callable[[Any], Any]] = {
     int: int.__index__,
     float: float.__float__,
@@ -65,10 +65,10 @@ def base_of(kind: type) -> type | None:
 
 
 class Peer:
-    """One of the two processes: how it sends values to the other one, and reads what it receives.
+    """One of the two processes: it sends values to the other one, and reads what it receives.
 
-    A subclass says in `describe` and `resolve` what it sends in place of objects that do not travel, and in `members`
-    what the classes of exceptions have that it makes for those of the other process.
+    A subclass defines in `describe` and `resolve` what it sends instead of objects that are not plain, and in `members`
+    the attributes of the exception classes that it makes for those of the other process.
     """
 
     describe: Callable[[Any], Any]
@@ -119,7 +119,7 @@ class Peer:
         if kind is bytes:
             return {"bytes": value.hex()}
         if VALUES.get(kind.__name__) == kind.__module__:
-            # What pickle would write: class, arguments, state (None for all of these), items of a list and of a dict.
+            # What pickle would write: class, arguments, state (None for all plain classes), list items and dict items.
             _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
             args = args[1:] if args[:1] == (kind,) else args
             parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
@@ -129,8 +129,8 @@ class Peer:
         return self.describe(value)
 
     def decode(self, data: Any, named: bool = False) -> Any:
-        """Decode what `encode` returned; also a module or a class of exceptions, if it was `named` in the code."""
-        # `not nan > 8` is true.
+        """Decode what `encode` returned, including modules and exception classes that were `named` in the code."""
+        # `not nan > 8` is true, so NaN would pass tests.
         if isinstance(data, list) or data != data:
             raise ValueError("not a value that the sandbox compares")
         if not isinstance(data, dict):
@@ -162,12 +162,12 @@ class Peer:
         return self.resolve(kind, content, named)
 
     def describe_exception(self, kind: type[BaseException]) -> list[list[str]]:
-        """Return the modules and the names of a class of exceptions and of those that it extends, the nearest first."""
+        """Return module and name of an exception class and of its bases, the nearest first."""
         self.exceptions.setdefault(kind.__qualname__, kind)
         return [[one.__module__, one.__qualname__] for one in kind.__mro__ if issubclass(one, BaseException)]
 
     def find_exception(self, lineage: list[list[str]]) -> type[BaseException]:
-        """Return the class of this process that is described, or make one that extends the same of Python's."""
+        """Return this process's class for a description, or make one that extends the same Python exceptions."""
         (module, name), *bases = lineage
         if name in self.exceptions:
             return self.exceptions[name]

@@ -1,4 +1,4 @@
-"""Stand-ins for objects of the code, which the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
+"""Stand-ins for objects of the code that the examiner's test works with, see `pipeline.rewards.sandbox.child`."""
 
 # Wrong code may return an object that says yes to everything:
 #
@@ -7,8 +7,8 @@
 #         def __sub__(self, other): return 0                assert not f(2) > 3
 #
 # So an object of the code must not decide what a test asks about plain values. But honest tests of classes ask for
-# just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it takes
-# the value for an object. A stand-in remembers that in its state, as `shown`.
+# just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it expects
+# an object. A stand-in remembers that in its state, as `shown`.
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.rewards.sandbox.messages import CHANGEABLE, TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-# What the test has shown that it takes a stand-in for:
-# UNKNOWN: perhaps for a plain value, such as what a function has returned.
-# USED: for what an object has returned, so that its truth may be its own.
-# OBJECT: for an object, because the test has used an attribute that plain values lack, or has called a class.
-# CLASS: for a class, whose name begins with a capital.
+# What the test has shown to expect of a stand-in:
+# UNKNOWN: perhaps a plain value, such as the result of a function.
+# USED: the result of an object, so its truth may be its own.
+# OBJECT: an object, because the test has used an attribute that plain values lack, or has called a class.
+# CLASS: a class, whose name begins with a capital.
 UNKNOWN, USED, OBJECT, CLASS = range(4)
 
-# Names of the attributes that plain values have.
+# Names of attributes that plain values have.
 _PLAIN_TYPES = (int, float, complex, str, bytes, list, tuple, dict, set)
 PLAIN_NAMES = {name for kind in _PLAIN_TYPES for name in {*dir(kind), *dir(type)} if hasattr(kind, name)}
 
@@ -40,7 +40,7 @@ _ARITHMETIC = (*_BINARY, *(f"r{name}" for name in _BINARY), *(f"i{name}" for nam
 
 
 def refusal(name: str) -> TypeError:
-    """Return the exception for what an object may not decide."""
+    """Return the exception for a decision that an object may not make."""
     return TypeError(f"an object must not decide {name} for a plain value; return a plain value")
 
 
@@ -65,7 +65,7 @@ class Remote:
         return result
 
     def plain__(self) -> Any:
-        # A value that cannot change is asked for once: the code could give each comparison another one.
+        # An immutable value is requested once: otherwise, the code could give each comparison a different one.
         state = self.state__
         if state.value is None or state.base in CHANGEABLE:
             state.value = self.ask__("plain")
@@ -102,7 +102,7 @@ class Remote:
         if state.shown < USED:
             if state.base:
                 return bool(self.plain__())
-            # An object has an attribute that the test uses, and plain values lack.
+            # The test uses an attribute that plain values lack, so it expects an object.
             if not (state.examiner.attributes and self.ask__("has", *state.examiner.attributes) is True):
                 raise refusal("__bool__")
         return self.ask__("__bool__") is True
@@ -121,8 +121,8 @@ class Remote:
         return self.state__.base or Remote
 
 
-# What an operator of a stand-in does, by the other operand. What extends int, list, … compares, calculates and converts
-# as its plain value does, until the test has shown that it takes it for an object.
+# The effect of a stand-in's operator, by the other operand. A subclass of int, list, … compares, calculates and
+# converts like its plain value, until the test has shown that it expects an object.
 #
 #                     a plain value                                        another stand-in
 #     <, <=, >, >=    is refused                                           the code compares

@@ -27,10 +27,11 @@ from pipeline.errors import RunStopped
 allow_unconfined = False
 """Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
 CHILD = Path(__file__).with_name("child.py")
-CODE_SECONDS = 2.0
+CODE_SECONDS, CODE_MEMORY_MB = 2.0, 256
+"""Default limits of CPU time and, in MiB, of address space, of which Python takes about 40; `confinement` sets them."""
 OUTPUT_BYTES = 16_384
 PATIENCE_SECONDS = 30.0
-"""Wall-clock time for a loaded machine to start Python, and then again to run the code."""
+"""Wall-clock limit for a loaded machine to start Python, and again to run the code."""
 
 RIGHT = "import collections, itertools, json, math, random, re\ndef f(xs):\n    return sorted(xs)"
 PROBE = """
@@ -51,10 +52,10 @@ for promise, attempt in {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
+    """The result of one run, and the first 16 KiB of what the code and the test printed, including errors.
 
     `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
-    process or a file outside; too many files), "crashed" (no verdict) or "busy" (the machine, so that time ran out).
+    process or a file outside; too many files), "crashed" (no verdict) or "busy" (time ran out because of the machine).
     """
 
     status: str
@@ -66,13 +67,13 @@ class Outcome:
 
 
 def validate_sandbox() -> str | None:
-    """Return in one line why code cannot be graded on this machine, or None if it can; a test of the sandbox."""
+    """Test the sandbox. Return in one line why code cannot be graded on this machine, or None."""
     return _validate_sandbox(allow_unconfined)
 
 
 @cache
 def _validate_sandbox(allowed: bool) -> str | None:
-    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
+    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, CODE_MEMORY_MB, unconfined=True)
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
         return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
@@ -84,11 +85,11 @@ def _validate_sandbox(allowed: bool) -> str | None:
     return None
 
 
-def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> Outcome:
+def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB) -> Outcome:
     """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
-    `seconds` count from the moment the code starts, without the time in which it waits for a core; `memory_mb` is the
-    limit of the address space in MiB, of which Python takes about 40. `RunStopped` says why code cannot be graded here.
+    `seconds` count from the moment the code starts, and exclude the time it spends waiting for a core. `RunStopped`
+    says why code cannot be graded here.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
@@ -98,8 +99,10 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
     return outcome
 
 
-def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = 256) -> list[Outcome]:
-    """Call `run_code` on pairs of code and test, on all cores that are this rank's."""
+def run_many(
+    pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB
+) -> list[Outcome]:
+    """Call `run_code` on pairs of code and test, on all cores of this rank."""
     if not pairs:
         return []
     # Once, not in every thread.
@@ -111,7 +114,7 @@ def run_many(pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS,
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
     token = secrets.token_hex(16)
-    # -I would be -E -P -s, and -E would forbid the one variable that makes verdicts repeatable.
+    # -I means -E -P -s, and -E would ignore the variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
     try:
         reader, writer = os.pipe()
@@ -140,12 +143,12 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             try:
                 status = _wait(process.pid, reader, token.encode(), directory, seconds)
             finally:
-                # The child's session, in which seccomp keeps the candidate, too.
+                # Kill the child's session, which seccomp keeps the candidate in, too.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             return Outcome(status, output.read(OUTPUT_BYTES).decode(errors="replace"))
-    # Descriptors, processes, memory or space on the disk ran out.
+    # The machine ran out of descriptors, processes, memory or disk space.
     except OSError as error:
         return Outcome("busy", str(error))
 
@@ -166,10 +169,10 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
             return "refused"
         if candidate:
             ran, waited = (now - then for now, then in zip(_times(examiner, candidate, elapsed), before, strict=True))
-            # If they talk, one may run while the other one waits.
+            # While they exchange messages, one runs while the other one waits.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
-        # It looks again after 50 milliseconds.
+        # Poll every 50 milliseconds.
         if not ready.poll(50):
             continue
         data = os.read(reader, 1 << 16)
@@ -186,7 +189,7 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
 
 
 def _times(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
-    """Return how long both processes ran, and waited for a core; elsewhere than on Linux an estimate."""
+    """Return how long both processes ran, and waited for a core; an estimate on systems other than Linux."""
     # The file does not exist except on Linux, nor for processes that have just ended.
     with contextlib.suppress(OSError, ValueError):
         found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
