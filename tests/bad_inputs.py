@@ -545,7 +545,7 @@ CASES |= {
     "a critic that isn't there": Case("ppo", "--value_model_path {inputs}/no-model", ("value_model_path:", "no model")),
     "a critic cut off": Case("ppo", "--value_model_path {inputs}/cut", ("value_model_path:", "is damaged")),
     "a critic with other words": Case(
-        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "another tokenizer")
+        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "a different tokenizer")
     ),
     "a rollout of one": Case("ppo", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1",)),
     # the output directory
