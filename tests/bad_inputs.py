@@ -57,7 +57,7 @@ CASES = {
     "a schedule above the rate": Case(
         "sft",
         "",
-        ("lr_scheduler_kwargs:", "times its value"),
+        ("lr_scheduler_kwargs:", "scales the learning rate"),
         "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 5}",
     ),
     "padding with the end": Case("sft", "--pad_token <|end|>", ("pad_token: <|end|>", "eos token")),
@@ -76,7 +76,7 @@ CASES = {
     "answers to an answer": Case(
         "sft",
         "--dataset_name {here}/a.jsonl",
-        ("dataset_name:", "row 0", "leaves nothing to answer"),
+        ("dataset_name:", "row 0", "there is nothing to answer"),
         files={"a.jsonl": rows({"prompt": GOOD["messages"], "completion": "This."})},
     ),
     "an assistant without a question": Case(
@@ -212,7 +212,7 @@ CASES = {
     "texts without a prompt": Case(
         "reward",
         "--dataset_name {here}/a.jsonl",
-        ("prompt_column: prompt", "answers alone", "move what precedes the answers"),
+        ("prompt_column: prompt", "contain only answers", "move what precedes the answers"),
         files={"a.jsonl": rows({"chosen": "Human: What? Assistant: That.", "rejected": "Human: What? Assistant: No."})},
     ),
     "a margin that is none": Case(
@@ -545,7 +545,7 @@ CASES |= {
     "a critic that isn't there": Case("ppo", "--value_model_path {inputs}/no-model", ("value_model_path:", "no model")),
     "a critic cut off": Case("ppo", "--value_model_path {inputs}/cut", ("value_model_path:", "is damaged")),
     "a critic with other words": Case(
-        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "another tokenizer")
+        "ppo", "--value_model_path {inputs}/more-words", ("value_model_path:", "a different tokenizer")
     ),
     "a rollout of one": Case("ppo", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1",)),
     # the output directory
@@ -657,9 +657,9 @@ CASES |= {
     "an option of generation of the wrong type": Case(
         "grpo", '--generation_kwargs {{"cache_implementation":"foo"}}', ("generation_kwargs:", "foo")
     ),
-    "a filter of what is sampled": Case("grpo", "--top_p 0.9", ("top_p: 0.9", "temperature alone")),
+    "a filter of what is sampled": Case("grpo", "--top_p 0.9", ("top_p: 0.9", "temperature only")),
     "several filters of what is sampled": Case(
-        "ppo", "--top_k 5 --min_p 0.1 --repetition_penalty 1.1", ("top_k: 5", "temperature alone"), lines=3
+        "ppo", "--top_k 5 --min_p 0.1 --repetition_penalty 1.1", ("top_k: 5", "temperature only"), lines=3
     ),
     "messages for a chat template": Case(
         "grpo", '--chat_template_kwargs {{"messages":[]}}', ("chat_template_kwargs:", "messages cannot be given")

@@ -147,9 +147,9 @@ def test_calls_that_cannot_be_read_are_refused(messages: list[dict[str, Any]], m
 
 def test_calls_are_read_in_conversations_alone() -> None:
     for messages in ([USER, calling(LOOK), RESULT], [HUMAN, called(LOOK), SEEN]):
-        with pytest.raises(ShapeError, match="calls a tool, which is not read"):
+        with pytest.raises(ShapeError, match="calls a tool, which is not supported here"):
             read_messages(messages, "prompt")
-        with pytest.raises(ShapeError, match="chosen calls a tool, which is not read"):
+        with pytest.raises(ShapeError, match="chosen calls a tool, which is not supported here"):
             read_pair({"chosen": messages[1:2], "rejected": [ANSWER]}, [USER])
 
 

@@ -60,7 +60,7 @@ def test_a_critic_needs_the_vocabulary_of_the_policy(tmp_path: Path) -> None:
     larger = toy.tokenizer()
     larger.add_tokens(["yellow"])
     (problem,) = check_value_model(save_reward_model(tmp_path / "with"), larger)
-    assert "another tokenizer" in problem.remedy
+    assert "a different tokenizer" in problem.remedy
     (problem,) = check_value_model(save_reward_model(tmp_path / "without", tokenizer=False), larger)
     assert "15 tokens" in problem.remedy and "16" in problem.remedy
     (problem,) = check_value_model(save_reward_model(tmp_path / "three", labels=3), toy.tokenizer())
