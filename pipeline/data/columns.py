@@ -66,12 +66,8 @@ CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_r
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Column that says why a row cannot be converted, while rows are; and why one is converted to `CALLING` after all."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-
-
-@cache
-def _log_once(level: int, line: str) -> None:
-    """Log a line that is the same for several splits and stages of a process."""
-    logger.log(level, "%s", line)
+_log_once = cache(logger.log)
+"""Logs a line once, with its level, that is the same for several splits and stages of a process."""
 
 
 def column_names(split: Split) -> list[str]:
