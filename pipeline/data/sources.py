@@ -26,7 +26,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import Split, Splits, column_names
 from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents
-from pipeline.data.messages import shorten
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -277,7 +276,7 @@ def locate_error(path: Path, error: Exception) -> list[Problem]:
             for number, line in enumerate(lines, start=1):
                 try:
                     if line.strip() and not isinstance(row := json.loads(line), dict):
-                        raise ValueError(f"it must be an object, not {shorten(row)}")
+                        raise ValueError(f"it must be an object, not {row!r:.60}")
                 except (ValueError, RecursionError) as fault:
                     advice = TO_UTF8 if isinstance(fault, UnicodeError) else "correct or remove it"
                     remedy = f"is not valid JSON for a row ({fault}); {advice}"
