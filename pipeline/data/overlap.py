@@ -11,7 +11,6 @@ import argparse
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +36,7 @@ class Match(NamedTuple):
     shared: str
 
 
-@dataclass(frozen=True)
-class Overlap:
+class Overlap(NamedTuple):
     """The test rows that were found in the training data, and how many rows both have."""
 
     matches: list[Match]

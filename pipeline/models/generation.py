@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +15,7 @@ from pipeline.models.tokenizer import as_text, special_tokens
 Messages = Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """A completion, and whether the model ended its turn (`stopped`) within the limit."""
 
     # Decoded without special tokens, with white space at both ends removed.

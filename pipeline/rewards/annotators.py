@@ -11,8 +11,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.rewards.grading import grade
 
@@ -38,8 +37,7 @@ INDIFFERENCE = 0.25
 """Two scores that differ by less than this count as equal."""
 
 
-@dataclass(frozen=True)
-class Annotator:
+class Annotator(NamedTuple):
     """One annotator's weights of the three components, in units of score, and decisiveness."""
 
     name: str
@@ -68,8 +66,7 @@ PANEL: tuple[Annotator, ...] = (
 """The fixed panel. Its mean weights are right 3, tone 2, brief 2."""
 
 
-@dataclass(frozen=True)
-class Components:
+class Components(NamedTuple):
     """The properties of an answer that annotators judge."""
 
     # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).

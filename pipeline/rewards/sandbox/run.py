@@ -17,9 +17,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
@@ -49,8 +49,7 @@ for promise, attempt in {
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one run, and what the code and the test printed, including errors, cut off at 16 KiB.
 
     `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
