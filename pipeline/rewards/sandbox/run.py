@@ -64,21 +64,19 @@ class Outcome(NamedTuple):
         return self.status == "passed"
 
 
+_probe = cache(lambda: _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True))
+
+
 def validate_sandbox() -> str | None:
     """Return in one line why code cannot be graded on this machine, or None if it can; a test of the sandbox."""
-    return _validate_sandbox(allow_unconfined)
-
-
-@cache
-def _validate_sandbox(allowed: bool) -> str | None:
-    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
+    outcome = _probe()
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
         return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
     if not outcome.passed:
         reason = lines[-1] if lines else outcome.status
         return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
-    if lines and not allowed:
+    if lines and not allow_unconfined:
         return f"code could {' and '.join(lines)}; use Linux 5.13 or later, or accept it with allow_unconfined_code"
     return None
 
