@@ -96,7 +96,6 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _validate(files: Sequence[Path]) -> Problem | None:
-    """Return what is wrong with the shards of a split."""
     total = 0
     for file in files:
         try:

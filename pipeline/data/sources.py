@@ -237,10 +237,8 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
             names, other_names = ", ".join(sorted(columns)), ", ".join(sorted(others))
-            remedy = (
-                f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the files "
-            )
-            remedy += "into folders of their own, and name both in dataset_name"
+            remedy = f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the "
+            remedy += "files into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
