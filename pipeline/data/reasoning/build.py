@@ -62,8 +62,6 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
     problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
-    sizes = {"size_mb": args.size_mb, "sft_rows": args.sft_rows}
-    problems += [Problem(name, size, "must not be negative") for name, size in sizes.items() if size < 0]
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
