@@ -15,6 +15,11 @@ from trl.import_utils import is_vllm_available
 from pipeline import hardware
 from pipeline.models.generation import Completion, end_tokens, stopped
 
+LENGTH_THAT_FITS = -1
+"""Value of `max_model_len` that makes vLLM use as many of a model's positions as its memory has room for.
+
+By default, vLLM does not start if there is no room for one text of all, which are 131,072 in many small models."""
+
 
 def validate_vllm() -> str | None:
     """Return why vLLM cannot sample on this machine and what to do about it, or None if it can."""
@@ -43,10 +48,8 @@ class VLLMSampler:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             dtype = str(self.model.dtype).removeprefix("torch.")
-            # A model that is measured and its opponent have a sampler each, and their weights in PyTorch as well. Of
-            # its positions, vLLM uses as many as the memory has room for (-1). By default, it does not start if there
-            # is no room for one text of all, which are 131,072 in many small models.
-            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=0.4, max_model_len=-1)
+            # A model that is measured and its opponent have a sampler each, and their weights in PyTorch as well.
+            return LLM(model=folder, dtype=dtype, gpu_memory_utilization=0.4, max_model_len=LENGTH_THAT_FITS)
 
     def generate(
         self,
