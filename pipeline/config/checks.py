@@ -1,7 +1,5 @@
 """Checks of field values: ranges, choices, and fields that contradict each other."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

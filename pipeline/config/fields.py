@@ -1,7 +1,5 @@
 """The fields of argument dataclasses, and conversion of values to their types, for YAML files and the command line."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Hardware, package versions and commit, for `run.json` and model cards; without torch, which takes seconds."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

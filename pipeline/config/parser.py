@@ -10,8 +10,6 @@ A value goes through four checks, and the first that refuses it ends its way:
 A field that was refused is omitted from the later checks, and what is wrong only because it is missing is not reported.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """Find recipe folders, in the package and on the Hub."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """The columns of a data set: each row is checked, and converted to the columns that TRL expects."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Conversations and pairs of answers in the rows of a data set, read from the various shapes that data sets use."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -5,8 +5,6 @@ data. The n-grams of the test data are kept as 64-bit hashes, about 100 bytes ea
 by row, and not kept. Paraphrases and translations are not found.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import unicodedata

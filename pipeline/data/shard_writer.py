@@ -1,7 +1,5 @@
 """Tokenize documents into shards with `datatrove`, on the processes of this machine or of a cluster."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A shard is three files. `NAME.ds` has the tokens of its documents, one after the
 `NAME.ds.index` has the end of each document, and `NAME.ds.metadata` the tokenizer's name and the number of tokens.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

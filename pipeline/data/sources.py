@@ -1,7 +1,5 @@
 """Sources of data: a Hub id, a local data set repository, or plain files, opened with errors that name the place."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json

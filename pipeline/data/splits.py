@@ -1,7 +1,5 @@
 """The splits of a data set that a stage trains on, and is evaluated on during training."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

@@ -13,8 +13,6 @@ to a prompt, `a` by `model_a` and `b` by `model_b`:
 same person: with a choice, the line corrects that vote; with null, it only takes it back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ times. None of that can be seen in the files, so it is done first where it can b
 takes some milliseconds, and everything that it made ends with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

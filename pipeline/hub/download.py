@@ -1,7 +1,5 @@
 """Fetch from the Hub what the steps of a recipe read, for machines without internet, and checkpoints to resume from."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """The repositories that a run is pushed to, and what goes into each."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

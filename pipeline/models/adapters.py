@@ -1,7 +1,5 @@
 """LoRA adapters merged into their base models, to train on from them or to save the two as one."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """The experts of a Llama 4: what a token costs, which of them take which tokens, and losses that balance them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from contextlib import ExitStack

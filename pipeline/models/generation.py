@@ -1,7 +1,5 @@
 """Completions of conversations by a chat model, with the sampler of `pipeline.models.kernels.sampler`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """`python -m pipeline merge ADAPTER --output_dir DIR`: write a LoRA adapter and its base model as one model."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Trainers are changed by subclasses (`pipeline.training.reliable`). What stands h
 makes by itself, or that it hands on to wrappers which look for the method by its name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import MethodType
 from typing import Any

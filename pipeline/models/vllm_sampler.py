@@ -1,7 +1,5 @@
 """vLLM on GPUs: whether it can be used, and a sampler of evaluations. TRL's trainers sample with it by themselves."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

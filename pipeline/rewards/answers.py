@@ -19,8 +19,6 @@ last one counts, so that a correction counts and listing many answers gains noth
 # Whatever looks like a second answer stays in: "20 or 21" is neither a number nor equal to any reference, and not paid.
 # That is why these patterns are long: each knows a spelling that people use, or a hedge that a policy found.
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import difflib

@@ -4,8 +4,6 @@ TRL keeps the objects from batch to batch. What is hidden comes from a column of
 same for all completions of a prompt, and for a resumed run.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

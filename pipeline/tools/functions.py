@@ -3,8 +3,6 @@
 Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

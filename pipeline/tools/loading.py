@@ -1,7 +1,5 @@
 """Load tools and environments by name: ours, or functions and classes that the user wrote."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write problems of reasoning-gym as a Hub data set repository: a card with configs, and one Parquet file per split."""
 
-from __future__ import annotations
-
 import logging
 import random
 from collections import Counter

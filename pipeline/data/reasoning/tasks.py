@@ -4,8 +4,6 @@ reasoning-gym draws problem number `i` of a data set from `seed + i`, so two dat
 their seeds lie further apart than they are long. Each pool of problems here has `SEEDS` of its own.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
