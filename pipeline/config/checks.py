@@ -1,7 +1,5 @@
 """Checks of field values: ranges, choices, and fields that contradict each other."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -177,11 +175,10 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
         # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
             try:
-                fault = "" if isinstance(json.loads(value), dict) else "it is something else"
+                if not isinstance(json.loads(value), dict):
+                    raise ValueError("it is something else")
             except (ValueError, RecursionError) as error:
-                fault = str(error)
-            if fault:
-                problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}' ({fault})"))
+                problems.append(Problem(name, value, f"write a mapping as JSON, such as '{{\"name\": 1}}' ({error})"))
     return problems
 
 

@@ -1,7 +1,5 @@
 """The command line of a recipe, whose words become the values that a YAML file would give; and `--help`."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import re

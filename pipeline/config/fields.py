@@ -1,7 +1,5 @@
 """The fields of argument dataclasses, and the conversion of YAML and command line values to their types."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

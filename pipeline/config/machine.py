@@ -1,7 +1,5 @@
 """Hardware, package versions and commit, for `run.json` and model cards, read without importing torch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

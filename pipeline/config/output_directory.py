@@ -1,7 +1,5 @@
 """The output directory of a run: whether the run may write to it, and the record of the run that it belongs to."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -5,8 +5,6 @@ in the run itself. Everything else is refused: files of this machine, code, push
 download the folder, read it, and run their copy.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Which settings of a training run have an effect on its weights, and whether it can go on with more steps."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path

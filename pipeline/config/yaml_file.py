@@ -1,7 +1,5 @@
 """Read the YAML files of recipes."""
 
-from __future__ import annotations
-
 import os
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """The arguments that say which data set a stage reads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

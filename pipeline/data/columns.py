@@ -1,7 +1,5 @@
 """The columns of a data set: each row is checked, and converted to the columns that TRL expects."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -26,10 +24,9 @@ from pipeline.data.messages import (
     read_pair,
     read_prompt,
     refuse_special_tokens,
-    shorten,
 )
 from pipeline.data.writing import CALLING, MESSAGES
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.progress import report_lost
 
 logger = logging.getLogger(__name__)
@@ -66,12 +63,8 @@ CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_r
 FAULT, HAS_CALLS = "_fault", "calls a tool"
 """Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
-
-
-@cache
-def _log_once(level: int, line: str) -> None:
-    """Log a line once, although several splits and stages of a process may repeat it."""
-    logger.log(level, "%s", line)
+_log_once = cache(logger.log)
+"""Log a line once, with its level, although several splits and stages of a process may repeat it."""
 
 
 def column_names(split: Split) -> list[str]:
@@ -215,8 +208,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
     choices = ", ".join(columns[:20])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
-    if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
-        raise UserError(*problems)
+    refuse(*(Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column))
     return list(found.values())
 
 
@@ -242,7 +234,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
         def from_unpaired(row: Row) -> dict[str, Any]:
             if row[label] not in (True, False):
-                raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
+                raise ShapeError(f"{label} is {row[label]!r:.60}, not true or false")
             answer = answer_message(row[completion], completion)
             return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
 
@@ -253,7 +245,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
         def from_text(row: Row) -> dict[str, Any]:
             if not isinstance(row[text], str):
-                raise ShapeError(f"the text is {shorten(row[text])}")
+                raise ShapeError(f"the text is {row[text]!r:.60}")
             return {"text": row[text]}
 
         return from_text, ["text"], [text]
@@ -300,7 +292,7 @@ def _prompt_reader(
         for name in contexts if isinstance(text, str) and text.strip() else ():
             context = as_answer(row[name])
             if not isinstance(context, str | None):
-                raise ShapeError(f"{name}, which belongs to the prompt, is {shorten(context)}, not text")
+                raise ShapeError(f"{name}, which belongs to the prompt, is {context!r:.60}, not text")
             text += f"\n\n{context}" if context and context.strip() else ""
         return read_prompt(text, prompt, args.system_prompt)
 
@@ -362,15 +354,15 @@ def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> 
             return {"prompt": messages}
         value = as_answer(row[answer])
         if value is None or isinstance(value, list | dict):
-            raise ShapeError(f"{answer} is {shorten(row[answer])}, not one answer as text or as a number")
+            raise ShapeError(f"{answer} is {row[answer]!r:.60}, not one answer as text or as a number")
         final = str(value)
         # By default, the final answer is what follows GSM8K's mark.
         if match := (pattern or re.compile(r"####\s*(.+)")).search(final):
             final = match[1] if match.re.groups else match[0]
             if final is None:
-                raise ShapeError(f"the group of answer_pattern finds nothing in {shorten(row[answer])}")
+                raise ShapeError(f"the group of answer_pattern finds nothing in {row[answer]!r:.60}")
         elif pattern is not None:
-            raise ShapeError(f"answer_pattern does not occur in {shorten(final)}")
+            raise ShapeError(f"answer_pattern does not occur in {final!r:.60}")
         return {"prompt": messages, "answer": final.strip()}
 
     return convert, ["prompt", *(["answer"] if answer else [])], [*used, answer]

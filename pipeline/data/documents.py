@@ -5,8 +5,6 @@ there are none: a file of 9,000 characters makes 3 documents, each of whole stan
 well, so that a part of it can be held out.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Conversations and pairs of answers in the rows of a data set, read from the various shapes that data sets use."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -33,7 +31,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
         value = [{"role": "user", "content": _as_text(value, column)}]
     value = _with_roles(value)
     if not isinstance(value, list) or not value:
-        raise ShapeError(f"{column} is {shorten(value)}, not a list of messages")
+        raise ShapeError(f"{column} is {value!r:.60}, not a list of messages")
     messages: Messages = []
     for message in value:
         called = {}
@@ -43,11 +41,11 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
             called = {"tool_calls": read} if (read := _read_calls(_without_none(found), column)) else {}
             message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ShapeError(f"{column} contains {shorten(message)}, not {{role, content}}")
+            raise ShapeError(f"{column} contains {message!r:.60}, not {{role, content}}")
         if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ShapeError(f"{column} has the role {shorten(message['role'])}, not system, user or assistant")
+            raise ShapeError(f"{column} has the role {message['role']!r:.60}, not system, user or assistant")
         if not isinstance(message["content"], str):
-            raise ShapeError(f"{column} has the content {shorten(message['content'])}, not text")
+            raise ShapeError(f"{column} has the content {message['content']!r:.60}, not text")
         if called and message["role"] != "assistant":
             raise ShapeError(f"{column} calls a tool in a message of the {message['role']}, not of the assistant")
         if not called and not message["content"].strip() and message["role"] in ("user", "assistant"):
@@ -63,7 +61,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
 def _as_text(value: str, column: str) -> str:
     """Return text, but refuse a list of messages that a table stores as text."""
     if re.match(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:", value):
-        raise ShapeError(f"{column} has messages as text, {shorten(value)}; save them as JSONL or Parquet")
+        raise ShapeError(f"{column} has messages as text, {value!r:.60}; save them as JSONL or Parquet")
     return value
 
 
@@ -102,7 +100,7 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
             arguments = _parse(arguments)
             if name.strip() and isinstance(arguments, Mapping):
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-    raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
+    raise ShapeError(f"{column} has the call {value!r:.60}, not a name with an object of arguments")
 
 
 def _parse(value: object) -> object:
@@ -167,12 +165,6 @@ def answer_message(value: object, column: str) -> dict[str, str]:
     return answer
 
 
-def shorten(value: object) -> str:
-    """Return a value for a message, in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def has_prompt(pair: Row, column: str) -> bool:
     """Return whether a pair has a separate column for its prompt."""
     # If the answers are whole conversations, a text in that column is only the last message of their prompt.
@@ -207,7 +199,7 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
     pair: dict[str, Any] = {"prompt": prompt, **answers}
     if "margin" in row:
         if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
-            raise ShapeError(f"margin is {shorten(row['margin'])}, not a number")
+            raise ShapeError(f"margin is {row['margin']!r:.60}, not a number")
         pair["margin"] = float(row["margin"])
     return pair
 
@@ -241,12 +233,12 @@ def _read_answer(
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
-        raise ShapeError(f"{column} is {shorten(value)}, not one answer to the prompt")
+        raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
     role, content = value[0].get("role"), value[0].get("content")
     if role != "assistant":
-        raise ShapeError(f"{column} has the role {shorten(role)}, not assistant")
+        raise ShapeError(f"{column} has the role {role!r:.60}, not assistant")
     if value[0].get("tool_calls"):
         raise ShapeError(f"{column} {NOT_READ}")
     if not isinstance(content, str):
-        raise ShapeError(f"{column} is {shorten(content)}, not text")
+        raise ShapeError(f"{column} is {content!r:.60}, not text")
     return {"role": "assistant", "content": content}

@@ -5,13 +5,10 @@ data. The n-grams of the test data are kept as 64-bit hashes, about 100 bytes ea
 by row, and not kept. Paraphrases and translations are not found.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +34,7 @@ class Match(NamedTuple):
     shared: str
 
 
-@dataclass(frozen=True)
-class Overlap:
+class Overlap(NamedTuple):
     """The test rows that were found in the training data, and how many rows both have."""
 
     matches: list[Match]

@@ -4,8 +4,6 @@ A shard is three files. `NAME.ds` has the tokens of its documents, one after the
 `NAME.ds.index` has the end of each document, and `NAME.ds.metadata` the tokenizer's name and the number of tokens.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
@@ -44,8 +42,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
     for file in sorted(folder.rglob("*.ds")):
         parts = file.relative_to(folder).parts
         splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
-    if problems := [problem for files in splits.values() if (problem := _validate(files))]:
-        raise UserError(*problems)
+    refuse(*map(_validate, splits.values()))
     features, streams = Features({TOKENS: List(Value("uint32"))}), IterableDatasetDict()
     for name, files in splits.items():
         streams[name] = IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
@@ -97,7 +94,6 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _validate(files: Sequence[Path]) -> Problem | None:
-    """Return what is wrong with the shards of a split."""
     total = 0
     for file in files:
         try:

@@ -1,7 +1,5 @@
 """Sources of data: a Hub id, a local data set repository, or plain files, opened with errors that say where."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json
@@ -26,7 +24,6 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import Split, Splits, column_names
 from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents
-from pipeline.data.messages import shorten
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -237,10 +234,8 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         others = set(column_names(part))
         if others != columns and "text" not in others & columns:
             names, other_names = ", ".join(sorted(columns)), ", ".join(sorted(others))
-            remedy = (
-                f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the files "
-            )
-            remedy += "into folders of their own, and name both in dataset_name"
+            remedy = f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the "
+            remedy += "files into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
@@ -276,7 +271,7 @@ def locate_error(path: Path, error: Exception) -> list[Problem]:
             for number, line in enumerate(lines, start=1):
                 try:
                     if line.strip() and not isinstance(row := json.loads(line), dict):
-                        raise ValueError(f"it must be an object, not {shorten(row)}")
+                        raise ValueError(f"it must be an object, not {row!r:.60}")
                 except (ValueError, RecursionError) as fault:
                     advice = TO_UTF8 if isinstance(fault, UnicodeError) else "correct or remove it"
                     remedy = f"is not valid JSON for a row ({fault}); {advice}"

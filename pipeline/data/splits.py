@@ -1,7 +1,5 @@
 """The splits of a data set that a stage trains on, and is evaluated on during training."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +127,7 @@ def _load_one(
             problems.append(Problem("dataset_test_split", test, remedy))
         if evaluation and train == test:
             problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
-        if problems:
-            raise UserError(*problems)
+        refuse(*problems)
         trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
@@ -179,10 +176,7 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
 
 def _limit(split: Split, args: DataArguments, field: str) -> Split:
     """Take the first rows, as many as the field says, and check that there are any."""
-    samples = getattr(args, field)
-    if samples is not None:
-        if samples < 1:
-            raise UserError(Problem(field, samples, "must be at least 1"))
+    if samples := getattr(args, field):
         split = split.take(samples)
     if next(iter(split), None) is None:
         place = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"

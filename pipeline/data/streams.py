@@ -14,8 +14,6 @@ The state of a lane is the place in its file before the current chunk of documen
 state that `datasets` keeps of a stream does not contain a shuffle buffer, and loses batches of `map`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

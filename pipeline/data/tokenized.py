@@ -1,7 +1,5 @@
 """Tokens of conversations, pairs and prompts, a thousand rows at a time, where TRL's trainers take one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from operator import add
 from typing import TYPE_CHECKING, Any

@@ -13,8 +13,6 @@ grown: one row per vote that prefers one of the two answers and, in the configur
 same person: with a choice, the line corrects that vote; with null, it only takes it back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

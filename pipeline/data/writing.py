@@ -1,7 +1,5 @@
 """Write data sets in the layout of the Hub: README.md, whose header lists the files, and one Parquet file per split."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path

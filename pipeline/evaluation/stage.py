@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 
 from pipeline import hardware, launch
-from pipeline.errors import Problem, UserError, as_typed
+from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
@@ -50,8 +50,7 @@ def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> Non
     """Refuse a run that cannot be written to, and stages that are not models, naming the option."""
     if not run.is_dir():
         raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
-    if problem := check_directory(run / "evaluations", "RUN"):
-        raise UserError(problem)
+    refuse(check_directory(run / "evaluations", "RUN"))
     for option, stage in named.items():
         # The model that the run starts from may be on the Hub, so it is only checked when it is loaded.
         is_base = model_of(run, stage, settings) != run / stage
@@ -259,8 +258,7 @@ def _load_chats(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
     if given := settings["max_new_tokens"]:
-        if problems := check_lengths(positions, max_new_tokens=given):
-            raise UserError(*problems)
+        refuse(*check_lengths(positions, max_new_tokens=given))
         limits = dict.fromkeys(keys, int(given))
     else:
         # TRL takes seconds to import. A stage that does not set a length has TRL's default.

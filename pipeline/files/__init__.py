@@ -1,7 +1,5 @@
 """Locks, files that are written whole or not at all, and checks of what may be replaced."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -5,8 +5,6 @@ times. None of that can be seen in the files, so it is first tried in a process 
 which takes some milliseconds, and everything that it made disappears with it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

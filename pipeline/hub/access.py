@@ -1,7 +1,5 @@
 """Check, before anything slow, that the token may write to repositories on the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 transformers creates the repository first, pushes pickles and lock files, and loses the run if the last push fails.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

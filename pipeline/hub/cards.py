@@ -1,7 +1,5 @@
 """Cards of models, data and reports, which Hub users see first. Their text is in `templates/`."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

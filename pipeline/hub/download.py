@@ -1,7 +1,5 @@
 """Fetch from the Hub what a recipe's steps read, for machines without internet, and checkpoints to resume from."""
 
-from __future__ import annotations
-
 import glob
 import re
 from collections.abc import Iterable, Mapping

@@ -6,8 +6,6 @@ of the run name, with any characters (`places`); and anything else that begins w
 machine, up to the first space, quote or bracket.
 """
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

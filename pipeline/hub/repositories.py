@@ -1,7 +1,5 @@
 """The repositories that a run is pushed to, and what goes into each."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -149,10 +147,9 @@ class Outputs:
         steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
         # The paths in the run's record are among the known ones.
         record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
-        kinds: dict[bool, list[str]] = {True: [], False: []}
-        for name, repo_id in self.ids.items():
-            kinds[is_data(self.folders[name])].append(repo_id)
-        card = space_card(f"{self.name}: the report", kinds[False], kinds[True])
+        data_ids = [repo_id for name, repo_id in self.ids.items() if is_data(self.folders[name])]
+        model_ids = [repo_id for repo_id in self.ids.values() if repo_id not in data_ids]
+        card = space_card(f"{self.name}: the report", model_ids, data_ids)
         own = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
         return [*data, *models, Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | own)]
 
@@ -189,7 +186,6 @@ class Outputs:
         return files | {"README.md": to_bytes(card)}
 
     def _trained(self, output: str) -> Trained:
-        """Return what is known about a stage."""
         step_name, step = output, {}
         for name, entry in self.record.items():
             written = Path(entry.get("values", {}).get("output_dir") or "")

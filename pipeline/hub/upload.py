@@ -1,7 +1,5 @@
 """Push files to a repository on the Hub, each file once, over a network that may fail at any request."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

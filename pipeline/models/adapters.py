@@ -1,7 +1,5 @@
 """LoRA adapters merged into their base models, to continue training from them or to save both as one model."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of a model and its tokenizer before any weights are loaded."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -4,8 +4,6 @@ Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassif
 `AutoModelForTokenClassification` make, save and load them like its own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import (

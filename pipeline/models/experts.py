@@ -1,7 +1,5 @@
 """The experts of a Llama 4: the cost of a token, which experts take which tokens, and losses that balance them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,10 +1,7 @@
 """Completions of conversations by a chat model, with the sampler of `pipeline.models.kernels.sampler`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +13,7 @@ from pipeline.models.tokenizer import as_text, special_tokens
 Messages = Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """A completion; `stopped` says that the model ended its turn within the limit."""
 
     # Decoded without special tokens, with white space at both ends removed.

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, write_folder
 from pipeline.files.bounded import MAX_LAYERS, check_files, exceeds
 from pipeline.launch import quiet_libraries
@@ -30,16 +30,11 @@ WEIGHTS = {
     "output": "lm_head",
     "blk": "model.layers",
     "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
+    **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v")},
+    **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 """llama.cpp's names for the parts of a decoder -> transformers' names."""
 
@@ -65,8 +60,7 @@ def main(args: argparse.Namespace) -> int:
     file, output_dir = args.file, args.output_dir
     if not file.is_file():
         raise UserError(Problem("file", file, "is not a file; name a GGUF file"))
-    if problem := check_new_directory(output_dir, "output_dir"):
-        raise UserError(problem)
+    refuse(check_new_directory(output_dir, "output_dir"))
 
     # Importing transformers takes seconds, too long for a mistake in the arguments.
     from pipeline.models.loading import user_error_for

@@ -1,7 +1,5 @@
 """Configurations, tokenizers and trained models, by folder or Hub id; LoRA adapters included."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

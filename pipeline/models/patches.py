@@ -4,25 +4,18 @@ Trainers are changed by subclasses (`pipeline.training.reliable`). The functions
 creates itself, or passes to wrappers that look up the method by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 
-def replace_forward(module: Any, forward: Callable[..., Any]) -> None:
-    """Make a model or a layer compute with another function.
+def replace_forward(module: Any, forward: Callable[..., Any], *, bind: bool = False) -> None:
+    """Make a model or a layer compute with another function; with `bind`, that is given the layer, in a copy the copy.
 
     A subclass would need the weights to be loaded again, a hook cannot keep the original from running, and a wrapper
     around the model would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is.
     """
-    module.forward = forward
-
-
-def bind_forward(module: Any, forward: Callable[..., Any]) -> None:
-    """Make a layer compute with another function, which gets the layer or, in a copy, the copy."""
-    module.forward = MethodType(forward, module)
+    module.forward = MethodType(forward, module) if bind else forward
 
 
 def name_body_of_llama4() -> None:

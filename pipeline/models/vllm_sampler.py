@@ -1,7 +1,5 @@
 """vLLM on GPUs: whether it can be used, and a sampler for evaluations. TRL's trainers use vLLM on their own."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ from pipeline.data import writing
 from pipeline.data.arguments import SPLITS, DataArguments, option
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.errors import collect as collect_problems
 from pipeline.files import check_replaceable, write_folder
 from pipeline.models.checks import check_model, check_template_arguments
@@ -93,8 +93,7 @@ class PreferenceArguments:
             problems += check_template_arguments(self.chat_template_kwargs)
         except (ValueError, TypeError):
             problems.append(Problem("chat_template_kwargs", given, "is not a JSON object; correct it"))
-        if problems:
-            raise UserError(*problems)
+        refuse(*problems)
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
@@ -104,8 +103,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
-    if problems := check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name):
-        raise UserError(*problems)
+    refuse(*check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name))
     judge = load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:
@@ -143,8 +141,7 @@ def label_samples(
     tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
     prompts = read_prompts(args, tokens, judge)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
-    if problems := check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens):
-        raise UserError(*problems)
+    refuse(*check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens))
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
     encoded = encode(model, tokenizer, prompts, args)

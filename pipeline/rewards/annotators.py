@@ -5,14 +5,11 @@ temperature)` (Bradley and Terry, 1952), and mostly calls it a tie if the scores
 Models may only be trained on this module's labels, never on its scores.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.rewards.grading import grade
 
@@ -38,8 +35,19 @@ INDIFFERENCE = 0.25
 """Two scores that differ by less than this count as equal."""
 
 
-@dataclass(frozen=True)
-class Annotator:
+class Components(NamedTuple):
+    """The properties of an answer that annotators judge."""
+
+    # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).
+    right: float
+    # 1 with a remark in the tone that the prompt calls for, kind for a question and brisk for an order; -1 with a blunt
+    # remark or one in the wrong tone, whatever else the answer says; 0 otherwise. So no remark suits every prompt.
+    tone: float
+    # 0 up to a comfortable length, then lower with each further word, down to -1.5.
+    brief: float
+
+
+class Annotator(NamedTuple):
     """One annotator's weights of the three components, in units of score, and decisiveness."""
 
     name: str
@@ -66,19 +74,6 @@ PANEL: tuple[Annotator, ...] = (
     Annotator("eli", right=2.6, tone=2.4, brief=1.8),
 )
 """The fixed panel. Its mean weights are right 3, tone 2, brief 2."""
-
-
-@dataclass(frozen=True)
-class Components:
-    """The properties of an answer that annotators judge."""
-
-    # 0 or 1: whether it is correct by the rule of its row (`require`, `reject`, `test`).
-    right: float
-    # 1 with a remark in the tone that the prompt calls for, kind for a question and brisk for an order; -1 with a blunt
-    # remark or one in the wrong tone, whatever else the answer says; 0 otherwise. So no remark suits every prompt.
-    tone: float
-    # 0 up to a comfortable length, then lower with each further word, down to -1.5.
-    brief: float
 
 
 def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:

@@ -19,8 +19,6 @@ as a value: "20", "20.0", "x = 20" or "14 + 6 = 20", but not "14 + 6" or "40/2".
 # Anything like a second answer is kept, so that "20 or 21" is neither a number nor equal to any reference, and earns
 # nothing. These patterns are long because each handles a spelling that people use, or a hedge that a policy found.
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -15,8 +15,6 @@ and killed when it takes too much CPU time, so that the verdict does not depend 
 # The kernel ends a child whose timer runs out; the end of the connection is then the reply, and the next question
 # starts another child.
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

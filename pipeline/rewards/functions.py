@@ -5,8 +5,6 @@ and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lie
 cannot be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable ones of both.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import re

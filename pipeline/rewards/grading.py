@@ -5,8 +5,6 @@ phrases may occur), `max_words` (0: no limit) and `test` (Python assertions that
 answers). Phrases are matched as whole words, in any case.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

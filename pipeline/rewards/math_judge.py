@@ -12,8 +12,6 @@ single expressions, and an answer must be as simple as its reference, in the sam
 #
 # and then, element by element, what `_is_same_expression` says of "2\sqrt{2}" and "2\sqrt{2}".
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

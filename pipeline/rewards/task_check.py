@@ -7,8 +7,6 @@ answer is only paid in full if it agrees with the task's own, and if the verifie
 same answer without the problem.
 """
 
-from __future__ import annotations
-
 import dis
 import json
 import math

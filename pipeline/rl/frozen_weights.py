@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline.models.patches import bind_forward
+from pipeline.models.patches import replace_forward
 
 # Names of the linear head in transformers' classifiers.
 HEAD_NAMES = ("score", "classifier")
@@ -34,7 +34,7 @@ def compute_in_float32(head: nn.Module) -> None:
     head.__dict__.pop("forward", None)
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
-            bind_forward(layer, _linear_in_float32)
+            replace_forward(layer, _linear_in_float32, bind=True)
 
 
 def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

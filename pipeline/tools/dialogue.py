@@ -8,8 +8,6 @@ Trainers and evaluation share this loop. Unlike TRL's own, it answers all calls 
 tool can do that. If a result does not fit into the limit, it is omitted, and the dialogue ends with its call.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ TRL reuses the objects for all batches. `reset` takes the hidden value from a co
 for all completions of a prompt, and in a resumed run.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -3,8 +3,6 @@
 Each limits its own time and memory, because training waits for it. If it raises, the answer is the exception's message.
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

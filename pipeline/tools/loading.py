@@ -1,7 +1,5 @@
 """Load tools and environments by name: built-in ones, or functions and classes that the user wrote."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from pipeline.errors import Problem, UserError, collect
+from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.rewards.loading import find_named
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.tools.environments import ENVIRONMENTS
@@ -70,8 +68,7 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
             tools.append(find_named(name, "tools", TOOLS))
             if fault := _validate_tool(tools[-1]):
                 problems.append(Problem("tools", name, fault))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return tools
 
 
@@ -90,8 +87,7 @@ def load_environment(name: str | None) -> type | None:
     faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
     if not methods:
         faults["it"] = "does not have a method that a model could call; write one"
-    if faults:
-        raise UserError(*(Problem("environment", name, f"{method} {fault}") for method, fault in faults.items()))
+    refuse(*(Problem("environment", name, f"{method} {fault}") for method, fault in faults.items()))
     return environment
 
 

@@ -312,10 +312,10 @@ def without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
         child.write_text(CHILD.format(child=str(run.CHILD), missing=missing))
         monkeypatch.setattr(run, "CHILD", child)
         monkeypatch.setattr(run, "allow_unconfined", False)
-        run._validate_sandbox.cache_clear()
+        run._probe.cache_clear()
 
     yield take_away
-    run._validate_sandbox.cache_clear()
+    run._probe.cache_clear()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -405,7 +405,8 @@ def test_where_the_machine_is_too_busy_to_tell_there_is_no_reward(monkeypatch: p
     assert code_tests([RIGHT, "no code"], [TEST] * 2) == [None, 0.0]
     with pytest.raises(RunStopped, match="too busy"):
         grade([RIGHT], [{"test": TEST}])
-    assert "the machine is too busy" in str(run._validate_sandbox.__wrapped__(True))
+    monkeypatch.setattr(run, "_probe", run._probe.__wrapped__)
+    assert "the machine is too busy" in str(run.validate_sandbox())
 
 
 def test_a_trainer_without_descriptors_gets_no_reward_and_no_traceback(

@@ -1,7 +1,5 @@
 """Write problems of reasoning-gym as a Hub data set repository: a card with configs, and one Parquet file per split."""
 
-from __future__ import annotations
-
 import logging
 import random
 from collections import Counter
@@ -21,7 +19,7 @@ from pipeline.data.pocket.problems import WORKING
 from pipeline.data.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
 from pipeline.data.reasoning.worked import WORKED
 from pipeline.data.writing import card, write_data_set
-from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.errors import Problem, RunStopped, UserError, refuse
 
 logger = logging.getLogger(__name__)
 SCHEMAS: dict[str, pa.Schema] = {
@@ -62,8 +60,6 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
     problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
-    sizes = {"size_mb": args.size_mb, "sft_rows": args.sft_rows}
-    problems += [Problem(name, size, "must not be negative") for name, size in sizes.items() if size < 0]
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
@@ -74,8 +70,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
         if number > 0.05 * PROBES:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
             problems.append(Problem("tasks", grade.task, f"{remedy}; omit this task"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     # Rows are drawn while they are written, so that only the held-out problems are in memory. They come first, because
     # no other split may contain them.
     worked = [grade for grade in grades if grade.task in WORKED]

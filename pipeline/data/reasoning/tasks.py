@@ -4,13 +4,10 @@ reasoning-gym draws problem number `i` of a data set from `seed + i`, so two dat
 their seeds lie further apart than the sets are long. Each pool of problems here has its own range of `SEEDS`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import Problem
 from pipeline.files import as_list
@@ -23,8 +20,7 @@ Entry = dict[str, Any]
 """A problem as reasoning-gym makes it: `question`, `answer` and `metadata`."""
 
 
-@dataclass(frozen=True)
-class Grade:
+class Grade(NamedTuple):
     """A task at one difficulty: its share of the mix, in proportion to the others, and fields of its configuration."""
 
     task: str

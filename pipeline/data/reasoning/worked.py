@@ -5,8 +5,6 @@ Each step is right in itself, but with some probability the problem is misread, 
 the right way, which a verifier can reward.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise

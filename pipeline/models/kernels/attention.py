@@ -12,8 +12,6 @@ for CPUs, cuts queries and keys into blocks of 64, and computes the blocks in wh
 `varlen`, for GPUs, is FlashAttention, which reads each document alone, or torch's attention if that cannot be used.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Any

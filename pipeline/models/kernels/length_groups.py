@@ -9,8 +9,6 @@ e . . . . . . .            48 positions become 9 + 24
 f f f f f f . .
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

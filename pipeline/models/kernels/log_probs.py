@@ -10,8 +10,6 @@ Completions of one prompt follow it in one row. Each of them sees only the promp
 from the prompt's. On a CPU, rows are grouped by length. Results are the same apart from rounding.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager

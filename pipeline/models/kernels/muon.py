@@ -9,8 +9,6 @@ iterations. For a block of width 64 with an inner width of 192 and 4 experts:
     experts' weights  (4, 64, 192)      a stack already, added to the last one
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ The output matrix is the largest one of a small model. With Triton, TRL's fused 
 CPU, it projects all of them, in tiles that the backward pass computes again: three times as long.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

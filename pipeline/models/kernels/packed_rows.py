@@ -9,8 +9,6 @@ and then masks most of it, which takes 1.7 times as long on a CPU. Two rows, eac
     position  0 1 2 0 1 / 0 1 2 3 0      restarts at each conversation, so that none sees another
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

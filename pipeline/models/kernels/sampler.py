@@ -10,8 +10,6 @@ output equals its output for each prompt alone, and samples follow the same dist
     p q r s t    ->   p q r s t            u        v        w          u v w
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -14,8 +14,6 @@ Side channels and the wall-clock time are not covered.
 # `pipeline.rewards.checker.serve` does the same without the fork. The order matters: Landlock opens the folders that it
 # allows, and only a process that still has its capabilities can give its directory to another user.
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

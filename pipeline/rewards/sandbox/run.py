@@ -17,9 +17,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
@@ -50,8 +50,7 @@ for promise, attempt in {
 """
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of one run, and the first 16 KiB of what the code and the test printed, including errors.
 
     `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
@@ -66,21 +65,19 @@ class Outcome:
         return self.status == "passed"
 
 
+_probe = cache(lambda: _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True))
+
+
 def validate_sandbox() -> str | None:
     """Test the sandbox. Return in one line why code cannot be graded on this machine, or None."""
-    return _validate_sandbox(allow_unconfined)
-
-
-@cache
-def _validate_sandbox(allowed: bool) -> str | None:
-    outcome = _run(RIGHT, PROBE, PATIENCE_SECONDS, CODE_MEMORY_MB, unconfined=True)
+    outcome = _probe()
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
         return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
     if not outcome.passed:
         reason = lines[-1] if lines else outcome.status
         return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
-    if lines and not allowed:
+    if lines and not allow_unconfined:
         return f"code could {' and '.join(lines)}; use Linux 5.13 or later, or accept it with allow_unconfined_code"
     return None
 
