@@ -61,6 +61,12 @@ class UserError(Exception):
         return "\n".join(map(str, self.problems))
 
 
+def refuse(*problems: Problem | None) -> None:
+    """Raise a `UserError` with the problems, if there are any; None stands for a check that found nothing."""
+    if found := [problem for problem in problems if problem is not None]:
+        raise UserError(*found)
+
+
 class RunStopped(Exception):
     """A run that cannot or should not continue for a known reason; the message says how to resume."""
 

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from pipeline import hardware
-from pipeline.errors import Problem, RunStopped, UserError, signal_with_parent
+from pipeline.errors import Problem, RunStopped, UserError, refuse, signal_with_parent
 
 # Importing them takes seconds, too long for `--help`.
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ def check_active(trainer: Trainer) -> None:
     active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
     asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
     remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
-    if problems := [Problem("distributed_type", name, remedy) for name in asked if not active[name]]:
-        raise UserError(*problems)
+    refuse(*(Problem("distributed_type", name, remedy) for name in asked if not active[name]))
 
 
 def log_active(trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ tokens that it would make of the documents themselves: `--dataset_name shards/ti
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.shard_writer import ShardArguments
-from pipeline.errors import UserError
+from pipeline.errors import refuse
 from pipeline.training.entry import run
 
 
@@ -31,8 +31,7 @@ def main(data_args: DataArguments, args: ShardArguments) -> None:
 
     name, field = data_args.tokenizer_name_or_path, "tokenizer_name_or_path"
     tokenizer = load_tokenizer(name, field)
-    if problems := check_tokenizer(tokenizer, field, str(name), chat=False):
-        raise UserError(*problems)
+    refuse(*check_tokenizer(tokenizer, field, str(name), chat=False))
     write_shards(tokenizer, data_args, args)
 
 

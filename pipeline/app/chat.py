@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.app.cli import check_limits
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 
 # These imports take seconds, which `--help` does not need.
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Answer what is typed, or piped in, line by line, until it ends. Return 0."""
-    if problems := check_limits(args, LIMITS):
-        raise UserError(*problems)
+    refuse(*check_limits(args, LIMITS))
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

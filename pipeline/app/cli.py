@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from pipeline.app.votes_step import models_to_vote_on
-from pipeline.errors import Problem, UserError, as_typed
+from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import holds_model
 
 LIMITS = {
@@ -74,8 +74,7 @@ def main(args: argparse.Namespace) -> int:
         problems.append(Problem("--pair", " ".join(args.pair), "name one model or two"))
     if args.guidelines and not args.guidelines.is_file():
         problems.append(Problem("--guidelines", args.guidelines, "is not a file; give one in Markdown"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
     from datasets import disable_progress_bars

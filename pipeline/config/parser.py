@@ -31,7 +31,7 @@ from pipeline.config.command_line import read_command_line
 from pipeline.config.fields import READ, field_types, read_values
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
-from pipeline.errors import Problem, UserError, collect
+from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.files import split_revision
 
 OF_THE_MACHINE = (
@@ -97,8 +97,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     training = next((item for item in built if isinstance(item, TrainingArguments)), None)
     problems += launch.check_launch(training) if training is not None else []
     problems += output_directory.check_output_directory(built, machine.keys() - asked.keys())
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
 
     if training is not None:
         # Trainers set the seed themselves, but only after TRL has drawn adapters and score heads.

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config.fields import READ
 from pipeline.config.untrusted import FILE, check_untrusted, recipe_files
 from pipeline.config.yaml_file import MAX_BYTES, read_yaml
-from pipeline.errors import Problem, UserError, as_typed, is_network_error
+from pipeline.errors import Problem, UserError, as_typed, is_network_error, refuse
 from pipeline.files import as_list, split_revision
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
@@ -75,8 +75,7 @@ def fetch_recipes(name: str) -> Path | None:
             raise UserError(Problem("recipe", name, remedy)) from None
         finally:
             enable_progress_bars()
-        if problems := check_untrusted(folder):
-            raise UserError(*problems)
+        refuse(*check_untrusted(folder))
         return folder
     return None
 

@@ -29,7 +29,7 @@ from pipeline.data.messages import (
     shorten,
 )
 from pipeline.data.writing import CALLING, MESSAGES
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.progress import report_lost
 
 logger = logging.getLogger(__name__)
@@ -215,8 +215,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
     choices = ", ".join(columns[:20])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
-    if problems := [Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column]:
-        raise UserError(*problems)
+    refuse(*(Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column))
     return list(found.values())
 
 

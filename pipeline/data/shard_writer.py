@@ -20,7 +20,7 @@ from pipeline.data.documents import digest_of
 from pipeline.data.packing import DOCUMENTS_AT_ONCE, Encoder
 from pipeline.data.shards import RECORD, TOKENIZER, document_tokenizer, open_shards
 from pipeline.data.splits import load_splits
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_directory, write_text
 
 
@@ -77,8 +77,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
 
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
     files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: json.dumps(record, indent=2)}
-    if problems := check_arguments(args, folder, source, files):
-        raise UserError(*problems)
+    refuse(*check_arguments(args, folder, source, files))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_text(folder / name, content)

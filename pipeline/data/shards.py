@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import TOKENS
 from pipeline.data.packing import Encoder
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
@@ -44,8 +44,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
     for file in sorted(folder.rglob("*.ds")):
         parts = file.relative_to(folder).parts
         splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
-    if problems := [problem for files in splits.values() if (problem := _validate(files))]:
-        raise UserError(*problems)
+    refuse(*map(_validate, splits.values()))
     features, streams = Features({TOKENS: List(Value("uint32"))}), IterableDatasetDict()
     for name, files in splits.items():
         streams[name] = IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))

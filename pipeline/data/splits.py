@@ -15,7 +15,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import CALLING
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +129,7 @@ def _load_one(
             problems.append(Problem("dataset_test_split", test, remedy))
         if evaluation and train == test:
             problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
-        if problems:
-            raise UserError(*problems)
+        refuse(*problems)
         trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None

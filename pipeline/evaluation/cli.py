@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation import evaluate_yaml
 from pipeline.files import read_json, read_run
 from pipeline.stages import HELD_OUT
@@ -124,8 +124,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
             remedy = f"the run's own figures were measured with another {' and '.join(changed)}"
             problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
 
     moved = evaluate_yaml.with_layout(moved, run)
     named = {"--stage": args.stage, "--against": args.against}
@@ -134,8 +133,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         # lm-eval is optional.
         from pipeline.evaluation.harness import check_tasks
 
-        if problems := check_tasks(moved["lm_eval_tasks"]):
-            raise UserError(*problems)
+        refuse(*check_tasks(moved["lm_eval_tasks"]))
     # Only the stage that others are compared with is measured with the baselines.
     held_out = read_held_out(run, moved, list(data), baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))

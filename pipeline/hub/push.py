@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, UserError, as_typed
+from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, as_typed, refuse
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -53,15 +53,13 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.hub.repositories import Outputs, is_data, names_of_people
     from pipeline.hub.upload import push
 
-    if problems := _check(args):
-        raise UserError(*problems)
+    refuse(*_check(args))
     # The client would report each request that it repeats in two lines.
     logging.set_verbosity_error()
     api = HfApi(library_name="fourstage")
     # A name without a namespace is in the user's own.
     if args.repo_id and "/" not in args.repo_id and not args.dry_run:
-        if problems := check_access([], "--repo_id"):
-            raise UserError(*problems)
+        refuse(*check_access([], "--repo_id"))
         args.repo_id = full_id(args.repo_id, args.run)
     run = Outputs(
         path=args.run if args.namespace else args.run.absolute().parent,
@@ -88,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     for kind in () if args.create_pr else ("dataset", "model"):
         ids = [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]
-        if ids and (problems := check_access(ids, "--namespace" if args.namespace else "--repo_id", kind)):
-            raise UserError(*problems)
+        if ids:
+            refuse(*check_access(ids, "--namespace" if args.namespace else "--repo_id", kind))
     with _stop_if_it_fails(str(args.run), args.namespace or args.repo_id):
         repositories = run.repositories()
     for name, (base, base_id) in run.bases.items():

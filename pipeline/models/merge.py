@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, read_json, write_folder
 from pipeline.launch import quiet_libraries
 
@@ -29,8 +29,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("adapter", path, "is damaged or does not name its base_model_name_or_path; add it"))
     if config.get("peft_type") != "LORA":
         raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
-    if problem := check_new_directory(output_dir, "--output_dir"):
-        raise UserError(problem)
+    refuse(check_new_directory(output_dir, "--output_dir"))
 
     # Importing transformers takes seconds, too long for a mistake in the arguments.
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers.hf_argparser import HfArg
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,8 +77,7 @@ class ScratchArguments:
             if (step := given["interleave_moe_layer_step"]) > layers:
                 remedy = f"no layer would have experts: there are {layers} layers; lower it"
                 problems.append(Problem("interleave_moe_layer_step", step, remedy))
-        if problems:
-            raise UserError(*problems)
+        refuse(*problems)
 
 
 LLAMA4: dict[str, Any] = {

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report of every run in `args.runs` and, for several, the one that compares them. Return 0."""
-    from pipeline.errors import UserError
+    from pipeline.errors import refuse
     from pipeline.files import check_directory
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
@@ -48,8 +48,7 @@ def main(args: argparse.Namespace) -> int:
     targets = load_targets(args.targets)
     runs = load_runs(paths)
     for directory in directories:
-        if problem := check_directory(directory, "--output_dir" if args.output_dir else "RUN"):
-            raise UserError(problem)
+        refuse(check_directory(directory, "--output_dir" if args.output_dir else "RUN"))
     for note in (note for run in runs for note in run.notes):
         print(note, file=sys.stderr)
     changes = [differences(run) for run in runs]

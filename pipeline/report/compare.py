@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +44,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(*problems, *error.problems) from None
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     for note in (note for run in runs for note in run.notes):
         print(note, file=sys.stderr)
     changes = compare(pairs)

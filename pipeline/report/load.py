@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
-from pipeline.errors import Problem, UserError, as_typed
+from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.evaluate_yaml import VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
@@ -132,9 +132,8 @@ def main_aim(stage: StageResult) -> str | None:
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run, or raise a `UserError` that names each path without an evaluation or a training log."""
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
-    if problems := [Problem("RUN", path, remedy) for path in paths if not path.is_dir()]:
-        raise UserError(*problems)
-    runs = [load_run(path) for path in paths]
+    refuse(*(Problem("RUN", path, remedy) for path in paths if not path.is_dir()))
+    problems, runs = [], [load_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
@@ -143,8 +142,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             problems.append(Problem("RUN", run.path, remedy))
         if names.count(run.name) > 1:
             run.name = str(run.path)
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return runs
 
 

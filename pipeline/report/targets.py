@@ -10,7 +10,7 @@ from typing import Literal
 
 import yaml
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
@@ -75,8 +75,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         except (TypeError, ValueError) as error:
             # "Target.__init__() got an unexpected keyword argument 'atleast'"
             problems.append(Problem("--targets", f"{file}, entry {index}", str(error).rpartition("() ")[2]))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return targets
 
 

@@ -16,7 +16,7 @@ from typing import Any, SupportsFloat
 
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from pipeline.errors import Problem, RunStopped, UserError, collect
+from pipeline.errors import Problem, RunStopped, UserError, collect, refuse
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
 
@@ -30,8 +30,7 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
             functions.append(load_function(name, field))
     if not names:
         problems.append(Problem(field, "[]", f"name at least one of {', '.join(REWARDS)}"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return functions
 
 

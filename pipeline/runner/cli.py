@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, is_fetched, show_fetched
-from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect
+from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, as_typed, collect, refuse
 from pipeline.files import as_list, check_directory, lock, read_json
 from pipeline.progress import time_in_words
 from pipeline.runner.console import RunConsole, is_live, show_checks
@@ -86,8 +86,7 @@ def main(args: argparse.Namespace) -> int:
                 problems.append(Problem(option, seed, f"must be between 0 and {2**32 - 1}"))
             elif seeds.count(seed) > 1:
                 problems.append(Problem(option, seed, "is repeated; name each seed once"))
-    if found := list(filter(None, problems)):
-        raise UserError(*found)
+    refuse(*problems)
     print(show_fetched(args.recipe), end="")
 
     # The command that resumes, without --from and --force, which would repeat finished steps. With --seeds, the run of
@@ -144,8 +143,7 @@ def _run_seeds(args: argparse.Namespace) -> int:
         own.start = None if seed in since else args.start
         with collect(problems):
             runs.append((own, *_prepare(own)))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     report = Step(REPORT, "report", ("report", str(run_dir), "--seeds", *map(str, args.seeds)), run_dir / "report")
     command = shlex.join(report.command(()))
     is_reported = all(decided[-1][0].kind == "report" for _, _, decided in runs)
@@ -179,8 +177,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     written = [*(step.output for step in plan.steps), plan.run_dir / "logs"]
     # A directory that cannot be made makes all others in it impossible.
     for folders in ([plan.run_dir], written) if not args.dry_run else ():
-        if problems := list(filter(None, map(check_directory, folders))):
-            raise UserError(*problems)
+        refuse(*map(check_directory, folders))
     record = RunRecord.read(plan.run_dir)
     if since := record.content.get("since"):
         shared = read_plan(args.recipe, args.output_dir, None, args.smoke).steps
@@ -207,8 +204,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
         remedy = "shards the model, and PPO refuses that; end with --until before it, then run it with another file"
         sharded = [step for step in due if step.stage.has_critic]
         problems += [Problem(f"{step.name}: --config_file", file, remedy) for step in sharded]
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return plan, decided
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from pipeline.config.recipe_folder import LAUNCH_FILE, SHIPPED
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse
 from pipeline.files import check_new_directory, write_text
 from pipeline.runner.recipe import read_plan
 
@@ -38,8 +38,7 @@ def main(args: argparse.Namespace) -> int:
     if name not in shipped_recipes():
         remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
         problems.insert(0, Problem("RECIPE", args.recipe, remedy))
-    if found := list(filter(None, problems)):
-        raise UserError(*found)
+    refuse(*problems)
     run_dir = f"runs/{args.folder.resolve().name}"
     # The text is changed, not the values, so that comments and order stay as they are. A name counts only as a whole:
     # `runs/pocket` is not the beginning of `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.config.command_line import read_command_line
 from pipeline.config.fields import field_types
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.evaluate_yaml import DEFAULT_LENGTH
 from pipeline.progress import short_count, time_in_words
 from pipeline.runner.launcher import count_processes, launch_file, shards
@@ -269,16 +269,14 @@ def main(args: argparse.Namespace) -> int:
     for name in ("num_processes", "gpu_memory", "tflops", "price", "mfu"):
         if (value := getattr(args, name)) is not None and not 0 < value <= (1 if name == "mfu" else math.inf):
             problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     args.processes, args.sharded = count_processes(args), shards(launch_file(args))
     planned = read_plan(args.recipe).steps
     steps = [step for step in planned if step.stage.module]
     # An option applies to all steps that know it.
     types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
     given, problems = read_command_line(args.overrides, list(types))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     for place, step in enumerate(steps):
         own = {name: given[name] for name in field_types(*step.argument_types) if name in given}
         steps[place] = replace(step, values={**step.values, **own})
@@ -287,8 +285,7 @@ def main(args: argparse.Namespace) -> int:
     if args.processor is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
         problems.append(Problem("--gpu", args.gpu, remedy))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     made: dict[Any, Any] = {}
     stages: dict[str, Settings] = {}
     others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_directory, read_json, relocate, split_revision
@@ -139,8 +139,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
         elif path.stem in read:
             problems.append(Problem("recipe", path, f"is the same step as {read[path.stem][1].name}; keep one of them"))
         read.setdefault(path.stem, (kind, path, {str(key): value for key, value in content.items()}))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_connect` finds another.
     files = dict(sorted(read.items(), key=lambda one: (int(one[0].split("_")[0]), order.index(one[1][0]), one[0])))
 
@@ -162,8 +161,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
     """Refuse a directory that contains more than a run, or that cannot be created."""
-    if problem := check_directory(run_dir, writable=False):
-        raise UserError(problem)
+    refuse(check_directory(run_dir, writable=False))
     # A link is followed, because what matters is which files the run would be written among.
     real = Path(os.path.realpath(run_dir))
     project = Path(__file__).parents[2]
@@ -246,8 +244,7 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
                 problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
         connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
         writers[step.output] = step.name
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return connected
 
 
@@ -275,8 +272,7 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
     known += [BASE] if settings["base"] else []
     if (against := content.get("against")) is not None and against not in known:
         problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     return settings
 
 

@@ -17,7 +17,7 @@ from pipeline.data.pocket.names import ITEMS, NAMES
 from pipeline.data.pocket.things import things, things_of
 from pipeline.data.writing import card as write_card
 from pipeline.data.writing import write_data_set
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse
 from pipeline.files import check_replaceable
 
 STRING = pa.string()
@@ -133,8 +133,7 @@ def build(args: PocketArguments) -> None:
     contains a shorter row whole, is dropped as it is generated, so that memory stays constant. A `UserError` says that
     `output_dir` contains other files, or a size is out of range.
     """
-    if problems := check_arguments(args):
-        raise UserError(*problems)
+    refuse(*check_arguments(args))
     index = NgramIndex(OVERLAP_N)
     parts: list[tuple[str, str, Iterable[dict[str, Any]]]] = []
     for config, (_, *splits) in CONFIG_SPLITS.items():

@@ -21,7 +21,7 @@ from pipeline.data.pocket.problems import WORKING
 from pipeline.data.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
 from pipeline.data.reasoning.worked import WORKED
 from pipeline.data.writing import card, write_data_set
-from pipeline.errors import Problem, RunStopped, UserError
+from pipeline.errors import Problem, RunStopped, UserError, refuse
 
 logger = logging.getLogger(__name__)
 SCHEMAS: dict[str, pa.Schema] = {
@@ -74,8 +74,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
         if number > 0.05 * PROBES:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
             problems.append(Problem("tasks", grade.task, f"{remedy}; leave this task out"))
-    if problems:
-        raise UserError(*problems)
+    refuse(*problems)
     # Rows are drawn while they are written, so that only the held-out problems are in memory. They come first, because
     # no other split may have one of them.
     worked = [grade for grade in grades if grade.task in WORKED]
