@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
-from pipeline.app.votes_step import models_to_vote_on
 from pipeline.errors import Problem, UserError, as_typed, refuse
-from pipeline.files import holds_model
+from pipeline.files import holds_model, read_run
 
 LIMITS = {
     "port": (1, 65535),
@@ -88,6 +88,18 @@ def main(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     serve(Site(run, Models(run, args.model), args))
     return 0
+
+
+def votes_step(run: Path) -> dict[str, Any]:
+    """Return the settings of the run's step for votes, {} if it has none."""
+    settings = [step.get("values", {}) for step in read_run(run).get("steps", {}).values()]
+    return next((dict(values) for values in settings if "min_votes" in values), {})
+
+
+def models_to_vote_on(run: Path) -> list[str]:
+    """Return the model that the run's step for votes names, if it is not a stage of the run."""
+    name = str(votes_step(run).get("model_name_or_path") or "")
+    return [name] if name and not holds_model(run / Path(name).name) else []
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:

@@ -18,7 +18,6 @@ from pipeline.__main__ import main
 from pipeline.app import cli
 from pipeline.app.models import Models
 from pipeline.app.site import Site
-from pipeline.app.votes_step import models_to_vote_on
 from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner import status
@@ -98,7 +97,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     options = parser.parse_args(["runs/toy", "--min_p", "0", "--max_new_tokens", "6"])
-    others = models_to_vote_on(Path("runs/toy"))
+    others = cli.models_to_vote_on(Path("runs/toy"))
     assert others == ["policy"], "the command that the waiting run names works as it is"
     app, site = FastAPI(), Site(Path("runs/toy"), Models(Path("runs/toy"), others), options)
     app.include_router(routes(site))
