@@ -1,4 +1,4 @@
-"""What every recipe mixes into a trainer of transformers or TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
+"""What every recipe mixes into a trainer of transformers or TRL: `class SFT(Reliable, SFTTrainer)`.
 
 A run may be killed at any moment and loses at most the steps since its latest checkpoint. transformers' `Trainer`
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
@@ -295,11 +295,6 @@ class Reliable(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with unchanged_random_state():
             return super()._evaluate(*args, **kwargs)
-
-
-def reliable(trainer_class: type[Any]) -> type[Any]:
-    """Return a trainer class of transformers or TRL with `Reliable` mixed in."""
-    return type(trainer_class.__name__, (Reliable, trainer_class), {})
 
 
 class _TrainingBegins(TrainerCallback):
