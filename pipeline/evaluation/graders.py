@@ -17,18 +17,17 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 """Grades that judge the final answer alone, so that samples can vote on it, by the `answer` of the row."""
 
 
-def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
+def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
+    """Return whether each final answer equals the `answer` of its row: as a number, as words, or mathematically.
+
+    This is the grader where none is named.
+    """
+    references = [row["answer"] for row in rows]
     # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
     return [1.0 in either for either in zip(same, equal, strict=True)]
-
-
-def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
-    """Grade final answers by the `answer` of each row: the grader where none is named."""
-    return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 
 def load_grader(grade: str | None) -> Grader:
