@@ -272,6 +272,11 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
     if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
+    if isinstance(tasks := settings.get("lm_eval_tasks"), list):
+        # It imports torch, and lm-eval, if it is installed, takes seconds to list its tasks.
+        from pipeline.evaluation.harness import check_tasks
+
+        problems += check_tasks(list(map(str, tasks)))
     functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = settings.get(key)

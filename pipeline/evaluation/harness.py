@@ -51,13 +51,13 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}
 
 
-def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
-    """Check that lm-eval is installed and knows the tasks, which `field` names; their data are looked for later."""
+def check_tasks(tasks: Sequence[str]) -> list[Problem]:
+    """Check that lm-eval is installed and knows the tasks; their data are looked for later."""
     if tasks and find_spec("lm_eval") is None:
-        return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
+        return [Problem(FIELD, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
     found = find_tasks(tuple(tasks))[1] if tasks else {}
-    return [Problem(field, task, remedy) for task in tasks if not found[task]]
+    return [Problem(FIELD, task, remedy) for task in tasks if not found[task]]
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
