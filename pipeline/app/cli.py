@@ -77,15 +77,12 @@ def main(args: argparse.Namespace) -> int:
     refuse(*problems)
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
     from pipeline.app.models import Models
     from pipeline.app.server import serve
     from pipeline.app.site import Site
+    from pipeline.launch import quiet_libraries
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
+    quiet_libraries()
     serve(Site(run, Models(run, args.model), args))
     return 0
 
