@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.arguments import DataArguments, option
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 
@@ -310,8 +310,6 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
                 Problem("judge", judge, "there is no such folder; give a reward model, votes or a function")
             )
     for field, name in functions.items():
-        try:
+        with collect(problems):
             load_rewards([name], field)
-        except UserError as error:
-            problems += error.problems
     return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]

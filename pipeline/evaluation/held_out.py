@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, problems_of
 from pipeline.evaluation.evaluate_yaml import Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.files import as_list
@@ -267,7 +267,7 @@ class Reader:
             return None
         name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split
         held_out = [named] if key in self.named and named else [named, "test", "validation"]
-        with _problems_of(key):
+        with problems_of(key):
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
                 single: Any = splits[train]
@@ -333,7 +333,7 @@ class Reader:
         if part is None:
             return []
         columns = column_names(part.data)
-        with _problems_of(key):
+        with problems_of(key):
             convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
             if key == "problems" and part.source.grade in COMPARED and "answer" not in made:
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
@@ -361,12 +361,3 @@ class Reader:
             what = f"{part.place}: {len(faults)} of {count} rows are left out"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
-
-
-@contextmanager
-def _problems_of(key: str) -> Iterator[None]:
-    """Name the key of `evaluate.yaml` in problems with its data set."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(replace(one, field=f"{key}: {one.field}") for one in error.problems)) from None
