@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
+from pipeline.data.votes import votes_step
 from pipeline.errors import Problem, UserError, as_typed, refuse
-from pipeline.files import holds_model, read_run
+from pipeline.files import holds_model
 
 LIMITS = {
     "port": (1, 65535),
@@ -85,12 +85,6 @@ def main(args: argparse.Namespace) -> int:
     quiet_libraries()
     serve(Site(run, Models(run, args.model), args))
     return 0
-
-
-def votes_step(run: Path) -> dict[str, Any]:
-    """Return the settings of the run's step for votes, {} if it has none."""
-    settings = [step.get("values", {}) for step in read_run(run).get("steps", {}).values()]
-    return next((dict(values) for values in settings if "min_votes" in values), {})
 
 
 def models_to_vote_on(run: Path) -> list[str]:
