@@ -19,7 +19,7 @@ from pipeline.report.differences import Difference
 from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.summary import by_length, summarise
-from pipeline.report.targets import Target, check_targets
+from pipeline.report.targets import Target
 from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
@@ -61,8 +61,7 @@ def _environment(is_page: bool) -> Environment:
 
 def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what metrics.json contains, and what report.html.jinja and report.md.jinja show."""
-    results = check_targets(run, found, targets)
-    summary = summarise(run, found, results)
+    summary = summarise(run, found, targets)
     problems, charts = showcase(run), charts_of(run)
     given: dict[str, dict[str, str]] = {}
     for stage in run.stages.values():
