@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from pipeline.config.weight_fields import newest_state
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.evaluate_yaml import VOTES
@@ -176,12 +177,8 @@ def load_run(path: Path) -> Run:
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
-        # Until training ends, its log is in its checkpoints only; "checkpoint-90" comes before "checkpoint-150".
-        log = path / name / "trainer_state.json"
-        if not log.exists():
-            found = (path / name).glob("checkpoint-*/trainer_state.json")
-            log = max(found, key=lambda file: (len(file.parent.name), file.parent.name), default=log)
-        stage.state = read_json(log, run.notes)
+        # Until training ends, its log is in its checkpoints only.
+        stage.state = read_json(path / name / "trainer_state.json", run.notes) or newest_state(path / name)
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
