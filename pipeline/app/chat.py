@@ -80,7 +80,6 @@ def main(args: argparse.Namespace) -> int:
         if command == "/new":
             messages = []
         elif command == "/stage":
-            # A stage of the same run, another folder, or an id on the Hub.
             name = rest.strip() or "."
             try:
                 loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")

@@ -164,7 +164,6 @@ def build_app(site: Site) -> ASGIApp:
             verdict=Markup(render("verdict.html.jinja", shown(run))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
             about=visible(what_may_be_asked(site.run), limit=2000),
-            # The name under which the visitor has logged in.
             annotator=getattr(request.state, "annotator", None),
             compare=compare.content(site),
             voting=voting.content(site),

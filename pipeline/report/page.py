@@ -228,7 +228,6 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
 
 def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return seed, commit and model, hardware and versions by name, None for what is not known."""
-    # The shape of the model that the last stage wrote.
     model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
     recipe = Path(str(run.record.get("recipe") or "unknown")).name
     about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}

@@ -173,7 +173,7 @@ class RunState:
 
     def figure(self, stage: str) -> str:
         """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
-        metric = self._kinds[stage].figure if stage in self._kinds else ""
+        metric = next(iter(self._kinds[stage].aims), "bits_per_byte") if stage in self._kinds else ""
         metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
         if (value := metrics.get(metric, {}).get("value")) is None:
             return ""
