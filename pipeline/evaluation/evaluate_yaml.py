@@ -72,9 +72,7 @@ class EvaluationArguments:
     problems: Data = option(None, "Problems with final answers, for pass@k.")
     prompts: Data = option(None, "Prompts of the win rate.")
     pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
-    judge: str | None = option(
-        None, "Judge of win rates: a reward model that PPO does not see, `votes`, or a function."
-    )
+    judge: str | None = option(None, "Judge of win rates: a reward model PPO does not see, `votes`, or a function.")
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
         "Working:", "Beginning of elicited answers; of a list, the best on validation problems (own data: none)."
@@ -302,13 +300,9 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         if ":" in judge:
             functions["judge"] = judge
         elif models[0] in models[1:]:
-            problems.append(
-                Problem("judge", judge, "PPO is trained to please this model; give one that it does not see")
-            )
+            problems.append(Problem("judge", judge, "PPO is trained to please this model; give one it does not see"))
         elif judge != VOTES and is_missing(judge):
-            problems.append(
-                Problem("judge", judge, "there is no such folder; give a reward model, votes or a function")
-            )
+            problems.append(Problem("judge", judge, "no such folder; give a reward model, votes or a function"))
     for field, name in functions.items():
         with collect(problems):
             load_rewards([name], field)
