@@ -15,6 +15,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -297,9 +298,9 @@ class Reliable(Trainer):
             return super()._evaluate(*args, **kwargs)
 
 
+@dataclass(eq=False)
 class _TrainingBegins(TrainerCallback):
-    def __init__(self, trainer: Reliable) -> None:
-        self.trainer = trainer
+    trainer: Reliable
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         # What depends on the state that training begins with.
