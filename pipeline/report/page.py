@@ -81,6 +81,12 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
         counted(hardware["cores"], "core") if hardware.get("cores") else "",
         f"commit {commit[:9]}{dirty}" if commit else "",
     ]
+    # None stands for what is not known about the run and about the model that its last stage wrote.
+    model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
+    recipe = Path(str(run.record.get("recipe") or "unknown")).name
+    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
+    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    versions = summary["versions"] or {"packages": "unknown"}
     return summary, {
         "name": title(run),
         "headline": headline(run),
@@ -119,7 +125,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
         "charts": draw(charts),
         "experts": experts(run),
         "costs": costs(run, summary),
-        "made": provenance(run, summary),
+        "made": {"Run": about, "Hardware": hardware or {"machine": "unknown"}, "Versions": versions},
     }
 
 
@@ -224,13 +230,3 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
         group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
         groups.setdefault(chart.stage, group)["charts"].append(shown)
     return list(groups.values())
-
-
-def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return seed, commit and model, hardware and versions by name, None for what is not known."""
-    model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    recipe = Path(str(run.record.get("recipe") or "unknown")).name
-    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
-    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
-    versions = summary["versions"] or {"packages": "unknown"}
-    return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}
