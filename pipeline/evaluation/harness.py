@@ -41,8 +41,7 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
-    # takes seconds to build.
+    # lm-eval opens a task by its path. A group may name tasks of its folder and lm-eval's own, indexed in seconds.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     defaults = bool(groups) or len(files) < len(tasks)
     index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
@@ -73,8 +72,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # lm-eval warns of every model that is loaded already.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
-    # It computes the logits of a whole batch, of at most 8 requests on a CPU. On an accelerator, it finds the largest
-    # batch that fits.
+    # It computes the logits of a whole batch: of at most 8 requests on a CPU, of as many as fit on an accelerator.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:

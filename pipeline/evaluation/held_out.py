@@ -202,8 +202,7 @@ def drop_ungradable(rows: Rows) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on; `place` is what messages call the split.
 
-    One row in a `period` is held out; the others belong to a part that is `trained_on`. With a period of 1, all rows of
-    `data` belong to the part.
+    One row in a `period` is held out; others belong to a part that is `trained_on`. A period of 1 gives it all rows.
     """
 
     data: Split

@@ -54,8 +54,7 @@ def answer_losses(
 ) -> list[tuple[float, str]]:
     """Return the negative log-likelihood of the last message of each conversation in nats, and what is scored of it.
 
-    Its end-of-turn token is predicted as well; what exceeds the `context`, in tokens, is not. `template` are arguments
-    of the chat template.
+    Its end-of-turn token is predicted, too; what exceeds `context` tokens is not. The chat template gets `template`.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]

@@ -103,8 +103,7 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
 
-    # Labels are a noisy sample of the annotators' taste, which the generated data know. Here the better answer is the
-    # one that the annotators like better on average.
+    # Labels are a noisy sample of the annotators' taste, which the generated data know: here, taste itself decides.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
     if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
@@ -125,8 +124,7 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on."""
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
-    # If it was trained on votes, their test split is left. Prompts are divided by their content, so a vote is held out
-    # on every machine or on none.
+    # If it was trained on votes, their test split is left, which has the same prompts on every machine.
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:

@@ -130,8 +130,7 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
-    # Where 19 of 20 groups have equal rewards, little is learned. PPO sees a batch's rewards as equal below a standard
-    # deviation of 0.001.
+    # Where 19 of 20 groups have equal rewards, little is learned. For PPO, a deviation below 0.001 counts as equal.
     useless, rewards, spread = (
         [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
     )

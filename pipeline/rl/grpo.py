@@ -114,12 +114,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self.reward_funcs: list[Any] = rewards
         paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
         self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-        # Sharded weights (FSDP, DeepSpeed) are whole only inside TRL's own methods, and prompt learning puts tokens
-        # of its own in front of the prompt.
+        # Sharded weights are whole only inside TRL's own methods, and prompt learning puts tokens before the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        # Autocast would cast frozen weights again in each forward pass, and so for each token that is sampled. PPO has
-        # an argument for it.
+        # Autocast would cast frozen weights again for each token that is sampled. PPO has an argument for it.
         adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
         if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
             convert_frozen(self.model, torch.bfloat16)
@@ -254,8 +252,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is one value already, and a reward function that logs metrics of its own
-            # may skip batches.
+            # A mean over the whole evaluation is one value already, and metrics of reward functions may skip batches.
             rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
             known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
             total = sum(count for _, count in known)

@@ -124,8 +124,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
     """Build a critic from a copy of a reward model or a policy, with PEFT adapters merged in, in its dtype.
 
-    With the head of a reward model, the critic starts with the reward that the text so far would get. From a policy, it
-    starts by expecting nothing: the head is zero.
+    With a reward model's head, the critic starts with the reward of the text so far. From a policy, the head is zero.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)

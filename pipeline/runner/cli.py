@@ -1,8 +1,7 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
 With `--seeds`, each seed N is the run `--seed N --output_dir RUN/seedN`, one after the other, and RUN/report is the
-report over them. A step that fails ends the command: the other seeds have the same configuration, and would often fail
-as well.
+report over them. A step that fails ends the command: the others have the same configuration, and would often fail, too.
 """
 
 from __future__ import annotations

@@ -231,8 +231,7 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
     elif args.use_vllm:
         if args.use_cpu:
             problems.append(Problem("use_cpu", True, "vLLM samples on the GPU that trains; omit one of the two"))
-        # TRL cannot use the output of vLLM without its own values of these. With a seed, equal prompts get equal
-        # answers.
+        # TRL reads vLLM's output by its own values of these. With a seed, equal prompts get equal answers.
         if taken := {"n", "seed", "logprobs", "prompt_logprobs", "max_tokens", "detokenize"}.intersection(given):
             remedy = f"{', '.join(sorted(taken))} cannot be given, because TRL depends on it; omit it"
             problems.append(Problem("generation_kwargs", given, remedy))

@@ -24,8 +24,7 @@ class OptimizerArguments:
     """Optimizers per kind of parameter. By default, the trainer's own optimizer (`optim`) updates all parameters.
 
     All learning rates are on the schedule of `learning_rate`. `muon_learning_rate` is the spectral norm of an update of
-    a matrix that does not have more rows than columns. If `embedding_learning_rate` is given, AdamW updates all other
-    parameters.
+    a matrix that does not have more rows than columns. With `embedding_learning_rate`, AdamW updates all others.
     """
 
     use_muon: bool = option(False, "Use Muon for the matrices of the blocks, and AdamW for everything else.")

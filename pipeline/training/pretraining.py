@@ -69,8 +69,7 @@ class PretrainTrainer(Reliable):
     Each process reads its stream by itself, in a thread and not in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each the mean over the
-    layers with experts, and each times one of the two factors `router_losses`. An evaluation measures the loss of the
-    text alone.
+    layers with experts, and each times one of the two factors `router_losses`. Evaluations leave both out.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
