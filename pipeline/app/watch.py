@@ -11,7 +11,7 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import count
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
-from pipeline.app.models import Loaded
+from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import TOOLS, move
@@ -52,7 +52,6 @@ SWITCHED_OFF = (
     "reward_normalization", "value_warmup_steps", "frozen_dtype",
 )  # fmt: skip
 
-Values = Mapping[str, Any]
 Group = Sequence[Dialogue]
 """Attempts at one prompt. Without tools, each is a single turn, which is not read as messages."""
 
