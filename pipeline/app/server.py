@@ -86,8 +86,7 @@ class Gate:
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
         path, headers = request.url.path, request.headers
-        # A link on another site may open the page, but no script there may use it. Another port of this machine is the
-        # same site, but another origin.
+        # A link on another site may open the page, but no script there may use it, nor one of another port here.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)

@@ -83,8 +83,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     """Measure the stage by the options of the command.
 
     Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; what neither of them names
-    follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
-    setting or a data set cannot be used.
+    follows from the stages. A UserError names what cannot be used by the keys of `evaluate.yaml`.
     """
     from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.held_out import read_held_out

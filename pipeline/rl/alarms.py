@@ -31,8 +31,7 @@ MAX_KL = 1.0
 # Share of the way from the lowest mean reward to the highest single one. Where right and wrong are checked, a mean
 # beyond it is success: equal rewards and low entropy are what was asked for. Scores of a reward model have no ceiling.
 MASTERY = 0.9
-# Entries of the log in a row that have to be bad, and completions that they have to describe, to raise an alarm: small
-# batches are often all right or all wrong.
+# Bad entries of the log in a row, and completions in them, that raise an alarm: small batches are often all alike.
 MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
@@ -51,8 +50,7 @@ class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
     Where most entries are bad, but too few in a row, the alarm is raised at the end. All is derived from the log, so
-    that a resumed run raises the alarms of an uninterrupted one. `checked` says whether rewards are checks, with a best
-    value, and not scores of a reward model.
+    that a resumed run raises the alarms of an uninterrupted one. `checked` rewards have a best value, unlike scores.
     """
 
     def __init__(self, checked: bool) -> None:

@@ -72,8 +72,7 @@ def build_value_model(
     # A reward that is only measured says nothing about the score.
     rewards = [reward for reward in rewards if reward[2]]
     if source is None:
-        # The critic has to read whatever the policy samples. Models pad their embeddings differently, and a policy may
-        # sample an id that no token has.
+        # The critic has to read all that the policy may sample, also the ids of padded embeddings, which no token has.
         vocabulary, rows = tokenizer.get_vocab(), len(policy.get_input_embeddings().weight)
         judges = ((model, own) for model, own, _ in rewards if isinstance(model, nn.Module) and own is not None)
         readers = (model for model, own in judges if own.get_vocab() == vocabulary)
@@ -159,8 +158,7 @@ def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Build a critic that trains an adapter and a value head, on the frozen weights of `source`.
 
-    An adapter of `source` is copied with its configuration, and the head of a classifier, too; otherwise `peft_config`
-    is the adapter, and the head is zero.
+    Adapter and head of `source` are copied. Without them, `peft_config` is the adapter, and the head is zero.
     """
     # A critic must not change any other random number.
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,7 @@
 """Find, before the first step runs, what a later step would refuse hours from now.
 
 Each step is given the arguments that its recipe will build, for as many processes as will train it, and the
-configuration of the model that an earlier step makes. What depends on the rows of a data set shows when the step loads
-them, which `--smoke` does within seconds.
+configuration of the model that an earlier step makes. What depends on rows of data shows when `--smoke` loads them.
 """
 
 from __future__ import annotations

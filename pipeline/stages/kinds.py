@@ -62,8 +62,7 @@ class StageKind:
     measured: bool = False
     seeded: bool = True
     editable: bool = False
-    # Whether its model has taken training steps, writes text (a reward model does not), and answers questions (a base
-    # model only continues a text).
+    # Whether its model has taken training steps, writes text (not a reward model), and answers (not a base model).
     trained: bool = True
     generates: bool = True
     chats: bool = True
