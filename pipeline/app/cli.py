@@ -59,7 +59,10 @@ def main(args: argparse.Namespace) -> int:
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
     run = Path(args.run)
-    args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
+    # The run's step for votes may name a model that is not a stage of the run.
+    voted_on = str(votes_step(run).get("model_name_or_path") or "")
+    if voted_on and voted_on not in args.model and not holds_model(run / Path(voted_on).name):
+        args.model = [*args.model, voted_on]
     problems = check_limits(args, LIMITS)
     # A run that starts from a model of the Hub has no model of its own yet while it waits for votes on that one.
     if not run.is_dir():
@@ -85,12 +88,6 @@ def main(args: argparse.Namespace) -> int:
     quiet_libraries()
     serve(Site(run, Models(run, args.model), args))
     return 0
-
-
-def models_to_vote_on(run: Path) -> list[str]:
-    """Return the model that the run's step for votes names, if it is not a stage of the run."""
-    name = str(votes_step(run).get("model_name_or_path") or "")
-    return [name] if name and not holds_model(run / Path(name).name) else []
 
 
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
