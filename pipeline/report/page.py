@@ -20,7 +20,7 @@ from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.summary import by_length, summarise
 from pipeline.report.targets import Target
-from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
+from pipeline.report.text import counted, duration, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
@@ -51,7 +51,8 @@ def _environment(is_page: bool) -> Environment:
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "visible": visible}
+    environment.filters["visible"] = visible
+    environment.filters["code"] = lambda text: Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
     environment.filters["markdown"] = lambda text, limit: Markup(markdown(text, limit))
     environment.filters["clip"] = lambda value, low, high: max(low, min(high, value))
     for function in (interval, metric_info, number, signed, stage_info):
