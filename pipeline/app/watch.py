@@ -162,9 +162,8 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
     # One step on the whole group at a constant rate, of which nothing is logged or saved.
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, Any] = {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
     fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
-    fixed |= {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
     fixed |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     fixed |= {"use_cpu": loaded.model.device.type == "cpu"}
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
@@ -183,9 +182,8 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
             counts = sum(one.calls for one in group), sum(one.failures for one in group)
             return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
 
-    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
-        # What the libraries deprecate is not for whoever looks at the page.
-        warnings.simplefilter("ignore")
+    # What the libraries deprecate is not for whoever looks at the page.
+    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings(action="ignore"):
         # A new adapter is random.
         set_seed(settings.get("seed", 0))
         # The weights that an adapter was merged into are frozen.
