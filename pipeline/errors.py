@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +121,15 @@ def collect(problems: list[Problem]) -> Iterator[None]:
         yield
     except UserError as error:
         problems += error.problems
+
+
+@contextmanager
+def problems_of(part: str) -> Iterator[None]:
+    """Name the part of the input that problems in this block are about before their fields: a step, or a data set."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(replace(one, field=f"{part}: {one.field}") for one in error.problems)) from None
 
 
 def leave_closed_terminal() -> None:

@@ -22,6 +22,8 @@ accelerate launch --config_file accelerate_config.yaml -m recipes.pretrain \
 ```
 """
 
+from functools import partial
+
 from pipeline.data.arguments import DataArguments
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.training.entry import run
@@ -54,7 +56,7 @@ def main(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         data_collator=PackedBlocks(tokenizer.bos_token_id, tokenizer.eos_token_id),
-        compute_metrics=bits_per_byte(tokenizer),
+        compute_metrics=partial(bits_per_byte, tokenizer),
         preprocess_logits_for_metrics=sequence_losses,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),

@@ -29,20 +29,20 @@ def main(
     model_args: ModelConfig,
     optimizer_args: OptimizerArguments,
 ) -> None:
-    from trl import RewardTrainer, get_peft_config
+    from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
     from pipeline.models.kernels.attention import choose_attention
     from pipeline.models.kernels.length_groups import group_by_length
+    from pipeline.training.fine_tuning import RewardTrainer
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
-    from pipeline.training.reliable import reliable
     from pipeline.training.train import run_callbacks, train_and_save
 
     tokenizer, train_dataset, eval_dataset = load_inputs("preference", data_args, training_args, model_args)
     # With this type, PEFT also trains and saves the score head, which is new.
     model_args.lora_task_type = "SEQ_CLS"
-    trainer = reliable(RewardTrainer)(
+    trainer = RewardTrainer(
         model=starting_model(model_args, training_args),
         args=training_args,
         train_dataset=train_dataset,

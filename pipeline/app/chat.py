@@ -50,13 +50,12 @@ def main(args: argparse.Namespace) -> int:
     typed = sys.stdin.isatty()
     if typed:
         print("Loading PyTorch and the model ...", flush=True)
-    from transformers.utils import logging
-
     from pipeline.app.models import Sampling, load
     from pipeline.app.prompts import held_out_prompts, settings_of, what_may_be_asked
     from pipeline.evaluation.evaluate_yaml import CALLED
+    from pipeline.launch import quiet_libraries
 
-    logging.disable_progress_bar()
+    quiet_libraries()
     loaded = load(args.path, "PATH")
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     # With readline, `input` has a history and understands arrow keys.
@@ -81,7 +80,6 @@ def main(args: argparse.Namespace) -> int:
         if command == "/new":
             messages = []
         elif command == "/stage":
-            # A stage of the same run, another folder, or an id on the Hub.
             name = rest.strip() or "."
             try:
                 loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")

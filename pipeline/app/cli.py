@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
-from pipeline.app.votes_step import models_to_vote_on
+from pipeline.data.votes import votes_step
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import holds_model
 
@@ -59,7 +59,10 @@ def main(args: argparse.Namespace) -> int:
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
     run = Path(args.run)
-    args.model = list(dict.fromkeys([*args.model, *models_to_vote_on(run)]))
+    # The run's step for votes may name a model that is not a stage of the run.
+    voted_on = str(votes_step(run).get("model_name_or_path") or "")
+    if voted_on and voted_on not in args.model and not holds_model(run / Path(voted_on).name):
+        args.model = [*args.model, voted_on]
     problems = check_limits(args, LIMITS)
     # A run that starts from a model from the Hub has no model of its own while it waits for votes on that model.
     if not run.is_dir():
@@ -77,15 +80,12 @@ def main(args: argparse.Namespace) -> int:
     refuse(*problems)
     print("Loading PyTorch and Transformers ...", flush=True)
     # These imports take seconds, which `--help` does not need.
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
     from pipeline.app.models import Models
     from pipeline.app.server import serve
     from pipeline.app.site import Site
+    from pipeline.launch import quiet_libraries
 
-    disable_progress_bars()
-    logging.disable_progress_bar()
+    quiet_libraries()
     serve(Site(run, Models(run, args.model), args))
     return 0
 

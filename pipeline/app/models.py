@@ -216,7 +216,6 @@ class Models:
 
     def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
         found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
-        # The models that write text.
         self.stages = sorted((name for name in found if stage_info(name).generates), key=stage_order)
         # Name -> path, and the option that named it.
         self._paths = {name: (str(run / name), "RUN") for name in self.stages}

@@ -17,9 +17,8 @@ from pydantic import BaseModel, Field
 from starlette.responses import StreamingResponse
 
 from pipeline.app import watch
-from pipeline.app.models import Loaded
+from pipeline.app.models import Loaded, Values
 from pipeline.app.site import Site, stream
-from pipeline.app.watch import Values
 from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
 from pipeline.report.load import load_run, stage_info

@@ -86,8 +86,7 @@ class Gate:
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
         path, headers = request.url.path, request.headers
-        # A link on another site may open the page, but no script there may use it. Another port of this machine is the
-        # same site, but another origin.
+        # A link on another site may open the page, but no script there may use it, nor one of another port here.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)
@@ -164,7 +163,6 @@ def build_app(site: Site) -> ASGIApp:
             verdict=Markup(render("verdict.html.jinja", shown(run))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
             about=visible(what_may_be_asked(site.run), limit=2000),
-            # The name under which the visitor has logged in.
             annotator=getattr(request.state, "annotator", None),
             compare=compare.content(site),
             voting=voting.content(site),

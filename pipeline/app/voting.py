@@ -35,10 +35,9 @@ from pydantic import BaseModel, Field
 from pipeline.app.pairs import SAMPLING, Pair, Pairs, Source
 from pipeline.app.prompts import settings_of
 from pipeline.app.site import Site
-from pipeline.app.votes_step import votes_step
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set
+from pipeline.data.votes import CHOICES, OTHER, Conflict, Vote, VoteLog, update_data_set, votes_step
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES
 from pipeline.files import read_run

@@ -11,7 +11,7 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import count
@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from trl import GRPOConfig, ModelConfig, get_peft_config
 
-from pipeline.app.models import Loaded
+from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import TOOLS, move
@@ -52,7 +52,6 @@ SWITCHED_OFF = (
     "reward_normalization", "value_warmup_steps", "frozen_dtype",
 )  # fmt: skip
 
-Values = Mapping[str, Any]
 Group = Sequence[Dialogue]
 """Attempts at one prompt. Without tools, each is a single turn that is not parsed into messages."""
 
@@ -163,9 +162,8 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
     # Take one step on the whole group at a constant rate, and log and save nothing.
-    fixed: dict[str, Any] = {}
+    fixed: dict[str, Any] = {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
     fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
-    fixed |= {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
     fixed |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     fixed |= {"use_cpu": loaded.model.device.type == "cpu"}
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
@@ -184,9 +182,8 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
             counts = sum(one.calls for one in group), sum(one.failures for one in group)
             return [one.sampled for one in group], messages, tokens, None, *counts, [[] for _ in group]
 
-    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings():
-        # Deprecation warnings of the libraries are not for visitors of the page.
-        warnings.simplefilter("ignore")
+    # Deprecation warnings of the libraries are not for visitors of the page.
+    with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings(action="ignore"):
         # A new adapter is random.
         set_seed(settings.get("seed", 0))
         # The weights that an adapter was merged into are frozen.

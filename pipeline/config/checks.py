@@ -38,12 +38,12 @@ def _between(low: float, high: float) -> Range:
     return lambda value: low <= value <= high, f"must be between {low:,} and {high:,}"
 
 
-def _each(table: Mapping[str, Any]) -> dict[str, Any]:
+def for_each_name(table: Mapping[str, Any]) -> dict[str, Any]:
     """Split the keys of a table, each of which is several names with spaces between them."""
     return {name: value for names, value in table.items() for name in names.split()}
 
 
-RANGES: dict[str, Range] = _each(
+RANGES: dict[str, Range] = for_each_name(
     {
         "max_train_samples max_eval_samples max_prompts max_eval_prompts limit samples pairs_per_prompt lora_r "
         "save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb max_completion_length "
@@ -101,7 +101,7 @@ ROLLOUT_CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The same for `GRPOConfig`; other dataclasses have fields with these names but other values."""
 
-UNSUPPORTED = _each(
+UNSUPPORTED = for_each_name(
     {
         "trust_remote_code": "code from the Hub is never run here",
         "load_in_8bit load_in_4bit": "quantised training is not supported",
@@ -118,7 +118,7 @@ UNSUPPORTED = _each(
 )
 """Fields of the libraries' dataclasses that the recipes do not offer, and why."""
 
-UNUSED_IN_ROLLOUTS: dict[str, str] = _each(
+UNUSED_IN_ROLLOUTS: dict[str, str] = for_each_name(
     {
         "label_names label_smoothing_factor": "completions do not have labels",
         "prediction_loss_only include_for_metrics batch_eval_metrics": "an evaluation does not collect predictions",
@@ -131,7 +131,7 @@ UNUSED_IN_ROLLOUTS: dict[str, str] = _each(
 )
 """Fields of `TrainingArguments` and `GRPOConfig` that have no effect on GRPO and PPO, and why."""
 
-SWITCHES: dict[str, tuple[str, Any]] = _each(
+SWITCHES: dict[str, tuple[str, Any]] = for_each_name(
     {
         "muon_learning_rate": ("use_muon", True),
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters": ("use_peft", True),

@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.data.arguments import SPLITS
 from pipeline.data.messages import labelled_pair
 from pipeline.errors import Problem, UserError
-from pipeline.files import append_line, check_regular, hash_file, lock, write_text
+from pipeline.files import append_line, check_regular, hash_file, lock, read_run, write_text
 
 VOTES_FILE = "votes.jsonl"
 CHOICES = ("a", "b", "tie", "bad", "skip")
@@ -112,6 +112,12 @@ def check_vote(vote: Any) -> Vote:
     if wrong:
         raise ValueError(f"{wrong[0]} is {json.dumps(vote[wrong[0]])[:80]}")
     return dict(vote)
+
+
+def votes_step(run: Path) -> dict[str, Any]:
+    """Return the settings of the run's step for votes, {} if it has none."""
+    settings = [step.get("values", {}) for step in read_run(run).get("steps", {}).values()]
+    return next((dict(values) for values in settings if "min_votes" in values), {})
 
 
 def standing(votes: Sequence[Vote]) -> list[Vote]:

@@ -110,7 +110,8 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     # The record of a run that was moved has the old paths of its reward models.
     moved = evaluate_yaml.move(settings, run)
     rewards = [*settings["reward_models"], *moved["reward_models"]]
-    problems = evaluate_yaml.check({**settings, "reward_models": rewards})
+    found = {"reward_models": rewards, "lm_eval_tasks": moved["lm_eval_tasks"]}
+    problems = evaluate_yaml.check({**settings, **found})
     if columns and not data:
         problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
@@ -129,11 +130,6 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     moved = evaluate_yaml.with_layout(moved, run)
     named = {"--stage": args.stage, "--against": args.against}
     check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
-    if moved["lm_eval_tasks"]:
-        # lm-eval is optional.
-        from pipeline.evaluation.harness import check_tasks
-
-        refuse(*check_tasks(moved["lm_eval_tasks"]))
     # Baselines are only measured with the stage that others are compared with.
     held_out = read_held_out(run, moved, list(data), baselines=args.stage == moved["against"])
     result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))

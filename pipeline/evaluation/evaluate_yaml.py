@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.arguments import DataArguments, option
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 
@@ -272,6 +272,11 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
             problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
     if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
+    if isinstance(tasks := settings.get("lm_eval_tasks"), list):
+        # It imports torch, and lm-eval, if it is installed, takes seconds to list its tasks.
+        from pipeline.evaluation.harness import check_tasks
+
+        problems += check_tasks(list(map(str, tasks)))
     functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = settings.get(key)
@@ -301,12 +306,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
                 Problem("judge", judge, "PPO is trained to please this model; give one that it does not use")
             )
         elif judge != VOTES and is_missing(judge):
-            problems.append(
-                Problem("judge", judge, "there is no such folder; give a reward model, votes or a function")
-            )
+            problems.append(Problem("judge", judge, "no such folder; give a reward model, votes or a function"))
     for field, name in functions.items():
-        try:
+        with collect(problems):
             load_rewards([name], field)
-        except UserError as error:
-            problems += error.problems
     return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]

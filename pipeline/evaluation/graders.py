@@ -17,18 +17,17 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 """Grades that only compare the final answer with the row's `answer`, so that samples can vote on it."""
 
 
-def grade_final_answers(answers: Sequence[str], references: Sequence[str], rows: Sequence[Example] = ()) -> list[bool]:
-    """Return whether the final answer of each text equals its reference: as a number, as words, or mathematically."""
-    # For some answers, rewards need the problem, such as to decide whether "50%" is 50.
+def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
+    """Return whether each final answer equals the `answer` of its row: as a number, as words, or mathematically.
+
+    This is the grader where none is named.
+    """
+    references = [row["answer"] for row in rows]
+    # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
     equal = math_answer(answers, references, prompts=prompts)
     return [1.0 in either for either in zip(same, equal, strict=True)]
-
-
-def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
-    """Grade final answers by the `answer` of each row: the default grader."""
-    return grade_final_answers(answers, [row["answer"] for row in rows], rows)
 
 
 def load_grader(grade: str | None) -> Grader:

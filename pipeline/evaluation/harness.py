@@ -41,8 +41,7 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     from lm_eval.tasks import TaskManager
 
     files = {task: Path(task).resolve() for task in tasks if task.endswith(".yaml") and Path(task).is_file()}
-    # lm-eval opens a task by its path. A group may consist of tasks from its folder and of lm-eval's own, whose index
-    # takes seconds to build.
+    # lm-eval opens a task by its path. A group may name tasks of its folder and lm-eval's own, indexed in seconds.
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     defaults = bool(groups) or len(files) < len(tasks)
     index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
@@ -51,13 +50,13 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}
 
 
-def check_tasks(tasks: Sequence[str], field: str = FIELD) -> list[Problem]:
-    """Check that lm-eval is installed and knows the tasks, which `field` names. Their data are not checked here."""
+def check_tasks(tasks: Sequence[str]) -> list[Problem]:
+    """Check that lm-eval is installed and knows the tasks. Their data are not checked here."""
     if tasks and find_spec("lm_eval") is None:
-        return [Problem(field, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
+        return [Problem(FIELD, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
     found = find_tasks(tuple(tasks))[1] if tasks else {}
-    return [Problem(field, task, remedy) for task in tasks if not found[task]]
+    return [Problem(FIELD, task, remedy) for task in tasks if not found[task]]
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
@@ -73,8 +72,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # lm-eval warns about every model that is already loaded.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
-    # It computes the logits of a whole batch, of at most 8 requests on a CPU. On an accelerator, it finds the largest
-    # batch that fits.
+    # It computes the logits of a whole batch: of at most 8 requests on a CPU, of as many as fit on an accelerator.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:

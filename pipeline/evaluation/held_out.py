@@ -11,7 +11,7 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, UserError, problems_of
 from pipeline.evaluation.evaluate_yaml import Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.files import as_list
@@ -202,8 +202,7 @@ def drop_ungradable(rows: Rows) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on; `place` is what messages call the split.
 
-    One row in a `period` is held out; the others belong to a part that is `trained_on`. With a period of 1, all rows of
-    `data` belong to the part.
+    One row in a `period` is held out; others belong to a part that is `trained_on`. A period of 1 gives it all rows.
     """
 
     data: Split
@@ -267,7 +266,7 @@ class Reader:
             return None
         name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split
         held_out = [named] if key in self.named and named else [named, "test", "validation"]
-        with _problems_of(key):
+        with problems_of(key):
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
                 single: Any = splits[train]
@@ -333,7 +332,7 @@ class Reader:
         if part is None:
             return []
         columns = column_names(part.data)
-        with _problems_of(key):
+        with problems_of(key):
             convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
             if key == "problems" and part.source.grade in COMPARED and "answer" not in made:
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
@@ -361,12 +360,3 @@ class Reader:
             what = f"{part.place}: {len(faults)} of {count} rows are omitted"
             logger.warning("%s, as in training; row %d, for instance: %s.", what, number, first)
         return examples
-
-
-@contextmanager
-def _problems_of(key: str) -> Iterator[None]:
-    """Prefix the problems of a data set with its key of `evaluate.yaml`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(*(replace(one, field=f"{key}: {one.field}") for one in error.problems)) from None

@@ -183,8 +183,7 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
     """Estimate the mean of a figure, which lies between `lowest` and `highest`, over `n` runs of different seeds.
 
-    The interval is Student's over the runs' values, which vary with the training and with the test rows. The figure of
-    a single run is returned as it is.
+    The interval is Student's over the values, which vary with training and test rows. A single run's figure is kept.
     """
     if len(runs) == 1:
         return runs[0]

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.data.packing import IGNORED
 from pipeline.models.generation import encode_prompts
 from pipeline.models.tokenizer import as_text, special_tokens
 
@@ -16,8 +17,6 @@ BATCH_TOKENS = 16384
 """Tokens in a batch, padding included."""
 MAX_LOGITS = 1 << 26
 """Number of logits in memory at once: 256 MB in float32, and as much again for their softmax."""
-IGNORED = -100
-"""Target of positions that predict nothing."""
 
 
 def document_losses(

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from pipeline.errors import Problem, UserError, refuse
+from pipeline.errors import Problem, collect, refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +38,9 @@ def main(args: argparse.Namespace) -> int:
     elif args.output and (problem := check_directory(Path(args.output).parent, "--output")):
         problems.append(problem)
     sides = [[run for path in named for run in find_seeds(Path(path))] for named in (args.runs, args.against)]
-    try:
+    runs = []
+    with collect(problems):
         runs = load_runs([path for side in sides for path in side])
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]
     refuse(*problems)

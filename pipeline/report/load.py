@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from pipeline.config.weight_fields import newest_state
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.evaluate_yaml import VOTES
@@ -133,7 +134,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Load every run, or raise a `UserError` that names each path without an evaluation or a training log."""
     remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     refuse(*(Problem("RUN", path, remedy) for path in paths if not path.is_dir()))
-    runs, problems = [load_run(path) for path in paths], []
+    problems, runs = [], [load_run(path) for path in paths]
     names = [run.name for run in runs]
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
@@ -176,12 +177,8 @@ def load_run(path: Path) -> Run:
         stage = StageResult.read(path / "evaluations" / f"{name}.json", run.notes)
         # Baselines are measured together with the opponent, and are results of their own in the report.
         run.baselines |= stage.take_baselines()
-        # Until training ends, the log is only in checkpoints; "checkpoint-90" comes before "checkpoint-150".
-        log = path / name / "trainer_state.json"
-        if not log.exists():
-            found = (path / name).glob("checkpoint-*/trainer_state.json")
-            log = max(found, key=lambda file: (len(file.parent.name), file.parent.name), default=log)
-        stage.state = read_json(log, run.notes)
+        # Until training ends, the log is only in checkpoints.
+        stage.state = read_json(path / name / "trainer_state.json", run.notes) or newest_state(path / name)
         stage.config = read_json(path / name / "config.json", run.notes)
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage

@@ -19,8 +19,8 @@ from pipeline.report.differences import Difference
 from pipeline.report.load import EVALUATE, Run, stage_info, step_order
 from pipeline.report.path_picture import headline, path_boxes, showcase, title
 from pipeline.report.summary import by_length, summarise
-from pipeline.report.targets import Target, check_targets
-from pipeline.report.text import code, counted, duration, interval, magnitude, markdown, number, signed, visible
+from pipeline.report.targets import Target
+from pipeline.report.text import counted, duration, interval, magnitude, markdown, number, signed, visible
 from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
@@ -51,7 +51,8 @@ def _environment(is_page: bool) -> Environment:
         finalize=lambda value: show(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "visible": visible}
+    environment.filters["visible"] = visible
+    environment.filters["code"] = lambda text: Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
     environment.filters["markdown"] = lambda text, limit: Markup(markdown(text, limit))
     environment.filters["clip"] = lambda value, low, high: max(low, min(high, value))
     for function in (interval, metric_info, number, signed, stage_info):
@@ -61,8 +62,7 @@ def _environment(is_page: bool) -> Environment:
 
 def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what metrics.json contains, and what report.html.jinja and report.md.jinja show."""
-    results = check_targets(run, found, targets)
-    summary = summarise(run, found, results)
+    summary = summarise(run, found, targets)
     problems, charts = showcase(run), charts_of(run)
     given: dict[str, dict[str, str]] = {}
     for stage in run.stages.values():
@@ -82,6 +82,12 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
         counted(hardware["cores"], "core") if hardware.get("cores") else "",
         f"commit {commit[:9]}{dirty}" if commit else "",
     ]
+    # None stands for what is not known about the run and about the model that its last stage wrote.
+    model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
+    recipe = Path(str(run.record.get("recipe") or "unknown")).name
+    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
+    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
+    versions = summary["versions"] or {"packages": "unknown"}
     return summary, {
         "name": title(run),
         "headline": headline(run),
@@ -120,7 +126,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
         "charts": draw(charts),
         "experts": experts(run),
         "costs": costs(run, summary),
-        "made": provenance(run, summary),
+        "made": {"Run": about, "Hardware": hardware or {"machine": "unknown"}, "Versions": versions},
     }
 
 
@@ -225,14 +231,3 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
         group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
         groups.setdefault(chart.stage, group)["charts"].append(shown)
     return list(groups.values())
-
-
-def provenance(run: Run, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return seed, commit and model, hardware and versions by name; unknown ones are None."""
-    # The configuration of the model that the last stage wrote.
-    model = next((stage.config for stage in reversed(run.stages.values()) if stage.config), {})
-    recipe = Path(str(run.record.get("recipe") or "unknown")).name
-    about = {"seed": summary["seed"], "commit": summary["commit"] or "unknown", "recipe": recipe}
-    about |= {key: model.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
-    versions = summary["versions"] or {"packages": "unknown"}
-    return {"Run": about, "Hardware": summary["hardware"] or {"machine": "unknown"}, "Versions": versions}

@@ -18,7 +18,7 @@ from pipeline.report.differences import Difference
 from pipeline.report.load import Run, stage_info, stage_order, step_order
 from pipeline.report.page import draw, write_files
 from pipeline.report.summary import summarise
-from pipeline.report.targets import Target, check_targets
+from pipeline.report.targets import Target
 from pipeline.report.text import counted, duration, number, signed
 from pipeline.report.verdict import Finding
 
@@ -51,8 +51,7 @@ def write_seeds(
     runs: Sequence[Run], found: Sequence[Sequence[Difference]], targets: Sequence[Target], directory: Path
 ) -> Path:
     """Write index.html, metrics.json and report.md over runs with the differences `found`. Return the page's path."""
-    results = [check_targets(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
-    each = [summarise(*of_run) for of_run in zip(runs, found, results, strict=True)]
+    each = [summarise(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     stages, baselines = (_spreads([of_run[key] for of_run in each]) for key in ("stages", "baselines"))
     # The differences of a run by stage, or by `<stage> - <baseline>`, and then by metric.
     by_stage: list[dict[str, dict[str, Any]]] = [defaultdict(dict) for _ in runs]

@@ -13,7 +13,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import last_logged, logged
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
-from pipeline.report.targets import TargetResult
+from pipeline.report.targets import Target, check_targets
 from pipeline.report.verdict import conclude, find_failures
 
 
@@ -21,7 +21,7 @@ def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
     return {metric: estimate.to_json() for metric, estimate in metrics.items()}
 
 
-def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetResult]) -> dict[str, Any]:
+def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> dict[str, Any]:
     """Return the content of metrics.json.
 
     A figure is `{"value", "ci95", "n"}`, and `by_kind` where there are kinds of examples. `stages` and `baselines` have
@@ -68,7 +68,7 @@ def summarise(run: Run, found: Sequence[Difference], results: Sequence[TargetRes
             | item.change.to_json()
             for item in found
         ],
-        "promises": [{"promise": str(one.target), "measured": one.measured, "kept": one.met} for one in results],
+        "promises": check_targets(run, found, targets),
         "verdict": list(map(asdict, failures)),
         "conclusion": conclude(run, failures),
         "notes": list(run.notes),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -50,15 +50,6 @@ class Target:
         return f"{label} {'over' if self.how == 'ratio' else 'minus'} {self.against}{lower}: {bound}"
 
 
-@dataclass(frozen=True)
-class TargetResult:
-    """A target, the figure that the run measured for it, and whether that meets the bound."""
-
-    target: Target
-    measured: float
-    met: bool
-
-
 def load_targets(path: str | Path | None = None) -> list[Target]:
     """Load targets from a YAML file, a list of mappings with the fields of `Target`; by default, of recipes/pocket."""
     file = Path(path or POCKET)
@@ -85,8 +76,8 @@ def is_pocket(run: Run) -> bool:
     return not run.is_smoke and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
-def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[TargetResult]:
-    """Compare the run's figures with the targets, in order. Targets whose figures were not measured are skipped."""
+def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Return `{"promise", "measured", "kept"}` of each target, in order, except for what the run did not measure."""
     sources = {**run.baselines, **run.stages}
     results = []
     for target in targets:
@@ -107,5 +98,5 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
         if measured is not None:
             low = -math.inf if target.at_least is None else target.at_least - ROUNDING
             high = math.inf if target.at_most is None else target.at_most + ROUNDING
-            results.append(TargetResult(target, measured, low <= measured <= high))
+            results.append({"promise": str(target), "measured": measured, "kept": low <= measured <= high})
     return results

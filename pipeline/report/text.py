@@ -6,8 +6,6 @@ import math
 import re
 import unicodedata
 
-from markupsafe import Markup
-
 from pipeline.evaluation.intervals import Estimate
 from pipeline.progress import time_in_words
 
@@ -49,10 +47,6 @@ def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     line = visible(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _LINK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
     return line.replace("\n", "<br>").replace("\t", " ").strip()
-
-
-def code(text: str) -> Markup:
-    return Markup(f"`{visible(text)}`".translate({ord("\n"): " ", ord("|"): "\\|"}))
 
 
 def number(value: float | None, digits: int = 3) -> str:

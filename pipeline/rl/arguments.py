@@ -114,8 +114,7 @@ def load_rl_inputs(
 ) -> tuple[list[PreTrainedModel | Callable[..., Any]], PreTrainedTokenizerBase, Split, Split | None]:
     """Load rewards, tokenizer and prompts, and check that they match each other and the models.
 
-    Return the rewards (reward models, then functions), the tokenizer, the training split, and the evaluation split or
-    None.
+    Return the rewards (models, then functions), the tokenizer, the training split, and the evaluation split or None.
     """
     import torch
 

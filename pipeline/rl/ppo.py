@@ -27,8 +27,6 @@ from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
 
-__all__ = ["PPOConfig", "PPOTrainer"]
-
 
 class PPOTrainer(GRPOTrainer):
     """Trainer for Proximal Policy Optimization (PPO) with a learned critic.

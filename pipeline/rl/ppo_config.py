@@ -8,16 +8,15 @@ from dataclasses import dataclass, fields
 from trl import GRPOConfig
 
 from pipeline import hardware, launch
-from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused
+from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused, for_each_name
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError
 
 # accelerate shards one model with its optimizer, but PPO trains two: see `recipes/accelerate/README.md`.
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
 # Options of `GRPOConfig` that PPO does not use, and why; it refuses any value but their default.
-UNUSED = UNUSED_IN_ROLLOUTS | {
-    name: why
-    for names, why in {
+UNUSED = UNUSED_IN_ROLLOUTS | for_each_name(
+    {
         "beta use_bias_correction_kl": "PPO's KL penalty is part of the reward, set kl_coef",
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "PPO's reference does not change",
         "epsilon_high": "PPO clips on both sides alike, set cliprange",
@@ -26,9 +25,8 @@ UNUSED = UNUSED_IN_ROLLOUTS | {
         "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_k_neg": "PPO has one loss",
         "vespo_lambda_pos vespo_lambda_neg": "PPO has one loss",
         "fsdp fsdp_config deepspeed": NOT_SHARDED,
-    }.items()
-    for name in names.split()
-}
+    }
+)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ TOTALS = ("val/num_eos_tokens",)
 RETURN, SQUARE, ERROR = "_return", "_squared return", "_squared error"
 
 
+@dataclass
 class Averages:
     """Statistics of several batches and processes, whose sums are added up before they are divided."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    _sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, weights: Tensor, values: Mapping[str, Tensor]) -> None:
         """Add values by name, each with the shape of `weights`, which are 1 for what counts and 0 otherwise."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.config.command_line import read_command_line
 from pipeline.config.fields import field_types
-from pipeline.errors import Problem, UserError, refuse
+from pipeline.errors import Problem, problems_of, refuse
 from pipeline.evaluation.evaluate_yaml import DEFAULT_LENGTH
 from pipeline.progress import short_count, time_in_words
 from pipeline.runner.launcher import count_processes, launch_file, shards
@@ -290,10 +290,8 @@ def main(args: argparse.Namespace) -> int:
     stages: dict[str, Settings] = {}
     others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}
     for step in steps:
-        try:
+        with problems_of(step.name):
             stage = read_stage(step, made, args)
-        except UserError as error:
-            raise UserError(*(replace(p, field=f"{step.name}: {p.field}") for p in error.problems)) from None
         if stage is None:
             text = 1e6 * (step.values.get("size_mb") or 0) + DOCUMENT * (step.values.get("max_train_samples") or 0)
             others["other steps"]["hours"] += (START + text / TEXT_RATE) / 3600

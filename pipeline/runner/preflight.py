@@ -55,12 +55,6 @@ def check_steps(
         shortest = min(filter(None, contexts), default=None)
         limit = {"evaluate.yaml: max_new_tokens": values.get("max_new_tokens")}
         problems += check_lengths(shortest, **{key: value for key, value in limit.items() if isinstance(value, int)})
-        tasks = values.get("lm_eval_tasks")
-        if isinstance(tasks, list):
-            # lm-eval takes seconds to list its tasks.
-            from pipeline.evaluation.harness import check_tasks
-
-            problems += check_tasks(list(map(str, tasks)), "evaluate.yaml: lm_eval_tasks")
     return problems
 
 

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
-from pipeline.stages import STAGES
 
 
 @dataclass
@@ -97,7 +95,7 @@ class RunState:
         self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
     ) -> None:
         self.run_dir = run_dir
-        self._kinds = {stage_name(step): step.stage for step in steps if step.stage.measured} | {BASE: STAGES["base"]}
+        self._aims = {stage_name(step): step.stage.aims for step in steps if step.stage.measured}
         # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
@@ -173,7 +171,7 @@ class RunState:
 
     def figure(self, stage: str) -> str:
         """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
-        metric = self._kinds[stage].figure if stage in self._kinds else ""
+        metric = next(iter(self._aims.get(stage, ())), "bits_per_byte")
         metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
         if (value := metrics.get(metric, {}).get("value")) is None:
             return ""

@@ -89,6 +89,19 @@ def _training(data: Any, smoke: Mapping[str, Any] = SMOKE_TRAINING, **about: Any
     return StageKind(launched=True, measured=True, data=data, length=length, smoke=smoke, **about)
 
 
+def _preference_tuning(method: str, how: str, limit: str, **about: Any) -> StageKind:
+    """Return a kind of step that trains a model to answer as people prefer, by a `method` such as "PPO"."""
+    kind = method.lower()
+    return _training(
+        name="Preference tuning",
+        method=method,
+        module=f"recipes.{kind}",
+        aims=("win_rate", "win_rate_greedy"),
+        card=Card("A chat model that was tuned to answer as people prefer.", how, limit, ("trl", kind, "rlhf")),
+        **about,
+    )
+
+
 STAGES: dict[str, StageKind] = {
     "data": StageKind(
         module="recipes.data",
@@ -235,16 +248,15 @@ STAGES: dict[str, StageKind] = {
     ),
     # Not a step: a reward model whose directory is called N_judge.
     "judge": StageKind(name="Reward model that judges", generates=False, aims=("reward_accuracy",)),
-    "ppo": _training(
-        name="Preference tuning",
-        method="PPO",
-        module="recipes.ppo",
+    "ppo": _preference_tuning(
+        "PPO",
+        how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
+        limit="It was tuned to please a reward model, which is not the same as being right.",
         seconds=53,
         samples=True,
         has_critic=True,
         data="prompt",
         held_out="prompts",
-        aims=("win_rate", "win_rate_greedy"),
         smoke=SMOKE_ROLLOUTS,
         charts=(
             LoggedChart(
@@ -274,21 +286,15 @@ STAGES: dict[str, StageKind] = {
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
         "come; the advantage is how much better the token did than that.",
-        card=Card(
-            summary="A chat model that was tuned to answer as people prefer.",
-            how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
-            limit="It was tuned to please a reward model, which is not the same as being right.",
-            tags=("trl", "ppo", "rlhf"),
-        ),
     ),
-    "dpo": _training(
-        name="Preference tuning",
-        method="DPO",
-        module="recipes.dpo",
+    "dpo": _preference_tuning(
+        "DPO",
+        how="By DPO on pairs of answers of which one was preferred, without a reward model, with `trl.DPOTrainer`.",
+        limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
+        "right, and says little about answers that are unlike them.",
         seconds=80,
         data="preference",
         held_out="pairs",
-        aims=("win_rate", "win_rate_greedy"),
         charts=(
             LoggedChart(
                 "Preferred answers that became likelier than the others",
@@ -303,21 +309,14 @@ STAGES: dict[str, StageKind] = {
             LoggedChart("Loss", LOSS),
             ENTROPY,
         ),
-        card=Card(
-            summary="A chat model that was tuned to answer as people prefer.",
-            how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
-            limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
-            "right, and says little about answers that are unlike them.",
-            tags=("trl", "dpo", "rlhf"),
-        ),
     ),
-    "kto": _training(
-        name="Preference tuning",
-        method="KTO",
-        module="recipes.kto",
+    "kto": _preference_tuning(
+        "KTO",
+        how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
+        limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
+        "right, and says little about answers that are unlike them.",
         seconds=150,
         data="unpaired",
-        aims=("win_rate", "win_rate_greedy"),
         charts=(
             LoggedChart(
                 "What KTO calls the reward of an answer",
@@ -327,13 +326,6 @@ STAGES: dict[str, StageKind] = {
             LoggedChart("KL to the initial policy, nats per answer", (("KL", "kl"),)),
             LoggedChart("Loss", LOSS),
             ENTROPY,
-        ),
-        card=Card(
-            summary="A chat model that was tuned to answer as people prefer.",
-            how="By KTO on single answers that were wanted or unwanted, without a reward model, with `trl.KTOTrainer`.",
-            limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
-            "right, and says little about answers that are unlike them.",
-            tags=("trl", "kto", "rlhf"),
         ),
     ),
     "grpo": _training(

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -73,6 +74,7 @@ class InterruptCallback(TrainerCallback):
         )
 
 
+@dataclass(eq=False)
 class FiguresCallback(TrainerCallback):
     """Add figures to every log of training, where trackers see them and in the trainer's state.
 
@@ -84,9 +86,8 @@ class FiguresCallback(TrainerCallback):
       counted from 0 among those that have experts.
     """
 
-    def __init__(self, length: int) -> None:
-        # Tokens per training sequence, which determine the cost of attention.
-        self.length = length
+    # Tokens per training sequence, which determine the cost of attention.
+    length: int
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the clock and the counter."""

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import GenerationConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import get_scheduler
@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
 
-from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
-from pipeline.files import STATE, nearest
+from pipeline.errors import LIBRARY_ERRORS, Problem
+from pipeline.files import nearest
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
 from pipeline.models.kernels.sampler import unsupported_settings
@@ -133,14 +133,6 @@ def total_steps(trainer: Trainer) -> int:
         return trainer.args.max_steps
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return int(steps)
-
-
-def check_length(checkpoint: Path, trainer: Trainer) -> None:
-    """Raise a `UserError` if a checkpoint has more steps than the run will have."""
-    done, total = TrainerState.load_from_json(str(checkpoint / STATE)).global_step, total_steps(trainer)
-    if done > total:
-        remedy = f"the checkpoint already has {done} steps; raise it, or resume from an earlier checkpoint"
-        raise UserError(Problem("max_steps", total, remedy))
 
 
 def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:

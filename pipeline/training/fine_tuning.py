@@ -30,6 +30,10 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
         choose_attention(self.model, attn_implementation)
 
 
+class RewardTrainer(Reliable, trl.RewardTrainer):
+    """TRL's `RewardTrainer`, for pairs of answers."""
+
+
 class WithReference(Reliable):
     """A TRL trainer with the right reference, and with the attention that suits the machine for both models.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,17 +139,13 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.stack(losses)
 
 
-def bits_per_byte(tokenizer: PreTrainedTokenizerBase) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a function `compute_metrics` for held-out text: the bits that the model needs per byte.
+def bits_per_byte(tokenizer: PreTrainedTokenizerBase, prediction: EvalPrediction) -> dict[str, float]:
+    """Return the bits that the model needs per byte of held-out text: `compute_metrics` of a trainer.
 
-    The `preprocess_logits_for_metrics` of the trainer is `sequence_losses`.
+    Its `preprocess_logits_for_metrics` is `sequence_losses`.
     """
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        # The first token of a row is never predicted.
-        predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
-        texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        size = sum(len(text.encode()) for text in texts)
-        return {"bits_per_byte": float(np.sum(prediction.predictions)) / math.log(2) / max(size, 1)}
-
-    return compute
+    # The first token of a row is never predicted.
+    predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
+    texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    size = sum(len(text.encode()) for text in texts)
+    return {"bits_per_byte": float(np.sum(prediction.predictions)) / math.log(2) / max(size, 1)}

@@ -1,4 +1,4 @@
-"""The mixin for all trainers of transformers and TRL: `class SFT(Reliable, SFTTrainer)`, or `reliable`.
+"""The mixin for all trainers of transformers and TRL: `class SFT(Reliable, SFTTrainer)`.
 
 A run may be killed at any moment and loses at most the steps since its latest checkpoint. transformers' `Trainer`
 writes into `checkpoint-N` itself, deletes older checkpoints before the new one is known to be valid, and evaluates
@@ -15,6 +15,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -297,14 +298,9 @@ class Reliable(Trainer):
             return super()._evaluate(*args, **kwargs)
 
 
-def reliable(trainer_class: type[Any]) -> type[Any]:
-    """Return a trainer class of transformers or TRL with `Reliable` mixed in."""
-    return type(trainer_class.__name__, (Reliable, trainer_class), {})
-
-
+@dataclass(eq=False)
 class _TrainingBegins(TrainerCallback):
-    def __init__(self, trainer: Reliable) -> None:
-        self.trainer = trainer
+    trainer: Reliable
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         # These depend on the state that training begins with.

@@ -33,7 +33,7 @@ from pipeline.hub.repositories import BASE
 from pipeline.models.adapters import MERGED
 from pipeline.training import checkpoint_folders as folders
 from pipeline.training.callbacks import FiguresCallback, InterruptCallback, ReportCallback
-from pipeline.training.checks import check_length
+from pipeline.training.checks import total_steps
 from pipeline.training.reliable import WRITE_ERRORS, Reliable, cache_enabled
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,10 @@ def train_and_save(trainer: Reliable) -> None:
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
     if named:
         check_architecture(named[0], trainer.model.config)
-        check_length(named[0], trainer)
+        done, total = TrainerState.load_from_json(str(named[0] / files.STATE)).global_step, total_steps(trainer)
+        if done > total:
+            remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
+            raise UserError(Problem("max_steps", total, remedy))
     first = trainer.is_world_process_zero()
     # The lock keeps other runs from writing to the output directory.
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():

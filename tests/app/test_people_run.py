@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from small_model import ROOT, write_lines
 from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
-from pipeline.app import cli
-from pipeline.app.models import Models
+from pipeline.app import server
 from pipeline.app.site import Site
-from pipeline.app.votes_step import models_to_vote_on
 from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner import status
@@ -95,12 +94,13 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     status.main(argparse.Namespace(run=Path("runs/toy")))
     assert re.search(r"3_votes +waiting .*waits for people's votes", capfd.readouterr().out)
 
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    options = parser.parse_args(["runs/toy", "--min_p", "0", "--max_new_tokens", "6"])
-    others = models_to_vote_on(Path("runs/toy"))
-    assert others == ["policy"], "the command that the waiting run names works as it is"
-    app, site = FastAPI(), Site(Path("runs/toy"), Models(Path("runs/toy"), others), options)
+    shown: list[Site] = []
+    monkeypatch.setattr(server, "serve", shown.append)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    assert main(["app", "runs/toy", "--min_p", "0", "--max_new_tokens", "6", "--port", port]) == 0
+    (site,), app = shown, FastAPI()
+    assert site.models.names == ["policy"], "the command that the waiting run names works as it is"
     app.include_router(routes(site))
     with TestClient(app) as client:
         state = vote(client, "ann", VOTES)

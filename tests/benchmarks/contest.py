@@ -134,13 +134,13 @@ def broken_promises(record: np.ndarray, contender: np.ndarray) -> np.ndarray:
 
 def margins(run: Run, targets: list[Target]) -> list[float]:
     """Return by how much a run keeps each promise; minus infinity for one whose figure it did not measure."""
-    found = {result.target: result.measured for result in check_targets(run, differences(run), targets)}
+    found = {result["promise"]: result["measured"] for result in check_targets(run, differences(run), targets)}
     shown = []
     for target in targets:
-        value = found.get(target, math.nan)
+        value = found.get(str(target), math.nan)
         least = value - target.at_least if target.at_least is not None else math.inf
         most = target.at_most - value if target.at_most is not None else math.inf
-        shown.append(min(least, most) if target in found else -math.inf)
+        shown.append(min(least, most) if str(target) in found else -math.inf)
     return shown
 
 

@@ -68,8 +68,8 @@ def test_an_unchanged_metric_is_the_same() -> None:
 )
 def test_targets_are_met_or_missed(target: Target, measured: float, met: bool) -> None:
     (result,) = check_targets(run_with(before=0.9, after=0.87), [], [target])
-    assert result.measured == pytest.approx(measured)
-    assert result.met is met
+    assert result["measured"] == pytest.approx(measured)
+    assert result["kept"] is met
 
 
 def test_a_stage_is_compared_with_the_baselines_of_its_aims(whole_run: Path) -> None:
@@ -96,9 +96,9 @@ def test_targets_may_be_about_baselines(whole_run: Path) -> None:
         Target("4_grpo", "pass@1", against="elicited", how="interval", at_least=0.0),
     ]
     constant, over, lower = check_targets(run, differences(run), targets)
-    assert constant.measured == run.baselines["constant"].metrics["win_rate"].value and not constant.met
-    assert lower.measured < over.measured and over.met and lower.met
-    assert str(over.target) == "pass@1 of 4_grpo minus elicited: at least 0.15"
+    assert constant["measured"] == run.baselines["constant"].metrics["win_rate"].value and not constant["kept"]
+    assert lower["measured"] < over["measured"] and over["kept"] and lower["kept"]
+    assert over["promise"] == "pass@1 of 4_grpo minus elicited: at least 0.15"
 
 
 @pytest.mark.parametrize(

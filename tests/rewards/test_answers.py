@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.evaluation.graders import grade_final_answers
+from pipeline.evaluation.graders import grade_rows
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import answer_format, choice, exact_answer, math_answer
 from pipeline.rewards.grading import has_steps
@@ -151,7 +151,7 @@ def test_a_percentage_is_paid_where_one_is_asked_for(grade: Callable[..., list[f
         messages = [{"role": "user", "content": problem}]
         assert grade([text], ["45"], prompts=[messages]) == [1.0]
         # An evaluation pays what the training pays.
-        assert grade_final_answers([text], ["45"], [{"prompt": messages}]) == [True]
+        assert grade_rows([text], [{"answer": "45", "prompt": messages}]) == [True]
     assert grade([text], ["45"], prompts=["How many apples?"]) == [float(answer == "45")]
 
 
@@ -174,7 +174,7 @@ def test_a_letter_may_be_explained(text: str) -> None:
 def test_final_answers_of_real_models_are_paid(completion: str, reference: str) -> None:
     assert math_answer([completion], [reference]) == [1.0]
     assert exact_answer([completion], [reference]) == [1.0]
-    assert grade_final_answers([completion], [reference]) == [True]
+    assert grade_rows([completion], [{"answer": reference}]) == [True]
     assert math_answer([completion], ["1" + reference]) == [0.0]
 
 
@@ -182,7 +182,7 @@ def test_final_answers_of_real_models_are_paid(completion: str, reference: str) 
 def test_what_does_not_state_the_value_is_not_paid(completion: str, reference: str) -> None:
     assert math_answer([completion], [reference]) == [0.0]
     assert exact_answer([completion], [reference]) == [0.0]
-    assert grade_final_answers([completion], [reference]) == [False]
+    assert grade_rows([completion], [{"answer": reference}]) == [False]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.graders import grade_final_answers
+from pipeline.evaluation.graders import grade_rows
 from pipeline.models.generation import stopped
 from pipeline.rewards.grading import contains, extract_code, grade, has_steps
 
@@ -130,4 +130,4 @@ def test_final_answers_are_compared_by_value():
         ("The answer is Ann.", "Tom", False),
     ]
     answers, references, verdicts = zip(*pairs, strict=True)
-    assert grade_final_answers(answers, references) == list(verdicts)
+    assert grade_rows(answers, [{"answer": reference} for reference in references]) == list(verdicts)

@@ -13,7 +13,7 @@ import pytest
 from pipeline.data.pocket.problems import KINDS
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.data.pocket.things import core, things, things_of
-from pipeline.evaluation.graders import grade_final_answers
+from pipeline.evaluation.graders import grade_rows
 from pipeline.rewards.grading import contains, grade, has_steps
 
 Row = dict[str, Any]
@@ -205,7 +205,7 @@ def test_problems_in_conversations_are_answered_right_straight_away_and_careless
             assert reply.endswith(f"The answer is {check_steps(kind, text, steps)}.")
         else:
             assert reply == f"The answer is {answer}."
-        right[has_steps(reply)] += grade_final_answers([reply], [answer])
+        right[has_steps(reply)] += grade_rows([reply], [{"answer": answer}])
     assert all(right[False])
     assert 0.35 < sum(right[True]) / len(right[True]) < 0.7
     assert 0.2 < len(right[True]) / (len(right[True]) + len(right[False])) < 0.4  # 0.3 were asked for
