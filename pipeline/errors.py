@@ -62,7 +62,7 @@ class UserError(Exception):
 
 
 def refuse(*problems: Problem | None) -> None:
-    """Raise what is wrong with the user's input, if anything is, as a `UserError`."""
+    """Raise a `UserError` with the problems, if there are any; None stands for a check that found nothing."""
     if found := [problem for problem in problems if problem is not None]:
         raise UserError(*found)
 
