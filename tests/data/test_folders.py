@@ -242,6 +242,8 @@ def test_shapes_of_rows_are_found(
             r"input, .* prompt, is \[3, 1\], not",
         ),
         ("conversation", {"question": "Why?", "answer": float("nan")}, "answer is empty"),
+        ("conversation", {"question": "Why?", "answer": 2**70}, r"1.18\d*e\+21 is not exact; write it as text"),
+        ("prompt", {"question": "Why?", "answer": 2.0**53}, "9007199254740992.0 is not exact; write it as text"),
         (
             "conversation",
             {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]},
@@ -272,7 +274,8 @@ def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
 def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path) -> None:
     rows = [{"question": f"Why {i}?", "answer": None if i % 5 == 3 else "Because."} for i in range(40)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"row 3: answer is empty; .* and 7 more of 40; rows count"):
+    numbers = r"and 7 more of 40 \(8, 13, 18, 23, ...\); rows count"
+    with pytest.raises(UserError, match=rf"row 3: answer is empty; .* {numbers}"):
         read(path, "conversation")
     kept = [row["messages"][0]["content"] for row in read(path, "conversation", drop_bad_rows=True)]
     assert kept == [f"Why {i}?" for i in range(40) if i % 5 != 3]
