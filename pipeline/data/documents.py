@@ -82,9 +82,12 @@ def open_bytes(path: Path) -> Any:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a text file in UTF-8, compressed or not. Raise a `UserError` if it is not text, or damaged."""
+    """Open a text file in UTF-8, or in UTF-16 with a byte order mark. Raise a `UserError` if it is not, or damaged."""
     try:
-        with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        with open_bytes(path) as file:
+            # This is how Excel begins a text in Unicode.
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:
             yield text
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         advice = TO_UTF8 if isinstance(error, UnicodeError) else "correct the file"
@@ -139,7 +142,7 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
-        sample = text.read(1 << 24)
+        sample, encoding = text.read(1 << 24), text.encoding
     # The separator is the most frequent one of the header.
     line = next(filter(str.strip, io.StringIO(sample)), "")
     separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=line.count)
@@ -167,7 +170,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         "sep": separator,
         # In fields that are separated by tabs, a quote may be one of the text.
         "quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
-        "encoding": "utf-8-sig",
+        "encoding": encoding,
         "keep_default_na": False,
         "na_values": NULLS,
         # Texts are not converted to numbers, which lose the zeros of 007.

@@ -52,7 +52,7 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = lay(
-        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM, in_in_d__txt=POEM,
+        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM.encode("utf-16"), in_in_d__txt=POEM,
         e__txt__gz=gzip.compress(POEM.encode()), README__md="# Poems", LICENSE="MIT", __hidden__txt="no", f__png=b"P",
         g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n', **{"std::vector__txt": POEM},
     )  # fmt: skip
@@ -116,8 +116,9 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
             ".csv": table(",", *rows),
             ".CSV": "\ufeff" + table(";", *rows),
             "3.csv": table("|", *rows),
-            ".tsv": table("\t", *rows),
-            "4.csv": table("\t", *rows),
+            ".tsv": table("\t", *rows).encode("utf-16"),
+            "4.csv": table("\t", *rows).encode("utf-16"),
+            "5.csv": table("\t", *rows),
         }.items()
     ):
         file = tmp_path / str(number) / f"a{suffix}"
