@@ -161,6 +161,14 @@ def test_bootstrap_resamples_whole_units():
     assert low == pytest.approx(1.0) and high == pytest.approx(10.0)
 
 
+def test_bootstrap_of_many_units_is_computed_in_parts_that_fit_into_memory(monkeypatch):
+    values = [i % 7 for i in range(500)]
+    whole = intervals.mean(values)
+    monkeypatch.setattr(intervals, "MOST_COUNTS", 3 * 500)
+    assert all(counts.size <= 3 * 500 for counts in intervals._draw_counts(500, 0))
+    assert interval(intervals.mean(values)) == pytest.approx(interval(whole))
+
+
 def test_one_unit_has_no_interval():
     found = [
         intervals.mean([1.0, 2.0], units=["a", "a"]),
