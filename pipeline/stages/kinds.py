@@ -97,11 +97,6 @@ class StageKind:
         """The name with the algorithm, such as "Reasoning (GRPO)"."""
         return f"{self.name} ({self.method})" if self.method else self.name
 
-    @property
-    def figure(self) -> str:
-        """Its main metric, which the terminal shows."""
-        return self.aims[0] if self.aims else "bits_per_byte"
-
 
 @dataclass(frozen=True)
 class HeldOutData:
