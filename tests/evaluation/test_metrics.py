@@ -5,6 +5,7 @@ import json
 import math
 import socket
 import statistics
+import tracemalloc
 from dataclasses import replace
 
 import evaluate
@@ -165,8 +166,11 @@ def test_bootstrap_of_many_units_is_computed_in_parts_that_fit_into_memory(monke
     values = [i % 7 for i in range(500)]
     whole = intervals.mean(values)
     monkeypatch.setattr(intervals, "MOST_COUNTS", 3 * 500)
-    assert all(counts.size <= 3 * 500 for counts in intervals._draw_counts(500, 0))
+    tracemalloc.start()
     assert interval(intervals.mean(values)) == pytest.approx(interval(whole))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000, "all draws together have 8 MB"
 
 
 def test_one_unit_has_no_interval():
