@@ -143,9 +143,10 @@ def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
         sample, encoding = text.read(1 << 24), text.encoding
-    # The separator is the most frequent one of the header.
+    # The separator is the most frequent one of the header outside quotes.
     line = next(filter(str.strip, io.StringIO(sample)), "")
-    separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=line.count)
+    names = re.sub('"[^"]*"', "", line)
+    separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=names.count)
     header = next(csv.reader([line], delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
     stray = 0
