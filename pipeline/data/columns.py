@@ -172,7 +172,8 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) 
     if faults := {index: fault for index, fault in enumerate(found) if fault is not None}:
         first = min(faults)
         if not may_drop(args, len(faults), len(rows)):
-            more = f" and {len(faults) - 1} more of {len(rows)}" if len(faults) > 1 else ""
+            others = ", ".join(map(str, [*faults][1:5])) + (", ..." if len(faults) > 5 else "")
+            more = f" and {len(faults) - 1} more of {len(rows)} ({others})" if len(faults) > 1 else ""
             remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
             raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
         what = f"rows are dropped; row {first}, for instance: {faults[first]}"

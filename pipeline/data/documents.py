@@ -80,9 +80,12 @@ def open_bytes(path: Path) -> Any:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open a text file in UTF-8, compressed or not. Raise a `UserError` if it is not text, or damaged."""
+    """Open a text file in UTF-8, or in UTF-16 with a byte order mark. Raise a `UserError` if it is not, or damaged."""
     try:
-        with open_bytes(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+        with open_bytes(path) as file:
+            # This is how Excel begins a text in Unicode.
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with open_bytes(path) as file, io.TextIOWrapper(file, encoding) as text:
             yield text
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         advice = TO_UTF8 if isinstance(error, UnicodeError) else "correct the file"
@@ -137,10 +140,11 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
-        sample = text.read(1 << 24)
-    # The separator is the most frequent one of the header.
+        sample, encoding = text.read(1 << 24), text.encoding
+    # The separator is the most frequent one of the header outside quotes.
     line = next(filter(str.strip, io.StringIO(sample)), "")
-    separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=line.count)
+    names = re.sub('"[^"]*"', "", line)
+    separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=names.count)
     header = next(csv.reader([line], delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
     stray = 0
@@ -165,7 +169,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         "sep": separator,
         # In tab-separated fields, a quote may be part of the text.
         "quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
-        "encoding": "utf-8-sig",
+        "encoding": encoding,
         "keep_default_na": False,
         "na_values": NULLS,
         # Text is not converted to numbers, which would turn 007 into 7.

@@ -99,6 +99,9 @@ def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
         case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
             arguments = _parse(arguments)
             if name.strip() and isinstance(arguments, Mapping):
+                numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
+                if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
+                    raise ShapeError(f"{column} has a number that JSON cannot hold in the call {shorten(arguments)}")
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
     raise ShapeError(f"{column} has the call {value!r:.60}, not a name with an object of arguments")
 
@@ -153,6 +156,9 @@ def as_answer(value: object) -> object:
     if isinstance(value, float):
         if math.isnan(value):
             return None
+        # From here on, a number of a file may have lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one.
+        if abs(value) >= 2.0**53:
+            raise ShapeError(f"the number {value} is not exact; write it as text")
         value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 

@@ -5,6 +5,7 @@ import glob
 import json
 import logging
 import lzma
+import os
 import re
 import zlib
 from functools import partial
@@ -158,8 +159,15 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     if path.is_file() and _suffix(path) not in BUILDERS:
         remedy = f"files of this type are not supported; save it as one of {kinds}"
         raise UserError(Problem("dataset_name", path, remedy))
+    listed, entered = [path] if path.is_file() else [], set()
+    for root, folders, names in os.walk(path, followlinks=True):
+        # Links to folders may form a loop.
+        is_new = (real := os.path.realpath(root)) not in entered
+        entered.add(real)
+        folders[:] = sorted(folders) if is_new else []
+        listed += [Path(root, name) for name in names if is_new]
     is_data: dict[Path, bool] = {}
-    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(filter(Path.is_file, listed)):
         if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
             suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
             # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
@@ -224,6 +232,13 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
         load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
+        # A stream fails where it comes to types other than its first file's. The first rows of each file show them.
+        filled = [file for file in some if file.stat().st_size > 0] if streaming and len(some) > 1 else []
+        sample = {**options, "streaming": True} | ({"chunksize": 1 << 17} if builder == "json" else {})
+        alone = [(file, load([file], options=sample)) for file in filled]
+        if any(part.features != alone[0][1].features for _, part in alone):
+            parts += alone
+            continue
         try:
             parts.append((some[0], load(some)))
         except UNREADABLE:

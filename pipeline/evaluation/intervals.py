@@ -7,7 +7,7 @@ one problem are not eight problems. The bootstrap is seeded, so the same values 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from statistics import NormalDist, fmean, stdev
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000
+RESAMPLES, MOST_COUNTS = 2000, 4_000_000
 TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
 Z = NormalDist().inv_cdf(TAILS[1])
@@ -79,11 +79,18 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return 0.0 if successes == 0 else (centre - half) / scale, 1.0 if successes == n else (centre + half) / scale
 
 
+def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each of `n` units is drawn, a row for each resample, in arrays of `MOST_COUNTS` at most."""
+    generator, rows = np.random.default_rng(seed), max(1, MOST_COUNTS // n)
+    for start in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - start)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.int16)
+
+
 # Cached, because a report needs few numbers of units, many times.
 @lru_cache(maxsize=16)
-def _draw_counts(n: int, seed: int) -> np.ndarray:
-    """Return how often each of `n` units is drawn, shape (RESAMPLES, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.int16)
+def _keep_counts(n: int, seed: int) -> list[np.ndarray]:
+    return list(_draw_counts(n, seed))
 
 
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
@@ -97,8 +104,9 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
     if n < 2:
         return Estimate(float(numerator[0] / denominator[0]) if n else float("nan"), n=n)
     # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
-    counts: np.ndarray = _draw_counts(n, seed).astype(np.float64)
-    total, drawn = counts @ numerator, counts @ denominator
+    parts = _keep_counts(n, seed) if n * RESAMPLES <= MOST_COUNTS else _draw_counts(n, seed)
+    sums = [(counts @ numerator, counts @ denominator) for counts in parts]
+    total, drawn = map(np.concatenate, zip(*sums, strict=True))
     # A resample may happen to draw only units without weight.
     low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
     return Estimate(float(numerator.sum() / denominator.sum()), low, high, n)

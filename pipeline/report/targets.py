@@ -32,6 +32,7 @@ class Target:
     at_most: float | None = None
     against: str | None = None
     how: Literal["difference", "ratio", "interval"] = "difference"
+    lower_end: bool = False
 
     def __post_init__(self) -> None:
         bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
@@ -45,7 +46,7 @@ class Target:
         bound = " and ".join(f"{name} {number(value, 2)}" for name, value in bounds if value is not None)
         label = f"{metric_info(self.metric).label} of {self.stage}"
         if self.against is None:
-            return f"{label} {bound}"
+            return f"{label}{', lower end of the interval,' if self.lower_end else ''} {bound}"
         lower = ", lower end of the interval" if self.how == "interval" else ""
         return f"{label} {'over' if self.how == 'ratio' else 'minus'} {self.against}{lower}: {bound}"
 
@@ -86,7 +87,7 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
         if len(figures) < 2:
             continue
         figure, other = figures
-        measured: float | None = figure.value
+        measured = figure.low if target.lower_end else figure.value
         if target.against and target.how == "ratio":
             measured = figure.value / other.value if other.value else None
         elif target.against and target.how == "difference":

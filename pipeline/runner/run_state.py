@@ -170,13 +170,14 @@ class RunState:
         return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
 
     def figure(self, stage: str) -> str:
-        """Return the main figure of a stage, such as "win rate 0.772"; "" if it was not measured."""
-        metric = next(iter(self._aims.get(stage, ())), "bits_per_byte")
+        """Return the first aim of a stage that was measured, such as "win rate 0.772"; "" if none was."""
+        aims = self._aims.get(stage) or ("bits_per_byte",)
         metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
-        if (value := metrics.get(metric, {}).get("value")) is None:
-            return ""
-        info = metric_info(metric)
-        return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
+        for metric in aims:
+            if (value := metrics.get(metric, {}).get("value")) is not None:
+                info = metric_info(metric)
+                return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
+        return ""
 
     def kept(self, step: Step, code: int) -> str:
         """Say what is kept of a run whose step was stopped by a signal and ended with exit code `code`."""

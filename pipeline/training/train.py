@@ -167,6 +167,9 @@ def _train(trainer: Reliable, checkpoint: Path | None) -> None:
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
+    except SystemExit as error:
+        message = f"sys.exit({error.code!r}) was called during training, after step {trainer.state.global_step}"
+        raise RunStopped(f"{message}; {trainer.last_good()}.") from error
 
 
 def _name_base(trainer: Reliable) -> None:

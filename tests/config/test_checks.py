@@ -91,6 +91,10 @@ def test_a_size_of_a_new_model_is_at_least_one(name: str) -> None:
     assert all(is_refused(name, ScratchArguments, size) for size in (0, -1))
 
 
+def test_the_losses_of_a_new_models_router_are_not_paid_back() -> None:
+    assert all(is_refused(f"router_{name}_loss_coef", ScratchArguments, -1.0) for name in ("z", "aux"))
+
+
 @pytest.mark.parametrize(("name", "value"), HALF_PRECISION)
 def test_a_precision_that_the_machine_emulates_is_refused(
     name: str, value: object, monkeypatch: pytest.MonkeyPatch

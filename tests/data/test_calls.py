@@ -138,6 +138,14 @@ NAMELESS = "not a name with an object of arguments"
         ([{**USER, "tool_calls": [{"function": LOOK}]}, ANSWER], "calls a tool in a message of the user"),
         ([USER, {**calling(LOOK), "content": ["Hello"]}], r"has the content \['Hello'\], not text"),
         ([USER, calling(LOOK), {"role": "tool", "content": None}], "has the content None, not text"),
+        (
+            [HUMAN, called('{"name": "look", "arguments": {"a": [NaN]}}')],
+            r"has a number that JSON cannot hold in the call {'a': \[nan\]}",
+        ),
+        (
+            [HUMAN, called({"name": "look", "arguments": {"a": 2**70}})],
+            "has a number that JSON cannot hold in the call {'a': 1180",
+        ),
     ],
 )
 def test_calls_that_cannot_be_read_are_refused(messages: list[dict[str, Any]], message: str) -> None:
@@ -195,7 +203,7 @@ def test_rows_with_faults_and_calls_are_dropped_and_kept(tmp_path: Path) -> None
     function = {"name": "add", "arguments": {"a": 3.141592653589793, "b": "0.1", "c": [None, "\u2028é"]}}
     rows = [[HUMAN], [HUMAN, called(function)], [HUMAN, GPT], [HUMAN, called("?")]]
     path = write_lines(tmp_path / "a.jsonl", [{"conversations": row} for row in rows])
-    with pytest.raises(UserError, match=r"row 0: .* and 1 more of 4;"):
+    with pytest.raises(UserError, match=r"row 0: .* and 1 more of 4 \(3\)"):
         load(path)
     kept = load(path, drop_bad_rows=True)
     assert [row["messages"] for row in kept] == [[USER, calling(function)], [USER, ANSWER]]

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,12 @@ def test_a_document_is_a_file_in_any_folder_and_other_files_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = lay(
-        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM, in_in_d__txt=POEM,
+        tmp_path / "poems", a__txt=POEM, B__TXT="\ufeff" + POEM, c__md=POEM.encode("utf-16"), in_in_d__txt=POEM,
         e__txt__gz=gzip.compress(POEM.encode()), README__md="# Poems", LICENSE="MIT", __hidden__txt="no", f__png=b"P",
         g__txt="", h__jsonl='{"text": "from JSON", "url": "u"}\n', **{"std::vector__txt": POEM},
     )  # fmt: skip
+    os.symlink(tmp_path / "poems" / "in", tmp_path / "poems" / "linked")
+    os.symlink(tmp_path / "poems", tmp_path / "poems" / "in" / "loop")
     caplog.set_level("INFO", "pipeline")
     assert sorted(texts(folder)) == sorted([POEM] * 6 + ["from JSON"])
     assert "not read, because they are not data, or empty: LICENSE, README.md, f.png, g.txt" in caplog.text
@@ -113,9 +116,11 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
         {
             ".csv": table(",", *rows),
             ".CSV": "\ufeff" + table(";", *rows),
+            "2.csv": table(";", *([*row, "n"] for row in rows)).replace("n\r", '"a, b, c, d"\r'),
             "3.csv": table("|", *rows),
-            ".tsv": table("\t", *rows),
-            "4.csv": table("\t", *rows),
+            ".tsv": table("\t", *rows).encode("utf-16"),
+            "4.csv": table("\t", *rows).encode("utf-16"),
+            "5.csv": table("\t", *rows),
         }.items()
     ):
         file = tmp_path / str(number) / f"a{suffix}"
@@ -141,8 +146,17 @@ def test_what_datasets_keeps_beside_the_data_is_not_read(tmp_path: Path) -> None
     assert [row["text"] for row in read(folder)] == ["document 0", "document 1", "document 2"]
 
 
+def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
+    elsewhere = lay(tmp_path / "disk", a__txt="a", in_b__txt="b")
+    folder = Path(lay(tmp_path / "data", c__txt="c"))
+    os.symlink(elsewhere, folder / "linked")
+    os.symlink(folder, folder / "loop")
+    assert sorted(texts(str(folder))) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str) -> None:
+def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streaming: bool) -> None:
     """A column may be without values in the first file, have whole numbers in one, or more keys."""
     more = {"content": "Why?", "role": "user", "name": "Ann"}
     rows = [
@@ -156,7 +170,7 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str) -> None:
             write_lines(path, [row] * 2)
         else:
             Dataset.from_list([row] * 2).to_parquet(path)
-    found = sorted(read(str(tmp_path), "prompt"), key=str)
+    found = sorted(read(str(tmp_path), "prompt", streaming), key=str)
     expected = [{**row, "prompt": ASKED[:1], "answer": str(row["answer"])} for row in rows for _ in range(2)]
     assert found == sorted(expected, key=lambda row: str({name: row[name] for name in found[0]}))
 
@@ -240,6 +254,8 @@ def test_shapes_of_rows_are_found(
             r"input, .* prompt, is \[3, 1\], not",
         ),
         ("conversation", {"question": "Why?", "answer": float("nan")}, "answer is empty"),
+        ("conversation", {"question": "Why?", "answer": 2**70}, r"1.18\d*e\+21 is not exact; write it as text"),
+        ("prompt", {"question": "Why?", "answer": 2.0**53}, "9007199254740992.0 is not exact; write it as text"),
         (
             "conversation",
             {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]},
@@ -270,7 +286,8 @@ def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
 def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path) -> None:
     rows = [{"question": f"Why {i}?", "answer": None if i % 5 == 3 else "Because."} for i in range(40)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"row 3: answer is empty; .* and 7 more of 40; rows count"):
+    numbers = r"and 7 more of 40 \(8, 13, 18, 23, ...\); rows count"
+    with pytest.raises(UserError, match=rf"row 3: answer is empty; .* {numbers}"):
         read(path, "conversation")
     kept = [row["messages"][0]["content"] for row in read(path, "conversation", drop_bad_rows=True)]
     assert kept == [f"Why {i}?" for i in range(40) if i % 5 != 3]
@@ -318,6 +335,27 @@ def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read(lay(tmp_path / "folder", **files), kind)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_other_columns_are_found_before_a_stream_comes_to_them(tmp_path: Path, kind: str) -> None:
+    def write(name: str, *rows: dict[str, str]) -> DataArguments:
+        (tmp_path / name).mkdir()
+        for number, row in enumerate(rows):
+            path = tmp_path / name / f"{number}.{kind}"
+            if kind == "jsonl":
+                write_lines(path, [row])
+            else:
+                Dataset.from_list([row]).to_parquet(path)
+        return DataArguments(str(tmp_path / name), dataset_streaming=True, validation_share=0.0)
+
+    more = {"text": "b", "url": "u"}
+    for name, rows in {"first": [more, {"text": "a"}], "last": [{"text": "a"}, more]}.items():
+        args = write(name, *rows)
+        assert sorted(row["text"] for row in load_splits(args, "text", evaluation=False)[0]) == ["a", "b"]
+    args = write("other", {"question": "a", "answer": "b"}, {"prompt": "a", "answer": "b"})
+    with pytest.raises(UserError, match=rf"0.{kind}: has the columns answer, question, and .*1.{kind} has answer, pr"):
+        load_splits(args, "conversation", evaluation=False)
 
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:

@@ -118,6 +118,15 @@ def test_the_command_prints_overlap_and_fails_if_there_is_any(
     assert command.main(["check-overlap", "--train", clean, train, "--test", clean, test]) == 1
 
 
+def test_by_default_eight_words_in_a_row_are_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "one two three four five six seven eight nine ten"
+    train = write(tmp_path / "train.jsonl", {"text": words})
+    for number, code in ((7, 0), (8, 1)):
+        test = write(tmp_path / f"{number}.jsonl", {"text": " ".join(words.split()[:number]) + " and other words"})
+        assert command.main(["check-overlap", "--train", train, "--test", test]) == code
+        assert "share 8 words in a row" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ import json
 import math
 import socket
 import statistics
+import tracemalloc
 from dataclasses import replace
 
 import evaluate
@@ -159,6 +160,17 @@ def test_bootstrap_resamples_whole_units():
     # One long document decides the ratio: resampling tokens instead of documents would hide how much.
     low, high = interval(intervals.ratio([1.0, 1.0, 1000.0], [1.0, 1.0, 100.0]))
     assert low == pytest.approx(1.0) and high == pytest.approx(10.0)
+
+
+def test_bootstrap_of_many_units_is_computed_in_parts_that_fit_into_memory(monkeypatch):
+    values = [i % 7 for i in range(500)]
+    whole = intervals.mean(values)
+    monkeypatch.setattr(intervals, "MOST_COUNTS", 3 * 500)
+    tracemalloc.start()
+    assert interval(intervals.mean(values)) == pytest.approx(interval(whole))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000, "all draws together have 8 MB"
 
 
 def test_one_unit_has_no_interval():

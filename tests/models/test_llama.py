@@ -100,6 +100,8 @@ def test_sizes_that_do_not_fit_together_are_reported_at_once() -> None:
         "hidden_size": "must be a multiple of 2 x num_attention_heads (8)",
         "num_key_value_heads": "must be a divisor of num_attention_heads (4)",
     }
+    with pytest.raises(UserError, match=r"^num_key_value_heads: 8: "):
+        ScratchArguments(num_attention_heads=4, num_key_value_heads=8)
 
 
 def test_the_log_reports_size_cost_and_dtype(caplog: pytest.LogCaptureFixture) -> None:

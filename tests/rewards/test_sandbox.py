@@ -72,6 +72,8 @@ ORDINARY = {
     "a class of lists": ("class Stack(list):\n    def push(self, x):\n        self.append(x)", "s = Stack()\ns.push(1)\ns.push(2)\nassert s == [1, 2] and s and len(s) == 2 and 2 in s and s.pop() == 2", "append(x)", "insert(0, x)"),
     "decorator": ("import functools\ndef twice(g):\n    @functools.wraps(g)\n    def inner(*a):\n        return g(g(*a))\n    return inner\n@twice\ndef f(x):\n    'Add two.'\n    return x + 1", "assert f.__name__ == 'f' and f(1) == 3", "@functools.wraps(g)", ""),
     "exceptions": ("import json\nclass Bad(Exception):\n    def __init__(self, key):\n        self.key = key\ndef f(text):\n    return json.loads(text)\ndef g(d, k):\n    if not d:\n        raise Bad(k)\n    return d[k]", "import json\ntry:\n    f('{')\nexcept json.JSONDecodeError as e:\n    assert e.pos == 1\ntry:\n    g({1: 2}, 'k')\nexcept KeyError as e:\n    assert e.args == ('k',)\ntry:\n    g({}, 7)\n    assert False\nexcept Bad as e:\n    assert e.key == 7", "self.key = key", "self.key = None"),
+    "changed in place": ("def f(xs):\n    xs[:] = sorted(set(xs))\n    return len(xs)", "xs = [2, 1, 2]\nk = f(xs)\nassert k == 2 and xs[:k] == [1, 2]", "sorted(set(xs))", "sorted(xs)"),
+    "changed by a method": ("class Solution:\n    def remove(self, xs, x):\n        while x in xs:\n            xs.remove(x)\n        return len(xs)", "xs = [3, -1, 3]\nassert Solution().remove(xs, 3) == 1\nassert xs == [-1]", "while x in xs", "for _ in xs[:1]"),
     "changed global": ("log = []\ndef f(x):\n    log.append(x)", "f(1)\nf(2)\nassert log == [1, 2] and len(log) == 2", "append(x)", "insert(0, x)"),
     "large and cyclic globals": ("sieve = [True] * 2_000_000\ngraph = {'a': [1]}\ngraph['self'] = graph\ndef f(x):\n    return sieve[x] and graph['self']['a'] == [x]", "assert f(1) and sieve[7] and graph['a'] == [1]", "[1]}", "[2]}"),
 }  # fmt: skip
@@ -95,6 +97,17 @@ def test_ordinary_programs_pass_and_their_mistakes_do_not() -> None:
         "import math\nxs = [1, 2]\nassert math.isclose(f(xs), sum(xs)) == True",
         "class Case:\n    want = 3\nc = Case()\nassert f(c) == c.want",
         "xs = [1, 2]\nassert f(xs) == 0 == sum(xs)",
+        "xs = [1, 2]\nr = f(xs)\nassert r == sum(xs) and xs == [0]",
+        "xs = [1, 2]\nassert [f(xs)] == [sum(xs)]",
+        "xs = [1, 2]\nassert f(xs) + 3 - sum(xs) == 3",
+        "xs = [1, 2]\nassert xs[f(xs)] == 0",
+        "xs = [1, 2]\nassert xs.index(f(xs)) == 0",
+        "xs = [1, 2]\nassert max(f(xs), sum(xs)) == 0",
+        "xs = [1, 2]\nassert {f(xs): 5}[sum(xs)] == 5",
+        "xs = [1, 2]\nr = f(xs)\nfor x in xs:\n    assert x == 0",
+        "xs = [1, 2]\nr = f(xs)\nassert xs[r] == 0",
+        "xs = [1, 2]\nr = f(xs)\nassert not r - xs[0]",
+        "xs = [1, 2]\nr = f(xs)\nassert r in xs",
     ],
 )
 def test_code_cannot_change_what_its_result_is_compared_with(test: str) -> None:

@@ -299,6 +299,18 @@ def test_the_main_figure_of_a_stage_is_shown() -> None:
     assert [state.figure(step.name) for step in STEPS] == shown
 
 
+def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers() -> None:
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    path = Path("runs/r/evaluations/2_sft.json")
+    assert state.figure("2_sft") == ""
+    path.parent.mkdir(parents=True)
+    own = {"stop_rate": {"value": 0.5}, "answer_bits_per_byte": {"value": 1.25}}
+    path.write_text(json.dumps({"metrics": own}))
+    assert state.figure("2_sft") == "bits per byte of answers 1.250"
+    path.write_text(json.dumps({"metrics": own | {"instruction_accuracy": {"value": 0.25}}}))
+    assert state.figure("2_sft") == "instruction accuracy 0.250"
+
+
 def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import check
-from pipeline.runner.due import find_changes
+from pipeline.runner.due import Decision, find_changes
 from pipeline.runner.recipe import read_plan
+from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 
 FILES: dict[str, dict[str, Any]] = {
@@ -111,6 +112,14 @@ def test_a_slash_at_the_end_of_a_path_changes_nothing(folder: Path) -> None:
         slashed = {key: f"./{value}/" for key, value in values.items() if str(value).startswith("runs/")}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, **slashed, "output_dir": f"./runs/r/{name}/"}))
     assert read_plan(folder).steps == before
+
+
+def test_the_model_that_the_first_stage_starts_from_has_a_figure(folder: Path) -> None:
+    plan = read_plan(folder)
+    Path("runs/r/evaluations").mkdir(parents=True)
+    Path("runs/r/evaluations/0_base.json").write_text('{"metrics": {"bits_per_byte": {"value": 1.5}}}')
+    state = RunState(plan.run_dir, plan.steps, [(plan.steps[0], Decision("skip", "has finished", ""))], {})
+    assert [(stage.name, stage.figure) for stage in state.stages.values()] == [("0_base", "bits per byte 1.500")]
 
 
 def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ import torch
 from small_model import ROOT, run_recipe
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from pipeline.errors import RunStopped
 from pipeline.training import train
 from pipeline.training.callbacks import InterruptCallback
+from pipeline.training.reliable import Reliable
 from tests import sampling_recipes
 
 REWARD = """
@@ -56,6 +58,20 @@ def test_a_reward_that_fails_ends_the_run_with_its_name_its_reason_and_its_line(
     assert f"the last good checkpoint is {tmp_path}/run/checkpoint-" in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_leaving_training_by_sys_exit_is_an_error(tmp_path: Path) -> None:
+    class Leaving(Reliable):
+        def train(self, resume_from_checkpoint: str | None) -> None:
+            raise SystemExit(0)
+
+    trainer = Leaving(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.state.global_step = 3
+    with pytest.raises(
+        RunStopped, match=r"sys.exit\(0\) was called .* after step 3; the run has saved no checkpoint yet"
+    ) as stop:
+        train._train(trainer, None)
+    assert stop.value.exit_code == 1
 
 
 def test_saved_configurations_enable_the_cache(tmp_path: Path) -> None:

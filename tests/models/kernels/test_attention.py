@@ -203,6 +203,12 @@ def test_flash_attention_is_used_on_a_gpu_that_has_it(
     assert chosen(attention_dropout=0.1) == chosen(sliding_window=64) == "sdpa"
     assert chosen(v_head_dim=16) == "sdpa", "queries and values differ in size"
     assert chosen(requested="flex_attention") == "flex_attention"
+
+    def fails(*states: torch.Tensor, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(VARLEN_ATTN, fails)
+    assert chosen() == "sdpa"
     monkeypatch.setattr(VARLEN_ATTN, None)
     assert chosen() == "sdpa"
     monkeypatch.setattr(attention.hardware, "accelerator", lambda: None)
