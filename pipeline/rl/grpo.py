@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
-from pipeline.tools.dialogue import Dialogue, converse
+from pipeline.tools.dialogue import Dialogue, call_tool, converse
 from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
@@ -163,6 +164,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
         if self._is_vlm or any(map(is_async_callable, self.tools)):
+            for tools in self._sync_tool_dicts:
+                tools |= {name: partial(call_tool, tool) for name, tool in tools.items()}
             return super()._tool_call_loop(*args, **kwargs)
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]

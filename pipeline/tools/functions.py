@@ -1,6 +1,7 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
+Each bounds itself in time and memory. `pipeline.tools.dialogue` stops any other after some seconds, and answers a call
+that raises with the message of the exception.
 """
 
 from __future__ import annotations
