@@ -1,7 +1,8 @@
 """Completions of conversations by a chat model, with the sampler of `pipeline.models.kernels.sampler`."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +14,8 @@ from pipeline.models.tokenizer import as_text, special_tokens
 Messages = Sequence[dict[str, str]]
 
 
-class Completion(NamedTuple):
+@dataclass(frozen=True)
+class Completion:
     """A completion; `stopped` says that the model ended its turn within the limit."""
 
     # Decoded without special tokens, with white space at both ends removed.
@@ -23,6 +25,8 @@ class Completion(NamedTuple):
     stopped: bool
     # The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
     messages: Sequence[dict[str, Any]] = ()
+    # The environment that the dialogue was with, if any.
+    environment: Any = field(default=None, compare=False)
 
 
 def encode_prompts(
