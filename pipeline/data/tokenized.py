@@ -1,5 +1,7 @@
 """Tokens of conversations, pairs and prompts, a thousand rows at a time, where TRL's trainers take one by one."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from operator import add
