@@ -22,11 +22,13 @@ from pipeline.data.messages import (
     as_answer,
     has_prompt,
     is_informative,
+    read_functions,
     read_messages,
     read_pair,
     read_prompt,
     refuse_special_tokens,
     shorten,
+    without_none,
 )
 from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import Problem, UserError
@@ -42,7 +44,7 @@ Converter: TypeAlias = tuple[Callable[[Row], dict[str, Any]], list[str], list[st
 """A function that converts a row, the columns that it makes, and the columns that it reads."""
 
 FEATURES = {
-    **dict.fromkeys(("text", "answer"), Value("string")),
+    **dict.fromkeys(("text", "answer", "tools"), Value("string")),
     **dict.fromkeys(("messages", "prompt", "chosen", "rejected", "completion"), MESSAGES),
     "margin": Value("float64"),
     "label": Value("bool"),
@@ -150,7 +152,7 @@ def standardise(
             return converted
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-            return {"messages": [*map(json.dumps, converted["messages"])], FAULT: None}
+            return {**converted, "messages": [*map(json.dumps, converted["messages"])], FAULT: None}
         has_calls = any("tool_calls" in message for message in converted.get("messages", ()))
         return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
@@ -225,7 +227,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text
-    #   conversation   messages_column, or a prompt [context] and its completion    messages
+    #   conversation   messages_column [tools], or a prompt [context], completion   messages [tools]
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
     #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
     #   unpaired       the same, or a prompt [context], its completion and label    the same, or prompt completion label
@@ -311,6 +313,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     """Return what reads conversations, or joins a prompt and its completion, by default the columns of `PAIRS`."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
+    tools = ["tools"] if "tools" in columns else []
 
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
@@ -318,10 +321,13 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
             raise ShapeError(f"{messages_column} ends with the role {messages[-1]['role']}, not assistant")
         if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
             raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
-        return {"messages": messages}
+        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
+        # Some templates tell an empty list from none.
+        texts = {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
+        return {"messages": messages, **texts}
 
     if messages_column and args.completion_column is None:
-        return from_messages, ["messages"], [messages_column]
+        return from_messages, ["messages", *tools], [messages_column, *tools]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""

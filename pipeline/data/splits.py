@@ -193,7 +193,7 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
 def _join(parts: list[Split], most: int | None) -> Split:
     """Put the rows of several data sets one after the other, at most `most` of them."""
     types = [part.features for part in parts]
-    if any(one != types[0] for one in types) and {"messages": CALLING} in types:
-        parts = [part.cast(Features({"messages": CALLING})) for part in parts]
+    if any(one != types[0] for one in types) and CALLING in [one["messages"] for one in types if "messages" in one]:
+        parts = [part.cast(Features({**part.features, "messages": CALLING})) for part in parts]
     joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     return joined if most is None else joined.take(most)
