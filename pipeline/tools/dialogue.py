@@ -84,6 +84,7 @@ def converse(
     context: int,
     turns: int | None = None,
     template: Mapping[str, Any] | None = None,
+    goes_on: Callable[[bool], bool] = bool,
 ) -> None:
     """Answer the calls of each dialogue's first turn, and let the model go on, until none calls a tool.
 
@@ -94,15 +95,16 @@ def converse(
         limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
+        goes_on: Whether this process or any other goes on. Default: only this one, which does not sample with others.
     """
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
-    while active and turns != 0:
+    while turns != 0 and goes_on(bool(active)):
         going_on = answer_calls(active, tokenizer, ends=ends, limit=limit, context=context, template=template)
-        if not going_on:
+        if not goes_on(bool(going_on)):
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
         # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
-        sampled, logps = complete(texts, max(1, limit - min(len(dialogue.tokens) for dialogue in going_on)))
+        sampled, logps = complete(texts, max(1, limit - min((len(one.tokens) for one in going_on), default=limit)))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)

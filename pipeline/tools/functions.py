@@ -1,7 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself in time and memory. `pipeline.tools.dialogue` stops any other after some seconds, and answers a call
-that raises with the message of the exception.
+Each bounds itself in time and memory. A call that raises is answered with the message of its exception.
 """
 
 from __future__ import annotations
