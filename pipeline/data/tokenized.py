@@ -106,7 +106,8 @@ def add_tokens(
         if kind == "preference":
             sides = {side: list(map(add, batch["prompt"], batch[side])) for side in ("chosen", "rejected")}
             return {f"{side}_ids": _encode(tokenizer, rows)["input_ids"] for side, rows in sides.items()}
-        tools = {"tools": json.loads(batch["tools"][0] or "null")} if size == 1 else {}
+        # In a stream, the rows of a data set without tools do not have the column either.
+        tools = {"tools": json.loads(batch.get("tools", [None])[0] or "null")} if size == 1 else {}
         if not answers_only:
             ids = _encode(tokenizer, batch["messages"], **tools)["input_ids"]
             return {"input_ids": ids, "labels": ids}

@@ -255,7 +255,7 @@ def test_tools_are_read_in_any_form_and_join_rows_without_them(tmp_path: Path, f
     own = write_lines(tmp_path / "own.jsonl", rows)
     plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}])
     for paths in ((own,), (own, plain), (plain, own)):
-        found = [row["tools"] for row in load(*paths, streaming=streaming)]
+        found = [row.get("tools") for row in load(*paths, streaming=streaming)]
         assert [json.loads(one) for one in found if one is not None] == [json.loads(TEXT)]
 
 
@@ -321,6 +321,26 @@ def test_the_chat_template_gets_the_tools_of_each_row(
         learned = tokenizer_.decode([token for token in row["labels"] if token >= 0])
         assert ("<|system|>" in learned) == (lists and bool(listed) and not answers_only)
         assert learned.endswith(f"{row['messages'][-1]['content']}<|end|>")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked: bool) -> None:
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    if not marked:
+        words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    words.chat_template = words.chat_template.replace("{{- bos_token -}}", "{{- bos_token -}}{{- tools | tojson -}}")
+    words.save_pretrained(model)
+    own = write_lines(tmp_path / "own.jsonl", [{"messages": WHOLE, "tools": [LISTED]}] * 3)
+    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 3)
+    options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    args = SFTConfig(str(tmp_path / "o"), assistant_only_loss=True, max_length=256, **options)
+    for paths in ([own, plain], [plain, own]):
+        data = DataArguments(paths, dataset_streaming=True, validation_share=0.0)
+        tokenizer_, train, _ = load_inputs("conversation", data, args, ModelConfig(model))
+        rows = list(train)
+        assert sum(row.get("tools") is not None for row in rows) == 3 and len(rows) == 6
+        texts = [tokenizer_.decode(row["input_ids"]) for row in rows if not marked]
+        assert sum('"name": "look"' in text for text in texts) == (0 if marked else 3)
 
 
 def test_the_tools_count_towards_the_longest_prompt(tmp_path: Path) -> None:
