@@ -649,10 +649,10 @@ CASES |= {
         "sft", '--model_init_kwargs {{"revision":"x"}}', ("model_init_kwargs:", "replaced by model_revision")
     ),
     "an unknown option of generation": Case(
-        "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "leave out foo")
+        "grpo", '--generation_kwargs {{"foo":1}}', ("generation_kwargs:", "omit foo")
     ),
     "a temperature of generation that training would not see": Case(
-        "grpo", '--generation_kwargs {{"temperature":"hot"}}', ("generation_kwargs:", "leave out temperature")
+        "grpo", '--generation_kwargs {{"temperature":"hot"}}', ("generation_kwargs:", "omit temperature")
     ),
     "an option of generation of the wrong type": Case(
         "grpo", '--generation_kwargs {{"cache_implementation":"foo"}}', ("generation_kwargs:", "foo")
