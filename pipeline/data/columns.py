@@ -18,17 +18,17 @@ from pipeline.data.messages import (
     Messages,
     Row,
     ShapeError,
-    answer_message,
     as_answer,
     has_prompt,
     is_informative,
+    read_answer,
     read_messages,
     read_pair,
     read_prompt,
     refuse_special_tokens,
     shorten,
 )
-from pipeline.data.writing import CALLING, MESSAGES
+from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
 
@@ -150,12 +150,13 @@ def standardise(
             return converted
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-            return {"messages": [*map(json.dumps, converted["messages"])], FAULT: None}
-        has_calls = any("tool_calls" in message for message in converted.get("messages", ()))
+            texts = {name: [*map(json.dumps, converted[name])] for name in ANSWERED if name in converted}
+            return {**converted, **texts, FAULT: None}
+        has_calls = any(len(message) > 2 for name in ANSWERED for message in converted.get(name) or ())
         return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
-    features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
+    features = {name: CALLING if name in ANSWERED and (calls or is_stream) else FEATURES[name] for name in made}
     # Rewards read the other columns, unless TRL passes arguments of their names, or reads images in them.
     others = [name for name in columns if kind == "prompt" and name not in (*made, *PASSED_BY_TRL, "image", "images")]
     if others:
@@ -243,8 +244,8 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         def from_unpaired(row: Row) -> dict[str, Any]:
             if row[label] not in (True, False):
                 raise ShapeError(f"{label} is {shorten(row[label])}, not true or false")
-            answer = answer_message(row[completion], completion)
-            return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
+            answer = read_answer(row[completion], completion)
+            return {"prompt": read(row), "completion": answer, "label": bool(row[label])}
 
         return from_unpaired, ["prompt", "completion", "label"], [*used, completion, label]
 
@@ -332,7 +333,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        return {"messages": [*read(row), answer_message(row[completion], completion)]}
+        return {"messages": [*read(row), *read_answer(row[completion], completion)]}
 
     return from_pair, ["messages"], [*used, completion]
 
