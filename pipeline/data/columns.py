@@ -22,11 +22,13 @@ from pipeline.data.messages import (
     has_prompt,
     is_informative,
     read_answer,
+    read_functions,
     read_messages,
     read_pair,
     read_prompt,
     refuse_special_tokens,
     shorten,
+    without_none,
 )
 from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
 from pipeline.errors import Problem, UserError
@@ -42,7 +44,7 @@ Converter: TypeAlias = tuple[Callable[[Row], dict[str, Any]], list[str], list[st
 """A function that converts a row, the columns that it makes, and the columns that it reads."""
 
 FEATURES = {
-    **dict.fromkeys(("text", "answer"), Value("string")),
+    **dict.fromkeys(("text", "answer", "tools"), Value("string")),
     **dict.fromkeys(("messages", "prompt", "chosen", "rejected", "completion"), MESSAGES),
     "margin": Value("float64"),
     "label": Value("bool"),
@@ -226,7 +228,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text
-    #   conversation   messages_column, or a prompt [context] and its completion    messages
+    #   conversation   messages_column [tools], or a prompt [context], completion   messages [tools]
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
     #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
     #   unpaired       the same, or a prompt [context], its completion and label    the same, or prompt completion label
@@ -312,6 +314,12 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     """Return what reads conversations, or joins a prompt and its completion, by default the columns of `PAIRS`."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
+    tools = ["tools"] if "tools" in columns else []
+
+    def list_tools(row: Row) -> dict[str, Any]:
+        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
+        # Some templates tell an empty list from none.
+        return {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
 
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
@@ -319,10 +327,10 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
             raise ShapeError(f"{messages_column} ends with the role {messages[-1]['role']}, not assistant")
         if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
             raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
-        return {"messages": messages}
+        return {"messages": messages, **list_tools(row)}
 
     if messages_column and args.completion_column is None:
-        return from_messages, ["messages"], [messages_column]
+        return from_messages, ["messages", *tools], [messages_column, *tools]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
@@ -333,9 +341,9 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        return {"messages": [*read(row), *read_answer(row[completion], completion)]}
+        return {"messages": [*read(row), *read_answer(row[completion], completion)], **list_tools(row)}
 
-    return from_pair, ["messages"], [*used, completion]
+    return from_pair, ["messages", *tools], [*used, completion, *tools]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:

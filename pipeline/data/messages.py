@@ -41,7 +41,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
         if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
             if not calls:
                 raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
-            called = {"tool_calls": read} if (read := _read_calls(_without_none(found), column)) else {}
+            called = {"tool_calls": read} if (read := read_functions(without_none(found), column)) else {}
             message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise ShapeError(f"{column} contains {shorten(message)}, not {{role, content}}")
@@ -92,18 +92,24 @@ def _with_roles(value: object) -> object:
     return messages
 
 
-def _read_calls(value: object, column: str) -> list[dict[str, Any]]:
-    """Return calls of tools in OpenAI's form; each one, its arguments, or a list of calls may be JSON as text."""
+def read_functions(value: object, column: str, schemas: bool = False) -> list[dict[str, Any]]:
+    """Return calls of tools, or the `schemas` of tools, in OpenAI's form.
+
+    Each one, its arguments, or a list of them may be JSON as text.
+    """
+    function: Any
     match _parse(value):
         case None:
             return []
         case list(several):
-            return [call for one in several for call in _read_calls(one, column)]
-        case {"function": {"name": str(name), "arguments": arguments}} | {"name": str(name), "arguments": arguments}:
-            arguments = _parse(arguments)
-            if name.strip() and isinstance(arguments, Mapping):
+            return [function for one in several for function in read_functions(one, column, schemas)]
+        case {"function": {"name": str(name)} as function} | ({"name": str(name)} as function) if name.strip():
+            if schemas:
+                return [{"type": "function", "function": function}]
+            if isinstance(arguments := _parse(function.get("arguments")), Mapping):
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-    raise ShapeError(f"{column} has the call {shorten(value)}, not a name with an object of arguments")
+    kind, expected = ("tool", "a function with a name") if schemas else ("call", "a name with an object of arguments")
+    raise ShapeError(f"{column} has the {kind} {shorten(value)}, not {expected}")
 
 
 def _parse(value: object) -> object:
@@ -114,11 +120,11 @@ def _parse(value: object) -> object:
     return value
 
 
-def _without_none(value: object) -> Any:
+def without_none(value: object) -> Any:
     """Return a value without the keys that are None: in a table, all calls have the arguments of every other one."""
     if isinstance(value, Mapping):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: without_none(one) for key, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def leaves(value: object) -> Iterator[object]:
@@ -144,8 +150,8 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
     # Chat templates write a conversation as one text, in which the tokenizer cannot tell such a text from the special
     # tokens of the template.
-    for column in ("messages", "prompt", "chosen", "rejected", "completion"):
-        for message in row.get(column) or ():
+    for column in ("messages", "prompt", "chosen", "rejected", "completion", "tools"):
+        for message in [{"content": row.get(column)}] if column == "tools" else row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):
                 if isinstance(text, str) and (found := tokens.search(text)):
                     raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")

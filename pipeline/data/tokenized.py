@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from operator import add
 from typing import Any
@@ -10,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from pipeline.data.columns import Kind, Split
+from pipeline.data.columns import Kind, Split, column_names
 from pipeline.data.messages import Messages
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
@@ -79,17 +80,22 @@ def add_tokens(
     processes, unless the split is a stream. Raise a `UserError` if the assistant's tokens cannot be found.
     """
     template = template_for_labels(tokenizer) if answers_only else None
+    # Each row has tools of its own, and a template takes those of one conversation.
+    size = 1 if kind == "conversation" and "tools" in column_names(split) else 1000
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         if kind == "preference":
             sides = {side: list(map(add, batch["prompt"], batch[side])) for side in ("chosen", "rejected")}
             return {f"{side}_ids": _encode(tokenizer, rows)["input_ids"] for side, rows in sides.items()}
+        # In a stream, the rows of a data set without tools do not have the column either.
+        tools = {"tools": json.loads(batch.get("tools", [None])[0] or "null")} if size == 1 else {}
         if not answers_only:
-            ids = _encode(tokenizer, batch["messages"])["input_ids"]
+            ids = _encode(tokenizer, batch["messages"], **tools)["input_ids"]
             return {"input_ids": ids, "labels": ids}
         if template is None:
-            return _label_by_prefixes(batch["messages"], tokenizer)
-        encoded = _encode(tokenizer, batch["messages"], chat_template=template, return_assistant_tokens_mask=True)
+            return _label_by_prefixes(batch["messages"], tokenizer, **tools)
+        options = {"chat_template": template, "return_assistant_tokens_mask": True, **tools}
+        encoded = _encode(tokenizer, batch["messages"], **options)
         labels = []
         for row, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             if not any(mask):
@@ -99,23 +105,24 @@ def add_tokens(
         return {"input_ids": encoded["input_ids"], "labels": labels}
 
     if kind in ("conversation", "preference") and isinstance(split, Dataset):
-        return split.map(convert, batched=True, num_proc=num_proc)
-    return split.map(convert, batched=True) if kind == "conversation" and answers_only and template is None else split
+        return split.map(convert, batched=True, batch_size=size, num_proc=num_proc)
+    is_left = kind != "conversation" or not answers_only or template is not None
+    return split if is_left else split.map(convert, batched=True, batch_size=size)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, conversations: list[Any], **options: Any) -> dict[str, list[list[int]]]:
     return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
 
 
-def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
+def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
     """Return tokens and labels of conversations under a chat template without marks around what the assistant says."""
     # An answer begins where the turns before it end, followed by the generation prompt, and ends with the eos token.
     # One text per answer: the conversation up to and including it, and the number of its row.
     turns = ((number, end, turn) for number, messages in enumerate(rows) for end, turn in enumerate(messages, start=1))
     ends = [(number, end) for number, end, turn in turns if turn["role"] == "assistant"]
     texts = [rows[number][:end] for number, end in ends]
-    ids, wholes = _encode(tokenizer, rows)["input_ids"], _encode(tokenizer, texts)["input_ids"]
-    befores = _encode(tokenizer, [text[:-1] for text in texts], add_generation_prompt=True)["input_ids"]
+    ids, wholes = (_encode(tokenizer, some, **options)["input_ids"] for some in (rows, texts))
+    befores = _encode(tokenizer, [text[:-1] for text in texts], add_generation_prompt=True, **options)["input_ids"]
     labels = [[IGNORED] * len(row) for row in ids]
     for (number, _), before, whole in zip(ends, befores, wholes, strict=True):
         answer = whole[len(before) :]

@@ -4,6 +4,7 @@
 `best_of_4/pass@1`, `best_of_4/win_rate`: of four sampled answers, the one that the reward model scores highest.
 `constant/win_rate`, `constant/win_rate_greedy`: its answers with the same text glued to each, against those without.
 `majority/pass@1`: the most frequent answer to each kind of problem in the training split; no model is needed.
+`untouched/environment_reward`: what environments give if nothing is called in them; see `metrics.record_rewards`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def measure_best_of(
             for number in numbers
         }
 
-    if problems := held_out.problems:
+    if (problems := held_out.problems) and held_out.graded:
         for number, answers in best("problems", problems).items():
             record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.grader)
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):

@@ -30,12 +30,13 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import keep_rows, load_splits
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import Source
+from pipeline.evaluation.evaluate_yaml import CALLED, Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.files import as_list
 from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT
+from pipeline.tools.loading import load_environment
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class HeldOut:
         validation: Other prompts, whose answers are not code, for the baseline `constant`.
         trials, shots: Other problems, and beginnings of conversations with solved problems, for `elicited`.
         grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
+        graded: Whether `problems` are graded at all. Otherwise they have nothing but the reward of an environment.
         fixed_prompts: Conversations that every stage answers.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
@@ -90,6 +92,7 @@ class HeldOut:
     shots: list[list[dict[str, str]]] = field(default_factory=list)
     pairs: list[Example] = field(default_factory=list)
     grader: Grader = grade_rows
+    graded: bool = True
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
@@ -143,6 +146,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         prompts=drop_ungradable(rows.get("prompts", ())),
         pairs=[row for row in rows.get("pairs", ()) if is_informative(row)],
         grader=load_grader(grade),
+        graded=grade not in COMPARED or all("answer" in row for row in problems),
         can_vote=grade in COMPARED,
         fixed_prompts=fixed,
         suspects=suspects,
@@ -250,6 +254,7 @@ class Reader:
         self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
+        self.environment = ((settings.get(CALLED) or {}).get("problems") or {}).get("environment")
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
 
     def is_made(self, source: Source) -> bool:
@@ -335,7 +340,8 @@ class Reader:
         columns = column_names(part.data)
         with _problems_of(key):
             convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
-            if key == "problems" and part.source.grade in COMPARED and "answer" not in made:
+            lacks_answer = key == "problems" and part.source.grade in COMPARED and "answer" not in made
+            if lacks_answer and not hasattr(load_environment(self.environment), "get_reward"):
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))
         examples: list[Example] = []

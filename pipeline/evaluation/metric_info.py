@@ -63,6 +63,7 @@ METRICS: dict[str, MetricInfo] = {
         "Score with tools", "1 for a right greedy answer to a problem, minus what its calls cost", share=False
     ),
     "tool_calls": MetricInfo("Calls of tools", "per greedy answer to a problem", "", 2, share=False),
+    "environment_reward": MetricInfo("Reward", "of the environment, for a greedy dialogue with it", share=False),
     "mean_length": MetricInfo("Answer length", "tokens per answer to an instruction", "", 1, share=False),
     "reasoning_length": MetricInfo("Reasoning length", "tokens per greedy answer to a problem", "", 1, share=False),
     "reward_margin": MetricInfo("Reward margin", "score of the preferred answer minus the other's", "", share=False),

@@ -6,6 +6,8 @@ meaning, better direction, digits) in `metric_info.METRICS`. The classes work of
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -183,25 +185,31 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
     At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. `maj@k` needs samples that can
     vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost; without instructions, also `stop_rate`.
+    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of
+    what says whether answers are right.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]
     answers = [completion.text for completion in completions]
-    right = record_greedy(result, "pass@1", answers, rows, grader)
+    right: Sequence[Any] = [None] * len(rows)
+    if held_out.graded:
+        right = list(map(bool, record_greedy(result, "pass@1", answers, rows, grader)))
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:
         calls = [sum(len(one.get("tool_calls") or ()) for one in completion.messages) for completion in completions]
         result.record("tool_calls", calls, rows, how=intervals.mean)
-        if all("call_cost" in row for row in rows):
+        if held_out.graded and all("call_cost" in row for row in rows):
             scores = [value - called * row["call_cost"] for value, called, row in zip(right, calls, rows, strict=True)]
             result.record("tool_score", scores, rows, how=intervals.mean)
+    record_rewards(result, chat, rows, completions)
     # The report shows the first problem of each kind.
     for row, completion, value in zip(rows, completions, right, strict=True):
         if all(trace["kind"] != row["kind"] for trace in result.traces):
             trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
-            result.traces.append({**trace, "answer": readable(completion), "correct": bool(value)})
+            result.traces.append({**trace, "answer": readable(completion), "correct": value})
+    if not held_out.graded:
+        return
 
     # Several sampled answers to some of them.
     some = subsample(rows, MAX_SAMPLED_PROBLEMS)
@@ -223,6 +231,27 @@ def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: 
     extras = [{"answer": text, **length} for text, length in zip(answers, lengths, strict=True)]
     result.record(name, right, rows, extras=extras)
     return right
+
+
+def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions: Sequence[Completion] = ()) -> None:
+    """Record `environment_reward`, what environments give greedy answers by `get_reward`, if they do, as in training.
+
+    The opponent also gets the baseline `untouched`: the same environments, in which nothing is called.
+    """
+    toolbox = chat.toolbox
+    if toolbox is None or not hasattr(toolbox.environment, "get_reward"):
+        return
+    completions = completions or [completion for (completion,) in chat.answer(rows)]
+    played = {"environment_reward": [completion.environment for completion in completions]}
+    if result.name == result.against:
+        played["untouched/environment_reward"] = [toolbox.environment_of(toolbox.open(row)[1]) for row in rows]
+    for name, environments in played.items():
+        given = [environment.get_reward() for environment in environments]
+        given = [asyncio.run(reward) if inspect.iscoroutine(reward) else reward for reward in given]
+        # None is no opinion.
+        known = [(reward, row) for reward, row in zip(given, rows, strict=True) if reward is not None]
+        if known:
+            result.record(name, *zip(*known, strict=True), how=intervals.mean)
 
 
 def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:

@@ -165,7 +165,7 @@ def _measure_language_model(
         metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
     if held_out.problems:
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
-    if held_out.longer:
+    if held_out.longer and held_out.graded:
         longer = [answer.text for (answer,) in chats["problems"].answer(held_out.longer)]
         metrics.record_greedy(result, "pass@1_longer", longer, held_out.longer, held_out.grader)
     answers: win_rate.Matches = {}
@@ -177,7 +177,9 @@ def _measure_language_model(
     result.cut_off = {key: {**one.counts, "limit": one.max_new_tokens} for key, one in counted.items()}
     # Answers of baselines and to the fixed prompts do not count as cut off.
     chats = {key: replace(one, counts=Counter()) for key, one in chats.items()}
-    if result.name == result.against and held_out.problems:
+    if held_out.prompts and "environment_reward" not in result.metrics:
+        metrics.record_rewards(result, chats["prompts"], held_out.prompts)
+    if result.name == result.against and held_out.problems and held_out.graded:
         baselines.measure_reasoning(result, chats["problems"], held_out, as_list(settings["elicit"] or []))
     if result.name == result.against and answers and judge:
         baselines.measure_constant(result, chats["prompts"], held_out, answers, judge)

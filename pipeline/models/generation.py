@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Completion:
     stopped: bool
     # The turns of a dialogue with tools, whose last message is the text; () if there are no tools.
     messages: Sequence[dict[str, Any]] = ()
+    # The environment that the dialogue was with, if any.
+    environment: Any = field(default=None, compare=False)
 
 
 def encode_prompts(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
-from pipeline.tools.dialogue import Dialogue, converse
+from pipeline.tools.dialogue import Dialogue, call_tool, converse
 from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)
@@ -163,6 +164,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, by the loop that evaluation uses as well."""
         if self._is_vlm or any(map(is_async_callable, self.tools)):
+            for tools in self._sync_tool_dicts:
+                tools |= {name: partial(call_tool, tool) for name, tool in tools.items()}
             return super()._tool_call_loop(*args, **kwargs)
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
         dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
@@ -174,6 +177,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if self.use_vllm and self.vllm_mode == "colocate":
             # It may have memory for fewer tokens than the model has positions.
             context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        # All processes gather sharded weights, or ask vLLM, at once: none may sample more turns than another.
+        at_once = self.use_vllm or not self._whole_and_bare
+        reduce, device = self.accelerator.reduce, self.accelerator.device
         converse(
             dialogues,
             self._sample_turn,
@@ -183,23 +189,26 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             context=context,
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
+            goes_on=lambda own: bool(reduce(torch.tensor(int(own), device=device)) if at_once else own),
         )
         turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        total = torch.tensor([sampled, turns], device=self.accelerator.device)
-        sampled, turns = self.accelerator.reduce(total, reduction="sum").tolist()
+        total = torch.tensor([sampled, turns], device=device)
+        sampled, turns = reduce(total, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
         texts = [[getattr(dialogue, name) for dialogue in dialogues] for name in ("sampled", "messages", "tokens")]
         logps = None if logprobs is None else [dialogue.logps for dialogue in dialogues]
         counts = [sum(getattr(dialogue, name) for dialogue in dialogues) for name in ("calls", "failures")]
         return *texts, logps, *counts, [[] for _ in dialogues]
 
-    def _sample_turn(self, texts: Sequence[list[int]], room: int) -> tuple[Any, Any]:
+    def _sample_turn(self, texts: Sequence[list[int]], room: int) -> Any:
         """Sample a turn of at most `room` tokens after each text. vLLM keeps its own limit."""
         config = self.generation_config
         config.max_new_tokens = room
         try:
-            return self._generate_single_turn(list(texts), None, {}, num_generations=1)
+            # A process whose dialogues have ended may still have to take part.
+            sampled = self._generate_single_turn(list(texts) or [self.eos_token_ids[:1]], None, {}, num_generations=1)
+            return [part and part[: len(texts)] for part in sampled]
         finally:
             config.max_new_tokens = self.max_completion_length
 

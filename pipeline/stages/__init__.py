@@ -25,11 +25,9 @@ HELD_OUT = {
         "conversation", ("instruction_", "answer_", "stop_rate", "mean_length"), "sft", length="max_length"
     ),
     "problems": HeldOutData(
-        "prompt", ("pass@", "maj@", "step_rate", "tool_", "reasoning_"), "reasoning", length="max_completion_length"
+        "prompt", ("pass@", "maj@", "step_", "tool_", "reasoning_", "env"), "reasoning", length="max_completion_length"
     ),
-    "prompts": HeldOutData(
-        "prompt", ("win_rate", "last_sentence", "kl", "entropy"), "preferences", length="max_completion_length"
-    ),
+    "prompts": HeldOutData("prompt", ("win_", "last_", "kl", "entropy"), "preferences", length="max_completion_length"),
     "pairs": HeldOutData("preference", ("reward_",)),
 }
 """By the keys of `evaluate.yaml`."""
@@ -41,6 +39,7 @@ BASELINES = {
         "most frequent training answer of each kind",
         "the most frequent answer of the training data to each kind of problem",
     ),
+    "untouched": Baseline("environment without calls", "the environment, if nothing is called in it"),
     "best_of": Baseline(
         "{against}, the answer that the reward model likes best, of",
         "the answer that the reward model scores highest, of {text} that `{against}` samples",
@@ -244,7 +243,7 @@ STAGES: dict[str, StageKind] = {
         has_critic=True,
         data="prompt",
         held_out="prompts",
-        aims=("win_rate", "win_rate_greedy"),
+        aims=("win_rate", "win_rate_greedy", "environment_reward"),
         smoke=SMOKE_ROLLOUTS,
         charts=(
             LoggedChart(
@@ -344,7 +343,7 @@ STAGES: dict[str, StageKind] = {
         samples=True,
         data="prompt",
         held_out="problems",
-        aims=("pass@1", "pass@1_sampled", "pass@8", "step_rate"),
+        aims=("pass@1", "pass@1_sampled", "pass@8", "step_rate", "environment_reward"),
         smoke={**SMOKE_ROLLOUTS, "num_generations": 4},
         charts=(
             LoggedChart("Reward", (("training", "reward"), ("validation", "eval_reward")), note="Correctness only."),

@@ -98,7 +98,8 @@ class ChatModel:
             # The ends of earlier turns, which did not end the answer, are left out.
             tokens = [token for token in own if token not in ends] + own[-1:] * stopped
             text = str(last.get("content") or "") if answered else ""
-            completions.append(Completion(text, tokens, stopped, tuple(dialogue.messages)))
+            environment = self.toolbox.environment_of(dialogue.tools)
+            completions.append(Completion(text, tokens, stopped, tuple(dialogue.messages), environment))
         self.tally.add(len(completions))
         self.counts["answers"] += len(completions)
         self.counts["cut off"] += sum(not completion.stopped for completion in completions)

@@ -11,9 +11,11 @@ tool can do that. A result that does not fit into the limit is left out, and the
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -32,6 +34,12 @@ Tools = Mapping[str, Callable[..., Any]]
 Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
 """Token ids of texts, and the most that any turn may have -> those of a turn that follows each, and the
 log-probabilities of these, if they are known."""
+CALL_SECONDS = 10.0
+"""How long a call of a tool may take, because training waits for it."""
+
+
+class Overtime(BaseException):
+    """Raised inside a tool that takes too long. It is not an `Exception`, which many tools catch."""
 
 
 @dataclass
@@ -76,6 +84,7 @@ def converse(
     context: int,
     turns: int | None = None,
     template: Mapping[str, Any] | None = None,
+    goes_on: Callable[[bool], bool] = bool,
 ) -> None:
     """Answer the calls of each dialogue's first turn, and let the model go on, until none calls a tool.
 
@@ -86,15 +95,16 @@ def converse(
         limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
+        goes_on: Whether this process or any other goes on. Default: only this one, which does not sample with others.
     """
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
-    while active and turns != 0:
+    while turns != 0 and goes_on(bool(active)):
         going_on = answer_calls(active, tokenizer, ends=ends, limit=limit, context=context, template=template)
-        if not going_on:
+        if not goes_on(bool(going_on)):
             break
         texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
         # No turn is longer than what is kept of it, which may be nothing, and positions end where the limit ends.
-        sampled, logps = complete(texts, max(1, limit - min(len(dialogue.tokens) for dialogue in going_on)))
+        sampled, logps = complete(texts, max(1, limit - min((len(one.tokens) for one in going_on), default=limit)))
         for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
             own = whole[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, own, text, dialogue.tools)
@@ -134,8 +144,8 @@ def answer_calls(
             if number not in values:
                 if name not in dialogue.tools:
                     raise ValueError(f"Tool {name} not found.")
-                values[number] = dialogue.tools[name](**call["arguments"])
-            content = str(values[number])
+                values[number] = call_tool(dialogue.tools[name], **call["arguments"])
+            content = call_tool(partial(str, values[number]))
         # A tool may raise anything, exit, or return what has no text; a call with other arguments raises, too.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             dialogue.failures += 1
@@ -157,6 +167,35 @@ def answer_calls(
             dialogue.messages += results
             going_on.append(dialogue)
     return going_on
+
+
+def call_tool(tool: Callable[..., Any], /, **arguments: Any) -> Any:
+    """Call a tool, and raise a `TimeoutError` after `CALL_SECONDS`.
+
+    Only the main thread can be interrupted: there is no limit in others, such as those of the page, nor on Windows.
+    Code in C is interrupted once it looks for signals, as Python's own functions that wait do.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return tool(**arguments)
+    running = True
+
+    def interrupt(*_: Any) -> None:
+        if running:
+            raise Overtime
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    # From then on it is interrupted every second, in case it catches everything and goes on.
+    timer = signal.setitimer(signal.ITIMER_REAL, CALL_SECONDS, 1.0)
+    try:
+        return tool(**arguments)
+    except Overtime:
+        raise TimeoutError(f"stopped after {CALL_SECONDS:g} seconds") from None
+    finally:
+        running = False
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        # It is None if it was not set by Python.
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:

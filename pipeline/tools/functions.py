@@ -1,6 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each bounds itself, because training waits for it. A tool that raises answers with the message of its exception.
+Each bounds itself in time and memory. A call that raises is answered with the message of its exception.
 """
 
 from __future__ import annotations

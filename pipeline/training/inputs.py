@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -154,8 +156,9 @@ def _fit_rows(
     The chat template, of which the field `words_from` is the source, may reject a row.
     """
 
-    def count(messages: Any, **options: Any) -> int:
-        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+    def count(messages: Any, tools: Any = None, **options: Any) -> int:
+        options |= {"tools": tools, "tokenize": True, "return_dict": True}
+        return len(tokenizer.apply_chat_template(messages, **options)["input_ids"])
 
     try:
         if kind == "prompt":
@@ -182,8 +185,9 @@ def _fit_rows(
             elif args.max_length is None:
                 continue
             elif kind == "conversation":
-                asked = (takewhile(lambda message: message["role"] != "assistant", row["messages"]) for row in rows)
-                shortest = min(count(list(prompt), add_generation_prompt=True) for prompt in asked)
+                asked = [[*takewhile(lambda message: message["role"] != "assistant", row["messages"])] for row in rows]
+                tools = [json.loads(row.get("tools") or "null") for row in rows]
+                shortest = min(map(partial(count, add_generation_prompt=True), asked, tools))
                 if shortest >= args.max_length:
                     remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left"
                     raise UserError(Problem("max_length", args.max_length, f"{remedy}; raise it"))

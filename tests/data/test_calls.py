@@ -241,6 +241,117 @@ def test_calls_are_learned_and_results_are_not(tmp_path: Path, marked: bool) -> 
     assert RESULT["content"] in tokenizer_.decode(row["input_ids"])
 
 
+LISTED = {"type": "function", "function": {"name": "look", "description": "Look in a place.", "parameters": {}}}
+WAITING = {"name": "wait", "parameters": {"properties": {"seconds": {"type": "number"}}}}
+TEXT = json.dumps([LISTED, {"type": "function", "function": WAITING}])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", [[LISTED, WAITING], TEXT, [json.dumps(LISTED), json.dumps(WAITING)]])
+def test_tools_are_read_in_any_form_and_join_rows_without_them(tmp_path: Path, form: Any, streaming: bool) -> None:
+    rows = [{"messages": WHOLE, "tools": form}, {"messages": [USER, ANSWER], "tools": None}]
+    own = write_lines(tmp_path / "own.jsonl", rows)
+    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}])
+    for paths in ((own,), (own, plain), (plain, own)):
+        found = [row.get("tools") for row in load(*paths, streaming=streaming)]
+        assert [json.loads(one) for one in found if one is not None] == [json.loads(TEXT)]
+
+
+def test_tools_in_a_table_are_without_the_keys_of_other_tools(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [USER, ANSWER], "tools": [{"type": "function", "function": WAITING}, LISTED | {"strict": True}]}
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (row,) = load(str(tmp_path / "a.parquet"))
+    assert "null" not in row["tools"] and json.loads(row["tools"])[0]["function"] == WAITING
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        (7, "tools has the tool 7, not a function with a name"),
+        ("look", "tools has the tool 'look', not a function with a name"),
+        ([{"type": "function"}], r"tools has the tool \{'type': 'function'\}, not a function with a name"),
+        ([{"name": "look", "description": "<|end|>"}], r"tools contains <\|end\|>, which the tokenizer reads"),
+    ],
+)
+def test_tools_that_cannot_be_read_are_refused_by_their_row(tmp_path: Path, tools: Any, said: str) -> None:
+    rows = [{"messages": [USER, ANSWER], "tools": one} for one in (None, tools)]
+    args = DataArguments([write_lines(tmp_path / "a.jsonl", rows)], validation_share=0.0)
+    with pytest.raises(UserError, match=f"row 1: {said}") as error:
+        load_splits(args, "conversation", evaluation=False, tokens=special_tokens(tokenizer()))
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize("lists", [True, False], ids=["lists tools", "ignores tools"])
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_the_chat_template_gets_the_tools_of_each_row(
+    tmp_path: Path, answers_only: bool, marked: bool, lists: bool
+) -> None:
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    listing = (
+        "{%- if tools is not none -%}{%- for tool in tools -%}<|system|>{{ tool | tojson }}{{ eos_token }}{%- else -%}"
+        "{{ raise_exception('an empty list of tools') }}{%- endfor -%}{%- endif -%}"
+        if lists
+        else ""
+    )
+    words.chat_template = words.chat_template.replace("{{- bos_token -}}", "{{- bos_token -}}" + listing)
+    if not marked:
+        words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    words.save_pretrained(model)
+    rows = [{"messages": WHOLE, "tools": [LISTED]}, {"messages": [USER, ANSWER], "tools": [WAITING]}]
+    rows += [{"messages": conversation("Why?", "Because."), "tools": one} for one in (None, [])]
+    data = DataArguments(write_lines(tmp_path / "a.jsonl", rows * 6))
+    args = SFTConfig(
+        str(tmp_path / "o"),
+        assistant_only_loss=answers_only,
+        max_length=256,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    tokenizer_, train, _ = load_inputs("conversation", data, args, ModelConfig(model))
+    for row in train:
+        text = tokenizer_.decode(row["input_ids"])
+        listed = [schema["function"]["name"] for schema in json.loads(row["tools"] or "[]")]
+        assert [name for name in ("look", "wait") if f'"name": "{name}"' in text] == (listed if lists else [])
+        learned = tokenizer_.decode([token for token in row["labels"] if token >= 0])
+        assert ("<|system|>" in learned) == (lists and bool(listed) and not answers_only)
+        assert learned.endswith(f"{row['messages'][-1]['content']}<|end|>")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked: bool) -> None:
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    if not marked:
+        words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    words.chat_template = words.chat_template.replace("{{- bos_token -}}", "{{- bos_token -}}{{- tools | tojson -}}")
+    words.save_pretrained(model)
+    own = write_lines(tmp_path / "own.jsonl", [{"messages": WHOLE, "tools": [LISTED]}] * 3)
+    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 3)
+    options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    args = SFTConfig(str(tmp_path / "o"), assistant_only_loss=True, max_length=256, **options)
+    for paths in ([own, plain], [plain, own]):
+        data = DataArguments(paths, dataset_streaming=True, validation_share=0.0)
+        tokenizer_, train, _ = load_inputs("conversation", data, args, ModelConfig(model))
+        rows = list(train)
+        assert sum(row.get("tools") is not None for row in rows) == 3 and len(rows) == 6
+        texts = [tokenizer_.decode(row["input_ids"]) for row in rows if not marked]
+        assert sum('"name": "look"' in text for text in texts) == (0 if marked else 3)
+
+
+def test_the_tools_count_towards_the_longest_prompt(tmp_path: Path) -> None:
+    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    words.chat_template = "{{ tools | tojson }}" + words.chat_template
+    words.save_pretrained(model)
+    tools = [LISTED | {"function": LISTED["function"] | {"description": "again " * 99}}]
+    data = DataArguments(write_lines(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER], "tools": tools}] * 20))
+    args = SFTConfig(str(tmp_path / "o"), max_length=64, use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(UserError, match="max_length: 64: every prompt is longer"):
+        load_inputs("conversation", data, args, ModelConfig(model))
+
+
 def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) -> None:
     model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
     words.chat_template = CHATML

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -98,6 +105,75 @@ def test_a_tool_cannot_end_the_run(result: Any, shown: str) -> None:
 
     dialogue = talk(["<|call|>nothing<|end|>", "no<|end|>"], tools={"nothing": nothing})
     assert shown in dialogue.messages[1]["content"] and dialogue.messages[-1]["content"] == "no"
+
+
+def loop() -> Any:
+    while True:
+        pass
+
+
+def read_socket() -> Any:
+    ours, _theirs = socket.socketpair()
+    return ours.recv(1)
+
+
+def swallow() -> Any:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(1e9)
+
+
+def catch_once() -> Any:
+    try:
+        return loop()
+    except BaseException:  # noqa: BLE001
+        return loop()
+
+
+def wait_in_text() -> Any:
+    return type("Slow", (), {"__str__": lambda _: loop()})()
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        *(loop, lambda: time.sleep(1e9), read_socket, threading.Event().wait, swallow, catch_once, wait_in_text),
+        lambda: subprocess.run(["sleep", "1000"], check=True),
+    ],
+)
+def test_a_tool_that_hangs_costs_its_limit(hang: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> Any:
+        """Never return."""
+        return hang()
+
+    rang: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rang.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 300.0)
+    monkeypatch.setattr(module, "CALL_SECONDS", 0.2)
+    try:
+        began = time.perf_counter()
+        dialogue = talk(["<|call|>nothing<|end|>", "no<|end|>"], tools={"nothing": nothing})
+        assert time.perf_counter() - began < 5
+        assert dialogue.messages[1]["content"] == "{'error': 'stopped after 0.2 seconds'}"
+        assert (dialogue.calls, dialogue.failures) == (1, 1) and dialogue.messages[-1]["content"] == "no"
+        assert 200 < signal.getitimer(signal.ITIMER_REAL)[0] <= 300, "the timer of others goes on"
+        signal.raise_signal(signal.SIGALRM)
+        assert rang == [signal.SIGALRM], "and so does their handler"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_tool_is_called_in_other_threads_and_ctrl_c_reaches_it() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(talk, [CALL, "yes<|end|>"]).result().failures == 0
+
+    def nothing() -> Any:
+        """Be interrupted by a person."""
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk(["<|call|>nothing<|end|>"], tools={"nothing": nothing})
 
 
 def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:

@@ -19,7 +19,9 @@ from trl.chat_template_utils import parse_response
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.tools import dialogue
 from tests import tool_toy as toy
+from tests.sampling_recipes import run as run_module
 
 KINDS = [GRPOTrainer, PPOTrainer]
 CALLED: list[dict[str, Any]] = [{"tools": [toy.double]}, {"environment_factory": toy.Counter}]
@@ -155,6 +157,42 @@ def test_the_loop_is_trls_but_for_calls_that_were_cut_off(tmp_path: Path, monkey
         own, trls = found
         assert own[:4] == trls[:4]
         assert own[4] == trls[4] or not all(one[-1] == run._tokenizer.eos_token_id for one in own[2])
+
+
+async def later(n: int) -> int:
+    """Triple a number.
+
+    Args:
+        n: The number.
+    """
+    return 3 * int(n)
+
+
+@pytest.mark.parametrize("tools", [[], [later]], ids=["our loop", "TRL's"])
+def test_a_tool_that_hangs_does_not_stop_training(tmp_path: Path, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def double(n: int) -> int:
+        """Double a number.
+
+        Args:
+            n: The number.
+        """
+        while int(n) == 2:
+            pass
+        return 2 * int(n)
+
+    monkeypatch.setattr(dialogue, "CALL_SECONDS", 0.05)
+    run = trainer(tmp_path, GRPOTrainer, {"tools": [double, *tools]}, max_steps=1, save_strategy="no")
+    run.train()
+    (failed,) = [
+        entry["tools/failure_frequency"] for entry in run.state.log_history if "tools/failure_frequency" in entry
+    ]
+    assert failed > 0.3
+
+
+@pytest.mark.parametrize("how", ["sharded", "asked"])
+def test_processes_that_sample_together_take_equally_many_turns(tmp_path: Path, how: str) -> None:
+    done = run_module("tests.turns_together", str(tmp_path), how, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
