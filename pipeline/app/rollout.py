@@ -24,6 +24,7 @@ from pipeline.evaluation.intervals import finite
 from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import number, visible
 from pipeline.tools.dialogue import Dialogue, readable
+from pipeline.tools.loading import load_toolbox
 
 SCALED = {
     "group": "The advantage is the reward less the mean, in standard deviations of the group.",
@@ -80,7 +81,7 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
     try:
         settings = watch.stage_settings(site.run, asked.stage)
         policy, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
-        toolbox = watch.toolbox_of(settings, policy)
+        toolbox = load_toolbox(settings, policy.tokenizer)
         opened = policy.open(row, toolbox, settings.get("chat_template_kwargs") or {})
         messages = toolbox.open(row)[0] if toolbox else row["prompt"]
         text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

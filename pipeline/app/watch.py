@@ -28,8 +28,7 @@ from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.chat_model import ChatModel
-from pipeline.evaluation.evaluate_yaml import TOOLS, move
+from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
 from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
@@ -40,8 +39,9 @@ from pipeline.rl.frozen_weights import frozen_copy
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
-from pipeline.tools.loading import Toolbox, load_toolbox
+from pipeline.tools.loading import load_toolbox
 from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")
@@ -64,14 +64,9 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
     return move(values | {"home": str(Path(str(values.get("output_dir", run / stage))).parent)}, run)
 
 
-def toolbox_of(settings: Values, policy: Loaded) -> Toolbox | None:
-    """Return what a model may call in a stage; None for a model that cannot."""
-    return load_toolbox({name: settings[name] for name in TOOLS if settings.get(name)}, policy.tokenizer)
-
-
 def sample_group(policy: Loaded, row: Values, settings: Values, number: int, seed: int) -> list[Dialogue]:
     """Sample `number` completions of the prompt of a row as the trainer does, with the tools of the stage."""
-    tokenizer, toolbox = policy.tokenizer, toolbox_of(settings, policy)
+    tokenizer, toolbox = policy.tokenizer, load_toolbox(settings, policy.tokenizer)
     template = settings.get("chat_template_kwargs") or {}
     group = [policy.open(row, toolbox, template) for _ in range(number)]
     limit, seeds = settings["max_completion_length"], count(seed)
@@ -168,7 +163,7 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     fixed |= {"use_cpu": loaded.model.device.type == "cpu"}
     fixed |= {"whiten_advantages": False} if kind is PPOTrainer else {}
     prompts, tokens = [one.prompt for one in group], [one.tokens for one in group]
-    toolbox = toolbox_of(settings, loaded)
+    toolbox = load_toolbox(settings, loaded.tokenizer)
     called = {"tools": list(toolbox.tools), "environment_factory": toolbox.environment} if toolbox else {}
 
     class Shown(kind):  # type: ignore[valid-type, misc]

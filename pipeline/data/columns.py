@@ -16,10 +16,10 @@ from pipeline.data.messages import (
     Messages,
     Row,
     ShapeError,
-    answer_message,
     as_answer,
     has_prompt,
     is_informative,
+    read_answer,
     read_functions,
     read_messages,
     read_pair,
@@ -27,7 +27,7 @@ from pipeline.data.messages import (
     refuse_special_tokens,
     without_none,
 )
-from pipeline.data.writing import CALLING, MESSAGES
+from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.progress import report_lost
 
@@ -145,12 +145,13 @@ def standardise(
             return converted
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
-            return {**converted, "messages": [*map(json.dumps, converted["messages"])], FAULT: None}
-        has_calls = any("tool_calls" in message for message in converted.get("messages", ()))
+            texts = {name: [*map(json.dumps, converted[name])] for name in ANSWERED if name in converted}
+            return {**converted, **texts, FAULT: None}
+        has_calls = any(len(message) > 2 for name in ANSWERED for message in converted.get(name) or ())
         return {**dict.fromkeys(converted), FAULT: HAS_CALLS} if has_calls else {**converted, FAULT: None}
 
     # Without features a stream would not know its columns, and a numeric answer would stay a number.
-    features = {name: CALLING if name == "messages" and (calls or is_stream) else FEATURES[name] for name in made}
+    features = {name: CALLING if name in ANSWERED and (calls or is_stream) else FEATURES[name] for name in made}
     # Rewards read the other columns, unless TRL passes arguments of their names, or reads images in them.
     others = [name for name in columns if kind == "prompt" and name not in (*made, *PASSED_BY_TRL, "image", "images")]
     if others:
@@ -238,8 +239,8 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         def from_unpaired(row: Row) -> dict[str, Any]:
             if row[label] not in (True, False):
                 raise ShapeError(f"{label} is {row[label]!r:.60}, not true or false")
-            answer = answer_message(row[completion], completion)
-            return {"prompt": read(row), "completion": [answer], "label": bool(row[label])}
+            answer = read_answer(row[completion], completion)
+            return {"prompt": read(row), "completion": answer, "label": bool(row[label])}
 
         return from_unpaired, ["prompt", "completion", "label"], [*used, completion, label]
 
@@ -308,16 +309,18 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
     tools = ["tools"] if "tools" in columns else []
 
+    def list_tools(row: Row) -> dict[str, Any]:
+        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
+        # Some templates tell an empty list from none.
+        return {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
+
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
         if messages[-1]["role"] != "assistant":
             raise ShapeError(f"{messages_column} ends with the role {messages[-1]['role']}, not assistant")
         if next(message["role"] for message in messages if message["role"] != "system") == "assistant":
             raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
-        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
-        # Some templates tell an empty list from none.
-        texts = {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
-        return {"messages": messages, **texts}
+        return {"messages": messages, **list_tools(row)}
 
     if messages_column and args.completion_column is None:
         return from_messages, ["messages", *tools], [messages_column, *tools]
@@ -331,9 +334,9 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        return {"messages": [*read(row), answer_message(row[completion], completion)]}
+        return {"messages": [*read(row), *read_answer(row[completion], completion)], **list_tools(row)}
 
-    return from_pair, ["messages"], [*used, completion]
+    return from_pair, ["messages", *tools], [*used, completion, *tools]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:

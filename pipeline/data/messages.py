@@ -12,7 +12,8 @@ Row = Mapping[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
-NOT_READ = "calls a tool, which is not supported here; write the call into the content"
+RENDERED = ("name", "reasoning_content", "thinking")
+"""Keys of messages in an answer that some chat templates write, besides role, content and calls."""
 
 
 class ShapeError(ValueError):
@@ -37,7 +38,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
         called = {}
         if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
             if not calls:
-                raise ShapeError(f"{column} {NOT_READ}")
+                raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
             called = {"tool_calls": read} if (read := read_functions(without_none(found), column)) else {}
             message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
@@ -168,10 +169,15 @@ def as_answer(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def answer_message(value: object, column: str) -> dict[str, str]:
-    """Return the assistant's message with the text of a column, which may be that message."""
-    answer = {"content": ""} if as_answer(value) is None else _read_answer(value, column)
-    if not answer["content"].strip():
+def as_messages(answer: str | Messages) -> Messages:
+    """Return an answer, a text or a dialogue with tools, as messages."""
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def read_answer(value: object, column: str) -> Messages:
+    """Return the messages of an answer, which is a text, a message, or a dialogue with tools."""
+    answer = as_messages("") if as_answer(value) is None else _read_answer(value, column)
+    if not answer[0]["content"].strip() and len(answer[0]) == 2:
         raise ShapeError(f"{column} is empty")
     return answer
 
@@ -194,7 +200,7 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
     #   Q or [M]   A           B           texts
     #   Q or [M]   [M]         [M]         one message each
     #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
-    #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt
+    #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt, or dialogues with tools
     sides = {side: _with_roles(row[side]) for side in ("chosen", "rejected")}
     if prompt is None:
         prompts = []
@@ -206,7 +212,7 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
         prompt = prompts[0]
         if prompts[1] != prompt:
             raise ShapeError("chosen and rejected do not answer the same prompt")
-    answers = {side: [_read_answer(answer, side, prompt, system_prompt)] for side, answer in sides.items()}
+    answers = {side: _read_answer(answer, side, prompt, system_prompt) for side, answer in sides.items()}
     pair: dict[str, Any] = {"prompt": prompt, **answers}
     if "margin" in row:
         if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
@@ -217,19 +223,18 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
 
 def is_informative(pair: Row) -> bool:
     """Return whether a pair says which answer is better: neither is empty, and they are not the same."""
-    chosen, rejected = (pair[side][0]["content"].strip() for side in ("chosen", "rejected"))
-    return bool(chosen and rejected) and chosen != rejected
+    answers = [[{**one, "content": one["content"].strip()} for one in pair[side]] for side in ("chosen", "rejected")]
+    return answers[0] != answers[1] and all(answer[0]["content"] or len(answer[0]) > 2 for answer in answers)
 
 
 def labelled_pair(
-    prompt: Messages, chosen: str, rejected: str, annotator: str, chosen_first: bool, kind: str = "", tastes: Any = ()
+    prompt: Messages, chosen: Any, rejected: Any, annotator: str, chosen_first: bool, kind: str = "", tastes: Any = ()
 ) -> dict[str, Any]:
-    """Return two answers, of which `annotator` prefers the chosen one, as a row of a preference data set.
+    """Return two answers, texts or messages, of which `annotator` prefers the chosen one, as a row of a data set.
 
     `kind` is the prompt's, and `tastes` are noise-free, where known.
     """
-    answers = {"chosen": chosen, "rejected": rejected}
-    pair = {side: [{"role": "assistant", "content": text}] for side, text in answers.items()}
+    pair = {"chosen": as_messages(chosen), "rejected": as_messages(rejected)}
     about = {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
     taste_chosen, taste_rejected = tastes or (None, None)
     return {"prompt": prompt, **pair, **about, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
@@ -237,10 +242,19 @@ def labelled_pair(
 
 def _read_answer(
     value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
-) -> dict[str, str]:
-    """Return the assistant's message, perhaps empty, from a text, a message or a conversation with this prompt."""
+) -> Messages:
+    """Return the messages of an answer, perhaps empty or a conversation with this prompt: see `read_answer`."""
     if isinstance(value := as_answer(value), str):
-        return {"role": "assistant", "content": _as_text(value, column)}
+        return as_messages(_as_text(value, column))
+    turns = value if isinstance(value, list) else []
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    is_dialogue = len(turns) > 1 or any(map(first.get, ("tool_calls", *RENDERED)))
+    if is_dialogue and first.get("role") == "assistant":
+        messages = read_messages(turns, column, calls=True)
+        if messages[-1]["role"] != "assistant" or any(one["role"] in ("system", "user") for one in messages):
+            raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
+        kept = ({key: one[key] for key in RENDERED if one.get(key)} for one in turns)
+        return [{**message, **more} for message, more in zip(messages, kept, strict=True)]
     if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
         value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
@@ -248,8 +262,6 @@ def _read_answer(
     role, content = value[0].get("role"), value[0].get("content")
     if role != "assistant":
         raise ShapeError(f"{column} has the role {role!r:.60}, not assistant")
-    if value[0].get("tool_calls"):
-        raise ShapeError(f"{column} {NOT_READ}")
     if not isinstance(content, str):
         raise ShapeError(f"{column} is {content!r:.60}, not text")
-    return {"role": "assistant", "content": content}
+    return as_messages(content)

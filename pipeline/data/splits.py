@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset, concatenate_datasets, l
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
 from pipeline.data.sources import locate_error, open_source
-from pipeline.data.writing import CALLING
+from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, refuse
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ def load_splits(
 def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
     """Return whether any of these conversations from `load_splits` calls tools; of a stream, pass the first rows."""
     if isinstance(conversations, Dataset):
-        return bool(conversations.features["messages"] == CALLING)
-    return any("tool_calls" in message for row in conversations for message in row["messages"])
+        return any(conversations.features.get(name) == CALLING for name in ANSWERED)
+    return any(len(one) > 2 for row in conversations for name in ANSWERED for one in row.get(name) or ())
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
@@ -186,8 +186,9 @@ def _limit(split: Split, args: DataArguments, field: str) -> Split:
 
 def _join(parts: list[Split], most: int | None) -> Split:
     """Concatenate the rows of several data sets, up to `most` rows."""
-    types = [part.features for part in parts]
-    if any(one != types[0] for one in types) and CALLING in [one["messages"] for one in types if "messages" in one]:
-        parts = [part.cast(Features({**part.features, "messages": CALLING})) for part in parts]
+    types = [part.features or {} for part in parts]
+    calling = {name: CALLING for one in types for name in ANSWERED if one.get(name) == CALLING}
+    if any(one != types[0] for one in types) and calling:
+        parts = [part.cast(Features({**part.features, **calling})) for part in parts]
     joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     return joined if most is None else joined.take(most)

@@ -1,5 +1,6 @@
 """Write data sets in the layout of the Hub: README.md, whose header lists the files, and one Parquet file per split."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -7,24 +8,31 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Json, List, Value
+from datasets import Features, Json, List, Value, features
+from datasets.utils import json as json_of_datasets
 from huggingface_hub import DatasetCardData
 
 from pipeline.files import write_folder
 
 Rows: TypeAlias = Iterable[Mapping[str, Any]]
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
+ANSWERED = ("messages", "chosen", "rejected", "completion")
+"""Columns whose messages may call tools."""
 CALLING = List(Json())
 """Type of messages with tool calls: a struct would give each call the arguments of all others."""
+# The reader of `datasets` turns 0.1234 into 0.12340000000000001, and fails at whole numbers of more than 64 bits.
+for _module in (json_of_datasets, features.features):
+    _module.ujson_loads = json.loads
 
-PREFERENCES = Features(
-    {
-        **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
-        **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
-        **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
-    }
-).arrow_schema
+_PAIRS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES),
+    **dict.fromkeys(("annotator", "first", "kind"), Value("string")),
+    **dict.fromkeys(("taste_chosen", "taste_rejected"), Value("float64")),
+}
+PREFERENCES = Features(_PAIRS).arrow_schema
 """Columns of pairs that annotators, a judge or people have labelled."""
+DIALOGUES = Features({**_PAIRS, "chosen": CALLING, "rejected": CALLING, "tools": Value("string")}).arrow_schema
+"""Columns of pairs of dialogues with `tools`, which are the JSON of their schemas, as TRL reads it."""
 
 
 def write_data_set(
@@ -63,6 +71,11 @@ def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
     """Write rows to a Parquet file, with only 2,000 in memory at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
+    # pyarrow makes JSON, the type `CALLING`, of texts only.
+    texts = {pa.list_(pa.json_()): pa.list_(pa.string())}
+    plain = pa.schema([(column.name, texts.get(column.type, column.type)) for column in schema])
+    calling = [column.name for column in schema if column.type in texts]
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(rows, 2_000)):
-            writer.write_table(pa.Table.from_pylist(group, schema))
+            group = [{**row, **{name: [*map(json.dumps, row[name])] for name in calling}} for row in group]
+            writer.write_table(pa.Table.from_pylist(group, plain).cast(schema))

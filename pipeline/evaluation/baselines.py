@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.data.pocket.problems import WORKING
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import Rate
 from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
+from pipeline.tools.chat_model import ChatModel
 
 CONSTANTS = (
     *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),

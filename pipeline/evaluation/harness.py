@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline import hardware
 from pipeline.errors import Problem, UserError, is_network_error
 from pipeline.evaluation import intervals
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.likelihood import MAX_LOGITS
 from pipeline.evaluation.results import StageResult
+from pipeline.tools.chat_model import ChatModel
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -18,7 +18,6 @@ import evaluate
 from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.graders import Grader, grade_rows
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
@@ -27,6 +26,7 @@ from pipeline.models.generation import Completion, end_tokens, stopped
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 from pipeline.tools import dialogue
+from pipeline.tools.chat_model import ChatModel
 
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""

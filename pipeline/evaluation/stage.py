@@ -16,7 +16,6 @@ from jinja2 import TemplateError
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation import baselines, metrics, win_rate
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.intervals import Estimate
@@ -33,6 +32,7 @@ from pipeline.preferences.people import load_votes
 from pipeline.progress import Tally
 from pipeline.rewards.grading import is_gradable
 from pipeline.stages import HELD_OUT, STAGES
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import load_toolbox
 
 Settings = Mapping[str, Any]

@@ -20,13 +20,13 @@ import transformers
 from datasets import Features
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
 from pipeline.evaluation.metrics import NUMBER, Metric
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
+from pipeline.tools.chat_model import ChatModel
 
 Answers = Sequence[Sequence[str]]
 """One or several answers to each prompt."""

@@ -3,7 +3,8 @@
 The labels come from simulated annotators (`pipeline.rewards.annotators`) or a judge (`pipeline.preferences.judges`).
 The result is a data set in TRL's preference format, which cannot represent ties: they are dropped, and counted in
 README.md. Besides `prompt`, `chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first`
-("chosen" or "rejected"), `kind` (of the prompt) and, in the test split only, `taste_chosen` and `taste_rejected`.
+("chosen" or "rejected"), `kind` (of the prompt) and, in the test split only, `taste_chosen` and `taste_rejected`. With
+tools, answers are dialogues, and the column `tools` describes what they may call.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 from accelerate import PartialState
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 from pipeline import hardware, launch
 from pipeline.config.checks import check_ranges
 from pipeline.config.output_directory import recorded_template
 from pipeline.data import writing
 from pipeline.data.arguments import SPLITS, DataArguments, option
+from pipeline.data.messages import read_answer, refuse_special_tokens
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError, refuse
@@ -41,6 +44,8 @@ from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
 from pipeline.preferences.labels import Counts, label_answers, take_turns
 from pipeline.progress import report_progress
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
+from pipeline.tools.chat_model import ChatModel
+from pipeline.tools.loading import ToolArguments, load_toolbox
 
 logger = logging.getLogger("pipeline.preferences.collect")
 
@@ -59,7 +64,7 @@ them.
 
 
 @dataclass
-class PreferenceArguments:
+class AnswerArguments:
     """The model, the prompts, the sampling and the output."""
 
     model_name_or_path: str = field(metadata={"help": "Model whose answers are compared: a Hub id or a folder."})
@@ -90,10 +95,19 @@ class PreferenceArguments:
         try:
             if isinstance(given := self.chat_template_kwargs, str):
                 self.chat_template_kwargs = dict(json.loads(given))
+            elif given is None:
+                self.chat_template_kwargs = recorded_template(self.model_name_or_path)
             problems += check_template_arguments(self.chat_template_kwargs)
         except (ValueError, TypeError):
             problems.append(Problem("chat_template_kwargs", given, "is not a JSON object; correct it"))
         refuse(*problems)
+
+
+@dataclass
+class PreferenceArguments(ToolArguments, AnswerArguments):
+    """The same, and tools: with these, an answer is a whole dialogue."""
+
+    max_tool_calling_iterations: int | None = option(None, "How often results are returned (default: while they fit).")
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
@@ -125,36 +139,50 @@ def write(
     text = CARD.format(origin=origin, judge=judge, table=table)
     with write_folder(output_dir) as folder:
         for name in filled:
-            writing.write_rows(folder / f"{name}.parquet", writing.PREFERENCES, splits[name])
+            schema = writing.DIALOGUES if "tools" in splits[name][0] else writing.PREFERENCES
+            writing.write_rows(folder / f"{name}.parquet", schema, splits[name])
         card = writing.card({"default": filled}, text, tags=["preference"])
         (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
 
 
 def label_samples(
-    args: PreferenceArguments, judge: Judge = ANNOTATORS
+    args: AnswerArguments, judge: Judge = ANNOTATORS
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
     """Sample answers to the prompts on all processes, and label them.
 
     Return the labelled pairs and the counts of each split, the same on every process.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
-    tokens = special_tokens(load_tokenizer(args.model_name_or_path, "model_name_or_path"))
-    prompts = read_prompts(args, tokens, judge)
+    tokenizer = load_tokenizer(args.model_name_or_path, "model_name_or_path")
+    if isinstance(args, PreferenceArguments) and (problems := args.preflight(None, tokenizer, None)):
+        raise UserError(*problems)
+    prompts = read_prompts(args, special_tokens(tokenizer), judge)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     refuse(*check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens))
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
-    encoded = encode(model, tokenizer, prompts, args)
+    chat, shown, called = None, prompts, {}
+    if toolbox := load_toolbox(vars(args), tokenizer):
+        own = {"template": args.chat_template_kwargs, "turns": vars(args)["max_tool_calling_iterations"]}
+        chat = ChatModel(model, tokenizer, args.max_new_tokens, toolbox=toolbox, **own)
+        called = toolbox.template(tokenizer)
+        # What an environment says at first is part of the prompt, as in training.
+        shown = {name: [{**row, "prompt": toolbox.open(row)[0]} for row in rows] for name, rows in prompts.items()}
+    encoded = encode(model, tokenizer, shown, args, called)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
     total, done = sum(map(len, encoded.values())), 0
-    for number, (name, rows) in enumerate(prompts.items()):
+    for number, (name, rows) in enumerate(shown.items()):
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         seed = (3 * args.seed + number) * 1_000_000
-        answers = sample_answers(model, tokenizer, encoded[name], args, seed, progress=(done, total))
+        asked = prompts[name] if chat else encoded[name]
+        answers = sample_answers(model, tokenizer, asked, args, seed, progress=(done, total), chat=chat)
         done += len(rows)
         options: dict[str, Any] = {"pairs_per_prompt": args.pairs_per_prompt, "seed": f"{args.seed}/{name}"}
+        options["read"] = json.loads if chat else str
         splits[name], counts[name] = label_answers(rows, answers, **options, keep_taste=name == "test", judge=judge)
+        for row in splits[name] if chat else ():
+            row["tools"] = json.dumps([get_json_schema(tool) for tool in called["tools"]])
         logger.info("%-11s %s", name, ", ".join(f"{what} {text}" for what, text in counts[name].texts().items()))
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
@@ -163,7 +191,7 @@ def label_samples(
 
 
 def read_prompts(
-    args: PreferenceArguments, tokens: re.Pattern[str] | None = None, judge: Judge = ANNOTATORS
+    args: AnswerArguments, tokens: re.Pattern[str] | None = None, judge: Judge = ANNOTATORS
 ) -> dict[str, list[dict[str, Any]]]:
     """Read the prompts of each existing split in random order, at most as many as requested.
 
@@ -226,12 +254,11 @@ def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[Mapping[str, Any]]],
-    args: PreferenceArguments,
+    args: AnswerArguments,
+    called: Mapping[str, Any] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Return the prompts' token ids by split; `UserError` if one is refused, or leaves no room for an answer."""
-    # By default, prompts are formatted as in the training of the model.
-    given = args.chat_template_kwargs
-    template = given if isinstance(given, dict) else recorded_template(args.model_name_or_path)
+    template = {**vars(args)["chat_template_kwargs"], **(called or {})}
     asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
     try:
         encoded = {name: encode_prompts(tokenizer, texts, template) for name, texts in asked.items()}
@@ -252,26 +279,47 @@ def encode(
 def sample_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    args: PreferenceArguments,
+    prompts: Sequence[Any],
+    args: AnswerArguments,
     seed: int,
     progress: tuple[int, int],
+    chat: ChatModel | None = None,
 ) -> list[list[str]]:
     """Sample `args.samples_per_prompt` answers to each prompt, and return them on every process.
 
     Processes take turns at the batches, and each batch has its own seed, so that the number of processes has no effect
     as long as each has the same number of threads, which affects the order of sums. An answer that contains a special
     token becomes empty. `progress` has the numbers of prompts answered before and in all splits.
+
+    Prompts are token ids, and answers are texts. For a `chat` that calls tools, they are rows and dialogues as JSON.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
     size = max(1, args.batch_size // args.samples_per_prompt)
     tokens = special_tokens(tokenizer)
 
-    def answer(number: int, batch: Sequence[list[int]]) -> list[list[str]]:
+    def answer(number: int, batch: Sequence[Any]) -> list[list[str]]:
         report_progress(done=progress[0] + number * size, total=progress[1], unit="prompts")
-        settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "min_p", "batch_size")}
-        settings |= {"samples": args.samples_per_prompt, "seed": seed + number}
-        completions = generate(model, tokenizer, batch, **settings)
+        sampling: dict[str, Any] = {name: getattr(args, name) for name in ("temperature", "min_p")}
+        sampling["samples"] = args.samples_per_prompt
+        if chat:
+            # Each turn has a seed of its own.
+            dialogues = chat.answer(batch, seed=1000 * (seed + number), **sampling)
+            return [[_as_json(tokenizer, one.messages, tokens) for one in answers] for answers in dialogues]
+        sampling |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+        completions = generate(model, tokenizer, batch, seed=seed + number, **sampling)
         return [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
 
     return take_turns([prompts[start : start + size] for start in range(0, len(prompts), size)], answer)
+
+
+def _as_json(tokenizer: Any, messages: Sequence[Any], tokens: re.Pattern[str]) -> str:
+    """Return the JSON of a dialogue; "" if it cannot be read from a row, or not as the text that PPO would score."""
+    prompt = {"role": "user", "content": "-"}
+    # Infinite numbers, which JSON does not have, are refused as well.
+    with suppress(ValueError):
+        read = read_answer(list(messages), "answer")
+        refuse_special_tokens({"chosen": read}, tokens)
+        text = json.dumps(read, allow_nan=False)
+        texts = {tokenizer.apply_chat_template([prompt, *one], tokenize=False) for one in (messages, read)}
+        return text if len(texts) == 1 else ""
+    return ""

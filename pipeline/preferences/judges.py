@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline import hardware
-from pipeline.data.messages import Row
+from pipeline.data.messages import Row, as_messages
 from pipeline.errors import Problem, UserError
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 from pipeline.models.tokenizer import as_text, special_tokens
@@ -26,8 +26,8 @@ from pipeline.rewards.loading import call_reward, load_function
 
 # Tokens in a batch of conversations to score on an accelerator, padding included.
 BATCH_TOKENS = 8192
-# Answers, their opponents and the rows of the prompts -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown.
-Match = Callable[[Sequence[str], Sequence[str], Sequence[Row]], Sequence[float | None]]
+# Answers (texts or messages), their opponents, rows of the prompts -> 1 for a win, 0 a loss, 0.5 a tie, None unknown.
+Match = Callable[[Sequence[Any], Sequence[Any], Sequence[Row]], Sequence[float | None]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def load_judge(name: str | None) -> Judge:
     if ":" in name:
         function = load_function(name, "judge")
 
-        def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+        def match(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
             if "opponents" in inspect.signature(function).parameters:
-                turns = [[{"role": "assistant", "content": text}] for text in opponents]
+                turns = list(map(as_messages, opponents))
                 return [float(outcome or 0.0) for outcome in call_reward(function, answers, rows, opponents=turns)]
             given = (call_reward(function, texts, rows) for texts in (answers, opponents))
             return compare(*([float(reward or 0.0) for reward in rewards] for rewards in given))
@@ -73,10 +73,10 @@ def load_judge(name: str | None) -> Judge:
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     model.to(hardware.accelerator() or "cpu")
 
-    def match_by_score(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    def match_by_score(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
         # Scored together, so that answers in several pairs are scored once.
         pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
-        dialogues = [[*row["prompt"], {"role": "assistant", "content": answer}] for row, answer in pairs]
+        dialogues = [[*row["prompt"], *as_messages(answer)] for row, answer in pairs]
         scores = score(model, tokenizer, dialogues)
         return compare(scores[: len(rows)], scores[len(rows) :])
 

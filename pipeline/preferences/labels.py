@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from pipeline.data.messages import labelled_pair
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
+from pipeline.rewards.functions import read_texts
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -51,13 +52,15 @@ def label_answers(
     seed: int | str = 0,
     keep_taste: bool = False,
     judge: Judge = ANNOTATORS,
+    read: Callable[[str], Any] = str,
 ) -> tuple[list[dict[str, Any]], Counts]:
     """Let the simulated annotators, or a judge, compare the answers to each prompt.
 
     Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
     dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
-    and noise. Columns of the noise-free taste are None unless it is kept, and with a judge. Return the labelled pairs,
-    as rows of the data set, and the counts.
+    and noise. Columns of the noise-free taste are None unless it is kept, and with a judge. `read` turns an answer into
+    what a judge gets and the rows contain: its text, or the messages of a dialogue of which it is the JSON. Return the
+    labelled pairs, as rows of the data set, and the counts.
     """
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
@@ -71,7 +74,8 @@ def label_answers(
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
-        seen.append({answer: judge_components(answer, row) for answer in distinct if judge is ANNOTATORS})
+        texts = zip(distinct, read_texts([read(answer) for answer in distinct], {})[0], strict=True)
+        seen.append({answer: judge_components(text, row) for answer, text in texts if judge is ANNOTATORS})
         # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. A
         # judge compares the same pairs, because the draws are the same with and without one.
         rng = random.Random(f"{seed}/{index}")
@@ -86,7 +90,7 @@ def label_answers(
     if judge is not ANNOTATORS:
 
         def match(_: int, asked: Sequence[tuple[int, list[str], str]]) -> Sequence[float | None]:
-            first, second = ([shown[side] for _, shown, _ in asked] for side in (0, 1))
+            first, second = ([read(shown[side]) for _, shown, _ in asked] for side in (0, 1))
             return judge.match(first, second, [rows[index] for index, _, _ in asked])
 
         # The calls are independent of the number of processes.
@@ -100,13 +104,13 @@ def label_answers(
         if choice is None:
             continue
         row, components = rows[index], seen[index]
-        chosen, rejected = shown[choice], shown[1 - choice]
-        tastes = [mean_taste(components[answer]) for answer in (chosen, rejected) if components]
+        pair = shown[choice], shown[1 - choice]
+        tastes = [mean_taste(components[answer]) for answer in pair if components]
         if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
             agreements.append(tastes[0] > tastes[1])
         kept = tastes if tastes and keep_taste else (None, None)
-        labels = {"annotator": name, "kind": row.get("kind") or ""}
-        labelled.append(labelled_pair(row["prompt"], chosen, rejected, **labels, chosen_first=choice == 0, tastes=kept))
+        about: dict[str, Any] = {"annotator": name, "kind": row.get("kind") or "", "chosen_first": choice == 0}
+        labelled.append(labelled_pair(row["prompt"], read(pair[0]), read(pair[1]), **about, tastes=kept))
     counts.compared, counts.pairs = len(comparisons), len(labelled)
     counts.ties = counts.compared - counts.pairs
     counts.agreement = sum(agreements) / len(agreements) if agreements else None

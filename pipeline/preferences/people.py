@@ -23,7 +23,7 @@ from pipeline.data.arguments import option
 from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
 from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
-from pipeline.preferences.collect import PreferenceArguments, label_samples
+from pipeline.preferences.collect import AnswerArguments, label_samples
 from pipeline.preferences.judges import Judge, compare
 from pipeline.progress import report_progress
 
@@ -34,7 +34,7 @@ BY_HAND = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
 @dataclass
-class VoteArguments(PreferenceArguments):
+class VoteArguments(AnswerArguments):
     """The model, the prompts and the sampling of the pairs that people see, and how many votes are wanted."""
 
     min_votes: int = option(300, "Votes for one of two answers before the run continues.")

@@ -91,7 +91,7 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
 
     The reward is None if the reference is not a single letter.
     """
-    found = [_letter(answers.extract_answer(text)) for text in _read(completions, columns)[0]]
+    found = [_letter(answers.extract_answer(text)) for text in read_texts(completions, columns)[0]]
     references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
     pairs = zip(references, found, strict=True)
     rewards: Rewards = [None if reference is None else float(given == reference) for reference, given in pairs]
@@ -100,7 +100,7 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
 
 def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """Return 1.0 if a completion states exactly one final answer, right or wrong; give this reward a low weight."""
-    texts, _ = _read(completions, columns)
+    texts, _ = read_texts(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
     pairs = zip(texts, found, strict=True)
     rewards: Rewards = [float(given is not None and answers.count_answers(text) == 1) for text, given in pairs]
@@ -122,7 +122,7 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
     they are empty or not valid Python, or if the machine is too busy.
     """
-    codes = [_python(extract_code(text)) for text in _read(completions, columns)[0]]
+    codes = [_python(extract_code(text)) for text in read_texts(completions, columns)[0]]
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
     _logged("code_tests", codes, rewards, columns)
@@ -149,7 +149,7 @@ def reasoning_gym(
     judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) or its
     `metadata`, as JSON text, are unknown, or if the machine is too busy.
     """
-    texts, problems = _read(completions, columns)
+    texts, problems = read_texts(completions, columns)
     found = [answers.extract_answer(text) for text in texts]
     for index, text in enumerate(texts):
         # The last tags, if the final answer is between them: "<answer>'a'\n'b'</answer>".
@@ -173,7 +173,7 @@ def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """
     columns["prompt"] = columns.get("prompts")
     rewards: Rewards = []
-    for index, text in enumerate(_read(completions, columns)[0]):
+    for index, text in enumerate(read_texts(completions, columns)[0]):
         row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
         rewards.append(None if row.get("test") else taste(text, row))
     return rewards
@@ -188,7 +188,7 @@ MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
 """Rewards that may not be trained on: their weight must be 0."""
 
 
-def _read(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
+def read_texts(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the text to judge in each completion (the last message, if the assistant's), and the problem's text."""
     texts, problems = [], []
     for completion, prompt in zip(completions, columns.get("prompts") or [""] * len(completions), strict=True):
@@ -214,7 +214,7 @@ def _read_answers(
     completions: Sequence[Completion], answer: Sequence[object], columns: dict[str, Any]
 ) -> tuple[list[str | None], list[str | None], list[str]]:
     """Return the final answer of each completion, its reference, and the text of its problem."""
-    texts, problems = _read(completions, columns)
+    texts, problems = read_texts(completions, columns)
     references = [_reference(text) for text in answer]
     found = [answers.extract_answer(text) for text in texts]
     for index, (given, reference) in enumerate(zip(found, references, strict=True)):

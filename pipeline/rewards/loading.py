@@ -74,12 +74,12 @@ def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -
 
 
 def call_reward(
-    function: Callable[..., Any], answers: Sequence[str], rows: Sequence[Mapping[str, Any]], **more: Any
+    function: Callable[..., Any], answers: Sequence[Any], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
     """Call a reward function as trainers do, with answers as messages, and columns and `more` by name."""
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
     columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
-    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    completions = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in answers]
     return function(completions=completions, prompts=[row["prompt"] for row in rows], **columns, **more)
 
 

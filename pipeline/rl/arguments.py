@@ -12,6 +12,7 @@ from trl import GRPOConfig, ModelConfig
 
 from pipeline.data.arguments import DataArguments, option
 from pipeline.errors import Problem, UserError
+from pipeline.tools.loading import ToolArguments, load_environment, load_tools
 
 # These imports take seconds, and `--help` does not need them.
 if TYPE_CHECKING:
@@ -22,23 +23,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class SampledArguments:
-    """Tools that the model may call while it answers, through TRL's interface; and the checks of all rewards."""
+class SampledArguments(ToolArguments):
+    """Tools, and the checks of all rewards."""
 
     # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False
-    tools: list[str] | None = option(  # noqa: RUF009
-        None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
-    )
-    environment: str | None = option(
-        None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
-    )
-    allow_unconfined_code: bool = option(False, "Let code_tests run code even where the kernel cannot confine it.")
 
     def load_tools(self) -> dict[str, Any]:
         """Return the trainer's arguments for the tools."""
-        from pipeline.tools.loading import load_environment, load_tools
-
         return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
 
     def preflight(
@@ -50,12 +42,9 @@ class SampledArguments:
         """
         from datasets import Dataset
 
-        from pipeline.rewards.sandbox import run as sandbox
         from pipeline.rl.reward_checks import check_rewards, check_value_model
-        from pipeline.tools.loading import check_tools, load_environment
 
-        sandbox.allow_unconfined = self.allow_unconfined_code
-        problems = check_tools(self.tools, self.environment, tokenizer)
+        problems = super().preflight(training_args, tokenizer, train, early)
         models, functions = getattr(self, "reward_model_path", None) or [], getattr(self, "reward_funcs", None) or []
         gives_rewards = False
         with suppress(UserError):

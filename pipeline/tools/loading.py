@@ -14,11 +14,30 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.rewards.loading import find_named
-from pipeline.rewards.sandbox.run import validate_sandbox
+from pipeline.rewards.sandbox import run as sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python
+
+
+@dataclass(kw_only=True)
+class ToolArguments:
+    """Tools that the model may call while it answers, by TRL's interface."""
+
+    tools: list[str] | None = option(  # noqa: RUF009
+        None, "Tools: names of `pipeline.tools.functions`, or package.module:function."
+    )
+    environment: str | None = option(
+        None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
+    )
+    allow_unconfined_code: bool = option(False, "Let code_tests run code even where the kernel cannot confine it.")
+
+    def preflight(self, training_args: Any, tokenizer: Any, train: Any, early: bool = False) -> list[Problem]:
+        """Check the tools, as `pipeline.training.inputs.load_inputs` asks for it."""
+        sandbox.allow_unconfined = self.allow_unconfined_code
+        return check_tools(self.tools, self.environment, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class Toolbox:
 
 def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
     """Load the `tools` and the `environment` of a mapping. None if there are none, or the model cannot call them."""
-    if not names or _validate_template(tokenizer):
+    if not names or not (names.get("tools") or names.get("environment")) or _validate_template(tokenizer):
         return None
     return Toolbox(load_tools(names.get("tools")), load_environment(names.get("environment")))
 
@@ -116,7 +135,7 @@ def check_tools(
 def _validate_tool(tool: Callable[..., Any]) -> str | None:
     if inspect.iscoroutinefunction(tool):
         return "is asynchronous; write a plain function"
-    if tool is python and (fault := validate_sandbox()):
+    if tool is python and (fault := sandbox.validate_sandbox()):
         return fault
     try:
         get_json_schema(tool)

@@ -171,9 +171,12 @@ def _fit_rows(
             # Counting all tokens of a large data set takes minutes, and a stream is read over the network.
             is_stored = isinstance(split, Dataset)
             rows = list(split.take(min(1000, len(split)) if is_stored else 100))
-            calls = kind == "conversation" and has_calls(split if is_stored else rows)
+            calls = has_calls(split if is_stored else rows)
             if calls and not supports_tool_calling(tokenizer):
                 raise ValueError("it omits tool calls or their results; chat_template_path may name another")
+            if calls and kind != "conversation" and not isinstance(args, RewardConfig):
+                remedy = "DPO and KTO would also learn what tools wrote; use recipes.reward or recipes.sft"
+                raise UserError(Problem("dataset_name", "dialogues with tools", remedy))
             if kind == "text":
                 if TOKENS in rows[0]:
                     Encoder.of(tokenizer)([row[TOKENS] for row in rows])

@@ -24,10 +24,10 @@ from pipeline.__main__ import main
 from pipeline.app import compare, rollout, watch
 from pipeline.app.server import build_app
 from pipeline.app.site import Site
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.metrics import readable
 from pipeline.rl import ppo_math
 from pipeline.rl.grpo import GRPOTrainer
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
 from tests import tool_toy as toy
 

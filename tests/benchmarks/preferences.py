@@ -117,8 +117,8 @@ def try_settings(run: Path, methods: Sequence[str]) -> None:
 def load(path: Path) -> Any:
     """Load a model and its tokenizer to answer prompts with, as evaluations do."""
     from pipeline import hardware
-    from pipeline.evaluation.chat_model import ChatModel
     from pipeline.models.loading import load_model
+    from pipeline.tools.chat_model import ChatModel
 
     model, tokenizer = load_model(str(path), "run")
     return ChatModel(model.to(hardware.fast_dtype()).eval(), tokenizer, max_new_tokens=64)

@@ -26,10 +26,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.data.pocket.tools import LETTERS, QUESTIONS
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.intervals import mean, over_seeds
 from pipeline.models.generation import Completion
 from pipeline.rewards.functions import call_cost, exact_answer
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator
 from pipeline.tools.loading import Toolbox

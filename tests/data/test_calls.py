@@ -17,7 +17,7 @@ from small_model import CHATML, conversation, save_model, tokenizer, write_lines
 from trl import ModelConfig, SFTConfig
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.messages import ShapeError, read_messages, read_pair, refuse_special_tokens
+from pipeline.data.messages import ShapeError, is_informative, read_messages, read_pair, refuse_special_tokens
 from pipeline.data.splits import has_calls, load_splits
 from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import UserError
@@ -153,12 +153,18 @@ def test_calls_that_cannot_be_read_are_refused(messages: list[dict[str, Any]], m
         read_messages(messages, "messages", calls=True)
 
 
-def test_calls_are_read_in_conversations_alone() -> None:
+def test_calls_are_read_in_conversations_and_answers_and_not_in_prompts() -> None:
     for messages in ([USER, calling(LOOK), RESULT], [HUMAN, called(LOOK), SEEN]):
         with pytest.raises(ShapeError, match="calls a tool, which is not supported here"):
             read_messages(messages, "prompt")
-        with pytest.raises(ShapeError, match="chosen calls a tool, which is not supported here"):
-            read_pair({"chosen": messages[1:2], "rejected": [ANSWER]}, [USER])
+        with pytest.raises(ShapeError, match="chosen calls a tool, which is not read"):
+            read_pair({"chosen": [*messages, ANSWER], "rejected": [*messages, ANSWER]}, None)
+        pair = read_pair({"chosen": [*messages[1:], ANSWER], "rejected": messages[1:2]}, [USER])
+        assert [one["role"] for one in pair["chosen"]] == ["assistant", "tool", "assistant"]
+        assert pair["chosen"][0]["tool_calls"] == pair["rejected"][0]["tool_calls"] and is_informative(pair)
+        for wrong in (messages[1:], [*messages[1:], messages[0], ANSWER], [messages[2], ANSWER]):
+            with pytest.raises(ShapeError):
+                read_pair({"chosen": wrong, "rejected": [ANSWER]}, [USER])
 
 
 JSON = st.recursive(

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
@@ -22,6 +21,7 @@ from pipeline.models.generation import encode_prompts
 from pipeline.rewards.functions import call_cost
 from pipeline.tools import dialogue as module
 from pipeline.tools import loading
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.dialogue import Dialogue, converse, read_turn, result_tokens
 from pipeline.tools.functions import python
 from pipeline.tools.loading import Toolbox

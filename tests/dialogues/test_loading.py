@@ -132,5 +132,6 @@ def test_an_environment_may_be_the_only_one_that_rewards() -> None:
     ],
 )
 def test_a_folder_of_the_hub_names_only_our_tools(tmp_path: Path, line: str, allowed: bool) -> None:
-    (tmp_path / "4_grpo.yaml").write_text(f"output_dir: runs/x/4_grpo\n{line}\n")
-    assert (not check_untrusted(tmp_path)) == allowed
+    for step in ("3_preferences", "4_grpo"):
+        (tmp_path / f"{step}.yaml").write_text(f"output_dir: runs/x/{step}\n{line}\n")
+    assert len(check_untrusted(tmp_path)) == (0 if allowed else 2)

@@ -10,10 +10,10 @@ import pytest
 from small_model import write_lines
 
 from pipeline.__main__ import main
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
+from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
 from tests import tool_toy as toy
 from tests.app.test_tools import SAMPLED

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from pipeline.evaluation import likelihood
-from pipeline.evaluation.chat_model import ChatModel
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.win_rate import measure_distance
+from pipeline.tools.chat_model import ChatModel
 from tests.word_model import word_model_config, word_tokenizer
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)

@@ -22,10 +22,11 @@ from pipeline.__main__ import main
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.evaluation import chat_model, metrics
+from pipeline.evaluation import metrics
 from pipeline.evaluation.evaluate_yaml import check, complete, derive, recorded, template_arguments
 from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
 from pipeline.models.generation import Completion
+from pipeline.tools import chat_model
 from tests import vllm_stub
 
 OWN = "tests.evaluation.own_functions:{}"

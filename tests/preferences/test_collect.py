@@ -33,7 +33,7 @@ from trl import RewardConfig, RewardTrainer
 
 from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
-from pipeline.data.messages import ShapeError, answer_message
+from pipeline.data.messages import ShapeError, read_answer
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import VOTES_FILE, read_votes
 from pipeline.errors import EXIT_WAITING, RunStopped, UserError
@@ -222,7 +222,7 @@ def test_pairs_labelled_by_chance_and_the_preferred_answers_as_conversations(
     assert train[0]["messages"] == [*first["prompt"], *first["chosen"]]
     for wrong in (["text", {"role": "assistant", "content": "a"}], [{"role": "assistant"}], [{"role": "user"}], []):
         with pytest.raises(ShapeError):
-            answer_message(wrong, "chosen")
+            read_answer(wrong, "chosen")
 
 
 def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:

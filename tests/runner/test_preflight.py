@@ -15,7 +15,7 @@ from pipeline.runner.recipe import read_plan
 LATE = {
     "1_pretrain": {"block_size": 4096},
     "2_sft": {"max_length": 2560, "chat_template_path": "nope.jinja"},
-    "3_preferences": {"max_new_tokens": 5120},
+    "3_preferences": {"max_new_tokens": 5120, "tools": ["calculater"]},
     "3_ppo": {"reward_model_path": "./other/3_reward", "use_peft": True, "lora_target_modules": ["q_prj"]},
     "4_grpo": {
         "num_generations": 7,
@@ -31,6 +31,7 @@ REFUSED = [
     "1_pretrain: block_size: 4096: the model's context is 512 tokens",
     "2_sft: chat_template_path: nope.jinja: there is no such file",
     "2_sft: max_length: 2560: the model's context is 512 tokens",
+    "3_preferences: tools: calculater: did you mean calculator?",
     "3_preferences: max_new_tokens: 5120: the model's context is 512 tokens",
     "3_ppo: reward_model_path: ./other/3_reward: there is no such file",
     "3_ppo: lora_target_modules: q_prj: ",

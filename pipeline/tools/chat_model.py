@@ -1,4 +1,4 @@
-"""A chat model whose answers are measured."""
+"""A chat model whose answers are measured or compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class ChatModel:
     """A language model with its tokenizer and the length limit of its answers in tokens.
 
     `vllm` samples instead of the model. `counts` has the number of answers so far and, under `"cut off"`, how many the
-    limit or the context cut off. `template` has arguments of the chat template, `toolbox` what the model may call.
+    limit or the context cut off. `template` has arguments of the chat template, `toolbox` what the model may call, and
+    `turns` is how often it may read results (default: as often as they fit).
     """
 
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class ChatModel:
     template: Mapping[str, Any] = field(default_factory=dict)
     tally: Tally = field(default_factory=lambda: Tally("answers"))
     toolbox: Toolbox | None = None
+    turns: int | None = None
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[list[Completion]]:
         """Return the completions of each conversation; `options` as for `generate`."""
@@ -71,10 +73,10 @@ class ChatModel:
         encoded = encode_prompts(self.tokenizer, [prompt for prompt, _ in opened], template)
         dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
         single = replace(self, counts=Counter(), tally=Tally("turns"))
-        turns = count(options.pop("seed", 0))
+        seeds = count(options.pop("seed", 0))
 
         def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
-            found = single.complete(texts, room, seed=next(turns), **options)
+            found = single.complete(texts, room, seed=next(seeds), **options)
             return [completion.tokens for (completion,) in found], None
 
         started = complete([[*ids, *begun] for ids in encoded], room)[0]
@@ -82,10 +84,10 @@ class ChatModel:
             tokens = [*begun, *further]
             dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
         ends = end_tokens(self.model, self.tokenizer)
-        limit, context = self.max_new_tokens, self.positions or sys.maxsize
+        bounds: dict[str, Any] = {"limit": self.max_new_tokens, "context": self.positions or sys.maxsize}
         # Results are written as in training, where they are not preceded by a list of tools.
         del template["tools"]
-        converse(dialogues, complete, self.tokenizer, ends=ends, limit=limit, context=context, template=template)
+        converse(dialogues, complete, self.tokenizer, ends=ends, turns=self.turns, template=template, **bounds)
         completions = []
         for dialogue in dialogues:
             # A dialogue that ends with a call was cut off, because there was no room for the result.
