@@ -4,8 +4,6 @@ Mistakes of the user are found by checks, or by the constructor or loader that g
 field. Any other exception is a defect of this project or of a library, and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

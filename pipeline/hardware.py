@@ -1,7 +1,5 @@
 """Settings that depend on the machine: precision, threads, memory and compilation, each with a reason to log."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

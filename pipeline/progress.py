@@ -1,7 +1,5 @@
 """Progress of a step, which it reports to the runner: lines of JSON in the file that `FOURSTAGE_PROGRESS` names."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

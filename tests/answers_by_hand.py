@@ -1,7 +1,5 @@
 """What DPO and KTO compare, from plain forward passes: the log-probability of an answer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

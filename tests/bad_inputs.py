@@ -1,7 +1,5 @@
 """Inputs that are refused, for `test_bad_input`: the arguments of each case and what its message must contain."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Needs Chromium and its driver (`apt-get install chromium chromium-driver`) and t
 `test`). Without them these tests are skipped; they fail if the environment variable `CI` is set.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A machine with GPUs, as far as `torch.cuda` says so: what is sent to a GPU stays on the CPU."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

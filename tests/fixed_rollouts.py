@@ -5,8 +5,6 @@ them. With tools, that is true of each turn of a dialogue. The gradients of ever
 `seen.pt` in the output directory.
 """
 
-from __future__ import annotations
-
 import importlib
 import random
 import sys

@@ -1,7 +1,5 @@
 """llama.cpp itself: the server of the package xllamacpp, in this process."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

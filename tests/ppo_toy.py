@@ -1,7 +1,5 @@
 """A world so small that PPO takes a second: ten words, and models of a few thousand parameters."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -4,8 +4,6 @@
 `tests/runner/test_warm.py` holds that these forks get the environment of those processes.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import signal

@@ -1,7 +1,5 @@
 """The recipes that sample, PPO and GRPO, on the toy world: inputs on disk, and how they are launched."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

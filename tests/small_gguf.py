@@ -1,7 +1,5 @@
 """Decoders with random weights as GGUF files, which llama.cpp's converter writes, and back."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

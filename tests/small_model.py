@@ -1,7 +1,5 @@
 """A tokenizer, a model and data so small that a recipe trains in a second."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 A new process imports for six seconds, and then runs four stand-ins in a quarter of one.
 """
 
-from __future__ import annotations
-
 import fcntl
 import io
 import multiprocessing

@@ -3,8 +3,6 @@
 An answer is read as the words of the question, its own words, and whether it ended.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import random

@@ -1,7 +1,5 @@
 """The rule of the contest between two versions: the same version is refused, a faster one accepted."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

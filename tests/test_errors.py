@@ -1,7 +1,5 @@
 """How a program ends: a line for each mistake of the user, a traceback for a defect."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

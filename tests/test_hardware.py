@@ -1,7 +1,5 @@
 """Freed memory is reused instead of requested from the kernel again, and compilation is for long runs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

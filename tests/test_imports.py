@@ -1,7 +1,5 @@
 """Every module can be imported where the parts of POSIX that Windows lacks are missing."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

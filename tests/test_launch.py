@@ -1,7 +1,5 @@
 """Settings that are not active are refused, threads follow one rule, and one run at a time writes to a directory."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The architecture: packages import only from layers below their own, and no modules import each other in a circle."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from configparser import ConfigParser

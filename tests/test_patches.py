@@ -1,7 +1,5 @@
 """No method of another library's class or object is replaced from outside, except in `pipeline/models/patches.py`."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

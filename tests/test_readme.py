@@ -1,7 +1,5 @@
 """README and the other pages: their Python runs, their commands are accepted, and the files that they name exist."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

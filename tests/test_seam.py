@@ -5,8 +5,6 @@ checkpoint is resumed, say, or what the loss of a batch is. Imports need no list
 CONTRIBUTING says how the seam is tried with other releases.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """A stage in one place: an invented kind is one entry of the table and one recipe, and all who need it find it."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -4,8 +4,6 @@
 double -> <|argument|> -> n=1 (0.5), n=2 (0.4), n=x        n=1, n=2, n=x, yes, no, nothing -> <|end|>
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@
 GPUs only; `asked` has all processes ask for each turn at once, as TRL does with a server of vLLM.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tokenizer of whole words and a model of a few thousand parameters, for tests that read what is sampled."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@
 Needs the extra `app`: `pip install -e ".[app]"`.
 """
 
-from __future__ import annotations
-
 import argparse
 import getpass
 import socket

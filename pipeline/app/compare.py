@@ -5,8 +5,6 @@ server  a line of JSON     [{"model": "2_sft", "text": "A fox is", "seconds": 0.
         another one        ... whenever a column has changed, until all have ended or the page closes the connection
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Generator, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The models of the page and of the chat: loaded on first use, and sampled token by token."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

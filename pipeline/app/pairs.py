@@ -11,8 +11,6 @@ annotator a sequence: the pairs that were assigned to them, shown until they hav
 sees, come at regular intervals in each sequence: every fourth pair with an overlap of 0.25.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import secrets

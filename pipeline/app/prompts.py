@@ -4,8 +4,6 @@ RUN/data/README.md         "## What may I ask?", written with the data, or `GENE
 RUN/data/**/test.parquet   {"kind": "counting", "prompt": [...], "answer": "10"}, as evaluations read it
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace

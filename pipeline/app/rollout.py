@@ -5,8 +5,6 @@ server  a line of JSON     {"step": "prompt", ...}, then "completions", "check" 
                            or "completion" and "tokens" of PPO, or {"failed": why}
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The web server: the page, behind a gate that checks who may request it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

@@ -1,7 +1,5 @@
 """What all sections of the page share: the run that they show, and answers that are sent piece by piece."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import AsyncIterator, Generator

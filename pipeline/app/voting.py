@@ -9,8 +9,6 @@ A pair comes without the names of its models. The opinions of the simulated anno
 only once the annotator has voted on the pair.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import threading

@@ -5,8 +5,6 @@ step, under the settings that the stage was trained with (`arguments.json`). Onl
 switched off: normalisation over a rollout, accumulation of gradients, schedules.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import tempfile

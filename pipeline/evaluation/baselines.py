@@ -7,8 +7,6 @@
 `untouched/environment_reward`: what environments give if nothing is called in them; see `metrics.record_rewards`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from pipeline.data.pocket.problems import WORKING

@@ -10,8 +10,6 @@ The file is optional, and so is each key. Data that it does not name are the hel
 # `option` returns a field.
 # ruff: noqa: RUF009
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Graders decide whether answers are right: they are the rewards used in training, of which only 1 counts as right."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

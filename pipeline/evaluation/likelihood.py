@@ -1,7 +1,5 @@
 """The likelihood of held-out text under a model: of documents, and of answers in conversations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

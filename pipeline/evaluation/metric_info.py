@@ -1,7 +1,5 @@
 """Every metric of the evaluations: its label, what it measures, which direction is better and how it is printed."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -4,8 +4,6 @@ To add a metric, write its class and record it in the function of the data that 
 meaning, better direction, digits) in `metric_info.METRICS`. The classes work offline, unlike `evaluate.load`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import math

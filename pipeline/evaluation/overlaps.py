@@ -1,7 +1,5 @@
 """Held-out rows that have a copy among the rows that stages train on."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

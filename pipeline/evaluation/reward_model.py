@@ -4,8 +4,6 @@
 RewardBench; docs/tools.md says how the tool `rewardbench` itself loads a model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Evaluate one stage: measure everything that its kind of model and the available data allow."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Mapping

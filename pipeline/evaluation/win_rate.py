@@ -3,8 +3,6 @@
 The answers of the stage that others are compared with are saved with its evaluation, and read from there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

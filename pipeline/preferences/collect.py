@@ -7,8 +7,6 @@ README.md. Besides `prompt`, `chosen` and `rejected`, its columns are `annotator
 tools, answers are dialogues, and the column `tools` describes what they may call.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -4,8 +4,6 @@ A function is a reward function, `package.module:function`: the answer with the 
 parameter `opponents`, it judges the pairs itself: 1 for an answer that wins, 0 for one that loses, and 0.5 for a tie.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Labels for pairs of answers: which one the simulated annotators, or a judge, prefer."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ votes, `{"prompt": [...], "first": "It is red.", "second": "Red. Bye.", "choice"
 `choice` to "first", "second" or "tie".
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import random

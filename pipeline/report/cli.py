@@ -7,8 +7,6 @@
 Needs neither a model nor an accelerator: it reads what training and evaluation have written.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

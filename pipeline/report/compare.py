@@ -9,8 +9,6 @@ and by test row (of reward models, by seed only). The JSON maps each stage or ba
 at least as wide as the widest interval over rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

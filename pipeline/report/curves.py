@@ -3,8 +3,6 @@
 Templates draw them as inline SVG, whose colours come from the page's style sheet.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

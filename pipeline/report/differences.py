@@ -1,7 +1,5 @@
 """Differences on the same examples: gains of each stage, losses of earlier abilities, and differences between runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Everything readable is reported. A missing file means that a stage was not run; a damaged one becomes a note.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

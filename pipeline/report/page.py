@@ -1,7 +1,5 @@
 """The report of one run: the content of its page and its Markdown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """The path from random weights to reasoning as one picture, for readers who are new to the stages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report over several runs of one recipe, usually under several seeds: mean, spread and interval."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """metrics.json: every figure of a run, for scripts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

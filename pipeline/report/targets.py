@@ -1,7 +1,5 @@
 """Targets: the figures that a recipe promises, and whether a run meets them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Text and numbers as the report shows them: without anything invisible, or that would reorder or break the page."""
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

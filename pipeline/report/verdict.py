@@ -3,8 +3,6 @@
 Figures that were not recorded are ignored, and a miniature (`run --smoke`) is not judged at all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean

@@ -3,8 +3,6 @@
 `tests/benchmarks/alarms.py` tests them on runs that are known to have broken or not, and has the results.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

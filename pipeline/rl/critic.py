@@ -4,8 +4,6 @@ transformers' `Trainer` zeroes, clips and steps the policy; `Critic.step` does t
 gradients of all micro-batches of an optimizer step are there.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

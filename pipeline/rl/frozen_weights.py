@@ -3,8 +3,6 @@
 Policy, reference, reward model and critic remain separate modules, but share the storage of frozen weights.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, a faster sampler and, on CPUs, cheaper
 log-probabilities."""
 
-from __future__ import annotations
-
 import copy
 import math
 import sys

@@ -4,8 +4,6 @@ TRL removed its `PPOTrainer` after 1.12. This one adds the critic, the KL penalt
 generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`). `docs/ppo.md` has an example.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 from functools import partial

@@ -1,7 +1,5 @@
 """The configuration of `pipeline.rl.ppo.PPOTrainer`."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, fields
 

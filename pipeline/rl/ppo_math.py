@@ -17,8 +17,6 @@ Sources: Schulman et al., "High-Dimensional Continuous Control Using Generalized
 Preferences" (1909.08593) for the KL penalty per token; Schulman, "Approximating KL Divergence" (2020) for k1 and k3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

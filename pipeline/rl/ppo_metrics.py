@@ -4,8 +4,6 @@ Means are over completions or over unmasked tokens, of all processes. `pipeline.
 critic's gradient norm before clipping is `val/grad_norm`. TRL logs the policy's entropy and clipping.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

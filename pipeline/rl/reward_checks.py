@@ -1,7 +1,5 @@
 """Checks of the reward arguments: reward models by path, reward functions by name."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 from collections.abc import Sequence

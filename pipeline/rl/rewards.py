@@ -1,7 +1,5 @@
 """Reward models as reward functions."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any

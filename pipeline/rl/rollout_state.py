@@ -5,8 +5,6 @@ rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if
                                    moments of all scores so far; and how the rollout was split
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

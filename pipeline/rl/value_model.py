@@ -5,8 +5,6 @@ policy is an adapter, so is the critic, on frozen weights that are in memory any
 `AutoPeftModelForTokenClassification` loads it, with `num_labels=1`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

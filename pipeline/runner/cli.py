@@ -5,8 +5,6 @@ report over all. A step that fails ends the command, because the other seeds hav
 fail, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """The display of a run: a live view of its stages in a terminal, and otherwise a line for each event."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

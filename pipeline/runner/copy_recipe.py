@@ -3,8 +3,6 @@
 The copy writes to runs/<name of the folder>, and includes the recipe's README and the launch file.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

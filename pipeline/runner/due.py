@@ -7,8 +7,6 @@ was interrupted                                      -> resume from its last che
 none of these                                        -> skip
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence

@@ -5,8 +5,6 @@ launcher starts a module of this project. The runner starts this module instead.
 launch`, does not need the project to be installed, and checks the launch file.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

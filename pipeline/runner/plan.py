@@ -12,8 +12,6 @@ Options of the recipes override the YAML files. For a stage whose model has N pa
     time      FLOPs / (processes x peak x MFU), LAYER x layers x positions that are sampled one after the other
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

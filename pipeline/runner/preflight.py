@@ -5,8 +5,6 @@ the model that an earlier step makes. Problems with the rows of a data set only 
 `--smoke` does within seconds. `pipeline.training.checks` has the checks that training repeats.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os

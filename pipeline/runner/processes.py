@@ -14,8 +14,6 @@ OpenMP threads, and it ends if there is an accelerator, whose driver does not su
 forkserver of multiprocessing would continue despite threads, and its forks do not run exit functions.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -5,8 +5,6 @@ A recipe's paths are in one directory, its `home`; with `--output_dir` or `--smo
 same settings. Its command's arguments and `output` have the paths of the run.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The state of a run in progress: its stages, their figures, and the time that is left."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 It writes nothing, and compares with the current recipe folder.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

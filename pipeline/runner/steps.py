@@ -1,7 +1,5 @@
 """One step of a run: what it runs, reads and writes; and overrides of settings for `--smoke`."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

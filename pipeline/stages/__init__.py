@@ -8,8 +8,6 @@ To add a kind, write its recipe and its entry here. Recipes are only imported wh
 can import this one. The signature of a recipe's `main` names its argument dataclasses.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The types of the tables in `pipeline.stages`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

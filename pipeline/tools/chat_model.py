@@ -1,7 +1,5 @@
 """A chat model whose answers are measured or compared."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Callbacks of every trainer: an interrupt finishes the step and saves; logs are lines with speed and time left."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

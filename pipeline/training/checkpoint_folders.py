@@ -8,8 +8,6 @@ runs/pocket/2_sft/
   .unfinished/                may be left incomplete by a kill; never resumed from
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

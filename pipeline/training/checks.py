@@ -1,7 +1,5 @@
 """Checks of the training arguments before anything is trained; each function returns all problems that it finds."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """The start of every recipe: parse the arguments in the signature of its `main`, and call it."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import sys

@@ -1,7 +1,5 @@
 """TRL's trainers for instructions and preferences, with cheaper steps of the same loss, and the right reference."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Load a stage's data and tokenizer, and report everything that is wrong with them together."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import partial

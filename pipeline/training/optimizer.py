@@ -6,8 +6,6 @@ have their own learning rate: AdamW moves each number by about the learning rate
 a token that never occurs in the data would move as far as all others.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

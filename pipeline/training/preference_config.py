@@ -1,7 +1,5 @@
 """The arguments of preference tuning on fixed answers, with TRL's `DPOTrainer` and `KTOTrainer`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Pretraining with transformers' `Trainer`: arguments, compilation, router losses, and bits per byte."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -8,8 +8,6 @@ before saving. Here, the end of a step with a checkpoint and an evaluation is:
     output_dir          | .unfinished/checkpoint-N           | checkpoint-N, without surplus ones
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import shutil

@@ -1,7 +1,5 @@
 """The start and end of a training run, shared by all recipes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

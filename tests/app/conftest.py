@@ -1,7 +1,5 @@
 """A run whose every text attacks the page, with models so small that they answer at once."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

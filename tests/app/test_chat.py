@@ -1,7 +1,5 @@
 """The chat in the terminal: several turns, another stage, and answers that cannot act on the terminal."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

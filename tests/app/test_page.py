@@ -1,7 +1,5 @@
 """The page in a browser, for a run whose every text attacks it: nothing from elsewhere, text as text, by keyboard."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

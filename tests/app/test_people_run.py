@@ -1,7 +1,5 @@
 """From votes to a policy: a run waits for people, learns from a client that votes by a taste, and follows it."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -1,7 +1,5 @@
 """What may be asked: what the card of a run's data says, and its held-out prompts."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The gate of the page: what it lets through, and to whom; what the command refuses."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """Dialogues with tools on the page: what it shows of them is what is trained on, and what tools return stays text."""
 
-from __future__ import annotations
-
 import io
 import json
 import socket

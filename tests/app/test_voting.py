@@ -1,7 +1,5 @@
 """Prefer: what a page gets, what its votes become, and that nobody sees a pair twice."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import json

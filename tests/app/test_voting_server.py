@@ -1,7 +1,5 @@
 """Votes by several clients at once and in a browser, on a server that is killed and started again."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

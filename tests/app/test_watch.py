@@ -1,7 +1,5 @@
 """What the page shows of a rollout is what the trainers compute."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -37,8 +37,6 @@ The false alarm is GRPO that found no right answer in its first steps, and learn
 GRPO whose wrong reward was satisfied: to the alarms, it is success.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import fnmatch

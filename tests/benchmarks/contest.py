@@ -27,8 +27,6 @@ as two versions are that take turns. The halves are closer in time, and shorter,
 times, and count as the training steps do.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -15,8 +15,6 @@ same command, once, in `cpu/`; a folder of an earlier run on pocket (`--run`) sa
 On a machine without a GPU, the checks that a CPU can take run on miniatures (as with `--quick`), to try the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

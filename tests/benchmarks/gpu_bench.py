@@ -1,7 +1,5 @@
 """Where the checks of `tests.benchmarks.gpu` run, and what they yield."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

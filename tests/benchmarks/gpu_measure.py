@@ -3,8 +3,6 @@
 It is started by `gpu_bench` with the name of a function, a file for what the function returns, and its arguments.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

@@ -14,8 +14,6 @@ Prints the means over the seeds with half of their 95% intervals (Student's, and
 and writes OUTPUT/results.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from pathlib import Path

@@ -15,8 +15,6 @@ The killed processes are forks of this one, which has already imported the libra
 instead of ten. The exit code is 1 if a run was lost or ended with other weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

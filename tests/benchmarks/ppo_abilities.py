@@ -18,8 +18,6 @@ examines the result:
 Prints a table with what was observed, and writes OUTPUT/results.json. Takes about a minute.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -17,8 +17,6 @@ Prints the means over the seeds with half of their 95% intervals (Student's, and
 and writes OUTPUT/results.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

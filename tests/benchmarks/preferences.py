@@ -12,8 +12,6 @@ into the recipe. `table` compares the methods over the other seeds, on their tes
 model against the annotators' taste, in `overoptimisation.svg`. The pictures lie in `docs`, and need matplotlib.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

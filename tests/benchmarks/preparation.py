@@ -6,8 +6,6 @@ packs the documents of a run several times over, with 1 and 4 times as many, and
 share of the speed of `encode_batch_fast`, bytes a token in the cache file, and the growth of memory.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -15,8 +15,6 @@ Prints the tokens per second of each turn (the median of its steps), and the rat
 lowest and the highest.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@
 writes docs/report.png. It needs Chromium and its driver (`apt-get install chromium chromium-driver`).
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import io

@@ -21,8 +21,6 @@ share of all operators' time), in updates after the ones that are timed. What th
 - The estimate that decides about `torch.compile` measures the emulated products; what it compiles may use AVX-512.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """What the benchmarks against TRL's trainers share: each trainer in a process of its own, in turn, under each seed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

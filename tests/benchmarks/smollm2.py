@@ -10,8 +10,6 @@ transformers makes of them: from token ids, and from messages. About ten minutes
 anything is not as expected.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import re

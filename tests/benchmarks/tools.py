@@ -13,8 +13,6 @@ the range.
 Differences are paired, with 95% intervals by the bootstrap over problems; over the seeds, by Student's.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Values that no numeric and no text field accepts, by the dataclasses of every recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import math

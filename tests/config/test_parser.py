@@ -1,7 +1,5 @@
 """Arguments come from YAML, the command line and the machine; test_bad_input has most refusals."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A step that is started by hand before those that it needs names the command to run first."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`--help` of a recipe: ours and what the recipes set come first, the rest of the libraries' options behind it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Conversations in which the assistant calls tools, from any form and file, up to the labels that are learned from."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders and files as people bring them: each is read as it is meant, or refused with what to do."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

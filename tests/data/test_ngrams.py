@@ -1,7 +1,5 @@
 """Shared runs of words, compared with a search by brute force."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """Packing: blocks are full, no token is lost, and no document is seen by another."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shards of tokens: datatrove makes them, and training on them is training on the documents themselves."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

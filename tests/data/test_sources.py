@@ -1,7 +1,5 @@
 """Sources that cannot be read; test_bad_input has damaged files."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import tarfile

@@ -1,7 +1,5 @@
 """Every kind of source gives the columns that TRL expects; mistakes in data are in test_bad_input."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Streams: the same blocks for any number of processes, resumed exactly, in an order that the seed draws."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Tokens made a thousand rows at a time are those that TRL's trainers make of each row."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """People's votes: they are durable, count once, and make a data set."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

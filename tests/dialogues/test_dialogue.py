@@ -1,7 +1,5 @@
 """The loop of dialogues, and evaluation by it."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import socket

@@ -1,7 +1,5 @@
 """The tools that models may call: exact, and bounded whatever is asked of them."""
 
-from __future__ import annotations
-
 import time
 from fractions import Fraction
 

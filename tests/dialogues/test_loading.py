@@ -1,7 +1,5 @@
 """Tools and environments by name: what is refused before anything is trained, and by which words."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Functions of the kind that users name in evaluate.yaml."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """What is reached without training."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The reward that an environment gives itself, measured as in training, with what an untouched environment gives."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Log-likelihoods in batches are those of single rows, and the logits of a batch are bounded."""
 
-from __future__ import annotations
-
 import weakref
 from types import SimpleNamespace
 from typing import Any

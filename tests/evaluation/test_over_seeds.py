@@ -1,7 +1,5 @@
 """The interval of a mean over seeds."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Evaluation on the user's own data: what stages train on, what evaluate.yaml names, and judges of one's own."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

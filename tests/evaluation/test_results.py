@@ -1,7 +1,5 @@
 """What an evaluation writes about each example."""
 
-from __future__ import annotations
-
 from pipeline.evaluation.results import StageResult
 
 

@@ -4,8 +4,6 @@ It speaks the protocol of `huggingface_hub` without Xet, so the real clients pus
 lie on a second host, as on the Hub, to which no token may be sent.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

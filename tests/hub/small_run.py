@@ -1,7 +1,5 @@
 """A finished run of miniature models, as `python -m pipeline run` leaves it."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cards: what the Hub reads of them, and what a reader does."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import shutil

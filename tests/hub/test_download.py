@@ -1,7 +1,5 @@
 """`run --download`: what a recipe names on the Hub is in the cache afterwards, for machines without internet."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

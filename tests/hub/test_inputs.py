@@ -1,7 +1,5 @@
 """Models, data and recipe folders that are read from the Hub."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

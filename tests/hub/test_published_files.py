@@ -1,7 +1,5 @@
 """What names the machine or holds a secret is not pushed."""
 
-from __future__ import annotations
-
 import html
 import json
 import shlex

@@ -1,7 +1,5 @@
 """`python -m pipeline push`: a whole run goes to the Hub and comes back, whatever happens on the way."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Recipes push while they train and at their end, and resume from the Hub alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

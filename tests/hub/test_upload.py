@@ -1,7 +1,5 @@
 """One repository of three files, with each fault at each request in turn."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A stage may start from an adapter: it trains on the two merged, and what it saves loads as one."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from pathlib import Path

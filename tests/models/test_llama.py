@@ -1,7 +1,5 @@
 """The model from scratch: it fits its tokenizer, its seed decides its weights, wrong sizes are refused."""
 
-from __future__ import annotations
-
 import logging
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Llama 4 from scratch: its sizes, what a token costs, balanced experts, and what transformers lacks for it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

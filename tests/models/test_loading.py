@@ -1,7 +1,5 @@
 """Models that are broken are refused when they are loaded, in one line that names the field."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

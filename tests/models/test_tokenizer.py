@@ -1,7 +1,5 @@
 """The tokenizer: no text is lost, prompts are prefixes of conversations, the mask covers what is learned."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

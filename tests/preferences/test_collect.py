@@ -1,7 +1,5 @@
 """Collecting preferences: from a model and prompts to a data set that TRL trains on."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

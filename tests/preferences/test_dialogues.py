@@ -1,7 +1,5 @@
 """Preferences between dialogues with tools, and what the stages behind them make of these rows."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Everything that is refused before a run begins: one line per problem, exit code 2, nothing written."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The commands in the recipes' docstrings run as printed, on small stand-ins for the data and models that they name."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex

@@ -1,7 +1,5 @@
 """DPO by hand: the loss and its gradient from plain forward passes of the policy and of the right reference."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

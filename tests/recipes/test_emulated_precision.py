@@ -1,7 +1,5 @@
 """Where bfloat16 is emulated, which takes up to 30 times as long as float32, nothing is multiplied in it."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

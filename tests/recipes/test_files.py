@@ -1,7 +1,5 @@
 """Each YAML file of the recipe folders is accepted by its recipe, and those of a folder make a run."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from importlib import import_module

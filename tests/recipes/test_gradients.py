@@ -1,7 +1,5 @@
 """Two processes step along the gradient of the whole batch: tested with SGD, because Adam hides a constant factor."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The GRPO recipe from the command line: GSM8K's format by YAML alone, several rewards, the control, refusals."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """KTO by hand, and the rows that it reads: pairs, single answers, and people's votes with ties."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """The whole path on rows of the tests: text, questions and pairs in a folder; stages 2 to 4 for an existing model."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import gzip

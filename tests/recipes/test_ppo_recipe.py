@@ -1,7 +1,5 @@
 """The PPO recipe from the command line: from files to a policy and a critic; refusals."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

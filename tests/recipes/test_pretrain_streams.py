@@ -3,8 +3,6 @@
 So is one on the tokens of the documents, made beforehand.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Recipes as they are launched: one process, two, killed, interrupted, started again."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The reward model that is saved scores as the one that was trained, wherever the padding is and whatever the batch."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

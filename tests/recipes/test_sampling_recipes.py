@@ -1,8 +1,6 @@
 """The recipes that sample, PPO and GRPO, as they are launched: killed and restarted, one process and two, rewards that
 fail."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal

@@ -1,7 +1,5 @@
 """The recipes for GPUs: their smoke runs, on a Hub with data sets of the same ids, configurations and columns."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterator, Mapping

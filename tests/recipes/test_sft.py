@@ -1,7 +1,5 @@
 """Instruction tuning: what is learned from, what a token sees, and LoRA."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The recipe for a real chat model, on a small one in its place."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

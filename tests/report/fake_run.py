@@ -1,7 +1,5 @@
 """A run directory as training and evaluation leave it, invented from a seed."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

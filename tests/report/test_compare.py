@@ -1,7 +1,5 @@
 """`python -m pipeline compare`, on runs whose differences are known."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

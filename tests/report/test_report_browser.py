@@ -1,7 +1,5 @@
 """The report as a browser shows it: no error, no request, nothing cut off, readable in both schemes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """`python -m pipeline report`: what it writes, from whole, partial, several and damaged runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Differences, targets, axes and curves, on figures small enough to check by hand."""
 
-from __future__ import annotations
-
 import math
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The picture of the path: every stage in it, with what this run reached."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report over several runs of one recipe."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What models wrote must not be able to do anything to the page, the Markdown or the reader's eyes."""
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -1,7 +1,5 @@
 """What did not work in a run is named with its remedy; a run that did well, or is not to be judged, has no findings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The simulated annotators: what they like, how noisily they say so, and that they cannot be gamed."""
 
-from __future__ import annotations
-
 import random
 import statistics
 from functools import partial

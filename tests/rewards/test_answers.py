@@ -1,8 +1,6 @@
 # ruff: noqa: E501 - rows of a table read better on one line
 r"""How models write their final answers, and what a policy might write to be paid without solving the problem."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Reward functions neither see each other's edits nor pass NaN on, in both trainers."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

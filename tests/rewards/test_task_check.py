@@ -1,7 +1,5 @@
 """The reward by the verifiers of reasoning-gym: what they pay, and answers that are written for them."""
 
-from __future__ import annotations
-
 import json
 import time
 from typing import Any

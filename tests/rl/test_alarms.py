@@ -1,7 +1,5 @@
 """A collapse is named once, in the log and in the log's entries; a sound run, and success, are not."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """PPO trains policies of other architectures than Llama, resumes them exactly, and loads their critics again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ A new field of TRL or transformers belongs in one of the lists: find out what re
 in `UNUSED_IN_ROLLOUTS` of `pipeline.config.checks`, or `UNUSED` of `pipeline.rl.ppo_config`, which refuse it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """What `pipeline.rl.grpo` adds to TRL: exact resumption, cheaper log-probabilities on a CPU, checks of rewards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

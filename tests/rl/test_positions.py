@@ -1,7 +1,5 @@
 """A text's padding changes nothing that is computed for it, whatever the kind of its positions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

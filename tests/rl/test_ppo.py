@@ -1,7 +1,5 @@
 """What `PPOTrainer` learns, and what its options do."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`PPOConfig`: its defaults, also those that depend on the machine, and the options that it refuses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """PPO's arithmetic against the same written as slow loops over Python floats."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

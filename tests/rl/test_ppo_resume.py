@@ -1,7 +1,5 @@
 """A resumed run ends like an uninterrupted one: policy, critic and optimizer, bit for bit."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

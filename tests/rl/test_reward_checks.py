@@ -1,7 +1,5 @@
 """Which rewards are accepted, and which are refused."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

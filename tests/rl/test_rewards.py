@@ -1,7 +1,5 @@
 """Reward models read what the policy wrote, and a reward that fails is named."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from pathlib import Path

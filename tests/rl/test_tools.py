@@ -1,7 +1,5 @@
 """Dialogues with tools in GRPO and PPO: what is trained on, and what a resumed run goes on with."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The critic beside a policy that is an adapter: an adapter with a value head, on weights that are in memory once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the critic of PPO is made from, and what it estimates at first."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """GRPO and PPO with vLLM, as far as that goes without a GPU: what they pass to an engine, and what they make of it."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What a person sees of a run: in a terminal, whose screen is rebuilt from what is written to it, and elsewhere."""
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Recipes that come with the package: found by name from anywhere, and copied to a folder to change."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

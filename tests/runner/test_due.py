@@ -1,7 +1,5 @@
 """Which steps of a finished run of recipes/pocket run again after a change of its YAML files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The evaluations that the runner plans: what they are measured on, what they need, and when they are due."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

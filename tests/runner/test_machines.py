@@ -1,7 +1,5 @@
 """Several machines: `--launcher` starts a launcher on each of them, here two on one machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

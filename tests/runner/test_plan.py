@@ -1,7 +1,5 @@
 """`python -m pipeline plan`: what a run takes, against arithmetic by hand and against what trainers count."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """What a late stage would refuse is reported before the first one runs, also where `--smoke` would hide it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 The steps typed by hand make the same run.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """llama.cpp's converter takes what the recipes write, and loses nothing."""
 
-from __future__ import annotations
-
 import sys
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What llama.cpp's converter writes of a decoder becomes that decoder again; anything else is refused in one line."""
 
-from __future__ import annotations
-
 import copy
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """llama.cpp makes the same of exported files as transformers makes of the models, and of texts the same tokens."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness: measured on a stage, and shown in the results and in the report."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

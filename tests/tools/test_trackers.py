@@ -1,7 +1,5 @@
 """TensorBoard and trackio show what the trainers log, under TRL's names."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 `tests/recipes/test_sft.py` opens the adapter of a language model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

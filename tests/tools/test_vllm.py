@@ -1,7 +1,5 @@
 """vLLM serves what the recipes write: the architecture is one of its own, and the weights have the names it reads."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

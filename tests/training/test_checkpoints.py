@@ -1,7 +1,5 @@
 """Checkpoints are complete or absent, and a run resumes from the latest valid one."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Checks of the training arguments that no refused command line shows: what they accept, and the model's own files."""
 
-from __future__ import annotations
-
 import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path

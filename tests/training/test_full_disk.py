@@ -1,7 +1,5 @@
 """A disk that fills up while a checkpoint is written, on a real file system of a few megabytes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

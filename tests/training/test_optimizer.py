@@ -1,7 +1,5 @@
 """Matrices, embeddings and the rest: each group is updated as by torch's optimizers, and checkpoints keep the state."""
 
-from __future__ import annotations
-
 import copy
 import io
 import shutil

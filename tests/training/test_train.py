@@ -1,7 +1,5 @@
 """The end of a run: why it ended early is reported, and the saved model works elsewhere."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -4,8 +4,6 @@
 uses nothing of this project; `pytest tests/upstream/advantages.py` runs it alone.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ They use nothing of this project, so that each can be pasted into an issue of th
 JSON: for each function, what is wrong, or null.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable

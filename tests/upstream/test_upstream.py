@@ -1,7 +1,5 @@
 """What is wrong in the libraries, and worked around here: each test fails as soon as a release has corrected it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """One small data set for all tests of its content."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

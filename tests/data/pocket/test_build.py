@@ -1,7 +1,5 @@
 """The data set repository: the same bytes everywhere, for `load_dataset`, distinct, in constant memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

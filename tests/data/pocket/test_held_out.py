@@ -1,7 +1,5 @@
 """What is held out from what, measured on the data set that is written."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from itertools import combinations

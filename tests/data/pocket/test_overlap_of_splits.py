@@ -1,7 +1,5 @@
 """No training row contains part of a held-out row: a check that shares no code with the generator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

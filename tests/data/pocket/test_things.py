@@ -1,7 +1,5 @@
 """The world: enough things and phrasings, and no answer that counts as wrong is right."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

@@ -1,7 +1,5 @@
 """The data of recipes/pocket-tools: what is held out, and that what tools answer in it is right."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The data set of reasoning-gym's tasks: disjoint splits, answers that verifiers accept, and mistakes in `tasks:`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from itertools import islice

@@ -1,7 +1,5 @@
 """Attention for packed documents is transformers' own attention, whatever is masked, and computes less of it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from itertools import chain

@@ -1,7 +1,5 @@
 """A classifier computes texts of similar length together."""
 
-from __future__ import annotations
-
 import torch
 
 from pipeline.models.kernels.length_groups import group_by_length

@@ -1,7 +1,5 @@
 """Texts that share forward passes and prompts have the values and gradients that each has alone."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

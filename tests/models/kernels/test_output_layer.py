@@ -1,7 +1,5 @@
 """The output layer of instruction tuning: what it returns is what TRL's returns, for less work."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

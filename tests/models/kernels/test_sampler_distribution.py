@@ -1,7 +1,5 @@
 """The sampler draws from the distribution that the model defines, and from the one that `model.generate` draws from."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 
