@@ -38,7 +38,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
         called = {}
         if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
             if not calls:
-                raise ShapeError(f"{column} calls a tool, which is not read; write the call into the content")
+                raise ShapeError(f"{column} calls a tool, which is not supported here; write the call into the content")
             called = {"tool_calls": read} if (read := read_functions(without_none(found), column)) else {}
             message = {**message, "content": message.get("content") or ""}
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):

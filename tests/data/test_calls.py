@@ -155,7 +155,7 @@ def test_calls_are_read_in_conversations_and_answers_and_not_in_prompts() -> Non
     for messages in ([USER, calling(LOOK), RESULT], [HUMAN, called(LOOK), SEEN]):
         with pytest.raises(ShapeError, match="calls a tool, which is not supported here"):
             read_messages(messages, "prompt")
-        with pytest.raises(ShapeError, match="chosen calls a tool, which is not read"):
+        with pytest.raises(ShapeError, match="chosen calls a tool, which is not supported here"):
             read_pair({"chosen": [*messages, ANSWER], "rejected": [*messages, ANSWER]}, None)
         pair = read_pair({"chosen": [*messages[1:], ANSWER], "rejected": messages[1:2]}, [USER])
         assert [one["role"] for one in pair["chosen"]] == ["assistant", "tool", "assistant"]
@@ -337,8 +337,8 @@ def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked:
     own = write_lines(tmp_path / "own.jsonl", [{"messages": WHOLE, "tools": [LISTED]}] * 3)
     plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 3)
     options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    args = SFTConfig(str(tmp_path / "o"), assistant_only_loss=True, max_length=256, **options)
     for paths in ([own, plain], [plain, own]):
+        args = SFTConfig(str(tmp_path / "o"), assistant_only_loss=True, max_length=256, **options)
         data = DataArguments(paths, dataset_streaming=True, validation_share=0.0)
         tokenizer_, train, _ = load_inputs("conversation", data, args, ModelConfig(model))
         rows = list(train)
