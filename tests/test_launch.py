@@ -218,7 +218,9 @@ def test_without_a_number_of_threads_the_cores_are_shared(
 def test_under_a_launcher_only_the_users_number_of_threads_counts(
     own: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "step.py").write_text("from pipeline import hardware\nprint(hardware.threads().reason)\n")
+    # A single write, because the lines of two processes may mix.
+    code = 'import os\nfrom pipeline import hardware\nos.write(1, f"{hardware.threads().reason}\\n".encode())\n'
+    (tmp_path / "step.py").write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = ["accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     done = subprocess.run(

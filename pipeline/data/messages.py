@@ -104,8 +104,7 @@ def read_functions(value: object, column: str, schemas: bool = False) -> list[di
             if schemas:
                 return [{"type": "function", "function": function}]
             if isinstance(arguments := _parse(function.get("arguments")), Mapping):
-                numbers = [one for one in leaves(arguments) if isinstance(one, int | float)]
-                if any(abs(one) >= 2**63 if isinstance(one, int) else not math.isfinite(one) for one in numbers):
+                if any(isinstance(one, float) and not math.isfinite(one) for one in leaves(arguments)):
                     raise ShapeError(f"{column} has a number that JSON cannot hold in the call {arguments!r:.60}")
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
     kind, expected = ("tool", "a function with a name") if schemas else ("call", "a name with an object of arguments")

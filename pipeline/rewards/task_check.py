@@ -7,6 +7,8 @@ answer is only paid in full if it agrees with the task's own, and if the verifie
 same answer without the problem.
 """
 
+from __future__ import annotations
+
 import dis
 import json
 import math
@@ -26,7 +28,7 @@ def _serve() -> None:
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 
-    # SymPy's parser begins with this.
+    # SymPy's parser begins with this, compiled with postponed annotations, as in this module.
     by_sympy = compile("from sympy import *", "<string>", "exec")
 
     def refuse_programs(event: str, arguments: tuple[Any, ...]) -> None:

@@ -70,7 +70,7 @@ def train_and_save(trainer: Reliable) -> None:
         check_architecture(named[0], trainer.model.config)
         done, total = TrainerState.load_from_json(str(named[0] / files.STATE)).global_step, total_steps(trainer)
         if done > total:
-            remedy = f"the checkpoint has {done} steps already; raise it, or resume from an earlier checkpoint"
+            remedy = f"the checkpoint already has {done} steps; raise it, or resume from an earlier checkpoint"
             raise UserError(Problem("max_steps", total, remedy))
     first = trainer.is_world_process_zero()
     # The lock keeps other runs from writing to the output directory.

@@ -138,7 +138,7 @@ def test_a_model_whose_template_does_not_write_calls_is_refused(arguments: dict[
     words.chat_template = words.chat_template.replace("message['tool_calls']", "[]")
     words.save_pretrained(tmp_path / "model")
     given = {**arguments, "model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(UserError, match=r"tools: .*calculator.*: the model's chat template does not write calls"):
+    with pytest.raises(UserError, match=r"tools: .*calculator.*: the model's chat template does not support"):
         collect(PreferenceArguments(**given, tools=["calculator"]))
     assert not (tmp_path / "out").exists()
 
