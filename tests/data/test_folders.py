@@ -302,6 +302,12 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
     ("files", "kind", "message"),
     [
         ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
+        (
+            {"a__txt": '\n{"text": "a"}\n', "b__txt": "b"},
+            "text",
+            r"a.txt: contains rows in JSON, .*rename it to .jsonl$",
+        ),
+        ({"a__txt": "a", "b__md": '[\n {"text": "' + "a" * 9999}, "text", r"b.md: contains rows .*rename it to .json$"),
         ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: .*it must be an object, not \['a'\]"),
         ({"a__parquet": POINTER}, "text", r"a.parquet: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
         ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
@@ -354,6 +360,14 @@ def test_other_columns_are_found_before_a_stream_comes_to_them(tmp_path: Path, k
     args = write("other", {"question": "a", "answer": "b"}, {"prompt": "a", "answer": "b"})
     with pytest.raises(UserError, match=rf"0.{kind}: has the columns answer, question, and .*1.{kind} has answer, pr"):
         load_splits(args, "conversation", evaluation=False)
+
+
+def test_rows_in_a_text_file_are_refused_before_a_stream_comes_to_them(tmp_path: Path) -> None:
+    folder = lay(tmp_path, a__txt=POEM, b__txt='{"text": "a"}\n', c__txt='{\n  "an": "object"\n}\n')
+    with pytest.raises(UserError, match=r"b.txt: contains rows in JSON"):
+        open_source(folder, streaming=True)
+    (tmp_path / "b.txt").write_text('{curly} words: "quoted"')
+    assert len(texts(folder)) == 3
 
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:
