@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import Split, Splits, column_names
-from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents
+from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents, open_text
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -172,6 +173,10 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
             suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
             # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
             is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
+            if BUILDERS.get(suffix) == "csv" and is_filled and file != path:
+                # A table may have a header only.
+                with open_text(file) as lines:
+                    is_filled = len([*islice(filter(str.strip, lines), 2)]) == 2
             is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
     files = [file for file in is_data if is_data[file]]
     unread = [file.name for file in is_data if not is_data[file]]

@@ -174,11 +174,13 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool) -> None:
+def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline")
     Dataset.from_dict({"text": ["a"]}).take(0).to_parquet(tmp_path / "a.parquet")
     Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "b.parquet")
-    folder = lay(tmp_path, c__csv="", d__csv="text\nd\n")
+    folder = lay(tmp_path, c__csv="", d__csv="text\nd\n", e__csv="other\n\n", f__tsv="a\tb".encode("utf-16"))
     assert sorted(row["text"] for row in read(folder, streaming=streaming)) == ["b", "d"]
+    assert "not read, because they are not data, or empty: c.csv, e.csv, f.tsv" in caplog.text
     with pytest.raises(UserError, match=r"a.parquet(, split train: is empty|: .* corresponds to no data)"):
         read(f"{folder}/a.parquet", streaming=streaming)
 
