@@ -174,6 +174,41 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_may_lack_the_values_of_a_column_or_have_text_in_it(tmp_path: Path, streaming: bool) -> None:
+    header = "question,answer,level,id\n"
+    for number, row in enumerate(("NA,007,,1", "Why?,08,hard,x1", "Who?,,,2")):
+        (tmp_path / f"{number}.csv").write_text(f"{header}{row}\n")
+    rows = list(open_source(str(tmp_path), streaming=streaming)["train"])
+    assert [(row["question"], row["answer"]) for row in rows] == [("NA", "007"), ("Why?", "08"), ("Who?", None)]
+    assert [(row["level"], row["id"]) for row in rows] == [(None, "1"), ("hard", "x1"), (None, "2")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("first", ["plain", "with calls"])
+def test_conversations_with_and_without_calls_are_joined(tmp_path: Path, streaming: bool, first: str) -> None:
+    called = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    calls = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [called]}]
+    calls += [{"role": "tool", "content": "1"}, ASKED[1]]
+    rows = [{"messages": ASKED}, {"messages": calls}]
+    for number, row in enumerate(rows if first == "plain" else rows[::-1]):
+        write_lines(tmp_path / f"{number}.jsonl", [row])
+    found = read(str(tmp_path), "conversation", streaming)
+    found = sorted((row["messages"] for row in found), key=len)
+    assert found[0] == ASKED and found[1][1]["tool_calls"] == [called] and found[1][2:] == calls[2:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_types_that_do_not_fit_are_refused_with_both_files(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "alike").mkdir()
+    for number, tags in enumerate(("a b", ["a", "b"])):
+        Dataset.from_list([{"text": "a", "tags": tags}]).to_parquet(tmp_path / "alike" / f"{number}.parquet")
+    write_lines(Path(lay(tmp_path / "mixed", a__csv="text,tags\na,b\n"), "b.jsonl"), [{"text": "a", "tags": ["b"]}])
+    for folder, one, other in (("alike", "0.parquet", "1.parquet"), ("mixed", "a.csv", "b.jsonl")):
+        with pytest.raises(UserError, match=f"{one}: its column tags has another type than in .*{other}; give"):
+            open_source(str(tmp_path / folder), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pipeline")
     Dataset.from_dict({"text": ["a"]}).take(0).to_parquet(tmp_path / "a.parquet")
