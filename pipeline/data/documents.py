@@ -34,6 +34,9 @@ TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`,
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 
+JSON = re.compile(r'(\[\s*)?\{[ \t]*"[^"\n]*"[ \t]*:')
+"""The beginning of rows in JSON, such as `{"text":`, but not of an object that spans several lines."""
+
 
 def open_documents(
     files: Sequence[Path], rule: str | None, streaming: bool, split: str, is_single: bool
@@ -48,6 +51,10 @@ def open_documents(
     parts: list[list[str]] = [[]]
     size, longest = 0, LONGEST
     for file in files:
+        with open_text(file) as text:
+            if rows := JSON.match(text.read(LONGEST).lstrip()):
+                remedy = f"contains rows in JSON, not plain text; rename it to {'.json' if rows[1] else '.jsonl'}"
+                raise UserError(Problem("dataset_name", file, remedy))
         if size > PART_BYTES:
             parts.append([])
             size = 0

@@ -9,13 +9,14 @@ import os
 import re
 import zlib
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import yaml
-from datasets import DatasetDict, Features, IterableDatasetDict, concatenate_datasets
+from datasets import DatasetDict, Features, IterableDatasetDict, Json, Value, concatenate_datasets
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.metadata import MetadataConfigs
@@ -24,7 +25,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import Split, Splits, column_names
-from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents
+from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents, open_text
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -172,6 +173,10 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
             suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
             # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
             is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
+            if BUILDERS.get(suffix) == "csv" and is_filled and file != path:
+                # A table may have a header only.
+                with open_text(file) as lines:
+                    is_filled = len([*islice(filter(str.strip, lines), 2)]) == 2
             is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
     files = [file for file in is_data if is_data[file]]
     unread = [file.name for file in is_data if not is_data[file]]
@@ -235,15 +240,22 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         # A stream fails where it comes to types other than its first file's. The first rows of each file show them.
         filled = [file for file in some if file.stat().st_size > 0] if streaming and len(some) > 1 else []
         sample = {**options, "streaming": True} | ({"chunksize": 1 << 17} if builder == "json" else {})
-        alone = [(file, load([file], options=sample)) for file in filled]
-        if any(part.features != alone[0][1].features for _, part in alone):
-            parts += alone
-            continue
-        try:
-            parts.append((some[0], load(some)))
-        except UNREADABLE:
-            # The types come from the first file, in which a column may have no values.
-            parts += [(file, load([file])) for file in some]
+        # Joining a single stream finds out the types of a table.
+        alone = [(file, concatenate_datasets([load([file], options=sample)])) for file in filled]
+        if all(part.features == alone[0][1].features for _, part in alone):
+            try:
+                parts.append((some[0], load(some)))
+                continue
+            except UNREADABLE:
+                # The types come from the first file, in which a column may have no values.
+                alone = [(file, load([file])) for file in some]
+        columns = set(column_names(alone[0][1]))
+        if all(part.features and set(column_names(part)) == columns for _, part in alone):
+            # The types of a table take the place of its converters.
+            typed = options | ({"converters": None} if builder == "csv" else {})
+            typed |= {"streaming": streaming, "features": _unify(alone, is_json=builder == "json")}
+            alone = [(some[0], load(some, options=typed))]
+        parts += alone
     first, columns = parts[0][0], set(column_names(parts[0][1]))
     for file, part in parts:
         others = set(column_names(part))
@@ -255,13 +267,31 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     if any(set(column_names(part)) != columns for _, part in parts):
         logger.warning("%s and other files have different columns; only `text` is read", first)
         parts = [(file, part.select_columns("text")) for file, part in parts]
-    types = [part.features for _, part in parts]
-    if all(types) and any(one != types[0] for one in types):
-        # A column without values in one file has the type of the others.
-        schemas = [one.arrow_schema.remove_metadata() for one in types]
-        common = Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
-        parts = [(file, part.cast(common)) for file, part in parts]
+    if len(parts) > 1:
+        parts = [(file, concatenate_datasets([part])) for file, part in parts]
+        common = _unify(parts)
+        parts = [(file, part if part.features == common else part.cast(common)) for file, part in parts]
     return concatenate_datasets([part for _, part in parts])
+
+
+def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
+    """Return types that fit the columns of all files: in JSON any values, otherwise text for text and numbers.
+
+    A column without values in one file has the type of the others. Raise a `UserError` if nothing fits.
+    """
+    first, common = parts[0][0], Features(parts[0][1].features)
+    for file, part in parts[1:]:
+        for name in [name for name, feature in part.features.items() if common[name] != feature]:
+            pair = [Features({name: one}) for one in (common[name], part.features[name])]
+            try:
+                schemas = [one.arrow_schema.remove_metadata() for one in pair]
+                common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                if not is_json and not all(isinstance(one[name], Value) for one in pair):
+                    remedy = f"its column {name} has another type than in {file}; give it the same type in both files, "
+                    raise UserError(Problem("dataset_name", first, remedy + "or remove it")) from None
+                common[name] = Json() if is_json else Value("string")
+    return common
 
 
 def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) -> Split:

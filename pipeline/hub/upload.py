@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
@@ -52,13 +52,9 @@ def push(
     where = {"repo_id": repo_id, "repo_type": repo_type}
 
     # Any request may fail, and even a request that succeeded may seem to have failed, because the response was lost.
-    # Therefore, an attempt does not rely on earlier ones: it creates what is missing, and the client compares each file
-    # with the branch, so that a commit whose response was lost is not repeated.
+    # Therefore, an attempt does not rely on earlier ones: it creates a missing branch, and the client compares each
+    # file with it, so that a commit whose response was lost is not repeated.
     def attempt() -> bool:
-        # The client fails with a KeyError if a conflict (409) does not name the repository.
-        with contextlib.suppress(KeyError):
-            sdk = "static" if repo_type == "space" else None
-            api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **where)
         if revision is not None:
             api.create_branch(branch=revision, exist_ok=True, **where)
         info = api.repo_info(revision=revision, **where)
@@ -70,11 +66,16 @@ def push(
         options = {"commit_message": message, "revision": revision, "create_pr": create_pr}
         return api.create_commit(operations=operations, **options, **where).oid != info.sha
 
-    return retry(attempt)
+    # The client fails with a KeyError if a conflict (409) does not name the repository.
+    with contextlib.suppress(KeyError):
+        sdk = "static" if repo_type == "space" else None
+        retry(lambda: api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **where))
+    # For a moment, the Hub may not find a repository that it has just created.
+    return retry(attempt, (*TRANSIENT, 404))
 
 
-def retry(call: Callable[[], T]) -> T:
-    """Return what `call` returns, retrying up to `len(WAITS)` transient failures. Honour the Hub's `Retry-After`."""
+def retry(call: Callable[[], T], transient: Collection[int] = TRANSIENT) -> T:
+    """Return what `call` returns, retrying up to `len(WAITS)` `transient` failures. Honour the Hub's `Retry-After`."""
     for wait in WAITS:
         # The client may have replaced the session after a failure.
         session = get_session()
@@ -83,7 +84,7 @@ def retry(call: Callable[[], T]) -> T:
         try:
             return call()
         except PUSH_ERRORS as error:
-            if not is_transient(error):
+            if not is_transient(error, transient):
                 raise
             named = str(getattr(_response(error), "headers", {}).get("retry-after", ""))
             # Ten minutes at most, whatever the Hub asks for.
@@ -101,12 +102,12 @@ def _limit_waiting(request: Any) -> None:
     request.extensions["timeout"] = limits | dict.fromkeys(missing, TIMEOUT)
 
 
-def is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException, transient: Collection[int] = TRANSIENT) -> bool:
     """Return whether the same request may succeed later: the network failed, or the Hub was busy."""
     if isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled):
         return False
     if (response := _response(error)) is not None:
-        return response.status_code in TRANSIENT
+        return response.status_code in transient
     return any(isinstance(item, HTTPError | json.JSONDecodeError | ConnectionError) for item in _causes(error))
 
 

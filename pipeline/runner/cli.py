@@ -224,11 +224,17 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
     # The steps inherit the lock: if this process is killed, another run can only start once they have ended.
     with lock(plan.run_dir / "run.lock", orphans_only=True) as descriptors:
         record = RunRecord.read(plan.run_dir)
+        earlier = record.content.get("seed")
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
         state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
         replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
+        if args.seed not in (None, earlier) and any(decision.replaced for _, decision in todo):
+            other = "another seed" if earlier is None else f"seed {earlier}"
+            fate = "deleted" if args.force == [] else f"moved to {replaced}"
+            apart = f"--output_dir {plan.run_dir / f'seed{args.seed}'}"
+            print(f"replaces the run of {other}, which is {fate}; {apart} would keep both", flush=True)
         title = f"{args.recipe}{seed}{f', {SMOKE}' if args.smoke else ''}, in {plan.run_dir}"
         with contextlib.closing(RunConsole(title, state, args)) as console:
             code = _run_all(todo, record, replaced, console, args, descriptors)

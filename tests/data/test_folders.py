@@ -174,11 +174,48 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool) -> None:
+def test_a_table_may_lack_the_values_of_a_column_or_have_text_in_it(tmp_path: Path, streaming: bool) -> None:
+    header = "question,answer,level,id\n"
+    for number, row in enumerate(("NA,007,,1", "Why?,08,hard,x1", "Who?,,,2")):
+        (tmp_path / f"{number}.csv").write_text(f"{header}{row}\n")
+    rows = list(open_source(str(tmp_path), streaming=streaming)["train"])
+    assert [(row["question"], row["answer"]) for row in rows] == [("NA", "007"), ("Why?", "08"), ("Who?", None)]
+    assert [(row["level"], row["id"]) for row in rows] == [(None, "1"), ("hard", "x1"), (None, "2")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("first", ["plain", "with calls"])
+def test_conversations_with_and_without_calls_are_joined(tmp_path: Path, streaming: bool, first: str) -> None:
+    called = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    calls = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [called]}]
+    calls += [{"role": "tool", "content": "1"}, ASKED[1]]
+    rows = [{"messages": ASKED}, {"messages": calls}]
+    for number, row in enumerate(rows if first == "plain" else rows[::-1]):
+        write_lines(tmp_path / f"{number}.jsonl", [row])
+    found = read(str(tmp_path), "conversation", streaming)
+    found = sorted((row["messages"] for row in found), key=len)
+    assert found[0] == ASKED and found[1][1]["tool_calls"] == [called] and found[1][2:] == calls[2:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_types_that_do_not_fit_are_refused_with_both_files(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "alike").mkdir()
+    for number, tags in enumerate(("a b", ["a", "b"])):
+        Dataset.from_list([{"text": "a", "tags": tags}]).to_parquet(tmp_path / "alike" / f"{number}.parquet")
+    write_lines(Path(lay(tmp_path / "mixed", a__csv="text,tags\na,b\n"), "b.jsonl"), [{"text": "a", "tags": ["b"]}])
+    for folder, one, other in (("alike", "0.parquet", "1.parquet"), ("mixed", "a.csv", "b.jsonl")):
+        with pytest.raises(UserError, match=f"{one}: its column tags has another type than in .*{other}; give"):
+            open_source(str(tmp_path / folder), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_without_rows_are_passed_over(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline")
     Dataset.from_dict({"text": ["a"]}).take(0).to_parquet(tmp_path / "a.parquet")
     Dataset.from_dict({"text": ["b"]}).to_parquet(tmp_path / "b.parquet")
-    folder = lay(tmp_path, c__csv="", d__csv="text\nd\n")
+    folder = lay(tmp_path, c__csv="", d__csv="text\nd\n", e__csv="other\n\n", f__tsv="a\tb".encode("utf-16"))
     assert sorted(row["text"] for row in read(folder, streaming=streaming)) == ["b", "d"]
+    assert "not read, because they are not data, or empty: c.csv, e.csv, f.tsv" in caplog.text
     with pytest.raises(UserError, match=r"a.parquet(, split train: is empty|: .* corresponds to no data)"):
         read(f"{folder}/a.parquet", streaming=streaming)
 
@@ -302,6 +339,12 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
     ("files", "kind", "message"),
     [
         ({"a__txt": "Café".encode("cp1252") * 9}, "text", r"a.txt: cannot be read .*iconv -f WINDOWS-1252"),
+        (
+            {"a__txt": '\n{"text": "a"}\n', "b__txt": "b"},
+            "text",
+            r"a.txt: contains rows in JSON, .*rename it to .jsonl$",
+        ),
+        ({"a__txt": "a", "b__md": '[\n {"text": "' + "a" * 9999}, "text", r"b.md: contains rows .*rename it to .json$"),
         ({"a__jsonl": '["a"]\n' * 2}, "text", r"a.jsonl, line 1: .*it must be an object, not \['a'\]"),
         ({"a__parquet": POINTER}, "text", r"a.parquet: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
         ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
@@ -354,6 +397,14 @@ def test_other_columns_are_found_before_a_stream_comes_to_them(tmp_path: Path, k
     args = write("other", {"question": "a", "answer": "b"}, {"prompt": "a", "answer": "b"})
     with pytest.raises(UserError, match=rf"0.{kind}: has the columns answer, question, and .*1.{kind} has answer, pr"):
         load_splits(args, "conversation", evaluation=False)
+
+
+def test_rows_in_a_text_file_are_refused_before_a_stream_comes_to_them(tmp_path: Path) -> None:
+    folder = lay(tmp_path, a__txt=POEM, b__txt='{"text": "a"}\n', c__txt='{\n  "an": "object"\n}\n')
+    with pytest.raises(UserError, match=r"b.txt: contains rows in JSON"):
+        open_source(folder, streaming=True)
+    (tmp_path / "b.txt").write_text('{curly} words: "quoted"')
+    assert len(texts(folder)) == 3
 
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ FAULTS = {
     "answer to a creation lost": ("lost", "POST /api/repos/create"),
     "answer to a collection's item lost": ("lost", "POST .*/items"),
 }
-ENDS = {name for name in FAULTS if name[:3] in ("400", "401", "403", "404")}
+ENDS = ("400", "401", "403", "404 of a creation", "404 of a collection")
 """Faults that end a push; after the others, the request is made again."""
 
 

@@ -73,6 +73,20 @@ def test_whatever_request_fails_each_file_is_there_once_in_the_end(
         assert {request.token for request in hub.requests if request.host == "storage"} <= {None}
 
 
+@pytest.mark.parametrize("request_of", ["GET .*/models/alice/m/revision/dev$", "POST .*/branch/", "POST .*/preupload/"])
+def test_a_repository_that_is_not_found_at_once_is_looked_for_again(hub: Hub, tmp_path: Path, request_of: str) -> None:
+    files = write(tmp_path)
+    hub.fail(404, request_of, times=4)
+    assert push(HfApi(), "alice/m", files, "m", revision="dev")
+    assert hub.files("alice/m", revision="dev") == FILES and hub.commits("alice/m", revision="dev") == ["m"]
+    hub.faults.clear()
+    hub.fail(404, request_of, times=99)
+    with pytest.raises(PUSH_ERRORS) as caught:
+        push(HfApi(), "alice/m", files, "m", revision="dev")
+    assert "alice/m does not exist, or the token may not see it" in explain(caught.value, "alice/m")
+    assert hub.faults[0].seen == 5, "it is not looked for without end"
+
+
 def test_a_second_push_sends_nothing_and_stale_files_are_removed(hub: Hub, tmp_path: Path) -> None:
     files = write(tmp_path)
     assert push(HfApi(), "alice/m", files, "one") and hub.files("alice/m") == FILES

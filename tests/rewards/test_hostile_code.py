@@ -120,6 +120,12 @@ OBJECTS = {
     "NaN": "def f(x):\n    return float('nan')",
     "edits what it is compared with": "def f(x):\n    if isinstance(x, list):\n        x.clear()\n        return []\n    return None",
     "its own math": yes("M", isclose="True", fabs="0.0") + "math = M()\ndef f(x):\n    return -9",
+    "copies itself to what is right": yes("A", **KITCHEN, __copy__="3", __deepcopy__="0", __hash__="3") + "def f(x):\n    return A()",
+    "an int that copies itself": yes("A", "int", **KITCHEN, __copy__="3", __deepcopy__="0") + "def f(x):\n    return A(-9)",
+    "a tuple that copies itself": yes("A", "tuple", __copy__="(4, 5)", __deepcopy__="(4, 5)") + "def f(x):\n    return A((0, 0))",
+    "keys that say yes": yes("A", **KITCHEN, __hash__="4") + "def f(x):\n    return {A(): A()}",
+    "a view of its own": yes("dict_keys", **KITCHEN, keys="self", __iter__="iter([self])", __len__="1") + "dict_keys.__module__ = 'builtins'\ndef f(x):\n    return dict_keys()",
+    "drains what it is compared with": yes("A", **KITCHEN) + "def f(x):\n    if hasattr(x, '__next__'):\n        list(x)\n        return x\n    return A()",
     "swallows assertions": yes("A", **KITCHEN, __enter__="self", __exit__="True") + "def f(x):\n    return A()",
 }  # fmt: skip
 
@@ -147,6 +153,10 @@ JUDGEMENTS = [
     "assert f(2) - 3 in (0, 0.0)",
     "assert divmod(f(5), 5) == (1, 1)",
     "assert [10, 11, 12, 13][f(2)] == 13",
+    "import copy\nassert copy.copy(f(2)) == 3",
+    "import copy\nassert abs(copy.deepcopy(f(2) - 3)) < 1e-6",
+    "import copy\nassert copy.deepcopy([f(2) - 3]) == [0]",
+    "import copy\nx = f(2)\nassert 2 < copy.copy(x) < 4 and x == 3",
 ]
 LISTS = [
     "assert 5 in f([4, 5])",
@@ -156,10 +166,21 @@ LISTS = [
     "xs = [4, 5]\nassert f(xs) == sorted(xs)",
     "assert all(x > 3 for x in f([4, 5])) and sum(f([4, 5])) == 9",
 ]
+VIEWS = [
+    "assert f({4: 5}).keys() == {4}",
+    "assert 4 in f({4: 5}).keys() and len(f({4: 5}).keys() & {4}) == 1",
+    "assert f({4: 5}).items() == {(4, 5)} and 5 in f({4: 5}).values()",
+    "assert {4} == set(f({4: 5})) == f({4: 5}).keys()",
+]
+ITERATORS = [
+    "assert list(f(iter([4, 5]))) == [4, 5]",
+    "import copy\nassert copy.deepcopy(f(x for x in [4, 5])) == [4, 5]",
+]
 TRUTHS = {"assert f(2)", "assert not f(-1)", JUDGEMENTS[12]}
 PLAIN = {
     "an int", "a str", "a float", "a list", "a dict", "NaN", "edits what it is compared with", "its own math",
     "a Decimal", "a set", "a tuple", "a tuple of zeros", "an int with items", "empties its argument",
+    "an int that copies itself", "a tuple that copies itself", "keys that say yes",
 }  # fmt: skip
 """Objects that arrive as plain values, whose truth is their own."""
 TEXTS = ["assert f('a').startswith('a')", "assert f('a').isalpha()", "assert 'a' in f('a')"]
@@ -167,6 +188,8 @@ CASES = [
     *((test, "import math\ndef f(x):\n    return x + 1") for test in JUDGEMENTS),
     *((test, "def f(x):\n    return sorted(x)") for test in LISTS),
     *((test, "def f(x):\n    return x") for test in TEXTS),
+    *((test, "def f(x):\n    return dict(x)") for test in VIEWS),
+    *((test, "def f(x):\n    return list(x)") for test in ITERATORS),
 ]
 
 

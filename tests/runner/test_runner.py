@@ -280,7 +280,12 @@ def test_the_seed_reaches_every_step_and_is_a_change(run: Runner) -> None:
     assert json.loads(Path("runs/r/run.json").read_text())["seed"] == 1
     _, out, _ = run("--seed", "2")
     assert changed(before) == ALL
+    assert out.startswith("replaces the run of seed 1, which is moved to runs/r/.trash/")
+    assert "--output_dir runs/r/seed2 would keep both" in out
     assert "earlier output was moved to runs/r/.trash/" in out
+    _, out, _ = run("--seed", "3", "--force")
+    assert out.startswith("replaces the run of seed 2, which is deleted; --output_dir runs/r/seed3 would keep both")
+    assert "replaces" not in run("--seed", "3")[1] and "replaces" not in run("--output_dir", "new", "--seed", "1")[1]
 
 
 def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run: Runner) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import operator
 import sys
 import traceback
@@ -27,6 +28,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "set": setattr,
     "call": lambda target, *args, **named: target(*args, **named),
     "has": _has,
+    "copy": lambda target, how: getattr(importlib.import_module("copy"), how)(target),
     "isinstance": lambda target, instance: isinstance(instance, target),
     "plain": lambda target: BASES[base_of(type(target)) or object](target),
     **{f"__{name}__": getattr(builtins, name) for name in (
@@ -44,7 +46,7 @@ class Candidate(Peer):
         # Objects that the examiner knows by number are kept alive, so that their ids stay unique.
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
-        # Stand-ins for the test's functions, by the examiner's numbers.
+        # Stand-ins for the test's functions and iterators, by the examiner's numbers.
         self.functions: dict[int, Any] = {}
         self.module = ModuleType("answer")
 
@@ -112,7 +114,7 @@ class Candidate(Peer):
         return {"kept": [self.numbers[id(value)], base and base.__name__]}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
-        """Return a kept object, or a stand-in for a function of the test."""
+        """Return a kept object, or a stand-in for a function or iterator of the test."""
         if kind == "kept":
             return self.kept[content]
 
@@ -125,4 +127,5 @@ class Candidate(Peer):
                 raise self.find_exception(reply["error"])(*self.decode(reply["args"]))
             return self.decode(reply["value"])
 
-        return self.functions.setdefault(content, call)
+        # `iter` ends with the StopIteration that the call raises.
+        return self.functions.setdefault(content, iter(call, object()) if kind == "iterator" else call)

@@ -48,7 +48,7 @@ class Examiner(Peer):
         }
         self.status, self.test = "failed", ""
         self.attributes: list[str] = []
-        # Functions of the test that the candidate knows by number, and the assertions that failed in them.
+        # The test's functions and iterators that the candidate knows by number, and the assertions that failed in them.
         self.functions: list[Any] = []
         self.failures: list[AssertionError] = []
         # Stand-ins by the candidate's numbers.
@@ -110,7 +110,9 @@ class Examiner(Peer):
         while "call" in (reply := self.receive()):
             try:
                 args, named = self.decode(reply["args"]), self.decode(reply["named"])
-                answer = {"value": self.encode(self.functions[reply["call"]](*args, **named))}
+                function = self.functions[reply["call"]]
+                function = function if callable(function) else function.__next__
+                answer = {"value": self.encode(function(*args, **named))}
             # A function of the test may raise anything.
             except Exception as raised:  # noqa: BLE001
                 if isinstance(raised, AssertionError):
@@ -132,21 +134,22 @@ class Examiner(Peer):
         raise error
 
     def describe(self, value: Any) -> Any:
-        """Describe a value that is not plain: an object of the code, or a function of the test."""
+        """Describe a value that is not plain: an object of the code, or a function or iterator of the test."""
         if isinstance(value, Remote):
             return {"kept": value.state__.number}
         if base := base_of(type(value)):
             return self.encode(BASES[base](value))
-        if not callable(value):
+        if not callable(value) and not hasattr(value, "__next__"):
             raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
+        kind = "function" if callable(value) else "iterator"
         for number, known in enumerate(self.functions):
             if known is value:
-                return {"function": number}
+                return {kind: number}
         self.functions.append(value)
-        return {"function": len(self.functions) - 1}
+        return {kind: len(self.functions) - 1}
 
     def resolve(self, kind: str, content: Any, named: bool) -> Any:
-        """Return a function of the test, or a stand-in for an object of the code."""
+        """Return a function or iterator of the test, or a stand-in for an object of the code."""
         if named and kind == "module" and content.partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(content)
         if named and kind == "exception":

@@ -38,7 +38,13 @@ VALUES = {
 }
 CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 CHANGEABLE = (list, dict, set)
-VIEWS = tuple(type(getattr({}, name)()) for name in ("keys", "values", "items"))
+# How to make a view of a dict from its items.
+VIEWS: dict[type, Callable[[Any], Any]] = {
+    type({}.keys()): lambda items: dict.fromkeys(items).keys(),
+    type({}.values()): lambda items: dict(enumerate(items)).values(),
+    type({}.items()): lambda items: dict(items).items(),
+}
+MAKERS = CONTAINERS | {kind.__name__: make for kind, make in VIEWS.items()}
 # Classes that are sent by name.
 CLASSES = VALUES | dict.fromkeys(("bool", "bytes", "dict", "float", "int", "str", *CONTAINERS), "builtins")
 # How to get the plain value of a subclass's instance without calling anything that the subclass overrides.
@@ -115,7 +121,7 @@ class Peer:
         if kind is dict:
             return {"dict": [[self.encode(key), self.encode(item)] for key, item in value.items()]}
         if kind in VIEWS or kind in CONTAINERS.values():
-            return {"list" if kind in VIEWS else kind.__name__: [self.encode(item) for item in value]}
+            return {kind.__name__: [self.encode(item) for item in value]}
         if kind is bytes:
             return {"bytes": value.hex()}
         if VALUES.get(kind.__name__) == kind.__module__:
@@ -142,8 +148,8 @@ class Peer:
             return bytes.fromhex(content)
         if kind == "dict":
             return {self.decode(key): self.decode(item) for key, item in content}
-        if kind in CONTAINERS:
-            return CONTAINERS[kind](map(self.decode, content))
+        if kind in MAKERS:
+            return MAKERS[kind](map(self.decode, content))
         if kind in ("class", "value"):
             name = content if kind == "class" else content[0]
             own = getattr(importlib.import_module(CLASSES[name]), name)

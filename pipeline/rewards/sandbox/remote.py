@@ -92,6 +92,22 @@ class Remote:
 
     __setattr__ = partialmethod(ask__, "set")  # type: ignore[misc]
 
+    def __copy__(self, how: str = "copy") -> Any:
+        # The copy of an object must not be a value that the code would like to return instead.
+        state = self.state__
+        if state.base and state.base not in CHANGEABLE:
+            return self
+        result = self.ask__("copy", how)
+        if isinstance(result, Remote) and result.state__.base is state.base:
+            result.state__.shown = max(result.state__.shown, state.shown)
+            result.state__.mixed |= state.mixed
+        elif type(result) is not state.base:
+            raise refusal(how)
+        return result
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return self.__copy__("deepcopy")
+
     def __contains__(self, value: object) -> bool:
         if self.state__.shown >= OBJECT:
             return self.ask__("__contains__", value) is True
