@@ -141,7 +141,8 @@ def measure(run: Path, name: str, machine: str, made: Path) -> dict[str, Any]:
         command = ["pipeline", "evaluate", str(run), "--stage", name.removeprefix("evaluate_"), "--name", "profile"]
         command += ["--limit", str(ROWS)]
     environment = {key: value for key, value in os.environ.items() if key not in MACHINES["avx2"]}
-    environment |= MACHINES[machine]
+    # torch keeps what it compiled, and does not notice that the kernels are for another machine.
+    environment |= MACHINES[machine] | {"TORCHINDUCTOR_CACHE_DIR": str(made / f"compiled-{machine}")}
     command = [sys.executable, "-m", "tests.benchmarks.run_profile", "--child", machine, str(result), *command]
     pipe = subprocess.PIPE
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
