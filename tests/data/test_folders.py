@@ -152,8 +152,8 @@ def test_a_linked_folder_is_read_once(tmp_path: Path) -> None:
     assert sorted(texts(str(folder))) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+# `datasets` waits five seconds at the end of a stream of Parquet.
+@pytest.mark.parametrize(("kind", "streaming"), [("jsonl", False), ("jsonl", True), ("parquet", False)])
 def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streaming: bool) -> None:
     """A column may be without values in the first file, have whole numbers in one, or more keys."""
     more = {"content": "Why?", "role": "user", "name": "Ann"}

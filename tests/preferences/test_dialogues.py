@@ -302,8 +302,10 @@ def test_sft_on_preferred_dialogues_learns_calls_and_not_results(
     assert results > 10
 
 
-@pytest.mark.parametrize(("config", "kind"), [(DPOConfig, "preference"), (KTOConfig, "unpaired")])
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("config", "kind", "streamed"),
+    [(DPOConfig, "preference", False), (DPOConfig, "preference", True), (KTOConfig, "unpaired", False)],
+)
 def test_dpo_and_kto_refuse_dialogues(
     collected: Path, arguments: dict[str, Any], tmp_path: Path, config: Any, kind: Any, streamed: bool
 ) -> None:
