@@ -122,6 +122,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     if not args.name and step.get("finished_at") and isinstance(saved, dict):
         # The runner's measurements are not replaced by others on different data or with different settings.
         now = json.loads(json.dumps(written, default=str))
+        saved = {**evaluate_yaml.DEFAULTS, **saved}
         if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
             remedy = f"the run's own figures were measured with another {' and '.join(changed)}"
             problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))

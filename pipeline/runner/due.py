@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipeline.config.fields import convert, field_types
 from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
+from pipeline.evaluation.evaluate_yaml import DEFAULTS
 from pipeline.files import read_json
 from pipeline.runner.records import RunRecord, fingerprint, recorded_values
 from pipeline.runner.steps import Step
@@ -109,6 +110,9 @@ def _decide_one(
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:
     """Return the changes of a step's settings since `before`: those that affect its output, and those that do not."""
     now = recorded_values(step)
+    if step.kind == "evaluate":
+        # A key that did not exist yet had its default.
+        before = {**DEFAULTS, **before}
     pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now}}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     effective = dict(changed)

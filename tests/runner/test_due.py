@@ -86,6 +86,17 @@ def test_nothing_is_due_after_a_whole_run(recipe: Path) -> None:
     assert due(recipe) == {}
 
 
+@pytest.mark.usefixtures("own_run")
+def test_an_evaluation_of_an_earlier_version_had_the_defaults_of_later_keys(recipe: Path) -> None:
+    path = Path("runs/pocket/run.json")
+    record = json.loads(path.read_text())
+    for name, step in record["steps"].items():
+        if name.startswith("evaluate"):
+            assert step["values"].pop("shots") == 0 and step["values"].pop("best_of") == 0
+    path.write_text(json.dumps(record))
+    assert due(recipe) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
