@@ -96,7 +96,7 @@ def read_functions(value: object, column: str, schemas: bool = False) -> list[di
     Each one, its arguments, or a list of them may be JSON as text.
     """
     match _parse(value):
-        case None:
+        case None | "":
             return []
         case list(several):
             return [function for one in several for function in read_functions(one, column, schemas)]
@@ -247,10 +247,11 @@ def _read_answer(
         return as_messages(_as_text(value, column))
     turns = value if isinstance(value, list) else []
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-    is_dialogue = len(turns) > 1 or any(map(first.get, ("tool_calls", *RENDERED)))
-    if is_dialogue and first.get("role") == "assistant":
+    # Otherwise, the answer is the last message of a conversation.
+    asks = any(isinstance(one, Mapping) and one.get("role") in ("system", "user") for one in turns)
+    if first.get("role") == "assistant" and not asks and (len(turns) > 1 or first.get("tool_calls")):
         messages = read_messages(turns, column, calls=True)
-        if messages[-1]["role"] != "assistant" or any(one["role"] in ("system", "user") for one in messages):
+        if messages[-1]["role"] != "assistant":
             raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
         kept = ({key: one[key] for key in RENDERED if one.get(key)} for one in turns)
         return [{**message, **more} for message, more in zip(messages, kept, strict=True)]

@@ -165,7 +165,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
         # Links to folders may form a loop.
         is_new = (real := os.path.realpath(root)) not in entered
         entered.add(real)
-        folders[:] = sorted(folders) if is_new else []
+        folders[:] = sorted(one for one in folders if not one.startswith((".", "__"))) if is_new else []
         listed += [Path(root, name) for name in names if is_new]
     is_data: dict[Path, bool] = {}
     for file in sorted(filter(Path.is_file, listed)):
@@ -248,7 +248,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
                 continue
             except UNREADABLE:
                 # The types come from the first file, in which a column may have no values.
-                alone = [(file, load([file])) for file in some]
+                alone = [(file, load([file])) for file in some if file.stat().st_size > 0]
         columns = set(column_names(alone[0][1]))
         if all(part.features and set(column_names(part)) == columns for _, part in alone):
             # The types of a table take the place of its converters.

@@ -176,7 +176,7 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
 
 def _limit(split: Split, args: DataArguments, field: str) -> Split:
     """Take the first rows, as many as the field says, and check that there are any."""
-    if samples := getattr(args, field):
+    if (samples := getattr(args, field)) is not None:
         split = split.take(samples)
     if next(iter(split), None) is None:
         place = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"

@@ -192,6 +192,8 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     right: Sequence[Any] = [None] * len(rows)
     if held_out.graded:
         right = list(map(bool, record_greedy(result, "pass@1", answers, rows, grader)))
+    else:
+        result.left_out.append("pass@1: left out, the problems have no answers; their environment rewards them")
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:

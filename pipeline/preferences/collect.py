@@ -314,7 +314,7 @@ def _as_json(tokenizer: Any, messages: Sequence[Any], tokens: re.Pattern[str]) -
     """Return the JSON of a dialogue; "" if it cannot be read from a row, or not as the text that PPO would score."""
     prompt = {"role": "user", "content": "-"}
     # Infinite numbers, which JSON does not have, are refused as well.
-    with suppress(ValueError):
+    with suppress(ValueError, TemplateError):
         read = read_answer(list(messages), "answer")
         refuse_special_tokens({"chosen": read}, tokens)
         text = json.dumps(read, allow_nan=False)

@@ -32,7 +32,9 @@ class ToolArguments:
     environment: str | None = option(
         None, "Environment, whose methods are tools: a name of `pipeline.tools.environments`, or package.module:class."
     )
-    allow_unconfined_code: bool = option(False, "Let code_tests run code even where the kernel cannot confine it.")
+    allow_unconfined_code: bool = option(
+        False, "Let code_tests and the tool python run code even where the kernel cannot confine it."
+    )
 
     def preflight(self, training_args: Any, tokenizer: Any, train: Any, early: bool = False) -> list[Problem]:
         """Check the tools, as `pipeline.training.inputs.load_inputs` asks for it."""

@@ -129,7 +129,7 @@ NAMELESS = "not a name with an object of arguments"
         ([USER, {**ANSWER, "tool_calls": [{"function": "look"}]}], NAMELESS),
         ([USER, {**ANSWER, "function_call": 7}], NAMELESS),
         ([HUMAN, called("look at it")], "has the call 'look at it', not a name"),
-        ([HUMAN, called("")], NAMELESS),
+        ([HUMAN, called("")], "has an empty message of the assistant"),
         ([HUMAN, called("[]")], "has an empty message of the assistant"),
         ([HUMAN, called(as_json(LOOK)), GPT], "two messages of the assistant in a row"),
         ([USER, ANSWER, calling(LOOK)], "two messages of the assistant in a row"),
@@ -365,3 +365,11 @@ def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) 
             load_inputs("conversation", DataArguments(data, dataset_streaming=streaming), args, ModelConfig(model))
     plain = write_lines(tmp_path / "b.jsonl", [{"messages": [USER, ANSWER]}] * 18)
     assert isinstance(load_inputs("conversation", DataArguments(plain), args, ModelConfig(model))[1], Dataset)
+
+
+def test_further_keys_of_an_answer_and_repeated_prompts_do_not_make_it_a_dialogue() -> None:
+    thought = {**ANSWER, "thinking": "Well."}
+    assert read_pair({"chosen": [thought], "rejected": [ANSWER]}, [USER])["chosen"] == [ANSWER]
+    prompt = [{"role": "assistant", "content": "Hello!"}, USER]
+    pair = read_pair({"chosen": [*prompt, ANSWER], "rejected": [*prompt, {**ANSWER, "content": "No."}]}, prompt)
+    assert pair["chosen"] == [ANSWER]
