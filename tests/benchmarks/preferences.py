@@ -47,7 +47,7 @@ TRIALS: dict[str, list[dict[str, float]]] = {
         for coefficient in coefficients
     ],
     "3_dpo": [
-        {"learning_rate": rate, "beta": beta, "max_steps": 180}
+        {"learning_rate": rate, "beta": beta, "max_steps": 255}
         for rate, betas in {1e-4: (0.03, 0.1, 0.3), 2e-4: (0.03, 0.1, 0.3, 1.0), 4e-4: (0.1,)}.items()
         for beta in betas
     ],
