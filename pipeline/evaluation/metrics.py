@@ -27,7 +27,8 @@ from pipeline.tools import dialogue
 from pipeline.tools.chat_model import ChatModel
 
 MAX_SAMPLED_PROBLEMS = 64
-"""Problems to which several answers are sampled: eight samples each cost more than all greedy answers together."""
+"""Problems to which several answers are sampled: eight samples each cost more than all greedy answers together. With
+fewer samples, there are more problems."""
 NUMBER, STRING = Value("float64"), Value("string")
 RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 
@@ -181,10 +182,10 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
 def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
 
-    At most `MAX_SAMPLED_PROBLEMS` problems get `samples` answers each, at temperature 1. `maj@k` needs samples that can
-    vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of
-    what says whether answers are right.
+    The problems of `sampled_problems` get `samples` answers each, at temperature 1. `maj@k` needs samples that can
+    vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus what
+    its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of what
+    says whether answers are right.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]
@@ -212,7 +213,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         return
 
     # Sample several answers to some of them.
-    some = subsample(rows, MAX_SAMPLED_PROBLEMS)
+    some = sampled_problems(rows, samples)
     sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
     texts = [[completion.text for completion in of_problem] for of_problem in sampled]
     answered: dict[str, Any] = {"predictions": texts, "rows": some, "grader": grader}
@@ -221,6 +222,11 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         result.record(f"pass@{samples}", PassAtK().compute(k=samples, seed=result.seed, **answered), some)
     if samples > 1 and held_out.can_vote:
         result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
+
+
+def sampled_problems(rows: Rows, samples: int) -> Rows:
+    """Return the problems that get `samples` answers each: 64, or more, if not more answers than eight to each of 64."""
+    return subsample(rows, max(MAX_SAMPLED_PROBLEMS, 8 * MAX_SAMPLED_PROBLEMS // samples))
 
 
 def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[bool]:

@@ -147,7 +147,7 @@ def _measure_language_model(
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder, samples) if judged else None
     # Approximate number of answers that the model writes, perhaps as its own opponent; baselines add some more.
     greedy = (held_out.instructions or held_out.prompts, held_out.problems, held_out.longer, held_out.fixed_prompts)
-    sampled = settings["samples"] * min(len(held_out.problems), metrics.MAX_SAMPLED_PROBLEMS)
+    sampled = settings["samples"] * len(metrics.sampled_problems(held_out.problems, settings["samples"]))
     sides = 0 if opponent is None else 2 if opponent is chats["prompts"] else 1
     chat.tally.total = sum(map(len, greedy)) + sampled + len(judged) * sides * (samples + 1)
     if ungraded := [row for row in held_out.instructions if not is_gradable(row)]:

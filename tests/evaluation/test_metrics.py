@@ -127,6 +127,13 @@ def test_how_many_answers_end_alike(answers, share):
     assert LastSentenceShare().compute(predictions=answers)["value"] == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("samples", "problems"), [(1, 512), (4, 128), (8, 64), (100, 64)])
+def test_fewer_samples_are_drawn_for_more_problems(samples, problems):
+    rows = [{"answer": number} for number in range(600)]
+    assert len(metrics.sampled_problems(rows, samples)) == problems
+    assert metrics.sampled_problems(rows[:60], samples) == rows[:60]
+
+
 def test_wilson_by_hand():
     # 8 of 10: (0.8 + 1.92/10 -+ 1.96 sqrt(0.016 + 0.9604/100)) / (1 + 3.8415/10)
     assert intervals.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
