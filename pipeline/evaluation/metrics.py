@@ -183,9 +183,9 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
 
     The problems of `sampled_problems` get `samples` answers each, at temperature 1. `maj@k` needs samples that can
-    vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus what
-    its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of what
-    says whether answers are right.
+    vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
+    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of
+    what says whether answers are right.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]
@@ -225,7 +225,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
 
 def sampled_problems(rows: Rows, samples: int) -> Rows:
-    """Return the problems that get `samples` answers each: 64, or more, if not more answers than eight to each of 64."""
+    """Return the problems that get `samples` answers each: 64, or more if samples are fewer than eight."""
     return subsample(rows, max(MAX_SAMPLED_PROBLEMS, 8 * MAX_SAMPLED_PROBLEMS // samples))
 
 
