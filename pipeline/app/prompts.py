@@ -14,6 +14,7 @@ from pipeline.app.models import Loaded
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
+from pipeline.files import as_list
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible
 from pipeline.tools.dialogue import Dialogue
@@ -51,7 +52,8 @@ def settings_of(run: Path) -> dict[str, Any]:
 def what_may_be_asked(run: Path) -> str:
     """Return what the cards of the run's data say to ask, on one line, or `GENERAL`."""
     sources = settings_of(run)["trained_on"].values()
-    for folder in dict.fromkeys([run / "data", *(Path(str(source["dataset_name"])) for source in sources)]):
+    named = [Path(str(name)) for source in sources for name in as_list(source["dataset_name"])]
+    for folder in dict.fromkeys([run / "data", *named]):
         # A data set from the Hub, or a file, has no card here.
         with suppress(OSError, UnicodeDecodeError):
             _, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")

@@ -11,7 +11,6 @@ import io
 import lzma
 import re
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -31,6 +30,7 @@ PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
 second number. In a stream, small files are joined up to the third number of bytes."""
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
 """Remedy for a file that is not UTF-8."""
+ZERO_FIRST = re.compile(r"0\d")
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 
@@ -154,7 +154,7 @@ def choose_table(file: Path) -> dict[str, Any]:
     separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=names.count)
     header = next(csv.reader([line], delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
-    stray = 0
+    stray, texts = 0, {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
     try:
         row = next(islice(filter(None, rows), 1, None), [])
         if not row:
@@ -164,7 +164,8 @@ def choose_table(file: Path) -> dict[str, Any]:
             remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
             remedy += f"{len(header)}; put fields that contain it in quotes"
             raise UserError(Problem("dataset_name", file, remedy))
-        deque(rows, maxlen=0)
+        # Text is not converted to numbers, which would turn 007 into 7.
+        texts |= {place for one in [row, *rows] for place, cell in enumerate(one) if ZERO_FIRST.match(cell)}
     except csv.Error as error:
         # Other errors: a field is too long for Python's limit, or is cut at the end of the sample.
         stray = rows.line_num if "expected after" in str(error) else 0
@@ -179,8 +180,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         "encoding": encoding,
         "keep_default_na": False,
         "na_values": NULLS,
-        # Text is not converted to numbers, which would turn 007 into 7.
-        "converters": {name: _read_cell for name in header if normalise(name) in TEXT_COLUMNS},
+        "converters": {name: _read_cell for place, name in enumerate(header) if place in texts},
     }
 
 

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import date
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -165,6 +166,8 @@ def as_answer(value: object) -> object:
         if abs(value) >= 2.0**53:
             raise ShapeError(f"the number {value} is not exact; write it as text")
         value = int(value) if value.is_integer() else value
+    if isinstance(value, date):
+        raise ShapeError(f"{value} was read as a date, as that whole column; save the rows as CSV or Parquet")
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

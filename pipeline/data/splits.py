@@ -49,6 +49,14 @@ def load_splits(
         except UnicodeDecodeError as error:
             # The texts in JSON are decoded only now.
             raise UserError(*locate_error(Path(name), error)) from None
+    for column in {"preference": ["margin"], "prompt": ["answer"]}.get(kind, ()):
+        has = {name: column in column_names(part) for name, (part, _) in zip(args.dataset_names, parts, strict=True)}
+        lacking = ", ".join(name for name in has if not has[name])
+        if lacking and any(has.values()) and column == "margin":
+            remedy = "has no column margin, as other data sets of this stage have; add it here, or remove it there"
+            raise UserError(Problem("dataset_name", lacking, remedy))
+        if lacking and any(has.values()):
+            logger.warning("%s: has no answers, as other data sets of this stage have, for rewards", lacking)
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
@@ -104,7 +112,12 @@ def keep_rows(source: Splits, args: DataArguments) -> Splits:
         kept.setdefault(column, set()).add(value.casefold())
     if not kept:
         return source
-    return source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
+    found = source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
+    train = args.dataset_train_split
+    if train in found and next(iter(found[train]), None) is None:
+        remedy = f"no row of {args.dataset_name}, split {train}, has these values; correct one of them"
+        raise UserError(Problem("keep_rows", ", ".join(args.keep_rows or ()), remedy))
+    return found
 
 
 def _load_one(
@@ -128,7 +141,12 @@ def _load_one(
         if evaluation and train == test:
             problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
         refuse(*problems)
-        trained_on = standardise(_limit(source[train], args, "max_train_samples"), args, kind, tokens)
+        trained_on = source[train]
+        if isinstance(trained_on, Dataset):
+            # All rows are checked, also those that a trial run does not train on.
+            trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
+        else:
+            trained_on = standardise(_limit(trained_on, args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
         held_out = _limit(source[test], args, "max_eval_samples")

@@ -27,12 +27,13 @@ def drop_long_prompts(
     length: int,
     positions: int | None,
     template: Mapping[str, Any] | None = None,
+    added: int = 0,
 ) -> Split:
     """Drop prompts that leave no room for an answer of `length` tokens; their number is logged.
 
-    `positions` is the model's `max_position_embeddings`, if any; `template` has the `chat_template_kwargs`. Raise a
-    `UserError` if no prompt leaves room (of a stream, none of the first), and a `ValueError` if the chat template makes
-    no tokens from a prompt.
+    `positions` is the model's `max_position_embeddings`, if any; `template` has the `chat_template_kwargs`; `added` is
+    the number of tokens that tools add to a prompt. Raise a `UserError` if no prompt leaves room (of a stream, none of
+    the first), and a `ValueError` if the chat template makes no tokens from a prompt.
     """
 
     def count(prompts: list[Any]) -> list[int]:
@@ -46,7 +47,7 @@ def drop_long_prompts(
     if positions is None:
         return split
 
-    room = positions - length
+    room = positions - length - added
     kept = split.filter(lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt")
     if not len(kept) if isinstance(kept, Dataset) else min(first) > room:
         remedy = f"every prompt takes more than the {max(0, room)} tokens that it leaves of the model's context of "

@@ -127,7 +127,8 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
         # People's votes, which may be combined with preferences, have their own metric.
         names = as_list(source["dataset_name"])
-        source["dataset_name"] = next((one for one in names if Path(str(one)).name != VOTES), names[0])
+        named = [one for one in names if Path(str(one)).name != VOTES] or names
+        source["dataset_name"] = named if len(named) > 1 else named[0]
         source.setdefault("validation_share", DataArguments.validation_share)
         # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
         if source.get("dataset_test_split") == DataArguments.dataset_test_split:
@@ -183,19 +184,29 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
             # If a stage also trains on a data set, only the rows that this stage holds out are measured.
-            identity = ("dataset_name", "dataset_config")
-            same = (one for one in own.values() if all(one.get(name) == named.get(name) for name in identity))
-            shared: Values = next(same, {})
-            division = ("validation_share", "dataset_train_split", "document")
+            shared: Values = next((one for one in own.values() if _is_same(one, named)), {})
+            division = ("validation_share", "dataset_train_split", "document", "keep_rows")
             settings[key] = {name: shared[name] for name in division if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):
-            settings[key] = None if only_named else own[key]
+            settings[key] = None if only_named else first_of(own[key])
     source = settings.get("problems")
     data = source.get("dataset_name") if isinstance(source, Mapping) else None
     if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
         # The default is how generated solutions begin, and does not suit other data.
         settings["elicit"] = None
     return settings
+
+
+def first_of(source: Values) -> dict[str, Any]:
+    """Return what is measured by default of the data that a stage trains on: the first of several data sets."""
+    return {**source, "dataset_name": as_list(source["dataset_name"])[0]}
+
+
+def _is_same(trained_on: Values, named: Values) -> bool:
+    """Return whether data that a stage trains on contain a data set that the user names, perhaps by another path."""
+    paths = {os.path.realpath(str(one)) for one in as_list(trained_on["dataset_name"])}
+    is_among = os.path.realpath(str(named.get("dataset_name"))) in paths
+    return is_among and trained_on.get("dataset_config") == named.get("dataset_config")
 
 
 def without_derived(settings: Values) -> dict[str, Any]:
@@ -279,7 +290,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     for key in HELD_OUT:
         source = settings.get(key)
         # A stage's own data are checked with the stage.
-        if not isinstance(source, Mapping) or source == settings["trained_on"].get(key):
+        own = settings["trained_on"].get(key)
+        if not isinstance(source, Mapping) or (own and source == first_of(own)):
             continue
         _, found = check_values(source, [Source])
         name, grade = source.get("dataset_name"), source.get("grade")

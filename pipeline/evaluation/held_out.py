@@ -127,15 +127,18 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     # Pairs, for instance, may be made from test problems; only data that the run generates itself cannot contain
     # copies. A stream is only searched for its own held-out rows.
     suspects = {}
-    for name, source in reader.own.items():
+    trained_on = [
+        (key, replace(one, dataset_name=name)) for key, one in reader.own.items() for name in one.dataset_names
+    ]
+    for name, source in trained_on:
         keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
         # An evaluation does not need the training data, which may be on another machine.
         with suppress(UserError):
-            part = reader.find(name, trained_on=True) if keys else None
+            part = reader.find(name, trained_on=True, source=source) if keys else None
             if part is not None and not isinstance(part.data, Dataset):
                 keys = [key for key in keys if key == name]
             if part is not None and keys:
-                suspects[name] = part, keys
+                suspects[name if name not in suspects else f"{name} ({source.dataset_name})"] = part, keys
     problems = rows.get("problems", [])
     for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"]) if baselines else {}
     found = HeldOut(
@@ -252,7 +255,9 @@ class Reader:
         self.run = run
         self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
-        self.named = {key for key in self.sources if key in flags or self.sources[key] != self.own.get(key)}
+        # Of several data sets, a stage is measured on the first.
+        measured = {key: replace(source, dataset_name=source.dataset_names[0]) for key, source in self.own.items()}
+        self.named = {key for key in self.sources if key in flags or self.sources[key] != measured.get(key)}
         self.environment = ((settings.get(CALLED) or {}).get("problems") or {}).get("environment")
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
 
@@ -260,13 +265,15 @@ class Reader:
         """Return whether the run makes this data set itself."""
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
-    def find(self, key: str, split: str | None = None, trained_on: bool = False) -> Part | None:
-        """Return rows of the data set of a key of `evaluate.yaml`, or None.
+    def find(
+        self, key: str, split: str | None = None, trained_on: bool = False, source: Source | None = None
+    ) -> Part | None:
+        """Return rows of the data set of a key of `evaluate.yaml` (by default, the first), or None.
 
         By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
         UserError is raised if a split that the user names does not exist.
         """
-        source = (self.own if trained_on else self.sources).get(key)
+        source = source or (self.own if trained_on else self.sources).get(key)
         if source is None:
             return None
         name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split

@@ -257,3 +257,46 @@ def test_a_list_of_one_data_set_is_that_data_set(tmp_path: Path) -> None:
     assert DataArguments(dataset_name=["only"]).dataset_name == "only"
     with pytest.raises(UserError, match="nothing"):
         load_splits(DataArguments(dataset_name=[]), "text", evaluation=False)
+
+
+def test_a_column_that_only_some_data_sets_have_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = {"prompt": "1?", "chosen": "yes", "rejected": "no"}
+    names = []
+    for name, extra in {"with": {"margin": 1.0, "answer": "1"}, "without": {}}.items():
+        (tmp_path / name).mkdir()
+        names.append(write(tmp_path / name, "jsonl", [{**pair, **extra}] * 30))
+    args = DataArguments(dataset_name=names)
+    with pytest.raises(UserError, match=r"without/data.jsonl: has no column margin, as other data sets"):
+        load_splits(args, "preference", evaluation=False)
+    load_splits(args, "prompt", evaluation=False)
+    assert f"{names[1]}: has no answers, as other data sets of this stage have" in caplog.text
+
+
+def test_a_value_of_keep_rows_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl", [{**row, "source": "a"} for row in QUESTIONS])
+    for kind in ("conversation", "prompt"):
+        with pytest.raises(UserError, match=r"keep_rows: source=b: no row of .*data.jsonl, split train, has these"):
+            load_splits(DataArguments(path, keep_rows=["source=b"]), kind, evaluation=True)
+
+
+def test_dates_in_json_are_refused_and_kept_as_text_in_a_table(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": f"2024-01-{i + 10}"} for i in range(9)]
+    for kind in ("prompt", "conversation"):
+        with pytest.raises(UserError, match="2024-01-10 00:00:00 was read as a date, as that whole column; save"):
+            load_splits(all_of(write(tmp_path, "jsonl", rows)), kind, evaluation=False)
+    train, _ = load_splits(all_of(write(tmp_path, "csv", rows)), "prompt", evaluation=False)
+    assert train["answer"] == [row["answer"] for row in rows]
+
+
+def test_numbers_with_leading_zeros_stay_text_in_any_column_of_a_table(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "code": text, "n": i} for i, text in enumerate(["110", "0110", "20"])]
+    path = write(tmp_path, "csv", rows)
+    train, _ = load_splits(all_of(path, answer_column="code"), "prompt", evaluation=False)
+    assert train["answer"] == ["110", "0110", "20"] and train["n"] == [0, 1, 2]
+
+
+def test_a_trial_run_checks_the_rows_that_it_does_not_train_on(tmp_path: Path) -> None:
+    for split, rows in (("train", [*QUESTIONS[:30], {"question": "31?", "answer": None}]), ("test", QUESTIONS[:5])):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(UserError, match="split train, row 30: answer is"):
+        load_splits(DataArguments(str(tmp_path), max_train_samples=4), "conversation", evaluation=True)

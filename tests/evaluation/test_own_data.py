@@ -528,3 +528,32 @@ def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
         *("problems: prompt_colum", "samples", "text: dataset_name"),
     ]
     assert all(isinstance(problem.remedy, str) for problem in problems) and UserError(*problems)
+
+
+def test_rows_of_every_data_set_that_a_stage_trains_on_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {name: [" ".join(f"{name}{i}x{j}" for j in range(20)) for i in range(40)] for name in "abc"}
+    for name, texts in words.items():
+        write_rows(tmp_path / f"{name}.jsonl", [{"question": text, "answer": "1"} for text in texts])
+    write_stage(tmp_path / "run", "2_sft", dataset_name=["a.jsonl", "b.jsonl"])
+    for named in ("b.jsonl", "./b.jsonl", str(tmp_path / "b.jsonl")):
+        found, _ = evaluate(tmp_path / "run", "2_sft", "--instructions", named, name="b")
+        assert found["overlap"]["instructions"] | {"n": 0} == {
+            "rows": 2, "trained_on": 76, "n": 0, "in": {}, "found": 0
+        }  # fmt: skip
+    # Rows of the second data set, in a file of another name, are found among all that were trained on.
+    write_rows(tmp_path / "d.jsonl", [{"question": text, "answer": "1"} for text in words["b"]])
+    found, _ = evaluate(tmp_path / "run", "2_sft", "--instructions", "d.jsonl", name="d")
+    assert found["overlap"]["instructions"]["in"] == {"instructions (b.jsonl)": 38}
+    own, _ = evaluate(tmp_path / "run", "2_sft")
+    assert own["overlap"]["instructions"]["rows"] == 2 and own["settings"]["instructions"]["dataset_name"] == "a.jsonl"
+
+
+def test_rows_that_a_stage_keeps_are_divided_as_it_divided_them(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": "1", "source": f"s{i % 2}"} for i in range(100)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    stage = {"dataset_name": path, "keep_rows": ["source=s1"]}
+    settings = complete({"problems": path}, derive([("2_sft", "sft", stage)], tmp_path))
+    assert settings["problems"] == {**stage, "validation_share": 0.05}
