@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Compare the runs, write the differences as JSON and print them as a table. Return 0."""
     from pipeline.files import check_directory, write_text
-    from pipeline.report.differences import check_rows, compare, format_table, pair_by_seed
+    from pipeline.report.differences import check_rows, compare, format_table, other_settings, pair_by_seed
     from pipeline.report.load import load_runs
     from pipeline.report.seeds import find_seeds
 
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]
     refuse(*problems)
-    for note in (note for run in runs for note in run.notes):
+    for note in [*(note for run in runs for note in run.notes), *other_settings(pairs)]:
         print(note, file=sys.stderr)
     changes = compare(pairs)
     entries = {stage: {name: change.to_json() for name, change in of.items()} for stage, of in changes.items()}

@@ -15,6 +15,8 @@ from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]
 Changes = dict[str, dict[str, Estimate]]
+MEASURED = ("max_new_tokens", "samples", "elicit", "shots", "best_of", "seed")
+"""Keys of `evaluate.yaml` that say how a run is measured, whatever its data."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,17 @@ def check_rows(pairs: Pairs) -> list[Problem]:
         if unequal or not shared:
             problems.append(Problem("--against", other.path, remedy))
     return problems
+
+
+def other_settings(pairs: Pairs) -> list[str]:
+    """Return a note for each stage that two runs measured in another way, to which a difference may be due."""
+    notes = []
+    for run, other in pairs:
+        for name in sorted(run.stages.keys() & other.stages.keys()):
+            mine, theirs = run.stages[name].settings, other.stages[name].settings
+            if changed := [key for key in MEASURED if mine.get(key) != theirs.get(key)]:
+                notes.append(f"{other.path}: {name} was measured with another {' and '.join(changed)} than {run.path}")
+    return notes
 
 
 def compare(pairs: Pairs) -> Changes:

@@ -237,3 +237,14 @@ def test_reward_models_are_compared_on_pairs_of_their_own(tmp_path: Path, run_co
     assert code == 0
     low, high = found["3_reward"]["reward_margin"]["ci95"]
     assert (low, high) == pytest.approx((-0.2 * 2**0.5, 0.2 * 2**0.5))
+
+
+def test_runs_that_were_measured_in_another_way_are_named(tmp_path: Path, run_compare: Compare) -> None:
+    sides = [make_run(tmp_path / name, 0, coins(1)) for name in "ab"]
+    for side, length in zip(sides, (64, 16), strict=True):
+        path = side / "evaluations" / "2_sft.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "settings": {"max_new_tokens": length, "samples": 8}})
+        )
+    code, _, err = run_compare(sides[0], "--against", sides[1])
+    assert code == 0 and f"{sides[1]}: 2_sft was measured with another max_new_tokens than {sides[0]}" in err
