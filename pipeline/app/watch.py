@@ -94,7 +94,9 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights would at the same learning rate.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
-    options = {"reward_funcs": load_rewards(settings["reward_funcs"]), "peft_config": get_peft_config(adapter)}
+    # An environment may give the only reward.
+    functions = load_rewards(names) if (names := settings["reward_funcs"]) else []
+    options = {"reward_funcs": functions, "peft_config": get_peft_config(adapter)}
     with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
         if settings.get("beta"):
             trainer.beta = trainer.args.beta = settings["beta"]

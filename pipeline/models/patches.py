@@ -5,6 +5,7 @@ creates itself, or passes to wrappers that look up the method by name.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -27,6 +28,27 @@ def name_body_of_llama4() -> None:
     from transformers import Llama4ForCausalLM
 
     Llama4ForCausalLM.base_model_prefix = "model"
+
+
+def refuse_deep_json() -> None:
+    """Let a call whose JSON is nested too deeply for Python be taken for text, as other malformed calls are.
+
+    TRL parses what the model wrote, perhaps a thousand brackets, by this method, and expects a ValueError.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    parse = PreTrainedTokenizerBase.parse_response
+    if hasattr(parse, "__wrapped__"):
+        return
+
+    @wraps(parse)
+    def parse_response(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return parse(*args, **kwargs)
+        except RecursionError as error:
+            raise ValueError("JSON is nested too deeply") from error
+
+    PreTrainedTokenizerBase.parse_response = parse_response
 
 
 def name_pre_tokenizers(text_model: Any, name: Callable[..., str]) -> None:

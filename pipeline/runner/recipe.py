@@ -90,9 +90,14 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
             order.remove(against)
             order.insert(trained, against)
     changed = overrides("evaluate", settings)
+    # Tools and graders of evaluations may run code where those of a stage may.
+    allowed = ("--allow_unconfined_code",) if any(step.values.get("allow_unconfined_code") for step in steps) else ()
     planned: list[Step] = []
     for item in order:
-        planned.append(item if isinstance(item, Step) else _evaluation(item, planned, run_dir, settings, changed))
+        if isinstance(item, str):
+            item = _evaluation(item, planned, run_dir, settings, changed)
+            item = replace(item, arguments=(*item.arguments, *allowed))
+        planned.append(item)
     # People may correct data by hand. Then the steps that read the data are due, but not the step that made them.
     editable = {step.name: step.output for step in steps if step.stage.editable}
     planned = [replace(one, data={need: editable[need] for need in one.needs if need in editable}) for one in planned]

@@ -16,6 +16,7 @@ from trl.chat_template_utils import (
 
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError, collect, refuse
+from pipeline.models.patches import refuse_deep_json
 from pipeline.rewards.loading import find_named
 from pipeline.rewards.sandbox import run as sandbox
 from pipeline.tools.environments import ENVIRONMENTS
@@ -104,10 +105,16 @@ def load_environment(name: str | None) -> type | None:
     if not any(one.kind is one.VAR_KEYWORD for one in parameters):
         remedy = "must be a class with a method reset(self, **columns), which takes every column, as TRL passes them"
         raise UserError(Problem("environment", name, remedy))
-    methods = tools_of(environment())
+    try:
+        methods = tools_of(environment())
+    # It is the user's code. The trainer makes one for each completion, without arguments.
+    except Exception as error:  # noqa: BLE001
+        remedy = f"cannot be made without arguments ({type(error).__name__}: {error}); correct its __init__"
+        raise UserError(Problem("environment", name, remedy)) from None
     faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
-    if not methods:
-        faults["it"] = "does not have a method that a model could call; write one"
+    # A static method does not say which environment it belongs to.
+    if not any(hasattr(method, "__self__") for method in methods.values()):
+        faults["it"] = "does not have a method that a model could call; write one, which takes `self`"
     refuse(*(Problem("environment", name, f"{method} {fault}") for method, fault in faults.items()))
     return environment
 
@@ -148,6 +155,7 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    refuse_deep_json()
     if not supports_tool_calling(tokenizer):
         return "the model's chat template does not support tool calls; give a model whose template does"
     if getattr(tokenizer, "response_template", None) is None:

@@ -35,6 +35,7 @@ from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
 from pipeline.stages import STAGES
+from pipeline.tools.loading import load_toolbox
 from pipeline.training import checks
 
 ANSWERS = {"chosen", "rejected", "completion"}
@@ -110,13 +111,14 @@ def load_inputs(
 
     if pretrained is None or config is not None:
         problems += _check_model(kind, config, tokenizer, training_args, model_args, reward_args)
+    if reward_args is not None:
+        faults = reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
+        problems, reward_args = problems + faults, None if faults else reward_args
     if splits is not None and tokenizer is not None:
         with collect(problems):
-            splits = _fit_rows(kind, splits, tokenizer, training_args, config, words_from)
+            splits = _fit_rows(kind, splits, tokenizer, training_args, config, words_from, reward_args)
     if splits is not None and isinstance(splits[0], Dataset):
         problems += checks.check_batches(len(splits[0]), training_args)
-    if reward_args is not None:
-        problems += reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
@@ -147,11 +149,12 @@ def _check_model(
 
 
 def _fit_rows(
-    kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: tuple[str, Any]
+    kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: Any, tools: Any
 ) -> tuple[Split, Split | None]:
     """Drop prompts that leave no room for an answer, and check the lengths of the first rows of other data.
 
-    The chat template, which comes from the field `words_from`, may reject a row.
+    The chat template, which comes from the field `words_from`, may reject a row. `tools` has the arguments that may
+    name some, or is None.
     """
 
     def count(messages: Any, tools: Any = None, **options: Any) -> int:
@@ -163,7 +166,14 @@ def _fit_rows(
             positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
             given, limit = args.chat_template_kwargs or {}, args.max_completion_length or 0
             template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
-            train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template) for s in splits)
+            added = 0
+            if toolbox := load_toolbox(vars(tools) if tools else None, tokenizer):
+                # What tools and environments add to prompts is measured on the first rows.
+                plain: dict[str, Any] = {"add_generation_prompt": True, **template}
+                called = plain | toolbox.template(tokenizer)
+                rows = list(splits[0].take(100))
+                added = max(count(toolbox.open(row)[0], **called) - count(row["prompt"], **plain) for row in rows)
+            train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template, added) for s in splits)
             return train, held_out
         for split in filter(None, splits if kind in ("preference", "unpaired") else splits[:1]):
             # Counting all tokens of a large data set takes minutes, and a stream is read over the network.
@@ -200,7 +210,7 @@ def _fit_rows(
         return splits
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
-        raise UserError(Problem(*words_from, remedy)) from error
+        raise UserError(Problem(words_from[0], words_from[1], remedy)) from error
 
 
 def _encode(

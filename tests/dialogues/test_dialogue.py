@@ -16,6 +16,7 @@ from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import encode_prompts
+from pipeline.models.tokenizer import train_tokenizer
 from pipeline.rewards.functions import call_cost
 from pipeline.tools import dialogue as module
 from pipeline.tools import loading
@@ -272,3 +273,20 @@ def test_a_reward_charges_for_calls() -> None:
     dialogue = talk([CALL, CALL, "yes<|end|>"])
     assert call_cost([dialogue.messages, "text"], call_cost=[0.1, 0.1]) == [-0.2, 0.0]
     assert call_cost([dialogue.messages]) == [-2.0]
+
+
+def test_a_call_nested_too_deeply_for_python_is_text() -> None:
+    def total(numbers: list[float]) -> float:
+        """Add numbers.
+
+        Args:
+            numbers: The numbers.
+        """
+        return sum(numbers)
+
+    tokenizer = train_tokenizer(["a [ b"] * 20, vocab_size=300, tools=True)
+    loading.load_toolbox({"tools": ["calculator"]}, tokenizer)
+    for end in ("", tokenizer.eos_token):
+        text = f"<|call|>total<|argument|>numbers={'[' * 3000}{end}"
+        turn = read_turn(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"], [], {"total": total})
+        assert turn is not None and "[[[" in str(turn["content"]) and not turn.get("tool_calls")

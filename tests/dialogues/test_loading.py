@@ -42,6 +42,20 @@ class Idle:
     def reset(self, **columns):
         """Begin."""
 
+class Static(Idle):
+    @staticmethod
+    def move(place: str) -> str:
+        """Move.
+
+        Args:
+            place: Where.
+        """
+        return place
+
+class Sized(Idle):
+    def __init__(self, size):
+        self.size = size
+
 class Game(Idle):
     def move(self, place: str) -> str:
         """Move.
@@ -84,6 +98,8 @@ def test_tools_and_environments_are_found_by_name() -> None:
         (None, "own_tools:good", "must be a class with a method reset"),
         (None, "own_tools:Narrow", "must be a class with a method reset(self, **columns)"),
         (None, "own_tools:Idle", "does not have a method that a model could call"),
+        (None, "own_tools:Static", "does not have a method that a model could call; write one, which takes `self`"),
+        (None, "own_tools:Sized", "cannot be made without arguments (TypeError: Sized.__init__() missing 1 required"),
     ],
 )
 @pytest.mark.usefixtures("own")

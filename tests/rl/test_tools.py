@@ -14,10 +14,12 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 from trl.chat_template_utils import parse_response
 
+from pipeline.errors import UserError
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools import dialogue
+from pipeline.training.inputs import _fit_rows
 from tests import tool_toy as toy
 from tests.sampling_recipes import run as run_module
 
@@ -250,3 +252,21 @@ def test_a_policy_learns_to_call_where_calls_are_rewarded(tmp_path: Path, kind: 
     run.train()
     log = [entry["rewards/results/mean"] for entry in run.state.log_history if "rewards/results/mean" in entry]
     assert sum(log[-5:]) / 5 > sum(log[:5]) / 5 + 0.3
+
+
+class Board(toy.Counter):
+    """An environment that shows a whole board."""
+
+    def reset(self, most: int = 2, **_: Any) -> str:
+        return super().reset(most) * 30
+
+
+def test_what_an_environment_shows_takes_room_from_the_context() -> None:
+    tokenizer, config = toy.tokenizer(), GPT2Config(n_positions=48)
+    args = SimpleNamespace(chat_template_kwargs=None, max_completion_length=24)
+    source, where = (toy.prompts(), None), ("model_name_or_path", "m")
+    kept, _ = _fit_rows("prompt", source, tokenizer, args, config, where, None)
+    assert len(kept) == len(source[0])
+    with pytest.raises(UserError, match="max_completion_length: 24: every prompt takes more than the"):
+        own = SimpleNamespace(tools=None, environment=f"{__name__}:Board")
+        _fit_rows("prompt", source, tokenizer, args, config, where, own)

@@ -58,6 +58,13 @@ def test_the_model_that_the_first_stage_starts_from_is_measured_before_it(folder
     assert names.count("evaluate_0_base") == 1
 
 
+def test_code_of_evaluations_is_as_unconfined_as_a_stage_allows(folder: Path) -> None:
+    values = {"dataset_name": "talk.jsonl", "model_name_or_path": "runs/r/3_ppo", "tools": ["python"]}
+    values |= {"allow_unconfined_code": True, "output_dir": "runs/r/4_grpo"}
+    (folder / "4_grpo.yaml").write_text(yaml.safe_dump(values))
+    assert all(step.arguments[-1] == "--allow_unconfined_code" for step in evaluations(folder).values())
+
+
 def test_every_stage_is_measured_on_the_data_of_all(folder: Path) -> None:
     steps = evaluations(folder)
     assert len({str(step.values) for step in steps.values()}) == 1
