@@ -629,10 +629,8 @@ CASES |= {
     "LoRA on the output layer": Case(
         "ppo", "--use_peft --lora_target_modules lm_head", ("lora_target_modules: ['lm_head']", "lora_modules_to_save")
     ),
-    "a reference that is not there": Case("grpo", "--sync_ref_model", ("sync_ref_model: True", "beta")),
-    "a reference without weights of its own": Case(
-        "grpo", "--sync_ref_model --beta 0.1 --use_peft", ("sync_ref_model: True", "use_peft")
-    ),
+    "a reference that moves, in GRPO": Case("grpo", "--sync_ref_model --beta 0.1", ("sync_ref_model: True", "resumed")),
+    "smoothing that no loss takes": Case("reward", "--label_smoothing_factor 0.1", ("label_smoothing_factor: 0.1",)),
     "metrics by batch": Case("pretrain", "--batch_eval_metrics", ("batch_eval_metrics: True", "whole evaluation")),
     "a length of pairs": Case(
         "reward", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: group_by_length", "lengths")

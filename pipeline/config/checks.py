@@ -109,6 +109,7 @@ UNSUPPORTED = for_each_name(
         "dataset_text_field": "is replaced by messages_column",
         "completion_only_loss": "has no effect on conversations, use assistant_only_loss",
         "batch_eval_metrics": "metrics are computed once, over a whole evaluation",
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "a resumed run would lose the updated reference",
         "do_train": "every recipe trains",
         "do_predict": f"is replaced by `{as_typed('evaluate')}`",
         "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config": (
@@ -136,7 +137,6 @@ SWITCHES: dict[str, tuple[str, Any]] = for_each_name(
         "muon_learning_rate": ("use_muon", True),
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters": ("use_peft", True),
         "lora_modules_to_save use_rslora use_dora value_use_peft": ("use_peft", True),
-        "ref_model_mixup_alpha ref_model_sync_steps": ("sync_ref_model", True),
         "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target": ("use_adaptive_entropy", True),
         "num_completions_to_print log_unique_prompts": ("log_completions", True),
         "sapo_temperature_neg sapo_temperature_pos": ("loss_type", "sapo"),
@@ -291,10 +291,9 @@ def check_together(
         refuse("max_length", "must be given with packing, whose rows are of that length")
     if get("padding_free") and not get("packing") and get("max_length") is not None:
         refuse("padding_free", "does not cut rows at max_length; set packing to true, or max_length to null")
-    if get("sync_ref_model") and not get("beta"):
-        refuse("sync_ref_model", "needs a reference model, and there is none with a beta of 0; raise beta, or omit it")
-    elif get("sync_ref_model") and get("use_peft"):
-        refuse("sync_ref_model", "needs a reference other than the policy without its adapter (use_peft); omit it")
+    # Only these losses do not take it from the trainer: all of reward models and preferences, and some of TRL's SFT.
+    if get("label_smoothing_factor") and ("center_rewards_coefficient" in values or get("loss_type", "nll") != "nll"):
+        refuse("label_smoothing_factor", "has no effect on this loss (DPO has label_smoothing); omit it")
     if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import trl
 from datasets import IterableDataset
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
@@ -21,8 +22,11 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
     def __init__(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.args.pad_to_multiple_of
-        # With packing, TRL does not accept a collator as an argument. FlashAttention expects TRL's flattened rows.
-        if packs and "flash" not in (self.model.config._attn_implementation or ""):
+        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        # With packing, TRL does not accept a collator as an argument. FlashAttention expects TRL's flattened rows, and
+        # convolutions need them, too.
+        if packs and attends and "flash" not in (self.model.config._attn_implementation or ""):
             self.data_collator = PackedRows(self.processing_class.pad_token_id, return_position_ids=True)
         project_labelled_positions(self.model)
         choose_attention(self.model, attn_implementation)

@@ -38,7 +38,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self._muon, self._adamw = muon, adamw
-        super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
+        # Some schedules read the learning rate from the defaults.
+        super().__init__([*muon.param_groups, *adamw.param_groups], defaults={"lr": adamw.defaults["lr"]})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with both optimizers."""

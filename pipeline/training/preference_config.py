@@ -15,7 +15,6 @@ LOSSES = (*OF_DIFFERENCES, "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpa
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 NO_BETA = "must be above 0: it scales everything that is learned"
-MOVING = "a resumed run would lose the updated reference; omit it"
 
 
 @dataclass
@@ -41,7 +40,6 @@ class DPOConfig(trl.DPOConfig):
             "discopop_tau": self.discopop_tau == 0 and "must be above 0",
             "use_weighting": self.use_weighting and losses & {"aot", "aot_unpaired"} and "aot sorts the pairs; omit it",
             "padding_free": self.padding_free and "TRL currently pads the pairs; omit it",
-            "sync_ref_model": self.sync_ref_model and MOVING,
             "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
             and "a pair has two lengths; omit it",
         }
@@ -56,7 +54,6 @@ class KTOConfig(trl.KTOConfig):
         super().__post_init__()
         refused = {
             "beta": self.beta == 0 and NO_BETA,
-            "sync_ref_model": self.sync_ref_model and MOVING,
             "per_device_train_batch_size": self.loss_type == "kto"
             and self.per_device_train_batch_size < 2
             and "must be at least 2: the KL is estimated with the answer of another row",

@@ -23,8 +23,9 @@ from accelerate.utils import reduce
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import RandomSampler
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from pipeline import hardware
 from pipeline.errors import RunStopped
@@ -83,7 +84,9 @@ class Reliable(Trainer):
             self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
             self._uncounted_tokens = 0
         both_due = control.should_save and control.should_evaluate
-        if not both_due or self.args.save_strategy == SaveStrategy.BEST:
+        # These schedules follow the evaluations, whose effect on them a checkpoint must contain.
+        follows = self.args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        if not both_due or follows or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
             return
         control.should_evaluate, self._evaluation_due = False, True
@@ -282,6 +285,15 @@ class Reliable(Trainer):
             return super().get_train_dataloader()
         finally:
             args.dataloader_drop_last = asked
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Drop the rows of each epoch that do not fill a whole step, as those of a whole batch without accumulation."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        if type(sampler) is RandomSampler and len(sampler) >= step > self.args.train_batch_size * self.args.world_size:
+            # It draws the same order, and ends earlier.
+            sampler = RandomSampler(sampler.data_source, num_samples=len(sampler) // step * step)
+        return sampler
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # transformers gathers the count of each micro-batch, which makes fast processes wait for slow ones, and the

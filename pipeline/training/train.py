@@ -133,6 +133,10 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
     if checkpoint is None or not trainer.restore_finished(checkpoint):
+        # FSDP's and DeepSpeed's states of the optimizer have other names.
+        if checkpoint and not [*checkpoint.glob("*optimizer*"), *checkpoint.glob("global_step*")]:
+            remedy = "cannot be resumed without the optimizer's state (save_only_model); choose another output_dir"
+            raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
         _train(trainer, checkpoint)
     interrupts.restore()
     stop = interrupts.reason_to_stop(trainer.state, str(trainer.args.output_dir))

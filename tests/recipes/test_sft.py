@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from small_model import conversation, run_recipe, save_model, tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.kernels.packed_rows import PackedRows
+from pipeline.training.fine_tuning import SFTTrainer as OurSFTTrainer
 
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")
@@ -96,3 +97,18 @@ def test_an_adapter_is_trained_resumed_saved_and_loads(tmp_path: Path) -> None:
     again = run_recipe("sft", inputs, *lora, "--output_dir", str(output), "--eval_strategy", "no")
     assert again.returncode == 0 and "resuming    from" in again.stderr, again.stderr
     assert (output / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_layers_that_do_not_attend_get_rows_that_trls_collator_flattens(tmp_path: Path) -> None:
+    config = Lfm2Config(
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, packing=True, max_length=96, report_to="none")
+    data = Dataset.from_dict({"messages": CONVERSATIONS})
+    kinds = []
+    for model in (Lfm2ForCausalLM(config), AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "llama"))):
+        trainer = OurSFTTrainer(model, args, train_dataset=data, processing_class=tokenizer())
+        kinds.append(isinstance(trainer.data_collator, PackedRows))
+    # Convolutions would run on into the next conversation of a row, where transformers refuses TRL's batches.
+    assert kinds == [False, True]

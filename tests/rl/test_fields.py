@@ -51,8 +51,8 @@ USED = """
     steps_per_generation temperature top_p top_k min_p generation_kwargs chat_template_kwargs repetition_penalty
     cache_implementation beta num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos
     vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights
-    multi_objective_aggregation scale_rewards loss_type mask_truncated_completions sync_ref_model
-    ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy
+    multi_objective_aggregation scale_rewards loss_type mask_truncated_completions
+    top_entropy_quantile entropy_coef use_adaptive_entropy
     entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold
     use_bias_correction_kl log_completions num_completions_to_print log_unique_prompts log_completions_hub_repo
 """

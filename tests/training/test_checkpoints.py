@@ -17,6 +17,7 @@ from pipeline.errors import RunStopped, UserError
 from pipeline.training.checkpoint_folders import checkpoints, newest_complete, validate_checkpoint, write_manifest
 from pipeline.training.reliable import Reliable
 from pipeline.training.train import _train as train
+from pipeline.training.train import _train_and_save as train_and_save
 from pipeline.training.train import check_architecture
 
 
@@ -155,6 +156,45 @@ def test_when_it_is_evaluated_has_no_effect_on_the_weights(tmp_path: Path, optio
     other.train()
     for name, weight in one.model.state_dict().items():
         assert torch.equal(weight, other.model.state_dict()[name])
+
+
+def test_a_schedule_that_follows_evaluations_is_resumed_as_it_was(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
+    options |= {"lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, "threshold": 0.9}, "greater_is_better": False}
+    whole = make_trainer(tmp_path / "whole", **options)
+    rates = learning_rates(whole)
+    whole.train()
+    again = make_trainer(tmp_path / "again", **options)
+    resumed = learning_rates(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert resumed == rates[6:] and len(set(rates)) > 1
+    assert torch.equal(again.model.layer.weight, whole.model.layer.weight)
+
+
+def test_an_epoch_has_the_same_steps_with_a_large_batch_and_with_an_accumulated_one(tmp_path: Path) -> None:
+    ends = []
+    for size, accumulated in ((16, 1), (4, 4)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        trainer = make_trainer(tmp_path / str(size), max_steps=-1, num_train_epochs=2, **options)
+        trainer.model.dropout.p = 0.0
+        trainer.train()
+        # 40 rows have two steps of 16.
+        assert trainer.state.global_step == 4
+        ends.append(trainer.model.layer.weight.detach().clone())
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The toy has no config.
+    monkeypatch.setattr("pipeline.training.train.check_architecture", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer = make_trainer(tmp_path, save_only_model=True)
+        trainer.add_callback(At("on_step_end", 7, stop))
+        trainer.train()
+    again = make_trainer(tmp_path, save_only_model=True)
+    again.model.config = None
+    with pytest.raises(UserError, match=r"checkpoint-6: cannot be resumed without the optimizer's state"):
+        train_and_save(again, None)
 
 
 def learning_rates(trainer: Reliable) -> list[float]:

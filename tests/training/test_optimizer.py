@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from small_model import tokenizer
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 from pipeline.models.kernels import muon
 from pipeline.models.scratch import ScratchArguments, build_model
@@ -206,3 +206,9 @@ def test_a_trainer_resumes_with_it_bit_for_bit(tmp_path: Path) -> None:
 
 def test_by_default_the_trainer_keeps_its_own_optimizer(tmp_path: Path) -> None:
     assert optimizer_cls_and_kwargs(TrainingArguments(str(tmp_path), use_cpu=True), OptimizerArguments()) is None
+
+
+@pytest.mark.parametrize("name", ["polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr"])
+def test_schedules_that_end_at_a_learning_rate_work_with_muon(name: str) -> None:
+    settings = {} if name == "polynomial" else {"min_lr": 1e-5}
+    get_scheduler(name, build_optimizer(model(), **SETTINGS), 2, 10, settings)
