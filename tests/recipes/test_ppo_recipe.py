@@ -67,7 +67,7 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     lines = refused.stderr.strip().splitlines()[-3:]
-    assert [line.partition(":")[0] for line in lines] == ["max_completion_length", "reward_model_path", "reward_funcs"]
+    assert [line.partition(":")[0] for line in lines] == ["reward_model_path", "reward_funcs", "max_completion_length"]
     assert not (tmp_path / "run").exists()
 
 

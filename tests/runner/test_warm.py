@@ -313,7 +313,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
                 assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
             lines = [line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False "))]
             found[name] = [line.partition(" ") for line in sorted(lines)]
-            assert len(lines) == number
+            assert len(lines) == number, Path(name).read_text()
     for name, lines in found.items():
         forked = name == "ranks" or (name == "fork" and options not in (("--num_processes", "2"), ("--debug",)))
         assert lines == [(str(forked), " ", environment) for _, _, environment in found["new"]]
