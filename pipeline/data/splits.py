@@ -142,7 +142,7 @@ def _load_one(
             problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
         refuse(*problems)
         trained_on = source[train]
-        if isinstance(trained_on, Dataset):
+        if isinstance(trained_on, Dataset) and len(trained_on):
             # All rows are checked, also those that a trial run does not train on.
             trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
         else:
