@@ -127,10 +127,8 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
     # Pairs, for instance, may be made from test problems; only data that the run generates itself cannot contain
     # copies. A stream is only searched for its own held-out rows.
     suspects = {}
-    trained_on = [
-        (key, replace(one, dataset_name=name)) for key, one in reader.own.items() for name in one.dataset_names
-    ]
-    for name, source in trained_on:
+    own = [(key, replace(one, dataset_name=name)) for key, one in reader.own.items() for name in one.dataset_names]
+    for name, source in own:
         keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
         # An evaluation does not need the training data, which may be on another machine.
         with suppress(UserError):
@@ -265,9 +263,7 @@ class Reader:
         """Return whether the run makes this data set itself."""
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
-    def find(
-        self, key: str, split: str | None = None, trained_on: bool = False, source: Source | None = None
-    ) -> Part | None:
+    def find(self, key: str, split: str | None = None, trained_on: bool = False, source: Any = None) -> Part | None:
         """Return rows of the data set of a key of `evaluate.yaml` (by default, the first), or None.
 
         By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A

@@ -27,8 +27,7 @@ from pipeline.tools import dialogue
 from pipeline.tools.chat_model import ChatModel
 
 MAX_SAMPLED_PROBLEMS = 64
-"""Problems to which several answers are sampled: eight samples each cost more than all greedy answers together. With
-fewer samples, there are more problems."""
+"""Problems to which eight answers are sampled, which cost more than all greedy answers together."""
 NUMBER, STRING = Value("float64"), Value("string")
 RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 

@@ -31,15 +31,10 @@ def name_body_of_llama4() -> None:
 
 
 def refuse_deep_json() -> None:
-    """Let a call whose JSON is nested too deeply for Python be taken for text, as other malformed calls are.
-
-    TRL parses what the model wrote, perhaps a thousand brackets, by this method, and expects a ValueError.
-    """
+    """Let a call with JSON too deep for Python be text, as other malformed calls are: TRL expects a ValueError."""
     from transformers import PreTrainedTokenizerBase
 
     parse = PreTrainedTokenizerBase.parse_response
-    if hasattr(parse, "__wrapped__"):
-        return
 
     @wraps(parse)
     def parse_response(*args: Any, **kwargs: Any) -> Any:
@@ -48,7 +43,8 @@ def refuse_deep_json() -> None:
         except RecursionError as error:
             raise ValueError("JSON is nested too deeply") from error
 
-    PreTrainedTokenizerBase.parse_response = parse_response
+    if not hasattr(parse, "__wrapped__"):
+        PreTrainedTokenizerBase.parse_response = parse_response
 
 
 def name_pre_tokenizers(text_model: Any, name: Callable[..., str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -127,6 +127,16 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
     # ---- The rollout
+
+    def get_train_dataloader(self) -> Any:
+        """Leave rows where they are: accelerate would look for tensors to move in every number of every column."""
+        placed = self.accelerator.device_placement
+        # This setting would also change how a stream is split.
+        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)

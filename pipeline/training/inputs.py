@@ -153,8 +153,7 @@ def _fit_rows(
 ) -> tuple[Split, Split | None]:
     """Drop prompts that leave no room for an answer, and check the lengths of the first rows of other data.
 
-    The chat template, which comes from the field `words_from`, may reject a row. `tools` has the arguments that may
-    name some, or is None.
+    The chat template, which comes from the field `words_from`, may reject a row. `tools` may name tools.
     """
 
     def count(messages: Any, tools: Any = None, **options: Any) -> int:
