@@ -98,8 +98,8 @@ def load_inputs(
         tokens = None
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with once_per_node(training_args), collect(problems):
-        evaluates = training_args.eval_strategy != "no"
-        splits = load_splits(data_args, "tokens" if shards else kind, evaluates, tokens, seed)
+        rows = "tokens" if shards else kind
+        splits = load_splits(data_args, rows, training_args.eval_strategy != "no", tokens, seed)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
@@ -111,9 +111,8 @@ def load_inputs(
 
     if pretrained is None or config is not None:
         problems += _check_model(kind, config, tokenizer, training_args, model_args, reward_args)
-    if reward_args is not None:
-        faults = reward_args.preflight(training_args, tokenizer, splits[0] if splits else None)
-        problems, reward_args = problems + faults, None if faults else reward_args
+    faults = reward_args.preflight(training_args, tokenizer, splits[0] if splits else None) if reward_args else []
+    problems, reward_args = problems + faults, None if faults else reward_args
     if splits is not None and tokenizer is not None:
         with collect(problems):
             splits = _fit_rows(kind, splits, tokenizer, training_args, config, words_from, reward_args)
