@@ -9,6 +9,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, SupportsFloat
 
@@ -107,12 +108,12 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
     @functools.wraps(function)
     def guarded(completions: Any = None, **columns: Any) -> Any:
-        with _named(name, field):
+        with user_code(name, field):
             return checked(function(**copied(completions, columns)), completions, columns)
 
     @functools.wraps(function)
     async def awaited(completions: Any = None, **columns: Any) -> Any:
-        with _named(name, field):
+        with user_code(name, field):
             return checked(await function(**copied(completions, columns)), completions, columns)
 
     # TRL checks beforehand whether a function is asynchronous, and logs the reward under its name.
@@ -123,19 +124,20 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
 
 
 @contextlib.contextmanager
-def _named(name: str, field: str) -> Iterator[None]:
-    """Turn an error in a user's function into a `UserError` that names the function and the line."""
+def user_code(name: str, field: str) -> Iterator[None]:
+    """Turn an error in a user's function, class or method into a `UserError` that names the function and the line."""
     try:
         yield
     except (UserError, RunStopped):
         raise
     except (Exception, SystemExit) as error:
         # Name a line in the function's own file rather than in a library that it called.
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        package = str(Path(__file__).parents[1])
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(package)]
         lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
         place = f" ({frames[0].filename}:{lines[-1]})" if frames else ""
         raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"
-        raise UserError(Problem(field, name, f"{raised}; correct the function")) from error
+        raise UserError(Problem(field, name, f"{raised}; correct it")) from error
 
 
 def _find_fault(rewards: Any, count: int) -> str | None:

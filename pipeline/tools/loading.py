@@ -17,7 +17,7 @@ from trl.chat_template_utils import (
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError, collect, refuse
 from pipeline.models.patches import refuse_deep_json
-from pipeline.rewards.loading import find_named
+from pipeline.rewards.loading import find_named, user_code
 from pipeline.rewards.sandbox import run as sandbox
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS, python
@@ -105,12 +105,9 @@ def load_environment(name: str | None) -> type | None:
     if not any(one.kind is one.VAR_KEYWORD for one in parameters):
         remedy = "must be a class with a method reset(self, **columns), which takes every column, as TRL passes them"
         raise UserError(Problem("environment", name, remedy))
-    try:
+    # The trainer makes one for each completion, without arguments.
+    with user_code(name, "environment"):
         methods = tools_of(environment())
-    # It is the user's code. The trainer makes one for each completion, without arguments.
-    except Exception as error:  # noqa: BLE001
-        remedy = f"cannot be made without arguments ({type(error).__name__}: {error}); correct its __init__"
-        raise UserError(Problem("environment", name, remedy)) from None
     faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
     # A static method does not say which environment it belongs to.
     if not any(hasattr(method, "__self__") for method in methods.values()):

@@ -34,6 +34,7 @@ from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_mode
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
+from pipeline.rewards.loading import user_code
 from pipeline.stages import STAGES
 from pipeline.tools.loading import load_toolbox
 from pipeline.training import checks
@@ -167,10 +168,11 @@ def _fit_rows(
             added = 0
             if toolbox := load_toolbox(vars(tools) if tools else None, tokenizer):
                 # What tools and environments add to prompts is measured on the first rows.
+                with user_code(tools.environment, "environment"):
+                    opened = [(toolbox.open(row)[0], row["prompt"]) for row in splits[0].take(100)]
                 plain: dict[str, Any] = {"add_generation_prompt": True, **template}
                 called = plain | toolbox.template(tokenizer)
-                rows = list(splits[0].take(100))
-                added = max(count(toolbox.open(row)[0], **called) - count(row["prompt"], **plain) for row in rows)
+                added = max(count(shown, **called) - count(asked, **plain) for shown, asked in opened)
             train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template, added) for s in splits)
             return train, held_out
         for split in filter(None, splits if kind in ("preference", "unpaired") else splits[:1]):

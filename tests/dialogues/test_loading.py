@@ -99,7 +99,7 @@ def test_tools_and_environments_are_found_by_name() -> None:
         (None, "own_tools:Narrow", "must be a class with a method reset(self, **columns)"),
         (None, "own_tools:Idle", "does not have a method that a model could call"),
         (None, "own_tools:Static", "does not have a method that a model could call; write one, which takes `self`"),
-        (None, "own_tools:Sized", "cannot be made without arguments (TypeError: Sized.__init__() missing 1 required"),
+        (None, "own_tools:Sized", "raised TypeError: Sized.__init__() missing 1 required"),
     ],
 )
 @pytest.mark.usefixtures("own")

@@ -261,6 +261,13 @@ class Board(toy.Counter):
         return super().reset(most) * 30
 
 
+class Broken(toy.Counter):
+    """An environment that cannot begin."""
+
+    def reset(self, most: int = 2, **_: Any) -> str:
+        raise ValueError("no server")
+
+
 def test_what_an_environment_shows_takes_room_from_the_context() -> None:
     tokenizer, config = toy.tokenizer(), GPT2Config(n_positions=48)
     args = SimpleNamespace(chat_template_kwargs=None, max_completion_length=24)
@@ -269,4 +276,7 @@ def test_what_an_environment_shows_takes_room_from_the_context() -> None:
     assert len(kept) == len(source[0])
     with pytest.raises(UserError, match="max_completion_length: 24: every prompt takes more than the"):
         own = SimpleNamespace(tools=None, environment=f"{__name__}:Board")
+        _fit_rows("prompt", source, tokenizer, args, config, where, own)
+    with pytest.raises(UserError, match=r"environment: .*Broken: raised ValueError: no server \(.*test_tools.py:\d+\)"):
+        own.environment = f"{__name__}:Broken"
         _fit_rows("prompt", source, tokenizer, args, config, where, own)
