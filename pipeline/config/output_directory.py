@@ -66,8 +66,7 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
         try:
             earlier = dict(json.loads(record.read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            remedy = f"{record} cannot be read ({error}); choose another directory"
-            return [Problem("output_dir", output_dir, remedy)]
+            return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
         # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
         # another release may know other fields.
         known = sorted(set(earlier) & set(present) - {"output_dir", *machine})

@@ -57,8 +57,7 @@ def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
         folder = "" if config == "default" else f"{config}/"
         data_files = [{"split": split, "path": f"{folder}{split}.parquet"} for split in splits]
         configs.append({"config_name": config, "data_files": data_files})
-    header = DatasetCardData(configs=configs or None, **metadata)
-    return f"---\n{header}\n---\n\n{text}"
+    return f"---\n{DatasetCardData(configs=configs or None, **metadata)}\n---\n\n{text}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -24,8 +24,7 @@ def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
     # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
     same = exact_answer(answers, references, prompts=prompts)
-    equal = math_answer(answers, references, prompts=prompts)
-    return [1.0 in either for either in zip(same, equal, strict=True)]
+    return [1.0 in either for either in zip(same, math_answer(answers, references, prompts=prompts), strict=True)]
 
 
 def load_grader(grade: str | None) -> Grader:

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Trained:
 
 def _render(template: str, data: CardData, **values: Any) -> str:
     """Return a card: its metadata, and the text from a file in `templates/`."""
+    return f"---\n{data.to_yaml()}\n---\n\n{_environment().get_template(template).render(values)}"
+
+
+@cache
+def _environment() -> Environment:
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.loader = PackageLoader("pipeline.hub")
     jinja.filters |= {
@@ -71,7 +77,7 @@ def _render(template: str, data: CardData, **values: Any) -> str:
         "json": lambda text: json.dumps(text, ensure_ascii=False),
         "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
     }
-    return f"---\n{data.to_yaml()}\n---\n\n{jinja.get_template(template).render(values)}"
+    return jinja
 
 
 def fenced(code: str, language: str) -> str:

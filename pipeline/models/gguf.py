@@ -72,5 +72,4 @@ def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
     from pipeline.models.tokenizer import pre_tokenizer
 
     # Pre-tokenizers cannot be compared, but their printed form can.
-    own = str(pre_tokenizer("bpe")), str(pre_tokenizer("character"))
-    return str(tokenizer.backend_tokenizer.pre_tokenizer) in own
+    return str(tokenizer.backend_tokenizer.pre_tokenizer) in (str(pre_tokenizer(kind)) for kind in ("bpe", "character"))
