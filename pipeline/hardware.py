@@ -91,8 +91,7 @@ def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""
     # In a container or a job of a cluster, the process may use fewer cores than the machine has.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    physical = torch.cpu.get_capabilities().get("num_physical_cores") or allowed
-    return max(1, min(allowed, physical))
+    return max(1, min(allowed, torch.cpu.get_capabilities().get("num_physical_cores") or allowed))
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:

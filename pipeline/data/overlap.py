@@ -142,24 +142,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help = f"{name} {where} (split: {name})"
         parser.add_argument(f"--{name}", nargs="+", required=True, metavar="DATASET", help=help)
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
+    parser.add_argument("--max_share", type=float, default=0.0, help="share of test rows that may overlap (default: 0)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the overlap of each test data set with all training data. Return 1 if anything overlaps."""
+    """Print the overlap of each test data set with all training data. Return 1 if one is above `--max_share`."""
     if args.n < 1:
         raise UserError(Problem("n", args.n, "must be at least 1"))
+    if not 0 <= args.max_share <= 1:
+        raise UserError(Problem("max_share", args.max_share, "must be between 0 and 1"))
     tests = {name: _open_rows(name, "test") for name in args.test}
     trains = [_open_rows(name, "train") for name in args.train]
-    overlaps = False
+    too_much = False
     for name, rows in tests.items():
         found = overlap(chain.from_iterable(trains), rows, args.n)
-        overlaps |= bool(found.matches)
+        too_much |= found.share > args.max_share
         shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
         for match in found.matches[:5]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
-    return int(overlaps)
+    return int(too_much)
 
 
 def _open_rows(name: str, field: str) -> Sequence[Mapping[str, Any]]:

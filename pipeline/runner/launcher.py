@@ -109,8 +109,7 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
     try:
         loaded = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
-        reason = " ".join(str(error).split())
-        return problem(f"is not a launch file of accelerate ({reason}); correct it")
+        return problem(f"is not a launch file of accelerate ({' '.join(str(error).split())}); correct it")
     config = vars(loaded)
     for item in fields(loaded):
         value = config[item.name]

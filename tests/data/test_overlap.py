@@ -105,7 +105,7 @@ def write(path: Path, *lines: dict[str, Any]) -> str:
     return str(path)
 
 
-def test_the_command_prints_overlap_and_fails_if_there_is_any(
+def test_the_command_prints_overlap_and_fails_above_the_share(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
@@ -114,6 +114,8 @@ def test_the_command_prints_overlap_and_fails_if_there_is_any(
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows (50.00%)" in printed and "test row 0, training row 0: the quick brown fox" in printed
+    assert command.main(["check-overlap", "--train", train, "--test", test, "--max_share", "0.5"]) == 0
+    assert command.main(["check-overlap", "--train", train, "--test", test, "--max_share", "0.4"]) == 1
     assert command.main(["check-overlap", "--train", clean, "--test", test]) == 0
     assert command.main(["check-overlap", "--train", clean, train, "--test", clean, test]) == 1
 
@@ -134,6 +136,7 @@ def test_by_default_eight_words_in_a_row_are_overlap(tmp_path: Path, capsys: pyt
         (["--train", "{train}::validation"], "choose from: train"),
         (["--train", "{numbers}"], "do not contain text"),
         (["--train", "{train}", "--n", "0"], "n: 0"),
+        (["--train", "{train}", "--max_share", "2"], "max_share: 2.0"),
     ],
 )
 def test_wrong_arguments_are_refused(
