@@ -85,7 +85,7 @@ def _with_roles(value: object) -> object:
                 if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
                     before = messages.pop()
                 one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), call]}
-            case {"from": role, "value": content} if one.get("role") is None:
+            case {"from": str(role), "value": content} if one.get("role") is None:
                 one = {"role": ROLES.get(role, role), "content": content}
         messages.append(one)
     return messages

@@ -296,6 +296,11 @@ def test_shapes_of_rows_are_found(
             {"messages": [ASKED[0], {**ASKED[1], "tool_calls": [{"id": "1"}]}]},
             "has the call {'id': '1'}, not",
         ),
+        (
+            "conversation",
+            {"messages": [{**HUMAN, "from": ["human"]}, GPT]},
+            r"contains {'from': \['human'\], .*}, not {role, content}",
+        ),
         ("prompt", {"question": "Who?", "answer": ["I", "me"]}, r"answer is \['I', 'me'\], not one answer"),
         ("prompt", {"question": "Who?", "answer": {"value": "I"}}, r"answer is {'value': 'I'}, not one answer"),
         ("unpaired", {"prompt": "Who?", "completion": ["I"], "label": True}, r"completion is \['I'\], not one answer"),
