@@ -132,8 +132,8 @@ def user_code(name: str, field: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         # Name a line in the function's own file rather than in a library that it called.
-        package = str(Path(__file__).parents[1])
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(package)]
+        package = Path(__file__).parents[1]
+        frames = [one for one in traceback.extract_tb(error.__traceback__) if package not in Path(one.filename).parents]
         lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
         place = f" ({frames[0].filename}:{lines[-1]})" if frames else ""
         raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"

@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from pipeline.errors import RunStopped, UserError
+from pipeline.rewards import loading
 from pipeline.rewards.functions import math_answer
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.grpo import GRPOTrainer
@@ -112,3 +113,12 @@ def test_what_is_guarded_already_or_edits_nothing_is_not_wrapped() -> None:
     assert guard_reward(once, "vandal") is once and guard_reward(math_answer, "math_answer") is math_answer
     with pytest.raises(UserError, match="late: returned nan"):
         asyncio.run(guard_reward(toy.not_a_number_later, "late")(completions=["a"]))
+
+
+def test_the_line_is_named_of_a_file_beside_the_package_too() -> None:
+    own = Path(loading.__file__).parents[2] / "pipeline_own.py"
+    made: dict[str, Any] = {}
+    code = "def late(completions, **columns):\n    raise ValueError('no server')"
+    exec(compile(code, str(own), "exec"), made)  # noqa: S102 - the code of this test
+    with pytest.raises(UserError, match=r"late: raised ValueError: no server \(.*pipeline_own.py:2\); correct it"):
+        guard_reward(made["late"], "late")(completions=["a"])
