@@ -132,7 +132,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         keys = [key for key, part in parts.items() if not (reader.is_made(source) and reader.is_made(part.source))]
         # An evaluation does not need the training data, which may be on another machine.
         with suppress(UserError):
-            part = reader.find(name, trained_on=True, source=source) if keys else None
+            part = reader.find(name, trained_on=True, own=source) if keys else None
             if part is not None and not isinstance(part.data, Dataset):
                 keys = [key for key in keys if key == name]
             if part is not None and keys:
@@ -263,14 +263,15 @@ class Reader:
         """Return whether the run makes this data set itself."""
         return Path(source.dataset_names[0]).is_relative_to(self.run)
 
-    def find(self, key: str, split: str | None = None, trained_on: bool = False, source: Any = None) -> Part | None:
+    def find(
+        self, key: str, split: str | None = None, trained_on: bool = False, own: Source | None = None
+    ) -> Part | None:
         """Return rows of the data set of a key of `evaluate.yaml` (by default, the first), or None.
 
         By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
         UserError is raised if a split that the user names does not exist.
         """
-        source = source or (self.own if trained_on else self.sources).get(key)
-        if source is None:
+        if not (source := own or (self.own if trained_on else self.sources).get(key)):
             return None
         name, train, named = source.dataset_names[0], source.dataset_train_split, source.dataset_test_split
         held_out = [named] if key in self.named and named else [named, "test", "validation"]

@@ -211,5 +211,4 @@ def student_t(degrees: int) -> float:
     # 100,000 strips give more exact digits than are ever printed, without SciPy.
     edges = np.linspace(0, np.pi / 2, 100_001)
     covered = np.cumsum(np.cos((edges[:-1] + edges[1:]) / 2) ** (degrees - 1))
-    angle = np.interp(CONFIDENCE, covered / covered[-1], edges[1:])
-    return float(degrees**0.5 * np.tan(angle))
+    return float(degrees**0.5 * np.tan(np.interp(CONFIDENCE, covered / covered[-1], edges[1:])))
