@@ -76,8 +76,8 @@ def measure_best_of(
 ) -> None:
     """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
 
-    `result` is the reward model's. `chats` are the opponent, by the keys of the data that it answers: problems and, if
-    there is a judge, prompts, for which its single answers are the other side.
+    `result` is the reward model's. `chats` has the opponent, by the keys of the data that it answers: problems and, if
+    there is a judge, prompts. There, the chosen answers are compared with its single ones.
     """
 
     def best(key: str, rows: Rows) -> dict[int, list[str]]:

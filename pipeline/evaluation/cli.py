@@ -124,7 +124,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
         now = json.loads(json.dumps(written, default=str))
         saved = {**evaluate_yaml.DEFAULTS, **saved}
         if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
-            remedy = f"the run's own figures were measured with another {' and '.join(changed)}"
+            remedy = f"the run's own figures were measured with a different {' and '.join(changed)}"
             problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))
     refuse(*problems)
 

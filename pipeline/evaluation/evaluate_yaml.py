@@ -198,7 +198,7 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
 
 
 def first_of(source: Values) -> dict[str, Any]:
-    """Return what is measured by default of the data that a stage trains on: the first of several data sets."""
+    """Return the part of a stage's training data that is measured by default: the first of several data sets."""
     return {**source, "dataset_name": as_list(source["dataset_name"])[0]}
 
 
@@ -260,7 +260,7 @@ def with_layout(settings: Values, run: Path) -> dict[str, Any]:
 
 def check(settings: Values, prefix: str = "") -> list[Problem]:
     """Check settings: keys of `evaluate.yaml`, its data and its judge. `prefix` precedes the field in a message."""
-    # These import transformers and TRL.
+    # Imported here, because these import transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm

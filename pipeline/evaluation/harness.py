@@ -72,7 +72,7 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
     # lm-eval warns about every model that is already loaded.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     index, found = find_tasks(tuple(tasks))
-    # It computes the logits of a whole batch: of at most 8 requests on a CPU, of as many as fit on an accelerator.
+    # lm-eval computes the logits of a whole batch: at most 8 requests on a CPU, as many as fit on an accelerator.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:

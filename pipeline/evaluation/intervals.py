@@ -155,7 +155,7 @@ def _numbered(units: Sequence[Hashable]) -> np.ndarray:
 def mean_difference(differences: Sequence[float], weights: Sequence[float], of_share: bool = False) -> Estimate:
     """Estimate the weighted mean of paired differences, one per unit, with a bootstrap interval.
 
-    Differences `of_share`, between -1 and 1, that are all equal or of right and wrong answers get the interval of
+    With `of_share`, they lie between -1 and 1. If they are all equal, or are all -1, 0 or 1, the interval is the one of
     Bonett and Price (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired
     data"): the normal one after one more gain and one more loss. A bootstrap of 24 zeros would have no width.
     """

@@ -63,7 +63,7 @@ def answer_losses(
         shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
         first = max(1, next(shared, min(len(ids), len(prompt))))
         scored = ids[first:context]
-        # A tool call only has a text once the template writes it.
+        # A tool call has no text until the template writes it.
         whole_answer = scored and len(ids) <= context and not conversation[-1].get("tool_calls")
         texts.append(conversation[-1]["content"] if whole_answer else tokenizer.decode(scored))
         sequences.append((ids[:context], first))

@@ -79,7 +79,7 @@ METRICS: dict[str, MetricInfo] = {
 
 LM_EVAL_SHARES = ("acc", "exact_match")
 LM_EVAL_DOWN = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
-"""Prefixes of lm-eval metrics that lie between 0 and 1, and of those that are better if lower."""
+"""Prefixes of lm-eval metrics that lie between 0 and 1, and of metrics that are better if lower."""
 
 
 def metric_info(metric: str) -> MetricInfo:

@@ -183,8 +183,8 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
 
     The problems of `sampled_problems` get `samples` answers each, at temperature 1. `maj@k` needs samples that can
     vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get none of
-    what says whether answers are right.
+    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get no
+    metric of right answers.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]
@@ -193,7 +193,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     if held_out.graded:
         right = list(map(bool, record_greedy(result, "pass@1", answers, rows, grader)))
     else:
-        result.left_out.append("pass@1: left out, the problems have no answers; their environment rewards them")
+        result.left_out.append("pass@1: not measured, because the problems lack answers; an environment rewards them")
     result.record("step_rate", StepRate().compute(predictions=answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:
@@ -253,7 +253,7 @@ def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions
     for name, environments in played.items():
         given = [environment.get_reward() for environment in environments]
         given = [asyncio.run(reward) if inspect.iscoroutine(reward) else reward for reward in given]
-        # None is no opinion.
+        # None means that the environment has no opinion.
         known = [(reward, row) for reward, row in zip(given, rows, strict=True) if reward is not None]
         if known:
             result.record(name, *zip(*known, strict=True), how=intervals.mean)

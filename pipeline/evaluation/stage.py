@@ -36,10 +36,10 @@ from pipeline.tools.loading import load_toolbox
 Settings = Mapping[str, Any]
 
 WITHOUT = {
-    "text": "bits per byte: left out, no text is held out (`text`)",
-    "instructions": "answers to instructions: left out, no conversations are held out (`instructions`)",
-    "problems": "pass@k: left out, no problems are held out (`problems`)",
-    "prompts": "win rate: left out, no prompts are held out (`prompts`)",
+    "text": "bits per byte: not measured, because no text is held out (`text`)",
+    "instructions": "answers to instructions: not measured, because no conversations are held out (`instructions`)",
+    "problems": "pass@k: not measured, because no problems are held out (`problems`)",
+    "prompts": "win rate: not measured, because no prompts are held out (`prompts`)",
 }
 """Key of evaluate.yaml -> remark if it names no data."""
 
@@ -87,9 +87,9 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
                 measure_pairs(result, rate, held_out.pairs)
             record_load(result, counter)
         else:
-            result.left_out.append("reward accuracy: left out, no pairs are held out (`pairs`)")
+            result.left_out.append("reward accuracy: not measured, because no pairs are held out (`pairs`)")
         measure_people(result, rate, run)
-        # The judge would choose the answers that it judges.
+        # Only PPO's reward model picks the best: a judge would pick the answers that it then judges.
         if settings["best_of"] and path in map(Path, settings["reward_models"]):
             # Answers are scored in the precision that is fast on this machine, pairs in float32.
             model.to(hardware.fast_dtype())
@@ -133,16 +133,16 @@ def _measure_language_model(
             pieces = [tokenizer.decode([token]) for token in ids]
             result.experts["documents"].append({"pieces": pieces, "chosen": routes(model, ids)})
     if settings["lm_eval_tasks"]:
-        # lm-eval is optional.
+        # Imported here, because lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
 
         measure_tasks(result, chat, settings["lm_eval_tasks"], settings["limit"])
     if not tokenizer.chat_template:
-        result.left_out.append("answers: left out, the tokenizer of this stage has no chat template")
+        result.left_out.append("answers: not measured, because the tokenizer of this stage has no chat template")
         return
     judge = _find_judge(result, run, held_out, settings)
     judged = [row for row in held_out.prompts if judge and judge.can_judge(row)]
-    # People would have to judge each answer.
+    # People judge each answer, so one is enough.
     samples = 1 if settings["judge"] == VOTES else win_rate.SAMPLES
     opponent = _find_opponent(result, run, judged, chats["prompts"], settings, folder, samples) if judged else None
     # Approximate number of answers that the model writes, perhaps as its own opponent; baselines add some more.
@@ -203,12 +203,12 @@ def _find_judge(result: StageResult, run: Path, held_out: HeldOut, settings: Set
     if name == VOTES:
         return load_votes(run / VOTES / f"{result.name}.jsonl")
     if name and Path(name).is_relative_to(run) and not holds_model(Path(name)):
-        result.left_out.append(f"win rate: left out, the judge {name} is not trained yet")
+        result.left_out.append(f"win rate: not measured, because the judge {name} is not trained yet")
         return None
     judge = load_judge(name)
     if not any(map(judge.can_judge, held_out.prompts)):
         remedy = "name a `judge`, or add the columns by which answers are graded"
-        result.left_out.append(f"win rate: left out, nobody can judge these prompts; {remedy}")
+        result.left_out.append(f"win rate: not measured, because nobody can judge these prompts; {remedy}")
         return None
     return judge
 
@@ -235,7 +235,7 @@ def _find_opponent(
             name: [one.get("opponents") or [one["opponent"]] for one in saved.examples if one["metric"] == name]
             for name in ("win_rate", "win_rate_greedy")
         }
-        # The examples may be missing.
+        # The file with the examples may be missing.
         if all(answers.values()):
             return answers
     return _load_chats(run, against, settings, "--against")["prompts"]

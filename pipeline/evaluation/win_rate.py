@@ -31,7 +31,7 @@ Answers = Sequence[Sequence[str]]
 Matches = dict[str, tuple[Answers, Answers]]
 """`win_rate` (sampled) and `win_rate_greedy` -> the answers by a model and by its opponent."""
 SAMPLES = 4
-"""Sampled answers to each prompt, in half a second. The standard error is half of a single sample's."""
+"""Number of answers sampled to each prompt, in half a second. Four halve the standard error of one."""
 FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.txt", "*.jinja", "*.safetensors")
 """Files of a model that its answers depend on, unlike training records in the same folder."""
 

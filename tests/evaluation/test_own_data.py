@@ -92,7 +92,7 @@ def test_the_rows_that_a_stage_holds_out_are_measured_without_a_file(tmp_path: P
     assert "instruction_accuracy" not in metrics and "win_rate" not in metrics, "nothing grades or judges these rows"
     ids = {metric: [e["id"] for e in examples if e["metric"] == metric] for metric in metrics}
     assert ids["bits_per_byte"] == ids["answer_bits_per_byte"] == ids["pass@1"] == [0, 20, 40]
-    assert any(line.startswith("win rate: left out") for line in result["left_out"])
+    assert any(line.startswith("win rate: not measured") for line in result["left_out"])
     assert result["cut_off"]["problems"]["limit"] == 8 and result["cut_off"]["instructions"]["limit"] == 40
     # 38 documents, and the file's rows that are not held out, of both stages that train on it.
     assert result["overlap"]["problems"]["trained_on"] == 38 + 57 + 57
@@ -132,7 +132,7 @@ def test_rows_that_a_stage_trains_on_are_not_measured(tmp_path: Path) -> None:
     run, text = tmp_path / "run", small_model.write_text(tmp_path / "text.txt", lines=130)
     write_stage(run, "1_pretrain", dataset_name=text, validation_share=0.0, document="lines:64")
     result, _ = evaluate(run, "1_pretrain")
-    assert result["metrics"] == {} and any(line.startswith("bits per byte: left out") for line in result["left_out"])
+    assert result["metrics"] == {} and any(line.startswith("bits per byte: not meas") for line in result["left_out"])
     named, _ = evaluate(run, "1_pretrain", "--text", text, name="all")
     assert named["overlap"]["text"]["found"] == named["overlap"]["text"]["rows"] == 3, "it is said"
 
@@ -259,7 +259,7 @@ def test_a_stage_without_a_chat_template_is_measured_on_text(run: Path, tmp_path
     tokenizer.save_pretrained(run / "2_sft")
     result, _ = evaluate(run, "2_sft", "--text", small_model.write_text(tmp_path / "text.txt", lines=70))
     assert set(result["metrics"]) == {"bits_per_byte"}
-    assert "answers: left out, the tokenizer of this stage has no chat template" in result["left_out"]
+    assert "answers: not measured, because the tokenizer of this stage has no chat template" in result["left_out"]
 
 
 def test_system_messages_are_kept(run: Path, tmp_path: Path) -> None:
