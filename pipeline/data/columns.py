@@ -144,7 +144,7 @@ def standardise(
         if is_stream:
             return converted
         if calls:
-            # `Json` would round the numbers of a dict to ten digits, but keeps those of a text.
+            # `Json` would round the numbers of a dict to ten digits, but not the numbers in a text.
             texts = {name: [*map(json.dumps, converted[name])] for name in ANSWERED if name in converted}
             return {**converted, **texts, FAULT: None}
         has_calls = any(len(message) > 2 for name in ANSWERED for message in converted.get(name) or ())
@@ -208,7 +208,7 @@ def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArg
 def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]:
     """Return the columns that arguments name, and report the missing ones."""
     found = {field: find_column(columns, name) for field, name in expected.items()}
-    # Only an argument can name another column.
+    # The user can choose another column only through an argument; otherwise, a column must be renamed.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
     choices = ", ".join(columns[:20])
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
@@ -311,7 +311,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
 
     def list_tools(row: Row) -> dict[str, Any]:
         listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
-        # Some templates tell an empty list from none.
+        # Some templates distinguish an empty list from none.
         return {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
 
     def from_messages(row: Row) -> dict[str, Any]:

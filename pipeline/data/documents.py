@@ -28,7 +28,7 @@ LONGEST = 4096
 PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
 """The only file of a split is cut into at least this many documents, unless they would have fewer characters than the
 second number. In a stream, small files are joined up to the third number of bytes."""
-TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, or from the encoding that it has"
+TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, with the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 ZERO_FIRST = re.compile(r"0\d")
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
@@ -113,7 +113,7 @@ def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict
 
 
 def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
-    """Yield the lines of a file. Those of more than `longest` characters are cut, after a space if they have any."""
+    """Yield the lines of a file. A line of more than `longest` characters is cut, after a space if it has one."""
     with open_text(path) as text:
         rest = ""
         while line := rest + text.readline(-1 if longest is None else longest - len(rest)):
@@ -158,7 +158,7 @@ def choose_table(file: Path) -> dict[str, Any]:
     try:
         row = next(islice(filter(None, rows), 1, None), [])
         if not row:
-            raise UserError(Problem("dataset_name", file, "does not have rows; give files that have"))
+            raise UserError(Problem("dataset_name", file, "does not have rows; give a file that has some"))
         # pandas would take the first fields of such rows for row names.
         if len(row) > len(header):
             remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "

@@ -162,12 +162,12 @@ def as_answer(value: object) -> object:
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        # From here on, a number of a file may have lost digits: JSON's 2^70 and 2^70 + 1 are read as the same one.
+        # A number of this size may have lost digits when it was read: JSON's 2^70 and 2^70 + 1 become the same one.
         if abs(value) >= 2.0**53:
             raise ShapeError(f"the number {value} is not exact; write it as text")
         value = int(value) if value.is_integer() else value
     if isinstance(value, date):
-        raise ShapeError(f"{value} was read as a date, as that whole column; save the rows as CSV or Parquet")
+        raise ShapeError(f"{value} was read as a date, like its whole column; save the rows as CSV or Parquet")
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -234,7 +234,7 @@ def labelled_pair(
 ) -> dict[str, Any]:
     """Return two answers, texts or messages, of which `annotator` prefers the chosen one, as a row of a data set.
 
-    `kind` is the prompt's, and `tastes` are noise-free, where known.
+    `kind` is the kind of the prompt; `tastes` are the noise-free tastes of both answers, if known.
     """
     pair = {"chosen": as_messages(chosen), "rejected": as_messages(rejected)}
     about = {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}

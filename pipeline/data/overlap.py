@@ -55,7 +55,7 @@ class NgramIndex:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        # By length in words.
+        # Hashes of n-grams, by their length in words.
         self._hashes: dict[int, set[int]] = {n: set()}
 
     def add(self, texts: Iterable[str]) -> list[int]:

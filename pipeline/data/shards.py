@@ -33,7 +33,7 @@ def is_shards(path: Path) -> bool:
 
 
 def open_shards(folder: Path) -> IterableDatasetDict:
-    """Open the shards in a folder as the split `train`, and the shards in its folders as splits of their names.
+    """Open the shards in a folder as the split `train`, and the shards in each subfolder as a split of its name.
 
     They are streams of documents with the column `input_ids`, and each shard is a file of its stream. Raise a
     `UserError` if a shard is incomplete or damaged, if shards are missing, or if a split has no documents.
@@ -58,7 +58,7 @@ def documents_of(args: Arguments) -> Arguments:
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the JSON, for the library `tokenizers`, of a tokenizer that makes `bos + text + eos`, as `Encoder` does.
 
-    It does not recognise special tokens, because `datatrove` cannot be told to encode them as text.
+    It does not recognise special tokens, because `datatrove` has no option to encode them as text.
     """
     backend = Encoder.of(tokenizer).backend
     around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
@@ -111,5 +111,5 @@ def _validate(files: Sequence[Path]) -> Problem | None:
     tasks = read_json(files[0].parent / RECORD).get("tasks", len(files))
     remedy = "" if total else "is empty; choose one that has rows"
     if tasks != len(files):
-        remedy = f"has {len(files)} of {tasks} shards; repeat the command that makes them, to make the rest"
+        remedy = f"has {len(files)} of {tasks} shards; repeat the command that makes them to get the rest"
     return Problem("dataset_name", files[0].parent, remedy) if remedy else None

@@ -80,7 +80,7 @@ def open_source(
             remedy = f"must be true, because the shards in {name} are read during training"
             raise UserError(Problem("dataset_streaming", streaming, remedy))
         return open_shards(path)
-    # `datasets` converts every file into its cache.
+    # `datasets` writes every file that it converts to its cache.
     if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
@@ -109,7 +109,7 @@ def open_source(
 
 
 def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
-    """Open a data set from the Hub, or those of its files that `run --download` has fetched."""
+    """Open a data set from the Hub, or only its files that `run --download` has fetched."""
     repo_id, revision = split_revision(name)
     options: dict[str, Any] = {"name": config, "revision": revision}
     if streaming and constants.HF_HUB_OFFLINE:
@@ -158,7 +158,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     """Open a file, or the files in a folder by their suffixes, and join the files of a split. Log the others."""
     kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
     if path.is_file() and _suffix(path) not in BUILDERS:
-        remedy = f"files of this type are not supported; save it as one of {kinds}"
+        remedy = f"this type of file is not supported; save it as one of {kinds}"
         raise UserError(Problem("dataset_name", path, remedy))
     listed, entered = [path] if path.is_file() else [], set()
     for root, folders, names in os.walk(path, followlinks=True):
@@ -174,7 +174,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
             # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
             is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
             if BUILDERS.get(suffix) == "csv" and is_filled and file != path:
-                # A table may have a header only.
+                # A table may consist of just a header.
                 with open_text(file) as lines:
                     is_filled = len([*islice(filter(str.strip, lines), 2)]) == 2
             is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
@@ -208,7 +208,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
 
 
 def _suffix(path: Path) -> str:
-    """Return the lower-case suffix of a file, without that of a compression, which says how it is read."""
+    """Return the lower-case suffix that says how a file is read, ignoring a suffix such as `.gz`."""
     return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
 
 
@@ -237,10 +237,10 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
             continue
         load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
-        # A stream fails where it comes to types other than its first file's. The first rows of each file show them.
+        # A stream fails at a file with other types than its first one. The first rows of each file show its types.
         filled = [file for file in some if file.stat().st_size > 0] if streaming and len(some) > 1 else []
         sample = {**options, "streaming": True} | ({"chunksize": 1 << 17} if builder == "json" else {})
-        # Joining a single stream finds out the types of a table.
+        # Even for a single stream, joining determines the types of a table.
         alone = [(file, concatenate_datasets([load([file], options=sample)])) for file in filled]
         if all(part.features == alone[0][1].features for _, part in alone):
             try:
@@ -288,7 +288,7 @@ def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
                 common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
             except (pa.ArrowInvalid, pa.ArrowTypeError):
                 if not is_json and not all(isinstance(one[name], Value) for one in pair):
-                    remedy = f"its column {name} has another type than in {file}; give it the same type in both files, "
+                    remedy = f"its column {name} has a different type in {file}; give it the same type in both files, "
                     raise UserError(Problem("dataset_name", first, remedy + "or remove it")) from None
                 common[name] = Json() if is_json else Value("string")
     return common

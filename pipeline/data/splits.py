@@ -53,10 +53,10 @@ def load_splits(
         has = {name: column in column_names(part) for name, (part, _) in zip(args.dataset_names, parts, strict=True)}
         lacking = ", ".join(name for name in has if not has[name])
         if lacking and any(has.values()) and column == "margin":
-            remedy = "has no column margin, as other data sets of this stage have; add it here, or remove it there"
+            remedy = "has no column margin, unlike other data sets of this stage; add it here, or remove it there"
             raise UserError(Problem("dataset_name", lacking, remedy))
         if lacking and any(has.values()):
-            logger.warning("%s: has no answers, as other data sets of this stage have, for rewards", lacking)
+            logger.warning("%s: has no answers for rewards, unlike other data sets of this stage", lacking)
     train = _join([train for train, _ in parts], args.max_train_samples)
     test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
@@ -156,7 +156,7 @@ def _load_one(
         # Prompts may be read from the answers, and margins are optional.
         read = [name for name in used if name != "margin" and find_column(columns, name)]
         if lacking := [name for name in read if not find_column(others, name)]:
-            remedy = f"has no column {', '.join(lacking)}, as {train} has; add it, or remove this split"
+            remedy = f"has no column {', '.join(lacking)}, unlike {train}; add it, or remove this split"
             raise UserError(Problem("dataset_test_split", test, remedy))
         return trained_on, standardise(held_out, args, kind, tokens)
 

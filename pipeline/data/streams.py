@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 LANES, DOCUMENTS = 16, 256
 """Maximum number of lanes, each with an open file, and documents that a lane shuffles and tokenizes together."""
 STATE = "stream.json"
-"""File in a checkpoint."""
+"""File of a checkpoint that contains the place in the stream."""
 Place = dict[str, Any]
 """Where a lane is: `file` and `epoch` that it reads, `rows` (the state of that file), `chunk` and `block` that come
 next, and the tokens before that block (`rest`)."""
@@ -236,7 +236,7 @@ class StreamPlace:
             (folder / STATE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Continue at the checkpoint's place. Raise a `UserError` if it is missing or in another stream."""
+        """Continue at the checkpoint's place. Raise a `UserError` if it is missing or from another stream."""
         try:
             state = json.loads((folder / STATE).read_text())
         except FileNotFoundError:
@@ -244,6 +244,6 @@ class StreamPlace:
             raise UserError(Problem("resume_from_checkpoint", folder, remedy)) from None
         own, other = self.stream.kind, state["kind"]
         if changed := [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]:
-            remedy = f"is of a stream with {', '.join(changed)}; restore that, or give another output_dir"
+            remedy = f"is from a stream with {', '.join(changed)}; restore that, or give another output_dir"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy))
         self.stream.load_state_dict(state)

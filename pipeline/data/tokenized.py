@@ -40,10 +40,10 @@ def drop_long_prompts(
         encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
         return list(map(len, encoded["input_ids"]))
 
-    # Prompts of a stream may have to be downloaded for it.
+    # Only the first prompts are counted here, because those of a stream may have to be downloaded.
     first = count([row["prompt"] for row in split.take(100)])
     if not min(first):
-        raise ValueError("it makes no tokens from it")
+        raise ValueError("it makes no tokens from a prompt")
     if positions is None:
         return split
 
@@ -100,7 +100,7 @@ def add_tokens(
     processes, unless the split is a stream. Raise a `UserError` if the assistant's tokens cannot be found.
     """
     template = template_for_labels(tokenizer) if answers_only else None
-    # Each row has tools of its own, and a template takes those of one conversation.
+    # Each row has its own tools, and a template takes the tools of a single conversation.
     size = 1 if kind == "conversation" and "tools" in column_names(split) else 1000
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:

@@ -204,7 +204,7 @@ def test_types_that_do_not_fit_are_refused_with_both_files(tmp_path: Path, strea
         Dataset.from_list([{"text": "a", "tags": tags}]).to_parquet(tmp_path / "alike" / f"{number}.parquet")
     write_lines(Path(lay(tmp_path / "mixed", a__csv="text,tags\na,b\n"), "b.jsonl"), [{"text": "a", "tags": ["b"]}])
     for folder, one, other in (("alike", "0.parquet", "1.parquet"), ("mixed", "a.csv", "b.jsonl")):
-        with pytest.raises(UserError, match=f"{one}: its column tags has another type than in .*{other}; give"):
+        with pytest.raises(UserError, match=f"{one}: its column tags has a different type in .*{other}; give"):
             open_source(str(tmp_path / folder), streaming=streaming)
 
 
@@ -224,7 +224,7 @@ def test_a_split_that_lacks_the_answers_is_named(tmp_path: Path) -> None:
     folder = lay(tmp_path, train__csv="question,answer\nWhy?,Because.\n", test__csv="question\nWho?\n")
     for kind in ("conversation", "prompt"):
         with pytest.raises(
-            UserError, match=r"dataset_test_split: test: has no column answer, as train has; add it, or"
+            UserError, match=r"dataset_test_split: test: has no column answer, unlike train; add it, or"
         ):
             load_splits(DataArguments(folder), kind, evaluation=True)
 
@@ -414,7 +414,7 @@ def test_rows_in_a_text_file_are_refused_before_a_stream_comes_to_them(tmp_path:
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:
     folder = lay(tmp_path, a__txt=POEM, b__xlsx=b"PK")
-    with pytest.raises(UserError, match=r"b.xlsx: files of this type are not supported; save it as one of"):
+    with pytest.raises(UserError, match=r"b.xlsx: this type of file is not supported; save it as one of"):
         open_source(f"{folder}/b.xlsx")
     with pytest.raises(UserError, match=r"document: page: must be file, blank_line or lines:N"):
         open_source(folder, document="page")

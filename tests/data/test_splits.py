@@ -266,10 +266,10 @@ def test_a_column_that_only_some_data_sets_have_is_said(tmp_path: Path, caplog: 
         (tmp_path / name).mkdir()
         names.append(write(tmp_path / name, "jsonl", [{**pair, **extra}] * 30))
     args = DataArguments(dataset_name=names)
-    with pytest.raises(UserError, match=r"without/data.jsonl: has no column margin, as other data sets"):
+    with pytest.raises(UserError, match=r"without/data.jsonl: has no column margin, unlike other data sets"):
         load_splits(args, "preference", evaluation=False)
     load_splits(args, "prompt", evaluation=False)
-    assert f"{names[1]}: has no answers, as other data sets of this stage have" in caplog.text
+    assert f"{names[1]}: has no answers for rewards, unlike other data sets of this stage" in caplog.text
 
 
 def test_a_value_of_keep_rows_that_no_row_has_is_refused(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_value_of_keep_rows_that_no_row_has_is_refused(tmp_path: Path) -> None
 def test_dates_in_json_are_refused_and_kept_as_text_in_a_table(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": f"2024-01-{i + 10}"} for i in range(9)]
     for kind in ("prompt", "conversation"):
-        with pytest.raises(UserError, match="2024-01-10 00:00:00 was read as a date, as that whole column; save"):
+        with pytest.raises(UserError, match="2024-01-10 00:00:00 was read as a date, like its whole column; save"):
             load_splits(all_of(write(tmp_path, "jsonl", rows)), kind, evaluation=False)
     train, _ = load_splits(all_of(write(tmp_path, "csv", rows)), "prompt", evaluation=False)
     assert train["answer"] == [row["answer"] for row in rows]

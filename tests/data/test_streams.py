@@ -204,7 +204,7 @@ def test_a_run_that_saves_the_model_only_goes_on_in_the_stream(tmp_path: Path) -
 def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, steps=2).train()
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    with pytest.raises(UserError, match=r"checkpoint-2: is of a stream with seed 0; restore"):
+    with pytest.raises(UserError, match=r"checkpoint-2: is from a stream with seed 0; restore"):
         trainer(tmp_path, seed=1).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / streams.STATE).unlink()
     with pytest.raises(UserError, match=r"checkpoint-2: does not contain stream\.json"):

@@ -52,7 +52,7 @@ class PocketArguments:
     preference_rows: int = option(4_000, "Prompts of the preferences training split.")
     reasoning_rows: int = option(8_000, "Problems of the reasoning training split.")
     share_with_steps: float = option(0.3, "Share of the problems in sft that are answered with worked steps.")
-    carelessness: float = option(0.6, "Probability that worked steps, in pretrain and sft, misread what they can.")
+    carelessness: float = option(0.6, "Probability that a worked solution, in pretrain and sft, misreads its problem.")
 
 
 def row_text(row: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ REQUESTS: dict[str, dict[SplitName, list[str]]] = {
 }
 """Questions about an aspect of a thing, open ones, and requests for a summary or code, in phrasings of each split."""
 FOLLOW_UPS = {aspect: templates[0] for (form, aspect, _), templates in _TEMPLATES.items() if form == "follow-up"}
-"""Questions that refer to the thing of the question before."""
+"""Questions that refer to the thing of the previous question."""
 
 
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:

@@ -64,7 +64,7 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
         return
     kinds: tuple[str, ...] = ("one digit", "long") if config == "direct" else ("one digit", "long", "game")
     if split == "train":
-        # As many games as sums.
+        # Draw as many games as sums.
         kinds = (*kinds, "game") if "game" in kinds else kinds
         number = args.reasoning_rows if config == "reasoning" else args.sft_rows
         problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]

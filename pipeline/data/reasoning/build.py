@@ -44,8 +44,8 @@ class ReasoningArguments(PocketArguments):
     tasks: dict | None = option(  # noqa: RUF009
         None,
         "Tasks of reasoning-gym, with their settings: fields of the task's configuration, `level` (of its curriculum, "
-        "or a list) and `weight`; a list of settings mixes difficulties. Default: the pocket data set. If it is 0, "
-        "`size_mb` or `sft_rows` leave out that config; both are only made of tasks that can be worked out here.",
+        "or a list) and `weight`; a list of settings mixes difficulties. Default: the pocket data set. "
+        "`size_mb` and `sft_rows` may be 0 to omit their configs, which only have tasks that can be worked out here.",
     )
     test_rows: int = option(300, "Problems in the validation and test split of reasoning, with `tasks`.")
 
