@@ -89,5 +89,5 @@ def test_folders_of_runs_are_judged(
     assert "10 (record 0)  <- broken" in capsys.readouterr().out
     # With fewer seeds, or without a partner, there is no contest.
     monkeypatch.setattr("sys.argv", ["contest", "--record", str(record), "--contender", str(record / "seed0")])
-    with pytest.raises(SystemExit, match="no run on the other side has"):
+    with pytest.raises(SystemExit, match="no run on the other side does"):
         contest.main()

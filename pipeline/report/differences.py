@@ -95,13 +95,13 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
         for run in its_runs:
             seed = str(run.record.get("seed"))
             if seed in found:
-                remedy = f"has seed {seed}, as {found[seed].path} has; give one run for each seed"
+                remedy = f"has seed {seed}, like {found[seed].path}; give one run for each seed"
                 problems.append(Problem(side, run.path, remedy))
             found[seed] = run
     # A run without a partner could not be compared, so it is reported instead of ignored.
     for side, found in (("A", ours), ("--against", theirs)):
         for seed in [seed for seed in found if seed not in ours or seed not in theirs]:
-            remedy = f"has seed {seed}, and no run on the other side has; make that run, or omit this one"
+            remedy = f"has seed {seed}, but no run on the other side does; make that run, or omit this one"
             problems.append(Problem(side, found[seed].path, remedy))
     return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
 
@@ -119,22 +119,22 @@ def check_rows(pairs: Pairs) -> list[Problem]:
             rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
             if stage_info(stage).generates and rows != other_rows:
                 unequal.append(f"{metric} of {stage}")
-        remedy = f"has no figure that {run.path} has; evaluate the same stages"
+        remedy = f"has no figure in common with {run.path}; evaluate the same stages"
         if unequal:
-            remedy = f"was measured on other test rows than {run.path} ({unequal[0]}); evaluate both on the same data"
+            remedy = f"was measured on different test rows than {run.path} ({unequal[0]}); use the same data for both"
         if unequal or not shared:
             problems.append(Problem("--against", other.path, remedy))
     return problems
 
 
 def other_settings(pairs: Pairs) -> list[str]:
-    """Return a note for each stage that two runs measured in another way, to which a difference may be due."""
+    """Return a note for each stage that two runs measured differently, which may explain a difference."""
     notes = []
     for run, other in pairs:
         for name in sorted(run.stages.keys() & other.stages.keys()):
             mine, theirs = run.stages[name].settings, other.stages[name].settings
             if changed := [key for key in MEASURED if mine.get(key) != theirs.get(key)]:
-                notes.append(f"{other.path}: {name} was measured with another {' and '.join(changed)} than {run.path}")
+                notes.append(f"{other.path}: {name} measured with a different {' and '.join(changed)} than {run.path}")
     return notes
 
 

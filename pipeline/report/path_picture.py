@@ -99,7 +99,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, right or wrong, as the stage `last` and one before answer it."""
+    """Return the first held-out problem of each kind, and the answers of the stage `last` and of an earlier one."""
     traced = [stage for stage in run.stages.values() if stage.traces]
     names = [stage.name for stage in traced]
     stages = traced[: names.index(last) + 1 if last else None][-2:]
@@ -120,7 +120,7 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
 
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
-    """Return a sample of a stage: for the first problem, with the previous stage's, or else for the first prompt."""
+    """Return an answer of a stage: to the first problem, next to the previous stage's, or else to the first prompt."""
     if stage_info(stage.name).held_out == "problems" and stage.traces:
         shown = showcase(run, stage.name)[0]
     elif stage.answers:

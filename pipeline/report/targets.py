@@ -63,7 +63,7 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         try:
             targets.append(Target(**entry))
         except (TypeError, ValueError) as error:
-            # "Target.__init__() got an unexpected keyword argument 'atleast'"
+            # The error may be "Target.__init__() got an unexpected keyword argument 'atleast'".
             problems.append(Problem("--targets", f"{file}, entry {index}", str(error).rpartition("() ")[2]))
     refuse(*problems)
     return targets

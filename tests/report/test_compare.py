@@ -169,11 +169,11 @@ def test_all_that_does_not_fit_is_refused_at_once_and_nothing_written(tmp_path: 
     assert code == 2
     assert [line.split(";")[0] for line in err.splitlines()] == [
         f"--output: {tmp_path / 'a'}: is a directory",
-        f"A: {twin}: has seed 0, as {a[0]} has",
-        f"A: {twin}: has seed 0, and no run on the other side has",
-        f"--against: {b[2]}: has seed 3, and no run on the other side has",
-        f"--against: {b[0]}: was measured on other test rows than {a[1]} (pass@1 of 2_sft)",
-        f"--against: {b[1]}: was measured on other test rows than {a[2]} (pass@1 of 2_sft)",
+        f"A: {twin}: has seed 0, like {a[0]}",
+        f"A: {twin}: has seed 0, but no run on the other side does",
+        f"--against: {b[2]}: has seed 3, but no run on the other side does",
+        f"--against: {b[0]}: was measured on different test rows than {a[1]} (pass@1 of 2_sft)",
+        f"--against: {b[1]}: was measured on different test rows than {a[2]} (pass@1 of 2_sft)",
     ]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -185,7 +185,7 @@ def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: 
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps({**line, "row": f"{line['id'] * offset:x}"}) + "\n" for line in lines))
     code, _, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
-    assert code == 2 and "was measured on other test rows" in err
+    assert code == 2 and "was measured on different test rows" in err
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: 
     [
         (["RUN"], "the following arguments are required: --against"),
         (["RUN", "--against", "missing"], "RUN: missing: no such directory"),
-        (["RUN", "--against", "OTHER"], "--against: OTHER: has no figure that RUN has"),
+        (["RUN", "--against", "OTHER"], "--against: OTHER: has no figure in common with RUN"),
         (["RUN", "--against", "RUN", "--output", "RUN"], "--output: RUN: is a directory"),
         (["RUN", "--against", "RUN", "--output", "RUN/run.json/x"], "--output: RUN/run.json: is not a directory"),
     ],
@@ -247,4 +247,4 @@ def test_runs_that_were_measured_in_another_way_are_named(tmp_path: Path, run_co
             json.dumps({**json.loads(path.read_text()), "settings": {"max_new_tokens": length, "samples": 8}})
         )
     code, _, err = run_compare(sides[0], "--against", sides[1])
-    assert code == 0 and f"{sides[1]}: 2_sft was measured with another max_new_tokens than {sides[0]}" in err
+    assert code == 0 and f"{sides[1]}: 2_sft measured with a different max_new_tokens than {sides[0]}" in err
