@@ -461,7 +461,7 @@ CASES |= {
     "weights cut off, of a policy": model("cut", "model.safetensors is damaged", recipe="grpo"),
     "no weights": model("no-weights", "does not contain weights"),
     "weights as a pickle": model("pickle", "pickle", "safetensors"),
-    "weights of another width": model("wider", "not those of its config.json"),
+    "weights of another width": model("wider", "do not fit its config.json"),
     "weights of fewer layers": model("deeper", "lacks the weights"),
     "no configuration": model("no-config", "no model can be loaded"),
     "a configuration cut off": model("config-cut", "no model can be loaded", "line 1 column 2"),

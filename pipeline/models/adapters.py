@@ -83,6 +83,6 @@ def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
     if not model_args.use_peft:
         return model.num_parameters()
     with torch.device("meta"):
-        # PEFT changes the model that it adapts.
+        # PEFT changes the model that it adapts, so it gets another one.
         adapted = PeftModel(type(model)(model.config), get_peft_config(model_args))
     return int(adapted.get_nb_trainable_parameters()[0])

@@ -106,7 +106,7 @@ class RouteCounter(ExitStack):
         self._real = None
         if ids is not None:
             real = torch.ones_like(ids, dtype=torch.bool) if model.padding_idx is None else ids != model.padding_idx
-            # Masks of other shapes separate documents.
+            # Masks of other shapes separate documents, and do not mark padding.
             if isinstance(mask, Tensor) and mask.shape == ids.shape:
                 real = real & mask.bool()
             self._real = real.flatten()

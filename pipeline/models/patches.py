@@ -11,7 +11,7 @@ from typing import Any
 
 
 def replace_forward(module: Any, forward: Callable[..., Any], *, bind: bool = False) -> None:
-    """Make a model or a layer compute with another function; with `bind`, that is given the layer, in a copy the copy.
+    """Make a model or a layer compute with another function. With `bind`, it is a method, in a copy of the copy.
 
     A subclass would need the weights to be loaded again, a hook cannot keep the original from running, and a wrapper
     around the model would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is.
@@ -31,7 +31,7 @@ def name_body_of_llama4() -> None:
 
 
 def refuse_deep_json() -> None:
-    """Let a call with JSON too deep for Python be text, as other malformed calls are: TRL expects a ValueError."""
+    """Treat a call whose JSON is nested too deeply for Python as text, like any malformed call: raise a ValueError."""
     from transformers import PreTrainedTokenizerBase
 
     parse = PreTrainedTokenizerBase.parse_response

@@ -45,7 +45,7 @@ class ScratchArguments:
         default="llama", help="llama is dense, llama4_text has experts."
     )
     intermediate_size_mlp: int | None = HfArg(
-        default=None, help="Llama 4: width of the layers without experts (default: the experts that a token passes)."
+        default=None, help="Llama 4: width of the layers without experts (default: of all experts that a token passes)."
     )
     num_local_experts: int | None = HfArg(default=None, help="Llama 4: experts of a layer (default: 4).")
     num_experts_per_tok: int | None = HfArg(default=None, help="Llama 4: experts chosen for a token (default: 1).")

@@ -43,7 +43,7 @@ def validate_files(folder: Path, model: Any) -> str | None:
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
         first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
-        return f"its weights are not those of its config.json ({first}); copy the model again"
+        return f"its weights do not fit its config.json ({first}); copy the model again"
     if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
         # Names may come from a different class or release, so missing weights cannot be recognised by them. Quantized
         # files pack several weights into one number.

@@ -77,7 +77,7 @@ def test_weights_that_are_damaged_or_of_a_different_model_are_refused(tmp_path: 
     config.intermediate_size = 8
     config.save_pretrained(path)
     for (problem,) in (check_reward_model(path), check_value_model(path, toy.tokenizer())):
-        assert "not those of its config.json" in problem.remedy
+        assert "do not fit its config.json" in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ class Documents:
 
     # (documents + 1,), positions at which they begin, then the number of tokens, in int32.
     bounds: Tensor
-    # Tokens of the longest one.
+    # Number of tokens of the longest document.
     longest: int
 
 
@@ -139,7 +139,7 @@ def varlen_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention within each document; `attention_mask` comes from `varlen_mask`, the rest is as above."""
-    # Not every release of torch has it.
+    # Imported here, because not every release of torch has it.
     from torch.nn.attention.varlen import varlen_attn
 
     if not isinstance(attention_mask, Documents):
@@ -191,7 +191,7 @@ def validate_varlen(model: PreTrainedModel, device: str | None) -> str | None:
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
     try:
-        # Drawing random numbers would change those of the training.
+        # Drawing random numbers here would change the ones that training draws.
         states = [torch.ones(1, heads, 12, size, **options) for heads in (config.num_attention_heads, keys, keys)]
         bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
         # Training needs the backward pass as well, which is another kernel.

@@ -28,7 +28,7 @@ def group_by_length(model: nn.Module) -> None:
     It only returns logits, the same apart from rounding. On an accelerator, a separate pass costs more than padding.
     """
     if next(model.parameters()).device.type == "cpu":
-        # Trainers inspect the signature of a model.
+        # Keep the signature of the model, which trainers inspect.
         grouped = functools.update_wrapper(functools.partial(call_by_length, model.forward), model.forward)
         replace_forward(model, grouped)
 

@@ -33,7 +33,7 @@ CPU_TOKENS = 768
 MAX_LOGITS = 1 << 28
 """Logits that a batch keeps on a CPU until its backward pass (1 GiB in float32). With more, each pass is computed
 twice, and only one pass is in memory. For SmolLM2-135M, 64 completions of 40 tokens then take 3.7 instead of 6.6 GB,
-and 1.1 (all weights, float32) to 1.5 times the seconds (all weights or LoRA, bfloat16)."""
+and 1.1 times (all weights, float32) to 1.5 times (all weights or LoRA, bfloat16) as long."""
 
 ATTENTION_COSTS = 256
 """Row length at which attention takes about as long as everything else in a small model (less in a large one)."""
