@@ -26,7 +26,7 @@ from pipeline.report.text import visible
 LONGEST, USUAL = 1024, 128
 """Tokens of an answer: the most that are allowed, and the limit unless the visitor sets another one."""
 SHOWN = 20_000
-"""Characters of an answer that are shown."""
+"""Maximum number of characters of an answer that are shown."""
 
 
 class Asked(BaseModel):
@@ -101,7 +101,7 @@ def answer_one(site: Site, text: str, name: str, sampling: Sampling) -> Iterator
 
 
 def column(name: str, found: Answer | str, sent: int) -> dict[str, Any]:
-    """Return what the page is told about a model: its answer, of which it has `sent` tokens, or why there is none."""
+    """Return what the page gets for a model: its answer, of which it already has `sent` tokens, or why it has none."""
     if isinstance(found, str):
         return {"model": name, "failed": visible(found, SHOWN)}
     tokens = []

@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, with the most probable ones at its position; NaN and none for a token of a tool.
+    """A token that was drawn, with the most probable ones at its position; for a token of a tool, NaN and [].
 
     Log-probabilities are in nats, before temperature, top-k and top-p.
     """
@@ -130,7 +130,7 @@ class Answer:
         self.turn.append(token)
 
     def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
-        """End a turn, and so the answer, unless it calls tools. Return what they return, as tokens, if it fits."""
+        """End a turn and, unless it calls tools, the answer. Return the tokens of the tools' results, if they fit."""
         loaded, dialogue, turn = self.loaded, self.dialogue, self.turn
         self.stopped = ENDED
         if not dialogue.tools:
@@ -196,7 +196,7 @@ def stream(
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:
-    """Load a model for answering from a folder or the Hub, which the argument `option` names."""
+    """Load a model that can answer from the folder or Hub id `path`, which the argument `option` named."""
     name = name or (Path(path).name if Path(path).is_dir() else path)
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:

@@ -143,7 +143,7 @@ class Pairs:
         raise _alike(source)
 
     def typed(self, annotator: str, source: Source, text: str) -> Pair:
-        """Sample a pair of answers to a prompt that an annotator has typed, and assign it; raise errors as `allot`."""
+        """Sample a pair of answers to a prompt that an annotator has typed, and assign it; errors as for `allot`."""
         prompt: list[dict[str, str]] = [{"role": "user", "content": text}]
         for name in source:
             loaded = self.models.get(name)

@@ -66,7 +66,7 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
     """Return held-out prompts of a single turn in the order of the data; none if the data cannot be read."""
     reader = Reader(run, settings_of(run), ())
     found, longest = [], 4000
-    # The data that have prompts, the most telling ones first.
+    # The data that have prompts, the most informative ones first.
     for key in ("problems", "instructions", "prompts"):
         # A run can be shown without its data.
         with suppress(UserError):

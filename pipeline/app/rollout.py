@@ -31,9 +31,9 @@ SCALED = {
 }
 """What the advantages are, by `scale_rewards`."""
 SHOWN = 4000
-"""Characters of a completion that are shown."""
+"""Maximum number of characters of a completion that are shown."""
 Event = dict[str, Any]
-"""What the page adds to a rollout that it shows."""
+"""A piece of a rollout, which the page adds to the ones that it shows."""
 
 
 class Asked(BaseModel):
@@ -90,7 +90,7 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
-        # A reward function may raise anything; its own error says more here than the step that it stopped.
+        # A reward function may raise anything; its own error says more than the one that reports the stopped step.
         reason = error.__cause__ or error
         yield {"failed": visible(f"{type(reason).__name__}: {reason}", SHOWN)}
 
@@ -139,7 +139,7 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
         + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
         + f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
         f"{settings['kl_coef']:g}. PPO's update then makes tokens with an advantage above 0 more likely and the others "
-        "less likely, and teaches the critic, a model that guesses the reward still to come, what came."
+        "less likely, and trains the critic, a model that predicts the reward still to come, on what came."
         + (" Text that a tool wrote is not shown, because the model did not choose it." if 0 in one.sampled else "")
     )
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}

@@ -34,7 +34,7 @@ from pipeline.report.verdict import shown
 from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
-"""Bytes of a request's body, at most."""
+"""Maximum size of a request's body, in bytes."""
 SECONDS_AFTER_WRONG = 1.0
 """Seconds after a wrong password during which its visitor waits and no other password is checked."""
 POLICY = (

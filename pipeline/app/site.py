@@ -24,7 +24,7 @@ TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=Tr
 
 @dataclass(frozen=True)
 class Site:
-    """The run that a page shows: its folder, its models and those of the command line, and the command line itself."""
+    """The run that a page shows: its folder, the models to choose from, and the options of the command line."""
 
     run: Path
     models: Models

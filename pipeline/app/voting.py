@@ -49,7 +49,7 @@ from pipeline.rewards.grading import is_gradable
 logger = logging.getLogger(__name__)
 
 LONGEST = 200_000
-"""Characters of a text that the page shows."""
+"""Maximum number of characters of a text that the page shows."""
 FEW_SHARED = 20
 """Pairs with votes of several people that are needed to report their agreement."""
 NAME = Field(default="", max_length=80)
@@ -93,7 +93,7 @@ def routes(site: Site) -> APIRouter:
     voting = Voting(site)
     router = APIRouter(prefix="/prefer", on_shutdown=[voting.close], dependencies=[Depends(report_full_disk)])
     answers: list[Callable[..., Any]] = [voting.next, voting.prompt, voting.vote, voting.state, voting.votes]
-    # The results so far, only on a page that no one else can open.
+    # Show the results so far only on a page that no one else can open.
     answers += [voting.opinions, *([voting.rates] if site.is_private else [])]
     for answer in answers:
         router.add_api_route(f"/{answer.__name__}", answer, methods=["POST"])
@@ -128,7 +128,7 @@ class Voting:
     def __init__(self, site: Site) -> None:
         self.site, self.source, self.folder = site, compared_models(site), site.run / VOTES
         self.log = VoteLog(self.folder)
-        # The command line comes before the run's step for votes, and both before the defaults.
+        # The command line takes precedence over the run's step for votes, and both over the defaults.
         step = votes_step(site.run)
         sampling = dict(SAMPLING)
         for given in (step, vars(site.options)):
@@ -161,7 +161,7 @@ class Voting:
         try:
             if self.log.standing():
                 update_data_set(self.folder)
-        # The votes themselves are safe.
+        # The votes themselves are safe in the log.
         except (OSError, UserError) as error:
             logger.warning("The data set of the votes cannot be written (%s).", error)
         self.log.close()

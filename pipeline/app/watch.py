@@ -90,11 +90,11 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
 
     `reference` is the model that the stage started from, for the KL penalty, if `beta` asks for one. Return, for each
     completion, its `rewards` by function (None for no opinion), their weighted sum in `totals`, the `advantages`, and
-    in `changes` how many times as likely the step made it.
+    in `changes` the factor by which the step changed its probability.
     """
     # A stage with LoRA trained a new adapter, which changes less than all weights would at the same learning rate.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
-    # An environment may give the only reward.
+    # Without reward functions, only an environment gives a reward.
     functions = load_rewards(names) if (names := settings["reward_funcs"]) else []
     options = {"reward_funcs": functions, "peft_config": get_peft_config(adapter)}
     with _trainer(GRPOTrainer, policy, settings, row, group, **options) as trainer:
@@ -179,14 +179,14 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
 
     # Deprecation warnings of the libraries are not for visitors of the page.
     with tempfile.TemporaryDirectory() as folder, unchanged_random_state(), warnings.catch_warnings(action="ignore"):
-        # A new adapter is random.
+        # A new adapter gets random weights.
         set_seed(settings.get("seed", 0))
         # The weights that an adapter was merged into are frozen.
         trainer = Shown(
             model=copy.deepcopy(loaded.model).requires_grad_(True),
             args=config(**kept | fixed, output_dir=folder),
             train_dataset=Dataset.from_list([dict(row)] * len(group)),
-            # TRL gives it a padding token.
+            # A copy, because TRL may give it a padding token.
             processing_class=copy.deepcopy(loaded.tokenizer),
             rollout_func=lambda *_: {"prompt_ids": prompts, "completion_ids": tokens, "logprobs": None},
             **called,

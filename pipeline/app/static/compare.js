@@ -59,11 +59,11 @@
     first(text);
   }
 
-  // What tools returned is not the model's, and nothing else was probable there.
+  // Only tokens that the model wrote count. Tokens that tools returned have no alternatives.
   const written = (column) => column.tokens.filter((token) => token.others.length).length;
   const tokens = (count) => `${count} token${count === 1 ? "" : "s"}`;
 
-  // Says why an answer has ended that the server did not end.
+  // Ends a column whose answer the server did not end, and shows why.
   function end(column, why) {
     const facts = part(column, ".facts"), count = written(column);
     facts.textContent = count ? `${tokens(count)} · ${why}` : why;
@@ -76,7 +76,7 @@
   const shaded = (token) => (token.others.length
     ? make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text)
     : make("span", { className: "soft" }, token.text));
-  // One stop for the tabulator in each column; arrow keys go on from there.
+  // One tab stop in each column; arrow keys go on from there.
   const first = (text) => { if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0"); };
   byId("probabilities").addEventListener("change", ({ target }) => {
     byId("legend").hidden = !target.checked;

@@ -67,7 +67,7 @@ if (byId("rollout-form")) {
   const sign = (value) => (Math.abs(value) < 0.005 ? "" : value > 0 ? "up" : "down");
   const signed = (value) => (value === null ? "?" : (value >= 0.005 ? "+" : "") + (sign(value) ? value : 0).toFixed(2).replace("-", "−"));
 
-  // Numbers as elements, each with a bar as long as it is large beside the largest one.
+  // Numbers as elements, each with a bar whose length is relative to the largest number.
   function measures(name, values, label) {
     const largest = Math.max(...values.map(Math.abs)) || 1;
     return values.map((value) => make(name, { className: "measure" }, bar(Math.abs(value) / largest, sign(value)), make("span", {}, label(value))));
