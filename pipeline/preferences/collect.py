@@ -103,7 +103,7 @@ class AnswerArguments:
 
 @dataclass
 class PreferenceArguments(ToolArguments, AnswerArguments):
-    """The same, and tools: with these, an answer is a whole dialogue."""
+    """`AnswerArguments` and tools: with tools, an answer is a whole dialogue."""
 
     max_tool_calling_iterations: int | None = option(None, "How often results are returned (default: while they fit).")
 
@@ -111,7 +111,7 @@ class PreferenceArguments(ToolArguments, AnswerArguments):
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
     """Sample on all processes; label and write on the first. Return the counts of each split.
 
-    `UserError` if the model, the prompts or the output folder cannot be used, or there are no pairs to train on.
+    Raise a `UserError` if the model, the prompts or the output folder cannot be used, or no pair is left to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
@@ -195,7 +195,7 @@ def read_prompts(
 
     If a data set has a single split, the rows that all stages hold out become the split `validation`. A prompt that
     also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
-    `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
+    Raise a `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
     """
     named = {name: getattr(args, name) for name in ("dataset_name", "dataset_config", "prompt_column")}
     source = DataArguments(**named)
@@ -255,7 +255,7 @@ def encode(
     args: AnswerArguments,
     called: Mapping[str, Any] | None = None,
 ) -> dict[str, list[list[int]]]:
-    """Return the prompts' token ids by split; `UserError` if one is refused, or leaves no room for an answer."""
+    """Return the prompts' token ids by split. Raise a `UserError` if one is refused or leaves no room for an answer."""
     template = {**vars(args)["chat_template_kwargs"], **(called or {})}
     asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
     try:
@@ -311,7 +311,7 @@ def sample_answers(
 
 
 def _as_json(tokenizer: Any, messages: Sequence[Any], tokens: re.Pattern[str]) -> str:
-    """Return the JSON of a dialogue; "" if it cannot be read from a row, or not as the text that PPO would score."""
+    """Return the JSON of a dialogue, or "" if it would not be read from a row as the text that PPO scores."""
     prompt = {"role": "user", "content": "-"}
     # Infinite numbers, which JSON does not have, are refused as well.
     with suppress(ValueError, TemplateError):

@@ -54,7 +54,7 @@ class Annotator(NamedTuple):
     right: float
     tone: float
     brief: float
-    # Towards 0, the better answer always wins.
+    # The closer it is to 0, the more often the better answer wins.
     temperature: float = 1.0
     # Probability of calling a tie when the scores differ by less than `INDIFFERENCE`.
     tie_rate: float = 0.9

@@ -2,7 +2,7 @@
 
 Each takes `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns by name,
 and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference
-cannot be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable ones of both.
+cannot be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable texts of both kinds.
 """
 
 import ast

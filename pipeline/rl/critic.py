@@ -67,13 +67,13 @@ class Critic:
         (folder / VALUE_MODEL_FOLDER / "README.md").unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        """Load the model. `ValueError` or `UserError` if it is missing, or an adapter where all weights are trained."""
+        """Load the model. Raise a `ValueError` if it is missing, a `UserError` if only one of the two is an adapter."""
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
         saved_adapter = (path / "adapter_config.json").is_file()
         if saved_adapter != isinstance(model, PeftModel):
-            remedy = f"{folder} was trained with {str(saved_adapter).lower()}; set it so"
+            remedy = f"{folder} was trained with {str(saved_adapter).lower()}; use that value"
             raise UserError(Problem("value_use_peft", not saved_adapter, remedy))
         if not saved_adapter:
             saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)

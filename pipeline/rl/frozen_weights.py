@@ -93,7 +93,7 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     adapter are merged, and copied to CPU memory.
     """
     adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
-    # Several adapters of one layer, one for each parameter, wrap each other.
+    # Adapters of several parameters of one layer wrap each other, so a weight may be found several times.
     frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
     kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
     yield

@@ -66,7 +66,7 @@ class PPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args or PPOConfig()
-        # TRL modifies the list.
+        # Copied, because TRL modifies the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
         # TRL only creates a reference if GRPO's loss has a KL term. PPO's loss has none.
         args.beta = args.kl_coef
@@ -112,7 +112,7 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let the parent class sample and score, then replace its advantages (B,) by PPO's (B, T)."""
         args, mode = self.args, "train" if self.model.training else "eval"
-        # With it, TRL computes `ref_per_token_logps`.
+        # If it is above 0, TRL computes `ref_per_token_logps`.
         self.beta = args.kl_coef
         batch = super()._generate_and_score_completions(inputs)
         self.beta = 0.0
@@ -207,7 +207,7 @@ class PPOTrainer(GRPOTrainer):
             if isinstance(schedule, LambdaLR):
                 share = schedule.lr_lambdas[0](schedule.last_epoch)
             else:
-                # Schedules that follow evaluations have no factors.
+                # Not from the schedule: the ones that follow evaluations have no factor.
                 share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
             self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
         return loss

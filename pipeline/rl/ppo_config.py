@@ -47,7 +47,7 @@ class PPOConfig(GRPOConfig):
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
     cliprange: float = option(0.2, "How far a token's probability ratio may move from 1 in the updates of a rollout.")
-    cliprange_value: float = option(0.2, "How far the critic's estimate may move meanwhile, in units of the reward.")
+    cliprange_value: float = option(0.2, "How far the critic's estimate may move per rollout, in units of the reward.")
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = option(None, "Peak learning rate of the critic. Default: `learning_rate`.")
     value_warmup_steps: int = option(0, "Number of first steps in which only the critic is trained.")

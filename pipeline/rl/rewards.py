@@ -37,7 +37,7 @@ class RewardModel:
     ) -> list[float]:
         """Return the score of each completion, which is a list of messages or, like its prompt, a text.
 
-        `UserError` if one is NaN or infinite: TRL would take NaN for "not scored", and learn from the others.
+        Raise a `UserError` if one is NaN or infinite: TRL would take NaN for "not scored", and learn from the others.
         """
         texts = []
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):

@@ -171,7 +171,7 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
             # The head is trained, in float32. All other weights are shared with `source`.
             weights[name] = weights[name].float().clone()
         critic.load_state_dict(weights, assign=True)
-        # The rest are buffers.
+        # Only buffers are left to move.
         critic.to(source.device)
         adapters = getattr(source, "peft_config", {})
         name, adapter = next(iter(adapters.items()), ("default", peft_config))
@@ -182,9 +182,9 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
         if saved := getattr(adapter, "modules_to_save", None):
             modules = [f".{module}" for module, _ in critic.named_modules()]
             found = [end for end in saved if any(module.endswith(f".{end}") for module in modules)]
-            # PEFT adds the head.
+            # PEFT adds the head to these modules itself.
             adapter.modules_to_save = [end for end in found if end not in HEAD_NAMES]
-        # PEFT takes the name of the base model from there.
+        # PEFT takes the name of the base model from this attribute.
         critic.name_or_path = base
         adapted = get_peft_model(critic, adapter, adapter_name=name)
     own = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}

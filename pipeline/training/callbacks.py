@@ -137,7 +137,7 @@ class ReportCallback(TrainerCallback):
     on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log the main figures in `logs`, including those of `FiguresCallback`."""
+        """Log the main figures in `logs`, including the ones that `FiguresCallback` adds."""
         logs = logs or {}
         # All metrics are in `trainer_state.json`.
         main = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")

@@ -121,7 +121,7 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
 
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
-    """Compute on all cores each file's checksum, of its whole content if True (`sha256`), or of its blocks."""
+    """Compute each file's checksum, on all cores: of its whole content if True (`sha256`), otherwise of its blocks."""
 
     def hash_block(path: Path, start: int) -> str:
         digest, left = hashlib.sha256(), BLOCK

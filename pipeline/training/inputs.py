@@ -107,7 +107,7 @@ def load_inputs(
         for folder in shards if not faults else ():
             faults += check_tokenizers(folder, tokenizer)
         problems += faults
-        # Nothing can be encoded with it.
+        # Nothing can be encoded with a faulty tokenizer.
         tokenizer = None if faults else tokenizer
 
     if pretrained is None or config is not None:

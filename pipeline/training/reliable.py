@@ -114,7 +114,7 @@ class Reliable(Trainer):
                     part.save(written)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            # transformers has set a path below `.unfinished`.
+            # transformers has set a path below `.unfinished` as the best checkpoint's.
             self._find_best()
             if args.should_save:
                 # A pickle, which may contain a token, and PEFT's draft of a card, with paths of this machine.
@@ -287,7 +287,7 @@ class Reliable(Trainer):
             args.dataloader_drop_last = asked
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop the rows of each epoch that do not fill a whole step, as those of a whole batch without accumulation."""
+        """With accumulation, also drop the rows of each epoch that do not fill all batches of an optimizer step."""
         sampler = super()._get_train_sampler(*args, **kwargs)
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         if type(sampler) is RandomSampler and len(sampler) >= step > self.args.train_batch_size * self.args.world_size:

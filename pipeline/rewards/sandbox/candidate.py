@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _has(target: Any, *names: str) -> bool:
-    """Return whether an object has one of some attributes. With `__getattr__`, `hasattr` would find them all."""
+    """Return whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all."""
     defined = set().union(*(vars(kind) for kind in type(target).__mro__), getattr(target, "__dict__", ()))
     return not defined.isdisjoint(names)
 

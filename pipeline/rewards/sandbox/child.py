@@ -50,7 +50,7 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     confinement.limit_resources(seconds, memory_mb)
     files_confined = confinement.confine_files(directory)
     confinement.drop_privileges(files_confined)
-    # Descriptors 4 and 5, 6 and 7.
+    # These are the descriptors 4 and 5, and 6 and 7.
     requests, replies = os.pipe(), os.pipe()
     candidate = os.fork()
     if candidate == 0:

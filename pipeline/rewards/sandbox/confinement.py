@@ -107,7 +107,7 @@ def confine_files(directory: str) -> bool:
     if abi < 1 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
     all_rights = ALL_RIGHTS[min(abi, len(ALL_RIGHTS)) - 1]
-    # The network's 3 is TCP bind and connect; the scope's 3 is abstract sockets of others and signals to them.
+    # The first 3 is TCP bind and connect; the second is other processes' abstract sockets, and signals to them.
     attributes, size = struct.pack("QQQ", all_rights, 3, 3), 24 if abi >= 6 else 16 if abi >= 4 else 8
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
     if ruleset < 0:

@@ -51,7 +51,7 @@ class Examiner(Peer):
         # The test's functions and iterators that the candidate knows by number, and the assertions that failed in them.
         self.functions: list[Any] = []
         self.failures: list[AssertionError] = []
-        # Stand-ins by the candidate's numbers.
+        # Stand-ins for objects of the candidate, by its numbers.
         self.remotes: dict[int, Remote] = {}
 
     def examine(self, code: str, test: str) -> None:

@@ -74,7 +74,7 @@ class Peer:
     """One of the two processes: it sends values to the other one, and reads what it receives.
 
     A subclass defines in `describe` and `resolve` what it sends instead of objects that are not plain, and in `members`
-    the attributes of the exception classes that it makes for those of the other process.
+    the attributes of the exception classes that it makes for the other process's.
     """
 
     describe: Callable[[Any], Any]
@@ -99,7 +99,7 @@ class Peer:
             raise Gone from error
 
     def receive(self) -> dict[str, Any]:
-        """Wait for a message, or raise `Gone`; a `ValueError` if it is too long."""
+        """Wait for a message. Raise `Gone` if the other process has ended, a `ValueError` if it is too long."""
         header = self.incoming.read(4)
         size = int.from_bytes(header, "big")
         if len(header) == 4 and size > 8 << 20:

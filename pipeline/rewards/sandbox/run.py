@@ -102,7 +102,7 @@ def run_many(
     """Call `run_code` on pairs of code and test, on all cores of this rank."""
     if not pairs:
         return []
-    # Once, not in every thread.
+    # Validate once here, instead of in every thread.
     validate_sandbox()
     workers = hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(max(1, min(workers, len(pairs)))) as pool:
