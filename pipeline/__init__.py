@@ -7,23 +7,23 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# OMP_WAIT_POLICY would replace the number.
+# OMP_WAIT_POLICY, if the user has set it, takes the place of the number below.
 if "OMP_WAIT_POLICY" not in os.environ:
     # How often an OpenMP thread polls for work before it sleeps; read when torch is imported. By default it polls for
     # milliseconds: on a busy machine, a training step took 21 times as long as on an idle one, and 8 times with this
-    # number. On an idle machine it costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, make training up to a sixth slower
-    # and generation a quarter to a half.
+    # number. On an idle machine it costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, would slow training by up to a
+    # sixth, and generation by a quarter to a half.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# oneDNN and its wrapper in torch keep a kernel for each shape of a product, in bfloat16 up to 1 MB; read when the
-# first one runs. Sampling drops finished rows from its batches, so it meets new shapes all the time: with the default
-# of 1024 kernels, PPO with a model of 1 M parameters took 1.4 GB; with 128, it took 0.9 GB and no longer.
+# How many kernels oneDNN and its wrapper in torch cache: one, of up to 1 MB in bfloat16, for each shape of a product.
+# Sampling drops finished rows from its batches, so it meets new shapes all the time: with the default of 1024 kernels,
+# PPO with a model of 1 M parameters took 1.4 GB; with 128, it took 0.9 GB, and no longer. Read when the first one runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
 
 def search_here_last() -> None:
-    """Search the working folder for modules last, where functions of the user are still found.
+    """Search the working folder for modules last; functions of the user are still found there.
 
     `python -m` looks there first. A `pipeline.py` of the user, a folder `recipes/`, or a file named like a library
     (`datasets.py`) would then be imported instead.
@@ -38,5 +38,5 @@ def search_here_last() -> None:
 
 
 def safe_path() -> dict[str, str]:
-    """Return the variable that keeps a new Python from searching the working folder first; none in a clone."""
+    """Return the variable that keeps a new Python from searching the working folder first; {} in a clone."""
     return {} if os.path.exists("pipeline/runner/launcher.py") else {"PYTHONSAFEPATH": "1"}

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     with exit_on_user_error():
         for option, value in pairwise(argv):
-            # For instance, an unset shell variable.
+            # An unset shell variable, for instance, makes an option empty.
             if not value.strip():
                 raise UserError(Problem(option, repr(value), "is empty; give a value, or omit it"))
         try:

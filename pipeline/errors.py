@@ -123,7 +123,7 @@ def collect(problems: list[Problem]) -> Iterator[None]:
 
 @contextmanager
 def problems_of(part: str) -> Iterator[None]:
-    """Name the part of the input that problems in this block are about before their fields: a step, or a data set."""
+    """Prefix the fields of problems in this block with the part of the input that they are about, such as a step."""
     try:
         yield
     except UserError as error:

@@ -33,7 +33,7 @@ SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEE
 
 
 def prepare_process(*, shards: bool = False) -> None:
-    """Prepare a process before it builds its training arguments: telemetry, logs, CPU, and its end with the launcher.
+    """Prepare a process before it builds its training arguments: telemetry, logs, CPU, and ending with its launcher.
 
     Args:
         shards: Whether the arguments ask for FSDP or DeepSpeed; a launch file may also do so.

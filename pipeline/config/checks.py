@@ -149,7 +149,7 @@ SWITCHES: dict[str, tuple[str, Any]] = for_each_name(
 def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     """Return the numbers that are out of range. Other types, and most values of None, are left to the dataclass."""
     problems = []
-    # Its type allows null, with which TRL fails.
+    # The field's type allows null, but TRL fails with it.
     if values.get("num_generations", "") is None:
         problems.append(Problem("num_generations", "null", "must be set"))
     for name, value in values.items():
@@ -291,13 +291,13 @@ def check_together(
         refuse("max_length", "must be given with packing, whose rows are of that length")
     if get("padding_free") and not get("packing") and get("max_length") is not None:
         refuse("padding_free", "does not cut rows at max_length; set packing to true, or max_length to null")
-    # Only these losses do not take it from the trainer: all of reward models and preferences, and some of TRL's SFT.
+    # Some losses ignore the trainer's smoothing: all of reward models and preferences, and some of TRL's SFT.
     if get("label_smoothing_factor") and ("center_rewards_coefficient" in values or get("loss_type", "nll") != "nll"):
         refuse("label_smoothing_factor", "has no effect on this loss (DPO has label_smoothing); omit it")
     if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
 
-    # A folder, or an id on the Hub.
+    # The checkpoint is a folder, or an id on the Hub.
     path = Path(name := str(get("resume_from_checkpoint") or ""))
     on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
     if name and not on_hub and "global_step" not in read_json(path / STATE):

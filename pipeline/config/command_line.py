@@ -98,7 +98,7 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
         notes = [describe_type(hints[item.name])] if everything else []
         if item.default not in (None, "", dataclasses.MISSING):
             notes.append(f"default: {item.default}")
-        # Not at the end of "e.g."
+        # A sentence does not end with "e.g."
         text = meaning if everything else re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
         text += f" ({'; '.join(notes)})" if notes else ""
         start = f"  --{item.name}".ljust(32) + " "

@@ -175,7 +175,7 @@ def _build_checked(
     built = []
     for kind in dataclass_types:
         own = {name: kept[name] for name in field_types(kind) if name in kept}
-        # Without a default, both are `MISSING`.
+        # If a field has no default, both are `MISSING`.
         required = [item for item in dataclasses.fields(kind) if item.init and item.default is item.default_factory]
         missing = [item.name for item in required if item.name not in own]
         problems += [Problem(name, "nothing", "is required") for name in missing if name not in reported]
@@ -198,7 +198,7 @@ def _build_checked(
     for item in built:
         if isinstance(item, TrainingArguments):
             launch.use_one_gpu(item)
-        # `model_name_or_path: NAME/repo@revision` is that name and `model_revision`.
+        # `model_name_or_path: NAME/repo@revision` also sets `model_revision`.
         name, revision = split_revision(str(getattr(item, "model_name_or_path", None) or ""))
         if revision is not None and hasattr(item, "model_revision"):
             if (other := asked.get("model_revision")) not in (None, revision):

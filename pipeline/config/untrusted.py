@@ -20,7 +20,7 @@ FILE = re.compile(r"\d+_.+\.ya?ml|evaluate\.yaml")
 """Files of a recipe folder that the runner reads, except for the launch file."""
 
 NAMES = (*READ, *HELD_OUT, "judge")
-"""Fields that name a model or data; those of evaluate.yaml by an id or by a mapping of fields."""
+"""Fields that name a model or data; in evaluate.yaml, by an id or by a mapping of fields."""
 
 TEXTS = ("system_prompt", "answer_pattern", "elicit", "fixed_prompts", "vllm_structured_outputs_regex")
 """Fields that may contain any text."""

@@ -134,7 +134,7 @@ def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split the Hub id `NAME/repo@revision` into both; for a path or a name without a revision, that is None."""
+    """Split `NAME/repo@revision` into id and revision, which is None for a path or a name without a revision."""
     repo, at, revision = name.partition("@")
     return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
 

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import psutil
 
 MAX_LAYERS = 1024
-"""More are certainly a mistake: the deepest models in use have a few hundred, and a configuration names each layer."""
+"""Maximum number of layers. The deepest models in use have a few hundred, and a configuration names each of them."""
 MAX_LABELS = 1 << 16
-"""More are certainly a mistake; a configuration names its labels one by one."""
+"""Maximum number of labels, which a configuration names one by one."""
 MAX_ENTRIES = {
     "config.json": MAX_LABELS, "tokenizer_config.json": 200_000, "special_tokens_map.json": 200_000,
     "generation_config.json": 200_000, "adapter_config.json": 200_000,

@@ -46,7 +46,7 @@ class PushCallback(TrainerCallback):
         self._running: Future[None] | None = None
         self._missed: Path | None = None
         if not self._is_asked or args.hub_strategy == HubStrategy.END:
-            # No checkpoint is pushed.
+            # Then no checkpoint is pushed.
             self.on_save = super().on_save  # type: ignore[method-assign]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:

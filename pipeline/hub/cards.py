@@ -180,7 +180,7 @@ def base_card(name: str, trained: Trained) -> str:
 
 
 def load_card(folder: Path) -> DatasetCard:
-    """Return the card of a folder of data, empty if it has none; `UserError` if it cannot be read."""
+    """Return the card of a folder of data, empty if it has none. Raise a `UserError` if it cannot be read."""
     path = folder / "README.md"
     try:
         return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")

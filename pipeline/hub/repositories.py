@@ -95,7 +95,7 @@ class Outputs:
 
     @cached_property
     def wanted(self) -> list[str]:
-        """Names of the output directories that are pushed; `UserError` if one is not finished, or there are none."""
+        """Names of the output directories to push. Raise a `UserError` if one is not finished, or there are none."""
         if missing := [name for name in self.only or () if name not in self.folders]:
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
             raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
@@ -170,7 +170,7 @@ class Outputs:
         """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
         folder, trained = self.folders[output], self._trained(output)
         if source != folder:
-            # The figures are those of the final model.
+            # The figures belong to the final model.
             trained = replace(trained, folder=source, metrics={}, evaluation={}, step={**trained.step, "seconds": None})
         ids = {self.folders[name]: found for name, found in self.ids.items()}
         ids |= {base: base_id for base, base_id in self.bases.values() if base_id}

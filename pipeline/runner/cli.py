@@ -269,7 +269,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
     last = len(steps) - 1
     if args.until is not None:
         last = steps.index(find_step(steps, args.until, "--until"))
-        # The evaluation of a stage follows it.
+        # `--until` a stage includes its evaluation.
         last += any(step.name == f"evaluate_{steps[last].output.name}" for step in steps[last + 1 : last + 2])
     if first > last:
         raise UserError(Problem("--from", args.start, f"comes after --until {args.until}"))

@@ -75,14 +75,14 @@ def _decide_one(
     if step.name in again and record.is_finished(step.name):
         return Decision("start", "finished, but asked to run again")
 
-    # First, its settings.
+    # First, compare its settings.
     effective, harmless = find_changes(step, entry.get("values", {}))
     texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
     changes = ", ".join(sorted(texts, key=len))
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
-    # Then its inputs: other steps, data that people may have edited, and files outside of the run.
+    # Then compare its inputs: other steps, data that people may have edited, and files outside of the run.
     if due := [need for need in step.needs if need in decisions and decisions[need].action != "skip"]:
         return Decision("start", f"depends on {', '.join(due)}")
     if {need: run for need, run in entry.get("inputs", {}).items() if need in step.needs} != record.inputs(step):

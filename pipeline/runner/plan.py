@@ -44,7 +44,7 @@ LIBRARIES, TILE = 1.5e9, 2**27
 """Bytes of a process besides tensors, and maximum number of logits that TRL's trainers keep at once."""
 ASSUMED = """
 Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
-1/3 of the longest answer, with a chat template on this disk besides, and data there a token for 4 characters;
+1/3 of the longest answer, plus a chat template that is on this disk; data on this disk have 4 characters per token;
 sampling takes 1 ms for a position and layer, with vLLM 0.1 ms; critic, reference and reward models are as large as
 the policy; a step starts in 3 s; an evaluation answers 400 rows of each data set, or its limit. Not included:
 downloads, judges, tasks of lm-eval.
@@ -94,7 +94,7 @@ def count_work(stage: Settings) -> None:
         # If a rollout is used in one step, training itself computes the old log-probabilities.
         old = stage.gradient_accumulation_steps % (rollout * uses) > 0
         if not kind.samples:
-            # KTO also gives each prompt the answer of another one, with policy and reference.
+            # Policy and reference of KTO also read each prompt with the answer to another one.
             stage.passes = training + stage.reference + 2 * (kind.data == "unpaired")
         elif kind.has_critic:
             # Sampling, old log-probabilities and values; then policy and critic are trained.
@@ -169,7 +169,7 @@ def advice(stage: Settings, room: float) -> str:
         for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
             smaller = Settings(**{**vars(stage), "recompute": recompute, "per_device_train_batch_size": size})
             if sum(memory(smaller).values()) <= room:
-                less = f"--per_device_train_batch_size {size} and {batch // size} times the accumulation"
+                less = f"--per_device_train_batch_size {size} and {batch // size} times the gradient accumulation"
                 return (words + less if size < batch else words).removesuffix(", ")
     larger = "LoRA (use_peft: true), more or larger GPUs"
     return larger if stage.kind.has_critic else f"{larger}, or recipes/accelerate/fsdp2.yaml or zero3.yaml"

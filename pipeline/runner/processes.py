@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
         resolve_name(name)
     torch = sys.modules.get("torch")
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
-        # At once, without waiting for threads.
+        # Exit at once, without waiting for threads.
         os._exit(1)
     # Kernels before 5.3 have no process handles. The error ends this process.
     os.close(os.pidfd_open(os.getpid()))
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         return 0
 
-    # This is the fork.
+    # From here on, this is the fork.
     channel.close()
     os.setpgid(0, 0)
     signal_step()

@@ -90,7 +90,7 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
             order.remove(against)
             order.insert(trained, against)
     changed = overrides("evaluate", settings)
-    # Tools and graders of evaluations may run code where those of a stage may.
+    # Tools and graders of evaluations may run unconfined code if a stage's may.
     allowed = ("--allow_unconfined_code",) if any(step.values.get("allow_unconfined_code") for step in steps) else ()
     planned: list[Step] = []
     for item in order:
@@ -163,7 +163,7 @@ def _read_folder(folder: Path) -> tuple[Files, Path]:
 
 
 def _check_run_dir(run_dir: Path, folder: Path) -> None:
-    """Refuse a directory that contains other things than a run, or that cannot be created."""
+    """Refuse a directory that contains anything but a run, or that cannot be created."""
     refuse(check_directory(run_dir, writable=False))
     # Links are followed, because what matters is which files are next to the run's.
     real = Path(os.path.realpath(run_dir))

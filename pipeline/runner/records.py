@@ -165,7 +165,7 @@ def recorded_values(step: Step) -> dict[str, Any]:
     # Secrets are neither written to disk nor hashed.
     secret = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
     plain = {key: value for key, value in step.values.items() if key not in secret}
-    # Environment variables may contain keys.
+    # Environment variables may contain secrets.
     if isinstance(variables := plain.get("env"), Mapping):
         plain["env"] = sorted(map(str, variables))
     values: dict[str, Any] = json.loads(json.dumps(plain, default=str))

@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         left, is_running, width = 0.0, is_locked(run / "run.lock"), max(len(step.name) for step in steps)
         for step in steps:
             decision, entry = decisions[step.name], record.steps.get(step.name, {})
-            # How far a step that goes on was saved. If its length was raised, more may be left than its time before.
+            # How far a step that goes on was saved. If max_steps was raised, the rest may take longer than before.
             saved = newest_state(step.output) if entry and decision.action in ("resume", "continue") else {}
             steps_done, steps_before = number_of(saved, "global_step"), number_of(saved, "max_steps")
             steps_now = number_of(step.values, "max_steps") if decision.action == "continue" else steps_before

@@ -170,7 +170,7 @@ def answer_calls(
 def call_tool(tool: Callable[..., Any], /, **arguments: Any) -> Any:
     """Call a tool, and raise a `TimeoutError` after `CALL_SECONDS`.
 
-    Only the main thread can be interrupted: there is no limit in others, such as those of the page, nor on Windows.
+    Only the main thread can be interrupted: there is no limit in others, such as the page's, nor on Windows.
     Code in C is interrupted once it checks for signals, as Python's own functions that wait do.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
