@@ -100,7 +100,7 @@ def load_votes(path: Path) -> Judge:
 
 
 def _check_line(line: Any) -> dict[str, Any]:
-    """Return a line of the file for votes by hand."""
+    """Return a line of the file for votes by hand, or raise an error that `parse_lines` reports."""
     if line["choice"] not in (None, *BY_HAND) or not all(isinstance(line[side], str) for side in ("first", "second")):
         raise ValueError(f"its choice is {line['choice']!r}")
     return {name: line[name] for name in ("prompt", "first", "second", "choice")}

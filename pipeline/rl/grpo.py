@@ -117,7 +117,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # own tokens to the prompt.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        # Autocast would cast frozen weights again for each token that is sampled. PPO has an argument for it.
+        # Autocast would cast frozen weights again for each token that is sampled. PPO has `frozen_dtype` for this.
         adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
         if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
             convert_frozen(self.model, torch.bfloat16)

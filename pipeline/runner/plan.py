@@ -143,7 +143,7 @@ def memory(stage: Settings) -> dict[str, float]:
     layer = 2 * 2 * 4 * hidden + stage.size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
     # If activations are recomputed, only the inputs of all layers are kept, plus everything of one layer at a time.
     activations = all_layers * 4 * hidden + layer if stage.recompute else all_layers * layer
-    # Pretraining has all logits at once, TRL's trainers have a tile, and a reward model only has scores.
+    # Pretraining has all logits at once, TRL's trainers have a tile of them, and a reward model only has scores.
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
         logits = min(TILE, logits)

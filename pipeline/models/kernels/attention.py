@@ -51,7 +51,7 @@ def blockwise_mask(dtype: torch.dtype = torch.float32, **kwargs: Any) -> BlockMa
     # Request the mask itself: transformers would return None for plain causal attention.
     mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     dtype = autocast_dtype(mask.device, dtype)
-    # A query that sees no key is padding. Its scores are equally low, so that the softmax is not NaN.
+    # A query that sees no key is padding. Its scores are all equally low, so that the softmax is not NaN.
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
     keys, biases = [], []
     for seen, part in zip(mask.split(BLOCK, 2), bias.split(BLOCK, 2), strict=True):
@@ -88,7 +88,7 @@ def blockwise_attention(
     if (groups := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    # Rotary embeddings return float32 even under autocast: converting each block would take longer.
+    # Rotary embeddings return float32 even under autocast. Converting each block would take longer than this.
     query, key, value = (x.to(attention_mask.biases[0].dtype).contiguous() for x in (query, key, value))
     keys, values = key.split(BLOCK, 2), value.split(BLOCK, 2)
     outputs = []
