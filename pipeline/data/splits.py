@@ -174,7 +174,7 @@ def _load_one(
 
 
 def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
-    """Divide rows into a part to train on and a part to evaluate on; in a stream, only the first file is divided."""
+    """Divide rows into a part to train on and a part to evaluate on, which `evaluation/held_out.py` finds again."""
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):

@@ -1,4 +1,4 @@
-"""The types of the tables in `pipeline.stages`."""
+"""The types of the tables in `pipeline/stages/__init__.py`, where titles, charts, smoke settings and cards are."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
