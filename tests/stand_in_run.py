@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from pipeline.__main__ import main
-from pipeline.runner import processes
+from pipeline.runner import console, processes
 from pipeline.stages import STAGES
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -31,6 +31,7 @@ def replace_steps() -> None:
         if kind.module:
             STAGES[name] = replace(kind, module="stand_in_step", launched=False, measured=False)
     processes.PRELOADED = ()
+    console.PROGRESS_SECONDS = 0
 
 
 def start(*argv: str, environment: Mapping[str, str], terminal: str | None = None) -> BaseProcess:

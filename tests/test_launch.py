@@ -287,11 +287,12 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     take(path)
 
 
+@pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
 def test_where_the_kernel_keeps_no_locks_a_run_goes_on_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: str
 ) -> None:
     def flock(descriptor: object, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "not supported")
+        raise OSError(getattr(errno, error), "not supported")
 
     monkeypatch.setattr("fcntl.flock", flock)
     take(tmp_path / ".lock")

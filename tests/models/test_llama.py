@@ -10,6 +10,7 @@ import torch
 from small_model import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from pipeline.config.parser import parse
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
@@ -88,6 +89,17 @@ def test_attention_is_causal() -> None:
         one, other = model(tokens).logits[0], model(changed).logits[0]
     assert torch.equal(one[:12], other[:12])
     assert not torch.allclose(one[12:], other[12:])
+
+
+def test_all_wrong_sizes_are_reported_at_once() -> None:
+    sizes = ["--hidden_size", "30", "--num_hidden_layers", "0", "--num_attention_heads", "4"]
+    with pytest.raises(UserError) as refused:
+        parse(ScratchArguments, argv=[*sizes, "--num_key_value_heads", "3"])
+    assert {problem.field: problem.remedy for problem in refused.value.problems} == {
+        "num_hidden_layers": "must be between 1 and 1,024",
+        "hidden_size": "must be a multiple of 2 x num_attention_heads (8)",
+        "num_key_value_heads": "must be a divisor of num_attention_heads (4)",
+    }
 
 
 def test_sizes_that_do_not_fit_together_are_reported_at_once() -> None:

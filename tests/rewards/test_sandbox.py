@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.rewards.sandbox import confinement
+from pipeline.rewards.sandbox import confinement, run
 from pipeline.rewards.sandbox.run import OUTPUT_BYTES, run_code, run_many
 
 TEST = "assert f(2) == 3\nassert f(-1) == 0\n"
@@ -64,7 +64,7 @@ ORDINARY = {
     "class of a value": ("def f(x):\n    return type(x)", "assert f(1) is int and f('') == str", "type(x)", "type(x).__name__"),
     "forward reference": ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Node:\n    v: int\n    next: Node | None = None\ndef f(xs):\n    head = None\n    for x in reversed(xs):\n        head = Node(x, head)\n    return head", "node, seen = f([1, 2, 3]), []\nwhile node:\n    seen.append(node.v)\n    node = node.next\nassert seen == [1, 2, 3] and f([1]) == Node(1)", "reversed(xs)", "xs"),
     "tree": ("class Tree:\n    def __init__(self):\n        self.keys = set()\n    def add(self, k):\n        self.keys.add(k)\n    def __contains__(self, k):\n        return k in self.keys\n    def find(self, k):\n        return self if k in self.keys else None\n    def startswith(self, k):\n        return any(key.startswith(k) for key in self.keys)", "t = Tree()\nt.add('ab')\nassert 'ab' in t and 'b' not in t and t.find('ab') and not t.find('b') and t.startswith('a')", "return k in self.keys", "return True"),
-    "functions of the test": ("def f(g, xs):\n    return [g(x) for x in xs]", "assert f(str, [1]) == ['1'] and f(len, ['ab']) == [2] and f(lambda x: -x, [1]) == [-1]", "g(x)", "x"),
+    "functions of the test": ("def f(g, xs):\n    return [g(x) for x in xs]", "assert f(str, [1]) == ['1'] and f(len, ['ab']) == [2] and f(lambda x: -x, (y for y in [1])) == [-1]", "g(x)", "x"),
     "a callback that raises": ("def f(g):\n    for _ in range(3):\n        try:\n            return g()\n        except ValueError:\n            pass", "calls = []\ndef g():\n    calls.append(1)\n    if len(calls) < 3:\n        raise ValueError\n    return 'ok'\nassert f(g) == 'ok'", "range(3)", "range(2)"),
     "inheritance": ("class Animal:\n    pass\nclass Dog(Animal):\n    pass\ndef f():\n    return Dog()", "assert isinstance(f(), Animal) and isinstance(f(), Dog) and not isinstance(1, Dog)", "Dog(Animal)", "Dog"),
     "enum": ("from enum import Enum, IntEnum\nclass Color(Enum):\n    RED = 1\n    BLUE = 2\nclass Level(IntEnum):\n    HIGH = 3\ndef f(x):\n    return Color(x)", "assert f(1) is Color.RED and f(2) == Color['BLUE'] and [c.name for c in Color] == ['RED', 'BLUE'] and Level.HIGH == 3 and Level.HIGH.name == 'HIGH'", "Color(x)", "x"),
@@ -253,7 +253,12 @@ def test_code_does_not_read_what_its_test_prints() -> None:
         ("def f(g):\n    while True:\n        g(1)", "assert f(lambda x: x) == 3"),
     ],
 )
-def test_an_endless_talk_is_a_timeout(code: str, test: str) -> None:
+def test_an_endless_talk_is_a_timeout(code: str, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_code(code, test, seconds=0.3).status == "timeout"
+    # On a busy machine, both processes also wait for a core all the time.
+    times = run._times
+    monkeypatch.setattr(run, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(run, "_times", lambda *given: (times(*given)[0], given[-1]))
     assert run_code(code, test, seconds=0.3).status == "timeout"
 
 

@@ -379,6 +379,16 @@ def test_a_resumed_step_goes_at_the_speed_of_its_new_part(monkeypatch: pytest.Mo
     assert state.seconds_left()[0] == 5.0
 
 
+def test_a_file_gets_a_line_for_each_quarter_of_a_step() -> None:
+    configure("2_sft", reports=40)
+    assert end(start("recipe", environment=environment())) == 0
+    out = Path("out").read_text()
+    done = [int(found) for found in re.findall(r"^    (\d+)/40, loss 0.5, .* left of the run$", out, re.MULTILINE)]
+    quarters = [4 * shown // 40 for shown in done]
+    assert len(quarters) >= 2 and quarters == sorted({1, 2, 3} & set(quarters)), "each at most once"
+    assert "\r" not in out and "\x1b" not in out
+
+
 def test_without_a_terminal_a_step_prints_a_line_for_each_quarter(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -331,6 +331,38 @@ def test_the_last_good_checkpoint_survives_a_failed_save(
     assert not (tmp_path / folders.UNFINISHED).exists()
 
 
+def test_an_earlier_checkpoint_stays_until_the_checksums_of_the_next_one_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="no", save_total_limit=1)
+    seen, write = {}, folders.write_manifest
+
+    def look(checkpoint: Path, step: int, due: bool) -> None:
+        seen[step] = names(tmp_path)
+        write(checkpoint, step, due)
+        assert names(tmp_path) == seen[step]
+
+    monkeypatch.setattr(folders, "write_manifest", look)
+    trainer.train()
+    assert seen == {3: [], 6: ["checkpoint-3"], 9: ["checkpoint-6"], 12: ["checkpoint-9"]}, "what a killed run has"
+    assert names(tmp_path) == ["checkpoint-12"]
+
+
+def test_a_first_checkpoint_that_cannot_be_completed_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, eval_strategy="no", save_steps=6)
+
+    def fail(checkpoint: Path, step: int, due: bool) -> None:
+        raise OSError("no quota left")
+
+    monkeypatch.setattr(folders, "write_manifest", fail)
+    with pytest.raises(RunStopped, match=r"step 6 could not be written .*no quota left.* then starts again"):
+        train(trainer, None)
+    assert trainer.state.global_step == 6
+    assert not names(tmp_path) and not (tmp_path / folders.UNFINISHED).exists(), "its room on the disk is free again"
+
+
 def test_the_best_checkpoint_stays_and_is_loaded(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, save_total_limit=1, load_best_model_at_end=True, learning_rate=0.5)
     values = iter([0.5, 0.1, 0.3, 0.4])
