@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.columns import TOKENS
 from pipeline.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 DOCUMENTS_AT_ONCE = 1000
 """Documents tokenized at once; `tokenizers` takes some hundred bytes for each of their tokens."""

@@ -1,14 +1,13 @@
 """Tokens of conversations, pairs and prompts, a thousand rows at a time, where TRL's trainers take one by one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from operator import add
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from pipeline.data.columns import TOKENS, Kind, Split, column_names
@@ -16,9 +15,6 @@ from pipeline.data.messages import Messages
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
-
-if TYPE_CHECKING:
-    from trl import SFTConfig
 
 
 def drop_long_prompts(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
+from trl import GRPOConfig, SFTConfig
 
 from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, as_typed, refuse
@@ -261,9 +262,7 @@ def _load_chats(
         refuse(*check_lengths(positions, max_new_tokens=given))
         limits = dict.fromkeys(keys, int(given))
     else:
-        # TRL takes seconds to import. A stage that does not set a length has TRL's default.
-        from trl import GRPOConfig, SFTConfig
-
+        # A stage that does not set a length has TRL's default.
         default = {"max_length": SFTConfig.max_length, "max_completion_length": GRPOConfig.max_completion_length}
         found = {key: length or default[HELD_OUT[key].length] for key, length in settings["lengths"].items()}
         other = next(iter(found.values()), DEFAULT_LENGTH)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import CardData, DatasetCard, EvalResult, ModelCard, ModelCardData, SpaceCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -97,8 +98,6 @@ def _figure(entry: Any) -> str:
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
-    import transformers
-
     about, settings, stage = trained.about, trained.settings, trained.folder.name
     config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
     measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))

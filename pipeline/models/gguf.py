@@ -5,20 +5,17 @@ It recognises tokenizers by a hash of how they encode one text, and refuses unkn
 tokenizers that this project trains.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import check_directory
+from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 from pipeline.models.patches import name_pre_tokenizers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
+from pipeline.models.tokenizer import pre_tokenizer
 
 PRE_TOKENIZER = "smollm"
 """llama.cpp's name for single digits and GPT-2's pattern.
@@ -38,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Convert the model with llama.cpp's converter. Return 0."""
-    from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
-
     model = args.model
     with user_error_for("model", model):
         base, config = base_of(str(model)), load_config(str(model))
@@ -69,7 +64,5 @@ def main(args: argparse.Namespace) -> int:
 
 def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether a tokenizer splits texts like the ones that this project trains."""
-    from pipeline.models.tokenizer import pre_tokenizer
-
     # Pre-tokenizers cannot be compared, but their printed form can.
     return str(tokenizer.backend_tokenizer.pre_tokenizer) in (str(pre_tokenizer(kind)) for kind in ("bpe", "character"))

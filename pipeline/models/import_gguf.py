@@ -5,21 +5,31 @@ makes the same tokens as llama.cpp. When transformers reads such a file itself (
 quantised and cannot be saved, and the tokenizer splits numbers as no SmolLM model does, and pads with the end of turn.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict, read_gguf_metadata
+from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    add_gguf_special_tokens,
+    get_gguf_tokenizer,
+    get_merges,
+    set_split_regex,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, write_folder
 from pipeline.files.bounded import MAX_LAYERS, check_files, exceeds
 from pipeline.launch import quiet_libraries
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-    from transformers.integrations.gguf import GgufHeader
+from pipeline.models.loading import separate_pad_token, user_error_for, validate_chat, validate_finite
+from pipeline.models.tokenizer import pre_tokenizer, validate_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Decoders whose logits survive the round trip through `fourstage gguf`."""
@@ -61,10 +71,6 @@ def main(args: argparse.Namespace) -> int:
     if not file.is_file():
         raise UserError(Problem("file", file, "is not a file; name a GGUF file"))
     refuse(check_new_directory(output_dir, "output_dir"))
-
-    # Importing transformers takes seconds, too long for a mistake in the arguments.
-    from pipeline.models.loading import user_error_for
-
     with user_error_for("file", file):
         model, tokenizer = read_gguf(file)
     with write_folder(output_dir) as folder:
@@ -82,13 +88,6 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     Raises:
         Exception: If it is damaged, or holds another kind of model or tokenizer.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
-
-    from pipeline.models.loading import separate_pad_token, validate_chat, validate_finite
-    from pipeline.models.tokenizer import validate_tokenizer
-
     # The file is memory-mapped, and may be larger than the child's memory limit.
     size = file.stat().st_size
     if fault := exceeds(lambda: read_tokenizer(file), mapped=size):
@@ -126,17 +125,6 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer that the metadata of a GGUF file describe."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-        add_gguf_special_tokens,
-        get_gguf_tokenizer,
-        get_merges,
-        set_split_regex,
-    )
-
-    from pipeline.models.tokenizer import pre_tokenizer
-
     _, found, settings = get_gguf_tokenizer(str(file))
     kind, pre = found.get("tokenizer_type"), found.get("pre_tokenizer_type")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
@@ -157,13 +145,6 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
     """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file."""
-    import numpy as np
-    import torch
-    from transformers import AutoConfig
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-    from transformers.integrations.gguf import load_gguf_state_dict
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     kind, names = header.architecture, header.ggml_types
     if kind not in ARCHITECTURES:
         raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
@@ -219,9 +200,6 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the weights in a GGUF file in float32, under the names of a model on the meta device, which must match."""
-    from transformers.integrations.gguf import load_gguf_state_dict
-    from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
-
     config = model.config
     tensors = [info for info in header.tensors if info.name != ROPE_DIVISORS]
     own = {info.name: ".".join(WEIGHTS.get(part, part) for part in info.name.split(".")) for info in tensors}

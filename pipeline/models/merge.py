@@ -3,9 +3,13 @@
 import argparse
 from pathlib import Path
 
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, read_json, write_folder
 from pipeline.launch import quiet_libraries
+from pipeline.models import loading
+from pipeline.models.adapters import merge_into_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +32,6 @@ def main(args: argparse.Namespace) -> int:
     if config.get("peft_type") != "LORA":
         raise UserError(Problem("adapter", path, f"has the type {config.get('peft_type')}; only LORA can be merged"))
     refuse(check_new_directory(output_dir, "--output_dir"))
-
-    # Importing transformers takes seconds, too long for a mistake in the arguments.
-    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-
-    from pipeline.models import loading
-    from pipeline.models.adapters import merge_into_base
-
     tokenizer = loading.load_tokenizer(str(adapter), "adapter")
     with loading.user_error_for("adapter", config["base_model_name_or_path"], "base model"):
         base = loading.load_config(str(adapter))

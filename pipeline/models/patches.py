@@ -9,6 +9,8 @@ from functools import wraps
 from types import MethodType
 from typing import Any
 
+from transformers import Llama4ForCausalLM, PreTrainedTokenizerBase
+
 
 def replace_forward(module: Any, forward: Callable[..., Any], *, bind: bool = False) -> None:
     """Make a model or a layer compute with another function. With `bind`, it is a method, in a copy of the copy.
@@ -25,15 +27,11 @@ def name_body_of_llama4() -> None:
     `Llama4ForCausalLM.base_model_prefix` is "language_model", but the body is the attribute `model`: `base_model` is
     then the model itself, whose output TRL's fused head takes for hidden states (`tests/upstream`).
     """
-    from transformers import Llama4ForCausalLM
-
     Llama4ForCausalLM.base_model_prefix = "model"
 
 
 def refuse_deep_json() -> None:
     """Treat a call whose JSON is nested too deeply for Python as text, like any malformed call: raise a ValueError."""
-    from transformers import PreTrainedTokenizerBase
-
     parse = PreTrainedTokenizerBase.parse_response
 
     @wraps(parse)

@@ -1,17 +1,24 @@
 """The model to train from scratch, with random weights: a dense Llama or a Llama 4 of given sizes."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import torch
+from transformers import (
+    GenerationConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.hf_argparser import HfArg
 
+from pipeline import hardware
 from pipeline.errors import Problem, refuse
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pipeline.models.experts import active_parameters, training_flops_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +103,6 @@ LLAMA4: dict[str, Any] = {
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
-    import torch
-    from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
-
-    from pipeline import hardware
-
     is_mixture = args.model_type == "llama4_text"
     config_class = Llama4TextConfig if is_mixture else LlamaConfig
     known = {item.name for item in fields(config_class)}
@@ -133,8 +135,6 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
 
 def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
-    import torch
-
     # The part of a tokenizer that building a model needs: its tokens, none of them special.
     tokenizer: Any = range(size)
     with torch.device("meta"):
@@ -143,8 +143,6 @@ def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
 
 def log_model(model: PreTrainedModel) -> None:
     """Log the numbers of parameters and of FLOPs per token, and the dtype."""
-    from pipeline.models.experts import active_parameters, training_flops_per_token
-
     parameters, active = model.num_parameters(), active_parameters(model)
     embeddings = model.get_input_embeddings().weight.numel()
     counts = f"{embeddings / 1e6:.2f}M of them embeddings{', tied' if model.config.tie_word_embeddings else ''}"

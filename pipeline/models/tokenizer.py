@@ -4,22 +4,20 @@ It works on bytes, so that any Unicode string round-trips; splits numbers into d
 learned; and reserves the chat tokens before any training, so that no later stage changes the vocabulary.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import PreTokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError
 from pipeline.files.bounded import TOO_LONG, exceeds
-
-if TYPE_CHECKING:
-    from tokenizers.pre_tokenizers import PreTokenizer
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
@@ -83,9 +81,6 @@ def train_tokenizer(
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     special = (*SPECIAL_TOKENS, *TOOL_TOKENS) if tools else SPECIAL_TOKENS
     if vocab_size < 256 + len(special):
         remedy = f"must be at least {256 + len(special)}: 256 bytes and the special tokens"
@@ -112,8 +107,6 @@ def train_tokenizer(
 
 def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
     """Return the pre-tokenizer, which splits a text before merges: SmolLM's, or one that splits it into characters."""
-    from tokenizers import Regex, pre_tokenizers
-
     if algorithm == "character":
         split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

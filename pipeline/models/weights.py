@@ -1,20 +1,17 @@
 """The weight files of a model: checks of their headers, and resuming from files with older names for the weights."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, Trainer
 
 from pipeline.files import read_json, read_shapes
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 WEIGHTS = "model.safetensors"
 
@@ -97,9 +94,6 @@ class RenamedWeights:
 
     def load(self, folder: Path) -> None:
         """Load all weights of a checkpoint if some of their names are unknown to the model."""
-        import torch
-        from transformers import PreTrainedModel
-
         model = self.trainer.model
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if sharded or not isinstance(model, PreTrainedModel):

@@ -1,25 +1,24 @@
 """Arguments and inputs of the recipes that sample: rewards, prompts and, for GRPO, their answers."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, ModelConfig
 
 from pipeline.data.arguments import DataArguments, option
+from pipeline.data.columns import Split
 from pipeline.errors import Problem, UserError
+from pipeline.models.loading import load_model
+from pipeline.rewards.loading import load_rewards
+from pipeline.rl.reward_checks import check_rewards, check_value_model
 from pipeline.tools.loading import ToolArguments, load_environment, load_tools
-
-# These imports take seconds, and `--help` does not need them.
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from pipeline.data.columns import Split
+from pipeline.training.inputs import load_inputs
 
 
 @dataclass(kw_only=True)
@@ -40,10 +39,6 @@ class SampledArguments(ToolArguments):
 
         Tokenizer and data are None if they failed to load. If `early`, reward models and critic may not exist yet.
         """
-        from datasets import Dataset
-
-        from pipeline.rl.reward_checks import check_rewards, check_value_model
-
         problems = super().preflight(training_args, tokenizer, train, early)
         models, functions = getattr(self, "reward_model_path", None) or [], getattr(self, "reward_funcs", None) or []
         gives_rewards = False
@@ -105,12 +100,6 @@ def load_rl_inputs(
 
     Return the rewards (models, then functions), the tokenizer, the training split, and the evaluation split or None.
     """
-    import torch
-
-    from pipeline.models.loading import load_model
-    from pipeline.rewards.loading import load_rewards
-    from pipeline.training.inputs import load_inputs
-
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
     functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
     # TRL would load them with the policy's options.
