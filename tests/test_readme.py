@@ -29,7 +29,7 @@ from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.loading import load_function
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
-from pipeline.tools.loading import check_tools
+from pipeline.tools.loading import ToolArguments
 from recipes import grpo
 from tests.forked import run_forked
 
@@ -140,7 +140,7 @@ def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
 def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tools, settings = map(yaml.safe_load, blocks(ROOT / "docs/data.md", "yaml"))
-    assert not check_tools(tools["tools"], tools["environment"], None)
+    assert not ToolArguments(tools=tools["tools"], environment=tools["environment"]).preflight(None, None, None)
     assert set(tools) <= {field for kind in argument_types(grpo.main) for field in kind.__dataclass_fields__}
     for name in (settings["text"], settings["problems"]["dataset_name"]):
         Path(name).touch()

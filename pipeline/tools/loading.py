@@ -38,9 +38,17 @@ class ToolArguments:
     )
 
     def preflight(self, training_args: Any, tokenizer: Any, train: Any, early: bool = False) -> list[Problem]:
-        """Check the tools, as `pipeline.training.inputs.load_inputs` asks for it."""
+        """Check, as `load_inputs` asks for it, that the tools load, and that the tokenizer writes and reads calls."""
         sandbox.allow_unconfined = self.allow_unconfined_code
-        return check_tools(self.tools, self.environment, tokenizer)
+        problems: list[Problem] = []
+        with collect(problems):
+            load_tools(self.tools)
+        with collect(problems):
+            load_environment(self.environment)
+        named = self.tools or self.environment
+        if named and tokenizer is not None and (fault := _validate_template(tokenizer)):
+            problems.append(Problem("tools" if self.tools else "environment", named, fault))
+        return problems
 
 
 @dataclass(frozen=True)
@@ -122,20 +130,6 @@ def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
     # The trainer calls these two.
     names = [name for name, _ in methods if name not in ("reset", "get_reward") and not name.startswith("_")]
     return {name: getattr(environment, name) for name in names}
-
-
-def check_tools(
-    tools: Sequence[str] | None, environment: str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> list[Problem]:
-    """Check that tools and environment can be loaded, and that the tokenizer can write calls and read them back."""
-    problems: list[Problem] = []
-    with collect(problems):
-        load_tools(tools)
-    with collect(problems):
-        load_environment(environment)
-    if (tools or environment) and tokenizer is not None and (fault := _validate_template(tokenizer)):
-        problems.append(Problem("tools" if tools else "environment", tools or environment, fault))
-    return problems
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:

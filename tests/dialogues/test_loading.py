@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.untrusted import check_untrusted
-from pipeline.errors import UserError
+from pipeline.errors import Problem, UserError
 from pipeline.rl.arguments import GRPORewardArguments, PPORewardArguments
-from pipeline.tools.loading import check_tools, load_environment, load_tools
+from pipeline.tools.loading import ToolArguments, load_environment, load_tools
 from tests import small_model
 from tests import tool_toy as toy
 
@@ -72,6 +72,10 @@ class Paid(Game):
 '''
 
 
+def check(tools: Any, environment: str | None, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    return ToolArguments(tools=tools, environment=environment).preflight(None, tokenizer, None)
+
+
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_tools.py").write_text(OWN)
@@ -104,7 +108,7 @@ def test_tools_and_environments_are_found_by_name() -> None:
 )
 @pytest.mark.usefixtures("own")
 def test_what_a_model_cannot_call_is_refused(tools: Any, environment: str | None, said: str) -> None:
-    (problem,) = check_tools(tools, environment, toy.tokenizer())
+    (problem,) = check(tools, environment, toy.tokenizer())
     assert said in str(problem)
 
 
@@ -115,11 +119,11 @@ def without(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedTok
 
 
 def test_a_model_that_cannot_write_calls_or_have_them_read_is_refused() -> None:
-    (problem,) = check_tools(["calculator"], None, without(toy.tokenizer(), chat_template=small_model.CHATML))
+    (problem,) = check(["calculator"], None, without(toy.tokenizer(), chat_template=small_model.CHATML))
     assert "chat template does not support tool calls" in str(problem)
-    (problem,) = check_tools(None, "guess_letter", without(toy.tokenizer(), response_template=None))
+    (problem,) = check(None, "guess_letter", without(toy.tokenizer(), response_template=None))
     assert "environment: guess_letter" in str(problem) and "response_template" in str(problem)
-    assert not check_tools(["calculator"], "guess_letter", toy.tokenizer())
+    assert not check(["calculator"], "guess_letter", toy.tokenizer())
 
 
 def test_all_faults_are_named_at_once() -> None:
