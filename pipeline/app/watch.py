@@ -211,5 +211,4 @@ def _log_probs(trainer: Any, group: Group) -> Tensor:
     chosen = padded([one.sampled for one in group])
     trainer.model.eval()
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])
-    total: Tensor = (logps * chosen).sum(dim=1)
-    return total
+    return (logps * chosen).sum(dim=1)

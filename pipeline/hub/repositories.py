@@ -71,8 +71,7 @@ class Outputs:
     @cached_property
     def record(self) -> Mapping[str, Any]:
         """The entries of the steps in run.json, empty if there is none."""
-        steps: dict[str, Any] = read_run(self.path).get("steps", {})
-        return steps
+        return read_run(self.path).get("steps", {})
 
     @cached_property
     def ids(self) -> dict[str, str]:

@@ -79,5 +79,4 @@ class Rollout:
 def read_state(file: Path) -> dict[str, Any]:
     """Return the metadata of a file."""
     with safetensors.safe_open(file, framework="pt") as opened:
-        state: dict[str, Any] = json.loads(opened.metadata()["state"])
-    return state
+        return json.loads(opened.metadata()["state"])

@@ -168,8 +168,7 @@ def recorded_values(step: Step) -> dict[str, Any]:
     # Environment variables may contain secrets.
     if isinstance(variables := plain.get("env"), Mapping):
         plain["env"] = sorted(map(str, variables))
-    values: dict[str, Any] = json.loads(json.dumps(plain, default=str))
-    return values
+    return json.loads(json.dumps(plain, default=str))
 
 
 def fingerprint(path: Path) -> str:

@@ -68,8 +68,7 @@ class Dialogue:
     def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
         """Return the calls of the last turn unless it was cut off; `ends` are the ids that end a turn."""
         complete = bool(self.sampled and self.sampled[-1] and self.tokens[-1] in ends)
-        calls: list[dict[str, Any]] = (self.messages[-1].get("tool_calls") or []) if complete and self.messages else []
-        return calls
+        return (self.messages[-1].get("tool_calls") or []) if complete and self.messages else []
 
 
 def converse(

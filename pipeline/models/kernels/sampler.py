@@ -94,8 +94,7 @@ def sample(
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         optional = {"position_ids": positions, "logits_to_keep": 1}
         inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
-        logits: Tensor = model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
-        return logits
+        return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
 
     # Encode each distinct prompt once, then give every completion a row of its own. With frozen weights, torch would
     # copy the head for each text to multiply the last position: 14 GB for 256 texts and SmolLM2's 49,152 tokens.

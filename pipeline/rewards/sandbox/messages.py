@@ -108,8 +108,7 @@ class Peer:
         if len(header) < 4 or len(text) < size:
             self.gone = True
             raise Gone
-        message: dict[str, Any] = json.loads(text)
-        return message
+        return json.loads(text)
 
     def encode(self, value: Any) -> Any:
         """Encode plain data as JSON: scalars as they are, containers and other values tagged, the rest described."""
