@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +37,7 @@ from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools.chat_model import ChatModel
-from pipeline.tools.dialogue import Dialogue, converse, read_turn
+from pipeline.tools.dialogue import Dialogue
 from pipeline.tools.loading import load_toolbox
 from pipeline.training.reliable import unchanged_random_state
 
@@ -64,20 +63,11 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
 
 def sample_group(policy: Loaded, row: Values, settings: Values, number: int, seed: int) -> list[Dialogue]:
     """Sample `number` completions of the prompt of a row as the trainer does, with the tools of the stage."""
-    tokenizer, toolbox = policy.tokenizer, load_toolbox(settings, policy.tokenizer)
-    template = settings.get("chat_template_kwargs") or {}
+    toolbox, template = load_toolbox(settings, policy.tokenizer), settings.get("chat_template_kwargs") or {}
     group = [policy.open(row, toolbox, template) for _ in range(number)]
-    limit, seeds = settings["max_completion_length"], count(seed)
-    chat = ChatModel(policy.model, tokenizer, limit)
-
-    def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
-        found = chat.complete(texts, room, temperature=settings["temperature"], seed=next(seeds))
-        return [completion.tokens for (completion,) in found], None
-
-    for one, tokens in zip(group, complete([one.prompt for one in group], limit)[0], strict=True):
-        one.add_turn(tokens, None, read_turn(tokenizer, tokens, one.prompt, one.tools) if toolbox else None)
-    ends, turns = end_tokens(policy.model, tokenizer), settings.get("max_tool_calling_iterations")
-    converse(group, complete, tokenizer, ends=ends, limit=limit, context=policy.context, turns=turns, template=template)
+    limit, turns = settings["max_completion_length"], settings.get("max_tool_calling_iterations")
+    chat = ChatModel(policy.model, policy.tokenizer, limit, toolbox=toolbox, turns=turns)
+    chat.conduct(group, template, temperature=settings["temperature"], seed=seed)
     return group
 
 

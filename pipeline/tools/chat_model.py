@@ -54,9 +54,9 @@ class ChatModel:
         They begin with the ids `begun`, which count towards the length limit. The text of a dialogue is its last
         message, and its tokens are the ones that the model sampled.
         """
-        room = max(1, self.max_new_tokens - len(begun))
         if self.toolbox is None:
             encoded = self.encode([row["prompt"] for row in rows])
+            room = max(1, self.max_new_tokens - len(begun))
             found = self.complete([[*ids, *begun] for ids in encoded], room, **options)
             for some in found if begun else ():
                 for place, one in enumerate(some):
@@ -70,23 +70,10 @@ class ChatModel:
         template = {**self.template, **self.toolbox.template(self.tokenizer)}
         encoded = encode_prompts(self.tokenizer, [prompt for prompt, _ in opened], template)
         dialogues = [Dialogue(ids, tools) for ids, (_, tools) in zip(encoded, opened, strict=True)]
-        single = replace(self, counts=Counter(), tally=Tally("turns"))
-        seeds = count(options.pop("seed", 0))
-
-        def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
-            found = single.complete(texts, room, seed=next(seeds), **options)
-            return [completion.tokens for (completion,) in found], None
-
-        started = complete([[*ids, *begun] for ids in encoded], room)[0]
-        for dialogue, further in zip(dialogues, started, strict=True):
-            tokens = [*begun, *further]
-            dialogue.add_turn(tokens, None, read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools))
-        ends = end_tokens(self.model, self.tokenizer)
-        bounds: dict[str, Any] = {"limit": self.max_new_tokens, "context": self.positions or sys.maxsize}
         # Results are written as in training, where they are not preceded by a list of tools.
         del template["tools"]
-        converse(dialogues, complete, self.tokenizer, ends=ends, turns=self.turns, template=template, **bounds)
-        completions = []
+        self.conduct(dialogues, template, begun, **options)
+        completions, ends = [], end_tokens(self.model, self.tokenizer)
         for dialogue in dialogues:
             # A dialogue that ends with a call was cut off, because there was no room for the result.
             last = dialogue.messages[-1] if dialogue.messages else {}
@@ -102,6 +89,28 @@ class ChatModel:
         self.counts["answers"] += len(completions)
         self.counts["cut off"] += sum(not completion.stopped for completion in completions)
         return [completions[start : start + samples] for start in range(0, len(completions), samples)]
+
+    def conduct(
+        self, dialogues: Sequence[Dialogue], template: Mapping[str, Any], begun: Sequence[int] = (), **options: Any
+    ) -> None:
+        """Let the model answer the prompt of each dialogue, and continue after its calls; `begun` as for `answer`."""
+        single = replace(self, counts=Counter(), tally=Tally("turns"))
+        seeds = count(options.pop("seed", 0))
+
+        def complete(texts: Sequence[list[int]], room: int) -> tuple[list[list[int]], None]:
+            found = single.complete(texts, room, seed=next(seeds), **options)
+            return [completion.tokens for (completion,) in found], None
+
+        room = max(1, self.max_new_tokens - len(begun))
+        started = complete([[*dialogue.prompt, *begun] for dialogue in dialogues], room)[0]
+        for dialogue, further in zip(dialogues, started, strict=True):
+            tokens = [*begun, *further]
+            # Without a toolbox, a turn is not parsed into messages.
+            called = read_turn(self.tokenizer, tokens, dialogue.prompt, dialogue.tools) if self.toolbox else None
+            dialogue.add_turn(tokens, None, called)
+        ends = end_tokens(self.model, self.tokenizer)
+        bounds: dict[str, Any] = {"limit": self.max_new_tokens, "context": self.positions or sys.maxsize}
+        converse(dialogues, complete, self.tokenizer, ends=ends, turns=self.turns, template=template, **bounds)
 
     def complete(self, prompts: Sequence[list[int]], limit: int, **options: Any) -> list[list[Completion]]:
         """Complete encoded prompts. If one leaves less room than `limit` in the context, its answer is shorter."""

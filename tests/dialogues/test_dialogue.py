@@ -214,7 +214,10 @@ def rows(number: int, **columns: Any) -> list[dict[str, Any]]:
     return [{"prompt": [{"role": "user", "content": "1"}], "answer": "yes", "kind": "k", **columns}] * number
 
 
-@pytest.mark.parametrize("toolbox", [Toolbox([toy.double]), Toolbox(environment=toy.Counter)], ids=["tool", "game"])
+# A prompt that has no row for the environment gets a toolbox without it, which may then be empty.
+@pytest.mark.parametrize(
+    "toolbox", [Toolbox([toy.double]), Toolbox(environment=toy.Counter), Toolbox()], ids=["tool", "game", "empty"]
+)
 def test_evaluation_answers_in_dialogues(toolbox: Toolbox) -> None:
     chat = ChatModel(toy.policy(), TOKENIZER, 24, toolbox=toolbox)
     sampled = chat.answer(rows(20, most=1), samples=3, temperature=1.0, seed=1)
