@@ -20,7 +20,8 @@ from pipeline.evaluation.graders import Grader, grade_rows
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.results import StageResult
-from pipeline.models.generation import Completion, end_tokens, stopped
+from pipeline.files import as_list
+from pipeline.models.generation import Completion, end_tokens
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 from pipeline.tools import dialogue
@@ -84,7 +85,8 @@ class StopRate(Metric):
     columns = Features(predictions=List(Value("int64")))
 
     def outcomes(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> list[bool]:
-        return [stopped(tokens, eos_token_id) for tokens in predictions]
+        ends = set(as_list(eos_token_id))
+        return [not ends.isdisjoint(tokens) for tokens in predictions]
 
 
 class StepRate(Metric):

@@ -1,6 +1,6 @@
 """Completions of conversations by a chat model, with the sampler of `pipeline.models.kernels.sampler`."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,12 +48,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)} - {None})
 
 
-def stopped(tokens: Iterable[int], eos_token_id: int | Collection[int]) -> bool:
-    """Return whether generated token ids contain an end-of-turn token; padding after it does not matter."""
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    return not ends.isdisjoint(tokens)
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,6 +88,6 @@ def generate(
         tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for i, ids, text in zip(chosen, tokens, texts, strict=True):
-            completions[i].append(Completion(text.strip(), ids, stopped(ids, ends)))
+            completions[i].append(Completion(text.strip(), ids, not set(ends).isdisjoint(ids)))
         on_batch(len(chosen))
     return completions

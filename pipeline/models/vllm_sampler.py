@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.import_utils import is_vllm_available
 
 from pipeline import hardware
-from pipeline.models.generation import Completion, end_tokens, stopped
+from pipeline.models.generation import Completion, end_tokens
 
 LENGTH_THAT_FITS = -1
 """Value of `max_model_len` that makes vLLM use as many of a model's positions as fit into memory.
@@ -75,5 +75,5 @@ class VLLMSampler:
             tokens = [list(output.token_ids) for output in request.outputs]
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers = zip(texts, tokens, strict=True)
-            completions.append([Completion(text.strip(), ids, stopped(ids, ends)) for text, ids in answers])
+            completions.append([Completion(text.strip(), ids, not set(ends).isdisjoint(ids)) for text, ids in answers])
         return completions

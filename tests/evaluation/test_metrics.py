@@ -211,7 +211,9 @@ def test_instruction_accuracy_grades_by_each_row():
 
 
 def test_stop_and_step_rates_count():
-    assert StopRate().compute(predictions=[[1, 2], [3], []], eos_token_id=2)["values"] == [1.0, 0.0, 0.0]
+    # Padding after an end token does not matter.
+    assert StopRate().compute(predictions=[[5, 2, 0, 0], [5, 6], []], eos_token_id=2)["values"] == [1.0, 0.0, 0.0]
+    assert StopRate().compute(predictions=[[5, 7], [5, 6]], eos_token_id=[2, 7])["values"] == [1.0, 0.0]
     steps = StepRate().compute(predictions=["1+1=2. The answer is 2.", "The answer is 2."])
     assert steps["value"] == 0.5 and steps["n"] == 2
 

@@ -3,7 +3,6 @@
 import pytest
 
 from pipeline.evaluation.graders import grade_rows
-from pipeline.models.generation import stopped
 from pipeline.rewards.grading import contains, extract_code, grade, has_steps
 
 
@@ -88,13 +87,6 @@ def test_answers_and_rows_must_pair():
 )
 def test_code_is_taken_out_of_a_fence(answer, code):
     assert extract_code(answer) == code
-
-
-def test_an_answer_stops_at_an_end_token():
-    assert stopped([5, 2, 0, 0], 2)
-    assert stopped([5, 7], [2, 7])
-    assert not stopped([5, 6], 2)
-    assert not stopped([], 2)
 
 
 @pytest.mark.parametrize(
