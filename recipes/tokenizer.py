@@ -28,7 +28,7 @@ def main(args: TokenizerArguments, data_args: DataArguments) -> None:
     from pipeline.files import check_replaceable, write_folder
     from pipeline.models.tokenizer import train_tokenizer
 
-    refuse(*check_replaceable(args.output_dir, TOKENIZER_FILES))
+    refuse(check_replaceable(args.output_dir, TOKENIZER_FILES))
     dataset, _ = load_splits(data_args, "text", evaluation=False)
     texts = (text for batch in dataset.iter(batch_size=1000) for text in batch["text"])
     tokenizer = train_tokenizer(texts, args.vocab_size, args.algorithm, args.model_max_length, args.tools)

@@ -31,14 +31,14 @@ LOCK_SECONDS = 120.0
 
 def check_replaceable(
     output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
-) -> list[Problem]:
+) -> Problem | None:
     """Check that a step that replaces its whole output directory would delete only files of its `own`.
 
     `title` is the text that identifies the step's README.md, if it writes one; `read` a directory that it reads.
     """
     path = Path(output_dir)
     if problem := check_directory(path):
-        return [problem]
+        return problem
     remedy = ""
     if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
         remedy = "is or lies inside the folder of dataset_name; choose another one"
@@ -51,10 +51,9 @@ def check_replaceable(
         if not found <= set(own) or (found and title and not has_title):
             remedy = "contains other files; give a new or an empty folder"
     if remedy:
-        return [Problem("output_dir", output_dir, remedy)]
+        return Problem("output_dir", output_dir, remedy)
     # The folder itself is replaced, so its parent must be writable.
-    problem = check_directory(path.absolute().parent)
-    return [problem] if problem else []
+    return check_directory(path.absolute().parent)
 
 
 def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:

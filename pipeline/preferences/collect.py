@@ -115,7 +115,7 @@ def collect(args: PreferenceArguments) -> dict[str, Counts]:
     """
     state = PartialState(cpu=hardware.accelerator() is None)
     own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
-    refuse(*check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name))
+    refuse(check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name))
     judge = load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:

@@ -118,7 +118,7 @@ def check_arguments(
     configs: Iterable[str] = (*SCHEMAS,),
 ) -> list[Problem]:
     """Check the shares, the `sizes` and the output directory, which may have a data set with this title and configs."""
-    problems = check_replaceable(args.output_dir, {*configs, "README.md"}, title)
+    problems = list(filter(None, [check_replaceable(args.output_dir, {*configs, "README.md"}, title)]))
     for name in (*sizes, "share_with_steps", "carelessness"):
         value, is_size = getattr(args, name), name in sizes
         if not (value > 0 if is_size else 0 <= value <= 1):
