@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -45,6 +46,7 @@ ADVICE = {
 }
 
 
+@dataclass(eq=False)
 class CollapseAlarms(TrainerCallback):
     """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
 
@@ -53,11 +55,10 @@ class CollapseAlarms(TrainerCallback):
     best value, and not scores of a reward model.
     """
 
-    def __init__(self, checked: bool) -> None:
-        self.checked, self._patience = checked, MIN_ENTRIES
-        self._forget()
+    checked: bool
 
-    def _forget(self) -> None:
+    def __post_init__(self) -> None:
+        self._patience = MIN_ENTRIES
         self._start: dict[str, float] = {}
         self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
         # The figures of each alarm so far, None where they are not bad.
@@ -66,7 +67,8 @@ class CollapseAlarms(TrainerCallback):
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
-        self._forget()
+        # Forget what another run has logged.
+        self.__post_init__()
         self._patience = max(MIN_ENTRIES, math.ceil(MIN_COMPLETIONS / args.generation_batch_size))
         for entry in state.log_history:
             self._read(entry)
