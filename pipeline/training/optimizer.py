@@ -50,19 +50,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    model: torch.nn.Module,
-    muon_lr: float | None,
-    lr: float,
-    embedding_lr: float | None,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
+    model: torch.nn.Module, args: TrainingArguments, optimizer_args: OptimizerArguments
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a model, with weight decay only for the matrices of its blocks.
 
-    Muon updates these with `muon_lr`, or AdamW with `lr` if that is None. AdamW updates embeddings and the output layer
-    with `embedding_lr`, and everything else with `lr`. Parameters that do not require gradients are skipped.
+    Muon or AdamW updates these; AdamW updates embeddings and the output layer, and everything else. Parameters that do
+    not require gradients are skipped.
     """
+    lr, embedding_lr = args.learning_rate, optimizer_args.embedding_learning_rate
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     # Tied embeddings are one parameter with two names.
@@ -77,13 +72,15 @@ def build_optimizer(
     rates = ((embeddings, lr if embedding_lr is None else embedding_lr), (vectors, lr))
     # torch refuses a group without parameters.
     groups: list[dict[str, Any]] = [{"params": params, "lr": rate} for params, rate in rates if params]
-    if muon_lr is None:
-        groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": weight_decay})
+    if not optimizer_args.use_muon:
+        groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": args.weight_decay})
     # Weight decay is for matrices, which are in Muon or in AdamW's first group.
-    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=eps)
-    if muon_lr is None:
+    betas = (args.adam_beta1, args.adam_beta2)
+    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=args.adam_epsilon)
+    if not optimizer_args.use_muon:
         return adamw
-    return MuonWithAdamW(Muon(matrices, lr=muon_lr, weight_decay=weight_decay), adamw)
+    muon = Muon(matrices, lr=optimizer_args.muon_learning_rate, weight_decay=args.weight_decay)
+    return MuonWithAdamW(muon, adamw)
 
 
 def optimizer_cls_and_kwargs(
@@ -92,12 +89,4 @@ def optimizer_cls_and_kwargs(
     """Return the argument of this name for a `Trainer`; None selects the optimizer that `args.optim` names."""
     if not optimizer_args.use_muon and optimizer_args.embedding_learning_rate is None:
         return None
-    settings = {
-        "muon_lr": optimizer_args.muon_learning_rate if optimizer_args.use_muon else None,
-        "lr": args.learning_rate,
-        "embedding_lr": optimizer_args.embedding_learning_rate,
-        "weight_decay": args.weight_decay,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
-    return (lambda: build_optimizer), settings
+    return (lambda: build_optimizer), {"args": args, "optimizer_args": optimizer_args}

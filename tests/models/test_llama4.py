@@ -37,7 +37,7 @@ from pipeline.models.loading import without_adapters
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.rl.value_model import value_model_from
 from pipeline.training.checks import check_lora
-from pipeline.training.optimizer import build_optimizer
+from pipeline.training.optimizer import OptimizerArguments, build_optimizer
 from pipeline.training.pretraining import PretrainTrainer
 from tests.forked import RANKS, run_forked
 
@@ -201,8 +201,8 @@ def test_the_losses_count_once_whatever_is_computed_again_and_not_in_an_evaluati
 @pytest.mark.usefixtures("torchs_muon")
 def test_muon_updates_each_expert_like_a_linear_layer_of_its_own() -> None:
     built, ids = model(), tokens(4, 32)
-    settings = {"lr": 0.0, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
-    optimizer = build_optimizer(built, muon_lr=0.03, **settings)
+    args = TrainingArguments("unused", use_cpu=True, learning_rate=0.0, weight_decay=0.1)
+    optimizer = build_optimizer(built, args, OptimizerArguments(use_muon=True, muon_learning_rate=0.03))
     built(input_ids=ids, labels=ids).loss.backward()
     alone = {}
     for name, value in built.named_parameters():

@@ -16,7 +16,7 @@ from pipeline.models.kernels import muon
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
 
-SETTINGS = {"muon_lr": 0.03, "lr": 0.01, "embedding_lr": None, "weight_decay": 0.1, "betas": (0.9, 0.98), "eps": 1e-8}
+MUON = OptimizerArguments(use_muon=True, muon_learning_rate=0.03)
 
 
 def model(tied: bool = True) -> LlamaForCausalLM:
@@ -30,6 +30,11 @@ def model(tied: bool = True) -> LlamaForCausalLM:
         tie_word_embeddings=tied,
     )
     return build_model(sizes, tokenizer(), seed=0)
+
+
+def build(trained: LlamaForCausalLM, chosen: OptimizerArguments = MUON) -> torch.optim.Optimizer:
+    rates = {"learning_rate": 0.01, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-8}
+    return build_optimizer(trained, TrainingArguments("unused", use_cpu=True, **rates), chosen)
 
 
 def batches() -> Iterator[torch.Tensor]:
@@ -71,7 +76,7 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
     adamw = torch.optim.AdamW([p for _, p in rest], lr=0.01, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-8)
     tokens = [ids for ids, _ in zip(batches(), range(4), strict=False)]
     before = copy.deepcopy(one)
-    optimizer = build_optimizer(one, **SETTINGS)
+    optimizer = build(one)
     steps(one, [optimizer], tokens[:1])
     steps(reference, [muon, adamw], tokens[:1])
     # Products of stacked matrices may be rounded differently, by a fraction of an update.
@@ -84,7 +89,7 @@ def test_steps_are_those_of_torchs_optimizers_on_the_same_split(tied: bool) -> N
 def test_large_matrices_are_orthogonalized_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     together, alone = model(), model()
     for trained in (together, alone):
-        steps(trained, [build_optimizer(trained, **SETTINGS)], [next(batches())])
+        steps(trained, [build(trained)], [next(batches())])
         monkeypatch.setattr(muon, "NUMBERS_AT_ONCE", 1)
     assert difference(together, alone) < 0.001
 
@@ -92,7 +97,7 @@ def test_large_matrices_are_orthogonalized_one_by_one(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_of_the_blocks_go_to_muon_and_everything_else_to_adamw(tied: bool) -> None:
     trained = model(tied)
-    optimizer = build_optimizer(trained, **SETTINGS)
+    optimizer = build(trained)
     matrices, tables, vectors = (names(trained, group) for group in optimizer.param_groups)
     others = tables | vectors
     assert matrices and all(name.startswith("model.layers.") and name.endswith("_proj.weight") for name in matrices)
@@ -104,10 +109,10 @@ def test_matrices_of_the_blocks_go_to_muon_and_everything_else_to_adamw(tied: bo
 
 
 def test_embeddings_have_a_learning_rate_of_their_own_with_either_optimizer() -> None:
-    for muon_lr in (0.03, None):
+    for use_muon in (True, False):
         trained = model(tied=False)
         before = copy.deepcopy(trained.state_dict())
-        optimizer = build_optimizer(trained, **{**SETTINGS, "muon_lr": muon_lr, "embedding_lr": 1e-4})
+        optimizer = build(trained, OptimizerArguments(use_muon, 0.03, embedding_learning_rate=1e-4))
         steps(trained, [optimizer], [next(batches())])
         moved = {name: (p - before[name]).abs().max().item() for name, p in trained.named_parameters()}
         assert moved["lm_head.weight"] == pytest.approx(1e-4, rel=0.01), "AdamW's first step is the learning rate"
@@ -118,7 +123,7 @@ def test_embeddings_have_a_learning_rate_of_their_own_with_either_optimizer() ->
 
 def test_without_muon_weight_decay_is_for_the_matrices_of_the_blocks() -> None:
     trained = model()
-    optimizer = build_optimizer(trained, **{**SETTINGS, "muon_lr": None, "embedding_lr": 1e-4})
+    optimizer = build(trained, OptimizerArguments(embedding_learning_rate=1e-4))
     assert isinstance(optimizer, torch.optim.AdamW)
     decayed = [names(trained, group) for group in optimizer.param_groups if group["weight_decay"]]
     assert len(decayed) == 1 and all(name.endswith("_proj.weight") for name in decayed[0])
@@ -129,30 +134,30 @@ def test_frozen_parameters_are_left_alone() -> None:
     frozen = {name: p.clone() for name, p in trained.named_parameters() if "layers.0" in name}
     for name, parameter in trained.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    steps(trained, [build_optimizer(trained, **SETTINGS)], [next(batches())])
+    steps(trained, [build(trained)], [next(batches())])
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in trained.named_parameters() if name in frozen)
 
 
 def test_a_restored_optimizer_continues_bit_for_bit() -> None:
     tokens = [ids for ids, _ in zip(batches(), range(6), strict=False)]
     whole = model()
-    optimizer = build_optimizer(whole, **SETTINGS)
+    optimizer = build(whole)
     steps(whole, [optimizer], tokens[:3])
     saved = io.BytesIO()
     torch.save(optimizer.state_dict(), saved)
     saved.seek(0)
     resumed = copy.deepcopy(whole)
-    restored = build_optimizer(resumed, **SETTINGS)
+    restored = build(resumed)
     restored.load_state_dict(torch.load(saved, weights_only=True))
     fresh = copy.deepcopy(whole)
-    for trained, own in ((whole, optimizer), (resumed, restored), (fresh, build_optimizer(fresh, **SETTINGS))):
+    for trained, own in ((whole, optimizer), (resumed, restored), (fresh, build(fresh))):
         steps(trained, [own], tokens[3:])
     assert equal(whole, resumed)
     assert not equal(whole, fresh), "the state matters"
 
 
 def test_a_schedule_scales_all_learning_rates() -> None:
-    optimizer = build_optimizer(model(), **SETTINGS)
+    optimizer = build(model())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     optimizer.step()
     schedule.step()
@@ -182,7 +187,7 @@ def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer
         trained,
         args,
         train_dataset=Dataset.from_list(rows),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, OptimizerArguments(True, 0.03)),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, MUON),
     )
     batches_seen = []
     trained.register_forward_hook(lambda *_: batches_seen.append(None))
@@ -211,4 +216,4 @@ def test_by_default_the_trainer_keeps_its_own_optimizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["polynomial", "cosine_with_min_lr", "cosine_warmup_with_min_lr"])
 def test_schedules_that_end_at_a_learning_rate_work_with_muon(name: str) -> None:
     settings = {} if name == "polynomial" else {"min_lr": 1e-5}
-    get_scheduler(name, build_optimizer(model(), **SETTINGS), 2, 10, settings)
+    get_scheduler(name, build(model()), 2, 10, settings)
