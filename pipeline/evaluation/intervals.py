@@ -87,10 +87,8 @@ def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.int16)
 
 
-# Cached, because a report needs few numbers of units, many times.
-@lru_cache(maxsize=16)
-def _keep_counts(n: int, seed: int) -> list[np.ndarray]:
-    return list(_draw_counts(n, seed))
+# A report needs few numbers of units, many times.
+_keep_counts = lru_cache(maxsize=16)(lambda n, seed: list(_draw_counts(n, seed)))
 
 
 def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> Estimate:
