@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ PATIENCE_SECONDS = 30.0
 """Wall-clock limit for an answer. A machine that needs longer for `SECONDS` of CPU time is too busy for a verdict."""
 
 
+@dataclass
 class Checker:
     """A child process, started on first use: `python -m module`, which calls `serve`.
 
@@ -44,11 +46,12 @@ class Checker:
     judged, so that a policy that writes such answers cannot stall its training.
     """
 
-    def __init__(self, module: str, purpose: str, slow: Any) -> None:
-        self.module, self.purpose, self.slow = module, purpose, slow
-        self.process: Any = None
-        self.connection: Any = None
-        self.lock = threading.Lock()
+    module: str
+    purpose: str
+    slow: Any
+    process: Any = None
+    connection: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask_all(self, questions: Sequence[Any]) -> list[Any]:
         """Ask every distinct question, a tuple of JSON values, once. The reply is None if the machine is too busy."""
