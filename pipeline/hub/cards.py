@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +64,7 @@ class Trained:
 
 def _render(template: str, data: CardData, **values: Any) -> str:
     """Return a card: its metadata, and the text from a file in `templates/`."""
-    return f"---\n{data.to_yaml()}\n---\n\n{_environment().get_template(template).render(values)}"
-
-
-@cache
-def _environment() -> Environment:
-    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    jinja.loader = PackageLoader("pipeline.hub")
-    jinja.filters |= {
-        "fenced": fenced,
-        "figure": _figure,
-        "json": lambda text: json.dumps(text, ensure_ascii=False),
-        "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
-    }
-    return jinja
+    return f"---\n{data.to_yaml()}\n---\n\n{_TEMPLATES.get_template(template).render(values)}"
 
 
 def fenced(code: str, language: str) -> str:
@@ -94,6 +80,16 @@ def _figure(entry: Any) -> str:
     digits, ends = 3 if abs(entry["value"]) < 10 else 1, entry.get("ci95")
     interval = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
     return f"{entry['value']:.{digits}f}{interval}"
+
+
+_TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+_TEMPLATES.loader = PackageLoader("pipeline.hub")
+_TEMPLATES.filters |= {
+    "fenced": fenced,
+    "figure": _figure,
+    "json": lambda text: json.dumps(text, ensure_ascii=False),
+    "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
+}
 
 
 def model_card(trained: Trained) -> str:
