@@ -65,6 +65,13 @@ def refuse(*problems: Problem | None) -> None:
         raise UserError(*found)
 
 
+def refuse_values(*problems: Problem) -> None:
+    """Raise a `ValueError` with the problems, if there are any, as constructors of the libraries' arguments do."""
+    if problems:
+        refused = UserError(*problems)
+        raise ValueError(str(refused)) from refused
+
+
 class RunStopped(Exception):
     """A run that cannot or should not continue for a known reason; the message says how to resume."""
 

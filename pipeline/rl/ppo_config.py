@@ -8,7 +8,7 @@ from trl import GRPOConfig
 from pipeline import hardware, launch
 from pipeline.config.checks import UNUSED_IN_ROLLOUTS, check_ranges, check_unused, for_each_name
 from pipeline.data.arguments import option
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse_values
 
 # accelerate shards one model with its optimizer, but PPO trains two: see `recipes/accelerate/README.md`.
 NOT_SHARDED = "policy and critic cannot be sharded, use DDP, and use_peft for models of 1B parameters and more"
@@ -89,9 +89,7 @@ class PPOConfig(GRPOConfig):
         problems += [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items()]
         sharding = filter(launch.is_asked, launch.SHARDING)
         problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
-        if problems:
-            refused = UserError(*problems)
-            raise ValueError(str(refused)) from refused
+        refuse_values(*problems)
 
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:

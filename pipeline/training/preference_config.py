@@ -1,12 +1,10 @@
 """The arguments of preference tuning on fixed answers, with TRL's `DPOTrainer` and `KTOTrainer`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import trl
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import Problem, refuse_values
 
 OF_DIFFERENCES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Losses that only depend on the difference of a pair's scores, or not on scores at all."""
@@ -43,7 +41,7 @@ class DPOConfig(trl.DPOConfig):
             "train_sampling_strategy": self.train_sampling_strategy == "group_by_length"
             and "a pair has two lengths; omit it",
         }
-        _refuse(self, refused)
+        refuse_values(*(Problem(name, getattr(self, name), str(remedy)) for name, remedy in refused.items() if remedy))
 
 
 @dataclass
@@ -60,12 +58,4 @@ class KTOConfig(trl.KTOConfig):
             "train_sampling_strategy": self.train_sampling_strategy != "sequential"
             and "the rows are shuffled once, and neighbours stay together; omit it",
         }
-        _refuse(self, refused)
-
-
-def _refuse(config: Any, refused: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` with the remedies by field, if there are any."""
-    wrong = [Problem(name, getattr(config, name), str(remedy)) for name, remedy in refused.items() if remedy]
-    if wrong:
-        problems = UserError(*wrong)
-        raise ValueError(str(problems)) from problems
+        refuse_values(*(Problem(name, getattr(self, name), str(remedy)) for name, remedy in refused.items() if remedy))
