@@ -60,6 +60,11 @@ CALLED = {
         "model temperature cast_lm_head_to_fp32 outputs",
         "gives PPO's reference its head",
     ),
+    "trl.chat_template_utils:parse_response": (
+        "tokenizer ids prefix tools",
+        "what a completion calls is read with the schemas of its tools",
+    ),
+    "trl.generation.vllm_client:VLLMClient.get_server_info": ("self", "which log-probabilities a server of vLLM gives"),
 }
 
 # Private attributes of classes and modules.
@@ -161,6 +166,9 @@ def moved_names() -> Iterator[str]:
         function = look_up(name)
         if function is None or parameters(function) != expected.split():
             yield moved(f"the signature of {name}", why)
+    # Releases that need Triton for it have None on a machine without.
+    if look_up("trl.trainer.utils:_ChunkedLogProbFunction") is None:
+        yield moved("the fused head", "PPO, GRPO, DPO and KTO train with it on CPUs, too")
 
 
 def overrides() -> Iterator[tuple[type, type, str]]:

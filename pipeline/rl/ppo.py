@@ -189,7 +189,7 @@ class PPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # In a checkpoint of an earlier version, policy and critic share one optimizer.
         if checkpoint and Path(checkpoint, "optimizer.pt").is_file() and not Path(checkpoint, STATE).is_file():
-            remedy = "an earlier version wrote it; start again, or resume it with that version"
+            remedy = "an earlier version wrote it; start again (`run --force STAGE`), or resume it with that version"
             raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
         super()._load_optimizer_and_scheduler(checkpoint)
 

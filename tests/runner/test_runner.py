@@ -316,6 +316,13 @@ def test_an_interrupted_step_resumes_from_what_it_saved(folder: Path, run: Runne
     assert changed(before) == {"3_reward"}
 
 
+def test_an_interrupted_step_that_is_forced_starts_from_the_beginning(folder: Path, run: Runner) -> None:
+    configure(folder, "2_sft", fails=7)
+    run()
+    _, out, _ = run("--force", "sft")
+    assert "2_sft: was interrupted, but asked to run again" in out and times()["2_sft"] == 1
+
+
 def test_the_peak_memory_of_a_step_is_recorded_over_all_of_its_parts(folder: Path, run: Runner) -> None:
     def peak() -> int:
         return int(json.loads(path.read_text())["steps"]["2_sft"]["peak_memory"])
