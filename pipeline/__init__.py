@@ -7,7 +7,6 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# OMP_WAIT_POLICY, if the user has set it, takes the place of the number below.
 if "OMP_WAIT_POLICY" not in os.environ:
     # How often an OpenMP thread polls for work before it sleeps; read when torch is imported. By default it polls for
     # milliseconds: on a busy machine, a training step took 21 times as long as on an idle one, and 8 times with this

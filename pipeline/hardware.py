@@ -227,8 +227,7 @@ OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHO
 def keep_freed_memory() -> Choice:
     """Make glibc's allocator keep freed memory, unless the user has configured it.
 
-    The process then holds its peak memory until it ends. The peak is a few percent higher in the recipes, and a third
-    higher if batch sizes vary a lot.
+    The process then holds its peak memory until it ends. It is a few percent higher; a third if batch sizes vary a lot.
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")

@@ -178,10 +178,7 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
 
 
 def check_active(trainer: Trainer) -> None:
-    """Compare the requested sharding with the trainer's. Raise a `UserError` if it is not active.
-
-    accelerate silently omits it on devices that it does not shard on.
-    """
+    """Compare the requested sharding with the trainer's. Raise a `UserError` if it is not active."""
     active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
     asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
     remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"

@@ -92,7 +92,6 @@ def main(args: argparse.Namespace) -> int:
                     examples.setdefault(prompt.kind, []).append(prompt)
             kind = rest.strip() or next(iter(examples), "")
             if kind in examples:
-                # This prompt and its kind go to the end of the queue.
                 example, *others = examples.pop(kind)
                 examples[kind] = [*others, example]
                 print(f"Asked: {example.text}")
@@ -112,10 +111,7 @@ def main(args: argparse.Namespace) -> int:
 def reply(
     loaded: Loaded, asked: Turns, sampling: Sampling, called: Mapping[str, Any], found: HeldOutPrompt | None = None
 ) -> Turns:
-    """Print the answer as it is generated. Return the conversation with it, or without a last turn that is too long.
-
-    `called` and `found` are as for `open_prompt`.
-    """
+    """Print the answer as it is generated. Return the conversation with it, or without a last turn that is too long."""
     from pipeline.app.models import ENDED, write
     from pipeline.app.prompts import open_prompt
     from pipeline.report.text import visible

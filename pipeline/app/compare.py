@@ -47,7 +47,6 @@ def content(site: Site) -> dict[str, Any]:
     columns = []
     for place, name in enumerate(site.models.names):
         title = stage_info(name).title if name in site.models.stages else ""
-        # Six models answer unless the visitor chooses others.
         columns.append({"name": name, "title": title, "chosen": place < 6})
     prompts = [visible(text, SHOWN) for text in dict.fromkeys(asked)]
     return {"prompts": prompts, "columns": columns, "usual": USUAL, "longest": LONGEST}

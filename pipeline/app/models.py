@@ -122,7 +122,6 @@ class Answer:
         if log_probs is None:
             self.tokens.append(Token(token, added, math.nan, []))
             return
-        # The five most probable tokens are kept with the one that was chosen.
         best = log_probs.topk(min(5, len(log_probs)))
         texts = [str(decode([other])) for other in best.indices.tolist()]
         alternatives = list(zip(texts, best.values.tolist(), strict=True))
@@ -172,10 +171,7 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
 def stream(
     model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
-    """Yield tokens endlessly, each with the log-probabilities of all tokens at its position.
-
-    Tokens that are sent to the generator follow the token that it has yielded.
-    """
+    """Yield tokens endlessly, each with all log-probabilities at its position; tokens that are sent to it follow."""
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)

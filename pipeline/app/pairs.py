@@ -128,7 +128,6 @@ class Pairs:
                 # Rounded, because a product such as 3 * 0.1 is a little more, or less, than it should be.
                 due = [int(round(length * self.overlap, 6)) for length in (len(sequence), len(sequence) + 1)]
                 is_shared = due[1] > due[0]
-                # The first shared pair that the annotator has not seen, or a new one.
                 offered = [*(self._shared[source].values() if is_shared else ()), *self._stock[source]]
                 pair = next((pair for pair in offered if pair not in sequence), None)
                 if pair is not None:
@@ -181,7 +180,6 @@ class Pairs:
         first, second = self.models.get(source[0]), self.models.get(source[1])
         fitting = []
         for row in rows:
-            # A prompt that is longer than the context of a model is skipped.
             with suppress(UserError):
                 fitting.append((row, first.encode(row["prompt"]), second.encode(row["prompt"])))
         if not fitting:

@@ -72,7 +72,6 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
         with suppress(UserError):
             without = "reasoning" if key == "instructions" else None
             for row in reader.read(key, reader.find(key), EXAMPLES[key], without):
-                # A conversation ends with its answer.
                 messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
                 roles = [turn["role"] for turn in messages if turn["role"] != "system"]
                 if roles == ["user"] and len(messages[-1]["content"]) <= longest:

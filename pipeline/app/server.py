@@ -186,7 +186,6 @@ def build_app(site: Site) -> ASGIApp:
         return offered
 
     app.mount("/static", StaticFiles(packages=[("pipeline.app", "static")]))
-    # The styles of the report that the page shares.
     app.mount("/report-styles", StaticFiles(packages=[("pipeline.report", "templates")]))
 
     gate = Gate(app, site.options.password, site.options.port)

@@ -294,7 +294,6 @@ class Voting:
     def _summary(self, annotator: str) -> dict[str, Any]:
         standing = self.log.standing()
         own = [vote for vote in standing if vote["annotator"] == annotator]
-        # The pace of the last 20 votes.
         seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
         usable, people = sum(vote["choice"] in OTHER for vote in standing), {vote["annotator"] for vote in standing}
         counts = {"count": len(own), "all": len(standing), "usable": usable, "people": len(people), "goal": self.goal}

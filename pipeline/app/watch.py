@@ -146,7 +146,6 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
     unread = {item.name for item in fields(TrainingArguments) if not item.name.startswith(OPTIMIZER)}
     names = {item.name for item in fields(config)} - unread - set(SWITCHED_OFF)
     kept = {name: settings[name] for name in names if name in settings and not name.startswith("vllm_")}
-    # Take one step on the whole group at a constant rate, and log and save nothing.
     fixed: dict[str, Any] = {"beta": 0.0, "max_steps": 1, "lr_scheduler_type": "constant", "bf16": False}
     fixed |= {"num_generations": len(group), "num_iterations": 1, "per_device_train_batch_size": len(group)}
     fixed |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}

@@ -233,12 +233,8 @@ def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]
 def check_together(
     arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
 ) -> list[Problem]:
-    """Return the fields that contradict each other or the files that they name.
-
-    The `reported` fields had invalid values, and were omitted.
-    """
-    # A check must not mistake a default for a choice of the user. The rules are therefore written so that the defaults
-    # of every recipe pass them, and a field that only some recipes have is None in all others.
+    """Return fields that contradict each other or the files that they name; `reported` ones were omitted as invalid."""
+    # A default must not pass for the user's choice: every recipe's defaults pass, and fields of other recipes are None.
     arguments = list(arguments)
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     get = values.get
@@ -297,7 +293,6 @@ def check_together(
     if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
         refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
 
-    # The checkpoint is a folder, or an id on the Hub.
     path = Path(name := str(get("resume_from_checkpoint") or ""))
     on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
     if name and not on_hub and "global_step" not in read_json(path / STATE):

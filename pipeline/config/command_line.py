@@ -90,7 +90,6 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     lines = [f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]", ""]
     lines += ["Every option is also a key of the YAML file, which the command line overrides.", "", "Often set:"]
     width = min(shutil.get_terminal_size().columns, 120)
-    # Each option's help (or its first sentence), type and default.
     for item in [*often, *(rest if everything else ())]:
         if rest and item is rest[0]:
             lines += ["", "Of the libraries:"]

@@ -67,8 +67,7 @@ def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = 
             earlier = dict(json.loads(record.read_text()))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
-        # The record is compared, not the YAML file: defaults of the libraries may change from release to release, and
-        # another release may know other fields.
+        # The record is compared, not the YAML file, because releases differ in their defaults and fields.
         known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
         changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
         if changed and not continues(path, changed, present):

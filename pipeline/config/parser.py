@@ -68,7 +68,6 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     from_file, wrong = read_values(used, dataclass_types)
     problems += wrong + more
     asked = from_file | from_command_line
-    # Expand paths that begin with `~`, as a shell does.
     for name in asked.keys() & {*READ, "output_dir", "resume_from_checkpoint"}:
         if isinstance(value := asked[name], list):
             asked[name] = [os.path.expanduser(path) for path in value]
@@ -218,8 +217,7 @@ def _problems_of(error: Exception, kind: Any, own: Mapping[str, Any], is_expecte
     if isinstance(listed, UserError):
         return list(listed.problems)
     message = " ".join(str(error).split())
-    # Most messages of the libraries name their field: "--load_best_model_at_end requires ...". Others begin with the
-    # value: "x is not a valid DebugOption".
+    # Most messages of the libraries name their field; others begin with the value: "x is not a valid DebugOption".
     texts = {name: value for name, value in own.items() if isinstance(value, str) and value}
     begins = (name for name, text in texts.items() if message.startswith((f"{text} ", f"'{text}' ")))
     name = _named_in(message, own) or next(begins, None)

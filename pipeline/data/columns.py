@@ -102,9 +102,8 @@ def standardise(
 
     A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
     whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. In a stream,
-    documents that are not text become empty instead: dropping them would renumber the rows after them, and so change
-    which rows are held out. `args` names only this data set. If a row turns out to call a tool, all rows are converted
-    again with `calls`.
+    documents that are not text become empty instead: dropping them would renumber later rows, and so change which rows
+    are held out. `args` names only this data set. If a row calls a tool, all rows are converted again with `calls`.
     """
     columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":

@@ -92,10 +92,7 @@ def _with_roles(value: object) -> object:
 
 
 def read_functions(value: object, column: str, schemas: bool = False) -> list[dict[str, Any]]:
-    """Return calls of tools, or the `schemas` of tools, in OpenAI's form.
-
-    Each one, its arguments, or a list of them may be JSON as text.
-    """
+    """Return calls, or `schemas`, of tools in OpenAI's form. Each, its arguments, or a list may be JSON as text."""
     match _parse(value):
         case None | "":
             return []
@@ -148,8 +145,7 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
-    # Chat templates write a conversation as one text, in which the tokenizer cannot distinguish such a text from the
-    # template's special tokens.
+    # Chat templates write one text, in which the tokenizer would take such a text for the template's special tokens.
     for column in ("messages", "prompt", "chosen", "rejected", "completion", "tools"):
         for message in [{"content": row.get(column)}] if column == "tools" else row.get(column) or ():
             for text in leaves([message["content"], message.get("tool_calls")]):

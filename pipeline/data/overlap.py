@@ -62,7 +62,6 @@ class NgramIndex:
         """Index the n-grams of texts, and return their hashes in order."""
         added: list[int] = []
         for tokens in map(words, texts):
-            # The whole text if it is shorter, nothing if it has no words.
             if size := min(self.n, len(tokens)):
                 hashes = list(map(hash, ngrams(tokens, size)))
                 self._hashes.setdefault(size, set()).update(hashes)
@@ -119,7 +118,6 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     if not prompt and not answers:
         return [value for value in row.values() if isinstance(value, str)]
     found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
-    # The question of a conversation, without its answer.
     for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
         asked = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
         found.append(_flatten(asked))

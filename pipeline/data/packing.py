@@ -124,7 +124,6 @@ class PackedBlocks:
             begins &= (places - last_text - 1 + np.where(last_text < 0, first_run, 0)) % 2 == 1
         else:
             begins[:, 1:] &= ids[:, :-1] == self.eos
-        # A document cut off by the end of a block continues as if it began here.
         begins[:, 0] = True
         # The distance to the latest beginning.
         positions = places - np.maximum.accumulate(np.where(begins, places, 0), 1)

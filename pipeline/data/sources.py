@@ -230,7 +230,6 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         builder = BUILDERS[_suffix(file)]
         options = choose_table(file) if builder == "csv" else {}
         groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
-    # The first file of each part, and its rows.
     parts: list[tuple[Path, Split]] = []
     for builder, options, some in groups.values():
         if builder == "text":

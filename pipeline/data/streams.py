@@ -50,9 +50,8 @@ next, and the tokens before that block (`rest`)."""
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of `block_size` tokens from packed documents, as read by process number `process` of `processes`.
 
-    `rows` are documents, with the column `text`, or `input_ids` from the same tokenizer. `chosen` has the fields of the
-    data arguments that choose rows: with `max_train_samples`, the stream is read as one file, because `datasets` would
-    take that many from each file.
+    `rows` are documents: `text`, or `input_ids` from the same tokenizer. `chosen` has the data arguments that choose
+    rows: with `max_train_samples`, the stream is read as one file, as `datasets` would take that many from each.
     """
 
     def __init__(
@@ -139,7 +138,6 @@ class PackedStream(torch.utils.data.IterableDataset):
                 place["rows"] = reader.state_dict()
                 if len(documents) == DOCUMENTS:
                     break
-                # The file has ended: continue with the lane's next one.
                 place |= {"file": place["file"] + 1, "rows": None}
                 ended = 0 if read else ended + 1
                 if ended > files:

@@ -2,8 +2,8 @@
 
 Both lie in one folder, such as `runs/pocket/votes`. The data set is written again whenever the log, `votes.jsonl`, has
 grown: one row per vote that prefers one of the two answers and, in the configuration `judgements`, each single answer
-    and whether it is wanted. A line of the log, never changed after it is appended, is a person's vote on two answers
-    to a prompt, `a` by `model_a` and `b` by `model_b`:
+and whether it is wanted. A line of the log, never changed after it is appended, is a person's vote on two answers to a
+prompt, `a` by `model_a` and `b` by `model_b`:
 
     {"id": "…", "pair": "…", "time": "…", "annotator": "ann", "prompt": [...], "a": "It is red.", "b": "Red.",
      "model_a": "2_sft", "model_b": "3_ppo", "sampling": {...}, "shown_first": "b", "choice": "a",
@@ -53,10 +53,7 @@ Vote = dict[str, Any]
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """Return the votes in a log, each once; none if the file does not exist, and a `UserError` if it is damaged.
-
-    A partially written last line is ignored: its vote was never confirmed.
-    """
+    """Return the votes in a log, each once; none if the file does not exist, and a `UserError` if it is damaged."""
     if not path.exists():
         return []
     try:
@@ -106,7 +103,6 @@ def check_vote(vote: Any) -> Vote:
         wrong.append("prompt")
     if not isinstance(undoes, str | None):
         wrong.append("undoes")
-    # A vote without a choice takes back an earlier one.
     if vote["choice"] not in CHOICES and not (vote["choice"] is None and undoes):
         wrong.append("choice")
     if wrong:
@@ -217,7 +213,6 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """Return both answers of each vote that was not skipped, as rows of an unpaired preference data set."""
     judgements = []
     for vote in votes:
-        # A preference between two equal answers says nothing.
         says_nothing = vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip()
         wanted = () if says_nothing else WANTED.get(vote["choice"], ())
         for text, label in zip((vote["a"], vote["b"]), wanted, strict=False):

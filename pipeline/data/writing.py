@@ -49,8 +49,7 @@ def write_data_set(
 def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
     """Return the content of README.md: a YAML header with `metadata`, such as `license` and `tags`, and the text.
 
-    `files` has the splits of each configuration. The files of `default` are at the top level, others in a folder named
-    like their configuration.
+    `files` has each configuration's splits. Files of `default` are at the top level, others in a folder of that name.
     """
     configs = []
     for config, splits in files.items():

@@ -1,8 +1,7 @@
 """Instructions and their answers: questions, descriptions, summaries, code, problems and small talk.
 
-A row is a conversation with the columns by which its answers are graded: `require` (a correct answer contains a phrase
-of each list), `reject` (phrases that it does not contain), `max_words` (0 for no limit) and `test` (assertions that its
-code passes).
+A row is a conversation with columns by which answers are graded: `require` (a correct answer contains a phrase of each
+list), `reject` (phrases that it lacks), `max_words` (0 for no limit) and `test` (assertions that its code passes).
 """
 
 import random

@@ -62,7 +62,6 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         text = facts(rng, "train", thing)
     elif kind == "story":
         text, summary, _ = stories.story(rng, "train", thing)
-        # Most end with a summary.
         if rng.random() >= 0.3:
             text = f"{text} {rng.choice(stories.MORALS).format(summary=summary)}"
     elif kind == "talk":

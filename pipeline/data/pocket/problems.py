@@ -138,8 +138,7 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
     # sentences that they follow, and the question repeats the first direction, equally far from them in all lengths.
     while True:
         start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
-        # Few are held out: if training lacked many directions before the same turns, a model would memorise the others
-        # instead of looking them up.
+        # Few are held out: if training lacked many, a model would memorise the others instead of looking directions up.
         if _split_of([sum(2**place * turn for place, turn in enumerate([start, *quarters]))], folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)

@@ -42,8 +42,7 @@ def things() -> tuple[Thing, ...]:
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
     found = []
     for index, row in enumerate(read_table("things.tsv")):
-        # Things without "a" or "an" ("mars", "rice") stay in training: they are too few for a model to learn from them
-        # how to write about held-out ones.
+        # Things without an article ("mars") stay in training: too few to learn from how to write about held-out ones.
         split = held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train"
         found.append(Thing(row["thing"], {name: row[name] for name in ATTRIBUTES}, split, index))
     return tuple(found)

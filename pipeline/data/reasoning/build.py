@@ -53,9 +53,8 @@ class ReasoningArguments(PocketArguments):
 def build(args: ReasoningArguments, reward: Reward) -> None:
     """Draw all problems and write the repository; an interrupted build leaves `output_dir` as it was.
 
-    Rows whose own answer the `reward` does not score with 1 are dropped. Raise a `UserError` if `output_dir` contains
-    other files, a size or a setting is wrong, the reward refuses the own answers of a task, or a task has too few
-    different problems.
+    Drop rows whose own answer does not get a `reward` of 1. Raise a `UserError` if `output_dir` contains other files, a
+    size or a setting is wrong, the reward refuses the own answers of a task, or a task has too few different problems.
     """
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
@@ -71,8 +70,7 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
             remedy = f"its verifier refuses {number} of {PROBES} of its own answers, or pays wrong ones as well"
             problems.append(Problem("tasks", grade.task, f"{remedy}; omit this task"))
     refuse(*problems)
-    # Rows are drawn while they are written, so that only the held-out problems are in memory. They come first, because
-    # no other split may contain them.
+    # Held-out problems come first, because no other split may contain them. Only they are kept in memory.
     worked = [grade for grade in grades if grade.task in WORKED]
     held_out = {split: list(islice(mix.problems(split, grades), args.test_rows)) for split in SPLITS[1:]}
     train = islice(mix.problems("train", grades), args.reasoning_rows)
@@ -160,7 +158,6 @@ class Mix:
         """Yield documents of worked problems and recitals up to the requested size."""
         remaining = self.args.size_mb * 1e6
         while remaining > 0:
-            # Some documents teach to copy numbers.
             recites = self.rng.random() < 0.2
             row = {"text": recital(self.rng), "kind": "recital"} if recites else self.document(*next(problems))
             remaining -= len(row["text"].encode())
