@@ -98,8 +98,7 @@ DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(EvaluationAr
 def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
     """Derive from the settings of a run's stages how it is measured: the values of `DERIVED`.
 
-    `stages` has the directory name, kind and settings of each, in order. They write to `home`, to which the paths in
-    the settings refer.
+    `stages` has the directory name, kind and settings of each, in order. Their paths refer to `home`, where they write.
     """
     stages = list(stages)
     last: dict[str, tuple[str, Values]] = {}
@@ -169,10 +168,7 @@ def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]
 
 
 def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
-    """Complete the content of an `evaluate.yaml` with what `derive` returned, or with settings completed before.
-
-    Data that it does not name come from the stages; if `only_named`, they are omitted.
-    """
+    """Complete an `evaluate.yaml` with what `derive` returned or earlier settings, except for data if `only_named`."""
     own: Values = derived["trained_on"]
     # The file takes precedence over the stages, and the stages over the defaults.
     settings = DEFAULTS | {name: derived[name] for name in DERIVED} | dict(content)

@@ -16,10 +16,7 @@ COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 
 
 def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
-    """Return whether each final answer equals the `answer` of its row: as a number, as words, or mathematically.
-
-    This is the grader where none is named.
-    """
+    """Return whether each final answer equals the `answer` of its row: as a number, as words, or mathematically."""
     references = [row["answer"] for row in rows]
     # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]

@@ -118,7 +118,6 @@ def _use_examples(result: StageResult, name: str, task: str, key: str, samples: 
     estimate, (metric, _, way) = result.metrics[name], key.partition(",")
     samples = [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
-    # A mean over examples is estimated like the project's own metrics.
     if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         result.record(name, values, rows)

@@ -221,7 +221,6 @@ class Part:
         # The rows 0, 20, 40 are held out for a period of 20.
         others = self.trained_on and self.period > 1
         if not isinstance(self.data, Dataset):
-            # For a stream, these are the first rows.
             numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return

@@ -51,8 +51,7 @@ def answer_losses(
 ) -> list[tuple[float, str]]:
     """Return the negative log-likelihood of each conversation's last message in nats, and the part that was scored.
 
-    Its end-of-turn token is predicted as well; tokens beyond the `context` are not. `template` are arguments of the
-    chat template.
+    Its end-of-turn token is scored as well; tokens beyond the `context` are not. `template`: chat template arguments.
     """
     tokens, options = special_tokens(tokenizer), dict(template or {})
     whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]

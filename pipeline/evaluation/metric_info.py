@@ -83,11 +83,8 @@ LM_EVAL_DOWN = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_by
 
 
 def metric_info(metric: str) -> MetricInfo:
-    """Return how a metric is shown. If it is not in `METRICS`, it has its own name and no better direction.
-
-    `TASK:METRIC` is a metric of lm-evaluation-harness.
-    """
-    # lm-eval has hundreds of tasks, whose metrics are recognised by prefixes.
+    """Return how a metric is shown. If it is not in `METRICS`, it has its own name and no better direction."""
+    # `TASK:METRIC` is a metric of lm-eval, which has hundreds of tasks; the metrics are recognised by prefixes.
     task, colon, name = metric.partition(":")
     if colon:
         better: Literal["up", "down"] = "down" if name.startswith(LM_EVAL_DOWN) else "up"

@@ -139,8 +139,7 @@ class MajorityVote(Metric):
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
-    It is the share of all sets of k of the n samples that contain a right one. A ValueError is raised unless
-    1 <= k <= n and 0 <= correct <= n.
+    It is the share of sets of k samples with a right one. Raise a ValueError unless 1 <= k <= n and 0 <= correct <= n.
     """
     if not (1 <= k <= n and 0 <= correct <= n):
         raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
@@ -184,9 +183,8 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
 
     The problems of `sampled_problems` get `samples` answers each, at temperature 1. `maj@k` needs samples that can
-    vote. With tools, also `tool_calls` and, if rows have a `call_cost`, `tool_score`: 1 if an answer is right, minus
-    what its calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards get no
-    metric of right answers.
+    vote. With tools, also `tool_calls` and, given a `call_cost`, `tool_score`: 1 if an answer is right, minus what its
+    calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards have no right answers.
     """
     rows, grader = held_out.problems, held_out.grader
     completions = [completion for (completion,) in chat.answer(rows)]
@@ -213,7 +211,6 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     if not held_out.graded:
         return
 
-    # Sample several answers to some of them.
     some = sampled_problems(rows, samples)
     sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
     texts = [[completion.text for completion in of_problem] for of_problem in sampled]

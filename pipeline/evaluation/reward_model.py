@@ -123,8 +123,7 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on."""
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
-    # If it was trained on votes, only their test split remains. Prompts are split by their content, so a vote is held
-    # out on every machine or on none.
+    # If it was trained on votes, only their test split remains; prompts are split by content, alike on every machine.
     votes = standing(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:

@@ -1,7 +1,4 @@
-"""The metrics of preference: two models answer the same prompts, and a judge decides which answers are better.
-
-The answers of the stage that others are compared with are saved with its evaluation, and read from there.
-"""
+"""The metrics of preference: two models answer the same prompts, and a judge decides which answers are better."""
 
 import hashlib
 import json
@@ -76,7 +73,6 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
     """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
-        # Only the first answer to each prompt counts.
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
@@ -84,8 +80,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
-    They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
-    reference has different tokens.
+    The means of log p(answer) - log p_reference(answer) and of -log p(answer); none if the reference has other tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return

@@ -23,8 +23,7 @@ def full_id(repo_id: str | None, output_dir: str | Path) -> str:
 def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token: str | None = None) -> list[Problem]:
     """Check, without writing anything, that the token (by default, the user's) may write to or create repositories.
 
-    Return at most one problem of the argument `field`: the first repository to which it may not write, or why the Hub
-    could not be asked.
+    Return at most one problem of `field`: the first repository that it may not write to, or why the Hub did not answer.
     """
     api, ids = HfApi(token=token), list(ids)
     try:

@@ -34,10 +34,9 @@ STAGED = ".pushed"
 class PushCallback(TrainerCallback):
     """Pushes checkpoints and the model in place of transformers, and sets `push_to_hub` to false.
 
-    While it trains, every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or
-    `hub_strategy` is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` if `hub_strategy` is
-    "all_checkpoints". Under "every_save", `last-checkpoint/` is removed at the end. If the best checkpoint will be
-    loaded at the end, it is pushed as well.
+    Every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or `hub_strategy`
+    is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` under "all_checkpoints". Under
+    "every_save", `last-checkpoint/` is removed at the end. A best checkpoint to be loaded at the end is pushed, too.
     """
 
     def __init__(self, args: TrainingArguments) -> None:

@@ -57,7 +57,6 @@ def main(args: argparse.Namespace) -> int:
     # The client would log two lines for each request that it repeats.
     logging.set_verbosity_error()
     api = HfApi(library_name="fourstage")
-    # A name without a namespace gets the user's own.
     if args.repo_id and "/" not in args.repo_id and not args.dry_run:
         refuse(*check_access([], "--repo_id"))
         args.repo_id = full_id(args.repo_id, args.run)

@@ -51,9 +51,8 @@ def push(
     """
     where = {"repo_id": repo_id, "repo_type": repo_type}
 
-    # Any request may fail, and even a request that succeeded may seem to have failed, because the response was lost.
-    # Therefore, an attempt does not rely on earlier ones: it creates a missing branch, and the client compares each
-    # file with it, so that a commit whose response was lost is not repeated.
+    # Any request may fail, or seem to, because the response was lost. So an attempt does not rely on earlier ones: it
+    # creates a missing branch, and the client compares each file with it, so that no commit is repeated.
     def attempt() -> bool:
         if revision is not None:
             api.create_branch(branch=revision, exist_ok=True, **where)

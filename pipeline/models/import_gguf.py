@@ -83,11 +83,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Return the model and the tokenizer in a GGUF file, which is not trusted.
-
-    Raises:
-        Exception: If it is damaged, or holds another kind of model or tokenizer.
-    """
+    """Return an untrusted GGUF file's model and tokenizer, or raise anything if it is damaged or of another kind."""
     # The file is memory-mapped, and may be larger than the child's memory limit.
     size = file.stat().st_size
     if fault := exceeds(lambda: read_tokenizer(file), mapped=size):

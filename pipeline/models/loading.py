@@ -90,7 +90,6 @@ def local_copy(name: str, inner: str | None = None) -> str:
     repo_id, revision = split_revision(name)
     if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
         return name
-    # Skip the checkpoints of a run.
     files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
     checkpoints = ("checkpoint-*", "last-checkpoint/*")
     folder = Path(_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints))
@@ -157,7 +156,6 @@ def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     free = [token for token in special if token not in taken]
-    # Prefer a token named as padding, then the unknown token.
     free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
     tokenizer.pad_token = free[0] if free else eos
     reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
@@ -267,8 +265,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
         if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
             return f"to add what its adapter_config.json asks for {fault}"
-    # Buffers that are not in the files, such as a mask of all positions, are made when the model is loaded. A 1 GB
-    # model has a few MB of them.
+    # Buffers that are not in the files, such as a mask of positions, are made in loading: a few MB for a 1 GB model.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):
         return "its config.json asks for more than 2 GiB in addition to the weights; correct it"
     if not folder.is_dir():

@@ -120,8 +120,7 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
     if is_mixture:
         settings |= {
             "intermediate_size_mlp": args.intermediate_size_mlp or width * (1 + (args.num_experts_per_tok or 1)),
-            # The scaling of queries by position, which starts at 8,192 tokens, ignores `position_ids`: packed documents
-            # would get the scale of each other's positions.
+            # Queries are scaled by position from 8,192 tokens on, ignoring the `position_ids` of packed documents.
             "attn_temperature_tuning": False,
             # TRL would expect the model to compute a loss for any other coefficient. `training.pretraining` does.
             "router_aux_loss_coef": 0.0,

@@ -35,7 +35,6 @@ def validate_files(folder: Path, model: Any) -> str | None:
         return f"does not contain weights ({WEIGHTS})"
     if damaged := next(filter(None, map(_validate_file, files)), None):
         return damaged
-    # Compare the shapes of weights with the same names.
     shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
     wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:

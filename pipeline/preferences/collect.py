@@ -146,10 +146,7 @@ def write(
 def label_samples(
     args: AnswerArguments, judge: Judge = ANNOTATORS
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
-    """Sample answers to the prompts on all processes, and label them.
-
-    Return the labelled pairs and the counts of each split, the same on every process.
-    """
+    """Sample answers on all processes, and label them. Return the pairs and counts of each split on every process."""
     state = PartialState(cpu=hardware.accelerator() is None)
     tokenizer = load_tokenizer(args.model_name_or_path, "model_name_or_path")
     if isinstance(args, PreferenceArguments) and (problems := args.preflight(None, tokenizer, None)):

@@ -73,7 +73,6 @@ def load_votes(path: Path) -> Judge:
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
     cast = [(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]]) for vote in votes]
     cast += [(one["prompt"], one["first"], one["second"], BY_HAND[one["choice"]]) for one in lines if one["choice"]]
-    # Each decision also counts, reversed, for the other answer.
     decided: dict[str, list[float]] = defaultdict(list)
     for prompt, answer, opponent, outcome in cast:
         decided[json.dumps([prompt, answer, opponent])].append(outcome)

@@ -46,7 +46,6 @@ class Muon(torch.optim.Muon):
                 # Experts are stored as (experts, in, out), the weights of linear layers as (out, in).
                 matrices = [(param, update)] if param.ndim == 2 else zip(param.mT, update.mT, strict=True)
                 for matrix, change in matrices:
-                    # Tall matrices are transposed, so that products of their short sides are multiplied.
                     tall = change.shape[0] > change.shape[1]
                     pair = (matrix.mT, change.mT) if tall else (matrix, change)
                     stacks[pair[1].shape, tall, param.device].append(pair)

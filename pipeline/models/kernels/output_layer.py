@@ -25,10 +25,7 @@ LOGITS = 2**27
 
 
 def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
-    """Make a model in TRL's `SFTTrainer` on a CPU project only positions with labels.
-
-    A model that transforms its logits further is left unchanged.
-    """
+    """Make a model in TRL's `SFTTrainer` on a CPU project only labelled positions, unless it transforms its logits."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     config, forward = model.config.get_text_config(), model.forward
     transformations = (
