@@ -1,8 +1,7 @@
 """`fourstage run RECIPES`: run the steps of a recipe folder in order, each only when it is due.
 
 With `--seeds`, the run `--seed N --output_dir RUN/seedN` of each seed N follows the one before, and RUN/report is the
-report over all. A step that fails ends the command, because the other seeds have the same configuration and would often
-fail, too.
+report over all. A failed step ends the command: the other seeds have the same configuration, and would often fail, too.
 """
 
 import argparse

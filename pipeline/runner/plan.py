@@ -135,9 +135,8 @@ def memory(stage: Settings) -> dict[str, float]:
     trained = stage.trained / shares
     read = (stage.per_device_train_batch_size or 0) * stage.texts * stage.longest
 
-    # For the backward pass, a layer keeps for each token the inputs of its two norms in float32, raw and normalised,
-    # and their outputs; queries, keys, values and the output of attention (but no scores); and four times the width of
-    # its feed-forward network.
+    # For the backward pass, a layer keeps for each token its two norms' inputs in float32, raw and normalised, and
+    # outputs; queries, keys, values and the output of attention (but no scores); and four times its feed-forward width.
     width = getattr(config, "intermediate_size", None) or 4 * hidden
     width *= 1 + (getattr(config, "num_local_experts", None) or 0)
     layer = 2 * 2 * 4 * hidden + stage.size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
@@ -219,7 +218,6 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     data, text = count_rows(own.build(DataArguments), content, made, needed)
     trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
     made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
-    # Values that combine several fields.
     own.packing = kind.from_scratch or own.packing
     chosen = own.activation_checkpointing
     own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)

@@ -94,7 +94,6 @@ class RunState:
     ) -> None:
         self.run_dir = run_dir
         self._aims = {stage_name(step): step.stage.aims for step in steps if step.stage.measured}
-        # A step and its evaluation are one stage on the screen.
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)

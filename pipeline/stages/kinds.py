@@ -60,8 +60,7 @@ class StageKind:
     measured: bool = False
     seeded: bool = True
     editable: bool = False
-    # Whether its model is trained; writes text (a reward model does not); and answers questions (a base model does
-    # not).
+    # Whether its model is trained; writes text (unlike a reward model); and answers questions (unlike a base model).
     trained: bool = True
     generates: bool = True
     chats: bool = True

@@ -53,7 +53,6 @@ class Dialogue:
     messages: list[Message] = field(default_factory=list)
     # For each token, its log-probability if the model sampled it, otherwise 0; None if unknown.
     logps: list[float] | None = None
-    # Numbers of calls, and of those that failed.
     calls: int = 0
     failures: int = 0
 

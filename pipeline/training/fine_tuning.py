@@ -24,8 +24,7 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
         packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.args.pad_to_multiple_of
         layers = DynamicCache(config=self.model.config.get_text_config()).layers
         attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        # With packing, TRL does not accept a collator as an argument. FlashAttention expects TRL's flattened rows, and
-        # convolutions need them, too.
+        # With packing, TRL takes no collator as an argument. FlashAttention and convolutions need TRL's flattened rows.
         if packs and attends and "flash" not in (self.model.config._attn_implementation or ""):
             self.data_collator = PackedRows(self.processing_class.pad_token_id, return_position_ids=True)
         project_labelled_positions(self.model)

@@ -22,8 +22,7 @@ class OptimizerArguments:
     """Optimizers per kind of parameter. By default, the trainer's own optimizer (`optim`) updates all parameters.
 
     All learning rates follow the schedule of `learning_rate`. `muon_learning_rate` is the spectral norm of an update of
-    a matrix with at most as many rows as columns. If `embedding_learning_rate` is given, AdamW updates all other
-    parameters.
+    a matrix with at most as many rows as columns. With `embedding_learning_rate`, AdamW updates all other parameters.
     """
 
     use_muon: bool = option(False, "Use Muon for the matrices in the blocks, and AdamW for everything else.")
@@ -54,8 +53,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of a model, with weight decay only for the matrices of its blocks.
 
-    Muon or AdamW updates these; AdamW updates embeddings and the output layer, and everything else. Parameters that do
-    not require gradients are skipped.
+    Muon or AdamW updates these, and AdamW everything else. Parameters that do not require gradients are skipped.
     """
     lr, embedding_lr = args.learning_rate, optimizer_args.embedding_learning_rate
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

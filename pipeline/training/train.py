@@ -73,7 +73,6 @@ def train_and_save(trainer: Reliable) -> None:
             remedy = f"the checkpoint already has {done} steps; raise it, or resume from an earlier checkpoint"
             raise UserError(Problem("max_steps", total, remedy))
     first = trainer.is_world_process_zero()
-    # The lock keeps other runs from writing to the output directory.
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
             output_directory.claim(args)
