@@ -35,7 +35,7 @@ WORDS = (
     "lm_eval_tasks", "against", "world",
     "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",
     "lora_modules_to_save", "lora_target_modules", "lora_target_parameters", "lora_task_type", "loss_type",
-    "importance_sampling_level", "reward_normalization", "multi_objective_aggregation", "scale_rewards",
+    "importance_sampling_level", "kl_estimator", "reward_normalization", "multi_objective_aggregation", "scale_rewards",
     "eval_strategy", "logging_strategy", "save_strategy", "lr_scheduler_type", "metric_for_best_model", "optim",
     "optim_args", "optim_target_modules", "label_names", "length_column_name", "train_sampling_strategy",
     "include_for_metrics", "include_num_input_tokens_seen", "debug", "log_level", "log_level_replica", "report_to",

@@ -43,6 +43,7 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
     kl_coef: float = option(0.05, "Reward subtracted at each token per nat of KL; 0 means no reference.")
+    kl_estimator: str = option("k1", "Estimator of the KL in that penalty; k3 is refused.", choices=["k1", "k3"])
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
@@ -77,6 +78,9 @@ class PPOConfig(GRPOConfig):
             choices = item.metadata.get("choices")
             if item.name in own and choices and own[item.name] not in choices:
                 wrong[item.name] = f"must be {' or '.join(choices)}"
+        if self.kl_estimator == "k3":
+            remedy = "as a part of the reward, its gradient vanishes near the reference; use k1"
+            wrong["kl_estimator"] = f"{remedy} (k3 is logged as objective/kl_k3)"
         if self.trust_remote_code:
             remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
             wrong["trust_remote_code"] = f"code from the Hub is never run here: {remedy}"

@@ -45,6 +45,7 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"cliprange": 0.0},
         {"cliprange_value": -1.0},
         {"kl_coef": -0.1},
+        {"kl_estimator": "k2"},
         {"value_lam": 1.1},
         {"value_warmup_steps": -1},
         {"reward_normalization": "max"},
@@ -78,3 +79,8 @@ def test_a_launch_file_that_shards_is_refused_before_anything_loads(
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=r"distributed_type: .*: policy and critic cannot be sharded, use DDP"):
         PPOConfig(str(tmp_path))
+
+
+def test_k3_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"kl_estimator: k3: .*gradient vanishes.*use k1.*objective/kl_k3"):
+        toy.config(tmp_path, kl_estimator="k3")
