@@ -139,8 +139,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("train", "test"):
         help = f"{name} {where} (split: {name})"
         parser.add_argument(f"--{name}", nargs="+", required=True, metavar="DATASET", help=help)
+    parser.add_argument("--document", help="document of a text file, as in training: file, blank_line or lines:64")
     parser.add_argument("--n", type=int, default=8, help="consecutive words that must agree (default: 8)")
     parser.add_argument("--max_share", type=float, default=0.0, help="share of test rows that may overlap (default: 0)")
+    parser.add_argument("--examples", type=int, default=5, help="overlapping rows to show (default: 5)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -149,8 +151,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("n", args.n, "must be at least 1"))
     if not 0 <= args.max_share <= 1:
         raise UserError(Problem("max_share", args.max_share, "must be between 0 and 1"))
-    tests = {name: _open_rows(name, "test") for name in args.test}
-    trains = [_open_rows(name, "train") for name in args.train]
+    tests = {name: _open_rows(name, "test", args.document) for name in args.test}
+    trains = [_open_rows(name, "train", args.document) for name in args.train]
     too_much = False
     for name, rows in tests.items():
         found = overlap(chain.from_iterable(trains), rows, args.n)
@@ -158,18 +160,18 @@ def main(args: argparse.Namespace) -> int:
         shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
         counted = "; rows count from 0" if found.matches else ""
         print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
-        for match in found.matches[:5]:
+        for match in found.matches[: args.examples]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(too_much)
 
 
-def _open_rows(name: str, field: str) -> Sequence[Mapping[str, Any]]:
+def _open_rows(name: str, field: str, document: str | None) -> Sequence[Mapping[str, Any]]:
     """Return the rows of DATASET[:CONFIG[:SPLIT]], by default of the split `field` if there are several."""
     # Imported here, because `datasets` takes seconds, and `--help` does not need it.
     from pipeline.data.sources import open_source
 
     dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
-    splits = open_source(dataset, config or None)
+    splits = open_source(dataset, config or None, document=document)
     split = split or (next(iter(splits)) if len(splits) == 1 else field)
     if split not in splits:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))

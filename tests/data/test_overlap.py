@@ -151,3 +151,17 @@ def test_wrong_arguments_are_refused(
     assert stopped.value.code == 2
     messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
     assert len(list(filter(None, messages))) == 1 and message in "".join(messages)
+
+
+def test_documents_of_text_files_and_the_examples_shown_can_be_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"the number {n} has its own line in this file of text" for n in ("one", "two", "six", "ten")]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    argv = ["check-overlap", "--train", str(tmp_path / "train.txt"), "--test", str(tmp_path / "test.txt")]
+    assert command.main([*argv, "--document", "lines:1", "--examples", "3"]) == 1
+    printed = capsys.readouterr().out
+    assert "4 of 4 rows" in printed and printed.count("training row") == 3 + 1
+    assert command.main([*argv, "--document", "file"]) == 1
+    assert "1 of 1 rows" in capsys.readouterr().out
