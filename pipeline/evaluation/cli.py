@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif item.name == "lm_eval_tasks":
             about = {"nargs": "+", "metavar": "TASK"}
         if item.name != "fixed_prompts":
-            parser.add_argument(f"--{item.name}", help=item.metadata["help"], **about)
+            earlier = ["--reasoning"] if item.name == "problems" else []
+            parser.add_argument(f"--{item.name}", *earlier, help=item.metadata["help"], **about)
     columns = ("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade")
     for item in fields(evaluate_yaml.Source):
         if item.name in (*columns, "system_prompt", "dataset_config"):

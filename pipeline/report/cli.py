@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "where to write (default: RUN/report; if several runs are named, report/seeds in the first)"
     parser.add_argument("--output_dir", help=meaning)
     meaning = "YAML file of the figures that the recipe promises (default: those of recipes/pocket)"
-    parser.add_argument("--targets", metavar="FILE", help=meaning)
+    parser.add_argument("--targets", "--promises", metavar="FILE", help=meaning)
 
 
 def main(args: argparse.Namespace) -> int:

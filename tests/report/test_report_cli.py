@@ -304,10 +304,11 @@ def test_only_a_full_run_of_pocket_has_its_targets(short_run: Path, tmp_path: Pa
     assert read_json(run / "report" / "metrics.json")["promises"] == []
 
 
-def test_own_targets(short_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--targets", "--promises"])
+def test_own_targets(short_run: Path, tmp_path: Path, option: str) -> None:
     targets = tmp_path / "targets.yaml"
     targets.write_text("- {stage: 1_pretrain, metric: bits_per_byte, at_most: 0.5}\n")
-    report(short_run, "--output_dir", tmp_path, "--targets", targets)
+    report(short_run, "--output_dir", tmp_path, option, targets)
     (target,) = read_json(tmp_path / "metrics.json")["promises"]
     assert target["kept"] is False and target["measured"] > 1
 
