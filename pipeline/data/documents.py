@@ -147,7 +147,8 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
-        sample, encoding = text.read(1 << 24), text.encoding
+        # Excel names an unusual separator in a line before the header, such as "sep=;".
+        (sample, skipped), encoding = re.subn(r"\Asep=.*\n", "", text.read(1 << 24)), text.encoding
     # The separator is the most frequent one of the header outside quotes.
     line = next(filter(str.strip, io.StringIO(sample)), "")
     names = re.sub('"[^"]*"', "", line)
@@ -168,7 +169,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         texts |= {place for one in [row, *rows] for place, cell in enumerate(one) if ZERO_FIRST.match(cell)}
     except csv.Error as error:
         # Other errors: a field is too long for Python's limit, or is cut at the end of the sample.
-        stray = rows.line_num if "expected after" in str(error) else 0
+        stray = rows.line_num + skipped if "expected after" in str(error) else 0
     # pandas would read all lines up to the next quote as one field.
     if stray and separator != "\t":
         remedy = "has a quote within a field in quotes, or text after them; write it twice, or save the file as JSONL"
@@ -178,6 +179,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         # In tab-separated fields, a quote may be part of the text.
         "quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
         "encoding": encoding,
+        "skiprows": skipped,
         "keep_default_na": False,
         "na_values": NULLS,
         "converters": {name: _read_cell for place, name in enumerate(header) if place in texts},

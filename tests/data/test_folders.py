@@ -116,6 +116,7 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
             ".CSV": "\ufeff" + table(";", *rows),
             "2.csv": table(";", *([*row, "n"] for row in rows)).replace("n\r", '"a, b, c, d"\r'),
             "3.csv": table("|", *rows),
+            "6.csv": "sep=;\r\n" + table(";", *rows),
             ".tsv": table("\t", *rows).encode("utf-16"),
             "4.csv": table("\t", *rows).encode("utf-16"),
             "5.csv": table("\t", *rows),
