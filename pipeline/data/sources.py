@@ -87,6 +87,8 @@ def open_source(
     # It logs the traceback of a file that cannot be parsed; the error is reported below in one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if not path.exists():
+        if glob.glob(str(path), recursive=True):
+            raise UserError(Problem("dataset_name", name, "is a pattern; give the folder, or a list of the files"))
         if is_missing_path(name) or _suffix(path) in BUILDERS or path.suffix in COMPRESSIONS:
             raise UserError(Problem("dataset_name", name, "there is no such file or folder; correct the path"))
         return _open_of_hub(name, config, streaming)

@@ -415,6 +415,8 @@ def test_rows_in_a_text_file_are_refused_before_a_stream_comes_to_them(tmp_path:
 
 def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> None:
     folder = lay(tmp_path, a__txt=POEM, b__xlsx=b"PK")
+    with pytest.raises(UserError, match=r"is a pattern; give the folder, or a list of the files"):
+        open_source(f"{folder}/*.txt")
     with pytest.raises(UserError, match=r"b.xlsx: this type of file is not supported; save it as one of"):
         open_source(f"{folder}/b.xlsx")
     with pytest.raises(UserError, match=r"document: page: must be file, blank_line or lines:N"):
