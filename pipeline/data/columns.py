@@ -209,7 +209,10 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # The user can choose another column only through an argument; otherwise, a column must be renamed.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
-    choices = ", ".join(columns[:20])
+    # Names with spaces around them are quoted, because the spaces would not be seen.
+    names = [name if name == name.strip() and len(name) <= 60 else repr(name) for name in columns[:20]]
+    choices = ", ".join(name if len(name) <= 60 else f"{name:.57}..." for name in names)
+    choices += f" and {len(columns) - 20} more" if len(columns) > 20 else ""
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
     refuse(*(Problem(field, expected[field], remedies[field]) for field, column in found.items() if not column))
     return list(found.values())

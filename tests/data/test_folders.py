@@ -355,6 +355,8 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         ({"a__parquet": POINTER}, "text", r"a.parquet: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
         ({"a__jsonl": POINTER}, "text", r"a.jsonl: is only a Git LFS pointer; fetch the file with `git lfs pull`"),
         ({"a__csv": 'question,answer\n"A \\"b\\".",c\n'}, "conversation", r"a.csv, line 2: has a quote within a field"),
+        ({"a__json": json.dumps({f"id {i}": i for i in range(99)})}, "text", r"from: id 0, .*, id 19 and 79 more$"),
+        ({"a__csv": "a" * 99 + "\nb\n"}, "text", r"choose from: 'a{56}\.\.\.$"),
         ({"a__txt": "text".encode("utf-16-le")}, "text", r"a.txt: is not text in UTF-8"),
         ({"a__txt__gz": gzip.compress(b"a" * 999)[:20]}, "text", r"a.txt.gz: cannot be read .*correct the file"),
         ({"a__csv": "question,answer\nCafé,1\n".encode("cp1252")}, "text", r"a.csv: cannot be read .*iconv"),
@@ -374,7 +376,7 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
             "conversation",
             r"a.jsonl: has the columns question.*b.jsonl has prompt.*folders of their own",
         ),
-        ({"a__csv": "b ,c\n1,2\n"}, "conversation", r"messages_column: .*name prompt_column .*choose from: b , c"),
+        ({"a__csv": "b ,c\n1,2\n"}, "conversation", r"messages_column: .*name prompt_column .*choose from: 'b ', c"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_file_and_what_to_do(
