@@ -4,6 +4,7 @@ reasoning-gym draws problem number `i` of a data set from `seed + i`, so two dat
 their seeds lie further apart than the sets are long. Each pool of problems here has its own range of `SEEDS`.
 """
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -58,7 +59,7 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
         return [], [Problem("tasks", ", ".join(map(str, tasks)), remedy)]
     if not isinstance(tasks, Mapping) or not tasks:
         return [], [Problem("tasks", tasks, "must be a mapping from the names of tasks to their settings")]
-    from reasoning_gym.factory import create_curriculum, create_dataset
+    from reasoning_gym.factory import DATASETS, create_curriculum, create_dataset
 
     grades, problems = [], []
     for task, settings in ((str(task), some or {}) for task, listed in tasks.items() for some in as_list(listed)):
@@ -80,5 +81,7 @@ def read_tasks(tasks: Any) -> tuple[list[Grade], list[Problem]]:
         except Exception as error:  # noqa: BLE001
             # Each task checks its settings in its own way.
             remedy = f"is unknown or refuses its settings, {settings!r:.60} ({type(error).__name__}: {error})"
+            if nearest := task not in DATASETS and difflib.get_close_matches(task, DATASETS, n=1):
+                remedy = f"is unknown; did you mean {nearest[0]}?"
             problems.append(Problem("tasks", task, remedy))
     return grades, problems

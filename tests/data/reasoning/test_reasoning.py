@@ -145,7 +145,7 @@ def test_all_mistakes_in_the_tasks_are_found_before_anything_is_written(tmp_path
     }
     found = refused(tmp_path / "data", tasks, test_rows=0, seed=-1)
     assert found.keys() == {*tasks, "0", "-1"}
-    assert "'chain_sums' not registered" in found["chain_sums"] and "argument 'max_valeu'" in found["gcd"]
+    assert "did you mean chain_sum?" in found["chain_sums"] and "argument 'max_valeu'" in found["gcd"]
     assert "max_value must be > min_value" in found["lcm"] and "'level': 'easy'" in found["chain_sum"]
     assert refused(tmp_path / "data", {}) and refused(tmp_path / "data", ["gcd"])
 
