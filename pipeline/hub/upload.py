@@ -62,8 +62,11 @@ def push(
         paths = [sibling.rfilename for sibling in info.siblings or ()]
         stale = [CommitOperationDelete(path) for path in paths if path not in files and replaces(path)]
         operations = [*(CommitOperationAdd(path, content) for path, content in files.items()), *stale]
-        options = {"commit_message": message, "revision": revision, "create_pr": create_pr}
-        return api.create_commit(operations=operations, **options, **where).oid != info.sha
+        options = {"revision": revision, "create_pr": create_pr, **where}
+        # `create_commit` alone would upload equal files several times.
+        distinct = {one.upload_info.sha256: one for one in operations if isinstance(one, CommitOperationAdd)}
+        api.preupload_lfs_files(additions=distinct.values(), free_memory=False, **options)
+        return api.create_commit(operations=operations, commit_message=message, **options).oid != info.sha
 
     # The client fails with a KeyError if a conflict (409) does not name the repository.
     with contextlib.suppress(KeyError):

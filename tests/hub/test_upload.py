@@ -99,10 +99,10 @@ def test_a_second_push_sends_nothing_and_stale_files_are_removed(hub: Hub, tmp_p
     assert hub.commits("alice/m") == ["three", "one"]
 
 
-def test_large_files_are_uploaded_in_parts(hub: Hub, tmp_path: Path) -> None:
+def test_equal_files_are_uploaded_once_and_large_ones_in_parts(hub: Hub, tmp_path: Path) -> None:
     hub.part = 1000
     (tmp_path / "weights").write_bytes(bytes(range(256)) * 16)
-    files: dict[str, Path | bytes] = {"b/a.safetensors": tmp_path / "weights"}
+    files: dict[str, Path | bytes] = dict.fromkeys(("a.safetensors", "b/a.safetensors"), tmp_path / "weights")
     hub.fail("drop", path="PUT .*/3$")
     push(HfApi(), "alice/m", files, "m", private=True)
     sent = [request.path[-1] for request in hub.requests if request.method == "PUT"]
