@@ -227,7 +227,7 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
         record.update(recipe=str(args.recipe), seed=plan.seed, smoke=args.smoke)
         todo = _decide(plan, record, args)
         seed = "" if plan.seed is None else f", seed {plan.seed}"
-        state = RunState(plan.run_dir, plan.steps, todo, record.seconds)
+        state = RunState(plan.run_dir, plan.steps, todo, record.seconds, args.smoke)
         replaced = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         if args.seed not in (None, earlier) and any(decision.replaced for _, decision in todo):
             other = "another seed" if earlier is None else f"seed {earlier}"

@@ -12,6 +12,8 @@ from pipeline.files import read_json
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
 
+FEW_ROWS = 30
+
 
 @dataclass
 class Stage:
@@ -90,9 +92,14 @@ class RunState:
     """
 
     def __init__(
-        self, run_dir: Path, steps: Sequence[Step], todo: Sequence[tuple[Step, Decision]], measured: Mapping[str, float]
+        self,
+        run_dir: Path,
+        steps: Sequence[Step],
+        todo: Sequence[tuple[Step, Decision]],
+        measured: Mapping[str, float],
+        is_smoke: bool = False,
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self._is_smoke = run_dir, is_smoke
         self._aims = {stage_name(step): step.stage.aims for step in steps if step.stage.measured}
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
@@ -171,9 +178,12 @@ class RunState:
         aims = self._aims.get(stage) or ("bits_per_byte",)
         metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
         for metric in aims:
-            if (value := metrics.get(metric, {}).get("value")) is not None:
+            found = metrics.get(metric, {})
+            if (value := found.get("value")) is not None:
                 info = metric_info(metric)
-                return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}"
+                # A share of few rows is hardly a figure. In a smoke run, none is.
+                few = f" (n = {found['n']})" if found.get("n", FEW_ROWS) < FEW_ROWS and not self._is_smoke else ""
+                return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}{few}"
         return ""
 
     def kept(self, step: Step, code: int) -> str:

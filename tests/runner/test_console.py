@@ -467,3 +467,15 @@ def test_the_last_lines_are_the_verdict(tmp_path: Path) -> None:
     ]
     metrics.write_text(json.dumps({"verdict": [], "conclusion": "All four stages did what they are for"}))
     assert conclusion(report)[1:] == ["All four stages did what they are for"]
+
+
+def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    for name, value, n in (("3_reward", 0.5, 200), ("3_reward_judge", 1.0, 1)):
+        metrics = {"reward_accuracy": {"value": value, "n": n}}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    models = [Step(name, "reward", (), Path("runs/r", name)) for name in ("3_reward", "3_reward_judge")]
+    todo = [(step, TODO[0][1]) for step in models]
+    state = RunState(Path("runs/r"), models, todo, {})
+    assert [state.figure(step.name) for step in models] == ["reward accuracy 0.500", "reward accuracy 1.000 (n = 1)"]
+    assert RunState(Path("runs/r"), models, todo, {}, is_smoke=True).figure("3_reward_judge") == "reward accuracy 1.000"
