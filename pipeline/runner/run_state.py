@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.evaluation.evaluate_yaml import BASE
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.files import read_json
 from pipeline.runner.due import Decision
 from pipeline.runner.steps import Step
+from pipeline.stages import STAGES
 
 FEW_ROWS = 30
 
@@ -100,7 +102,13 @@ class RunState:
         is_smoke: bool = False,
     ) -> None:
         self.run_dir, self._is_smoke = run_dir, is_smoke
-        self._aims = {stage_name(step): step.stage.aims for step in steps if step.stage.measured}
+        models = [step for step in steps if step.stage.measured]
+        self._aims = {stage_name(step): step.stage.aims for step in models}
+        # A stage starts from a model that it needs or, if no setting names one, from one of the first two.
+        outputs = {step.name: stage_name(step) for step in models}
+        needed = {step.name: [outputs[need] for need in step.needs if need in outputs] for step in models}
+        first = (STAGES["random"].directory, BASE)
+        self._starts = {outputs[name]: [*first, *stages] for name, stages in needed.items()}
         self.stages: dict[str, Stage] = {}
         for step, decision in todo:
             directory = stage_name(step)
@@ -174,16 +182,21 @@ class RunState:
         return f"waits for {facts['total'] - facts['done']:,} {'more ' if facts['done'] else ''}{facts['unit']}"
 
     def figure(self, stage: str) -> str:
-        """Return the first aim of a stage that was measured, such as "win rate 0.772"; "" if none was."""
-        aims = self._aims.get(stage) or ("bits_per_byte",)
-        metrics = read_json(self.run_dir / "evaluations" / f"{stage}.json").get("metrics", {})
-        for metric in aims:
-            found = metrics.get(metric, {})
-            if (value := found.get("value")) is not None:
+        """Return the first aim of a stage that was measured, such as "win rate 0.507 -> 0.772"; "" if none was.
+
+        The stage that it starts from has the first number, if it was measured, too.
+        """
+        names = [stage, *(name for name in reversed(self._starts.get(stage, ())) if name != stage)]
+        results = [read_json(self.run_dir / "evaluations" / f"{name}.json").get("metrics", {}) for name in names]
+        for metric in self._aims.get(stage) or ("bits_per_byte",):
+            found = [result.get(metric, {}) for result in results]
+            values = [one["value"] for one in found if one.get("value") is not None]
+            if found[0].get("value") is not None:
                 info = metric_info(metric)
+                shown = " -> ".join(f"{value:.{info.digits}f}" for value in reversed(values[:2]))
                 # A share of few rows is hardly a figure. In a smoke run, none is.
-                few = f" (n = {found['n']})" if found.get("n", FEW_ROWS) < FEW_ROWS and not self._is_smoke else ""
-                return f"{info.label[:1].lower()}{info.label[1:]} {value:.{info.digits}f}{few}"
+                few = f" (n = {found[0]['n']})" if found[0].get("n", FEW_ROWS) < FEW_ROWS and not self._is_smoke else ""
+                return f"{info.label[:1].lower()}{info.label[1:]} {shown}{few}"
         return ""
 
     def kept(self, step: Step, code: int) -> str:

@@ -12,7 +12,7 @@ import sys
 import termios
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -479,3 +479,37 @@ def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
     state = RunState(Path("runs/r"), models, todo, {})
     assert [state.figure(step.name) for step in models] == ["reward accuracy 0.500", "reward accuracy 1.000 (n = 1)"]
     assert RunState(Path("runs/r"), models, todo, {}, is_smoke=True).figure("3_reward_judge") == "reward accuracy 1.000"
+
+
+def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    figures = {
+        "0_random": {"bits_per_byte": 2.6438, "instruction_accuracy": 0.0},
+        "1_pretrain": {"bits_per_byte": 0.194, "instruction_accuracy": 0.02},
+        "1_pretrain_dense": {"bits_per_byte": 0.2, "instruction_accuracy": 0.01},
+        "2_sft": {"instruction_accuracy": 0.93},
+    }
+    for name, values in figures.items():
+        metrics = {metric: {"value": value} for metric, value in values.items()}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    Path("runs/r/evaluations/3_ppo.json").write_text("{")
+    twin = Step("1_pretrain_dense", "pretrain", (), Path("runs/r/1_pretrain_dense"))
+    steps = [*STEPS[:2], twin, replace(STEPS[2], needs=("0_data", "1_pretrain")), STEPS[3]]
+    steps.append(Step("evaluate_2_sft", "evaluate", (), Path("runs/r"), (Path("runs/r/evaluations/2_sft.json"),)))
+    state = RunState(Path("runs/r"), steps, TODO, {})
+    assert state.figure("0_random") == "bits per byte 2.644"
+    assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
+    assert state.figure("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
+    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
+    assert state.figure("3_ppo") == ""
+
+
+def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
+    Path("runs/r/evaluations").mkdir(parents=True)
+    for name, value in (("2_sft", 0.5), ("3_ppo", 0.75), ("3_dpo", 0.625)):
+        metrics = {"win_rate": {"value": value}}
+        Path(f"runs/r/evaluations/{name}.json").write_text(json.dumps({"metrics": metrics}))
+    tuned = [Step(f"3_{kind}", kind, (), Path("runs/r", f"3_{kind}"), needs=("2_sft",)) for kind in ("ppo", "dpo")]
+    steps = [*STEPS[:3], *tuned]
+    state = RunState(Path("runs/r"), steps, [(step, TODO[0][1]) for step in steps], {})
+    assert [state.figure(step.name) for step in tuned] == ["win rate 0.500 -> 0.750", "win rate 0.500 -> 0.625"]
