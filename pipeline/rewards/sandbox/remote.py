@@ -131,6 +131,9 @@ class Remote:
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Remote) and self.ask__("isinstance", instance) is True
 
+    # Python would find the description of this class.
+    __doc__ = property(lambda self: self.__getattr__("__doc__"))
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # `isinstance(stand_in, int)` looks here, too.
