@@ -2,18 +2,19 @@
 
 import glob
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset_builder
-from huggingface_hub import HfApi, HfFileSystem, snapshot_download
+from huggingface_hub import HfApi, HfFileSystem, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.data.sources import open_source
 from pipeline.errors import Problem, UserError
-from pipeline.files import STATE, as_list, is_missing_path, read_json, split_revision
+from pipeline.files import STATE, as_list, is_missing_path, nearest, read_json, split_revision
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
@@ -61,7 +62,11 @@ def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
             paths = [glob.escape(hub.resolve_path(url).path_in_repo) for split in files.values() for url in split]
             planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
             missing = [file.file_size for file in planned if file.will_download]
-            print(f"fetching the stream {name}: {sum(missing) / 1e9:.2f} GB in {len(missing)} files", flush=True)
+            size = f"{sum(missing) / 1e9:.2f} GB in {len(missing)} files"
+            if sum(missing) > (free := shutil.disk_usage(nearest(Path(constants.HF_HUB_CACHE))).free):
+                remedy = f"takes {size}, and {free / 1e9:.2f} GB are free; make room, or set HF_HOME to a larger disk"
+                raise UserError(Problem("dataset_name", name, remedy))
+            print(f"fetching the stream {name}: {size}", flush=True)
             with user_error_for("dataset_name", name, "data set"):
                 snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
         print(f"fetched the {'stream' if streamed else 'data set'} {name}")

@@ -1,6 +1,7 @@
 """`run --download`: what a recipe names on the Hub is in the cache afterwards, for machines without internet."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,21 @@ def test_models_data_and_streams_are_fetched(
     assert len(hub.requests) == made, "without a request"
     with pytest.raises(UserError, match="dataset_name: alice/other"):
         open_source("alice/other", streaming=True)
+
+
+def test_a_stream_larger_than_the_disk_is_refused(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.add("alice/web", {"train.parquet": rows(20, "")}, type="dataset")
+    (tmp_path / "recipe").mkdir()
+    values = {"dataset_name": "alice/web", "dataset_streaming": True, "model_name_or_path": save_model(Path("model"))}
+    values |= {"max_steps": 2, "max_length": 16, "report_to": "none", "output_dir": "runs/r/2_sft"}
+    (tmp_path / "recipe/2_sft.yaml").write_text(yaml.safe_dump(values))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "recipe", "--download"])
+    assert caught.value.code == 2
+    assert "dataset_name: alice/web: takes 0.00 GB in 1 files, and 0.00 GB are free" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").rglob("*.parquet"))
