@@ -109,6 +109,12 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     model.tie_weights()
     if fault := validate_finite(model.named_parameters()):
         raise ValueError(fault)
+    if tokenizer.pad_token == tokenizer.eos_token:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        model.config.pad_token_id = tokenizer.pad_token_id
+        # The new row is random, but the same each time.
+        torch.manual_seed(0)
+        model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
     # Some chat models end a turn and a text with two tokens.
     ends = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
     model.generation_config = GenerationConfig(

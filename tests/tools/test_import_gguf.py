@@ -57,14 +57,17 @@ def test_weights_of_any_type_become_float32(tmp_path: Path, outtype: str) -> Non
         assert not torch.equal(found, weights(tmp_path / "model")[f"model.{own}.weight"])
 
 
-def test_what_ends_an_answer_does_not_pad(tmp_path: Path) -> None:
-    words = train("smollm", "<|end|>", "<|reserved|>")
+@pytest.mark.parametrize(("special", "pad"), [(["<|reserved|>"], "<|reserved|>"), ([], "<|pad|>")])
+def test_what_ends_an_answer_does_not_pad(tmp_path: Path, special: list[str], pad: str) -> None:
+    words = train("smollm", "<|end|>", *special)
+    size = len(words)
     imported = import_gguf(write_gguf(tmp_path / "model", DECODERS["llama"], words))
     model, found = load_model(str(imported), "model")
-    assert (found.pad_token, found.eos_token) == ("<|reserved|>", "<|end|>")
+    assert found.pad_token == pad and found.eos_token == "<|end|>" and len(found) == (size if special else size + 1)
     assert model.config.pad_token_id == model.generation_config.pad_token_id == found.pad_token_id
+    assert model.config.vocab_size == len(found), "the vocabulary grows only where no token is left"
     before, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(100)[None]
-    assert torch.equal(before(rows).logits, model(rows).logits)
+    assert torch.equal(before(rows).logits, model(rows).logits[..., :size])
 
 
 def changed(file: Path, key: str, layout: str, value: int) -> Path:
