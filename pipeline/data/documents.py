@@ -52,8 +52,12 @@ def open_documents(
     size, longest = 0, LONGEST
     for file in files:
         with open_text(file) as text:
-            if rows := JSON.match(text.read(LONGEST).lstrip()):
-                remedy = f"contains rows in JSON, not plain text; rename it to {'.json' if rows[1] else '.jsonl'}"
+            sample = text.read(LONGEST).lstrip()
+            # Excel saves a table as "Unicode text".
+            is_table = text.encoding == "utf-16" and "\t" in sample.partition("\n")[0]
+            if (rows := JSON.match(sample)) or is_table:
+                what, suffix = ("rows in JSON", ".json" if rows[1] else ".jsonl") if rows else ("a table", ".tsv")
+                remedy = f"contains {what}, not plain text; rename it to {suffix}"
                 raise UserError(Problem("dataset_name", file, remedy))
         if size > PART_BYTES:
             parts.append([])
@@ -149,6 +153,8 @@ def choose_table(file: Path) -> dict[str, Any]:
     with open_text(file) as text:
         # Excel names an unusual separator in a line before the header, such as "sep=;".
         (sample, skipped), encoding = re.subn(r"\Asep=.*\n", "", text.read(1 << 24)), text.encoding
+    if "\0" in sample:
+        raise UserError(Problem("dataset_name", file, "is not text in UTF-8; save it as such"))
     # The separator is the most frequent one of the header outside quotes.
     line = next(filter(str.strip, io.StringIO(sample)), "")
     names = re.sub('"[^"]*"', "", line)

@@ -223,13 +223,15 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
             if content.read(32).startswith(b"version https://git-lfs"):
                 remedy = "is only a Git LFS pointer; fetch the file with `git lfs pull`"
                 raise UserError(Problem("dataset_name", file, remedy))
-        if _suffix(file) == ".json":
-            # Any value but a list or an object crashes pyarrow's reader.
+        if (builder := BUILDERS[_suffix(file)]) == "json":
             with open_bytes(file) as content:
-                if content.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-                    remedy = "must contain a list of rows, or an object; correct the file"
-                    raise UserError(Problem("dataset_name", file, remedy))
-        builder = BUILDERS[_suffix(file)]
+                sample = content.read(1 << 16)
+            if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise UserError(Problem("dataset_name", file, "is UTF-16; convert it: `iconv -f UTF-16 -t UTF-8`"))
+            # Any value but a list or an object crashes pyarrow's reader.
+            if _suffix(file) == ".json" and sample.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+                remedy = "must contain a list of rows, or an object; correct the file"
+                raise UserError(Problem("dataset_name", file, remedy))
         options = choose_table(file) if builder == "csv" else {}
         groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
     parts: list[tuple[Path, Split]] = []
