@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import yaml
-from datasets import DatasetDict, Features, IterableDatasetDict, Json, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, Json, NamedSplit, Value, concatenate_datasets
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.metadata import MetadataConfigs
@@ -24,7 +24,7 @@ from huggingface_hub import DatasetCard, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.columns import Split, Splits, column_names
+from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, Splits, column_names, find_column
 from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents, open_text
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
@@ -218,6 +218,8 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
     """Open the files of a split, and join their rows or, if columns differ, their texts."""
     # Files that are read in the same way are opened together.
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
+    # The first file of each part, and its rows.
+    parts: list[tuple[Path, Split]] = []
     for file in files:
         with file.open("rb") as content:
             if content.read(32).startswith(b"version https://git-lfs"):
@@ -232,9 +234,12 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
             if _suffix(file) == ".json" and sample.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
                 remedy = "must contain a list of rows, or an object; correct the file"
                 raise UserError(Problem("dataset_name", file, remedy))
+            if _suffix(file) == ".json" and (rows := _rows_of_object(file, sample)):
+                own = Dataset.from_list(rows, split=NamedSplit(split))
+                parts.append((file, own.to_iterable_dataset() if streaming else own))
+                continue
         options = choose_table(file) if builder == "csv" else {}
         groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
-    parts: list[tuple[Path, Split]] = []
     for builder, options, some in groups.values():
         if builder == "text":
             parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
@@ -275,6 +280,26 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         common = _unify(parts)
         parts = [(file, part if part.features == common else part.cast(common)) for file, part in parts]
     return concatenate_datasets([part for _, part in parts])
+
+
+def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a JSON file that is one object with all of them, and none of other files."""
+    # {"question": ["2 + 3?", ...], "answer": ["5", ...]}, {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
+    # or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}. Between lines of JSON Lines, there is no comma.
+    if re.match(rb"[^{]*\[", sample) or re.search(rb"\}\s*\n\s*\{", sample):
+        return []
+    with contextlib.suppress(ValueError, RecursionError), open_bytes(file) as content:
+        table = json.load(content)
+        lists = [value for value in table.values() if isinstance(value, list) and value]
+        tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
+        if not tables and len(lists) == len(table) and len({*map(len, lists)}) == 1:
+            return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
+        if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
+            tables = [[*table.values()]]
+        # A single row may have a list as well.
+        if len(tables) == 1 and not find_column(table, *CONVERSATIONS, *TEXT_COLUMNS):
+            return tables[0]
+    return []
 
 
 def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:

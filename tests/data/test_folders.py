@@ -432,3 +432,16 @@ def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> N
 def test_chinese_characters_are_words() -> None:
     assert words("我有3个 apples，かな。") == ["我", "有", "3", "个", "apples", "か", "な"]
     assert overlap([{"text": "昨天我们在公园里看见了一只狐狸。"}], [{"text": "我们在公园里看见一只鸟"}], 8).share == 1
+
+
+def test_rows_in_an_object_are_read(tmp_path: Path) -> None:
+    pairs = [{"question": "Why?", "answer": "Because."}] * 3
+    columns = {"question": ["Why?"] * 3, "answer": ["Because."] * 3}
+    for number, content in enumerate((columns, {"version": 1, "data": pairs}, dict(zip("xyz", pairs, strict=True)))):
+        for indent in (None, 1):
+            path = tmp_path / f"{number}{indent}.json"
+            path.write_text(json.dumps(content, indent=indent))
+            assert [row["messages"] for row in read(str(path), "conversation")] == [ASKED] * 3
+    # An object for each file, which has a list as well, is a row.
+    folder = lay(tmp_path / "rows", a__json=json.dumps({**pairs[0], "notes": [{"a": 1}] * 2}, indent=1))
+    assert len(read(folder, "conversation")) == 1
