@@ -299,8 +299,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
 def _run_all(
     todo: Decided, record: RunRecord, trash: Path, console: RunConsole, args: argparse.Namespace, locks: Sequence[int]
 ) -> int:
-    """Run the steps of `todo` that are due. Return the exit code."""
-    unpushed = []
+    """Run the steps of `todo` that are due, and push them. Return the exit code."""
     for position, (step, decision) in enumerate(todo, start=1):
         skipped = ", skipped" if decision.action == "skip" else ""
         console.event(f"[{position}/{len(todo)}] {step.name}: {decision.reason}{skipped}")
@@ -318,8 +317,9 @@ def _run_all(
             executable = step.executable(args.launch, args.launcher)
             code, received, peak = run(executable, os.environ | variables, locks, output, args.warm)
         seconds, code = time.monotonic() - started, exit_code(code)
-        # A step whose push failed is complete, and is not trained again.
+        # A step whose push failed is complete: it is pushed again at the end, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
+        record.steps[step.name] |= {"pushed": list(step.push)} if code == 0 and step.push else {}
         record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
         if received is not None:
             kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
@@ -333,8 +333,23 @@ def _run_all(
             return code or 1
         console.finish(step, seconds)
         if code:
-            unpushed.append(f"{step.name} was not pushed to the Hub; the end of {console.log(step)} says what to do")
+            console.event(f"    {step.name} was not pushed to the Hub, which is tried again at the end")
     console.close()
     taken = f"{len(console.state.taken)} steps in {time_in_words(time.monotonic() - args.began)}"
-    print(taken if console.state.taken else "nothing to do: all steps had finished", *unpushed, sep="\n")
-    return EXIT_PUSH_FAILED if unpushed else 0
+    print(taken if console.state.taken else "nothing to do: all steps had finished", flush=True)
+
+    # Push what failed before, or was not to be pushed when it was trained.
+    result = 0
+    for step in (step for step, _ in todo if step.push and record.steps[step.name].get("pushed") != list(step.push)):
+        print(f"$ {as_typed(*step.push)}", flush=True)
+        # The step itself was given this environment and this token.
+        own = {str(name): str(value) for name, value in (step.values.get("env") or {}).items()}
+        own |= {"HF_TOKEN": str(step.values["hub_token"])} if step.values.get("hub_token") else {}
+        code, received, _ = run([sys.executable, "-m", "pipeline", *step.push], own | os.environ, locks, warm=args.warm)
+        if received is not None:
+            return 128 + int(received)
+        if code == 0:
+            record.steps[step.name]["pushed"] = list(step.push)
+            record.update()
+        result = EXIT_PUSH_FAILED if code else result
+    return result

@@ -59,6 +59,17 @@ class Step:
         """Whether the product exists; a model needs its configuration and its weights."""
         return holds_model(self.output) if self.stage.measured else self.product.exists()
 
+    @property
+    def push(self) -> tuple[str, ...]:
+        """Arguments of `fourstage` that push what it wrote; empty if its settings do not ask for that."""
+        # An untrained model shares the file of pretraining.
+        if self.stage.file_of or not self.values.get("push_to_hub"):
+            return ()
+        revision = self.values.get("hub_revision")
+        options = ["--revision", str(revision)] if revision else []
+        options += ["--private"] if self.values.get("hub_private_repo") else []
+        return ("push", str(self.output), "--repo_id", self.values.get("hub_model_id") or self.output.name, *options)
+
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the command as a user types it; `launcher` starts `accelerate launch` with the arguments `launch`."""
         if not self.stage.module:

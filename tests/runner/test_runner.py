@@ -297,11 +297,10 @@ def test_a_failing_step_ends_the_run_with_its_message_and_code(folder: Path, run
     assert "3_reward" not in times()
 
 
-def test_a_step_whose_push_failed_is_complete_and_the_code_of_the_run_says_so(folder: Path, run: Runner) -> None:
+def test_a_step_whose_push_failed_is_complete_and_the_run_goes_on(folder: Path, run: Runner) -> None:
     configure(folder, "2_sft", fails=3)
-    code, out, _ = run()
-    assert code == 3 and times()["3_reward"] == 1
-    assert out.splitlines()[-1] == "2_sft was not pushed to the Hub; the end of runs/r/logs/2_sft.log says what to do"
+    _, out, _ = run()
+    assert "2_sft was not pushed to the Hub, which is tried again at the end" in out and times()["3_reward"] == 1
     assert run()[0] == 0 and times()["2_sft"] == 1
 
 
