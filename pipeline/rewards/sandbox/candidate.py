@@ -30,6 +30,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "has": _has,
     "copy": lambda target, how: getattr(importlib.import_module("copy"), how)(target),
     "isinstance": lambda target, instance: isinstance(instance, target),
+    "issubclass": lambda target, kind: issubclass(kind, target),
+    "type": type,
     "plain": lambda target: BASES[base_of(type(target)) or object](target),
     **{f"__{name}__": getattr(builtins, name) for name in (
         "str", "repr", "hash", "iter", "next", "reversed", "len", "int", "float", "bool", "format", "round", "divmod",

@@ -38,6 +38,16 @@ def compares_with_literals(test: str) -> bool:
     return all(map(fits, ast.walk(ast.parse(test))))
 
 
+class Type(type):
+    """What tests know as `type`: for a stand-in, it returns the stand-in of the object's class, never a plain class."""
+
+    def __new__(cls, value: Any, *more: Any) -> Any:
+        if more:
+            return super().__new__(cls, value, *more)
+        own = value.ask__("type") if isinstance(value, Remote) else None
+        return own if isinstance(own, Remote) else type(value)
+
+
 class Examiner(Peer):
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
@@ -64,7 +74,7 @@ class Examiner(Peer):
 
         # Only copy the names that the test uses, because the code's names may hold anything.
         defined = self.request({"code": code})["names"]
-        namespace: dict[str, Any] = {"__name__": "test"}
+        namespace: dict[str, Any] = {"__name__": "test"} | ({"type": Type} if "type(" in test else {})
         for name in defined.keys() & set(re.findall(r"\w+", test)):
             item = defined[name]
             # The code must not replace a builtin in the test, or give it an exception under another name.

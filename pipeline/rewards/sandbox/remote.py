@@ -131,6 +131,9 @@ class Remote:
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, Remote) and self.ask__("isinstance", instance) is True
 
+    def __subclasscheck__(self, kind: object) -> bool:
+        return isinstance(kind, Remote) and self.ask__("issubclass", kind) is True
+
     # Python would find the description of this class.
     __doc__ = property(lambda self: self.__getattr__("__doc__"))
 
