@@ -93,8 +93,7 @@ def build_value_model(
         critic = source if is_given else value_model_from(source).to(dtype)
     if is_reward_model:
         # The head only fits if the score is the reward that it predicts, times its weight.
-        is_score = len(rewards) == 1 and args.reward_normalization == "none"
-        is_score = is_score and (source is rewards[0][0] or value_model == getattr(rewards[0][0], "name_or_path", ""))
+        is_score = len(rewards) == 1 and args.reward_normalization == "none" and _is_copy(source, rewards[0][0])
         _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
         with torch.no_grad():
             for weight in head.parameters():
@@ -108,6 +107,20 @@ def build_value_model(
             # TRL does the same for the policy.
             critic.enable_input_require_grads()
     return critic
+
+
+def _is_copy(source: PreTrainedModel, reward: Any) -> bool:
+    """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
+    if source is reward or not isinstance(reward, nn.Module):
+        return source is reward
+    # A head that an adapter replaces is not used, and random.
+    own, others = (
+        {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
+        for model in (source, reward)
+    )
+    return own.keys() == others.keys() and all(
+        torch.equal(weight.bfloat16(), others[name].to(weight.device).bfloat16()) for name, weight in own.items()
+    )
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -152,13 +152,14 @@ def test_any_other_given_model_is_copied(tmp_path: Path, source: str, given: str
     model = toy.reward_model(5) if source == "reward model" else toy.policy(5)
     model.save_pretrained(tmp_path / "model")
     value_model = model if given == "model" else str(tmp_path / "model")
-    for reward in (toy.reward_model(), value_model, toy.share_of_red):
-        if reward is value_model and source == "policy":
-            continue
+    for reward in (toy.reward_model(), toy.reward_model(5), toy.share_of_red):
+        is_source = (
+            source == "reward model" and _is_model(reward) and torch.equal(reward.score.weight, model.score.weight)
+        )
         critic = trainer(tmp_path, [reward], {"reward_weights": [3.0]}, value_model=value_model).value_model
         assert critic is not model
         assert torch.equal(critic.model.norm.weight, model.model.norm.weight)
-        expected = 3 * reward_of(model) if reward is value_model else 0.0
+        expected = 3 * reward_of(model) if is_source else 0.0
         assert estimate_at_the_end(critic) == pytest.approx(expected, abs=1e-6)
 
 
@@ -178,8 +179,7 @@ def test_the_heads_of_other_architectures_are_found(tmp_path: Path) -> None:
     config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(config)
     reward_model.save_pretrained(tmp_path / "reward")
-    path = str(tmp_path / "reward")
-    ppo = trainer(tmp_path, [path], model=policy, value_model=path)
+    ppo = trainer(tmp_path, [reward_model], model=policy, value_model=str(tmp_path / "reward"))
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(reward_of(reward_model), abs=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_an_adapter_is_merged_into_the_copy(tmp_path: Path, given: str) -> None:
         assert reward_of(ppo.reward_funcs[0].model) == pytest.approx(expected, abs=1e-5)
     else:
         judge = AutoModelForSequenceClassification.from_pretrained(adapter, num_labels=1)
-        ppo = trainer(tmp_path, [judge], value_model=judge)
+        ppo = trainer(tmp_path, [judge], value_model=adapter)
     assert estimate_at_the_end(ppo.value_model) == pytest.approx(expected, abs=1e-5)
     assert not any("lora" in name for name, _ in ppo.value_model.named_parameters())
     ppo.train()
@@ -264,3 +264,8 @@ def test_an_8_bit_optimizer_keeps_the_moments_of_the_critics_embeddings_in_32(
     ppo.create_optimizer_and_scheduler(1)
     assert isinstance(ppo.critic.optimizer, AdamW)
     assert (ppo.value_model.model.embed_tokens, "weight", {"optim_bits": 32}) in registered
+
+
+def test_a_given_copy_of_the_reward_model_is_known_in_another_dtype(tmp_path: Path) -> None:
+    critic = trainer(tmp_path, [toy.reward_model().bfloat16()], value_model=toy.reward_model()).value_model
+    assert estimate_at_the_end(critic) == pytest.approx(reward_of(toy.reward_model()), abs=1e-6) != 0.0
