@@ -66,6 +66,7 @@ ORDINARY = {
     "tree": ("class Tree:\n    def __init__(self):\n        self.keys = set()\n    def add(self, k):\n        self.keys.add(k)\n    def __contains__(self, k):\n        return k in self.keys\n    def find(self, k):\n        return self if k in self.keys else None\n    def startswith(self, k):\n        return any(key.startswith(k) for key in self.keys)", "t = Tree()\nt.add('ab')\nassert 'ab' in t and 'b' not in t and t.find('ab') and not t.find('b') and t.startswith('a')", "return k in self.keys", "return True"),
     "functions of the test": ("def f(g, xs):\n    return [g(x) for x in xs]", "assert f(str, [1]) == ['1'] and f(len, ['ab']) == [2] and f(lambda x: -x, (y for y in [1])) == [-1]", "g(x)", "x"),
     "a callback that raises": ("def f(g):\n    for _ in range(3):\n        try:\n            return g()\n        except ValueError:\n            pass", "calls = []\ndef g():\n    calls.append(1)\n    if len(calls) < 3:\n        raise ValueError\n    return 'ok'\nassert f(g) == 'ok'", "range(3)", "range(2)"),
+    "an object of the test": ("def f(node):\n    last = None\n    while node:\n        node.next, last, node = last, node, node.next\n    return last", "class Node:\n    def __init__(self, v, next=None):\n        self.v, self.next = v, next\nn, seen = f(Node(1, Node(2))), []\nwhile n:\n    seen.append(n.v)\n    n = n.next\nassert seen == [2, 1]", "return last", "return node"),
     "inheritance": ("class Animal:\n    pass\nclass Dog(Animal):\n    pass\ndef f():\n    return Dog()", "assert isinstance(f(), Animal) and type(f()) is Dog and issubclass(Dog, Animal) and not isinstance(1, Dog)", "Dog(Animal)", "Dog"),
     "enum": ("from enum import Enum, IntEnum\nclass Color(Enum):\n    RED = 1\n    BLUE = 2\nclass Level(IntEnum):\n    HIGH = 3\ndef f(x):\n    return Color(x)", "assert f(1) is Color.RED and f(2) == Color['BLUE'] and [c.name for c in Color] == ['RED', 'BLUE'] and Level.HIGH == 3 and Level.HIGH.name == 'HIGH'", "Color(x)", "x"),
     "named tuple": ("from typing import NamedTuple\nclass P(NamedTuple):\n    x: int\n    y: int\n    def __add__(self, o):\n        return P(self.x + o.x, self.y + o.y)", "x, y = P(1, 2) + P(3, 4)\nassert (x, y) == (4, 6) and P(1, 2).y == 2 and P(1, 2) == (1, 2)", "self.y + o.y", "self.y"),
@@ -116,6 +117,37 @@ def test_ordinary_programs_pass_and_their_mistakes_do_not() -> None:
 def test_code_cannot_change_what_its_result_is_compared_with(test: str) -> None:
     code = "def f(x):\n    if isinstance(x, list):\n        x[:] = [0]\n    else:\n        x.want = 0\n    return 0"
     assert not run_code(code, test).passed
+
+
+NODE = (
+    "class Node:\n    def __init__(self, v, next=None):\n        self.v, self.next = v, next\n"
+    "    def double(self):\n        return 2 * self.v\nn = Node(2, Node(3))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "test"),
+    [
+        ("n.v = 4\n    return 4", "assert f(n) == n.v"),
+        ("n.v = 4\n    return 4", "f(n)\nassert n.v == 4"),
+        ("n._ask('__setattr__', 'v', 4)\n    return 4", "f(n)\nassert n.v == 4"),
+        ("n.double = n\n    return 4", "assert f(n) == 4"),
+        ("n.other = n\n    return 4", "assert f(n) == 4"),
+        ("n.next = n\n    return 2", "assert f(n) == n.next.v"),
+        ("n.next = n\n    return 2", "assert f(n) - n.next.v == 0"),
+        ("return n._ask('get', '__class__')", "assert f(n) is Node"),
+        ("return n.double.__globals__['n']", "assert f(n) is n"),
+    ],
+)
+def test_code_cannot_change_the_objects_of_the_test_at_will(body: str, test: str) -> None:
+    assert not run_code(f"def f(n):\n    {body}", NODE + test).passed
+
+
+def test_code_uses_the_objects_of_the_test() -> None:
+    code = (
+        "def f(n):\n    return n.double() + n.next.v if n == n and n != n.next else 0\ndef g(n):\n    return {n: n.v}"
+    )
+    assert run_code(code, NODE + "assert f(n) == 7 and g(n) == {n: 2}").passed
 
 
 # Every one of these must fail `TEST` (or the test given), however the code goes about it.

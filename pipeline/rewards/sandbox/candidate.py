@@ -9,9 +9,10 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable
-from types import ModuleType
+from functools import partial, partialmethod
+from types import ModuleType, SimpleNamespace
 
-from pipeline.rewards.sandbox.messages import BASES, CONTAINERS, TYPE_CHECKING, Peer, base_of
+from pipeline.rewards.sandbox.messages import BASES, COMPARISONS, CONTAINERS, TYPE_CHECKING, Peer, base_of
 
 if TYPE_CHECKING:
     from typing import Any
@@ -40,6 +41,21 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 """Operations that the test may do with an object; `operator` and the object's class provide the others."""
 
 
+class Guest(SimpleNamespace):
+    """An object of the test, which stays in the test's process; the examiner decides what the code may do with it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._ask("get", name)
+
+
+for _name in ("__setattr__", *COMPARISONS):
+    setattr(Guest, _name, partialmethod(lambda self, *request: self._ask(*request), _name))
+
+
 class Candidate(Peer):
     """Runs the code and answers the examiner's requests. The code can change anything in this process."""
 
@@ -48,7 +64,7 @@ class Candidate(Peer):
         # Objects that the examiner knows by number are kept alive, so that their ids stay unique.
         self.kept: list[Any] = []
         self.numbers: dict[int, int] = {}
-        # Stand-ins for the test's functions and iterators, by the examiner's numbers.
+        # Stand-ins for the test's functions, iterators and objects, by the examiner's numbers.
         self.functions: dict[int, Any] = {}
         self.module = ModuleType("answer")
 
@@ -116,12 +132,12 @@ class Candidate(Peer):
         return {"kept": [self.numbers[id(value)], base and base.__name__]}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
-        """Return a kept object, or a stand-in for a function or iterator of the test."""
+        """Return a kept object, or a stand-in for a function, an iterator or an object of the test."""
         if kind == "kept":
             return self.kept[content]
 
-        def call(*args: object, **named: object) -> object:
-            self.send({"call": content, "args": self.encode(args), "named": self.encode(named)})
+        def ask(how: str, /, *args: object, **named: object) -> object:
+            self.send({"call": content, "how": how, "args": self.encode(args), "named": self.encode(named)})
             # The function may use what the code has defined.
             while "operation" in (reply := self.receive()):
                 self.answer(reply)
@@ -129,5 +145,7 @@ class Candidate(Peer):
                 raise self.find_exception(reply["error"])(*self.decode(reply["args"]))
             return self.decode(reply["value"])
 
+        call = partial(ask, "call")
         # `iter` ends with the StopIteration that the call raises.
-        return self.functions.setdefault(content, iter(call, object()) if kind == "iterator" else call)
+        made = Guest(_ask=ask) if kind == "object" else iter(call, object()) if kind == "iterator" else call
+        return self.functions.setdefault(content, made)

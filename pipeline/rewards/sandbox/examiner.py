@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import operator
 import re
 import sys
 
-from pipeline.rewards.sandbox.messages import BASES, CHANGEABLE, TYPE_CHECKING, Gone, Peer, base_of
+from pipeline.rewards.sandbox.messages import BASES, CHANGEABLE, COMPARISONS, TYPE_CHECKING, Gone, Peer, base_of
 from pipeline.rewards.sandbox.remote import CLASS, PLAIN_NAMES, USED, Remote
 
 if TYPE_CHECKING:
     from typing import Any
 
 
-def compares_with_literals(test: str) -> bool:
-    """Return whether a test compares single values with literals: `k = f(xs)`, `assert k == 2 and xs[:k] == [1, 2]`."""
+def compares_with_literals(test: str, among_others: bool = False) -> bool:
+    """Return whether a test compares single values with literals: `k = f(xs)`, `assert k == 2 and xs[:k] == [1, 2]`.
+
+    It does little else; with `among_others`, it may do anything else.
+    """
     # Few tests need this import, which takes long.
     import ast
 
@@ -24,8 +28,9 @@ def compares_with_literals(test: str) -> bool:
 
     def fits(node: ast.AST) -> bool:
         match node:
-            case ast.Compare(ops=[ast.Eq()], comparators=[literal]):
-                return not any(isinstance(part, ast.Name) for part in ast.walk(literal))
+            case ast.Compare(left, [ast.Eq() | ast.Is() | ast.IsNot()], [literal]):
+                sums = (isinstance(part, ast.BinOp) for part in ast.walk(left))
+                return not any(sums) and not any(isinstance(part, ast.Name) for part in ast.walk(literal))
             # A function or a class, and one variable.
             case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Call())):
                 return sum(isinstance(part, ast.Name) for part in ast.walk(node)) <= 2
@@ -35,7 +40,7 @@ def compares_with_literals(test: str) -> bool:
                 return True
         return isinstance(node, tuple(plain))
 
-    return all(map(fits, ast.walk(ast.parse(test))))
+    return all(fits(node) for node in ast.walk(ast.parse(test)) if not among_others or isinstance(node, ast.Compare))
 
 
 class Type(type):
@@ -58,7 +63,7 @@ class Examiner(Peer):
         }
         self.status, self.test = "failed", ""
         self.attributes: list[str] = []
-        # The test's functions and iterators that the candidate knows by number, and the assertions that failed in them.
+        # What the candidate knows of the test by number, and the assertions that failed in its functions.
         self.functions: list[Any] = []
         self.failures: list[AssertionError] = []
         # Stand-ins for objects of the candidate, by its numbers.
@@ -120,9 +125,7 @@ class Examiner(Peer):
         while "call" in (reply := self.receive()):
             try:
                 args, named = self.decode(reply["args"]), self.decode(reply["named"])
-                function = self.functions[reply["call"]]
-                function = function if callable(function) else function.__next__
-                answer = {"value": self.encode(function(*args, **named))}
+                answer = {"value": self.encode(self.use(self.functions[reply["call"]], reply["how"], args, named))}
             # A function of the test may raise anything.
             except Exception as raised:  # noqa: BLE001
                 if isinstance(raised, AssertionError):
@@ -143,15 +146,33 @@ class Examiner(Peer):
             error = RuntimeError(reply["message"])
         raise error
 
+    def use(self, target: Any, how: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Call a function of the test for the code, or do with an object of the test what the code may do with it."""
+        if how == "call":
+            return (target if callable(target) else target.__next__)(*args, **named)
+        if how in COMPARISONS:
+            return getattr(operator, how)(target, *args)
+        name, *value = args
+        # Private names lead to the test's own variables.
+        if type(target).__module__ != "test" or name.startswith("_"):
+            raise AttributeError(name)
+        if how == "get":
+            return getattr(target, name)
+        # The code may link objects anew, but change neither their methods nor what its result is compared with.
+        is_link = name in vars(target) and (value[0] is None or type(value[0]).__module__ == "test")
+        if how != "__setattr__" or not is_link or not compares_with_literals(self.test, among_others=True):
+            raise TypeError(f"the code may not change {name}")
+        return setattr(target, name, *value)
+
     def describe(self, value: Any) -> Any:
-        """Describe a value that is not plain: an object of the code, or a function or iterator of the test."""
+        """Describe a value that is not plain: an object of the code, or a function, iterator or object of the test."""
         if isinstance(value, Remote):
             return {"kept": value.state__.number}
         if base := base_of(type(value)):
             return self.encode(BASES[base](value))
-        if not callable(value) and not hasattr(value, "__next__"):
+        kind = "function" if callable(value) else "iterator" if hasattr(value, "__next__") else "object"
+        if kind == "object" and type(value).__module__ != "test":
             raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
-        kind = "function" if callable(value) else "iterator"
         for number, known in enumerate(self.functions):
             if known is value:
                 return {kind: number}
@@ -159,7 +180,7 @@ class Examiner(Peer):
         return {kind: len(self.functions) - 1}
 
     def resolve(self, kind: str, content: Any, named: bool) -> Any:
-        """Return a function or iterator of the test, or a stand-in for an object of the code."""
+        """Return a function, iterator or object of the test, or a stand-in for an object of the code."""
         if named and kind == "module" and content.partition(".")[0] in sys.stdlib_module_names:
             return importlib.import_module(content)
         if named and kind == "exception":

@@ -9,7 +9,7 @@
 #
 # Before it answers, the code may call a function that the test has passed to it:
 #
-#                                                         <-   {"call": 0, "args": …, "named": …}
+#                                                         <-   {"call": 0, "how": "call", "args": …, "named": …}
 #     {"value": 3}                                        ->
 #
 # Plain values are sent by value, and each process rebuilds them with its own classes, so that no class of the code
@@ -59,6 +59,8 @@ BASES: dict[type, Callable[[Any], Any]] = {
     set: lambda value: set(set.__iter__(value)),
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }
+# What the code may do with an object of the test, apart from its public attributes.
+COMPARISONS = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__")
 
 
 class Gone(BaseException):
