@@ -4,6 +4,7 @@ Trainers are changed by subclasses (`pipeline.training.reliable`). The functions
 creates itself, or passes to wrappers that look up the method by name.
 """
 
+from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from types import MethodType
@@ -19,6 +20,18 @@ def replace_forward(module: Any, forward: Callable[..., Any], *, bind: bool = Fa
     around the model would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is.
     """
     module.forward = MethodType(forward, module) if bind else forward
+
+
+def record_rows(dataset: Any) -> deque[list[int]]:
+    """Record the rows of each batch that is fetched from a data set. A collator does not get their numbers."""
+    fetch, fetched = dataset.__getitems__, deque[list[int]]()
+
+    def fetch_and_record(rows: list[int]) -> Any:
+        fetched.append(list(map(int, rows)))
+        return fetch(rows)
+
+    dataset.__getitems__ = fetch_and_record
+    return fetched
 
 
 def name_body_of_llama4() -> None:

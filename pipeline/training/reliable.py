@@ -11,6 +11,7 @@ before saving. Here, the end of a step with a checkpoint and an evaluation is:
 import logging
 import random
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import MANIFEST, STATE, read_json, replace_folder
+from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training import checkpoint_folders as folders
 from pipeline.training.checkpoint_folders import checkpoint_folder, newest_complete
@@ -68,6 +70,8 @@ class Reliable(Trainer):
         self._evaluation_due = False
         self._resumed_from: Path | None = None
         self._uncounted_tokens = 0
+        # The rows of each batch that was fetched and not yet trained on.
+        self._fetched: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         self.parts.append(RenamedWeights(self))
         # This must run after the callbacks that the trainer was made with.
@@ -264,13 +268,14 @@ class Reliable(Trainer):
 
         transformers would replace such losses in logs by an average (`logging_nan_inf_filter`), and continue.
         """
+        rows = self._fetched.popleft() if self._fetched else "unknown"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
         raise RunStopped(
             f"The loss became {float(loss.detach().float().mean())} in step {self.state.global_step + 1} "
-            f"(process {self.args.process_index}); {self.last_good()}. Nothing was learned from that batch. Lower "
-            "learning_rate or max_grad_norm, or correct the data, and start again with another output_dir."
+            f"(process {self.args.process_index}), on rows {rows}; {self.last_good()}. Nothing was learned from that "
+            "batch. Lower learning_rate or max_grad_norm, or correct the data, and start again with another output_dir."
         )
 
     def get_train_dataloader(self) -> Any:
@@ -317,6 +322,10 @@ class _TrainingBegins(TrainerCallback):
         self.trainer._find_best()
         self.trainer._evaluate_if_missed()
         self.trainer._adopt_present_length()
+        # Worker processes would record the rows in copies of the data set.
+        dataset = self.trainer.callback_handler.train_dataloader.dataset
+        if hasattr(dataset, "__getitems__") and self.trainer.args.dataloader_num_workers == 0:
+            self.trainer._fetched = record_rows(dataset)
 
 
 @contextmanager
