@@ -39,6 +39,10 @@ def validate_rule(row: Mapping[str, Any]) -> str | None:
     return None if isinstance(row.get("test") or "", str) else f"test is {row['test']!r:.60}, not Python code"
 
 
+# An answer is compared with many phrases, and a phrase with many answers.
+_fold = lru_cache(4096)(lambda text: " ".join(text.replace("\u2019", "'").casefold().split()))
+
+
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
     wanted, folded = _fold(phrase), _fold(text)
@@ -46,12 +50,6 @@ def contains(text: str, phrase: str) -> bool:
     if not wanted or wanted not in folded:
         return False
     return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)", folded) is not None
-
-
-# Cached, because an answer is compared with many phrases, and a phrase with many answers.
-@lru_cache(4096)
-def _fold(text: str) -> str:
-    return " ".join(text.replace("\u2019", "'").casefold().split())
 
 
 def extract_code(answer: str) -> str:

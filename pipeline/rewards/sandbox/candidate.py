@@ -18,17 +18,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def _has(target: Any, *names: str) -> bool:
-    """Return whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all."""
-    defined = set().union(*(vars(kind) for kind in type(target).__mro__), getattr(target, "__dict__", ()))
-    return not defined.isdisjoint(names)
-
-
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "get": getattr,
     "set": setattr,
     "call": lambda target, *args, **named: target(*args, **named),
-    "has": _has,
+    # Whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all.
+    "has": lambda target, *names: not (
+        set().union(*map(vars, type(target).__mro__), getattr(target, "__dict__", ())).isdisjoint(names)
+    ),
     "copy": lambda target, how: getattr(importlib.import_module("copy"), how)(target),
     "isinstance": lambda target, instance: isinstance(instance, target),
     "issubclass": lambda target, kind: issubclass(kind, target),

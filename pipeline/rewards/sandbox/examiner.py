@@ -31,6 +31,9 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
             case ast.Compare(left, [ast.Eq() | ast.Is() | ast.IsNot()], [literal]):
                 sums = (isinstance(part, ast.BinOp) for part in ast.walk(left))
                 return not any(sums) and not any(isinstance(part, ast.Name) for part in ast.walk(literal))
+            # What a function relates, such as `isclose(f(n), n.next)`, is not a comparison.
+            case ast.Assert(test) if among_others:
+                return isinstance(test, ast.Compare)
             # A function or a class, and one variable.
             case ast.Call(func=ast.Name() | ast.Attribute(value=ast.Call())):
                 return sum(isinstance(part, ast.Name) for part in ast.walk(node)) <= 2
@@ -40,7 +43,8 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
                 return True
         return isinstance(node, tuple(plain))
 
-    return all(fits(node) for node in ast.walk(ast.parse(test)) if not among_others or isinstance(node, ast.Compare))
+    looked_at = (ast.Compare, ast.Assert) if among_others else ast.AST
+    return all(fits(node) for node in ast.walk(ast.parse(test)) if isinstance(node, looked_at))
 
 
 class Type(type):
