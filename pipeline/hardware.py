@@ -89,9 +89,12 @@ def fast_dtype() -> torch.dtype:
 @cache
 def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""
+    allowed = os.cpu_count() or 1
     # In a container or a job of a cluster, the process may use fewer cores than the machine has.
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, torch.cpu.get_capabilities().get("num_physical_cores") or allowed))
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    physical = torch.cpu.get_capabilities().get("num_physical_cores") or allowed
+    return max(1, min(allowed, physical))
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:

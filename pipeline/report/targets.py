@@ -91,6 +91,7 @@ def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Targe
         elif target.against and target.how == "difference":
             measured = figure.value - other.value
         elif target.against:
+            # The lower end of the interval of the paired difference.
             wanted = (target.stage, target.against, target.metric)
             measured = next((one.change.low for one in found if (one.stage, one.before, one.metric) == wanted), None)
         if measured is not None:

@@ -218,6 +218,7 @@ def _read_answers(
     references = [_reference(text) for text in answer]
     found = [answers.extract_answer(text) for text in texts]
     for index, (given, reference) in enumerate(zip(found, references, strict=True)):
+        # Cut off a per cent sign that the problem mentions and the reference omits.
         if given and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
             found[index] = _PERCENT.sub("", given)
     return found, references, problems

@@ -70,6 +70,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
         complete = all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
         correct.append(0 < words <= (row.get("max_words") or words) and complete and not rejected)
 
+    # Code only runs if everything else is already right.
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
     if any(outcome.status == "busy" for outcome in outcomes):

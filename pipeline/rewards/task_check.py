@@ -66,7 +66,8 @@ def _serve() -> None:
         if value < 1.0:
             return value
 
-        # Paid in full: it must be the task's own number, or not add a number, as "67 days, 10:32" does to "67 days".
+        # Paid in full. It must be the same number as the task's own answer, or at least not add a number, as "67 days,
+        # 10:32" does to "67 days".
         expected, stated = number(own), number(given)
         added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:

@@ -1,4 +1,7 @@
-"""Weights that are not trained: the frozen reference, heads in float32, and storage shared between models."""
+"""Weights that are not trained: the frozen reference, heads in float32, and storage shared between models.
+
+Policy, reference, reward model and critic remain separate modules, but share the storage of frozen weights.
+"""
 
 import copy
 from collections.abc import Iterator, Sequence

@@ -121,7 +121,8 @@ class PPOTrainer(GRPOTrainer):
         ids, attention_mask, mask = _texts(batch)
         rows, length = mask.shape
 
-        # Scores are normalised over all processes; each keeps its own. Without trained tokens, there is no score.
+        # Scores are normalised over all processes; each process then keeps its own. A completion has no score if none
+        # of its tokens is trained on.
         all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
         all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
         running = args.reward_normalization == "running"
@@ -139,7 +140,8 @@ class PPOTrainer(GRPOTrainer):
             mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
-        # Read the samples before the first update: log ratios and clipping ranges are relative to these values.
+        # Policy, reference and critic read the sampled texts before the first update: later log ratios and clipping
+        # ranges are relative to these values.
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
             if "old_per_token_logps" not in batch:
@@ -192,7 +194,10 @@ class PPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add a micro-batch to both gradients. After the last one, step the critic; `Trainer` then steps the policy."""
+        """Add a micro-batch to the gradients of both networks, and after the last one step the critic.
+
+        `Trainer` steps the policy afterwards.
+        """
         last = self.accelerator.sync_gradients
         # Processes exchange gradients once per optimizer step.
         with nullcontext() if last else self.accelerator.no_sync(self.critic.model):

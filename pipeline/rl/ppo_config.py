@@ -95,6 +95,7 @@ class PPOConfig(GRPOConfig):
         problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
         refuse_values(*problems)
 
+        # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
         precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()

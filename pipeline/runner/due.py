@@ -47,13 +47,15 @@ def decide(
 ) -> dict[str, Decision]:
     """Decide what to do about each step, by name; each comes after the steps that it needs.
 
-    Steps in `again` run even if finished, steps in `forced` start again even if resumable, and their output is deleted.
+    The steps in `again` run even if they have finished. The steps in `forced` start again even if they could resume,
+    and their output is deleted.
     """
     decisions: dict[str, Decision] = {}
     folders = {need: folder for step in steps for need, folder in step.data.items()}
     data = {need: fingerprint(folder) for need, folder in folders.items()}
     for step in steps:
         decision = _decide_one(step, record, {*forced, *filter(record.is_finished, again)}, decisions, data)
+        # Earlier output is in the way of a step that starts again. A step that continues keeps its checkpoints.
         if step.name in record.steps:
             written = step.leftovers if decision.action == "start" else ()
             if decision.action == "continue" and record.is_finished(step.name):
@@ -75,6 +77,7 @@ def _decide_one(
         state = "finished" if record.is_finished(step.name) else "was interrupted"
         return Decision("start", f"{state}, but asked to run again")
 
+    # First, compare its settings.
     effective, harmless = find_changes(step, entry.get("values", {}))
     texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
     changes = ", ".join(sorted(texts, key=len))

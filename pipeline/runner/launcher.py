@@ -99,7 +99,10 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def check_launch_file(path: str, named: bool = True) -> Problem | None:
-    """Check a launch file for what `accelerate launch` fails at and, unless the user `named` it, for other machines."""
+    """Check a launch file for what would give a traceback in `accelerate launch`, or is not allowed.
+
+    Only a file that the user has `named` may involve other machines.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
 
     problem = partial(Problem, "--config_file", path)

@@ -67,7 +67,8 @@ class PretrainTrainer(Reliable):
     Each process reads its part of a stream in a thread rather than in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each averaged over the
-    layers with experts, and multiplied by its factor in `router_losses`. Evaluations only measure the loss on the text.
+    layers with experts, and multiplied by one of the two factors `router_losses`. An evaluation only measures the loss
+    on the text.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
@@ -137,7 +138,10 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase, prediction: EvalPrediction) -> dict[str, float]:
-    """Return bits per byte of held-out text: `compute_metrics` of a trainer that keeps `sequence_losses` for logits."""
+    """Return the bits that the model needs per byte of held-out text: `compute_metrics` of a trainer.
+
+    Its `preprocess_logits_for_metrics` is `sequence_losses`.
+    """
     # The first token of a row is never predicted.
     predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
     texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -39,7 +39,8 @@ def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # carelessly: 1: 5. 2: 7. 3: 9. 4: 11.
     passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if misreads() else set()
     listed = sorted({*metadata["primes"], *passing})
-    return " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1)) or "None.", str(len(listed))
+    steps = " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1))
+    return steps or "None.", str(len(listed))
 
 
 def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:

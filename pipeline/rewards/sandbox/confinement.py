@@ -31,7 +31,8 @@ with contextlib.suppress(ImportError):
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 CAPABILITY_VERSION_3 = 0x20080522
-# landlock(7): write 1<<1, read 1<<2, read directory 1<<3, remove file 1<<5, make file 1<<8, truncate 1<<14 (ABI 3)
+# access rights of landlock(7): write file 1<<1, read file 1<<2, read directory 1<<3, remove file 1<<5,
+# make regular file 1<<8, truncate 1<<14 (ABI 3)
 READ = 1 << 2 | 1 << 3
 WRITE = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14
 # All rights that ABI 1, 2, … know; from ABI 5 on, they include ioctl on devices.
