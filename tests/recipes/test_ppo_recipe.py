@@ -138,6 +138,8 @@ def test_a_reward_model_is_loaded_with_its_own_options(
         policy = starting_model(model_args, training_args)
         trainers.append(PPOTrainer(policy, rewards, training_args, train, processing_class=tokenizer))
 
+    # A machine without bfloat16 would refuse it. Nothing is computed here.
+    monkeypatch.setattr("pipeline.hardware.supports", lambda precision: True)
     policy = ["--model_revision", "v2", "--attn_implementation", "eager", "--dtype", "bfloat16"]
     entry.run(main, [*options, *policy, "--reward_model_path", "bob/reward", "--reward_weights", "1", "0.5"])
     (ppo,) = trainers
