@@ -21,6 +21,7 @@ from trl import ModelConfig, RewardConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.training.entry import run
 from pipeline.training.optimizer import OptimizerArguments
+from pipeline.training.token_loss import TokenLossArguments
 
 
 def main(
@@ -28,6 +29,7 @@ def main(
     training_args: RewardConfig,
     model_args: ModelConfig,
     optimizer_args: OptimizerArguments,
+    loss_args: TokenLossArguments,
 ) -> None:
     from trl import get_peft_config
 
@@ -52,7 +54,10 @@ def main(
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(training_args, optimizer_args),
         callbacks=run_callbacks(training_args),
     )
-    group_by_length(trainer.model)
+    trainer.token_loss_coef = loss_args.token_loss_coef
+    # The loss at every token needs the scores of a batch in one piece.
+    if not trainer.token_loss_coef:
+        group_by_length(trainer.model)
     choose_attention(trainer.model, model_args.attn_implementation)
     train_and_save(trainer)
 

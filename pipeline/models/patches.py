@@ -13,24 +13,21 @@ from typing import Any
 from transformers import Llama4ForCausalLM, PreTrainedTokenizerBase
 
 
-def replace_forward(module: Any, forward: Callable[..., Any], *, bind: bool = False) -> None:
-    """Make a model or a layer compute with another function. With `bind`, it is a method, in a copy of the copy.
+def replace_method(owner: Any, name: str, function: Callable[..., Any], *, bind: bool = False) -> None:
+    """Make a model, a layer or a class compute with another function. With `bind`, it is a method, in a copy of it.
 
-    A subclass would need the weights to be loaded again, a hook cannot keep the original from running, and a wrapper
-    around the model would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is.
+    A subclass of a model would need the weights to be loaded again, a hook cannot keep the original from running, and a
+    wrapper would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is. The class
+    that names pre-tokenizers for llama.cpp is chosen by its converter.
     """
-    module.forward = MethodType(forward, module) if bind else forward
+    setattr(owner, name, MethodType(function, owner) if bind else function)
 
 
 def record_rows(dataset: Any) -> deque[list[int]]:
     """Record the rows of each batch that is fetched from a data set. A collator does not get their numbers."""
     fetch, fetched = dataset.__getitems__, deque[list[int]]()
-
-    def fetch_and_record(rows: list[int]) -> Any:
-        fetched.append(list(map(int, rows)))
-        return fetch(rows)
-
-    dataset.__getitems__ = fetch_and_record
+    record: Callable[[list[int]], object] = fetched.append
+    dataset.__getitems__ = lambda rows: (record(list(map(int, rows))), fetch(rows))[1]
     return fetched
 
 
@@ -56,11 +53,3 @@ def refuse_deep_json() -> None:
 
     if not hasattr(parse, "__wrapped__"):
         PreTrainedTokenizerBase.parse_response = parse_response
-
-
-def name_pre_tokenizers(text_model: Any, name: Callable[..., str]) -> None:
-    """Let a function name the pre-tokenizers in files that llama.cpp's converter writes.
-
-    The converter itself creates the object that it asks for the name. `name` takes that object and a tokenizer.
-    """
-    text_model.get_vocab_base_pre = name

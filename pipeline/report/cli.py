@@ -37,7 +37,6 @@ def main(args: argparse.Namespace) -> int:
     paths = paths or [run for path in named for run in find_seeds(path)]
     several = paths != named or len(paths) > 1
     directories = [path / "report" for path in paths]
-    # Each run gets its own report, and several runs one more, next to the folder of their seeds.
     if several:
         directories.append(named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds")
     if args.output_dir:

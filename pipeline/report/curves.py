@@ -1,7 +1,4 @@
-"""What each stage logged in training, and the layout of its charts.
-
-Templates draw them as inline SVG, whose colours come from the page's style sheet.
-"""
+"""What each stage logged in training, and the layout of its charts, which templates draw as inline SVG."""
 
 import math
 import re
@@ -52,7 +49,6 @@ def charts_of(run: Run) -> list[Chart]:
     for stage in run.stages.values():
         for chart, x in _logged_charts(stage):
             lines = [Series(name, logged(stage, key, x), dots=x != "step") for name, key in chart.lines]
-            # A line needs two points, and a chart a line.
             if drawn := tuple(line for line in lines if len(line.points) > 1):
                 title = chart.title if x == "step" else f"{chart.title} against KL"
                 label = "training steps" if x == "step" else "KL, nats per answer"
@@ -155,7 +151,6 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 def layout(chart: Chart) -> dict[str, Any]:
     """Return the layout for chart.html.jinja, and the series themselves, for readers who cannot see the drawing."""
-    # The axis of steps and of the KL starts at 0.
     left, right = _range([0.0, *(x for line in chart.series for x, _ in line.points)])
     x_at, x_ticks = _axis(left, right, LEFT, WIDTH - RIGHT)
     low, high = _range([y for line in chart.series for _, y in line.points])
@@ -174,7 +169,6 @@ def layout(chart: Chart) -> dict[str, Any]:
         drawn, means = ([(x_at(x), y_at(y)) for x, y in points] for points in (line.points, course))
         css = f"s{index % 6}"
         raw, drawn_course = (Markup("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)) for points in (drawn, means))
-        # If there are few points, all are marked; otherwise only the last one.
         shown = {"css": css, "dots": line.dots, "points": drawn, "marked": means if len(means) <= 12 else means[-1:]}
         lines.append(shown | {"course": drawn_course, "raw": raw if size > 1 else ""})
         if not line.dots:

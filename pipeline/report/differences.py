@@ -114,8 +114,7 @@ def check_rows(pairs: Pairs) -> list[Problem]:
         shared = [name for name in ours if name in theirs]
         unequal = []
         for stage, metric in shared:
-            # Rows are compared by their content, so the same data in another file are the same rows. Each run has its
-            # own reward models and pairs.
+            # Rows are compared by their content, whatever the file. Each run has its own reward models and pairs.
             rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
             if stage_info(stage).generates and rows != other_rows:
                 unequal.append(f"{metric} of {stage}")

@@ -184,7 +184,6 @@ def load_run(path: Path) -> Run:
     for name, rate in win_rates(path, run.against, run.notes).items():
         if name in run.stages:
             run.stages[name].metrics["win_rate_people"] = rate
-    # Named evaluations are in folders of these names.
     for file in sorted(path.glob("evaluations/*/*.json"), key=lambda file: (file.parent.name, *stage_order(file.stem))):
         run.others.setdefault(file.parent.name, {})[file.stem] = StageResult.read(file, run.notes).metrics
     return run

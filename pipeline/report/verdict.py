@@ -1,7 +1,4 @@
-"""The verdict on a run: what did not work, according to its figures, and what to do about it.
-
-Figures that were not recorded are ignored, and a miniature (`run --smoke`) is not judged at all.
-"""
+"""The verdict on a run: what did not work, according to its figures, and what to do about it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,8 +125,7 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 
 def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
-    # If 19 of 20 groups have equal rewards, little is learned. For PPO, the rewards of a batch count as equal below a
-    # standard deviation of 0.001.
+    # If 19 of 20 groups have equal rewards, little is learned. PPO's count as equal if they deviate by less than 0.001.
     useless, rewards, spread = (
         [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
     )

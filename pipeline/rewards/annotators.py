@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from pipeline.rewards.grading import grade
 
-# Remarks are recognised anywhere in an answer, as whole words in any case and punctuation. They are written here as
-# `_flat` returns them.
+# Remarks are recognised as whole words anywhere in an answer, in any case, and written here as `_flat` returns them.
 KIND_REMARKS = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
@@ -136,8 +135,7 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
     """Judge which of two answers to each prompt is better: 1 if the one in `answers` wins, 0 for a loss, 0.5 for a tie.
 
-    The judge is the panel's noise-free mean taste; scores that differ by less than `INDIFFERENCE` are a tie. `rows` are
-    as in `taste`.
+    The judge is the panel's noise-free mean taste; scores within `INDIFFERENCE` are a tie. `rows` are as in `taste`.
     """
     outcomes = []
     for answer, opponent, row in zip(answers, opponents, rows, strict=True):

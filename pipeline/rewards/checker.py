@@ -12,8 +12,7 @@ and killed when it takes too much CPU time, so that the verdict does not depend 
 #         ["\\sqrt{8}", "2\\sqrt{2}", false] -> serve(judge): start the timer, judge, stop the timer
 #         true                               <-
 #
-# The kernel ends a child whose timer runs out; the end of the connection is then the reply, and the next question
-# starts another child.
+# The kernel ends a child whose timer runs out, which ends the connection. The next question starts another child.
 
 import contextlib
 import json

@@ -30,8 +30,7 @@ MAX_KL = 1.0
 # Share of the way from the lowest mean reward to the highest single one. If rewards check right and wrong, a mean above
 # it is success, and equal rewards and low entropy are fine. Scores of a reward model have no ceiling.
 MASTERY = 0.9
-# Number of consecutive bad log entries, and of completions that they cover, for an alarm: small batches are often all
-# right or all wrong.
+# Consecutive bad log entries, and completions in them, for an alarm: small batches are often all right or all wrong.
 MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
@@ -97,7 +96,6 @@ class CollapseAlarms(TrainerCallback):
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
-        # A mean reward that is nearly as high as the highest single one is success, not collapse.
         way = self._highest - self._lowest
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
         # The figure for each alarm in the entry, and whether it is bad.

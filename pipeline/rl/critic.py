@@ -106,10 +106,7 @@ class CriticOptimizer:
 
 
 def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
-    """Compute a value model's estimates (wrapped or not) before each of the last `length` tokens of each text.
-
-    The arguments are as for `over_passes`. The result is (B, `length`), in float32.
-    """
+    """Compute a critic's estimates before each of the last `length` tokens by `over_passes`: (B, `length`), float32."""
 
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
         return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.before)[:, 0].float(),)

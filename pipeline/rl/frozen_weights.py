@@ -1,7 +1,4 @@
-"""Weights that are not trained: the frozen reference, heads in float32, and storage shared between models.
-
-Policy, reference, reward model and critic remain separate modules, but share the storage of frozen weights.
-"""
+"""Weights that are not trained: the frozen reference, heads in float32, and storage shared between models."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -14,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from pipeline.models.patches import replace_forward
+from pipeline.models.patches import replace_method
 
 # Names of the linear head in transformers' classifiers.
 HEAD_NAMES = ("score", "classifier")
@@ -32,7 +29,7 @@ def compute_in_float32(head: nn.Module) -> None:
     head.__dict__.pop("forward", None)
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
-            replace_forward(layer, _linear_in_float32, bind=True)
+            replace_method(layer, "forward", _linear_in_float32, bind=True)
 
 
 def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""TRL's `GRPOTrainer` with exact resumption, evaluation without side effects, a faster sampler and, on CPUs, cheaper
-log-probabilities."""
+"""TRL's `GRPOTrainer`: exact resumption, evaluation without side effects, faster sampling and log-probabilities."""
 
 import copy
 import math
@@ -113,8 +112,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self.reward_funcs: list[Any] = rewards
         paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
         self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-        # Sharded weights (FSDP, DeepSpeed) are only whole inside TRL's own methods, and prompt learning prepends its
-        # own tokens to the prompt.
+        # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
         # Autocast would cast frozen weights again for each token that is sampled. PPO has `frozen_dtype` for this.
@@ -270,8 +268,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             self._log_averages()
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, values in self._metrics["eval"].items():
-            # A mean over the whole evaluation is already one value, and reward functions that log their own metrics may
-            # skip batches.
+            # A mean over the whole evaluation is one value, and reward functions that log metrics may skip batches.
             rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
             known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
             total = sum(count for _, count in known)
@@ -287,8 +284,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return and keep the rewards of the completions of all processes, (completions, rewards).
 
-        A reward with weight 0 is only measured: a completion that no weighted reward has scored gets no score at all. A
-        reward that fails stops the run.
+        With weight 0, a reward is only measured: alone, it gives no score. A reward that fails stops the run.
         """
         try:
             rewards: Tensor = super()._calculate_rewards(*args, **kwargs)

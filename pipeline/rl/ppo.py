@@ -36,8 +36,7 @@ class PPOTrainer(GRPOTrainer):
     neither its weights nor its optimizer state change.
 
     The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
-    `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from a completion for which every
-    reward function returns None.
+    `missing_eos_penalty` or `mask_truncated_completions` is set. One without any score is not learned from.
 
     Args:
         model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference
@@ -121,8 +120,7 @@ class PPOTrainer(GRPOTrainer):
         ids, attention_mask, mask = _texts(batch)
         rows, length = mask.shape
 
-        # Scores are normalised over all processes; each process then keeps its own. A completion has no score if none
-        # of its tokens is trained on.
+        # Scores are normalised over all processes. A completion has none if none of its tokens is trained on.
         all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
         all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
         running = args.reward_normalization == "running"

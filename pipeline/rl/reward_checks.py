@@ -92,10 +92,7 @@ def check_reward_model(path: str) -> list[Problem]:
 
 
 def check_value_model(path: str, tokenizer: PreTrainedTokenizerBase | None) -> list[Problem]:
-    """Check that a critic, by path or Hub id, has one label, all of its weights, and the policy's vocabulary.
-
-    `tokenizer` is the policy's, or None if it failed to load.
-    """
+    """Check that a critic, by path or Hub id, has one label, all of its weights, and the `tokenizer`'s vocabulary."""
     field = "value_model_path"
     try:
         with loading.user_error_for(field, path):

@@ -70,8 +70,7 @@ def build_value_model(
     # A reward that is only measured says nothing about the score.
     rewards = [reward for reward in rewards if reward[2]]
     if source is None:
-        # The critic has to read whatever the policy samples. Models pad their embeddings differently, and a policy may
-        # sample an unused id.
+        # The critic has to read all that a policy may sample: unused ids, too, and models pad embeddings differently.
         vocabulary, rows = tokenizer.get_vocab(), len(policy.get_input_embeddings().weight)
         judges = ((model, own) for model, own, _ in rewards if isinstance(model, nn.Module) and own is not None)
         readers = (model for model, own in judges if own.get_vocab() == vocabulary)

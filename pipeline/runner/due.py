@@ -47,8 +47,7 @@ def decide(
 ) -> dict[str, Decision]:
     """Decide what to do about each step, by name; each comes after the steps that it needs.
 
-    The steps in `again` run even if they have finished. The steps in `forced` start again even if they could resume,
-    and their output is deleted.
+    Steps in `again` run even if they have finished. The output of those in `forced` is deleted, and they start again.
     """
     decisions: dict[str, Decision] = {}
     folders = {need: folder for step in steps for need, folder in step.data.items()}

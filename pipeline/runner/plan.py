@@ -180,8 +180,7 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     These are `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
     tokens (of a prompt, if answers are sampled), `cut`, the longest text or answer, `frozen` other networks, and
     `size`, the bytes of an activation. `made` has what earlier steps make; this step adds its own, by folder: a model,
-    the size of a vocabulary, or rows; by ("tokens", folder) the length of a row, and by ("template", folder) what the
-    chat template adds to a prompt.
+    the size of a vocabulary, or rows; by ("tokens", folder) a row's length, by ("template", folder) a chat template's.
     """
     from trl import ModelConfig
 

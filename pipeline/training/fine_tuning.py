@@ -5,6 +5,7 @@ from typing import Any
 
 import trl
 from datasets import IterableDataset
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -14,6 +15,7 @@ from pipeline.models.kernels.attention import choose_attention
 from pipeline.models.kernels.output_layer import project_labelled_positions
 from pipeline.models.kernels.packed_rows import PackedRows
 from pipeline.training.reliable import Reliable
+from pipeline.training.token_loss import token_loss
 
 
 class SFTTrainer(Reliable, trl.SFTTrainer):
@@ -32,7 +34,22 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
 
 
 class RewardTrainer(Reliable, trl.RewardTrainer):
-    """TRL's `RewardTrainer`, for pairs of answers."""
+    """TRL's `RewardTrainer`, for pairs of answers, with the loss at every token if its weight is not 0."""
+
+    # The weight of the loss at every token.
+    token_loss_coef = 0.0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Add the loss at every token in training. An evaluation has the loss at the last one, and is comparable."""
+        if not (self.token_loss_coef and model.training):
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        # The head scores all tokens, of which transformers returns the last.
+        seen: list[Tensor] = []
+        with self.model.score.register_forward_hook(lambda head, given, scores: seen.append(scores)):
+            loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        texts = (inputs["input_ids"], inputs["attention_mask"], inputs.get("margin", 0.0))
+        loss = loss + self.token_loss_coef * token_loss(seen[0].squeeze(-1), *texts)
+        return (loss, outputs) if return_outputs else loss
 
 
 class WithReference(Reliable):

@@ -67,8 +67,7 @@ class PretrainTrainer(Reliable):
     Each process reads its part of a stream in a thread rather than in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each averaged over the
-    layers with experts, and multiplied by one of the two factors `router_losses`. An evaluation only measures the loss
-    on the text.
+    layers with experts, and multiplied by a factor of `router_losses`. Evaluations only measure the loss on the text.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:

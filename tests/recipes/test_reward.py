@@ -15,6 +15,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.preferences.judges import score
 from pipeline.training import train as training
 from pipeline.training.optimizer import OptimizerArguments
+from pipeline.training.token_loss import TokenLossArguments, token_loss
 from recipes import reward
 
 TOLERANCE = 1e-6
@@ -41,7 +42,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
     train_and_save = training.train_and_save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_and_save", keep)
-        reward.main(*parse(DataArguments, RewardConfig, ModelConfig, OptimizerArguments, argv=arguments))
+        kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments)
+        reward.main(*parse(*kinds, argv=arguments))
     return trainers[0].model.eval(), folder / "output"
 
 
@@ -97,3 +99,36 @@ def test_pairs_that_are_too_long_are_reported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     logged = re.search(r"(\d+) of (\d+) checked pairs are longer than max_length 30", done.stderr)
     assert logged and 0 < int(logged[1]) < int(logged[2])
+
+
+def test_the_loss_at_every_token_compares_means_from_where_two_answers_differ() -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 1, 2, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    scores = torch.tensor([[9.0, 9.0, 1.0, 2.0, 3.0], [0.0, 0.0, 4.0, 2.0, 99.0]], requires_grad=True)
+    loss = token_loss(scores, ids, mask, margin=0.5)
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(torch.tensor(-(2.0 - 3.0 - 0.5))))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert (gradient != 0).tolist() == [[False, False, True, True, True], [False, False, True, True, False]]
+    # One answer is the beginning of the other.
+    prefix = token_loss(scores, ids[:1].repeat(2, 1), mask)
+    torch.testing.assert_close(prefix, torch.nn.functional.softplus(torch.tensor(-3.0)))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_loss_at_every_token_is_added_in_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: bool
+) -> None:
+    """In full and with LoRA, the loss of one step is the sum of both; that of an evaluation stays comparable."""
+    kinds = (DataArguments, RewardConfig, ModelConfig, OptimizerArguments, TokenLossArguments)
+    trainers: list[Any] = []
+    monkeypatch.setattr(training, "train_and_save", lambda trainer: (trainers.append(trainer), trainer.train()))
+    for weight in ("0", "1", "3"):
+        options = ["--token_loss_coef", weight, "--max_steps", "1", "--logging_steps", "1", "--bf16", "false"]
+        options += ["--use_peft", "--lora_target_modules", "all-linear"] if adapter else []
+        options += ["--learning_rate", "1e-12", "--eval_strategy", "steps", "--eval_steps", "1"]
+        command = recipe_command("reward", tmp_path / weight, *options, "--output_dir", str(tmp_path / f"out{weight}"))
+        reward.main(*parse(*kinds, argv=command[2:]))
+    found = [{key: entry[key] for entry in one.state.log_history for key in entry} for one in trainers]
+    without, once, thrice = (entry["loss"] for entry in found)
+    assert once > without + 1e-3 and thrice - without == pytest.approx(3 * (once - without), rel=1e-3)
+    assert [entry["eval_loss"] for entry in found] == pytest.approx([found[0]["eval_loss"]] * 3, rel=1e-6)

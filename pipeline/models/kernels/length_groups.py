@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.patches import replace_forward
+from pipeline.models.patches import replace_method
 
 TOGETHER = 32
 """Number of texts that are computed together."""
@@ -30,7 +30,7 @@ def group_by_length(model: nn.Module) -> None:
     if next(model.parameters()).device.type == "cpu":
         # Keep the signature of the model, which trainers inspect.
         grouped = functools.update_wrapper(functools.partial(call_by_length, model.forward), model.forward)
-        replace_forward(model, grouped)
+        replace_method(model, "forward", grouped)
 
 
 def call_by_length(classify: Callable[..., Any], *, attention_mask: Tensor, **others: Any) -> Any:

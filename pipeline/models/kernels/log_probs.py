@@ -70,8 +70,7 @@ def token_log_probs(
         entropy_gradient: Whether gradients flow through entropies, if those are requested.
 
     Returns:
-        Log-probabilities, and the entropies of the distributions that the tokens were drawn from, or None; each
-        (B, `length`), in nats.
+        Log-probabilities, and the entropies of the tokens' distributions, or None; each (B, `length`), in nats.
     """
     bare = extract_model_from_parallel(model)
     head = bare.get_output_embeddings()

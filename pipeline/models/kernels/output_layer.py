@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from pipeline import hardware
-from pipeline.models.patches import replace_forward
+from pipeline.models.patches import replace_method
 
 LOGITS = 2**27
 """Number of logits in a batch above which TRL's head is used, which needs less memory."""
@@ -55,4 +55,4 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
         placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
         return FusedCausalLMOutput(**placed, label_mask=mask)
 
-    replace_forward(model, forward_labelled)
+    replace_method(model, "forward", forward_labelled)

@@ -85,8 +85,7 @@ def validate_sandbox() -> str | None:
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB) -> Outcome:
     """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
-    `seconds` count from the moment the code starts, and exclude the time it spends waiting for a core. `RunStopped`
-    says why code cannot be graded here.
+    `seconds` count from the start of the code, without waiting for a core. `RunStopped` says why it cannot be graded.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
@@ -169,7 +168,6 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
             # While they exchange messages, one runs while the other one waits.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
-        # Poll every 50 milliseconds.
         if not ready.poll(50):
             continue
         data = os.read(reader, 1 << 16)

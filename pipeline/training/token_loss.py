@@ -1,0 +1,38 @@
+"""The loss of a reward model at every token of an answer, beside the one at its last token.
+
+A mistake is easiest to see at the token that makes it, and the last token has to find it again. Verifiers that learn to
+judge at every token are also better at the last one (Cobbe et al. 2021, "Training verifiers …", 2110.14168).
+
+    chosen    <user> 3 - 8 = <assistant> 3 - 8 = -5 <end>
+    rejected  <user> 3 - 8 = <assistant> 3 - 8 = 11 <end>
+                                                 ^^^^^^^^ where they differ, and what the loss compares
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.arguments import option
+
+
+@dataclass
+class TokenLossArguments:
+    """The weight of the loss at every token."""
+
+    token_loss_coef: float = option(
+        0.0, "Weight of a loss that compares the mean scores at all tokens of two answers; 0 compares their ends only."
+    )
+
+
+def token_loss(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Return -log sigmoid(mean chosen score - mean rejected score - margin), averaged over pairs.
+
+    All are (2 B, T): the chosen texts, and then the rejected ones, padded on the right. The means are over the tokens
+    from the first one on in which two texts differ.
+    """
+    chosen, rejected = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
+    differs = ((chosen != rejected).cumsum(1) > 0).repeat(2, 1) & attention_mask.bool()
+    means = (scores.float() * differs).sum(1) / differs.sum(1).clamp(min=1)
+    better, worse = means.chunk(2)
+    return -torch.nn.functional.logsigmoid(better - worse - margin).mean()
