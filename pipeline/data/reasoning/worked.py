@@ -14,10 +14,11 @@ Misreads = Callable[[], bool]
 """Draws whether a part that can be misread is misread."""
 Worked = tuple[str, str]
 """The steps, each ending in a full stop, and the answer that they arrive at."""
+OTHER_SIGN = {"+": "-", "-": "+"}
 
 
 def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
-    """Add up from the left. Misread: a minus before the last number is read as a plus."""
+    """Add up from the left. Misread: the last sign is read as the other one."""
     # State the final answer to the following arithmetic problem: 4 + 3 - 2 =
     # carefully:  4+3=7. 7-2=5.
     # carelessly: 4+3=7. 7+2=9.
@@ -25,7 +26,7 @@ def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     value, steps = int(first), []
     changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
     for place, (sign, number) in enumerate(changes, start=1):
-        read = "+" if place == len(changes) and sign == "-" and misreads() else sign
+        read = OTHER_SIGN[sign] if place == len(changes) and misreads() else sign
         after = value + number if read == "+" else value - number
         steps.append(f"{value}{read}{number}={after}.")
         value = after
@@ -57,17 +58,17 @@ def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
 
 def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
-    """Multiply for each animal, then add up. Misread: animals with six legs are counted as having four."""
+    """Multiply for each animal, then add up. Misread: the numbers of the animals, as if in the opposite order."""
     # How many legs are there in total if you have 2 cows, 3 ants?
     # carefully:  cow 2*4=8. ant 3*6=18. 8+18=26.
-    # carelessly: cow 2*4=8. ant 3*4=12. 8+12=20.
+    # carelessly: cow 3*4=12. ant 2*6=12. 12+12=24.
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     steps, products = [], []
-    for animal, count in metadata["animals"].items():
-        legs = 4 if ANIMALS[animal] == 6 and misreads() else ANIMALS[animal]
-        products.append(count * legs)
-        steps.append(f"{animal} {count}*{legs}={products[-1]}.")
+    counts = list(metadata["animals"].values())
+    for animal, count in zip(metadata["animals"], counts[::-1] if misreads() else counts, strict=True):
+        products.append(count * ANIMALS[animal])
+        steps.append(f"{animal} {count}*{ANIMALS[animal]}={products[-1]}.")
     sums = [sum(products[: place + 1]) for place in range(len(products))]
     steps += [f"{before}+{after - before}={after}." for before, after in pairwise(sums)]
     return " ".join(steps), str(sums[-1])
