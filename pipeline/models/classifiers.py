@@ -6,6 +6,7 @@ Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassif
 
 from typing import Any
 
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -23,6 +24,13 @@ TASKS: dict[str, tuple[Any, Any]] = {
     "TokenClassification": (GenericForTokenClassification, AutoModelForTokenClassification),
 }
 """The transformers mixin that adds a linear head to any text model, and the Auto class of existing ones."""
+# Names of the linear head in transformers' classifiers.
+HEAD_NAMES = ("score", "classifier")
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
+    return next(((name, getattr(model, name)) for name in HEAD_NAMES if hasattr(model, name)), ("", nn.Module()))
 
 
 def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrainedModel]:

@@ -14,7 +14,7 @@ from transformers import Llama4ForCausalLM, PreTrainedTokenizerBase
 
 
 def replace_method(owner: Any, name: str, function: Callable[..., Any], *, bind: bool = False) -> None:
-    """Make a model, a layer or a class compute with another function. With `bind`, it is a method, in a copy of it.
+    """Make a model, a layer or a class compute with another function. With `bind`, copies get their own.
 
     A subclass of a model would need the weights to be loaded again, a hook cannot keep the original from running, and a
     wrapper would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is. The class

@@ -66,7 +66,7 @@ def _serve() -> None:
         if value < 1.0:
             return value
 
-        # Paid in full. It must be the task's own number, or at least not add one, as "67 days, 10:32" to "67 days".
+        # Paid in full. It must be the task's own number, or at least add none, as "67 days, 10:32" does to "67 days".
         expected, stated = number(own), number(given)
         added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:

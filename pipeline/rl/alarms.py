@@ -96,6 +96,7 @@ class CollapseAlarms(TrainerCallback):
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
+        # A mean reward that is nearly as high as the highest single one is success, not collapse.
         way = self._highest - self._lowest
         collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
         # The figure for each alarm in the entry, and whether it is bad.

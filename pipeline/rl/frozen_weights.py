@@ -11,15 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from pipeline.models.classifiers import HEAD_NAMES
 from pipeline.models.patches import replace_method
-
-# Names of the linear head in transformers' classifiers.
-HEAD_NAMES = ("score", "classifier")
-
-
-def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
-    return next(((name, getattr(model, name)) for name in HEAD_NAMES if hasattr(model, name)), ("", nn.Module()))
 
 
 def compute_in_float32(head: nn.Module) -> None:

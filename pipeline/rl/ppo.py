@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from pipeline.errors import Problem, UserError
+from pipeline.models.classifiers import find_head
 from pipeline.rl import ppo_math, ppo_metrics
 from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
-from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, find_head, share_frozen_weights
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, share_frozen_weights
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
@@ -36,7 +37,7 @@ class PPOTrainer(GRPOTrainer):
     neither its weights nor its optimizer state change.
 
     The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
-    `missing_eos_penalty` or `mask_truncated_completions` is set. One without any score is not learned from.
+    `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from one without any score.
 
     Args:
         model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference

@@ -59,7 +59,10 @@ def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:
 
 
 def ended(ids: Tensor, mask: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """Return which completions end with an end of turn, not a tool's result, (B,). `mask` is 0 only for padding."""
+    """Return which completions end with an end of turn, shape (B,). One before a tool's result does not count.
+
+    Here, `mask` is 1 for every token that is not padding.
+    """
     return (_is_last(mask) & torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device))).any(dim=1)
 
 

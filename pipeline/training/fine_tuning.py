@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.adapters import MERGED
+from pipeline.models.classifiers import find_head
 from pipeline.models.kernels.attention import choose_attention
 from pipeline.models.kernels.output_layer import project_labelled_positions
 from pipeline.models.kernels.packed_rows import PackedRows
@@ -45,7 +46,7 @@ class RewardTrainer(Reliable, trl.RewardTrainer):
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         # The head scores all tokens, of which transformers returns the last.
         seen: list[Tensor] = []
-        with self.model.score.register_forward_hook(lambda head, given, scores: seen.append(scores)):
+        with find_head(self.model)[1].register_forward_hook(lambda head, given, scores: seen.append(scores)):
             loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
         texts = (inputs["input_ids"], inputs["attention_mask"], inputs.get("margin", 0.0))
         loss = loss + self.token_loss_coef * token_loss(seen[0].squeeze(-1), *texts)
