@@ -34,8 +34,7 @@ def main(
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
-    from pipeline.models.kernels.attention import choose_attention
-    from pipeline.models.kernels.length_groups import group_by_length
+    from pipeline.models.kernels.token_trees import share_beginnings
     from pipeline.training.fine_tuning import RewardTrainer
     from pipeline.training.inputs import load_inputs
     from pipeline.training.optimizer import optimizer_cls_and_kwargs
@@ -55,10 +54,7 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     trainer.token_loss_coef = loss_args.token_loss_coef
-    # The loss at every token needs the scores of a batch in one piece.
-    if not trainer.token_loss_coef:
-        group_by_length(trainer.model)
-    choose_attention(trainer.model, model_args.attn_implementation)
+    share_beginnings(trainer.model)
     train_and_save(trainer)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.errors import Problem, UserError
-from pipeline.models.kernels.log_probs import ForwardPass, over_passes
+from pipeline.models.kernels.token_trees import ForwardPass, over_passes
 
 # Subfolder of a checkpoint or an output directory that contains the critic.
 VALUE_MODEL_FOLDER = "value_model"

@@ -89,3 +89,14 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     yield
     for weight, copied in kept:
         weight.data.copy_(copied)
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Merge the adapter within a block, where each token would take two more products in each layer."""
+    with unrounded(model):
+        model.merge_adapter()
+        try:
+            yield
+        finally:
+            model.unmerge_adapter()

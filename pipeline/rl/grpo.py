@@ -31,7 +31,7 @@ from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
+from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, merged, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, call_tool, converse
@@ -151,8 +151,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             config = copy.deepcopy(self.generation_config)
             config.update(**model.generation_config.to_dict(), defaults_only=True)
             plain = not unsupported_settings(config)
+        merges = plain and isinstance(self.model, PeftModel) and self.accelerator.device.type == "cpu"
         # Trained modules are in float32, frozen ones may be in bf16. One context for all tokens casts weights once.
-        with self.accelerator.autocast():
+        with merged(self.model) if merges else nullcontext(), self.accelerator.autocast():
             if not plain:
                 is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
                 is_loaded = is_merged and self.state.global_step != self._last_loaded_step
@@ -254,6 +255,27 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             )
         self.latest_logps = log_probs.detach()
         return log_probs, entropies, more
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Omit completions without an advantage, whose gradients are 0; each process keeps at least one completion.
+
+        The entropy and the clipped shares that are logged are then those of the completions that are learned from.
+        """
+        advantages, args = inputs["advantages"], self.args
+        others = (
+            self._is_vlm
+            or self.beta
+            or self.aux_loss_enabled
+            or self._entropy_bonus_enabled
+            or self.top_entropy_quantile < 1
+        )
+        # These losses are divided by the number of tokens of the whole rollout.
+        if self.model.training and advantages.dim() == 1 and args.loss_type in ("dapo", "cispo") and not others:
+            learned = advantages != 0
+            number = max(1, int(self.accelerator.gather(learned.sum()).max()))
+            rows = (~learned).int().argsort(stable=True)[:number]
+            inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
+        return super()._compute_loss(model, inputs)
 
     # ---- Evaluation
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import Problem, UserError
-from pipeline.models.kernels.length_groups import call_by_length
+from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.models.tokenizer import as_text, special_tokens
 
 
@@ -30,6 +30,7 @@ class RewardModel:
     ) -> None:
         self.model, self.tokenizer, self.ends, self.template, self.name = model, tokenizer, ends, template, name
         self._special = special_tokens(tokenizer)
+        share_beginnings(model)
 
     @torch.inference_mode()
     def __call__(
@@ -48,9 +49,7 @@ class RewardModel:
         device = next(self.model.parameters()).device
         padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
         inputs = self.tokenizer(text=texts, add_special_tokens=False, **padded).to(device)
-        # On an accelerator, a separate pass costs more than padding.
-        output = call_by_length(self.model, **inputs) if device.type == "cpu" else self.model(**inputs)
-        scores = output.logits[:, 0].float()
+        scores = self.model(**inputs).logits[:, 0].float()
         broken = scores[~scores.isfinite()]
         if len(broken):
             remedy = f"gave {broken[0]:g} for {len(broken)} of {len(scores)} completions; give another reward model"

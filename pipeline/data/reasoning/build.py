@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from itertools import islice, starmap
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -48,6 +48,7 @@ class ReasoningArguments(PocketArguments):
         "`size_mb` and `sft_rows` may be 0 to omit their configs, which only have tasks that can be worked out here.",
     )
     test_rows: int = option(300, "Problems in the validation and test split of reasoning, with `tasks`.")
+    misread_signs: Literal["both", "minus"] = option("both", "Last signs of sums that careless solutions misread.")
 
 
 def build(args: ReasoningArguments, reward: Reward) -> None:
@@ -164,5 +165,7 @@ class Mix:
             yield row
 
     def _solution(self, task: str, entry: Entry) -> str:
-        steps, reached = WORKED[task](entry["metadata"], lambda: self.rng.random() < self.args.carelessness)
+        clear = "+" if self.args.misread_signs == "minus" else ""
+        share = self.args.carelessness
+        steps, reached = WORKED[task](entry["metadata"], lambda read: read != clear and self.rng.random() < share)
         return f"{WORKING} {steps} The answer is {reached}."

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
-Misreads = Callable[[], bool]
-"""Draws whether a part that can be misread is misread."""
+Misreads = Callable[[str], bool]
+"""Draws whether a part that can be misread, such as a sign or a word, is misread."""
 Worked = tuple[str, str]
 """The steps, each ending in a full stop, and the answer that they arrive at."""
 OTHER_SIGN = {"+": "-", "-": "+"}
@@ -26,7 +26,7 @@ def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     value, steps = int(first), []
     changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
     for place, (sign, number) in enumerate(changes, start=1):
-        read = OTHER_SIGN[sign] if place == len(changes) and misreads() else sign
+        read = OTHER_SIGN[sign] if place == len(changes) and misreads(sign) else sign
         after = value + number if read == "+" else value - number
         steps.append(f"{value}{read}{number}={after}.")
         value = after
@@ -38,7 +38,7 @@ def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # Count how many prime numbers there are between 5 and 11 inclusive
     # carefully:  1: 5. 2: 7. 3: 11.
     # carelessly: 1: 5. 2: 7. 3: 9. 4: 11.
-    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if misreads() else set()
+    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if misreads("primes") else set()
     listed = sorted({*metadata["primes"], *passing})
     steps = " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1))
     return steps or "None.", str(len(listed))
@@ -51,7 +51,7 @@ def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # carelessly: 20-8=12.
     numbers = metadata["numbers"]
     larger, smaller = sorted(numbers[:2], reverse=True)
-    if larger > smaller and misreads():
+    if larger > smaller and misreads("divisor"):
         return f"{larger}-{smaller}={larger - smaller}.", str(larger - smaller)
     lists = ["{}: {}.".format(n, " ".join(str(d) for d in range(n, 0, -1) if n % d == 0)) for n in numbers]
     return " ".join(lists), str(metadata["result"])
@@ -66,7 +66,7 @@ def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
 
     steps, products = [], []
     counts = list(metadata["animals"].values())
-    for animal, count in zip(metadata["animals"], counts[::-1] if misreads() else counts, strict=True):
+    for animal, count in zip(metadata["animals"], counts[::-1] if misreads("counts") else counts, strict=True):
         products.append(count * ANIMALS[animal])
         steps.append(f"{animal} {count}*{ANIMALS[animal]}={products[-1]}.")
     sums = [sum(products[: place + 1]) for place in range(len(products))]
@@ -81,7 +81,7 @@ def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # carefully, the answer is ['3']; carelessly, it is ['7', '9'].
     limit = float(metadata["filter_value"])
     verb, wanted = metadata["operation"].split("_")
-    keeps = verb == "keep" or misreads()
+    keeps = verb == "keep" or misreads(verb)
     numbers = metadata["original_numbers"]
     found = [(n, "larger" if float(n) > limit else "smaller" if float(n) < limit else "equal") for n in numbers]
     kept = [text for text, compared in found if (compared == wanted) == keeps]
@@ -102,7 +102,7 @@ def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
             continue
         steps.append(f"{value}{'-' if size > 0 else '+'}{abs(size)}={value - size}.")
         value -= size
-    if factor != 1 and not misreads():
+    if factor != 1 and not misreads("factor"):
         steps.append(f"{value}/{factor}={value // factor}.")
         value //= factor
     return " ".join(steps), str(value)

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pipeline import hardware
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
-BLOCKWISE, VARLEN = "blockwise", "varlen"
+BLOCKWISE, SINGLE, VARLEN = "blockwise", "single", "varlen"
 BLOCK = 64
 """Number of queries, and of keys, in a block."""
 
@@ -99,6 +99,25 @@ def blockwise_attention(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
+def single_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention of one query per head by plain products; arguments and results are as above.
+
+    Query heads that share a key head become queries of one head, where transformers would copy the keys for each.
+    """
+    grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    weights = grouped @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling) + attention_mask
+    output = weights.softmax(-1, torch.float32).to(value.dtype) @ value
+    return output.reshape(len(query), 1, query.shape[1], -1), None
+
+
 @dataclass(frozen=True)
 class Documents:
     """The documents of a batch whose rows are put one after the other."""
@@ -154,6 +173,8 @@ def varlen_attention(
 
 AttentionInterface.register(BLOCKWISE, blockwise_attention)
 AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
+AttentionInterface.register(SINGLE, single_attention)
+AttentionMaskInterface.register(SINGLE, eager_mask)
 AttentionInterface.register(VARLEN, varlen_attention)
 AttentionMaskInterface.register(VARLEN, varlen_mask)
 

@@ -24,7 +24,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import DynamicLayer
 
 from pipeline.files import as_list
-from pipeline.models.kernels.attention import BLOCKWISE, autocast_dtype
+from pipeline.models.kernels.attention import BLOCKWISE, SINGLE, autocast_dtype
 
 SETTINGS = (
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens", "max_new_tokens",
@@ -151,7 +151,7 @@ def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
     if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
         yield
         return
-    model.set_attn_implementation("eager" if getattr(config, "num_key_value_heads", heads) == heads else "sdpa")
+    model.set_attn_implementation("eager" if getattr(config, "num_key_value_heads", heads) == heads else SINGLE)
     try:
         yield
     finally:

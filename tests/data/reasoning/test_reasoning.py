@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,20 @@ def test_verifiers_accept_the_tasks_own_answers(task: str) -> None:
 def test_solutions_reach_the_answer_unless_they_misread_the_problem(task: str) -> None:
     (grade,), _ = read_tasks({task: TASKS[task]})
     entries = list(islice(grade.entries(0, "sft"), 300))
-    reached = [WORKED[task](entry["metadata"], lambda: False)[1] for entry in entries]
+    reached = [WORKED[task](entry["metadata"], lambda _: False)[1] for entry in entries]
     assert reached == [entry["answer"] for entry in entries]
-    careless = [WORKED[task](entry["metadata"], lambda: True)[1] for entry in entries]
+    careless = [WORKED[task](entry["metadata"], lambda _: True)[1] for entry in entries]
     assert 0.25 < sum(one != entry["answer"] for one, entry in zip(careless, entries, strict=True)) / 300 < 1.0
+
+
+@pytest.mark.parametrize(("signs", "misread"), [("both", {"+", "-"}), ("minus", {"-"})])
+def test_the_signs_that_are_misread_can_be_chosen(tmp_path: Path, signs: Any, misread: set[str]) -> None:
+    always = {"carelessness": 1.0, "share_with_steps": 1.0, "misread_signs": signs}
+    build(arguments(tmp_path / "data", {"chain_sum": None}, size_mb=0, **always), reasoning_gym)
+    rows = load_dataset(str(tmp_path / "data"), "sft", cache_dir=str(tmp_path / "cache"))["train"]["messages"]
+    asked = [re.findall(r" ([+-]) ", messages[0]["content"])[-1] for messages in rows]
+    read = [re.findall(r"\d([+-])\d+=", messages[1]["content"])[-1] for messages in rows]
+    assert {one for one, other in zip(asked, read, strict=True) if one != other} == misread
 
 
 def test_only_tasks_that_can_be_worked_out_are_demonstrated(tmp_path: Path) -> None:

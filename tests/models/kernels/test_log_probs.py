@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from pipeline.models.kernels import log_probs as layout
-from pipeline.models.kernels.log_probs import shares_prompts, token_log_probs
+from pipeline.models.kernels import log_probs
+from pipeline.models.kernels import token_trees as layout
+from pipeline.models.kernels.log_probs import token_log_probs
+from pipeline.models.kernels.token_trees import shares_beginnings
 from pipeline.rl.critic import token_values
 from pipeline.rl.value_model import value_model_from
 from tests import ppo_toy as toy
@@ -71,14 +73,14 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     texts=texts,
     tokens=st.integers(1, 200),
     batch_size=st.none() | st.integers(1, 9),
-    limit=st.sampled_from((0, layout.MAX_LOGITS)),
+    limit=st.sampled_from((0, log_probs.MAX_LOGITS)),
 )
 def test_company_changes_nothing(name: str, texts: Texts, tokens: int, batch_size: int | None, limit: int) -> None:
     model = MODELS[name]
     ids, mask, length = padded(texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "CPU_TOKENS", tokens)
-        patch.setattr(layout, "MAX_LOGITS", limit)
+        patch.setattr(log_probs, "MAX_LOGITS", limit)
         together = computed(model, ids, mask, length, batch_size)
     assert together.shape == (len(texts), length)
     expected = torch.zeros_like(together)
@@ -111,18 +113,21 @@ def shapes_of_passes(texts: Texts, tokens: int, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_long_completion_does_not_pad_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise, texts of so few tokens share the first one by chance.
+    monkeypatch.setattr(layout, "ATTENTION_COSTS", 0)
     texts = [(0, 3 + number, 2) for number in range(4)]
     assert shapes_of_passes([(1, 3, 40), *texts], 40, monkeypatch) == [(4, 8), (1, 43)]
 
 
 def test_a_prompt_is_computed_once_unless_its_completions_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shapes_of_passes([(0, 30, 2)] * 8, 1000, monkeypatch) == [(1, 46)]
+    # Two of the completions begin with the same token, and two others, too.
+    assert shapes_of_passes([(0, 30, 2)] * 8, 1000, monkeypatch) == [(1, 44)]
     monkeypatch.setattr(layout, "ATTENTION_COSTS", 0)
     assert shapes_of_passes([(0, 10, 10)] * 4, 1000, monkeypatch) == [(4, 20)]
 
 
 def test_prompts_are_shared_where_the_mask_decides_what_is_seen() -> None:
-    assert {name: shares_prompts(model) for name, model in MODELS.items()} == {
+    assert {name: shares_beginnings(model) for name, model in MODELS.items()} == {
         "llama": True,
         "critic": True,
         "absolute positions": True,

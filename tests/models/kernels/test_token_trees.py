@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.models.kernels.length_groups import group_by_length
+from pipeline.models.kernels.token_trees import share_beginnings
 from tests import ppo_toy as toy
 
 LENGTHS = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
@@ -14,7 +14,7 @@ def test_scores_and_gradients_are_those_of_one_batch() -> None:
     judge, grouped = toy.reward_model().eval(), toy.reward_model().eval()
     tokens: list[int] = []
     grouped.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
-    group_by_length(grouped)
+    share_beginnings(grouped)
     for model in (judge, grouped):
         model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits.square().sum().backward()
     with torch.inference_mode():
