@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 
 from pipeline.config.parser import parse
-from pipeline.models.kernels import log_probs
+from pipeline.models.kernels import token_trees
 from pipeline.rl import grpo, ppo
 from tests import ppo_toy as toy
 
@@ -100,7 +100,7 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    log_probs.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
+    token_trees.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

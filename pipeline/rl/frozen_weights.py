@@ -76,8 +76,8 @@ def plain_name(name: str) -> str:
 
 
 @contextmanager
-def unrounded(model: PeftModel) -> Iterator[None]:
-    """Restore the frozen weights after a block in which the adapter is merged into them for vLLM.
+def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
+    """Restore the frozen weights after a block in which the adapter is merged into them: for vLLM or, by `merge`, here.
 
     Unmerging rounds them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers with an
     adapter are merged, and copied to CPU memory.
@@ -86,17 +86,10 @@ def unrounded(model: PeftModel) -> Iterator[None]:
     # Adapters of several parameters of one layer wrap each other, so a weight may be found several times.
     frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
     kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
+    if merge:
+        model.merge_adapter()
     yield
+    if merge:
+        model.unmerge_adapter()
     for weight, copied in kept:
         weight.data.copy_(copied)
-
-
-@contextmanager
-def merged(model: PeftModel) -> Iterator[None]:
-    """Merge the adapter within a block, where each token would take two more products in each layer."""
-    with unrounded(model):
-        model.merge_adapter()
-        try:
-            yield
-        finally:
-            model.unmerge_adapter()

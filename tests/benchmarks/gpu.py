@@ -69,7 +69,7 @@ def kernels(bench: Bench) -> Iterator[Line]:
         for heads, fault in bench.measure("kernels").items():
             yield equal(f"fault of FlashAttention with {heads} key and value heads", fault, None)
     tests = (
-        ["tests/models/kernels/test_length_groups.py"]
+        ["tests/models/kernels/test_token_trees.py"]
         if bench.quick
         else ["tests/models", "tests/rl", "tests/evaluation"]
     )

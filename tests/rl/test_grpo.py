@@ -221,6 +221,48 @@ def test_adapters_of_any_kind_train(tmp_path: Path, adapter: PeftConfig) -> None
     assert moved and all("lora" in name or "prompt" in name for name in moved)
 
 
+def test_an_adapter_is_merged_while_sampling_and_leaves_the_frozen_weights_as_they_were(tmp_path: Path) -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    run = trainer(tmp_path, peft_config=lora)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.generation_config.do_sample = False
+    products: list[str] = []
+    for name, module in run.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: products.append(name) if "lora_" in name else None)
+    (sampled,), _ = run._generate_single_turn([[5, 6, 9]], None, {}, 1)
+    assert not products
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    logits = run.model(input_ids=torch.tensor([[5, 6, 9, *sampled]])).logits[0, 2:-1]
+    assert products and logits.argmax(-1).tolist() == sampled
+
+
+def no_red(completions: list[Any], prompts: list[Any], **kwargs: Any) -> list[float]:
+    """Give all completions of one prompt 0, and those of the others the share of red."""
+    scores = toy.share_of_red(completions)
+    return [0.0 if prompt == prompts[0] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "grpo"])
+@pytest.mark.parametrize("reward", [no_red, lambda completions, **_: [1.0] * len(completions)], ids=["some", "none"])
+def test_completions_without_an_advantage_are_not_computed_where_they_have_no_gradient(
+    tmp_path: Path, reward: Any, loss_type: str
+) -> None:
+    run = trainer(tmp_path, rewards=reward, loss_type=loss_type, per_device_train_batch_size=8, num_iterations=1)
+    run.current_gradient_accumulation_steps = 1
+    batch = run._prepare_inputs([row for row in run.train_dataset.select(range(4)) for _ in range(4)])
+    learned = int((batch["advantages"] != 0).sum())
+    losses, gradients = [], []
+    for kind in (TRLGRPOTrainer, GRPOTrainer):
+        run.model.zero_grad()
+        losses.append(kind._compute_loss(run, run.model, batch))
+        losses[-1].backward()
+        gradients.append(torch.cat([weight.grad.flatten() for weight in run.model.parameters()]))
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert len(run.latest_logps) == (max(1, learned) if loss_type != "grpo" else 8)
+    assert learned < 8 and bool(gradients[0].any()) == (learned > 0)
+
+
 def test_shuffled_answers_are_the_same_answers() -> None:
     rows = Dataset.from_dict({"prompt": [str(i) for i in range(50)], "answer": [str(i) for i in range(50)]})
     shuffled = shuffle_answers(rows, seed=0)

@@ -212,9 +212,8 @@ def _in_passes(body: Any, input_ids: Tensor, attention_mask: Tensor | None = Non
     if attention_mask is None or attention_mask.dim() != 2:
         return forward(input_ids, attention_mask=attention_mask, **others)
 
-    def compute(_: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
-        hidden = forward(**{**others, **batch.inputs}).last_hidden_state
-        return (hidden.flatten(0, 1).index_select(0, batch.own),)
-
-    (states,) = over_passes(compute, body, input_ids, attention_mask, input_ids.shape[1], None, nullcontext)
+    (states,) = over_passes(
+        lambda _, batch: (forward(**others | batch.inputs).last_hidden_state.flatten(0, 1)[batch.own],),
+        *(body, input_ids, attention_mask, input_ids.shape[1], None, nullcontext),
+    )
     return BaseModelOutputWithPast(last_hidden_state=states)

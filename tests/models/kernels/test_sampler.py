@@ -29,9 +29,10 @@ def tokenizer():
     return small_model.tokenizer()
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
+@pytest.fixture(scope="module", params=[4, 2], ids=["own keys", "shared keys"])
+def model(tokenizer, request):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": request.param}
+    sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, max_position_embeddings=256, **heads)
     model = build_model(sizes, tokenizer, seed=1)
     # Larger weights than at the start of training, or greedy decoding repeats one token and never ends.
     with torch.no_grad():

@@ -1,6 +1,10 @@
-"""A classifier computes texts of similar length together."""
+"""A classifier computes texts without padding, and their common beginnings once."""
 
+from typing import Any
+
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pipeline.models.kernels.token_trees import share_beginnings
 from tests import ppo_toy as toy
@@ -8,18 +12,35 @@ from tests import ppo_toy as toy
 LENGTHS = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(30) < LENGTHS[:, None]).long()
 IDS = torch.randint(3, 15, MASK.shape, generator=torch.Generator().manual_seed(1)) * MASK
+# Pairs of answers: texts that differ from the eleventh token on at the earliest.
+OTHERS = IDS[:100].where(torch.arange(30) < 10, (IDS[:100] + 1) % 12 + 3) * MASK[:100]
+PAIRS = torch.cat([IDS[:100], OTHERS])
 
 
-def test_scores_and_gradients_are_those_of_one_batch() -> None:
-    judge, grouped = toy.reward_model().eval(), toy.reward_model().eval()
-    tokens: list[int] = []
-    grouped.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
-    share_beginnings(grouped)
-    for model in (judge, grouped):
-        model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits.square().sum().backward()
+def judge(adapted: bool) -> Any:
+    """Return a reward model, perhaps with an adapter, which reports how many tokens it computes."""
+    model: Any = toy.reward_model()
+    if adapted:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, task_type="SEQ_CLS"))
+    model.tokens = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, inputs: model.tokens.append(inputs[0].numel()))
+    return model.eval()
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(("ids", "share"), [(IDS, 1.3), (PAIRS, 0.95)], ids=["texts", "pairs"])
+def test_scores_and_gradients_are_those_of_one_batch(ids: torch.Tensor, share: float, adapted: bool) -> None:
+    plain, shared = judge(adapted), judge(adapted)
+    share_beginnings(shared)
+    mask = (ids > 0).long()
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    for model in (plain, shared):
+        model(**inputs).logits.square().sum().backward()
+    for (name, one), (_, other) in zip(plain.named_parameters(), shared.named_parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
     with torch.inference_mode():
-        inputs = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
-        torch.testing.assert_close(grouped(**inputs).logits, judge(**inputs).logits)
-    for (name, one), (_, other) in zip(judge.named_parameters(), grouped.named_parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert sum(tokens) < 2 * 1.3 * LENGTHS.sum() < 2 * 0.8 * IDS.numel()
+        torch.testing.assert_close(shared(**inputs).logits, plain(**inputs).logits)
+    assert sum(shared.tokens) < 2 * share * mask.sum() < 2 * 0.8 * ids.numel()
