@@ -47,8 +47,7 @@ def build_parser(argv: Sequence[str]) -> Parser:
     parser = Parser(prog=as_typed(), description=about)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        description = summary[0].upper() + summary[1:] + "."
-        subparser = subparsers.add_parser(name, help=summary, description=description)
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in argv[:1]:
             importlib.import_module(module).add_arguments(subparser)
     return parser

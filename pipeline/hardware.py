@@ -93,8 +93,7 @@ def cores() -> int:
     # In a container or a job of a cluster, the process may use fewer cores than the machine has.
     if hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
-    physical = torch.cpu.get_capabilities().get("num_physical_cores") or allowed
-    return max(1, min(allowed, physical))
+    return max(1, min(allowed, torch.cpu.get_capabilities().get("num_physical_cores") or allowed))
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:

@@ -55,8 +55,7 @@ class Gate:
         self._turn = asyncio.Lock()
         # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
         # server. The key is slow to compute, so that a stolen cookie does not reveal the password.
-        salt = b"fourstage"
-        self.key = hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1) if password else b""
+        self.key = hashlib.scrypt(password.encode(), salt=b"fourstage", n=1 << 14, r=8, p=1) if password else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on with the visitor's name in `request.state.annotator`, None if not known."""
@@ -110,10 +109,9 @@ class Gate:
         """Answer the form. At most one wrong password per second is checked, over all connections."""
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         name = form.get("username", [""])[0].strip()[:80]
-        given = form.get("password", [""])[0]
         async with self._turn:
             # A comparison in constant time does not reveal how many characters are right.
-            if not hmac.compare_digest(given.encode(), str(self.password).encode()):
+            if not hmac.compare_digest(form.get("password", [""])[0].encode(), str(self.password).encode()):
                 await asyncio.sleep(SECONDS_AFTER_WRONG)
                 return login_form("Name or password is wrong.", 401, name)
         if not name:
@@ -147,9 +145,8 @@ def build_app(site: Site) -> ASGIApp:
         app.include_router(section.routes(site))
 
     # FastAPI's own answer repeats what was sent, and fails if that cannot be encoded.
-    @app.exception_handler(RequestValidationError)
-    def refuse(request: Request, error: RequestValidationError) -> PlainTextResponse:
-        return PlainTextResponse("The server does not understand this request.", 422)
+    message = "The server does not understand this request."
+    app.add_exception_handler(RequestValidationError, lambda request, error: PlainTextResponse(message, 422))
 
     @app.get("/")
     def show(request: Request) -> HTMLResponse:

@@ -211,8 +211,7 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
             # transformers itself reads the path of a file, and says what is wrong.
             options = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
             if isinstance(options, dict) and name == "accelerator_config":
-                made = AcceleratorConfig(**options)
-                GradientAccumulationPlugin(**(made.gradient_accumulation_kwargs or {}))
+                GradientAccumulationPlugin(**(AcceleratorConfig(**options).gradient_accumulation_kwargs or {}))
             elif isinstance(options, dict):
                 checkpoint(torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False, **options})
         except (TypeError, ValueError) as error:

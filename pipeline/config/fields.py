@@ -17,8 +17,7 @@ READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
     """Return the argument dataclasses in the signature of a recipe's `main`, in order."""
-    hints = get_type_hints(main)
-    return [hint for name, hint in hints.items() if name != "return" and isinstance(hint, type)]
+    return [hint for name, hint in get_type_hints(main).items() if name != "return" and isinstance(hint, type)]
 
 
 def field_types(*dataclass_types: Any) -> dict[str, Any]:

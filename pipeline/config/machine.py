@@ -42,8 +42,7 @@ def describe_machine() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     """Return the output of git in this file's folder, or None if it fails."""
     try:
-        return subprocess.check_output(
-            ["git", "-C", Path(__file__).parent, *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         return None

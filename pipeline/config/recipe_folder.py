@@ -87,8 +87,7 @@ def show_fetched(path: Path) -> str:
     """Return the text of a recipe folder's files if it lies on the Hub, so that people see what they run; or ""."""
     if not is_fetched(path):
         return ""
-    files = recipe_files(find_shipped(path))
-    text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in files)
+    text = "".join(f"# {path}: {file.name}\n{file.read_text('utf-8')}\n" for file in recipe_files(find_shipped(path)))
     return "".join(character if character.isprintable() or character in "\n\t" else "?" for character in text)
 
 

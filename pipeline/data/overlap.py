@@ -134,7 +134,6 @@ def _flatten(value: object) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `fourstage check-overlap` to `parser`."""
     where = "data set, as DATASET[:CONFIG[:SPLIT]]: a Hub id, a folder or a file"
     for name in ("train", "test"):
         help = f"{name} {where} (split: {name})"

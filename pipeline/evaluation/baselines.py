@@ -95,8 +95,7 @@ def measure_best_of(
         for number, answers in best("problems", problems).items():
             record_greedy(result, f"best_of_{number}/pass@1", answers, problems, held_out.grader)
     if judge and (prompts := [row for row in held_out.prompts if judge.can_judge(row)]):
-        asked = [row["prompt"] for row in prompts]
-        single = chats["prompts"].sample(asked, temperature=1.0, seed=2 * result.seed + 1)
+        single = chats["prompts"].sample([row["prompt"] for row in prompts], temperature=1.0, seed=2 * result.seed + 1)
         theirs = [[answer.text] for (answer,) in single]
         for number, answers in best("prompts", prompts).items():
             record_wins(result, f"best_of_{number}/win_rate", [[text] for text in answers], theirs, prompts, judge)

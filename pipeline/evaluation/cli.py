@@ -111,8 +111,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     # The record of a run that was moved has the old paths of its reward models.
     moved = evaluate_yaml.move(settings, run)
     rewards = [*settings["reward_models"], *moved["reward_models"]]
-    found = {"reward_models": rewards, "lm_eval_tasks": moved["lm_eval_tasks"]}
-    problems = evaluate_yaml.check({**settings, **found})
+    problems = evaluate_yaml.check({**settings, "reward_models": rewards, "lm_eval_tasks": moved["lm_eval_tasks"]})
     if columns and not data:
         problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
     if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):

@@ -179,8 +179,12 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = content.get(key)
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
-            # If a stage also trains on a data set, only the rows that this stage holds out are measured.
-            shared: Values = next((one for one in own.values() if _is_same(one, named)), {})
+            # If a stage trains on this data set, perhaps by another path, only the rows that it holds out are measured.
+            place = (os.path.realpath(str(named.get("dataset_name"))), named.get("dataset_config"))
+            trained = [
+                (os.path.realpath(str(name)), one) for one in own.values() for name in as_list(one["dataset_name"])
+            ]
+            shared: Values = next((one for path, one in trained if (path, one.get("dataset_config")) == place), {})
             division = ("validation_share", "dataset_train_split", "document", "keep_rows")
             settings[key] = {name: shared[name] for name in division if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):
@@ -196,13 +200,6 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
 def first_of(source: Values) -> dict[str, Any]:
     """Return the part of a stage's training data that is measured by default: the first of several data sets."""
     return {**source, "dataset_name": as_list(source["dataset_name"])[0]}
-
-
-def _is_same(trained_on: Values, named: Values) -> bool:
-    """Return whether data that a stage trains on contain a data set that the user names, perhaps by another path."""
-    paths = {os.path.realpath(str(one)) for one in as_list(trained_on["dataset_name"])}
-    is_among = os.path.realpath(str(named.get("dataset_name"))) in paths
-    return is_among and trained_on.get("dataset_config") == named.get("dataset_config")
 
 
 def without_derived(settings: Values) -> dict[str, Any]:
@@ -308,9 +305,8 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         if ":" in judge:
             functions["judge"] = judge
         elif models[0] in models[1:]:
-            problems.append(
-                Problem("judge", judge, "PPO is trained to please this model; give one that it does not use")
-            )
+            remedy = "PPO is trained to please this model; give one that it does not use"
+            problems.append(Problem("judge", judge, remedy))
         elif judge != VOTES and is_missing(judge):
             problems.append(Problem("judge", judge, "no such folder; give a reward model, votes or a function"))
     for field, name in functions.items():

@@ -83,8 +83,7 @@ def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
     """Yield how often each of `n` units is drawn, a row for each resample, in arrays of `MOST_COUNTS` at most."""
     generator, rows = np.random.default_rng(seed), max(1, MOST_COUNTS // n)
     for start in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - start)
-        yield generator.multinomial(n, np.full(n, 1 / n), size=size).astype(np.int16)
+        yield generator.multinomial(n, np.full(n, 1 / n), size=min(rows, RESAMPLES - start)).astype(np.int16)
 
 
 # A report needs few numbers of units, many times.

@@ -158,8 +158,7 @@ def _measure_language_model(
     if held_out.instructions:
         metrics.measure_instructions(result, chat, held_out)
     elif held_out.prompts:
-        found = chats["prompts"].sample([row["prompt"] for row in held_out.prompts])
-        completions = [completion for (completion,) in found]
+        completions = [one for (one,) in chats["prompts"].sample([row["prompt"] for row in held_out.prompts])]
         metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
     if held_out.problems:
         metrics.measure_problems(result, chats["problems"], held_out, settings["samples"])
@@ -284,5 +283,4 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     # Each token is counted once for each expert that takes it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
-    layers = [[round(share, 4) for share in layer] for layer in counter.shares]
-    result.experts = {"layers": layers, "documents": []}
+    result.experts = {"layers": [[round(share, 4) for share in layer] for layer in counter.shares], "documents": []}

@@ -103,14 +103,12 @@ class PushCallback(TrainerCallback):
         #     runs/x/2_sft/checkpoint-40/model.safetensors                          deleted by the trainer at step 60
         #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed
         staged = checkpoint.with_name(f"{STAGED}-{checkpoint.name}")
-        folders = [checkpoint]
         best = Path(str(read_json(checkpoint / STATE).get("best_model_checkpoint") or "")).name
-        if self._args.load_best_model_at_end and best not in ("", checkpoint.name):
-            folders.append(checkpoint.with_name(best))
+        names = {checkpoint.name, best} - {""} if self._args.load_best_model_at_end else {checkpoint.name}
         try:
             shutil.rmtree(staged, ignore_errors=True)
-            for folder in folders:
-                shutil.copytree(folder, staged / folder.name, copy_function=os.link)
+            for name in names:
+                shutil.copytree(checkpoint.with_name(name), staged / name, copy_function=os.link)
             self._running = self._api.run_as_future(self._push_checkpoint, staged, checkpoint.name)
         except OSError as error:
             self._warn(checkpoint.name, error)

@@ -129,9 +129,7 @@ def model_card(trained: Trained) -> str:
         "model.md.jinja",
         data,
         **{"adapter": adapter, "base": base, "config": config, "datasets": datasets, "judges": judges, "entries": own},
-        baselines={
-            name: (find_baseline(name), found) for name, found in baselines.items() if own.keys() & found.keys()
-        },
+        baselines={name: (find_baseline(name), of) for name, of in baselines.items() if own.keys() & of.keys()},
         columns={name: found for name, found in columns.items() if own.keys() & found.keys()},
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
         imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `push` to `parser`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or, with --repo_id, of one step")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--namespace", metavar="NAME", help="user or organization: push the run to NAME/RUN-STAGE")

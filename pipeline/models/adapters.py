@@ -71,8 +71,7 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
     # PEFT only warns about missing weights, and would leave them random.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        place = str(base.device)
-        adapted = PeftModel.from_pretrained(base, name, config=config, revision=revision, torch_device=place)
+        adapted = PeftModel.from_pretrained(base, name, config=config, revision=revision, torch_device=str(base.device))
     model = adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
     setattr(model, MERGED, name)
     return model

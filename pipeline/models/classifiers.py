@@ -6,22 +6,17 @@ Importing `pipeline.models` registers them, so that `AutoModelForSequenceClassif
 
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    Llama4TextConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import Llama4TextConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.models.patches import name_body_of_llama4
 
 TASKS: dict[str, tuple[Any, Any]] = {
-    "SequenceClassification": (GenericForSequenceClassification, AutoModelForSequenceClassification),
-    "TokenClassification": (GenericForTokenClassification, AutoModelForTokenClassification),
+    "SequenceClassification": (GenericForSequenceClassification, transformers.AutoModelForSequenceClassification),
+    "TokenClassification": (GenericForTokenClassification, transformers.AutoModelForTokenClassification),
 }
 """The transformers mixin that adds a linear head to any text model, and the Auto class of existing ones."""
 # Names of the linear head in transformers' classifiers.

@@ -86,8 +86,7 @@ def generate(
     for start in range(0, len(order), rows):
         chosen = [i for i in order[start : start + rows] for _ in range(samples)]
         tokens = sample(model, [prompts[i] for i in chosen], config, generator)
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for i, ids, text in zip(chosen, tokens, texts, strict=True):
+        for i, ids, text in zip(chosen, tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             completions[i].append(Completion(text.strip(), ids, not set(ends).isdisjoint(ids)))
         on_batch(len(chosen))
     return completions

@@ -25,7 +25,6 @@ however a text is split, because no merge begins with the last byte of a charact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `gguf` to `parser`."""
     parser.add_argument("model", type=Path, help="directory of a language model, for instance runs/pocket/4_grpo")
     parser.add_argument("outfile", type=Path, help="file to write")
     types = ["f32", "f16", "bf16", "q8_0"]

@@ -59,7 +59,6 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `import-gguf` to `parser`."""
     parser.add_argument("file", type=Path, help="GGUF file of a Llama, Qwen2 or Qwen3")
     parser.add_argument("output_dir", type=Path, help="new directory for the model and its tokenizer")
 

@@ -218,12 +218,6 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     return config
 
 
-def load_empty(name: str, field: str, revision: str | None = None) -> PreTrainedModel:
-    """Return a language model on the meta device, where it takes no memory; arguments as for `load_tokenizer`."""
-    with user_error_for(field, name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(name, revision), trust_remote_code=False)
-
-
 def is_reward_model(config: PreTrainedConfig) -> bool:
     """Return whether a model is a sequence classifier, by the configuration that `load_config` returns."""
     return any("SequenceClassification" in name for name in config.architectures or ())

@@ -13,7 +13,6 @@ from pipeline.models.adapters import merge_into_base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `merge` to `parser`."""
     parser.add_argument("adapter", type=Path, help="directory that a recipe with use_peft has written")
     parser.add_argument("--output_dir", type=Path, required=True, help="new directory for the merged model")
 

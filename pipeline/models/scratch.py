@@ -5,15 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from transformers import (
-    GenerationConfig,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from pipeline import hardware
@@ -104,7 +97,7 @@ LLAMA4: dict[str, Any] = {
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
     is_mixture = args.model_type == "llama4_text"
-    config_class = Llama4TextConfig if is_mixture else LlamaConfig
+    config_class = transformers.Llama4TextConfig if is_mixture else transformers.LlamaConfig
     known = {item.name for item in fields(config_class)}
     special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     width = args.intermediate_size or 64 * -(-args.hidden_size * 8 // (3 * 64))
@@ -127,7 +120,8 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
         }
     with hardware.unchanged_rng():
         torch.manual_seed(seed)
-        model = (Llama4ForCausalLM if is_mixture else LlamaForCausalLM)(config_class(**settings))
+        model_class = transformers.Llama4ForCausalLM if is_mixture else transformers.LlamaForCausalLM
+        model = model_class(config_class(**settings))
     model.generation_config = GenerationConfig(**special_ids)
     return model
 

@@ -33,7 +33,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.errors import collect as collect_problems
-from pipeline.files import check_replaceable, write_folder
+from pipeline.files import check_replaceable
 from pipeline.models.checks import check_model, check_template_arguments
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
@@ -135,12 +135,9 @@ def write(
     filled = [name for name, rows in splits.items() if rows]
     table = writing.table(["split", *Counts().texts()], [[name, *own.texts().values()] for name, own in counts.items()])
     text = CARD.format(origin=origin, judge=judge, table=table)
-    with write_folder(output_dir) as folder:
-        for name in filled:
-            schema = writing.DIALOGUES if "tools" in splits[name][0] else writing.PREFERENCES
-            writing.write_rows(folder / f"{name}.parquet", schema, splits[name])
-        card = writing.card({"default": filled}, text, tags=["preference"])
-        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    schema = writing.DIALOGUES if any("tools" in splits[name][0] for name in filled) else writing.PREFERENCES
+    card = writing.card({"default": filled}, text, tags=["preference"])
+    writing.write_data_set(str(output_dir), {"": schema}, [("", name, splits[name]) for name in filled], card)
 
 
 def label_samples(
@@ -194,8 +191,7 @@ def read_prompts(
     also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
     Raise a `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
     """
-    named = {name: getattr(args, name) for name in ("dataset_name", "dataset_config", "prompt_column")}
-    source = DataArguments(**named)
+    source = DataArguments(**{name: vars(args)[name] for name in ("dataset_name", "dataset_config", "prompt_column")})
     available = open_source(args.dataset_name, args.dataset_config)
     # Held-out splits come first, so that training can exclude their prompts.
     splits: dict[str, Any] = {}
@@ -263,10 +259,8 @@ def encode(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt) for split in encoded.values() for prompt in split)
     if positions is not None and longest + args.max_new_tokens > positions:
-        taken = f"{longest} of the model's {positions} tokens of context (max_position_embeddings)"
-        remedy = (
-            f"the longest prompt takes {taken}, which leaves {max(0, positions - longest)}; lower it or shorten prompts"
-        )
+        taken = f"takes {longest} of the model's {positions} tokens of context (max_position_embeddings)"
+        remedy = f"the longest prompt {taken}, which leaves {max(0, positions - longest)}; lower it or shorten prompts"
         raise UserError(Problem("max_new_tokens", args.max_new_tokens, remedy))
     return encoded
 

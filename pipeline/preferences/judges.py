@@ -74,8 +74,7 @@ def load_judge(name: str | None) -> Judge:
     def match_by_score(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
         # Scored together, so that answers in several pairs are scored once.
         pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
-        dialogues = [[*row["prompt"], *as_messages(answer)] for row, answer in pairs]
-        scores = score(model, tokenizer, dialogues)
+        scores = score(model, tokenizer, [[*row["prompt"], *as_messages(answer)] for row, answer in pairs])
         return compare(scores[: len(rows)], scores[len(rows) :])
 
     return Judge(f"the reward model {name}", match_by_score)
@@ -123,6 +122,5 @@ def score(
         batch = [remaining.pop() for _ in range(min(rows, len(remaining)))]
         padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
-        found = model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist()
-        scores |= dict(zip(batch, found, strict=True))
+        scores |= dict(zip(batch, model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist(), strict=True))
     return [scores[ids] for ids in encoded]

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.data.arguments import option
+from pipeline.data.messages import Row
 from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
 from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
@@ -79,9 +80,7 @@ def load_votes(path: Path) -> Judge:
         decided[json.dumps([prompt, opponent, answer])].append(1 - outcome)
     listed = {json.dumps([line["prompt"], *sorted((line["first"], line["second"]))]) for line in lines}
 
-    def match(
-        answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]
-    ) -> list[float | None]:
+    def match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float | None]:
         outcomes: list[float | None] = []
         for answer, opponent, row in zip(answers, opponents, rows, strict=True):
             found = [0.5] if answer == opponent else decided.get(json.dumps([row["prompt"], answer, opponent]))

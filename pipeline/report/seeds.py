@@ -39,8 +39,7 @@ def spread(runs: Sequence[Estimate | None], *bounds: float) -> Spread:
     found = [run for run in runs if run is not None]
     values = [run.value for run in found]
     mean = over_seeds(found, *bounds)
-    sd = stdev(values) if len(values) > 1 else None
-    of_mean = {"mean": mean.value, "sd": sd, "ci95": mean.to_json()["ci95"]}
+    of_mean = {"mean": mean.value, "sd": stdev(values) if len(values) > 1 else None, "ci95": mean.to_json()["ci95"]}
     each = [run and run.value for run in runs]
     return of_mean | {"min": min(values), "max": max(values), "n": len(values), "values": each}
 

@@ -126,9 +126,8 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
 def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find equal rewards, answers that do not end, an aim that is not improved, and baselines that are not beaten."""
     # If 19 of 20 groups have equal rewards, little is learned. PPO's count as equal if they deviate by less than 0.001.
-    useless, rewards, spread = (
-        [value for _, value in logged(stage, key)] for key in ("frac_reward_zero_std", "reward", "reward_std")
-    )
+    keys = ("frac_reward_zero_std", "reward", "reward_std")
+    useless, rewards, spread = ([value for _, value in logged(stage, key)] for key in keys)
     if useless and (share := fmean(useless)) >= 0.95:
         reward = f", reward {number(fmean(rewards))}" if rewards else ""
         remedy = "no answer was better than another: take easier problems if all were wrong, harder ones if all were "

@@ -137,11 +137,9 @@ def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence
 
     The judge is the panel's noise-free mean taste; scores within `INDIFFERENCE` are a tie. `rows` are as in `taste`.
     """
-    outcomes = []
-    for answer, opponent, row in zip(answers, opponents, rows, strict=True):
-        difference = taste(answer, row) - taste(opponent, row)
-        outcomes.append(0.5 if abs(difference) < INDIFFERENCE else float(difference > 0))
-    return outcomes
+    matches = zip(answers, opponents, rows, strict=True)
+    differences = [taste(answer, row) - taste(opponent, row) for answer, opponent, row in matches]
+    return [0.5 if abs(difference) < INDIFFERENCE else float(difference > 0) for difference in differences]
 
 
 def _flat(text: str) -> str:

@@ -127,9 +127,8 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
     _logged("code_tests", codes, rewards, columns)
     # All pairs run in one batch, so that every core has work.
-    pairs = {
-        index: (code, source) for index, (code, source) in enumerate(zip(codes, tests, strict=True)) if code and source
-    }
+    numbered = enumerate(zip(codes, tests, strict=True))
+    pairs = {index: (code, source) for index, (code, source) in numbered if code and source}
     for index, outcome in zip(pairs, run_many(list(pairs.values())), strict=True):
         rewards[index] = None if outcome.status == "busy" else float(outcome.passed)
     return rewards

@@ -35,7 +35,6 @@ Decided = list[tuple[Step, Decision]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `run` to `parser`."""
     add = parser.add_argument
     add("recipe", type=Path, help="folder of YAML files, here or on the Hub (NAME/repo), or pocket")
     meaning = "run this step and all later ones, even if they have finished; the steps it needs must have finished"
@@ -288,8 +287,7 @@ def _decide(plan: Plan, record: RunRecord, args: argparse.Namespace) -> Decided:
     report = steps[-1]
     decided = [(step, decisions[step.name]) for step in chosen if step is not report]
     if any(step.kind == "evaluate" and (step in chosen or record.is_finished(step.name)) for step in steps):
-        runs = any(decision.action != "skip" for _, decision in decided)
-        again = {REPORT} if runs or REPORT in forced else ()
+        again = {REPORT} if REPORT in forced or any(one.action != "skip" for _, one in decided) else ()
         decided.append((report, decide([report], record, again)[REPORT]))
     elif chosen == (report,):
         raise UserError(Problem("--from", args.start, "no stage has been evaluated yet; start at an earlier step"))

@@ -16,7 +16,6 @@ README = "README.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `copy` to `parser`."""
     parser.add_argument("recipe", metavar="RECIPE", help="one of the recipes below")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist, or be empty")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -75,8 +75,7 @@ def count_processes(args: argparse.Namespace) -> int:
 def launch_file(args: argparse.Namespace) -> str:
     """Return the launch file: the one that the command names, the recipe folder's, or the one in this folder."""
     own = args.recipe / LAUNCH_FILE
-    named = args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE)
-    return str(find_shipped(Path(named)))
+    return str(find_shipped(Path(args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE))))
 
 
 def shards(path: str) -> bool:

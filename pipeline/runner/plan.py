@@ -182,12 +182,14 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     `size`, the bytes of an activation. `made` has what earlier steps make; this step adds its own, by folder: a model,
     the size of a vocabulary, or rows; by ("tokens", folder) a row's length, by ("template", folder) a chat template's.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
     from trl import ModelConfig
 
     from pipeline.data.arguments import DataArguments
     from pipeline.data.splits import count_rows
     from pipeline.models.adapters import count_trainable
-    from pipeline.models.loading import load_empty, load_tokenizer
+    from pipeline.models.loading import load_config, load_tokenizer, user_error_for
     from pipeline.models.scratch import ScratchArguments, build_empty
 
     kind, items = step.stage, [item for kind in step.argument_types for item in dataclasses.fields(kind)]
@@ -206,7 +208,8 @@ def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Se
     elif (name := own.model_name_or_path) in made:
         model, template = made[name], made["template", name]
     else:
-        model = load_empty(name, "model_name_or_path", own.model_revision)
+        with user_error_for("model_name_or_path", name), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(name, own.model_revision), trust_remote_code=False)
         tokenizer = load_tokenizer(own.tokenizer_name_or_path or name, "model_name_or_path")
         # Chat models may have a system prompt that is longer than a question.
         if tokenizer.chat_template:

@@ -106,8 +106,7 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
         made[str(step.values["output_dir"])] = config
     limit = step.stage.length or "max_new_tokens"
     longest = next((getattr(item, limit) for item in built if hasattr(item, limit)), None)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    problems += check_lengths(context, **{limit: longest})
+    problems += check_lengths(getattr(config.get_text_config(), "max_position_embeddings", None), **{limit: longest})
     loaded = next((item for item in built if isinstance(item, ModelConfig)), None)
     if training is not None and loaded is not None:
         problems += check_weights(copy.deepcopy(config), training, loaded, rewarded, early=True)

@@ -167,8 +167,7 @@ def _check_run_dir(run_dir: Path, folder: Path) -> None:
     refuse(check_directory(run_dir, writable=False))
     # Links are followed, because what matters is which files are next to the run's.
     real = Path(os.path.realpath(run_dir))
-    project = Path(__file__).parents[2]
-    contains = Path.cwd().is_relative_to(real) or project.resolve().is_relative_to(real)
+    contains = any(inside.is_relative_to(real) for inside in (Path.cwd(), Path(__file__).parents[2].resolve()))
     refusals = {
         "write the whole path, without ~": str(run_dir).startswith("~"),
         "is the directory of a model; choose another directory": (run_dir / "config.json").exists(),
@@ -271,8 +270,7 @@ def _evaluation_settings(folder: Path, steps: Sequence[Step], home: Path) -> dic
             continue
         if not any(Path(text).is_relative_to(output) for output in written) and not os.path.exists(text):
             problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
-    known = [step.output.name for step in steps if step.stage.measured]
-    known += [BASE] if settings["base"] else []
+    known = [step.output.name for step in steps if step.stage.measured] + ([BASE] if settings["base"] else [])
     if (against := content.get("against")) is not None and against not in known:
         problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(known)}"))
     refuse(*problems)
@@ -301,11 +299,8 @@ def _evaluation(
         files.add(votes)
 
     # Everything that it reads from the run comes first: all data, the opponent, and the model that it measures.
-    needs = []
-    for step in before:
-        makes_data = step.stage.editable and not step.stage.by_people
-        if makes_data or step.kind == OPPONENT or step.output in written:
-            needs.append(step.name)
+    written |= {step.output for step in before if step.stage.editable and not step.stage.by_people}
+    needs = [step.name for step in before if step.output in written or step.kind == OPPONENT]
     needs += [step.name for step in own]
     arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides))
     output, values = run_dir / "evaluations", {**settings, **overrides}

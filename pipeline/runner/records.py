@@ -80,9 +80,8 @@ class RunRecord:
         """Record that a step starts, resumes or continues, with its shell `command`."""
         # A step that goes on adds to its seconds. If its length changes, it gets a new id: dependent steps are due.
         before = {} if action == "start" else self.steps.get(step.name, {})
-        kept = before.get("id") if action == "resume" else None
         self.steps[step.name] = {
-            "id": kept or secrets.token_hex(8),
+            "id": (before.get("id") if action == "resume" else None) or secrets.token_hex(8),
             "values": recorded_values(step),
             "inputs": self.inputs(step),
             "data": {name: fingerprint(folder) for name, folder in step.data.items()},

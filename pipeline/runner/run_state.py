@@ -69,8 +69,7 @@ class Progress:
         units = self.last[1] - self.first[1]
         if not units:
             return None
-        each = (self.last[0] - self.first[0]) / units
-        left = each * (self.facts["total"] - self.facts["done"])
+        left = (self.last[0] - self.first[0]) / units * (self.facts["total"] - self.facts["done"])
         return max(left - (time.monotonic() - self.last[0]), 0.0)
 
     def __str__(self) -> str:

@@ -17,7 +17,6 @@ from pipeline.stages import SMOKE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `status` to `parser`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or of the runs of several seeds")
 
 

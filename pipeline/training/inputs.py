@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from jinja2 import TemplateError
 from peft import PeftConfig
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, RewardConfig, unpair_preference_dataset
 from trl.chat_template_utils import supports_tool_calling
 
@@ -99,8 +95,7 @@ def load_inputs(
         tokens = None
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     with once_per_node(training_args), collect(problems):
-        rows = "tokens" if shards else kind
-        splits = load_splits(data_args, rows, training_args.eval_strategy != "no", tokens, seed)
+        splits = load_splits(data_args, "tokens" if shards else kind, training_args.eval_strategy != "no", tokens, seed)
     if tokenizer is not None:
         problems += _set_template(tokenizer, training_args)
         faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
@@ -276,7 +271,7 @@ def check_weights(
     name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
     if reward and not loading.is_reward_model(config):
         config.num_labels = 1
-    model_class = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    model_class = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
     attention = model_args.attn_implementation
     try:
         with torch.device("meta"):

@@ -77,8 +77,7 @@ def build_optimizer(
     adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=args.adam_epsilon)
     if not optimizer_args.use_muon:
         return adamw
-    muon = Muon(matrices, lr=optimizer_args.muon_learning_rate, weight_decay=args.weight_decay)
-    return MuonWithAdamW(muon, adamw)
+    return MuonWithAdamW(Muon(matrices, lr=optimizer_args.muon_learning_rate, weight_decay=args.weight_decay), adamw)
 
 
 def optimizer_cls_and_kwargs(

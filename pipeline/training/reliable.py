@@ -225,8 +225,7 @@ class Reliable(Trainer):
         if step == 0 or not manifest.get("evaluation_due"):
             return
         if not any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step):
-            metrics = self._evaluate(None, None)
-            self._determine_best_metric(metrics=metrics, trial=None)
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             self._record_evaluation()
 
     def _record_evaluation(self) -> None:
