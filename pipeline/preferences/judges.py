@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import hardware
 from pipeline.data.messages import Row, as_messages
 from pipeline.errors import Problem, UserError
+from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
-# Tokens in a batch of conversations to score on an accelerator, padding included.
+# Tokens in a batch of conversations to score, padding included.
 BATCH_TOKENS = 8192
 # Answers (texts or messages), their opponents, rows of the prompts -> 1 for a win, 0 a loss, 0.5 a tie, None unknown.
 Match = Callable[[Sequence[Any], Sequence[Any], Sequence[Row]], Sequence[float | None]]
@@ -95,31 +96,29 @@ def score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[dict[str, str]]],
-    batch_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[float]:
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
-    Equal conversations are scored once. If one exceeds the context, only its end is scored. `batch_tokens` is the
-    number of tokens per batch, with padding; 0, the default on a CPU, where batches save little, scores one at a time.
+    Equal conversations are scored once, or they would differ in their last bits. If one exceeds the context, only its
+    end is scored. `batch_tokens` is the number of tokens per batch, with padding.
     """
     model.eval()
-    if batch_tokens is None:
-        # In a batch, matrix products sum in a different order, so the last bits of a score would depend on the others.
-        batch_tokens = 0 if model.device.type == "cpu" else BATCH_TOKENS
+    shares = share_beginnings(model)
     tokens = special_tokens(tokenizer)
     # Without a limit, `[-0:]` keeps all tokens.
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     written = (tokenizer.apply_chat_template(as_text(each, tokens), return_dict=False) for each in conversations)
     encoded = [tuple(ids[-positions:]) for ids in written]
     pad = model.config.get_text_config().pad_token_id
-    # The longest remaining one sets the width of a batch, so that conversations of similar length share a batch.
-    remaining = sorted(set(encoded), key=lambda ids: (len(ids), ids))
+    # Conversations that begin alike are in one batch, or else those of similar length.
+    remaining = sorted(set(encoded), key=lambda ids: (0 if shares else len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
     while remaining:
-        width = len(remaining[-1])
         # Without padding, transformers cannot find the last token of a row.
-        rows = 1 if pad is None else max(1, batch_tokens // width)
+        rows = 1 if pad is None else max(1, batch_tokens // len(remaining[-1]))
         batch = [remaining.pop() for _ in range(min(rows, len(remaining)))]
+        width = max(map(len, batch))
         padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
         scores |= dict(zip(batch, model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist(), strict=True))

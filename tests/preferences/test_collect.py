@@ -236,8 +236,6 @@ def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:
     model.config.pad_token_id = None
     assert score(model, words, conversations, batch_tokens=1000) == pytest.approx(scores, abs=1e-6)
     assert passes[1:] == [1] * 10, "transformers cannot tell padding"
-    assert score(model, words, conversations) == pytest.approx(scores, abs=1e-6)
-    assert passes[11:] == [1] * 10, "on a CPU a score does not depend on others"
 
 
 def test_processes_take_turns_at_judging(monkeypatch: pytest.MonkeyPatch) -> None:

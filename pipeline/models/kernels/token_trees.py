@@ -14,7 +14,7 @@ apart from rounding.
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial, update_wrapper
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -190,20 +190,23 @@ def shares_beginnings(model: nn.Module) -> bool:
     )
 
 
-def share_beginnings(classifier: nn.Module) -> None:
+def share_beginnings(classifier: nn.Module) -> bool:
     """Make a causal sequence classifier on a CPU, wrapped or not, compute its hidden states in such passes.
 
-    They are 0 at padding.
+    They are 0 at padding. Return whether it does; other classifiers are left as they are.
     """
     model = extract_model_from_parallel(classifier, keep_torch_compile=False)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    if isinstance(model, GenericForSequenceClassification) and model.device.type == "cpu":
-        # With such masks, plain products are faster on a CPU than torch's kernel.
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("eager")
-        body = getattr(model, model.base_model_prefix)
-        # Keep the signature of the body, which tells what it accepts.
-        replace_method(body, "forward", update_wrapper(_in_passes, type(body).forward), bind=True)
+    if not isinstance(model, GenericForSequenceClassification) or model.device.type != "cpu":
+        return False
+    # With such masks, plain products are faster on a CPU than torch's kernel.
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    body = getattr(model, model.base_model_prefix)
+    # A new function with the signature of the body, which tells what it accepts.
+    in_passes = wraps(type(body).forward)(lambda *args, **kwargs: _in_passes(*args, **kwargs))
+    replace_method(body, "forward", in_passes, bind=True)
+    return True
 
 
 def _in_passes(body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
