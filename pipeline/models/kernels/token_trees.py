@@ -66,7 +66,7 @@ def over_passes(
 
     Args:
         compute: Takes a model and a forward pass; returns any number of tensors (N, ...), for its completions' tokens.
-        ids: (B, L), prompts padded on the left followed by completions padded on the right.
+        ids: (B, L), prompts padded on the left followed by completions padded on either side.
         attention_mask: (B, L).
         length: Number of columns of the completions, which come last.
         batch_size: Maximum number of texts in a pass, unless they share a row; None for all.
@@ -114,6 +114,7 @@ def forward_passes(
     shares = on_cpu and shares_beginnings(model)
     texts = [row[mask.bool()].tolist() for row, mask in zip(ids, attention_mask, strict=True)]
     sizes = attention_mask[:, :start].sum(1).tolist()
+    begins = attention_mask[:, start:].int().argmax(1).tolist()
     rows, latest = [Row()], list[int]()
     # In this order, each text follows the one with which it has most in common.
     for number in sorted(range(len(texts)), key=texts.__getitem__):
@@ -168,7 +169,8 @@ def forward_passes(
                 own += flat[size:]
                 before += flat[size - 1 : -1] if size else []
                 tokens += texts[number][size:]
-                places += range(number * length, number * length + len(path) - size)
+                first = number * length + begins[number]
+                places += range(first, first + len(path) - size)
         columns = (torch.tensor(of, dtype=torch.long, device=ids.device) for of in (own, before, tokens, places))
         passes.append(ForwardPass(inputs, *columns))
     return passes
