@@ -35,6 +35,7 @@ OVERRIDDEN = {
     f"{GRPO}._calculate_rewards": "what rewards give is kept, and stops the run if it is unusable",
     f"{GRPO}._generate_and_score_completions": "PPO replaces the advantages it returns",
     f"{GRPO}._get_per_token_logps_and_entropies": "on CPUs, cheaper log-probabilities are returned",
+    f"{GRPO}._compute_loss": "completions without an advantage are omitted",
     # Evaluation
     f"{TRAINER}._evaluate": "runs under its own random state",
     # Checkpoints

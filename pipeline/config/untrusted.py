@@ -32,7 +32,7 @@ WORDS = (
     "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column", "document",
     "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
     "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "tools", "environment", "grade",
-    "lm_eval_tasks", "against", "world",
+    "lm_eval_tasks", "against", "world", "misread_signs",
     "algorithm", "model_type", "attn_implementation", "dtype", "frozen_dtype", "cache_implementation",
     "lora_modules_to_save", "lora_target_modules", "lora_target_parameters", "lora_task_type", "loss_type",
     "importance_sampling_level", "kl_estimator", "reward_normalization", "multi_objective_aggregation", "scale_rewards",
