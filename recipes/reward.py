@@ -34,6 +34,7 @@ def main(
     from trl import get_peft_config
 
     from pipeline.models.adapters import starting_model
+    from pipeline.models.kernels.attention import choose_attention
     from pipeline.models.kernels.token_trees import share_beginnings
     from pipeline.training.fine_tuning import RewardTrainer
     from pipeline.training.inputs import load_inputs
@@ -54,7 +55,10 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     trainer.token_loss_coef = loss_args.token_loss_coef
-    share_beginnings(trainer.model)
+    if model_args.attn_implementation:
+        choose_attention(trainer.model, model_args.attn_implementation)
+    if training_args.device.type == "cpu":
+        share_beginnings(trainer.model, short=training_args.max_length in range(513))
     train_and_save(trainer)
 
 

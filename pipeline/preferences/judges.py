@@ -115,10 +115,12 @@ def score(
     remaining = sorted(set(encoded), key=lambda ids: (0 if shares else len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
     while remaining:
+        batch = [remaining.pop()]
+        width = len(batch[0])
         # Without padding, transformers cannot find the last token of a row.
-        rows = 1 if pad is None else max(1, batch_tokens // len(remaining[-1]))
-        batch = [remaining.pop() for _ in range(min(rows, len(remaining)))]
-        width = max(map(len, batch))
+        while pad is not None and remaining and (len(batch) + 1) * max(width, len(remaining[-1])) <= batch_tokens:
+            batch.append(remaining.pop())
+            width = max(width, len(batch[-1]))
         padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
         scores |= dict(zip(batch, model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist(), strict=True))

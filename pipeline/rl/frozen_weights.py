@@ -86,10 +86,12 @@ def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
     # Adapters of several parameters of one layer wrap each other, so a weight may be found several times.
     frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
     kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
-    if merge:
-        model.merge_adapter()
-    yield
-    if merge:
-        model.unmerge_adapter()
-    for weight, copied in kept:
-        weight.data.copy_(copied)
+    try:
+        if merge:
+            model.merge_adapter()
+        yield
+    finally:
+        if merge:
+            model.unmerge_adapter()
+        for weight, copied in kept:
+            weight.data.copy_(copied)

@@ -13,7 +13,8 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, set_seed
@@ -119,6 +120,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
         if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
             convert_frozen(self.model, torch.bfloat16)
+        # On a CPU, sampling takes a third more time with an adapter that is not merged. Only LoRA is merged in place,
+        # and at one end of tied embeddings it would change the other.
+        self._merges = adapts and self.accelerator.device.type == "cpu"
+        if self._merges:
+            lora, body = self.model.active_peft_config, self.model.get_base_model()
+            own = not isinstance(lora, LoraConfig) or lora.use_dora or lora.lora_bias or lora.alora_invocation_tokens
+            own = own or getattr(body, "is_quantized", False)
+            ends = body.get_input_embeddings(), body.get_output_embeddings()
+            self._merges = not (own or any(isinstance(layer, BaseTunerLayer) for layer in ends))
         if self.use_vllm:
             # Inside this process, vLLM uses the global random state, which it seeds at its start, only by the rank.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
@@ -151,8 +161,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             config = copy.deepcopy(self.generation_config)
             config.update(**model.generation_config.to_dict(), defaults_only=True)
             plain = not unsupported_settings(config)
-        # An adapter that is not merged takes two more products per layer and token, and on a CPU a third more time.
-        merges = plain and isinstance(self.model, PeftModel) and self.accelerator.device.type == "cpu"
+        merges = plain and self._merges
         # Trained modules are in float32, frozen ones may be in bf16. One context for all tokens casts weights once.
         with unrounded(self.model, merge=True) if merges else nullcontext(), self.accelerator.autocast():
             if not plain:
@@ -272,9 +281,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         )
         # These losses are divided by the number of tokens of the whole rollout.
         if self.model.training and advantages.dim() == 1 and args.loss_type in ("dapo", "cispo") and not others:
-            learned = advantages != 0
+            has_tokens = inputs["completion_mask"].any(1)
+            learned = (advantages != 0) & has_tokens
             number = max(1, int(self.accelerator.gather(learned.sum()).max()))
-            rows = (~learned).int().argsort(stable=True)[:number]
+            rows = (2 * learned.int() + has_tokens.int()).argsort(descending=True, stable=True)[:number]
             inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
         return super()._compute_loss(model, inputs)
 

@@ -233,6 +233,11 @@ def test_a_reward_model_scores_each_answer_once_and_in_batches() -> None:
     scores = score(model, words, conversations, batch_tokens=1000)
     assert passes == [10]
     assert scores == scores[:10] * 3
+    passes.clear()
+    assert score(model, words, conversations, batch_tokens=20) == pytest.approx(scores, abs=1e-6)
+    longest = max(len(words.apply_chat_template(each, return_dict=False)) for each in conversations)
+    assert 1 < max(passes) <= 20 // longest + 1 and sum(passes) == 10
+    passes[:] = [10]
     model.config.pad_token_id = None
     assert score(model, words, conversations, batch_tokens=1000) == pytest.approx(scores, abs=1e-6)
     assert passes[1:] == [1] * 10, "transformers cannot tell padding"

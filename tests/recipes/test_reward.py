@@ -67,7 +67,8 @@ def test_the_saved_model_gives_the_same_scores(
 ) -> None:
     """Bit for bit, if computed in the same way."""
     model, folder = trained
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    attention = model.config._attn_implementation
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attention).eval()
     plain = scores(loaded, folder, batches, side)
     assert share_beginnings(loaded)
     found = scores(loaded, folder, batches, side)

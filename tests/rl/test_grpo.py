@@ -236,6 +236,31 @@ def test_an_adapter_is_merged_while_sampling_and_leaves_the_frozen_weights_as_th
     assert products and logits.argmax(-1).tolist() == sampled
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": ["embed_tokens", "q_proj"]}, {"use_dora": True}], ids=str)
+def test_an_adapter_that_cannot_be_merged_in_place_is_not(tmp_path: Path, changes: dict[str, Any]) -> None:
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes}
+    run = trainer(tmp_path, peft_config=LoraConfig(r=2, **options))
+    shared = run.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr()
+    run._generate_single_turn([[5, 6, 9]], None, {}, 1)
+    assert not run._merges
+    assert run.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data_ptr() == shared
+
+
+def test_an_interrupted_rollout_leaves_the_adapter_unmerged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    run = trainer(tmp_path, peft_config=lora)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.rl.grpo.sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run._generate_single_turn([[5, 6, 9]], None, {}, 1)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert not any(getattr(module, "merged", False) for module in run.model.modules())
+
+
 def no_red(completions: list[Any], prompts: list[Any], **kwargs: Any) -> list[float]:
     """Give all completions of one prompt 0, and those of the others the share of red."""
     scores = toy.share_of_red(completions)

@@ -88,7 +88,7 @@ def over_passes(
     whole = []
     for several in zip(*parts, strict=True):
         part = torch.cat(several)
-        flat = part.new_zeros(ids.shape[0] * length, *part.shape[1:]).index_copy(0, places, part)
+        flat = part.new_zeros(ids.shape[0] * length, *part.shape[1:]).index_copy_(0, places, part)
         whole.append(flat.unflatten(0, (-1, length)))
     return tuple(whole)
 
@@ -143,7 +143,7 @@ def forward_passes(
         group.append(row)
 
     def padded(lists: Iterable[Iterable[int]]) -> Tensor:
-        return pad_sequence([torch.from_numpy(np.array(list(values))) for values in lists], True).to(ids.device)
+        return pad_sequence([torch.from_numpy(np.array([*values], np.int64)) for values in lists], True).to(ids.device)
 
     positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
     passes = []
@@ -192,17 +192,17 @@ def shares_beginnings(model: nn.Module) -> bool:
     )
 
 
-def share_beginnings(classifier: nn.Module) -> bool:
+def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
     """Make a causal sequence classifier on a CPU, wrapped or not, compute its hidden states in such passes.
 
-    They are 0 at padding. Return whether it does; other classifiers are left as they are.
+    They are 0 at padding. Return whether it does; other classifiers are left as they are. For `short` texts, of some
+    hundred tokens, plain products replace torch's attention: they are faster, but keep all scores in memory.
     """
     model = extract_model_from_parallel(classifier, keep_torch_compile=False)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(model, GenericForSequenceClassification) or model.device.type != "cpu":
         return False
-    # With such masks, plain products are faster on a CPU than torch's kernel.
-    if model.config._attn_implementation == "sdpa":
+    if short and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
     body = getattr(model, model.base_model_prefix)
     # A new function with the signature of the body, which tells what it accepts.
@@ -211,10 +211,11 @@ def share_beginnings(classifier: nn.Module) -> bool:
     return True
 
 
-def _in_passes(body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Any:
+def _in_passes(body: Any, input_ids: Any = None, attention_mask: Tensor | None = None, **others: Any) -> Any:
     forward = partial(type(body).forward, body)
     # A critic that was copied from such a model gets the masks of passes.
-    if attention_mask is None or attention_mask.dim() != 2:
+    plain = attention_mask is None or attention_mask.dim() != 2
+    if plain or input_ids is None or others.get("output_hidden_states"):
         return forward(input_ids, attention_mask=attention_mask, **others)
 
     (states,) = over_passes(

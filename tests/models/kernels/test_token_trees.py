@@ -44,3 +44,15 @@ def test_scores_and_gradients_are_those_of_one_batch(ids: torch.Tensor, share: f
     with torch.inference_mode():
         torch.testing.assert_close(shared(**inputs).logits, plain(**inputs).logits)
     assert sum(shared.tokens) < 2 * share * mask.sum() < 2 * 0.8 * ids.numel()
+
+
+def test_unusual_inputs_are_computed_as_without_passes() -> None:
+    plain, shared = judge(adapted=False), judge(adapted=False)
+    share_beginnings(shared)
+    embeds = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))
+    empty = {"input_ids": IDS[:4], "attention_mask": MASK[:4] * torch.tensor([1, 0, 1, 1])[:, None]}
+    with torch.inference_mode():
+        for inputs in ({"inputs_embeds": embeds, "attention_mask": torch.ones(2, 5)}, {"input_ids": IDS[:1]}):
+            assert torch.equal(shared(**inputs).logits, plain(**inputs).logits)
+        kept = torch.tensor([0, 2, 3])
+        torch.testing.assert_close(shared(**empty).logits[kept], plain(**empty).logits[kept])
