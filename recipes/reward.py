@@ -55,10 +55,12 @@ def main(
         callbacks=run_callbacks(training_args),
     )
     trainer.token_loss_coef = loss_args.token_loss_coef
-    if model_args.attn_implementation:
-        choose_attention(trainer.model, model_args.attn_implementation)
-    if training_args.device.type == "cpu":
-        share_beginnings(trainer.model, short=training_args.max_length in range(513))
+    requested, on_cpu = model_args.attn_implementation, training_args.device.type == "cpu"
+    if requested or not on_cpu:
+        choose_attention(trainer.model, requested)
+    if on_cpu:
+        # Without a limit, texts may be long.
+        share_beginnings(trainer.model, short=not requested and 0 < (training_args.max_length or 0) <= 512)
     train_and_save(trainer)
 
 

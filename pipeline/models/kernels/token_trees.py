@@ -213,8 +213,8 @@ def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
 
 def _in_passes(body: Any, input_ids: Any = None, attention_mask: Tensor | None = None, **others: Any) -> Any:
     forward = partial(type(body).forward, body)
-    # A critic that was copied from such a model gets the masks of passes.
-    plain = attention_mask is None or attention_mask.dim() != 2
+    # A critic that was copied from such a model gets the masks of passes, and sharded models move to a GPU later.
+    plain = attention_mask is None or attention_mask.dim() != 2 or attention_mask.device.type != "cpu"
     if plain or input_ids is None or others.get("output_hidden_states"):
         return forward(input_ids, attention_mask=attention_mask, **others)
 
