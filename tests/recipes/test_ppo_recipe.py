@@ -144,9 +144,6 @@ def test_a_reward_model_is_loaded_with_its_own_options(
     entry.run(main, [*options, *policy, "--reward_model_path", "bob/reward", "--reward_weights", "1", "0.5"])
     (ppo,) = trainers
     judge = ppo.reward_funcs[0].model
-    assert (ppo.model.config._attn_implementation, ppo.model.dtype, judge.dtype) == (
-        "eager",
-        torch.bfloat16,
-        torch.float32,
-    )
+    found = [(model.config._attn_implementation, model.dtype) for model in (ppo.model, judge)]
+    assert found == [("eager", torch.bfloat16), ("sdpa", torch.float32)]
     assert ppo.reward_func_names == ["reward", "share_of_red"]
