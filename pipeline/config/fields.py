@@ -94,8 +94,7 @@ def convert(value: Any, hint: Any) -> Any:
     """Convert a value to the type of its field (1 to 1.0, one item to a list of one), or raise a `TypeError`."""
     if value is None and types.NoneType in members(hint):
         return None
-    # An exact match first: for `int | str`, 5 stays a number.
-    # For Python, True is a number as well.
+    # An exact match first: for `int | str`, 5 stays a number. For Python, True is a number as well.
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
         bool: isinstance(value, bool),

@@ -39,8 +39,7 @@ SECONDS = 5
 MEMORY = 1 << 30
 """Bytes that the child may use in addition to its copy of this process."""
 PATIENCE_SECONDS = 30.0
-"""Wall-clock limit, for a machine too busy to give the child its CPU seconds. If it got less than a quarter of them,
-there is no verdict."""
+"""Wall-clock limit, for a machine too busy to give the child its CPU seconds. Below a quarter of them, no verdict."""
 OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
 """Exit codes of the child."""
 TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"

@@ -55,8 +55,7 @@ CARD = f"""\
 Answers sampled from {{origin}}, compared in pairs by {{judge}}.
 
 `first` says which of the two answers was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
-annotators' taste without the noise. Only the test split has them: they are for evaluation, and no model may train on
-them.
+annotators' taste without the noise, which only the test split has: no model may train on it.
 
 {{table}}"""
 

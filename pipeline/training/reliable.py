@@ -43,8 +43,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """Errors if a checkpoint cannot be written. torch raises `RuntimeError` when the disk is full."""
 
 DISK_IS_FULL = 2**23
-"""Free bytes below which a failed write is attributed to a full disk. Files are written in pieces, so less than a piece
-may remain free."""
+"""Free bytes below which a failed write is attributed to a full disk. Less than a piece of a file may remain free."""
 
 
 class Reliable(Trainer):

@@ -8,6 +8,8 @@ output equals its output for each prompt alone, and samples follow the same dist
     . . a b c    ->   . . a b c            d        END                 d END
                       . . a b c            e        f        END        e f END
     p q r s t    ->   p q r s t            u        v        w          u v w
+
+If all prompts begin with the same tokens, these come before the padding, and are encoded once.
 """
 
 import inspect
@@ -77,34 +79,41 @@ def sample(
     stops = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
     ends = torch.tensor(stops, dtype=torch.long, device=device)
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    # Padding repeats the first token of each prompt, which does not affect a repetition penalty.
-    width = max(map(len, distinct))
-    ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in distinct], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    # The logits processors that `model.generate` would use.
-    process = _unwrap(model)._get_logits_processor(config, width, device=device)
     cache, room = DynamicCache(config=model.config), 1
     # Only these models support caches with spare room.
     if _unwrap(model)._can_compile_fullgraph:
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
+    # The number of tokens with which all prompts begin. Padding follows them, which windows of attention would count.
+    shared = next((i for i, some in enumerate(zip(*distinct, strict=False)) if len({*some}) > 1), 0)
+    plain = "position_ids" in accepted and all(type(layer) is GrowingLayer for layer in cache.layers)
+    shared = shared if plain and shared >= GrowingLayer.room else 0
+    # Padding repeats the first token of each prompt, which does not affect a repetition penalty.
+    width = max(map(len, distinct))
+    ids = torch.tensor([[*text[:shared], *text[:1] * (width - len(text)), *text[shared:]] for text in distinct])
+    mask = torch.tensor([[1] * shared + [0] * (width - len(text)) + [1] * (len(text) - shared) for text in distinct])
+    ids, mask = ids.to(device), pad(mask.to(device), (0, limit + room))
+    positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+    # The logits processors that `model.generate` would use.
+    process = _unwrap(model)._get_logits_processor(config, width, device=device)
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         optional = {"position_ids": positions, "logits_to_keep": 1}
         inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
         return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
 
-    # Encode each distinct prompt once, then give every completion a row of its own. With frozen weights, torch would
-    # copy the head for each text to multiply the last position: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
+    # Encode what all prompts begin with (a system prompt, solved problems), then the rest of each distinct one. With
+    # frozen weights, torch would copy the head for each text: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
     head = _unwrap(model).get_output_embeddings() or nn.Identity()
     with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
-        logits = last_logits(ids, mask, positions)
+        if shared:
+            last_logits(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
+            cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=device))
+        logits = last_logits(ids[:, shared:], mask[:, : round_up(width, room if shared else 1)], positions[:, shared:])
     rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     cache.reorder_cache(rows)
-    ids, logits, position = ids[rows], logits[rows], positions[rows, -1:]
-    mask = pad(mask[rows], (0, limit + room))
+    ids, mask, logits, position = ids[rows], mask[rows], logits[rows], positions[rows, -1:]
 
     completions = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
     # The completion that each row of the batch belongs to.
@@ -141,10 +150,7 @@ def _unwrap(model: nn.Module) -> Any:
 
 @contextmanager
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query.
-
-    With shared key heads, they would copy the keys, so torch's kernel is used.
-    """
+    """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query."""
     model = _unwrap(model)
     config = model.config.get_text_config()
     kept, heads = config._attn_implementation, config.num_attention_heads
@@ -174,8 +180,7 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 class GrowingLayer(DynamicLayer):
     """The cache of a layer with spare room, while transformers' would copy everything for each token.
 
-    As with a static cache, attention also gets the spare room, which the mask hides: kernels that need contiguous
-    inputs would otherwise copy the used part for each token.
+    Attention also gets the spare room, which the mask hides, so that kernels need not copy the used part every time.
     """
 
     keys: Tensor

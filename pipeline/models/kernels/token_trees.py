@@ -7,8 +7,7 @@ A batch as TRL has it, of two completions of one prompt and one of another (lett
     q q q | d d d d          q q q d d d d      another, in the same pass:    q q q d d d d
 
 In a row, each token sees itself and what comes before it in its own texts. On a CPU, rows are grouped by length, and
-padded to the longest one of their pass. Elsewhere each text is a row, and all are in one pass. Results are the same
-apart from rounding.
+padded to the longest one of their pass. Elsewhere each text is a row, and all are in one pass. Only rounding differs.
 """
 
 from collections.abc import Callable, Iterable

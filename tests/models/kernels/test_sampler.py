@@ -6,6 +6,7 @@ import pytest
 import small_model
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import MistralConfig, MistralForCausalLM
 
 from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
@@ -91,6 +92,54 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
         assert completion.stopped == (common_end in alone)
         lengths.add(len(alone))
     assert len(lengths) > 1  # some rows were dropped before others
+
+
+def with_system_prompt(tokenizer):
+    system = {"role": "system", "content": "Answer in few words, and only what you know. " * 2}
+    return encode_prompts(tokenizer, [[system, *prompt] for prompt in PROMPTS])
+
+
+def greedy_alone(model, prompt):
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": 20, "do_sample": False}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "blockwise"])
+def test_what_all_prompts_begin_with_is_encoded_once(model, tokenizer, attention):
+    prompts = with_system_prompt(tokenizer)
+    expected = [greedy_alone(model, prompt) for prompt in prompts]
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    model.set_attn_implementation(attention)
+    try:
+        found = generate(model, tokenizer, prompts, max_new_tokens=20)
+    finally:
+        model.set_attn_implementation("sdpa")
+        hook.remove()
+    assert [completion.tokens for (completion,) in found] == expected
+    shared = shapes[0][1]
+    assert shared >= 16
+    assert len({tuple(prompt[:shared]) for prompt in prompts}) == 1
+    assert shapes[:2] == [(1, shared), (len(prompts), max(map(len, prompts)) - shared)]
+
+
+def test_windows_of_attention_do_not_count_padding_after_a_shared_beginning(tokenizer):
+    config = MistralConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 12},
+    )
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6.0)
+    prompts = with_system_prompt(tokenizer)
+    found = generate(model, tokenizer, prompts, max_new_tokens=20)
+    assert [completion.tokens for (completion,) in found] == [greedy_alone(model, prompt) for prompt in prompts]
 
 
 def test_the_head_is_not_copied_for_each_prompt_where_it_is_not_trained(tokenizer):
