@@ -8,13 +8,12 @@ output equals its output for each prompt alone, and samples follow the same dist
     . . a b c    ->   . . a b c            d        END                 d END
                       . . a b c            e        f        END        e f END
     p q r s t    ->   p q r s t            u        v        w          u v w
-
-If all prompts begin with the same tokens, these come before the padding, and are encoded once.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +64,8 @@ def sample(
 ) -> list[list[int]]:
     """Complete each prompt once, all of them in one batch. Return the ids, with the end of the turn if there is one.
 
-    Equal prompts are encoded once. Under autocast, weights are cast in each forward pass unless the caller has already
-    entered it: it then keeps the cast copies until the caller leaves.
+    Equal prompts, and what all begin with, are encoded once. Under autocast, each forward pass casts the weights unless
+    the caller has already entered it: it then keeps the cast copies until the caller leaves.
 
     Args:
         model: A causal language model in evaluation mode, on its device.
@@ -74,10 +73,7 @@ def sample(
         config: The settings, only from `SETTINGS` (see `unsupported_settings`); unset ones are off.
         generator: Random numbers, one for each token. Default: the global ones of the model's device.
     """
-    device, limit = model.device, config.max_new_tokens
-    # If nothing ends a completion, use -1, which no token equals.
-    stops = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
-    ends = torch.tensor(stops, dtype=torch.long, device=device)
+    limit = config.max_new_tokens
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     cache, room = DynamicCache(config=model.config), 1
     # Only these models support caches with spare room.
@@ -85,40 +81,37 @@ def sample(
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
-    # The number of tokens with which all prompts begin. Padding follows them, which windows of attention would count.
+    # The tokens with which all begin, if it is worth a pass. Windows of attention would count the padding after them.
     shared = next((i for i, some in enumerate(zip(*distinct, strict=False)) if len({*some}) > 1), 0)
-    plain = "position_ids" in accepted and all(type(layer) is GrowingLayer for layer in cache.layers)
-    shared = shared if plain and shared >= GrowingLayer.room else 0
-    # Padding repeats the first token of each prompt, which does not affect a repetition penalty.
+    if shared < 16 or "position_ids" not in accepted or {*map(type, cache.layers)} != {GrowingLayer}:
+        shared = 0
     width = max(map(len, distinct))
-    ids = torch.tensor([[*text[:shared], *text[:1] * (width - len(text)), *text[shared:]] for text in distinct])
-    mask = torch.tensor([[1] * shared + [0] * (width - len(text)) + [1] * (len(text) - shared) for text in distinct])
-    ids, mask = ids.to(device), pad(mask.to(device), (0, limit + room))
+    padded = [[*text[:shared], *[-1] * (width - len(text)), *text[shared:]] for text in distinct]
+    ids = torch.tensor(padded, device=model.device)
+    mask = pad((ids >= 0).long(), (0, limit + room))
     positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+    # Padding repeats the last token of each prompt, which does not affect a repetition penalty.
+    ids = ids.where(ids >= 0, ids[:, -1:])
+    # If nothing ends a completion, use -1, which no token equals.
+    ends = ids.new_tensor(as_list(-1 if config.eos_token_id is None else config.eos_token_id))
     # The logits processors that `model.generate` would use.
-    process = _unwrap(model)._get_logits_processor(config, width, device=device)
-
-    def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
-        return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
-
-    # Encode what all prompts begin with (a system prompt, solved problems), then the rest of each distinct one. With
-    # frozen weights, torch would copy the head for each text: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
+    process = _unwrap(model)._get_logits_processor(config, width, device=ids.device)
+    last_logits = partial(_last_logits, model, cache, accepted)
+    # With frozen weights, torch would copy the head for each text: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
     head = _unwrap(model).get_output_embeddings() or nn.Identity()
     with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
         if shared:
             last_logits(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
-            cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=device))
+            cache.reorder_cache(ids.new_zeros(len(ids)))
         logits = last_logits(ids[:, shared:], mask[:, : round_up(width, room if shared else 1)], positions[:, shared:])
-    rows = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    rows = ids.new_tensor([distinct[tuple(prompt)] for prompt in prompts])
     cache.reorder_cache(rows)
     ids, mask, logits, position = ids[rows], mask[rows], logits[rows], positions[rows, -1:]
 
-    completions = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    completions = ids.new_zeros(len(prompts), limit)
     # The completion that each row of the batch belongs to.
-    active = torch.arange(len(prompts), device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    active = torch.arange(len(prompts), device=ids.device)
+    finished = torch.zeros_like(active, dtype=torch.bool)
     with _attention_for_single_tokens(model):
         for step in range(limit):
             if process:
@@ -140,6 +133,15 @@ def sample(
     ended = torch.isin(completions, ends)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
     return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
+
+
+def _last_logits(
+    model: nn.Module, cache: DynamicCache, accepted: Sequence[str], ids: Tensor, mask: Tensor, positions: Tensor
+) -> Tensor:
+    """Continue the texts in a cache by `ids`, and return the logits of the last ones, shape (rows, vocabulary)."""
+    optional = {"position_ids": positions, "logits_to_keep": 1}
+    inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
+    return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
 
 
 def _unwrap(model: nn.Module) -> Any:

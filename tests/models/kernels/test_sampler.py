@@ -35,7 +35,11 @@ def model(tokenizer, request):
     heads = {"num_attention_heads": 4, "num_key_value_heads": request.param}
     sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, max_position_embeddings=256, **heads)
     model = build_model(sizes, tokenizer, seed=1)
-    # Larger weights than at the start of training, or greedy decoding repeats one token and never ends.
+    return with_larger_weights(model)
+
+
+def with_larger_weights(model):
+    """At the start of training, greedy decoding repeats one token and never ends."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -128,15 +132,16 @@ def test_what_all_prompts_begin_with_is_encoded_once(model, tokenizer, attention
 
 def test_windows_of_attention_do_not_count_padding_after_a_shared_beginning(tokenizer):
     config = MistralConfig(
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 12},
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=12,
     )
     torch.manual_seed(0)
-    model = MistralForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6.0)
+    model = with_larger_weights(MistralForCausalLM(config))
     prompts = with_system_prompt(tokenizer)
     found = generate(model, tokenizer, prompts, max_new_tokens=20)
     assert [completion.tokens for (completion,) in found] == [greedy_alone(model, prompt) for prompt in prompts]
