@@ -37,8 +37,7 @@ def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = lambda total: total) -
 def masked_whiten(x: Tensor, mask: Tensor, reduce: Reduce = lambda total: total, eps: float = 1e-8) -> Tensor:
     """Shift and scale `x` to mean 0 and (population) variance 1 over the unmasked tokens of all processes."""
     centered = (x - masked_mean(x, mask, reduce)) * mask
-    variance = masked_mean(centered.square(), mask, reduce)
-    return centered * torch.rsqrt(variance + eps)
+    return centered * torch.rsqrt(masked_mean(centered.square(), mask, reduce) + eps)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Tensor:

@@ -27,9 +27,8 @@ def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
     for place, (sign, number) in enumerate(changes, start=1):
         read = OTHER_SIGN[sign] if place == len(changes) and misreads(sign) else sign
-        after = value + number if read == "+" else value - number
-        steps.append(f"{value}{read}{number}={after}.")
-        value = after
+        before, value = value, value + number if read == "+" else value - number
+        steps.append(f"{before}{read}{number}={value}.")
     return " ".join(steps), str(value)
 
 
