@@ -83,8 +83,7 @@ class RunStopped(Exception):
 def as_typed(*words: object) -> str:
     """Return a command as the user types it: `fourstage status runs/mine`, or with `python -m pipeline`."""
     is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
-    program = ["python", "-m", "pipeline"] if is_module else ["fourstage"]
-    return shlex.join([*program, *map(str, words)])
+    return shlex.join([*(["python", "-m", "pipeline"] if is_module else ["fourstage"]), *map(str, words)])
 
 
 @contextmanager
