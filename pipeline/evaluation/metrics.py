@@ -85,7 +85,8 @@ class StopRate(Metric):
     columns = Features(predictions=List(Value("int64")))
 
     def outcomes(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> list[bool]:
-        return [not set(as_list(eos_token_id)).isdisjoint(tokens) for tokens in predictions]
+        ends = set(as_list(eos_token_id))
+        return [not ends.isdisjoint(tokens) for tokens in predictions]
 
 
 class StepRate(Metric):

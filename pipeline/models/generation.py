@@ -1,6 +1,5 @@
 """Completions of conversations by a chat model, with the sampler of `pipeline.models.kernels.sampler`."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +70,7 @@ def generate(
         max_new_tokens: Maximum length of a completion.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
-        batch_size: Most sequences in a batch (prompts times samples). Default: 256; fewer on a CPU, if they are long.
+        batch_size: Most sequences in a batch (prompts times samples). Default: 256, and fewer if they are long.
         on_batch: Called with the size of each finished batch.
     """
     model.eval()
@@ -79,16 +78,18 @@ def generate(
     config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends, do_sample=temperature > 0)
     if config.do_sample:
         config.update(temperature=temperature, min_p=min_p or None)
-    # Batches of prompts of similar length contain little padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
-    # More tokens at once are no faster on a CPU, where the cache of so many takes 1.5 GB with SmolLM2 in float32.
-    most = 2**15 // (max(map(len, prompts), default=0) + max_new_tokens) if model.device.type == "cpu" else 256
-    count = math.ceil(len(order) / max(1, (batch_size or min(256, most)) // samples))
-    for batch in range(count):
-        part = order[batch * len(order) // count : (batch + 1) * len(order) // count]
-        chosen = [i for i in part for _ in range(samples)]
+    batches: list[list[int]] = []
+    # Batches of prompts of similar length contain little padding.
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+        # The cache of 2**15 tokens of SmolLM2 takes 1.5 GB in float32; on a CPU, more at once are no faster.
+        rows = (2**15 if model.device.type == "cpu" else 2**17) // (len(prompts[i]) + max_new_tokens)
+        if not batches or (len(batches[-1]) + 1) * samples > (batch_size or min(256, rows)):
+            batches.append([])
+        batches[-1].append(i)
+    for batch in batches:
+        chosen = [i for i in batch for _ in range(samples)]
         tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         for i, ids, text in zip(chosen, tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
             completions[i].append(Completion(text.strip(), ids, not set(ends).isdisjoint(ids)))

@@ -15,8 +15,8 @@ from pipeline.progress import Tally
 from pipeline.tools.dialogue import Dialogue, converse, read_turn
 from pipeline.tools.loading import Toolbox
 
-BATCH, GROUP = 256, 64
-"""Answers generated at once, fewer if they are long; the same for prompts that nearly fill the context."""
+GROUP = 64
+"""Prompts that nearly fill the context are answered in groups of this size."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,11 @@ class ChatModel:
         for group in filter(None, groups):
             shortest = min([limit, *(room[i] for i in group)])
             some = [prompts[i] for i in group]
-            # The memory of a batch grows with the length of its sequences.
-            batch = max(1, min(BATCH, BATCH * 512 // (max(map(len, some)) + shortest)))
             if self.vllm is not None:
                 found = self.vllm.generate(some, max_new_tokens=shortest, **options)
                 self.tally.add(len(some) * options.get("samples", 1))
             else:
-                own: dict[str, Any] = {"max_new_tokens": shortest, "batch_size": batch, "on_batch": self.tally.add}
+                own: dict[str, Any] = {"max_new_tokens": shortest, "on_batch": self.tally.add}
                 found = generate(self.model, self.tokenizer, some, **own, **options)
             for i, answers in zip(group, found, strict=True):
                 completions[i] = answers

@@ -207,19 +207,21 @@ def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
     assert all(1 <= len(answer.tokens) <= 4 for answers in completions for answer in answers)
 
 
-def test_long_batches_have_fewer_rows_on_a_cpu_and_all_have_as_many(model, tokenizer):
-    def sizes(count, length, **options):
+def test_on_a_cpu_batches_of_long_prompts_have_fewer_rows(model, tokenizer):
+    def sizes(lengths, **options):
         done = []
-        prompts = [[place % 7 + 5] * length for place in range(count)]
+        prompts = [[place % 7 + 5] * length for place, length in enumerate(lengths)]
         generate(model, tokenizer, prompts, max_new_tokens=1, on_batch=done.append, **options)
         return done
 
-    assert sizes(300, 9) == [150, 150]
+    assert sizes([9] * 300) == [256, 44]
     # 32,768 tokens: 163 prompts of 200 tokens, with one more to each.
-    assert sizes(200, 200) == [100, 100]
-    assert sizes(90, 200, samples=2) == [90, 90]
+    assert sizes([200] * 200) == [163, 37]
+    assert sizes([200] * 90, samples=2) == [162, 18]
+    # A single long prompt does not cut the batches of the others.
+    assert sizes([250, *[9] * 200]) == [200, 1]
     # A number that somebody chose is kept.
-    assert sizes(200, 200, batch_size=200) == [200]
+    assert sizes([200] * 200, batch_size=200) == [200]
 
 
 def test_a_prompt_cannot_forge_a_turn(tokenizer, prompts):
