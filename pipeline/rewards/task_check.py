@@ -3,8 +3,7 @@
 Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child only evaluates
 literals and formulas. Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
 any text, `puzzle24` for the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So an
-answer is only paid in full if it agrees with the task's own, and if the verifier pays neither for nonsense nor for the
-same answer without the problem.
+answer is only paid in full if it agrees with the task's own, and neither nonsense nor the answer alone is paid so.
 """
 
 from __future__ import annotations
@@ -63,17 +62,14 @@ def _serve() -> None:
         if _NOT_FINITE.search(given) and not _NOT_FINITE.search(own):
             return 0.0
         value = pay_by_verifier(task, given, {"question": problem, "answer": own, "metadata": json.loads(metadata)})
-        if value < 1.0:
-            return value
-
-        # Paid in full. It must be the task's own number, or at least add none, as "67 days, 10:32" does to "67 days".
         expected, stated = number(own), number(given)
-        added = given.replace(own, "", 1) if own and own in given else ""
         if expected is not None and stated is not None:
-            differs = abs(stated - expected) > 1e-3 * abs(expected)
+            # Verifiers pay for the digits of the right number in another one: half for "-4" or "14" where "4" is right.
+            wrong = abs(stated - expected) > 1e-3 * abs(expected)
         else:
-            differs = any(letter.isdigit() for letter in added)
-        return 0.0 if differs or pay_by_verifier(task, given, {}) >= 1.0 else 1.0
+            # At least, an answer that is paid in full must add no number, as "67 days, 10:32" does to "67 days".
+            wrong = value >= 1.0 and own in given and own != "" and any(map(str.isdigit, given.replace(own, "", 1)))
+        return 0.0 if wrong or (value >= 1.0 and pay_by_verifier(task, given, {}) >= 1.0) else min(value, 1.0)
 
     @lru_cache(maxsize=4096)
     def pays_nonsense(task: str, problem: str, own: str, metadata: str) -> bool:

@@ -43,6 +43,11 @@ class TestWithReasoningGym:
         assert wrong is not None and 0.0 < wrong < 1.0
         assert score(COUNTDOWN, "I do not know.", "The answer is 2 + 1.") == [0.0, 1.0]
 
+    @pytest.mark.parametrize("kind", ["chain_sum", "leg_counting", "simple_equations"])
+    def test_the_digits_of_the_right_number_earn_nothing_in_another_one(self, kind: str) -> None:
+        wrong = [f"The answer is {number}." for number in ("-4", "14", "40", "4.5")]
+        assert score({**SUM, "answer": "4", "kind": kind}, *wrong, "The answer is 4.") == [0.0] * 4 + [1.0]
+
     def test_an_answer_in_tags_keeps_quotes_and_lines(self) -> None:
         board = {"answer": '"a"\n"b"', "metadata": "{}", "kind": "rotten_oranges"}
         assert score(board, '<answer>"a"\n"b"</answer>') == [1.0]
