@@ -180,6 +180,7 @@ def choose_table(file: Path) -> dict[str, Any]:
     if stray and separator != "\t":
         remedy = "has a quote within a field in quotes, or text after them; write it twice, or save the file as JSONL"
         raise UserError(Problem("dataset_name", f"{file}, line {stray}", remedy))
+    verbatim = [name for place, name in enumerate(header) if place in texts]
     return {
         "sep": separator,
         # In tab-separated fields, a quote may be part of the text.
@@ -188,9 +189,5 @@ def choose_table(file: Path) -> dict[str, Any]:
         "skiprows": skipped,
         "keep_default_na": False,
         "na_values": NULLS,
-        "converters": {name: _read_cell for place, name in enumerate(header) if place in texts},
+        "converters": dict.fromkeys(verbatim, lambda cell: None if cell in NULLS else cell),
     }
-
-
-def _read_cell(cell: str) -> str | None:
-    return None if cell in NULLS else cell

@@ -30,8 +30,7 @@ _schema = lru_cache(get_json_schema)
 Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
 Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
-"""Token ids of texts, and the maximum length of a turn -> the token ids of a next turn for each, and their
-log-probabilities, if known."""
+"""Token ids of texts, and the longest turn -> the token ids of a next turn for each, and log-probabilities if known."""
 CALL_SECONDS = 10.0
 """How long a call of a tool may take, because training waits for it."""
 

@@ -26,11 +26,13 @@ SCHEMAS: dict[str, pa.Schema] = {
     "pretrain": DOCUMENT,
     "sft": pa.schema({"messages": MESSAGES, "kind": STRING}),
     "reasoning": pa.schema({"prompt": MESSAGES, **dict.fromkeys(("answer", "metadata", "kind"), STRING)}),
+    "preference": pa.schema({**dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES), "kind": STRING}),
 }
 USES = {
     "pretrain": "problems with worked solutions, and recitals of numbers | stage 1",
     "sft": "a problem and its solution, worked or not | stage 2",
     "reasoning": "a problem and its final answer | stage 4",
+    "preference": "a problem, its solution, and one in which everything is misread | stage 3",
 }
 PROBES = 50
 """Number of problems of each task that are tried before anything is written."""
@@ -48,6 +50,7 @@ class ReasoningArguments(PocketArguments):
         "`size_mb` and `sft_rows` may be 0 to omit their configs, which only have tasks that can be worked out here.",
     )
     test_rows: int = option(300, "Problems in the validation and test split of reasoning, with `tasks`.")
+    pair_rows: int = option(0, "Pairs of a right and a careless solution, with `tasks`.")
     misread_signs: Literal["both", "minus"] = option("both", "Last signs of sums that careless solutions misread.")
 
 
@@ -85,15 +88,16 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
         for config, splits in rows.items():
             convert = {"reasoning": to_row, "sft": mix.conversation, "pretrain": mix.document}[config]
             splits[split] = starmap(convert, drawn if config == "reasoning" else some)
-    parts = ((config, split, splits[split]) for config, splits in rows.items() for split in SPLITS)
-    careless = "\nWorked solutions, in `pretrain` and `sft`, are careless: each step is right in itself, but with\n"
-    careless += f"probability {args.carelessness} the problem is misread, always in the same way.\n"
+    if worked and args.pair_rows:
+        rows["preference"] = {"train": starmap(mix.pair, islice(mix.problems("sft", worked), args.pair_rows))}
+    parts = ((config, split, splits[split]) for config, splits in rows.items() for split in splits)
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    filled = {"version": version("reasoning-gym"), "seed": args.seed, "tasks": ", ".join(args.tasks or ())}
     uses = "\n".join(f"| `{config}` | {USES[config]} |" for config in rows)
-    text = text.format(**filled, rows=uses, careless=careless if len(rows) > 1 else "")
+    filled = {"version": version("reasoning-gym"), "tasks": ", ".join(args.tasks or ()), "rows": uses}
+    splits_of = {config: tuple(splits) for config, splits in rows.items()}
     about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
-    write_data_set(args.output_dir, SCHEMAS, parts, card(dict.fromkeys(rows, SPLITS), text, **about))
+    readme = card(splits_of, text.format_map(vars(args) | filled), **about)
+    write_data_set(args.output_dir, SCHEMAS, parts, readme)
     for task, number in mix.refused.items():
         logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)
 
@@ -164,8 +168,13 @@ class Mix:
             remaining -= len(row["text"].encode())
             yield row
 
-    def _solution(self, task: str, entry: Entry) -> str:
+    def pair(self, task: str, entry: Entry) -> dict[str, Any]:
+        """Return a row of `preference`, whose answers are equal if nothing in the problem can be misread."""
+        right, wrong = ([{"role": "assistant", "content": self._solution(task, entry, share)}] for share in (0.0, 1.0))
+        return {"prompt": to_row(task, entry)["prompt"], "chosen": right, "rejected": wrong, "kind": task}
+
+    def _solution(self, task: str, entry: Entry, share: float | None = None) -> str:
         clear = "+" if self.args.misread_signs == "minus" else ""
-        share = self.args.carelessness
+        share = self.args.carelessness if share is None else share
         steps, reached = WORKED[task](entry["metadata"], lambda read: read != clear and self.rng.random() < share)
         return f"{WORKING} {steps} The answer is {reached}."

@@ -127,6 +127,22 @@ def test_the_signs_that_are_misread_can_be_chosen(tmp_path: Path, signs: Any, mi
     assert {one for one, other in zip(asked, read, strict=True) if one != other} == misread
 
 
+def test_of_a_pair_the_careful_solution_is_preferred_to_the_careless_one(tmp_path: Path) -> None:
+    build(arguments(tmp_path / "data", TASKS, pair_rows=120), reasoning_gym)
+    folder, cache = str(tmp_path / "data"), str(tmp_path / "cache")
+    problems = {row["prompt"][0]["content"] for row in load_dataset(folder, "reasoning", cache_dir=cache)["test"]}
+    pairs = load_dataset(folder, "preference", split="train", cache_dir=cache)
+    assert len(pairs) == 120 and problems.isdisjoint(row["prompt"][0]["content"] for row in pairs)
+    texts = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in pairs]
+    answers = [[text.rpartition("The answer is ")[2] for text in pair] for pair in texts]
+    # Some problems cannot be misread, and some come to the same number.
+    assert 0.5 < sum(right != wrong for right, wrong in answers) / 120 < 1.0
+    known = [(row["kind"], row["prompt"][0]["content"], pair) for row, pair in zip(pairs, answers, strict=True)]
+    for question, (right, wrong) in ((question, pair) for kind, question, pair in known if kind == "chain_sum"):
+        total = str(sum(map(int, re.findall(r"[+-]?\d+", question.partition(": ")[2].replace(" ", "")))))
+        assert f"{total}." == right != wrong or question.endswith(" 0 =")
+
+
 def test_only_tasks_that_can_be_worked_out_are_demonstrated(tmp_path: Path) -> None:
     build(arguments(tmp_path / "mixed", {"gcd": None, "spell_backward": {"weight": 3}}), reasoning_gym)
     kinds = load_dataset(str(tmp_path / "mixed"), "reasoning", cache_dir=str(tmp_path / "cache"))["train"]["kind"]
