@@ -46,7 +46,7 @@ def write_data_set(
         (folder / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 
 
-def card(files: Mapping[str, Sequence[str]], text: str, **metadata: Any) -> str:
+def card(files: Mapping[str, Iterable[str]], text: str, **metadata: Any) -> str:
     """Return the content of README.md: a YAML header with `metadata`, such as `license` and `tags`, and the text.
 
     `files` has each configuration's splits. Files of `default` are at the top level, others in a folder of that name.

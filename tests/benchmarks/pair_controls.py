@@ -1,10 +1,12 @@
 """How much of what a reward model knows can be seen without reading the question?
 
-    python -m tests.benchmarks.pair_controls runs/smollm2/3_preferences --models runs/smollm2/3_reward
+    python -m tests.benchmarks.pair_controls runs/smollm2/3_preferences --models runs/smollm2/3_reward \
+        --also runs/smollm2/data/preference/train.parquet
 
 Says how many test pairs are told apart by the length of the answer, by its number of steps, and by a linear model
-of its character n-grams, fitted on the training pairs as reward models are, with several lengths and decays of weights
-(the accuracy on the validation pairs says which to choose); then by reward models. Intervals are over prompts.
+of its character n-grams, fitted on the training pairs (and on those of `--also`) as reward models are, with several
+lengths and decays of weights (the accuracy on the validation pairs says which to choose); by the likelihood of answers
+under a language model (`--policy`); and by reward models. Intervals are over prompts.
 """
 
 import argparse
@@ -32,8 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", help="what 3_preferences wrote")
     parser.add_argument("--models", nargs="*", default=[], help="reward models")
+    parser.add_argument("--also", nargs="*", default=[], help="other training pairs of these models")
+    parser.add_argument("--policy", help="the model that answered")
     args = parser.parse_args()
     splits = {name: list(rows) for name, rows in open_source(args.pairs, None).items()}
+    for path in args.also:
+        splits["train"] += open_source(path, None)["train"]
     print(", ".join(f"{len(rows):,} pairs in {name}" for name, rows in splits.items()))
     test = splits["test"]
     show("longer answer", [[len(answer(row, side)) for side in SIDES] for row in test], test)
@@ -46,6 +52,8 @@ def main() -> None:
             held, tested = (product @ weights for product in products[1:])
             name = f"n-grams to {longest}, decay {decay:g}, validation {(held > 0).float().mean():.3f}"
             show(name, [[margin, 0.0] for margin in tested.tolist()], test)
+    if args.policy:
+        show(f"likelihood under {args.policy}", likelihoods(args.policy, test), test)
     for path in args.models:
         show(path, rate(path, test), test)
 
@@ -96,6 +104,19 @@ def fit(products: torch.Tensor, decay: float) -> torch.Tensor:
 
     optimizer.step(loss)
     return weights.detach()
+
+
+@torch.inference_mode()
+def likelihoods(path: str, pairs: Pairs) -> list[list[float]]:
+    """Return the mean log-probability of a token of each answer, its end included."""
+    model, tokenizer = load_model(path, "--policy", dtype=torch.float32)
+    means = []
+    for row, side in ((row, side) for row in pairs for side in SIDES):
+        start = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+        ids = torch.tensor([tokenizer.apply_chat_template([*row["prompt"], *row[side]], return_dict=False)])
+        logps = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        means.append(logps.gather(1, ids[0, start:, None]).mean().item())
+    return np.reshape(means, (-1, 2)).tolist()
 
 
 def rate(path: str, pairs: Pairs) -> list[list[float]]:

@@ -89,14 +89,14 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
             convert = {"reasoning": to_row, "sft": mix.conversation, "pretrain": mix.document}[config]
             splits[split] = starmap(convert, drawn if config == "reasoning" else some)
     if worked and args.pair_rows:
-        rows["preference"] = {"train": starmap(mix.pair, islice(mix.problems("sft", worked), args.pair_rows))}
+        differ = (pair for pair in starmap(mix.pair, mix.problems("sft", worked)) if pair["chosen"] != pair["rejected"])
+        rows["preference"] = {"train": islice(differ, args.pair_rows)}
     parts = ((config, split, splits[split]) for config, splits in rows.items() for split in splits)
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
     uses = "\n".join(f"| `{config}` | {USES[config]} |" for config in rows)
     filled = {"version": version("reasoning-gym"), "tasks": ", ".join(args.tasks or ()), "rows": uses}
-    splits_of = {config: tuple(splits) for config, splits in rows.items()}
     about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
-    readme = card(splits_of, text.format_map(vars(args) | filled), **about)
+    readme = card(rows, text.format_map(vars(args) | filled), **about)
     write_data_set(args.output_dir, SCHEMAS, parts, readme)
     for task, number in mix.refused.items():
         logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)

@@ -135,12 +135,13 @@ def test_of_a_pair_the_careful_solution_is_preferred_to_the_careless_one(tmp_pat
     assert len(pairs) == 120 and problems.isdisjoint(row["prompt"][0]["content"] for row in pairs)
     texts = [[row[side][0]["content"] for side in ("chosen", "rejected")] for row in pairs]
     answers = [[text.rpartition("The answer is ")[2] for text in pair] for pair in texts]
-    # Some problems cannot be misread, and some come to the same number.
-    assert 0.5 < sum(right != wrong for right, wrong in answers) / 120 < 1.0
+    assert all(right != wrong for right, wrong in texts)
+    # Misread, some problems come to the same number.
+    assert sum(right != wrong for right, wrong in answers) > 0.8 * 120
     known = [(row["kind"], row["prompt"][0]["content"], pair) for row, pair in zip(pairs, answers, strict=True)]
     for question, (right, wrong) in ((question, pair) for kind, question, pair in known if kind == "chain_sum"):
         total = str(sum(map(int, re.findall(r"[+-]?\d+", question.partition(": ")[2].replace(" ", "")))))
-        assert f"{total}." == right != wrong or question.endswith(" 0 =")
+        assert f"{total}." == right != wrong
 
 
 def test_only_tasks_that_can_be_worked_out_are_demonstrated(tmp_path: Path) -> None:
