@@ -141,7 +141,7 @@ def test_of_a_pair_the_careful_solution_is_preferred_to_the_careless_one(tmp_pat
     known = [(row["kind"], row["prompt"][0]["content"], pair) for row, pair in zip(pairs, answers, strict=True)]
     for question, (right, wrong) in ((question, pair) for kind, question, pair in known if kind == "chain_sum"):
         total = str(sum(map(int, re.findall(r"[+-]?\d+", question.partition(": ")[2].replace(" ", "")))))
-        assert f"{total}." == right != wrong
+        assert f"{total}." == right and (right != wrong or question.endswith(" 0 ="))
 
 
 def test_only_tasks_that_can_be_worked_out_are_demonstrated(tmp_path: Path) -> None:
