@@ -29,10 +29,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "preference": pa.schema({**dict.fromkeys(("prompt", "chosen", "rejected"), MESSAGES), "kind": STRING}),
 }
 USES = {
-    "pretrain": "problems with worked solutions, and recitals of numbers | stage 1",
-    "sft": "a problem and its solution, worked or not | stage 2",
+    "pretrain": "worked problems (misread: {carelessness} of the parts), and recitals of numbers | stage 1",
+    "sft": "a problem and its solution, worked (misread: {carelessness} of the parts) or not | stage 2",
     "reasoning": "a problem and its final answer | stage 4",
-    "preference": "a problem, its solution, and one in which everything is misread | stage 3",
+    "preference": "a problem of `sft`, its solution, and one in which every part is misread | stage 3",
 }
 PROBES = 50
 """Number of problems of each task that are tried before anything is written."""
@@ -50,7 +50,7 @@ class ReasoningArguments(PocketArguments):
         "`size_mb` and `sft_rows` may be 0 to omit their configs, which only have tasks that can be worked out here.",
     )
     test_rows: int = option(300, "Problems in the validation and test split of reasoning, with `tasks`.")
-    pair_rows: int = option(0, "Pairs of a right and a careless solution, with `tasks`.")
+    pair_rows: int = option(0, "Problems for pairs of a right and a misread solution, with `tasks`.")
     misread_signs: Literal["both", "minus"] = option("both", "Last signs of sums that careless solutions misread.")
 
 
@@ -62,7 +62,8 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
     """
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)
-    problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows"))
+    optional = (name for name in ("size_mb", "sft_rows", "pair_rows") if getattr(args, name))
+    problems += check_arguments(args, "# Reasoning tasks", ("reasoning_rows", "test_rows", *optional))
     # NumPy's generators, which some tasks use, take seeds of 32 bits.
     largest = 2**32 // (len(POOLS) * SEEDS) - 1
     if not 0 <= args.seed <= largest:
@@ -89,15 +90,14 @@ def build(args: ReasoningArguments, reward: Reward) -> None:
             convert = {"reasoning": to_row, "sft": mix.conversation, "pretrain": mix.document}[config]
             splits[split] = starmap(convert, drawn if config == "reasoning" else some)
     if worked and args.pair_rows:
-        differ = (pair for pair in starmap(mix.pair, mix.problems("sft", worked)) if pair["chosen"] != pair["rejected"])
-        rows["preference"] = {"train": islice(differ, args.pair_rows)}
+        pairs = starmap(mix.pair, islice(mix.problems("sft", worked), args.pair_rows))
+        rows["preference"] = {"train": (pair for pair in pairs if pair["chosen"] != pair["rejected"])}
     parts = ((config, split, splits[split]) for config, splits in rows.items() for split in splits)
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    uses = "\n".join(f"| `{config}` | {USES[config]} |" for config in rows)
+    uses = "\n".join(f"| `{config}` | {USES[config].format_map(vars(args))} |" for config in rows)
     filled = {"version": version("reasoning-gym"), "tasks": ", ".join(args.tasks or ()), "rows": uses}
     about = {"license": "apache-2.0", "language": "en", "pretty_name": "Reasoning tasks"}
-    readme = card(rows, text.format_map(vars(args) | filled), **about)
-    write_data_set(args.output_dir, SCHEMAS, parts, readme)
+    write_data_set(args.output_dir, SCHEMAS, parts, card(rows, text.format_map(vars(args) | filled), **about))
     for task, number in mix.refused.items():
         logger.warning("%s: %d problems are dropped, because the verifier refuses their answers", task, number)
 
