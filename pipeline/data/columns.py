@@ -158,8 +158,7 @@ def standardise(
     if not is_stream:
         features[FAULT] = Value("string")
     removed = [name for name in columns if name not in (*made, *others)]
-    types = Features(features) if features else None
-    standard = split.map(convert, with_indices=True, remove_columns=removed, features=types)
+    standard = split.map(convert, with_indices=True, remove_columns=removed, features=Features(features) or None)
     if is_stream or not len(split):
         return standard.filter(is_informative) if "chosen" in made else standard
     if HAS_CALLS in standard.unique(FAULT):

@@ -178,13 +178,12 @@ def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
     period = round(1 / args.validation_share)
     logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
     if isinstance(only, Dataset):
-        rows = range(len(only))
-        if len(rows) < 2:
-            remedy = f"has {len(rows)} rows, too few to hold any out; give more rows, or --eval_strategy no"
+        if len(only) < 2:
+            remedy = f"has {len(only)} rows, too few to hold any out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
         # The rows 0, 20, 40, … for a share of 0.05.
-        held_out = rows[::period]
-        return only.select([row for row in rows if row not in held_out]), only.select(held_out)
+        held_out = range(0, len(only), period)
+        return only.select([row for row in range(len(only)) if row not in held_out]), only.select(held_out)
     # Only the first file is divided: processes that read other files do not know the numbers of their rows.
     first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
     kept = first.filter(lambda _, index: index % period != 0, with_indices=True)

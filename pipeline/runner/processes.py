@@ -214,6 +214,9 @@ def main(argv: Sequence[str]) -> int:
     gc.disable()
     for name in argv[1:]:
         resolve_name(name)
+    # A table of patterns, which otherwise the first model loaded in each fork would compile, in a third of a second.
+    if conversions := sys.modules.get("transformers.conversion_mapping"):
+        conversions.get_checkpoint_conversion_mapping("llama")
     torch = sys.modules.get("torch")
     if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
         # Exit at once, without waiting for threads.

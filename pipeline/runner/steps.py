@@ -65,8 +65,7 @@ class Step:
         # An untrained model shares the file of pretraining.
         if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
-        revision = self.values.get("hub_revision")
-        options = ["--revision", str(revision)] if revision else []
+        options = ["--revision", str(revision)] if (revision := self.values.get("hub_revision")) else []
         options += ["--private"] if self.values.get("hub_private_repo") else []
         return ("push", str(self.output), "--repo_id", self.values.get("hub_model_id") or self.output.name, *options)
 
