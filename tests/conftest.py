@@ -32,6 +32,20 @@ def unconfined_where_the_kernel_cannot() -> None:
     run.allow_unconfined = run.validate_sandbox() is not None
 
 
+@pytest.fixture
+def shared_warm_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the steps of `fourstage run` from the process of this worker: importing the libraries takes seconds.
+
+    Not for tests that change what libraries read when they are imported, such as HF_HOME.
+    """
+    from contextlib import nullcontext
+
+    from tests.forked import ROOT, warm_process
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("pipeline.runner.cli.WarmProcess", lambda environment: nullcontext(warm_process()))
+
+
 @pytest.fixture(params=["bf16", "fp32"])
 def torchs_muon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the machine for one with or without bfloat16: without, torch's Muon gets its definition in float32."""

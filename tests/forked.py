@@ -23,12 +23,26 @@ from pipeline.runner.processes import DEFAULTS, WarmProcess, run
 ROOT = Path(__file__).parents[1]
 RANKS = ["-m", "tests.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
 """How a command begins that runs on several processes; their number comes next."""
+BEFORE = {**os.environ, "PYTHONPATH": str(ROOT)}
+"""The environment as it is before any test changes it: libraries read it when they are imported."""
+
+
+class _Shared(WarmProcess):
+    """A warm process for tests in several directories: its forks run in the one that is current."""
+
+    def fork(
+        self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
+    ) -> bool:
+        program, option, *module = command
+        elsewhere = [program, option, "tests.elsewhere", os.getcwd(), *module]
+        return super().fork(elsewhere, environment, descriptors, output)
 
 
 @functools.cache
-def _warm(directory: Path) -> WarmProcess:
-    with contextlib.chdir(directory):
-        process = WarmProcess({**os.environ, "PYTHONPATH": str(ROOT)})
+def warm_process() -> WarmProcess:
+    """The process that all commands of the tests of this worker are forked from."""
+    with contextlib.chdir(ROOT):
+        process = _Shared(BEFORE)
     atexit.register(process.__exit__, None, None, None)
     return process
 
@@ -47,7 +61,7 @@ def run_forked(
         Its code; as stdout and as stderr all that it wrote to both.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-    warm = _warm(directory) if environment["PYTHONPATH"] == str(ROOT) else None
+    warm = warm_process() if environment["PYTHONPATH"] == str(ROOT) else None
     with tempfile.TemporaryFile("w+") as output, contextlib.chdir(directory):
         code, *_ = run(command, environment, (), output.fileno(), warm)
         output.seek(0)
@@ -71,9 +85,10 @@ class Started:
         self.code: int | None = None
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed when this context ends
         output = self._output.fileno()
-        self._process: WarmProcess | subprocess.Popen[bytes] = _warm(ROOT)
-        if not self._process.fork(command, everything, (), output):
-            self._process = subprocess.Popen(command, cwd=ROOT, env=everything, stdout=output, stderr=output)
+        self._process: WarmProcess | subprocess.Popen[bytes] = warm_process()
+        with contextlib.chdir(ROOT):
+            if not self._process.fork(command, everything, (), output):
+                self._process = subprocess.Popen(command, env=everything, stdout=output, stderr=output)
 
     def __enter__(self) -> Started:
         return self

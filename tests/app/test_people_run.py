@@ -69,11 +69,11 @@ def vote(client: TestClient, name: str, wanted: int) -> dict[str, Any]:
     return dict(answer["state"])
 
 
+@pytest.mark.usefixtures("shared_warm_process")
 def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     toy.policy().save_pretrained("policy")
     toy.tokenizer().save_pretrained("policy")
     write_lines(Path("prompts.jsonl"), [{"prompt": f"{one} {other}"} for one in toy.WORDS for other in toy.WORDS])

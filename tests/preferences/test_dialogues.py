@@ -29,7 +29,7 @@ from pipeline.rl.rewards import RewardModel
 from pipeline.training.inputs import load_inputs
 from tests import small_model
 from tests import tool_toy as toy
-from tests.sampling_recipes import ROOT, run, write_config
+from tests.sampling_recipes import run, write_config
 
 TEXTS = [" ".join(words) for words in itertools.product(["1", "2", "4", "x"], repeat=3)]
 TOKENIZER = toy.tokenizer()
@@ -346,12 +346,12 @@ def test_a_reward_model_of_dialogues_is_trained_and_ppo_with_the_same_tools_scor
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_warm_process")
 def test_a_smoke_run_goes_from_dialogues_to_a_reward_model_and_ppo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Sampled, trained on, measured and reported."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = inputs(tmp_path)
     model = {"model_name_or_path": asked["model_name_or_path"]}
     called = {"tools": ["tests.tool_toy:double"]}

@@ -115,6 +115,7 @@ def test_pairs_that_are_too_long_are_dropped_and_never_cut(inputs: Path, tmp_pat
     assert max(len(row["prompt_ids"] + row["rejected_ids"]) for row in trainer.train_dataset) <= 30
 
 
+@pytest.mark.usefixtures("shared_warm_process")
 def test_a_run_goes_through_dpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """From pairs in ShareGPT's style and a model of one's own: trained, measured, reported, planned, shown."""
     monkeypatch.chdir(tmp_path)

@@ -36,12 +36,13 @@ PAIRS = [
 
 
 @pytest.fixture
-def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+def smoke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_warm_process: None
+) -> Callable[[str], dict[str, Any]]:
     """What runs two steps of every stage of a shipped folder in `tmp_path`, and returns what the report says."""
 
     def smoke(recipe: str) -> dict[str, Any]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
         launch = ["--config_file", str(ROOT / "accelerate_config.yaml")]
         assert main(["run", str(ROOT / "recipes" / recipe), "--smoke", *launch]) == 0
         (file,) = tmp_path.glob("runs/*/report/metrics.json")

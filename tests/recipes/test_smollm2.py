@@ -12,11 +12,11 @@ LONGER = "def longer(completions, **columns):\n    return [len(answer[-1]['conte
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_warm_process")
 def test_a_copy_takes_every_stage_and_is_measured_with_every_baseline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     save_model(tmp_path / "models/smollm2")
     assert main(["copy", "smollm2", "mine"]) == 0
     # A model that has learned nothing solves no problem, so that the verifier would prefer no answer.

@@ -85,10 +85,13 @@ def test_sequences_are_as_probable_as_a_forward_pass_says(architecture: str) -> 
         counts = Counter(map(tuple, completions[number * ROWS : (number + 1) * ROWS]))
         assert len({len(row) for row in counts}) == LENGTH
         expected = {}
-        for row in counts:
+        for length in {len(row) for row in counts}:
+            rows = [row for row in counts if len(row) == length]
+            ids = torch.tensor([[*prompt, *row] for row in rows])
             with torch.no_grad():
-                logs = network(torch.tensor([[*prompt, *row]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            expected[row] = ROWS * logs.gather(1, torch.tensor(row)[:, None]).sum().exp().item()
+                logs = network(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+            chances = logs.gather(2, ids[:, len(prompt) :, None]).sum((1, 2)).exp()
+            expected |= dict(zip(rows, (ROWS * chances).tolist(), strict=True))
         common = [row for row in counts if expected[row] >= 5]
         chi_squared = sum((counts[row] - expected[row]) ** 2 / expected[row] for row in common)
         assert len(common) > 20
