@@ -33,8 +33,7 @@ class _Shared(WarmProcess):
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
     ) -> bool:
-        program, option, *module = command
-        elsewhere = [program, option, "tests.elsewhere", os.getcwd(), *module]
+        elsewhere = [*command[:2], "tests.elsewhere", os.getcwd(), *command[2:]]
         return super().fork(elsewhere, environment, descriptors, output)
 
 

@@ -65,6 +65,10 @@ CALLED = {
         "tokenizer ids prefix tools",
         "what a completion calls is read with the schemas of its tools",
     ),
+    "transformers.conversion_mapping:get_checkpoint_conversion_mapping": (
+        "model_type",
+        "steps are forked after its table was built; without it, they are new processes",
+    ),
     "trl.generation.vllm_client:VLLMClient.get_server_info": ("self", "which log-probabilities a server of vLLM gives"),
 }
 

@@ -23,8 +23,8 @@ MEASURED = {
 }
 
 
-TYPED = ("0_data", "0_tokenizer", "1_pretrain", "2_sft", "evaluate_2_sft")
-"""Steps that are typed by hand as well; the later stages are launched, and all stages evaluated, in the same way."""
+TYPED = ("0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
+"""Steps that are typed by hand as well; the evaluation of every stage is made in the same way."""
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,6 @@ def test_a_run_equals_the_same_steps_typed_by_hand(
     made = {Path(steps[name]["values"]["output_dir"]).name for name in TYPED if not name.startswith("evaluate")}
     paths = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".parquet")]
     compared = [path for path in paths if path.parts[0] in made or path == Path("evaluations/2_sft.jsonl")]
-    assert {"data", "1_pretrain", "2_sft", "evaluations"} <= {path.parts[0] for path in compared}
+    assert {"data", "1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
     for path in compared:
         assert (run / path).read_bytes() == (typed / path).read_bytes(), path
