@@ -14,6 +14,7 @@ OpenMP threads, and it ends if there is an accelerator, whose driver does not su
 forkserver of multiprocessing would continue despite threads, and its forks do not run exit functions.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -24,11 +25,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from io import IOBase
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 from pkgutil import resolve_name
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -69,7 +71,6 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 process_group=0,
-                preexec_fn=signal_with_parent(signal.SIGKILL),
             )
         self._is_ready: bool | None = None
 
@@ -208,6 +209,8 @@ def _receive(channel: Connection) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     """Import `argv[1:]`, then fork for each request on the channel `argv[0]`; the fork runs the module of the step."""
+    # If the runner has died before this, its channel has ended.
+    signal_with_parent(signal.SIGKILL)()
     # The runner may have been started with these signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -235,7 +238,13 @@ def main(argv: Sequence[str]) -> int:
         descriptors = [recv_handle(channel) for _ in range(number)]
         pid = os.fork()
         if pid == 0:
-            break
+            channel.close()
+            os.setpgid(0, 0)
+            signal_step()
+            # If the warm process died before the kernel was asked to signal its death, no signal comes.
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+            _become(module, arguments, environment, descriptors)
         # Otherwise, the locks among them would outlive the step.
         for descriptor in descriptors:
             os.close(descriptor)
@@ -244,27 +253,39 @@ def main(argv: Sequence[str]) -> int:
         send_handle(channel, handle, None)
         os.close(handle)
         channel.send(wait_measured(pid))
-    else:
-        return 0
+    return 0
 
-    # From here on, this is the fork.
-    channel.close()
-    os.setpgid(0, 0)
-    signal_step()
-    # If the warm process died before the kernel was asked to signal its death, no signal comes.
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+
+def _become(module: str, arguments: list[str], environment: Mapping[str, str], descriptors: list[int]) -> NoReturn:
+    """Run a module in this fork, and exit as Python does, except that objects are left to the kernel.
+
+    Freeing each writes to its page, which has to be copied for the fork first: as much work as a short step.
+    """
     for source, target in zip(descriptors, (1, 2), strict=False):
         os.dup2(source, target)
         os.close(source)
     os.environ.clear()
     os.environ.update(environment)
     gc.enable()
-    if module == launcher.__name__:
-        return launcher.main(arguments, forked=True)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
+    code: Any = 0
+    try:
+        if module == launcher.__name__:
+            code = launcher.main(arguments, forked=True)
+        else:
+            sys.argv = [module, *arguments]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        if not isinstance(stop.code, int | None):
+            raise
+        code = stop.code or 0
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    # Files that were not closed; those from before the fork, such as stdout, are frozen and not among the objects.
+    for opened in (sys.stdout, sys.stderr, *gc.get_objects()):
+        if issubclass(type(opened), IOBase):
+            with contextlib.suppress(OSError, ValueError):
+                opened.flush()
+    os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":
