@@ -35,17 +35,12 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Decoders whose logits survive the round trip through `fourstage gguf`."""
 
 WEIGHTS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk": "model.layers",
-    "attn_norm": "input_layernorm",
-    "attn_output": "self_attn.o_proj",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "blk": "model.layers",
+    "attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     **{f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", "v")},
     **{f"attn_{part}_norm": f"self_attn.{part}_norm" for part in ("q", "k")},
-    "ffn_norm": "post_attention_layernorm",
     **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
-}
+}  # fmt: skip
 """llama.cpp's names for the parts of a decoder -> transformers' names."""
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")

@@ -81,16 +81,10 @@ class ScratchArguments:
 
 
 LLAMA4: dict[str, Any] = {
-    "intermediate_size_mlp": None,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1,
-    "no_rope_layer_interval": 4,
-    "attention_chunk_size": None,
-    "use_qk_norm": True,
-    "router_aux_loss_coef": 0.01,
-    "router_z_loss_coef": 0.001,
-}
+    "intermediate_size_mlp": None, "num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1,
+    "no_rope_layer_interval": 4, "attention_chunk_size": None, "use_qk_norm": True,
+    "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001,
+}  # fmt: skip
 """The fields that only a Llama 4 has, and their defaults."""
 
 

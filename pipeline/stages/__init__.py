@@ -55,17 +55,10 @@ SMOKE = "smoke: two steps of each stage; the figures mean nothing"
 
 # Two steps on few rows take seconds, even with a recipe for a large model.
 SMOKE_TRAINING: Mapping[str, Any] = {
-    "max_steps": 2,
-    "warmup_steps": 1,
-    "max_train_samples": 64,
-    "max_eval_samples": 16,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "logging_steps": 1,
-    "torch_compile": False,
-    "report_to": "none",
-    "push_to_hub": False,
-}
+    "max_steps": 2, "warmup_steps": 1, "max_train_samples": 64, "max_eval_samples": 16,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    "logging_steps": 1, "torch_compile": False, "report_to": "none", "push_to_hub": False,
+}  # fmt: skip
 # Each process samples four completions in a step.
 SMOKE_ROLLOUTS: Mapping[str, Any] = {**SMOKE_TRAINING, "per_device_train_batch_size": 4, "max_completion_length": 16}
 SMOKE_MODEL: Mapping[str, Any] = {
