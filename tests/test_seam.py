@@ -298,6 +298,7 @@ def test_all_that_is_relied_on_is_listed() -> None:
         "_asdict",
         "_orig_mod",
         "_exit",
+        "_fingerprint",
         "_run_exitfuncs",
         "_shutdown",
         "_last_loaded_step",

@@ -6,6 +6,7 @@ import difflib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum, EnumType
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pipeline.errors import Problem
@@ -20,7 +21,8 @@ def argument_types(main: Callable[..., Any]) -> list[type]:
     return [hint for name, hint in get_type_hints(main).items() if name != "return" and isinstance(hint, type)]
 
 
-def field_types(*dataclass_types: Any) -> dict[str, Any]:
+@cache
+def field_types(*dataclass_types: Any) -> Mapping[str, Any]:
     """Return the type of every field of argument dataclasses, by name."""
     resolved = {kind: get_type_hints(kind) for kind in dataclass_types}
     return {item.name: resolved[kind][item.name] for kind in resolved for item in dataclasses.fields(kind) if item.init}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets.fingerprint import Hasher
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.messages import (
@@ -155,10 +156,14 @@ def standardise(
     others = [name for name in columns if kind == "prompt" and name not in (*made, *PASSED_BY_TRL, "image", "images")]
     if others:
         features = {name: split.features[name] for name in others} | features if split.features else {}
+    own: dict[str, Any] = {}
     if not is_stream:
         features[FAULT] = Value("string")
+        # datasets would take longer to disassemble the function, and not notice changes in those that it calls.
+        code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        own["new_fingerprint"] = Hasher.hash((split._fingerprint, vars(args), kind, tokens, calls, code))
     removed = [name for name in columns if name not in (*made, *others)]
-    standard = split.map(convert, with_indices=True, remove_columns=removed, features=Features(features) or None)
+    standard = split.map(convert, with_indices=True, remove_columns=removed, features=Features(features) or None, **own)
     if is_stream or not len(split):
         return standard.filter(is_informative) if "chosen" in made else standard
     if HAS_CALLS in standard.unique(FAULT):

@@ -31,13 +31,9 @@ MAX_COLUMNS = 100
 """Maximum width of the live view."""
 
 MARKS = {
-    "waiting": (" ", "dim"),
-    "running": ("▸", "bold cyan"),
-    "done": ("✓", "green"),
-    "kept": ("=", "dim"),
-    "stopped": ("✗", "bold red"),
-    "for people": ("⏸", "yellow"),
-}
+    "waiting": (" ", "dim"), "running": ("▸", "bold cyan"), "done": ("✓", "green"), "kept": ("=", "dim"),
+    "stopped": ("✗", "bold red"), "for people": ("⏸", "yellow"),
+}  # fmt: skip
 """Status of a stage -> its mark and style."""
 
 

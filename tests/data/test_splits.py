@@ -300,3 +300,12 @@ def test_a_trial_run_checks_the_rows_that_it_does_not_train_on(tmp_path: Path) -
         write_lines(tmp_path / f"{split}.jsonl", rows)
     with pytest.raises(UserError, match="split train, row 30: answer is"):
         load_splits(DataArguments(str(tmp_path), max_train_samples=4), "conversation", evaluation=True)
+
+
+def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "chats.jsonl", [{"messages": conversation("Hi.", "Hello.")}] * 3)
+    first, again = (load_splits(all_of(path), "conversation", evaluation=False)[0] for _ in range(2))
+    assert first.cache_files == again.cache_files
+    other = load_splits(all_of(path, system_prompt="Be brief."), "conversation", evaluation=False)[0]
+    assert [message["content"] for message in other[0]["messages"]] == ["Be brief.", "Hi.", "Hello."]
+    assert [message["content"] for message in again[0]["messages"]] == ["Hi.", "Hello."]
