@@ -74,6 +74,17 @@ def test_a_step_ends_with_its_own_code_and_message(step: Step, code: str, return
     assert (got, log.strip().split("\n")[-1]) == (returned, last)
 
 
+def test_a_step_waits_for_its_threads_and_writes_to_files_that_it_leaves_open(step: Step) -> None:
+    code = """
+import sys, threading, time
+sys.left = open("left.txt", "w")
+sys.left.write("to the end")
+threading.Thread(target=lambda: (time.sleep(0.3), print("late"))).start()
+"""
+    assert step(code) == (0, "late\n")
+    assert Path("left.txt").read_text() == "to the end"
+
+
 def test_a_step_sees_what_a_new_process_would(step: Step) -> None:
     code = """
 import gc, os, signal, sys, threading
