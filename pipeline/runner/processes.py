@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from io import IOBase
+from io import BufferedRandom, BufferedWriter, TextIOWrapper
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import recv_handle, send_handle
 from pkgutil import resolve_name
@@ -267,7 +267,7 @@ def _become(module: str, arguments: list[str], environment: Mapping[str, str], d
     os.environ.clear()
     os.environ.update(environment)
     gc.enable()
-    code: Any = 0
+    code = 0
     try:
         if module == launcher.__name__:
             code = launcher.main(arguments, forked=True)
@@ -281,8 +281,9 @@ def _become(module: str, arguments: list[str], environment: Mapping[str, str], d
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     # Files that were not closed; those from before the fork, such as stdout, are frozen and not among the objects.
+    # `isinstance` would look into proxies.
     for opened in (sys.stdout, sys.stderr, *gc.get_objects()):
-        if issubclass(type(opened), IOBase):
+        if issubclass(type(opened), BufferedRandom | BufferedWriter | TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):
                 opened.flush()
     os._exit(code & 0xFF)
