@@ -6,14 +6,11 @@ import platform
 import re
 import subprocess
 from collections import Counter
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-_version = cache(metadata.version)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -35,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for package in ("fourstage", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "peft"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = _version(package)
+            versions[package] = metadata.version(package)
     # If the package is installed inside another project's checkout, the commit would be that project's.
     is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if is_tracked else None
