@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from small_model import conversation, write_lines
 
-from pipeline.data import splits
+from pipeline.data import columns, splits
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
@@ -302,10 +302,19 @@ def test_a_trial_run_checks_the_rows_that_it_does_not_train_on(tmp_path: Path) -
         load_splits(DataArguments(str(tmp_path), max_train_samples=4), "conversation", evaluation=True)
 
 
-def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others(tmp_path: Path) -> None:
+def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others_or_another_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_lines(tmp_path / "chats.jsonl", [{"messages": conversation("Hi.", "Hello.")}] * 3)
     first, again = (load_splits(all_of(path), "conversation", evaluation=False)[0] for _ in range(2))
     assert first.cache_files == again.cache_files
     other = load_splits(all_of(path, system_prompt="Be brief."), "conversation", evaluation=False)[0]
     assert [message["content"] for message in other[0]["messages"]] == ["Be brief.", "Hi.", "Hello."]
     assert [message["content"] for message in again[0]["messages"]] == ["Hi.", "Hello."]
+    (tmp_path / "code").mkdir()
+    monkeypatch.setattr(columns, "__file__", str(tmp_path / "code" / "columns.py"))
+    changed = []
+    for line in ("one = 1\n", "one = 2\n"):
+        (tmp_path / "code" / "messages.py").write_text(line)
+        changed.append(load_splits(all_of(path), "conversation", evaluation=False)[0].cache_files)
+    assert changed[0] != changed[1] and first.cache_files not in changed
