@@ -25,6 +25,7 @@ from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score
 
+TRANSFORMERS = (sys.executable, "-m", "transformers.cli.transformers")
 QUESTION = conversation("What is 3?", "")[:1]
 SHORT = ("--bf16", "false", "--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no")
 LORA = ("--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj")
@@ -71,7 +72,7 @@ def server(chat_model: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen([transformers_command(), "serve", chat_model, *options], stderr=subprocess.PIPE)
+    process = subprocess.Popen([*TRANSFORMERS, "serve", chat_model, *options], stderr=subprocess.PIPE)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -87,10 +88,6 @@ def server(chat_model: str) -> Iterator[str]:
         process.communicate(timeout=60)
 
 
-def transformers_command() -> str:
-    return str(Path(sys.executable).with_name("transformers"))
-
-
 def test_transformers_serve_answers_as_openai_does(server: str, chat_model: str, answer: str) -> None:
     body = {"model": chat_model, "messages": QUESTION, "max_tokens": 8, "temperature": 0.0, "stream": False}
     request = Request(f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -100,7 +97,7 @@ def test_transformers_serve_answers_as_openai_does(server: str, chat_model: str,
 
 
 def test_transformers_chat_shows_the_answer(server: str, chat_model: str, answer: str) -> None:
-    command = [transformers_command(), "chat", chat_model, server, "max_new_tokens=8", "do_sample=False"]
+    command = [*TRANSFORMERS, "chat", chat_model, server, "max_new_tokens=8", "do_sample=False"]
     said = f"{QUESTION[0]['content']}\nn\n!exit\n"  # no, it is not to go on after the token limit
     online = os.environ | {"HF_HUB_OFFLINE": "0"}  # otherwise it does not even ask the server
     done = subprocess.run(command, input=said, env=online, capture_output=True, text=True, timeout=120, check=False)
