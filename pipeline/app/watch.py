@@ -27,12 +27,12 @@ from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
+from pipeline.models.frozen_weights import frozen_copy
 from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl import ppo_math
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
-from pipeline.rl.frozen_weights import frozen_copy
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig

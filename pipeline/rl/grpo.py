@@ -26,13 +26,13 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
+from pipeline.models.frozen_weights import compute_in_float32, frozen_copy, unrounded
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
 from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
 from pipeline.rl.alarms import CollapseAlarms
-from pipeline.rl.frozen_weights import compute_in_float32, convert_frozen, frozen_copy, unrounded
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, call_tool, converse
@@ -116,12 +116,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        # Autocast would cast frozen weights again for each token that is sampled. PPO has `frozen_dtype` for this.
-        adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
-        if adapts and args.bf16 and getattr(args, "frozen_dtype", "auto") == "auto":
-            convert_frozen(self.model, torch.bfloat16)
         # On a CPU, sampling takes a third more time with an adapter that is not merged. Only LoRA is merged in place,
         # and at one end of tied embeddings it would change the other.
+        adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
         self._merges = adapts and self.accelerator.device.type == "cpu"
         if self._merges:
             lora, body = self.model.active_peft_config, self.model.get_base_model()
@@ -141,10 +138,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         placed = self.accelerator.device_placement
         # This setting would also change how a stream is split.
         self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.accelerator.device_placement = placed
+        loader = super().get_train_dataloader()
+        self.accelerator.device_placement = placed
+        return loader
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
@@ -170,12 +166,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 with unrounded(self.model) if is_loaded else nullcontext():
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             training = model.training
-            model.eval()
-            try:
-                with profiling_context(self, "sample"):
-                    return sample(model, prompt_ids, config), None
-            finally:
-                model.train(training)
+            with profiling_context(self, "sample"):
+                completions = sample(model.eval(), prompt_ids, config)
+            model.train(training)
+            return completions, None
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation."""

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import reduce
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +33,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import MANIFEST, STATE, read_json, replace_folder
+from pipeline.models.frozen_weights import convert_frozen
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training import checkpoint_folders as folders
@@ -72,6 +75,10 @@ class Reliable(Trainer):
         # The rows of each batch that was fetched and not yet trained on.
         self._fetched: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
+        # Autocast would cast the weights that are frozen under an adapter again and again. PPO has `frozen_dtype`.
+        whole = isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if whole and self.args.bf16 and getattr(self.args, "frozen_dtype", "auto") == "auto":
+            convert_frozen(self.model, torch.bfloat16)
         self.parts.append(RenamedWeights(self))
         # This must run after the callbacks that the trainer was made with.
         self.add_callback(_TrainingBegins(self))
@@ -267,7 +274,9 @@ class Reliable(Trainer):
         transformers would replace such losses in logs by an average (`logging_nan_inf_filter`), and continue.
         """
         rows = self._fetched.popleft() if self._fetched else "unknown"
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Autocast undoes the casts of an adapter's inputs.
+        with disable_input_dtype_casting(model, active=self.args.bf16):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
         raise RunStopped(
@@ -284,10 +293,9 @@ class Reliable(Trainer):
             return super().get_train_dataloader()
         # If it were set permanently, it would also drop rows from evaluations.
         asked, args.dataloader_drop_last = args.dataloader_drop_last, True
-        try:
-            return super().get_train_dataloader()
-        finally:
-            args.dataloader_drop_last = asked
+        loader = super().get_train_dataloader()
+        args.dataloader_drop_last = asked
+        return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """With accumulation, also drop the rows of each epoch that do not fill all batches of an optimizer step."""

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from small_model import conversation, save_model, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
@@ -129,6 +131,42 @@ def test_what_is_saved_loads_as_what_was_trained_and_a_resumed_run_ends_the_same
     train(adapter, parts, lora)
     file = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
+
+
+def in_bfloat16(tmp_path: Path, name: str) -> tuple[SFTTrainer, list[int]]:
+    """Train two steps, and return also how many layers cast their inputs."""
+    args = SFTConfig(**options(tmp_path / name, bf16=True, max_length=64, learning_rate=1e-2, max_steps=2))
+    trainer = SFTTrainer(
+        save_model(tmp_path / "model"),
+        args,
+        train_dataset=Dataset.from_dict({"messages": [conversation(f"What is {i}?", "Four.") for i in range(16)]}),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=["lm_head"]),
+    )
+    casts: list[int] = []
+    for layer in trainer.model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.register_forward_pre_hook(lambda layer, _: casts.append(int(layer.cast_input_dtype_enabled)))
+    train_and_save(trainer)
+    return trainer, casts
+
+
+def test_under_autocast_frozen_weights_take_half_the_memory_and_inputs_are_not_cast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, casts = in_bfloat16(tmp_path, "run")
+    assert casts and not any(casts)
+    kinds = {weight.requires_grad: set() for weight in trainer.model.parameters()}
+    for name, weight in trainer.model.named_parameters():
+        if "original_module" not in name:
+            kinds[weight.requires_grad].add(weight.dtype)
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+
+    monkeypatch.setattr("pipeline.training.reliable.disable_input_dtype_casting", lambda *_, **__: nullcontext())
+    other, casts = in_bfloat16(tmp_path, "other")
+    assert casts and all(casts)
+    found = other.model.state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in trainer.model.state_dict().items())
 
 
 def grpo_trainer(adapter: Path, folder: Path, peft_config: LoraConfig | None = None, **more: Any) -> GRPOTrainer:

@@ -20,7 +20,8 @@ from trl.trainer import callbacks
 from pipeline.config.checks import UNSUPPORTED, UNUSED_IN_ROLLOUTS
 from pipeline.config.parser import parse
 from pipeline.errors import UserError
-from pipeline.rl import critic, frozen_weights, value_model
+from pipeline.models import frozen_weights
+from pipeline.rl import critic, value_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import UNUSED, PPOConfig

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
-from pipeline.rl.frozen_weights import unrounded
+from pipeline.models.frozen_weights import unrounded
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
 from tests import ppo_toy as toy
