@@ -27,7 +27,6 @@ from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import move
 from pipeline.files import read_json
-from pipeline.models.frozen_weights import frozen_copy
 from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
@@ -39,6 +38,7 @@ from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.dialogue import Dialogue
 from pipeline.tools.loading import load_toolbox
+from pipeline.training.frozen_weights import frozen_copy
 from pipeline.training.reliable import unchanged_random_state
 
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_", "max_grad_norm", "optim")

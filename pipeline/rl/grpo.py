@@ -26,7 +26,6 @@ from trl.trainer.utils import is_async_callable
 
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
-from pipeline.models.frozen_weights import compute_in_float32, frozen_copy, unrounded
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
 from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
@@ -36,6 +35,7 @@ from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.rollout_state import Rollout
 from pipeline.tools.dialogue import Dialogue, call_tool, converse
+from pipeline.training.frozen_weights import compute_in_float32, frozen_copy, unrounded
 from pipeline.training.reliable import Reliable
 
 logger = get_logger(__name__)

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.classifiers import find_head
-from pipeline.models.frozen_weights import compute_in_float32, convert_frozen, share_frozen_weights
 from pipeline.rl import ppo_math, ppo_metrics
 from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
+from pipeline.training.frozen_weights import compute_in_float32, convert_frozen, share_frozen_weights
 
 
 class PPOTrainer(GRPOTrainer):

@@ -26,10 +26,10 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.models.adapters import MERGED
 from pipeline.models.classifiers import HEAD_NAMES, classifier, find_head
-from pipeline.models.frozen_weights import compute_in_float32, convert_frozen, plain_name, share_frozen_weights
 from pipeline.models.loading import load_config, local_copy, without_adapters
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.training.frozen_weights import compute_in_float32, convert_frozen, plain_name, share_frozen_weights
 
 
 def build_value_model(

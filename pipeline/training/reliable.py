@@ -33,12 +33,12 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from pipeline import hardware
 from pipeline.errors import RunStopped
 from pipeline.files import MANIFEST, STATE, read_json, replace_folder
-from pipeline.models.frozen_weights import convert_frozen
 from pipeline.models.patches import record_rows
 from pipeline.models.weights import RenamedWeights
 from pipeline.training import checkpoint_folders as folders
 from pipeline.training.checkpoint_folders import checkpoint_folder, newest_complete
 from pipeline.training.checks import total_steps
+from pipeline.training.frozen_weights import convert_frozen
 
 logger = logging.getLogger(__name__)
 

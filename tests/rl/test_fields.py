@@ -20,11 +20,11 @@ from trl.trainer import callbacks
 from pipeline.config.checks import UNSUPPORTED, UNUSED_IN_ROLLOUTS
 from pipeline.config.parser import parse
 from pipeline.errors import UserError
-from pipeline.models import frozen_weights
 from pipeline.rl import critic, value_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import UNUSED, PPOConfig
+from pipeline.training import frozen_weights
 from pipeline.training.checks import preflight
 
 USED = """

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig
 
-from pipeline.models.frozen_weights import unrounded
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
+from pipeline.training.frozen_weights import unrounded
 from tests import ppo_toy as toy
 from tests.vllm_stub import LLM, SamplingParams
 
