@@ -118,8 +118,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
         # On a CPU, sampling takes a third more time with an adapter that is not merged. Only LoRA is merged in place,
         # and at one end of tied embeddings it would change the other.
-        adapts = self._whole_and_bare and isinstance(self.model, PeftModel)
-        self._merges = adapts and self.accelerator.device.type == "cpu"
+        self._merges = self._whole_and_bare and isinstance(self.model, PeftModel) and self.args.device.type == "cpu"
         if self._merges:
             lora, body = self.model.active_peft_config, self.model.get_base_model()
             own = not isinstance(lora, LoraConfig) or lora.use_dora or lora.lora_bias or lora.alora_invocation_tokens

@@ -146,8 +146,8 @@ def memory(stage: Settings) -> dict[str, float]:
     logits = read * config.vocab_size if stage.kind.generates else 0
     if not stage.kind.from_scratch:
         logits = min(TILE, logits)
-    # The weights that are frozen under an adapter are converted.
-    half = stage.use_peft and stage.size == 2 and stage.frozen_dtype != "float32"
+    # The weights that are frozen under an adapter are converted, unless they are sharded.
+    half = stage.use_peft and stage.size == 2 and not stage.sharded and stage.frozen_dtype != "float32"
     return {
         "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
         "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,

@@ -274,8 +274,8 @@ class Reliable(Trainer):
         transformers would replace such losses in logs by an average (`logging_nan_inf_filter`), and continue.
         """
         rows = self._fetched.popleft() if self._fetched else "unknown"
-        # Autocast undoes the casts of an adapter's inputs.
-        with disable_input_dtype_casting(model, active=self.args.bf16):
+        # Autocast undoes the casts of LoRA's inputs. IA3, for one, cannot omit them.
+        with disable_input_dtype_casting(model, self.args.bf16 and getattr(self.model, "peft_type", None) == "LORA"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
@@ -293,9 +293,10 @@ class Reliable(Trainer):
             return super().get_train_dataloader()
         # If it were set permanently, it would also drop rows from evaluations.
         asked, args.dataloader_drop_last = args.dataloader_drop_last, True
-        loader = super().get_train_dataloader()
-        args.dataloader_drop_last = asked
-        return loader
+        try:
+            return super().get_train_dataloader()
+        finally:
+            args.dataloader_drop_last = asked
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """With accumulation, also drop the rows of each epoch that do not fill all batches of an optimizer step."""

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from small_model import conversation, save_model, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -133,20 +142,23 @@ def test_what_is_saved_loads_as_what_was_trained_and_a_resumed_run_ends_the_same
     assert (parts / file).read_bytes() == (whole / file).read_bytes()
 
 
-def in_bfloat16(tmp_path: Path, name: str) -> tuple[SFTTrainer, list[int]]:
-    """Train two steps, and return also how many layers cast their inputs."""
+def in_bfloat16(tmp_path: Path, name: str, adapter: PeftConfig | None = None) -> tuple[SFTTrainer, list[int]]:
+    """Train two steps, with LoRA by default, and return also whether each layer casts its inputs."""
     args = SFTConfig(**options(tmp_path / name, bf16=True, max_length=64, learning_rate=1e-2, max_steps=2))
     trainer = SFTTrainer(
         save_model(tmp_path / "model"),
         args,
         train_dataset=Dataset.from_dict({"messages": [conversation(f"What is {i}?", "Four.") for i in range(16)]}),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=["lm_head"]),
+        peft_config=adapter
+        or LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=["lm_head"]),
     )
     casts: list[int] = []
     for layer in trainer.model.modules():
         if isinstance(layer, BaseTunerLayer):
-            layer.register_forward_pre_hook(lambda layer, _: casts.append(int(layer.cast_input_dtype_enabled)))
+            layer.register_forward_pre_hook(
+                lambda layer, _: casts.append(int(getattr(layer, "cast_input_dtype_enabled", True)))
+            )
     train_and_save(trainer)
     return trainer, casts
 
@@ -167,6 +179,22 @@ def test_under_autocast_frozen_weights_take_half_the_memory_and_inputs_are_not_c
     assert casts and all(casts)
     found = other.model.state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(target_modules=["q_proj"], use_dora=True),
+        IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        VeraConfig(target_modules=["q_proj"]),
+        LoKrConfig(target_modules=["q_proj"]),
+    ],
+    ids=["DoRA", "IA3", "VeRA", "LoKr"],
+)
+def test_other_adapters_train_under_autocast(tmp_path: Path, adapter: PeftConfig) -> None:
+    adapter.task_type = "CAUSAL_LM"
+    trainer, _ = in_bfloat16(tmp_path, "run", adapter)
+    assert trainer.state.global_step == 2
 
 
 def grpo_trainer(adapter: Path, folder: Path, peft_config: LoraConfig | None = None, **more: Any) -> GRPOTrainer:
