@@ -78,6 +78,7 @@ class AnswerArguments:
     pairs_per_prompt: int = option(2, "Maximum pairs compared for each prompt; identical answers do not form a pair.")
     max_prompts: int | None = option(None, "Training prompts to use (default: all).")
     max_eval_prompts: int | None = option(None, "Prompts to use of each other split (default: all).")
+    max_validation_prompts: int | None = option(None, "Prompts to use of `validation` (default: max_eval_prompts).")
     temperature: float = option(1.0, "Sampling temperature.")
     min_p: float = option(0.0, "Never sample tokens less probable than this share of the most probable one.")
     max_new_tokens: int = option(64, "Maximum length of an answer, in tokens.")
@@ -159,15 +160,14 @@ def label_samples(
         called = toolbox.template(tokenizer)
         # What an environment says at first is part of the prompt, as in training.
         shown = {name: [{**row, "prompt": toolbox.open(row)[0]} for row in rows] for name, rows in prompts.items()}
-    encoded = encode(model, tokenizer, shown, args, called)
+    ids = encode(model, tokenizer, shown, args, called)
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
-    total, done = sum(map(len, encoded.values())), 0
+    total, done = sum(map(len, ids.values())), 0
     for number, (name, rows) in enumerate(shown.items()):
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         seed = (3 * args.seed + number) * 1_000_000
-        asked = prompts[name] if chat else encoded[name]
-        answers = sample_answers(model, tokenizer, asked, args, seed, progress=(done, total), chat=chat)
+        answers = sample_answers(model, tokenizer, (prompts if chat else ids)[name], args, seed, (done, total), chat)
         done += len(rows)
         options: dict[str, Any] = {"pairs_per_prompt": args.pairs_per_prompt, "seed": f"{args.seed}/{name}"}
         options["read"] = json.loads if chat else str
@@ -211,8 +211,8 @@ def read_prompts(
         held_out.update(texts)
         # Shuffled, because data sets are often sorted, and only the first prompts may be used.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
-        most = args.max_prompts if name == "train" else args.max_eval_prompts
-        prompts[name] = split.select(kept[:most]).to_list()
+        limits = {"train": args.max_prompts, "validation": args.max_validation_prompts or args.max_eval_prompts}
+        prompts[name] = split.select(kept[: limits.get(name, args.max_eval_prompts)]).to_list()
         for row in prompts[name]:
             if fault := validate_rule(row):
                 raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))

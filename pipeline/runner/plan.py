@@ -77,7 +77,8 @@ def count_work(stage: Settings) -> None:
         stage.average, stage.longest = stage.text + ANSWER * stage.cut, stage.text + stage.cut
     if not kind.measured:
         # Answers are also sampled for validation and test, for people or annotators to choose from.
-        prompts = (stage.max_prompts or stage.data) + 2 * (stage.max_eval_prompts or 0)
+        held_out = stage.max_eval_prompts or 0
+        prompts = (stage.max_prompts or stage.data) + held_out + (stage.max_validation_prompts or held_out)
         stage.rows, stage.passes, stage.at_once = prompts * stage.samples_per_prompt, 1, stage.batch_size
     else:
         batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * stage.processes
@@ -143,9 +144,8 @@ def memory(stage: Settings) -> dict[str, float]:
     # If activations are recomputed, only the inputs of all layers are kept, plus everything of one layer at a time.
     activations = all_layers * 4 * hidden + layer if stage.recompute else all_layers * layer
     # Pretraining has all logits at once, TRL's trainers have a tile of them, and a reward model only has scores.
-    logits = read * config.vocab_size if stage.kind.generates else 0
-    if not stage.kind.from_scratch:
-        logits = min(TILE, logits)
+    most = math.inf if stage.kind.from_scratch else TILE
+    logits = min(most, read * config.vocab_size) if stage.kind.generates else 0
     # The weights that are frozen under an adapter are converted, unless they are sharded.
     half = stage.use_peft and stage.size == 2 and not stage.sharded and stage.frozen_dtype != "float32"
     return {

@@ -155,6 +155,11 @@ def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path:
     }
     read = {name: user_texts(rows) for name, rows in read_prompts(PreferenceArguments(**given)).items()}
     assert read == {"train": {"fox"}, "validation": {"owl", "is"}, "test": {"ant", "bee"}}
+    # A prompt that is held out, but not used, is not trained on either.
+    fewer = PreferenceArguments(**given, max_eval_prompts=2, max_validation_prompts=1)
+    assert {name: len(rows) for name, rows in read_prompts(fewer).items()} == {"train": 1, "validation": 1, "test": 2}
+    same = PreferenceArguments(**given, max_eval_prompts=1)
+    assert {len(rows) for rows in read_prompts(same).values()} == {1}
 
 
 def write_file(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ output equals its output for each prompt alone, and samples follow the same dist
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -173,10 +174,25 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     are in float64, where the device has it, so that improbable tokens of a large vocabulary are not lost.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = torch.softmax(logits, dim=-1).cumsum(-1, dtype=dtype)
     # Above 0 and at most 1, so that a token of probability 0 is never the first to reach it.
     share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
-    return torch.searchsorted(cumulative, share * cumulative[:, -1:])[:, 0].clamp(max=logits.shape[-1] - 1)
+    weights, block, size = torch.softmax(logits, dim=-1), 0, math.gcd(logits.shape[-1], 256)
+    # From a large vocabulary, first a block is drawn: 49,152 sums in float64 take as long as several layers.
+    if logits.shape[-1] > 8192:
+        blocks = weights.unflatten(-1, (-1, size))
+        block, share = _reach(blocks.sum(-1), share)
+        weights = blocks.take_along_dim(block[:, :, None], 1)[:, 0]
+    return (block * size + _reach(weights, share)[0])[:, 0]
+
+
+def _reach(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where in each row the sum reaches a share of the total, and the share of that weight which this takes."""
+    sums = weights.cumsum(-1, dtype=share.dtype)
+    target = share * sums[:, -1:]
+    place = torch.searchsorted(sums, target).clamp(max=weights.shape[-1] - 1)
+    own = weights.gather(-1, place)
+    # Rounding must not make it 0, which a weight of 0 reaches.
+    return place, ((target - sums.gather(-1, place) + own) / own).clamp(min=torch.finfo(share.dtype).tiny)
 
 
 class GrowingLayer(DynamicLayer):
