@@ -70,9 +70,7 @@ def precision() -> Choice:
 
 def supports(dtype: str) -> bool:
     """Return whether the machine trains natively in `dtype`: "bf16", "fp16" or "fp32"."""
-    if dtype == "fp16":
-        return accelerator() in ("cuda", "xpu")
-    return dtype == "fp32" or precision().value == dtype
+    return accelerator() in ("cuda", "xpu") if dtype == "fp16" else dtype == "fp32" or precision().value == dtype
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
@@ -187,8 +185,7 @@ def matmul_peak(dtype: str) -> float:
     size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     # A GPU at its power limit multiplies zeros faster. Do not use the global random state, which runs depend on.
-    generator = torch.Generator(device).manual_seed(0)
-    a = torch.randn(size, size, generator=generator, dtype=element, device=device)
+    a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), dtype=element, device=device)
 
     def multiply() -> None:
         torch.mm(a, a)

@@ -33,8 +33,7 @@ def drop_long_prompts(
     """
 
     def count(prompts: list[Any]) -> list[int]:
-        encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
-        return list(map(len, encoded["input_ids"]))
+        return list(map(len, _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))["input_ids"]))
 
     # Only the first prompts are counted here, because those of a stream may have to be downloaded.
     first = count([row["prompt"] for row in split.take(100)])

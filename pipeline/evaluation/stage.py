@@ -253,8 +253,7 @@ def _load_chats(
     is_opponent = option == "--against"
     can_chat = is_opponent or bool(load_tokenizer(words or path, option).chat_template)
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=words)
-    dtype = hardware.fast_dtype() if is_opponent else torch.float32
-    model = model.to(hardware.accelerator() or "cpu", dtype).eval()
+    model = model.to(hardware.accelerator() or "cpu", hardware.fast_dtype() if is_opponent else torch.float32).eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     keys = [key for key, held_out in HELD_OUT.items() if held_out.length]
     if given := settings["max_new_tokens"]:

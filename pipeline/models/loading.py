@@ -269,8 +269,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 4 << 30:
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as weights:
-                named = ((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-                fault = fault or validate_finite(named)
+                fault = fault or validate_finite((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
     return f"its base model {base}: {fault}" if base and fault else fault
 
 

@@ -217,9 +217,7 @@ def extract_answer(text: str) -> str | None:
             # Take the first sentence, with the full stops of abbreviations temporarily hidden.
             rest = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), rest)
             answer = _without_explanation(_SENTENCE_END.split(rest, maxsplit=1)[0].replace("\ue000", "."))
-    if answer is None or len(answer) > MAX_ANSWER_LENGTH:
-        return None
-    return unwrap(answer) or None
+    return None if answer is None or len(answer) > MAX_ANSWER_LENGTH else unwrap(answer) or None
 
 
 def count_answers(text: str) -> int:

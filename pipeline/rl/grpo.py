@@ -202,8 +202,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         )
         turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
         sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        total = torch.tensor([sampled, turns], device=device)
-        sampled, turns = reduce(total, reduction="sum").tolist()
+        sampled, turns = reduce(torch.tensor([sampled, turns], device=device), reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
         texts = [[getattr(dialogue, name) for dialogue in dialogues] for name in ("sampled", "messages", "tokens")]
         logps = None if logprobs is None else [dialogue.logps for dialogue in dialogues]
@@ -318,8 +317,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             # It may fail on a single process, and only the first process reports a `UserError`.
             step = self.state.global_step + 1
             raise RunStopped(f"{error}, and start again (in step {step}; {self.last_good()}).") from error
-        weighted = self.reward_weights != 0
-        rewards[rewards[:, weighted].isnan().all(dim=1)] = torch.nan
+        rewards[rewards[:, self.reward_weights != 0].isnan().all(dim=1)] = torch.nan
         self.all_rewards = rewards
         return rewards
 

@@ -132,6 +132,4 @@ class Moments:
 
     def normalize(self, x: Tensor, eps: float = 1e-8) -> Tensor:
         """Subtract the mean from `x` and divide by the (population) standard deviation, if at least two were seen."""
-        if self.count < 2:
-            return x
-        return (x - self.mean) / (self.m2 / self.count + eps) ** 0.5
+        return x if self.count < 2 else (x - self.mean) / (self.m2 / self.count + eps) ** 0.5

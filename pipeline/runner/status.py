@@ -60,10 +60,8 @@ def main(args: argparse.Namespace) -> int:
                 state = "not run yet"
             elif record.is_finished(step.name):
                 state = "out of date"
-            elif is_running:
-                state = "running"
             else:
-                state = "waiting" if step.stage.by_people else "cut short"
+                state = "running" if is_running else "waiting" if step.stage.by_people else "cut short"
             took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
             reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
             so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""

@@ -33,6 +33,5 @@ def token_loss(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, margin
     """
     chosen, rejected = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
     differs = ((chosen != rejected).cumsum(1) > 0).repeat(2, 1) & attention_mask.bool()
-    means = (scores.float() * differs).sum(1) / differs.sum(1).clamp(min=1)
-    better, worse = means.chunk(2)
+    better, worse = ((scores.float() * differs).sum(1) / differs.sum(1).clamp(min=1)).chunk(2)
     return -torch.nn.functional.logsigmoid(better - worse - margin).mean()

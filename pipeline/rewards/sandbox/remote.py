@@ -161,9 +161,7 @@ def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
         if state.base and with_plain and as_plain:
             plain = self.plain__()
             # Python then tries the operator of the other operand.
-            if kind is _ARITHMETIC and not hasattr(plain, name):
-                return NotImplemented
-            return getattr(plain, name)(*args)
+            return NotImplemented if kind is _ARITHMETIC and not hasattr(plain, name) else getattr(plain, name)(*args)
         if (kind is _COMPARISONS and with_plain) or (kind is _CONVERSIONS and state.mixed):
             raise refusal(name)
         result = self.ask__(name, *args)

@@ -6,11 +6,11 @@ import pytest
 import small_model
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
-from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate
+from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate, sample
 from pipeline.models.scratch import ScratchArguments, build_model
 
 PROMPTS = [
@@ -187,6 +187,24 @@ def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokeniz
         expected = model(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
     observed = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / len(tokens)
     assert (observed - expected).abs().max() < 4 * 0.5 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("vocabulary", [8_704, 9_001], ids=["blocks", "no common divisor"])
+def test_samples_from_a_large_vocabulary_follow_the_distribution(vocabulary):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = with_larger_weights(LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)))
+    config = GenerationConfig(do_sample=True, max_new_tokens=1)
+    drawn = [sample(model, [[1, 2, 3]] * 1000, config, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=vocabulary)
+    with torch.no_grad():
+        expected = model(torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(-1)
+    # Tokens by probability, by their block of 256 and by their place in it.
+    ids = torch.arange(vocabulary)
+    for groups in (expected.argsort().argsort() * 40 // vocabulary, ids // 256, ids % 256 // 8):
+        expectation = torch.zeros(40).index_add(0, groups, expected)
+        observed = torch.zeros(40).index_add(0, groups, counts.float()) / 4000
+        assert ((observed - expectation).abs() <= 4.5 * (expectation / 4000).sqrt() + 1 / 4000).all()
 
 
 def test_min_p_leaves_out_what_is_improbable_and_nothing_else(model, tokenizer, prompts):
