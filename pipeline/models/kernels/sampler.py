@@ -177,7 +177,7 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     # Above 0 and at most 1, so that a token of probability 0 is never the first to reach it.
     share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
     weights, block, size = torch.softmax(logits, dim=-1), 0, math.gcd(logits.shape[-1], 256)
-    # From a large vocabulary, first a block is drawn: 49,152 sums in float64 take as long as several layers.
+    # From a large vocabulary, first a block is drawn, because a sum in float64 for each token takes a while.
     if logits.shape[-1] > 8192:
         blocks = weights.unflatten(-1, (-1, size))
         block, share = _reach(blocks.sum(-1), share)
