@@ -203,6 +203,7 @@ def read_prompts(
                 splits[own], _ = load_splits(replace(source, dataset_train_split=own), "prompt", False, tokens)
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
+    limits = {"train": args.max_prompts, "validation": args.max_validation_prompts or args.max_eval_prompts}
     for name, split in splits.items():
         texts = [str(prompt) for prompt in split["prompt"]]
         kept = [index for index, text in enumerate(texts) if text not in held_out]
@@ -211,7 +212,6 @@ def read_prompts(
         held_out.update(texts)
         # Shuffled, because data sets are often sorted, and only the first prompts may be used.
         random.Random(f"{args.seed}/{name}").shuffle(kept)
-        limits = {"train": args.max_prompts, "validation": args.max_validation_prompts or args.max_eval_prompts}
         prompts[name] = split.select(kept[: limits.get(name, args.max_eval_prompts)]).to_list()
         for row in prompts[name]:
             if fault := validate_rule(row):

@@ -176,13 +176,14 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     # Above 0 and at most 1, so that a token of probability 0 is never the first to reach it.
     share = 1 - torch.rand(len(logits), 1, generator=generator, dtype=dtype, device=logits.device)
-    weights, block, size = torch.softmax(logits, dim=-1), 0, math.gcd(logits.shape[-1], 256)
+    weights, start = torch.softmax(logits, dim=-1), 0
     # From a large vocabulary, first a block is drawn, because a sum in float64 for each token takes a while.
     if logits.shape[-1] > 8192:
+        size = math.gcd(logits.shape[-1], 256)
         blocks = weights.unflatten(-1, (-1, size))
         block, share = _reach(blocks.sum(-1), share)
-        weights = blocks.take_along_dim(block[:, :, None], 1)[:, 0]
-    return (block * size + _reach(weights, share)[0])[:, 0]
+        weights, start = blocks.take_along_dim(block[:, :, None], 1)[:, 0], block * size
+    return (start + _reach(weights, share)[0])[:, 0]
 
 
 def _reach(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +193,7 @@ def _reach(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.searchsorted(sums, target).clamp(max=weights.shape[-1] - 1)
     own = weights.gather(-1, place)
     # Rounding must not make it 0, which a weight of 0 reaches.
-    return place, ((target - sums.gather(-1, place) + own) / own).clamp(min=torch.finfo(share.dtype).tiny)
+    return place, ((target - sums.gather(-1, place) + own) / own).clamp(min=torch.finfo(share.dtype).eps)
 
 
 class GrowingLayer(DynamicLayer):
