@@ -60,19 +60,18 @@ def main(args: argparse.Namespace) -> int:
                 state = "not run yet"
             elif record.is_finished(step.name):
                 state = "out of date"
+            elif is_running:
+                state = "running"
             else:
-                state = "running" if is_running else "waiting" if step.stage.by_people else "cut short"
+                state = "waiting" if step.stage.by_people else "cut short"
             took = time_in_words(entry["seconds"]) if entry.get("seconds") else ""
             reason = "" if decision.reason in ("finished", "has not run yet", "was interrupted") else decision.reason
             so_far = f"saved up to step {steps_done} of {steps_before}" if steps_before else ""
             notes = filter(None, [reason, so_far, f"about {time_in_words(seconds)}" if seconds else ""])
             print(f"{step.name:{width}}  {state:11}  {took:>8}  {'; '.join(notes)}".rstrip())
 
-        command = ["run", recipe, *(["--seed", seed] if asked else []), "--output_dir", run]
-        command += ["--smoke"] if smoke else []
-        if due := [name for name, decision in decisions.items() if decision.action != "skip"]:
-            done = f"{len(steps) - len(due)} of {len(steps)} steps are done"
-            print(f"{done}; the rest takes about {time_in_words(left)}: {as_typed(*command)}")
-        else:
-            print("all steps are done")
+        flags = [*(["--seed", seed] if asked else []), "--output_dir", run, *(["--smoke"] if smoke else [])]
+        due = sum(decision.action != "skip" for decision in decisions.values())
+        rest = f"the rest takes about {time_in_words(left)}: {as_typed('run', recipe, *flags)}"
+        print(f"{len(steps) - due} of {len(steps)} steps are done; {rest}" if due else "all steps are done")
     return 0

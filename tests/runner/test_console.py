@@ -364,7 +364,11 @@ def test_the_time_left_is_that_of_an_earlier_run_at_the_speed_of_this_one(monkey
     now = 20.0
     state.progress.update({"done": 51, "total": 100})
     assert state.seconds_left() == (pytest.approx(9.8), pytest.approx(9.8 + 60 * (4 + 29.8) / 12))
-    assert RunState(Path("runs/r"), STEPS, TODO, {}).seconds_left() == (None, None), "nothing is known yet"
+    state = RunState(Path("runs/r"), STEPS, TODO, {})
+    assert state.seconds_left() == (None, None), "nothing is known yet"
+    state.start(STEPS[0])
+    state.end(STEPS[0], 4.0, finished=True)
+    assert state.seconds_left() == (None, None), "random weights say nothing about trainings"
 
 
 def test_a_resumed_step_goes_at_the_speed_of_its_new_part(monkeypatch: pytest.MonkeyPatch) -> None:
