@@ -157,7 +157,7 @@ class RunState:
         if left is not None and running not in self._resumed:
             taken[running] = self.progress.elapsed + left
         before = sum(self.expected[name] for name in taken)
-        # The expected seconds are those of recipes/pocket: its data say nothing about the trainings of another recipe.
+        # Expected are the seconds of recipes/pocket. How long short first steps take says nothing about trainings.
         if self._is_guess and before <= sum(self.expected.values()) / 20:
             return left, None
         speed = sum(taken.values()) / before if before else 1.0
