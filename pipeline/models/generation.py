@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.files import as_list
-from pipeline.models.kernels.sampler import sample
+from pipeline.models.kernels.sampler import batches, sample
 from pipeline.models.tokenizer import as_text, special_tokens
 
 Messages = Sequence[dict[str, str]]
@@ -70,7 +70,7 @@ def generate(
         max_new_tokens: Maximum length of a completion.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
-        batch_size: Most sequences in a batch (prompts times samples). Default: 256, and fewer if they are long.
+        batch_size: Most sequences in a batch (prompts times samples). Default: as `batches` has it.
         on_batch: Called with the size of each finished batch.
     """
     model.eval()
@@ -80,15 +80,7 @@ def generate(
         config.update(temperature=temperature, min_p=min_p or None)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
-    batches: list[list[int]] = []
-    # Batches of prompts of similar length contain little padding.
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        # The cache of 2**15 tokens of SmolLM2 takes 1.5 GB in float32; on a CPU, more at once are no faster.
-        rows = (2**15 if model.device.type == "cpu" else 2**17) // (len(prompts[i]) + max_new_tokens)
-        if not batches or (len(batches[-1]) + 1) * samples > (batch_size or min(256, rows)):
-            batches.append([])
-        batches[-1].append(i)
-    for batch in batches:
+    for batch in batches([len(prompt) + max_new_tokens for prompt in prompts], model.device, samples, batch_size):
         chosen = [i for i in batch for _ in range(samples)]
         tokens = sample(model, [prompts[i] for i in chosen], config, generator)
         for i, ids, text in zip(chosen, tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):

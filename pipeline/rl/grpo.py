@@ -27,7 +27,7 @@ from trl.trainer.utils import is_async_callable
 from pipeline import hardware, launch
 from pipeline.errors import RunStopped, UserError
 from pipeline.models.kernels.log_probs import token_log_probs, with_positions
-from pipeline.models.kernels.sampler import accepts_argument, overrides_generate, sample, unsupported_settings
+from pipeline.models.kernels.sampler import accepts_argument, batches, overrides_generate, sample, unsupported_settings
 from pipeline.models.loading import avoid_emulation
 from pipeline.models.vllm_sampler import LENGTH_THAT_FITS
 from pipeline.rewards.loading import guard_reward
@@ -165,10 +165,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 with unrounded(self.model) if is_loaded else nullcontext():
                     return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             training = model.training
+            lengths = [len(prompt) + config.max_new_tokens for prompt in prompt_ids]
+            sampled: dict[int, list[int]] = {}
             with profiling_context(self, "sample"):
-                completions = sample(model.eval(), prompt_ids, config)
+                for batch in map(sorted, batches(lengths, model.device)):
+                    sampled |= zip(batch, sample(model.eval(), [prompt_ids[i] for i in batch], config), strict=True)
             model.train(training)
-            return completions, None
+            return [ids for _, ids in sorted(sampled.items())], None
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation."""

@@ -7,7 +7,6 @@ generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_ma
 import copy
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from pipeline.errors import Problem, UserError
 from pipeline.models.classifiers import find_head
 from pipeline.rl import ppo_math, ppo_metrics
-from pipeline.rl.critic import STATE, Critic, CriticOptimizer, token_values
+from pipeline.rl.critic import Critic, CriticOptimizer, token_values
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
@@ -184,13 +182,6 @@ class PPOTrainer(GRPOTrainer):
             twin.args.learning_rate = self.args.value_learning_rate
         self.critic.optimizer = GRPOTrainer.create_optimizer(twin, self.critic.bare)
         return super().create_optimizer(model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # In a checkpoint of an earlier version, policy and critic share one optimizer.
-        if checkpoint and Path(checkpoint, "optimizer.pt").is_file() and not Path(checkpoint, STATE).is_file():
-            remedy = "an earlier version wrote it; start again (`run --force STAGE`), or resume it with that version"
-            raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Add a micro-batch to the gradients of both networks, and after the last one step the critic.

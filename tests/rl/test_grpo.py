@@ -13,6 +13,8 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from pipeline.errors import RunStopped
+from pipeline.models.kernels.sampler import sample
+from pipeline.rl import grpo
 from pipeline.rl.arguments import shuffle_answers
 from pipeline.rl.grpo import GRPOTrainer
 from tests import ppo_toy as toy
@@ -196,6 +198,26 @@ def test_a_generate_that_replaces_transformers_is_called(
     else:
         monkeypatch.setattr(run.model, "generate", generate)
     assert run._generate_single_turn([[5, 6], [9]] * 2, None, {}, 2)[0] == [[7, 2], [8, 8, 8]] * 2
+
+
+def test_a_rollout_of_many_tokens_is_sampled_in_several_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, top_k=1, max_completion_length=4)
+    rows = []
+
+    def counted(model: Any, prompts: list[list[int]], *others: Any) -> list[list[int]]:
+        rows.append(len(prompts))
+        return sample(model, prompts, *others)
+
+    monkeypatch.setattr(grpo, "sample", counted)
+    prompts = [[5 + (3 * row + place) % 10 for place in range(500 if row % 2 else 9)] for row in range(140)]
+    completions, _ = run._generate_single_turn(prompts, None, {}, 1)
+    # 32,768 tokens: 65 prompts of 500 tokens, with four more to each.
+    assert rows == [70, 65, 5]
+    for row in (0, 1, 2, 139):
+        assert completions[row] == run._generate_single_turn([prompts[row]], None, {}, 1)[0][0]
+    assert len({*map(tuple, completions)}) > 1
 
 
 def test_sampling_repeats_with_the_random_state_and_leaves_the_model_in_training_mode(tmp_path: Path) -> None:
