@@ -99,10 +99,12 @@ class CriticOptimizer:
             torch.save({"optimizer": self.critic.optimizer.state_dict()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Load the state, if there is one."""
+        """Load the state, if there is one. Raise a `UserError` if only the policy's is there."""
         if (folder / STATE).is_file():
             state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             self.critic.optimizer.load_state_dict(state["optimizer"])
+        elif (folder / "optimizer.pt").is_file():
+            raise UserError(Problem("resume_from_checkpoint", folder, f"lacks {STATE}; copy it whole, or start again"))
 
 
 def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:

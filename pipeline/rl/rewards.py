@@ -46,10 +46,8 @@ class RewardModel:
                 texts.append(prompt + completion)
             else:
                 texts.append(self.render(prompt + completion, ended=len(ids) > 0 and ids[-1] in self.ends))
-        device = next(self.model.parameters()).device
-        padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
-        inputs = self.tokenizer(text=texts, add_special_tokens=False, **padded).to(device)
-        scores = self.model(**inputs).logits[:, 0].float()
+        batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
+        scores = self.model(**batch.to(next(self.model.parameters()).device)).logits[:, 0].float()
         broken = scores[~scores.isfinite()]
         if len(broken):
             remedy = f"gave {broken[0]:g} for {len(broken)} of {len(scores)} completions; give another reward model"

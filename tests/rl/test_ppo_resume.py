@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForTokenClassification
 
+from pipeline.errors import UserError
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.rollout_state import read_state
 from tests import ppo_toy as toy
@@ -138,6 +139,22 @@ def test_a_checkpoint_without_critic_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoint-1" / "value_model")
     with pytest.raises(ValueError, match="value_model"):
         trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_checkpoint_without_the_optimizer_of_the_critic_is_refused_in_one_line(tmp_path: Path) -> None:
+    """It would go on, but not exactly. A finished run needs no optimizer, and is restored."""
+    ppo = trainer(tmp_path, max_steps=2)
+    ppo.train()
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}" / "critic_optimizer.pt").unlink()
+    with pytest.raises(UserError) as refused:
+        trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    (line,) = map(str, refused.value.problems)
+    assert line.startswith("resume_from_checkpoint: ") and "lacks critic_optimizer.pt" in line
+    finished = trainer(tmp_path, max_steps=2)
+    assert finished.restore_finished(tmp_path / "checkpoint-2")
+    for a, b in zip(ppo.value_model.parameters(), finished.value_model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_run_that_goes_on_to_more_steps_follows_their_schedule(tmp_path: Path) -> None:
