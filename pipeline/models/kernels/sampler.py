@@ -120,16 +120,20 @@ def sample(
             last_logits(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
             cache.reorder_cache(ids.new_zeros(len(ids)))
         logits = last_logits(ids[:, shared:], mask[:, : round_up(width, room if shared else 1)], positions[:, shared:])
+    # The row of the batch that each completion shares with the others whose texts are the same so far.
     rows = ids.new_tensor([distinct[tuple(prompt)] for prompt in prompts])
-    cache.reorder_cache(rows)
-    ids, mask, logits, position = ids[rows], mask[rows], logits[rows], positions[rows, -1:]
+    ids, position = ids[rows], positions[:, -1:]
+    active = torch.arange(len(prompts), device=ids.device)
+    # Accelerators compute all rows in the time of a few, but would copy the cache whenever texts part.
+    if ids.device.type != "cpu":
+        cache.reorder_cache(rows)
+        mask, logits, position, rows = mask[rows], logits[rows], position[rows], active
 
     completions = ids.new_zeros(len(prompts), limit)
-    # The completion that each row of the batch belongs to.
-    active = torch.arange(len(prompts), device=ids.device)
     finished = torch.zeros_like(active, dtype=torch.bool)
     with _attention_for_single_tokens(model):
         for step in range(limit):
+            logits = logits[rows]
             if process:
                 logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
             token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
@@ -139,9 +143,15 @@ def sample(
                 break
             # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
             if int(finished.sum()) * 8 >= len(active):
-                kept = (~finished).nonzero()[:, 0]
-                cache.reorder_cache(kept)
-                active, finished, token, mask, position = (x[kept] for x in (active, finished, token, mask, position))
+                active, token, rows = (x[~finished] for x in (active, token, rows))
+                finished = finished[~finished]
+            # Texts part where their tokens differ. Those of finished completions no longer matter.
+            token = token.where(~finished, ends[0])
+            texts, rows = torch.unique(rows * logits.shape[-1] + token, return_inverse=True)
+            sources, token = texts // logits.shape[-1], texts % logits.shape[-1]
+            if sources.tolist() != list(range(len(mask))):
+                cache.reorder_cache(sources)
+                mask, position = mask[sources], position[sources]
             position = position + 1
             mask[:, width + step] = 1
             logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], position)
