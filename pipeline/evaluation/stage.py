@@ -105,7 +105,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
             fewer: dict[str, Any] = {key: subsample(getattr(held_out, key), 48) for key in keys}
             answered = replace(held_out, **fewer)
         try:
-            _measure_language_model(result, run, answered, settings, folder)
+            _measure_causal_lm(result, run, answered, settings, folder)
         except TemplateError as error:
             remedy = f"its chat template refuses a conversation of the data ({error}); correct one of them"
             raise UserError(Problem("--stage", path, remedy)) from None
@@ -114,9 +114,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     return result
 
 
-def _measure_language_model(
-    result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path
-) -> None:
+def _measure_causal_lm(result: StageResult, run: Path, held_out: HeldOut, settings: Settings, folder: Path) -> None:
     chats = _load_chats(run, result.name, settings, "--stage")
     chat = chats["instructions"]
     model, tokenizer = chat.model, chat.tokenizer

@@ -15,13 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict, read_gguf_metadata
+from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
-from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-    add_gguf_special_tokens,
-    get_gguf_tokenizer,
-    get_merges,
-    set_split_regex,
-)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import Problem, UserError, refuse
@@ -121,21 +116,21 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer that the metadata of a GGUF file describe."""
-    _, found, settings = get_gguf_tokenizer(str(file))
+    _, found, settings = mapping.get_gguf_tokenizer(str(file))
     kind, pre = found.get("tokenizer_type"), found.get("pre_tokenizer_type")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = f"only 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read"
         raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; {known}")
     # Llama 3 encodes a word that is a token directly, and adds a token at the beginning unless the file says otherwise.
     is_llama3, vocabulary = pre == "llama-bpe", {token: i for i, token in enumerate(found["tokens"])}
-    backend = Tokenizer(models.BPE(vocabulary, get_merges(found), ignore_merges=is_llama3))
+    backend = Tokenizer(models.BPE(vocabulary, mapping.get_merges(found), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
     # transformers has patterns for all but GPT-2's.
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizer("bpe") if pre == "smollm" else words
     settings = {"add_bos_token": is_llama3, "add_eos_token": False} | settings
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
-    add_gguf_special_tokens(set_split_regex(tokenizer, found), found)
+    mapping.add_gguf_special_tokens(mapping.set_split_regex(tokenizer, found), found)
     return tokenizer
 
 

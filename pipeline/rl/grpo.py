@@ -147,10 +147,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching
-        plain = self._whole_and_bare and not (elsewhere or self._is_vlm)
         # Mamba, for instance, does not take positions.
-        plain = plain and accepts_argument(model, "position_ids") and not overrides_generate(model)
+        plain = self._whole_and_bare and accepts_argument(model, "position_ids") and not overrides_generate(model)
+        plain = plain and not (self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm)
         if plain:
             # The trainer's settings take precedence over the model's, as in `model.generate`.
             config = copy.deepcopy(self.generation_config)

@@ -7,12 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    supports_tool_calling,
-)
+from trl import chat_template_utils
 
 from pipeline.data.arguments import option
 from pipeline.errors import Problem, UserError, collect, refuse
@@ -77,8 +72,8 @@ class Toolbox:
         """Return the chat template arguments that TRL uses for prompts: tools, and perhaps another template."""
         methods = {} if self.environment is None else tools_of(self.environment())
         arguments: dict[str, Any] = {"tools": [*self.tools, *methods.values()]}
-        if not is_chat_template_prefix_preserving(tokenizer):
-            arguments["chat_template"] = get_training_chat_template(tokenizer)
+        if not chat_template_utils.is_chat_template_prefix_preserving(tokenizer):
+            arguments["chat_template"] = chat_template_utils.get_training_chat_template(tokenizer)
         return arguments
 
 
@@ -147,11 +142,11 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     refuse_deep_json()
-    if not supports_tool_calling(tokenizer):
+    if not chat_template_utils.supports_tool_calling(tokenizer):
         return "the model's chat template does not support tool calls; give a model whose template does"
     if getattr(tokenizer, "response_template", None) is None:
         try:
-            add_response_schema(tokenizer)
+            chat_template_utils.add_response_schema(tokenizer)
         except ValueError:
             return "nothing says how to read the model's calls; set `response_template` in its tokenizer_config.json"
     return None

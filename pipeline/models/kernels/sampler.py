@@ -2,19 +2,19 @@
 
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
 samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
-output equals its output for each prompt alone, and samples follow the same distribution. Two prompts, the first twice:
+output equals its output for each prompt alone, and samples follow the same distribution. On a CPU, equal texts share a
+row of the batch until they part; elsewhere many rows take little longer than few. Two prompts, the first three times:
 
-    encoded once      rows of the batch    step 0   step 1   step 2     returned
-    . . a b c    ->   . . a b c            d        END                 d END
-                      . . a b c            e        f        END        e f END
-    p q r s t    ->   p q r s t            u        v        w          u v w
+    rows of the batch     step 0     step 1     step 2     returned
+    . . a b c             d    ─┬─   e          END        d e END, twice
+                                └─   END                   d END
+    p q r s t             u          v          w          u v w
 """
 
 import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,12 +48,12 @@ def unsupported_settings(config: GenerationConfig, supported: Sequence[str] = SE
 
 def overrides_generate(model: nn.Module) -> bool:
     """Return whether the class or the instance of a model, wrapped or not, overrides transformers' `generate`."""
-    return "generate" in vars(model) or getattr(_unwrap(model).generate, "__func__", None) is not GENERATE
+    return "generate" in vars(model) or getattr(unwrap(model).generate, "__func__", None) is not GENERATE
 
 
 def accepts_argument(model: nn.Module, argument: str) -> bool:
     """Return whether the forward method of a model, wrapped or not, has an argument of this name."""
-    return argument in inspect.signature(_unwrap(model).forward).parameters
+    return argument in inspect.signature(unwrap(model).forward).parameters
 
 
 def batches(lengths: Sequence[int], device: torch.device, copies: int = 1, most: int | None = None) -> list[list[int]]:
@@ -93,10 +93,16 @@ def sample(
     distinct = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     cache, room = DynamicCache(config=model.config), 1
     # Only these models support caches with spare room.
-    if _unwrap(model)._can_compile_fullgraph:
+    if unwrap(model)._can_compile_fullgraph:
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
+
+    def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
+        return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
+
     # The tokens with which all begin, if it is worth a pass. Windows of attention would count the padding after them.
     shared = next((i for i, some in enumerate(zip(*distinct, strict=False)) if len({*some}) > 1), 0)
     if shared < 16 or "position_ids" not in accepted or {*map(type, cache.layers)} != {GrowingLayer}:
@@ -111,10 +117,9 @@ def sample(
     # If nothing ends a completion, use -1, which no token equals.
     ends = ids.new_tensor(as_list(-1 if config.eos_token_id is None else config.eos_token_id))
     # The logits processors that `model.generate` would use.
-    process = _unwrap(model)._get_logits_processor(config, width, device=ids.device)
-    last_logits = partial(_last_logits, model, cache, accepted)
+    process = unwrap(model)._get_logits_processor(config, width, device=ids.device)
     # With frozen weights, torch would copy the head for each text: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
-    head = _unwrap(model).get_output_embeddings() or nn.Identity()
+    head = unwrap(model).get_output_embeddings() or nn.Identity()
     with head.register_forward_pre_hook(lambda _, inputs: tuple(map(Tensor.contiguous, inputs))):
         if shared:
             last_logits(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
@@ -122,15 +127,8 @@ def sample(
         logits = last_logits(ids[:, shared:], mask[:, : round_up(width, room if shared else 1)], positions[:, shared:])
     # The row of the batch that each completion shares with the others whose texts are the same so far.
     rows = ids.new_tensor([distinct[tuple(prompt)] for prompt in prompts])
-    ids, position = ids[rows], positions[:, -1:]
-    active = torch.arange(len(prompts), device=ids.device)
-    # Accelerators compute all rows in the time of a few, but would copy the cache whenever texts part.
-    if ids.device.type != "cpu":
-        cache.reorder_cache(rows)
-        mask, logits, position, rows = mask[rows], logits[rows], position[rows], active
-
-    completions = ids.new_zeros(len(prompts), limit)
-    finished = torch.zeros_like(active, dtype=torch.bool)
+    ids, completions = ids[rows], ids.new_full((len(rows), limit), -1)
+    active = torch.arange(len(rows), device=ids.device)
     with _attention_for_single_tokens(model):
         for step in range(limit):
             logits = logits[rows]
@@ -138,48 +136,44 @@ def sample(
                 logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
             token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
             completions[active, step] = token
-            finished |= torch.isin(token, ends)
-            if step == limit - 1 or bool(finished.all()):
+            goes_on = ~torch.isin(token, ends)
+            if step == limit - 1 or not bool(goes_on.any()):
                 break
-            # Dropping rows copies the cache, which pays once an eighth of the batch has finished.
-            if int(finished.sum()) * 8 >= len(active):
-                active, token, rows = (x[~finished] for x in (active, token, rows))
-                finished = finished[~finished]
-            # Texts part where their tokens differ. Those of finished completions no longer matter.
-            token = token.where(~finished, ends[0])
-            texts, rows = torch.unique(rows * logits.shape[-1] + token, return_inverse=True)
-            sources, token = texts // logits.shape[-1], texts % logits.shape[-1]
-            if sources.tolist() != list(range(len(mask))):
+            active = active[goes_on]
+            sources, token, rows = _continue(rows[goes_on], token[goes_on], logits.shape[-1])
+            if sources.tolist() != [*range(len(mask))]:
                 cache.reorder_cache(sources)
-                mask, position = mask[sources], position[sources]
-            position = position + 1
+                mask = mask[sources]
             mask[:, width + step] = 1
-            logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], position)
-    # Each completion up to the first of `ends`, inclusive.
-    ended = torch.isin(completions, ends)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, limit).tolist()
-    return [row[:length] for row, length in zip(completions.tolist(), lengths, strict=True)]
+            logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], mask.sum(1)[:, None] - 1)
+    return [[token for token in row if token >= 0] for row in completions.tolist()]
 
 
-def _last_logits(
-    model: nn.Module, cache: DynamicCache, accepted: Sequence[str], ids: Tensor, mask: Tensor, positions: Tensor
-) -> Tensor:
-    """Continue the texts in a cache by `ids`, and return the logits of the last ones, shape (rows, vocabulary)."""
-    optional = {"position_ids": positions, "logits_to_keep": 1}
-    inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
-    return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
+def _continue(rows: Tensor, token: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lay out the next batch, in which only completions with the same row and token share a row.
+
+    Return the row that each new one continues, its token, and the new row of each completion. One text that continues a
+    row stays in its place, so that little of the cache moves.
+    """
+    texts, numbers = torch.unique(rows * vocabulary + token, return_inverse=True)
+    sources = texts // vocabulary
+    stays = (sources < len(texts)) & (sources != pad(sources[:-1], (1, 0), value=-1))
+    free = torch.ones_like(stays).index_fill(0, sources[stays], False)
+    places = sources.masked_scatter(~stays, free.nonzero())
+    order = places.argsort()
+    return sources[order], texts[order] % vocabulary, places[numbers]
 
 
-def _unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Any:
     """Return the model inside wrappers for several processes or for an adapter."""
-    model = extract_model_from_parallel(model)
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
 def _attention_for_single_tokens(model: nn.Module) -> Iterator[None]:
     """On a CPU, compute attention by plain products, which are faster than torch's kernel for a single query."""
-    model = _unwrap(model)
+    model = unwrap(model)
     config = model.config.get_text_config()
     kept, heads = config._attn_implementation, config.num_attention_heads
     if model.device.type != "cpu" or kept not in ("sdpa", BLOCKWISE):
@@ -233,6 +227,17 @@ class GrowingLayer(DynamicLayer):
     """Number of tokens by which the memory grows."""
     length = 0
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Copy only the rows that are to be in another place. If the memory has too few, it grows at least twofold."""
+        if not self.length:
+            return
+        if (missing := len(beam_idx) - len(self.keys)) > 0:
+            spare = (0, 0, 0, 0, 0, 0, 0, max(missing, len(self.keys)))
+            self.keys, self.values = (pad(states, spare) for states in (self.keys, self.values))
+        moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
+        for states in (self.keys, self.values):
+            states[moved] = states[beam_idx[moved]]
+
     def get_seq_length(self) -> int:
         """Return the number of tokens in use."""
         return self.length
@@ -253,9 +258,9 @@ class GrowingLayer(DynamicLayer):
             return keys, values
         if (missing := size - self.keys.shape[-2]) > 0:
             self.keys, self.values = (pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
-        self.keys[..., start:stop, :] = keys
-        self.values[..., start:stop, :] = values
-        return self.keys, self.values
+        used = self.keys[: len(keys)], self.values[: len(keys)]
+        used[0][..., start:stop, :], used[1][..., start:stop, :] = keys, values
+        return used
 
 
 def round_up(length: int, multiple: int) -> int:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -29,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pipeline.models.kernels.sampler import accepts_argument
+from pipeline.models.kernels.sampler import accepts_argument, unwrap
 from pipeline.models.patches import replace_method
 
 CPU_TOKENS = 768
@@ -197,9 +196,7 @@ def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
     They are 0 at padding. Return whether it does; other classifiers are left as they are. For `short` texts, of some
     hundred tokens, plain products replace torch's attention: they are faster, but keep all scores in memory.
     """
-    model = extract_model_from_parallel(classifier, keep_torch_compile=False)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, GenericForSequenceClassification) or model.device.type != "cpu":
+    if not isinstance(model := unwrap(classifier), GenericForSequenceClassification) or model.device.type != "cpu":
         return False
     if short and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")

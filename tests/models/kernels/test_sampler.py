@@ -98,6 +98,52 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
     assert len(lengths) > 1  # some rows were dropped before others
 
 
+def rows_of_each_pass(model):
+    """The number of rows of every forward pass from now on, in a list that grows, and the hook that adds them."""
+    rows = []
+
+    def count(module, args, inputs):
+        rows.append(len(inputs["input_ids"]))
+
+    return rows, model.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def test_samples_share_a_row_until_they_part(model, prompts):
+    asked = [prompt for prompt in prompts[:3] for _ in range(6)]
+    one_token, config = (GenerationConfig(do_sample=True, temperature=0.2, max_new_tokens=n) for n in (1, 9))
+    rows, hook = rows_of_each_pass(model)
+    sampled = sample(model, asked, config, torch.Generator().manual_seed(0))
+    hook.remove()
+    begun = [{(*prompt, *ids[:step]) for prompt, ids in zip(asked, sampled, strict=True)} for step in range(9)]
+    assert rows == list(map(len, begun))
+    assert 3 < rows[1] < rows[-1]
+
+    # The same random numbers give the same tokens if every text is read anew for each of them.
+    texts, generator = asked, torch.Generator().manual_seed(0)
+    for _ in range(9):
+        texts = [text + token for text, token in zip(texts, sample(model, texts, one_token, generator), strict=True)]
+    assert texts == [prompt + ids for prompt, ids in zip(asked, sampled, strict=True)]
+
+
+def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_end):
+    """Almost greedy samples, of which those of a prompt share a row to their end."""
+    asked = [prompt for prompt in prompts for _ in range(4)]
+    options = {"max_new_tokens": 20, "eos_token_id": common_end}
+    greedy = sample(model, asked, GenerationConfig(**options))
+    expected = []
+    for prompt in prompts:
+        answer = greedy_alone(model, prompt)
+        end = answer.index(common_end) + 1 if common_end in answer else len(answer)
+        expected += [answer[:end]] * 4
+    assert greedy == expected
+    assert len({*map(len, greedy)}) > 1
+    rows, hook = rows_of_each_pass(model)
+    assert sample(model, asked, GenerationConfig(do_sample=True, temperature=1e-4, **options)) == greedy
+    hook.remove()
+    unfinished = [sum(len(ids) > step for ids in greedy[::4]) for step in range(1, len(rows))]
+    assert rows[1:] == unfinished
+
+
 def with_system_prompt(tokenizer):
     system = {"role": "system", "content": "Answer in few words, and only what you know. " * 2}
     return encode_prompts(tokenizer, [[system, *prompt] for prompt in PROMPTS])
