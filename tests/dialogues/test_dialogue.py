@@ -239,8 +239,10 @@ def test_evaluation_lists_the_tools_in_the_prompt_as_training_does(monkeypatch: 
     tokenizer = toy.tokenizer()
     own = tokenizer.chat_template
     tokenizer.chat_template = "{%- for tool in tools or [] -%}{{ tool.function.name }}{%- endfor -%}" + own
-    monkeypatch.setattr(loading, "is_chat_template_prefix_preserving", lambda _: False)
-    monkeypatch.setattr(loading, "get_training_chat_template", lambda _: tokenizer.chat_template + "{# TRL's #}")
+    monkeypatch.setattr(loading.chat_template_utils, "is_chat_template_prefix_preserving", lambda _: False)
+    monkeypatch.setattr(
+        loading.chat_template_utils, "get_training_chat_template", lambda _: tokenizer.chat_template + "{# TRL's #}"
+    )
     for toolbox in (Toolbox([toy.double]), Toolbox(environment=toy.Counter)):
         template = toolbox.template(tokenizer)
         assert template["chat_template"].endswith("{# TRL's #}")
