@@ -136,7 +136,8 @@ def test_tasks_that_cannot_be_measured_are_refused_in_one_line_each(
 
     unknown, missing = refused("piqa", "arc_eazy", "no.yaml")
     assert unknown.startswith("--lm_eval_tasks: arc_eazy: ") and missing.startswith("--lm_eval_tasks: no.yaml: ")
-    (line,) = refused("piqa")
+    fields = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}"}
+    (line,) = refused(write_task(tmp_path, "away", [], dataset_path="nobody/nothing", dataset_kwargs={}, **fields))
     assert "the Hub cannot be reached" in line
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [")

@@ -228,11 +228,11 @@ class GrowingLayer(DynamicLayer):
     length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Copy only the rows that are to be in another place. If the memory has too few, it grows at least twofold."""
+        """Copy only the rows that move. Memory for too few rows grows by half of them, or more if necessary."""
         if not self.length:
             return
         if (missing := len(beam_idx) - len(self.keys)) > 0:
-            spare = (0, 0, 0, 0, 0, 0, 0, max(missing, len(self.keys)))
+            spare = (0, 0, 0, 0, 0, 0, 0, max(missing, len(self.keys) // 2))
             self.keys, self.values = (pad(states, spare) for states in (self.keys, self.values))
         moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
         for states in (self.keys, self.values):
