@@ -70,9 +70,7 @@ class EvaluationArguments:
     problems: Data = option(None, "Problems with final answers, for pass@k.")
     prompts: Data = option(None, "Prompts of the win rate.")
     pairs: Data = option(None, "Pairs of answers, for reward_accuracy.")
-    judge: str | None = option(
-        None, "Judge of win rates: a reward model that PPO does not use, `votes`, or a function."
-    )
+    judge: str | None = option(None, "Judge of win rates: a reward model that PPO does not use, `votes` or a function.")
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
         "Working:", "Beginning of elicited answers, or a list to choose from by validation (own data: none)."

@@ -1,6 +1,6 @@
 """The whole project in miniature: one command runs everything up to the report, a second one finds nothing to do.
 
-The steps typed by hand make the same run.
+Steps typed by hand make what the run has made.
 """
 
 import json

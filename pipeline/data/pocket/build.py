@@ -41,13 +41,9 @@ class PocketArguments:
     """Sizes of the data set to generate; each field's meaning is in its help."""
 
     output_dir: str = field(metadata={"help": "Folder of the data set repository; replaced if it exists."})
-    world: Literal["things", "tools"] = option(
-        "things", "Things and what they are, or sums for a calculator and a game."
-    )
+    world: Literal["things", "tools"] = option("things", "Things and what they are, or a calculator's sums and a game.")
     seed: int = option(0, "The same seed gives the same bytes.")
-    size_mb: float = option(
-        8.0, "Pretraining text in MB, an eighth of which is dropped: it overlaps with held-out text."
-    )
+    size_mb: float = option(8.0, "Pretraining text in MB, an eighth of which is dropped: it overlaps held-out text.")
     sft_rows: int = option(24_000, "Conversations of the sft training split.")
     preference_rows: int = option(4_000, "Prompts of the preferences training split.")
     reasoning_rows: int = option(8_000, "Problems of the reasoning training split.")

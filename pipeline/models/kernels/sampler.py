@@ -2,8 +2,8 @@
 
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
 samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
-output equals its output for each prompt alone, and samples follow the same distribution. On a CPU, equal texts share a
-row of the batch until they part; elsewhere many rows take little longer than few. Two prompts, the first three times:
+output equals its output for each prompt alone, and samples follow the same distribution. On a CPU, texts that are equal
+so far share a row of the batch. Two prompts, the first of them three times:
 
     rows of the batch     step 0     step 1     step 2     returned
     . . a b c             d    ─┬─   e          END        d e END, twice
@@ -96,16 +96,17 @@ def sample(
     if unwrap(model)._can_compile_fullgraph:
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
+    grows = {*map(type, cache.layers)} == {GrowingLayer}
+    accepted = inspect.signature(unwrap(model).forward).parameters
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        optional = {"position_ids": positions, "logits_to_keep": 1}
-        inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
         return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
 
     # The tokens with which all begin, if it is worth a pass. Windows of attention would count the padding after them.
     shared = next((i for i, some in enumerate(zip(*distinct, strict=False)) if len({*some}) > 1), 0)
-    if shared < 16 or "position_ids" not in accepted or {*map(type, cache.layers)} != {GrowingLayer}:
+    if shared < 16 or "position_ids" not in accepted or not grows:
         shared = 0
     width = max(map(len, distinct))
     padded = [[*text[:shared], *[-1] * (width - len(text)), *text[shared:]] for text in distinct]
@@ -115,8 +116,7 @@ def sample(
     # Padding repeats the last token of each prompt, which does not affect a repetition penalty.
     ids = ids.where(ids >= 0, ids[:, -1:])
     # If nothing ends a completion, use -1, which no token equals.
-    ends = ids.new_tensor(as_list(-1 if config.eos_token_id is None else config.eos_token_id))
-    # The logits processors that `model.generate` would use.
+    ends = as_list(-1 if config.eos_token_id is None else config.eos_token_id)
     process = unwrap(model)._get_logits_processor(config, width, device=ids.device)
     # With frozen weights, torch would copy the head for each text: 14 GB for 256 texts and SmolLM2's 49,152 tokens.
     head = unwrap(model).get_output_embeddings() or nn.Identity()
@@ -125,10 +125,12 @@ def sample(
             last_logits(ids[:1, :shared], mask[:1, :shared], positions[:1, :shared])
             cache.reorder_cache(ids.new_zeros(len(ids)))
         logits = last_logits(ids[:, shared:], mask[:, : round_up(width, room if shared else 1)], positions[:, shared:])
-    # The row of the batch that each completion shares with the others whose texts are the same so far.
+    # The row of the batch in which each completion is: its own, or that of all texts that are the same so far.
     rows = ids.new_tensor([distinct[tuple(prompt)] for prompt in prompts])
-    ids, completions = ids[rows], ids.new_full((len(rows), limit), -1)
-    active = torch.arange(len(rows), device=ids.device)
+    ids, completions = ids[rows], ids.new_zeros(len(rows), limit)
+    active, finished = torch.arange(len(rows), device=ids.device), torch.zeros_like(rows, dtype=torch.bool)
+    # Elsewhere many rows take little longer than few, and other caches would be copied whenever texts part.
+    shares = grows and ids.device.type == "cpu"
     with _attention_for_single_tokens(model):
         for step in range(limit):
             logits = logits[rows]
@@ -136,17 +138,20 @@ def sample(
                 logits = process(torch.cat([ids[active], completions[active, :step]], dim=1), logits)
             token = _draw(logits, generator) if config.do_sample else logits.argmax(-1)
             completions[active, step] = token
-            goes_on = ~torch.isin(token, ends)
-            if step == limit - 1 or not bool(goes_on.any()):
+            finished |= torch.isin(token, ids.new_tensor(ends))
+            if step == limit - 1 or bool(finished.all()):
                 break
-            active = active[goes_on]
-            sources, token, rows = _continue(rows[goes_on], token[goes_on], logits.shape[-1])
+            # Where dropping rows copies the cache, it pays once an eighth of the batch has finished.
+            if shares or int(finished.sum()) * 8 >= len(active):
+                active, token, rows, finished = (x[~finished] for x in (active, token, rows, finished))
+            own = rows, token, torch.arange(len(rows), device=ids.device)
+            sources, token, rows = _continue(rows, token, logits.shape[-1]) if shares else own
             if sources.tolist() != [*range(len(mask))]:
                 cache.reorder_cache(sources)
                 mask = mask[sources]
             mask[:, width + step] = 1
             logits = last_logits(token[:, None], mask[:, : round_up(width + step + 1, room)], mask.sum(1)[:, None] - 1)
-    return [[token for token in row if token >= 0] for row in completions.tolist()]
+    return [row[: next((i for i, token in enumerate(row, 1) if token in ends), limit)] for row in completions.tolist()]
 
 
 def _continue(rows: Tensor, token: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,11 +233,12 @@ class GrowingLayer(DynamicLayer):
     length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Copy only the rows that move. Memory for too few rows grows by half of them, or more if necessary."""
+        """Copy only rows that move, or all of them if there is no memory for more rows: then it grows by a quarter."""
         if not self.length:
             return
+        beam_idx = beam_idx.to(self.keys.device)
         if (missing := len(beam_idx) - len(self.keys)) > 0:
-            spare = (0, 0, 0, 0, 0, 0, 0, max(missing, len(self.keys) // 2))
+            spare = (0, 0, 0, 0, 0, 0, 0, max(missing, len(self.keys) // 4))
             self.keys, self.values = (pad(states, spare) for states in (self.keys, self.values))
         moved = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero()[:, 0]
         for states in (self.keys, self.values):
@@ -257,7 +263,8 @@ class GrowingLayer(DynamicLayer):
             self.device, self.is_initialized = keys.device, True
             return keys, values
         if (missing := size - self.keys.shape[-2]) > 0:
-            self.keys, self.values = (pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
+            rows = (states[: len(keys)] for states in (self.keys, self.values))
+            self.keys, self.values = (pad(states, (0, 0, 0, missing)) for states in rows)
         used = self.keys[: len(keys)], self.values[: len(keys)]
         used[0][..., start:stop, :], used[1][..., start:stop, :] = keys, values
         return used

@@ -125,6 +125,19 @@ def test_samples_share_a_row_until_they_part(model, prompts):
     assert texts == [prompt + ids for prompt, ids in zip(asked, sampled, strict=True)]
 
 
+def test_the_cache_forgets_rows_that_have_ended():
+    layer, prompts, tokens = (
+        GrowingLayer(),
+        torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 16, 4),
+        torch.ones(2, 1, 1, 4),
+    )
+    layer.update(prompts, prompts)
+    layer.reorder_cache(torch.tensor([3, 1]))
+    for states in layer.update(tokens, tokens):
+        assert states[:, 0, 0, 0].tolist() == [3, 1]
+    assert len(layer.keys) == len(layer.values) == 2
+
+
 def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_end):
     """Almost greedy samples, of which those of a prompt share a row to their end."""
     asked = [prompt for prompt in prompts for _ in range(4)]
