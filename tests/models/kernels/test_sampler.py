@@ -126,11 +126,8 @@ def test_samples_share_a_row_until_they_part(model, prompts):
 
 
 def test_the_cache_forgets_rows_that_have_ended():
-    layer, prompts, tokens = (
-        GrowingLayer(),
-        torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 16, 4),
-        torch.ones(2, 1, 1, 4),
-    )
+    prompts, tokens = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 16, 4), torch.ones(2, 1, 1, 4)
+    layer = GrowingLayer()
     layer.update(prompts, prompts)
     layer.reorder_cache(torch.tensor([3, 1]))
     for states in layer.update(tokens, tokens):
