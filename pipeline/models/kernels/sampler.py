@@ -3,7 +3,7 @@
 `model.generate` keeps finished rows in the batch until the slowest is done, encodes a prompt again for each of its
 samples, copies the cache for each token, and draws a random number for each token of the vocabulary. Here, greedy
 output equals its output for each prompt alone, and samples follow the same distribution. On a CPU, texts that are equal
-so far share a row of the batch. Two prompts, the first of them three times:
+so far share a row, unless the model is small. Two prompts, the first of them three times:
 
     rows of the batch     step 0     step 1     step 2     returned
     . . a b c             d    ─┬─   e          END        d e END, twice
@@ -129,8 +129,8 @@ def sample(
     rows = ids.new_tensor([distinct[tuple(prompt)] for prompt in prompts])
     ids, completions = ids[rows], ids.new_zeros(len(rows), limit)
     active, finished = torch.arange(len(rows), device=ids.device), torch.zeros_like(rows, dtype=torch.bool)
-    # Elsewhere many rows take little longer than few, and other caches would be copied whenever texts part.
-    shares = grows and ids.device.type == "cpu"
+    # Elsewhere, and in small models, many rows take little longer than few. Other caches would be copied as a whole.
+    shares = grows and ids.device.type == "cpu" and unwrap(model).num_parameters() > 10**7
     with _attention_for_single_tokens(model):
         for step in range(limit):
             logits = logits[rows]

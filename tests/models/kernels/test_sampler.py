@@ -108,7 +108,8 @@ def rows_of_each_pass(model):
     return rows, model.register_forward_pre_hook(count, with_kwargs=True)
 
 
-def test_samples_share_a_row_until_they_part(model, prompts):
+def test_samples_share_a_row_until_they_part(model, prompts, monkeypatch):
+    monkeypatch.setattr(model, "num_parameters", lambda: 10**8)
     asked = [prompt for prompt in prompts[:3] for _ in range(6)]
     one_token, config = (GenerationConfig(do_sample=True, temperature=0.2, max_new_tokens=n) for n in (1, 9))
     rows, hook = rows_of_each_pass(model)
@@ -135,8 +136,9 @@ def test_the_cache_forgets_rows_that_have_ended():
     assert len(layer.keys) == len(layer.values) == 2
 
 
-def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_end):
+def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_end, monkeypatch):
     """Almost greedy samples, of which those of a prompt share a row to their end."""
+    monkeypatch.setattr(model, "num_parameters", lambda: 10**8)
     asked = [prompt for prompt in prompts for _ in range(4)]
     options = {"max_new_tokens": 20, "eos_token_id": common_end}
     greedy = sample(model, asked, GenerationConfig(**options))
