@@ -97,11 +97,11 @@ def sample(
         room = GrowingLayer.room
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     grows = {*map(type, cache.layers)} == {GrowingLayer}
-    accepted = inspect.signature(unwrap(model).forward).parameters
+    accepted = [name for name in ("position_ids", "logits_to_keep") if accepts_argument(model, name)]
 
     def last_logits(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        inputs = {"input_ids": ids, "attention_mask": mask} | {name: optional[name] for name in accepted}
         return model(**inputs, cache=cache, use_cache=True).logits[:, -1].float()
 
     # The tokens with which all begin, if it is worth a pass. Windows of attention would count the padding after them.
