@@ -1,5 +1,6 @@
 """A machine with GPUs, as far as `torch.cuda` says so: what is sent to a GPU stays on the CPU."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,6 +65,10 @@ def emulated_gpus(number: int, **environment: str) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, variables))
+        # A process that is not the first of its group logs warnings only.
+        for package in ("pipeline", "recipes"):
+            logger = logging.getLogger(package)
+            stack.callback(logger.setLevel, logger.level)
         for owner, replaced in answers.items():
             stack.enter_context(patch.multiple(owner, **replaced))
         hardware.accelerator.cache_clear()

@@ -116,7 +116,7 @@ def test_sizes_that_do_not_fit_together_are_reported_at_once() -> None:
 
 def test_the_log_reports_size_cost_and_dtype(caplog: pytest.LogCaptureFixture) -> None:
     sizes = {**SIZES, "hidden_size": 64}
-    with caplog.at_level(logging.INFO, "pipeline"):
+    with caplog.at_level(logging.INFO):
         for tied in (True, False):
             model = build_model(ScratchArguments(**sizes, tie_word_embeddings=tied), tokenizer(), seed=0)
             log_model(model)

@@ -79,8 +79,7 @@ def test_a_token_costs_what_the_dense_model_of_the_same_width_costs_and_the_rout
     assert mixed.num_parameters() > active_parameters(mixed) and active_parameters(dense) == dense.num_parameters()
     assert training_flops_per_token(mixed, 64) == training_flops_per_token(dense, 64) + 6 * gates
     assert training_flops_per_token(model(attention_chunk_size=16), 64) < training_flops_per_token(model(), 64)
-    # A test that takes this process for the second of two leaves the level at WARNING.
-    caplog.set_level("INFO", "pipeline")
+    caplog.set_level("INFO")
     log_model(mixed)
     assert f"{active_parameters(mixed) / 1e6:.2f}M of them active for a token" in caplog.text
 

@@ -191,7 +191,7 @@ def test_on_several_gpus_a_process_has_its_batch_and_its_model_on_one(
     ):
         main(*parse(*argument_types(main), argv=[*arguments, "--output_dir", str(tmp_path / "run")]))
         (trainer,) = trainers
-        with caplog.at_level("INFO", "pipeline"):
+        with caplog.at_level("INFO"):
             launch.log_active(trainer)
         assert lora or ("one of 4 GPUs" in caplog.text and "sequences = 4 x " in caplog.text)
         assert (trainer.args.n_gpu, trainer.args.train_batch_size, trainer.args.world_size) == (1, 4, 1 + lora)
