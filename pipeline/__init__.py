@@ -16,7 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # How many kernels oneDNN and its wrapper in torch cache: one, of up to 1 MB in bfloat16, for each shape of a product.
 # Sampling drops finished rows from its batches, so it meets new shapes all the time: with the default of 1024 kernels,
-# PPO with a model of 1 M parameters took 1.4 GB; with 128, it took 0.9 GB, and no longer. Read when the first one runs.
+# PPO with a model of 1 M parameters took 1.4 GB; with 128, 0.9 GB and no more time. Read when the first one runs.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 

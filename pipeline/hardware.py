@@ -128,7 +128,7 @@ def attention() -> Choice:
 
 
 def compilation(flops: float) -> Choice:
-    """Return whether `torch.compile` makes a training run of `flops` floating-point operations a process shorter.
+    """Return whether `torch.compile` would shorten a training run of `flops` floating-point operations per process.
 
     Nothing is measured, so that every start of the same run makes the same choice.
     """
@@ -217,7 +217,7 @@ OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHO
 def keep_freed_memory() -> Choice:
     """Make glibc's allocator keep freed memory, unless the user has configured it.
 
-    The process then holds its peak memory until it ends. It is a few percent higher; a third if batch sizes vary a lot.
+    Its peak memory is a few percent higher, or a third if batch sizes vary a lot, and is kept until the process ends.
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")

@@ -159,7 +159,7 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     # accelerate silently ignores the sharding of a launch file if the process cannot shard.
     inactive = None
     if args.device.type == "cpu":
-        inactive = "is never active on CPUs, so that the model would not be sharded"
+        inactive = "is never active on CPUs, so the model would not be sharded"
     elif args.parallel_mode.value != "distributed":
         inactive = "needs a process group, even for one process; start it by `accelerate launch`"
     for name in SHARDING if inactive else ():
@@ -181,7 +181,7 @@ def check_active(trainer: Trainer) -> None:
     """Compare the requested sharding with the trainer's. Raise a `UserError` if it is not active."""
     active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
     asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
-    remedy = "is not active on this machine, so that the model would not be sharded; use accelerate_config.yaml"
+    remedy = "is not active on this machine, so the model would not be sharded; use accelerate_config.yaml"
     refuse(*(Problem("distributed_type", name, remedy) for name in asked if not active[name]))
 
 

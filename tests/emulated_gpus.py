@@ -21,7 +21,7 @@ GROUP_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_
 
 
 class Replica(DistributedDataParallel):
-    """A replica whose weights are where they cannot be emulated to be: on the CPU."""
+    """A replica that ignores the devices it is given, because its weights really are on the CPU."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
@@ -29,7 +29,7 @@ class Replica(DistributedDataParallel):
 
 @contextmanager
 def emulated_gpus(number: int, **environment: str) -> Iterator[None]:
-    """Let torch answer for GPUs, and be the process of a group that `environment` describes, alone and without others.
+    """Make torch report GPUs, and make this the only real process of the group that `environment` describes.
 
     Args:
         number: How many GPUs the machine has.

@@ -1,6 +1,6 @@
 """Commands of tests, run in forks of a process that has imported the libraries, which saves seconds for each.
 
-That a fork does what a new process does is held by `tests/runner/test_warm.py`.
+`tests/runner/test_warm.py` checks that a fork does what a new process does.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def run_forked(
     Args:
         command: The command; one with a PYTHONPATH of its own, which a fork would not see, runs in a new process.
         directory: Directory in which it runs.
-        environment: What its environment has beside the one of the tests.
+        environment: Variables to set in addition to the environment of the tests.
 
     Returns:
-        Its code; as stdout and as stderr all that it wrote to both.
+        Its exit code, and everything that it wrote to stdout and stderr together, in both attributes.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     warm = warm_process() if environment["PYTHONPATH"] == str(ROOT) else None

@@ -1,6 +1,6 @@
 """`fourstage run` with stand-ins for its steps, in forks of a process that has imported what a run imports.
 
-A new process imports for six seconds, and then runs four stand-ins in a quarter of one.
+A new process spends six seconds on imports, and then a quarter of a second on four stand-ins.
 """
 
 import fcntl

@@ -19,7 +19,7 @@ class SamplingParams(SimpleNamespace):
 class LLM:
     """An engine, whose weights are those of its folder until others are loaded.
 
-    With `sharpened`, its log-probabilities are too high by that: its kernels are not those of training.
+    Its log-probabilities are too high by `sharpened`, as if its kernels were not those of training.
     """
 
     engines: list[LLM] = []  # noqa: RUF012 - those that a test made

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="folder or Hub id of a model, for instance runs/pocket/4_grpo")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer in tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0, help="sample only from the most probable share of tokens")
+    parser.add_argument("--top_p", type=float, default=1.0, help="total probability of the tokens to sample from")
     parser.add_argument("--top_k", type=int, default=0, help="sample only from this many tokens (default: 0, off)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 

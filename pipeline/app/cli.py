@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompts", metavar="DATASET", help="prompts (default: the prompts of the run's stage 3)")
     group.add_argument("--overlap", type=float, default=0.0, help="share of pairs that everyone sees (default: 0)")
     group.add_argument("--guidelines", type=Path, metavar="FILE", help="guidelines for annotators, in Markdown")
-    meaning = "of the answers to compare (default: as in the run's step for votes, or"
+    meaning = "for sampling the answers to compare (default: as in the run's step for votes, or"
     group.add_argument("--temperature", type=float, help=f"{meaning} 1)")
     group.add_argument("--min_p", type=float, help=f"{meaning} 0.05)")
     group.add_argument("--max_new_tokens", type=int, help=f"{meaning} 128)")

@@ -25,7 +25,7 @@ from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read
 from pipeline.tools.loading import Toolbox
 
 ENDED = "ended its turn"
-"""Reason for an answer that the model itself ended."""
+"""Value of `Answer.stopped` if the model itself ended the answer."""
 Values = Mapping[str, Any]
 
 
@@ -42,9 +42,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, with the most probable ones at its position; for a token of a tool, NaN and [].
+    """A token of an answer, with the most probable tokens at its position.
 
-    Log-probabilities are in nats, before temperature, top-k and top-p.
+    Log-probabilities are in nats, before temperature, top-k and top-p. A token of a tool's result has NaN and [].
     """
 
     id: int
@@ -171,7 +171,7 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
 def stream(
     model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
-    """Yield tokens endlessly, each with all log-probabilities at its position; tokens that are sent to it follow."""
+    """Yield tokens endlessly, each with all log-probabilities at its position. Tokens sent to the generator follow."""
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)

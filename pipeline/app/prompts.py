@@ -45,7 +45,7 @@ class HeldOutPrompt:
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    """Return how a run is measured, with the paths of its data where they are now."""
+    """Return how a run is measured, with the paths of its data updated in case the run was moved."""
     return with_layout(move(recorded(run, ""), run), run)
 
 

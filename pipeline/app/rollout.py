@@ -96,7 +96,7 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
 
 
 def before(site: Site, stage: str) -> str:
-    """Return the stage that another one was trained from, which is more instructive to watch."""
+    """Return the stage that `stage` was trained from, which is more instructive to watch, or else `stage`."""
     try:
         name = Path(str(watch.stage_settings(site.run, stage).get("model_name_or_path"))).name
     except UserError:
@@ -114,7 +114,7 @@ def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: 
     mean = sum(seen.totals) / len(seen.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
     if max(seen.totals) == min(seen.totals):
-        about += " All are equal here, so that nothing is learned from this prompt."
+        about += " All are equal here, so nothing is learned from this prompt."
     elif max(seen.totals) > 0:
         about += " A guess that happens to be right earns as much as a solution; over many problems, solutions win."
     lines = [[visible(f"{name}: {number(one, 2)}") for one in column] for name, column in seen.rewards.items()]

@@ -47,7 +47,7 @@ REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; f
 
 
 class Gate:
-    """Refuse requests that are not for the page, and visitors without the password (None if it has none)."""
+    """Refuse requests that are not for the page, and visitors without the `password` (None if the page needs none)."""
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
         # Browsers share cookies between ports.
@@ -83,7 +83,7 @@ class Gate:
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
         path, headers = request.url.path, request.headers
-        # A link on another site may open the page, but no script there may use it, nor one of another port here.
+        # A link on another site may open the page, but no script from there, or from another port here, may use it.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)

@@ -36,7 +36,7 @@ class Site:
 
     @cached_property
     def called(self) -> dict[str, Any]:
-        """What its models may call, by the key of the data whose prompts they may call it for."""
+        """The tools that the run's models may call, by the key of the data whose prompts they are meant for."""
         return settings_of(self.run).get(CALLED) or {}
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 LONGEST = 200_000
 """Maximum number of characters of a text that the page shows."""
 FEW_SHARED = 20
-"""Pairs with votes of several people that are needed to report their agreement."""
+"""Minimum number of pairs with votes from several people for which their agreement is reported."""
 NAME = Field(default="", max_length=80)
 ID = Field(pattern=r"^[\w-]{1,64}$")
 

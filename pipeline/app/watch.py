@@ -54,7 +54,7 @@ Group = Sequence[Dialogue]
 
 
 def stage_settings(run: Path, stage: str) -> dict[str, Any]:
-    """Return the arguments that a stage was trained with, with the paths of the run where it is now."""
+    """Return the arguments that a stage was trained with, with the run's paths updated in case the run was moved."""
     values = read_json(run / stage / "arguments.json")
     if not values:
         raise UserError(Problem("RUN", run / stage, "has no arguments.json, which says how it was trained"))

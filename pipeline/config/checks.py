@@ -233,7 +233,7 @@ def check_together(
     arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
 ) -> list[Problem]:
     """Return fields that contradict each other or the files that they name; `reported` ones were omitted as invalid."""
-    # A default must not pass for the user's choice: every recipe's defaults pass, and fields of other recipes are None.
+    # No default may be reported: the defaults of every recipe pass these checks, and fields that it lacks are None.
     arguments = list(arguments)
     values = {name: getattr(item, name) for item in arguments for name in vars(item)}
     get = values.get
@@ -248,16 +248,16 @@ def check_together(
         refuse("max_steps", "must be given: a stream has no length")
     never = {
         "warmup_steps": "the learning rate would never be reached",
-        "value_warmup_steps": "the policy never trained",
+        "value_warmup_steps": "the policy would never be trained",
     }
     for field, result in never.items():
-        # A trial run with `--max_steps 2` does not have to lower the file's warm-up as well.
+        # For a trial run with `--max_steps 2`, the file's warm-up need not be lowered as well.
         is_trial = "max_steps" in on_command_line and field not in on_command_line
         if get(field, 0) > steps > 0 and not is_trial:
             refuse(field, f"is more than max_steps ({steps}), and {result}; lower it")
     defaults = {name: getattr(type(item), name, None) for item in arguments for name in vars(item)}
     for field, (switch, on) in SWITCHES.items():
-        # `--use_peft false` does not have to remove the file's LoRA options as well.
+        # With `--use_peft false`, the file's LoRA options need not be removed as well.
         excused = (switch in on_command_line and field not in on_command_line) or switch in reported
         if get(field) != defaults.get(field) and get(switch) != on and not excused:
             refuse(field, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")

@@ -79,7 +79,7 @@ def _from_word(word: str, kinds: Sequence[Any]) -> Any:
 
 
 def describe_options(dataclass_types: Sequence[Any], module: str, everything: bool) -> str:
-    """Return the help of a recipe: on `everything`, or on options of this project and of the files in `recipes/`."""
+    """Return the help of a recipe: all options if `everything`, else those of this project and of `recipes/` files."""
     usual = {name for path in SHIPPED.glob("**/[0-9]_*.yaml") for name in read_yaml(str(path))}
     hints = field_types(*dataclass_types)
     items = [item for kind in dataclass_types for item in dataclasses.fields(kind) if item.init]
@@ -103,5 +103,5 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
         start = f"  --{item.name}".ljust(32) + " "
         lines.append(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * 33))
     if rest and not everything:
-        lines += ["", f"--help-all describes these in full, and {len(rest)} more, most of transformers and TRL."]
+        lines += ["", f"--help-all describes these in full, and {len(rest)} more, mostly from transformers and TRL."]
     return "\n".join(lines)

@@ -43,7 +43,7 @@ def recorded_template(model: str) -> dict[str, Any]:
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    It may not if it is not writable, is what the run reads, or belongs to another run. Nothing is checked without
+    The directory must be writable, not be read by the run, and not belong to another run. Nothing is checked without
     `TrainingArguments`. A run may be resumed on another machine, so the fields `machine` may differ.
     """
     items = list(arguments)

@@ -84,7 +84,7 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
     """
     if SWITCHES.fullmatch(key.rpartition(".")[2]) and value not in (None, False):
         shown = ", ".join(map(str, value)) if isinstance(value, Mapping | list) else value
-        yield shown, "a recipe from the Hub may not push, run code or set variables of the environment"
+        yield shown, "a recipe from the Hub may not push, run code or set environment variables"
     elif isinstance(value, Mapping):
         for inner, item in value.items():
             yield from _faults(str(inner) if key in HELD_OUT else f"{key}.{inner}", item, homes)
@@ -92,7 +92,7 @@ def _faults(key: str, value: Any, homes: set[Path]) -> Iterator[tuple[Any, str]]
         for item in value:
             yield from _faults(key, item, homes)
     else:
-        # In Python, a switch is a number, and never text.
+        # In Python, a bool is an int as well, but a switch never acts as text.
         is_text = isinstance(value, str) or (type(value) in (int, float) and PATHS.fullmatch(key))
         if is_text and (fault := _fault(key, str(value), homes)):
             yield value, fault
@@ -112,19 +112,19 @@ def _fault(key: str, text: str, homes: set[Path]) -> str | None:
         if _is_inside(text) and any(Path(text).is_relative_to(home) for home in homes):
             return None
         if not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?", text) or ".." in text:
-            return "a recipe from the Hub may only read models and data of the Hub (NAME/repo) and of its own run"
+            return "a recipe from the Hub may only read models and data from the Hub (NAME/repo) and from its own run"
         exists = os.path.exists(text) or os.path.exists(text.partition("@")[0])
         return "is a path on this machine, which a recipe from the Hub may not read" if exists else None
     # Mappings other than these contain numbers and switches only.
     if key not in WORDS and not re.fullmatch(r"(chat_template_kwargs|lr_scheduler_kwargs|tasks)\..+", key):
-        return "a recipe from the Hub may not set this field to a text"
+        return "a recipe from the Hub may not set this field to text"
     if key in CHOICES and text not in CHOICES[key]:
         return f"a recipe from the Hub may only set it to {' or '.join(CHOICES[key])}"
     # A word is neither an option nor a path out of the current directory. Arithmetic signs count as words.
     leaves = "://" in text or text.startswith(("~", "-", "/")) or ".." in Path(text).parts
     names_file = key in ("attn_implementation", *FUNCTIONS) and re.search(r"/|\.ya?ml$", text)
     if (leaves and text not in ("/", "-")) or names_file:
-        return "a recipe from the Hub may not name files of this machine, or run code"
+        return "a recipe from the Hub may not name files on this machine, or run code"
     return None
 
 

@@ -42,7 +42,7 @@ def has_effect(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a run can continue with `changed` fields: only its length, and not below what is saved."""
+    """Return whether a run can continue with `changed` fields: only its length may differ, if no less than is saved."""
     if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed) or values.get("save_only_model"):
         return False
     state = newest_state(output_dir)

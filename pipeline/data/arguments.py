@@ -33,7 +33,7 @@ class DataArguments:
         0.05, "Share of the rows held out for evaluation if the data set has a single split: every 20th row for 0.05."
     )
     keep_rows: list[str] | None = option(  # noqa: RUF009
-        None, "Keep only rows whose column has one of these values, such as source=gsm8k source=math, in any case."
+        None, "Keep only rows whose column has one of these values, such as source=gsm8k source=math, ignoring case."
     )
     drop_bad_rows: bool = option(False, "Drop rows that lack a text or a turn instead of refusing the data.")
     document: str | None = option(
@@ -50,7 +50,7 @@ class DataArguments:
     prompt_column: str = option(
         "prompt",
         "Column of the prompts: a list of {role, content}, or a question, to which the columns `input` and `context` "
-        "are added. Usual names such as question and instruction are found, in any case.",
+        "are added. Usual names such as question and instruction are found, whatever their case.",
     )
     completion_column: str | None = option(
         None, "Column of the answers to `prompt_column`, for data without conversations. Usual names are found."

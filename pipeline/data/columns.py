@@ -54,7 +54,7 @@ MOST_LEFT_OUT = 0.1
 PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
 ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
 PAIRS = (("question", "answer"), ("prompt", "completion"), *product(PROMPTS, ANSWERS))
-"""Columns of a prompt and its answer, the most usual first; names match in any case, and with spaces around them."""
+"""Columns of a prompt and its answer, the most usual first; case and surrounding spaces of the names do not matter."""
 CONTEXTS, CONVERSATIONS = ("input", "context"), ("messages", "conversations", "conversation")
 """Columns of Alpaca and Dolly that belong to the prompt, after the instruction; columns of conversations."""
 TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CONTEXTS})
@@ -223,7 +223,7 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
 
 
 def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind) -> Converter:
-    """Return what converts the rows of a split. Raise a `UserError` if a column that it needs does not exist."""
+    """Return the `Converter` for the rows of a split. Raise a `UserError` if a column that it needs does not exist."""
     # What is read and what is made, with optional columns in brackets:
     #
     #   text           text_column                                                  text

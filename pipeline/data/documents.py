@@ -178,7 +178,7 @@ def choose_table(file: Path) -> dict[str, Any]:
         stray = rows.line_num + skipped if "expected after" in str(error) else 0
     # pandas would read all lines up to the next quote as one field.
     if stray and separator != "\t":
-        remedy = "has a quote within a field in quotes, or text after them; write it twice, or save the file as JSONL"
+        remedy = "has a quote within a field in quotes, or text after it; double the quote, or save the file as JSONL"
         raise UserError(Problem("dataset_name", f"{file}, line {stray}", remedy))
     verbatim = [name for place, name in enumerate(header) if place in texts]
     return {

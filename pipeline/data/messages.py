@@ -154,7 +154,7 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
 
 
 def as_answer(value: object) -> object:
-    """Return a number as text: "72" also for 72.0, which it becomes if other answers are missing; None for NaN."""
+    """Return a number as text, None for NaN. 72.0 becomes "72", because missing answers turn integers into floats."""
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -241,7 +241,7 @@ def labelled_pair(
 def _read_answer(
     value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
 ) -> Messages:
-    """Return the messages of an answer, perhaps empty or a conversation with this prompt: see `read_answer`."""
+    """Read an answer like `read_answer`, but allow an empty one, or a conversation that begins with this prompt."""
     if isinstance(value := as_answer(value), str):
         return as_messages(_as_text(value, column))
     turns = value if isinstance(value, list) else []

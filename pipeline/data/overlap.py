@@ -35,7 +35,7 @@ class Match(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """The test rows that were found in the training data, and how many rows both have."""
+    """The test rows that were found in the training data, and the numbers of test and training rows."""
 
     matches: list[Match]
     test_rows: int

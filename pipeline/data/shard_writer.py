@@ -58,7 +58,7 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         raise UserError(Problem("executor", args.executor, remedy)) from None
     name, *others = data_args.dataset_names
     if others:
-        remedy = "are several data sets; give a command for each, with its own folder, and pretraining all folders"
+        remedy = "are several data sets; run a command for each, with its own folder, and pretrain on all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
     source = Path(name).expanduser()
     name = str(source.absolute()) if source.exists() else name

@@ -50,7 +50,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 
 def documents_of(args: Arguments) -> Arguments:
-    """Return the arguments of the documents that shards were made from, for readers of text; others unchanged."""
+    """Return arguments that read, as text, the documents that shards were made from; leave any others unchanged."""
     record = read_json(Path(args.dataset_names[0], args.dataset_train_split, RECORD))
     return replace(args, **{name: value for name, value in record.items() if name not in ("tasks", "digest")})
 

@@ -84,7 +84,7 @@ def open_source(
     if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
-    # It logs the traceback of a file that cannot be parsed; the error is reported below in one line.
+    # `datasets` logs the traceback of a file that cannot be parsed; the error is reported below in one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if not path.exists():
         if glob.glob(str(path), recursive=True):
@@ -283,7 +283,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
 
 
 def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a JSON file that is one object with all of them, and none of other files."""
+    """Return the rows of a JSON file that is a single object containing all of them; return [] for any other file."""
     # {"question": ["2 + 3?", ...], "answer": ["5", ...]}, {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
     # or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}. Between lines of JSON Lines, there is no comma.
     if re.match(rb"[^{]*\[", sample) or re.search(rb"\}\s*\n\s*\{", sample):
@@ -303,7 +303,7 @@ def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
 
 
 def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
-    """Return types that fit the columns of all files: in JSON any values, otherwise text for text and numbers.
+    """Return types that fit the columns of all files. Types that do not match become `Json` in JSON, otherwise text.
 
     A column without values in one file has the type of the others. Raise a `UserError` if nothing fits.
     """

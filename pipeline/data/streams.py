@@ -50,8 +50,8 @@ next, and the tokens before that block (`rest`)."""
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of `block_size` tokens from packed documents, as read by process number `process` of `processes`.
 
-    `rows` are documents: `text`, or `input_ids` from the same tokenizer. `chosen` has the data arguments that choose
-    rows: with `max_train_samples`, the stream is read as one file, as `datasets` would take that many from each.
+    `rows` are documents: `text`, or `input_ids` from the same tokenizer. `chosen` has the data arguments that select
+    rows. With `max_train_samples`, the stream is read as one file, because `datasets` would take that many from each.
     """
 
     def __init__(

@@ -55,9 +55,9 @@ def drop_long_prompts(
 
 
 def log_truncated(dataset: Split, args: SFTConfig) -> None:
-    """Log how many tokenized conversations exceed `max_length`, and so lose their end, with the eos token.
+    """Log how many tokenized conversations exceed `max_length`, and so lose their end (beginning, with `keep_end`).
 
-    Nothing is logged for a stream, whose rows are tokenized later, and if packing continues in the next sequence.
+    Nothing is logged for a stream, whose rows are tokenized later, or if packing continues them in the next sequence.
     """
     goes_on = args.packing and args.packing_strategy != "bfd"
     if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None or goes_on:

@@ -69,7 +69,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
     """Write rows to a Parquet file, with only 2,000 in memory at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
-    # pyarrow makes JSON, the type `CALLING`, of texts only.
+    # pyarrow converts only texts to JSON, the type of `CALLING`.
     texts = {pa.list_(pa.json_()): pa.list_(pa.string())}
     plain = pa.schema([(column.name, texts.get(column.type, column.type)) for column in schema])
     calling = [column.name for column in schema if column.type in texts]

@@ -41,7 +41,7 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
         answers = answer_begun(chat, held_out.problems, begun, shots)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
         result.texts["elicited"] = {"text": name}
-    # What a model reaches that has only memorised the answers in its training data.
+    # What a model that has only memorised the answers in its training data reaches.
     if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)
@@ -77,7 +77,7 @@ def measure_best_of(
     """Record `best_of_N` for each of `numbers`: of the first N sampled answers, the one that `rate` scores highest.
 
     `result` is the reward model's. `chats` has the opponent, by the keys of the data that it answers: problems and, if
-    there is a judge, prompts. There, the chosen answers are compared with its single ones.
+    there is a judge, prompts. For prompts, the chosen answers are compared with single answers of the opponent.
     """
 
     def best(key: str, rows: Rows) -> dict[int, list[str]]:

@@ -73,7 +73,7 @@ class EvaluationArguments:
     judge: str | None = option(None, "Judge of win rates: a reward model that PPO does not use, `votes` or a function.")
     against: str | None = option(None, "Opponent in the win rate (default: the last SFT).")
     elicit: list[str] | str | None = option(
-        "Working:", "Beginning of elicited answers, or a list to choose from by validation (own data: none)."
+        "Working:", "Beginning of elicited answers, or a list from which validation picks one (for other data: none)."
     )
     shots: int = option(0, "Solved training problems before each problem; tried as a further beginning.")
     best_of: list[int] | int = option(
@@ -81,7 +81,7 @@ class EvaluationArguments:
     )
     fixed_prompts: list[str] | None = option(None, "Prompts that every stage answers.")
     limit: int | None = option(None, "Maximum number of examples for each measurement (default: some hundreds).")
-    samples: int = option(8, "Answers sampled to each problem.")
+    samples: int = option(8, "Answers sampled for each problem.")
     max_new_tokens: int | None = option(None, "Tokens of an answer (default: max_length, max_completion_length).")
     lm_eval_tasks: list[str] | None = option(None, "Tasks of lm-eval.")
     seed: int = option(0, "Seed of the sampled answers and of the intervals.")
@@ -233,7 +233,7 @@ def recorded(run: Path, stage: str) -> dict[str, Any]:
 
 
 def with_layout(settings: Values, run: Path) -> dict[str, Any]:
-    """Add data that exist in RUN but not in the settings: stages may be run by hand, and later ones not have run yet.
+    """Add data in RUN that the settings lack: stages may be run by hand, and later ones may not have run yet.
 
     These are RUN/data, as written by `recipes.data`, RUN/3_preferences, and a stage to compare with.
     """
@@ -273,7 +273,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     if settings.get("vllm") and (fault := validate_vllm()):
         problems.append(Problem("vllm", True, fault))
     if isinstance(tasks := settings.get("lm_eval_tasks"), list):
-        # It imports torch, and lm-eval, if it is installed, takes seconds to list its tasks.
+        # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
         from pipeline.evaluation.harness import check_tasks
 
         problems += check_tasks(list(map(str, tasks)))

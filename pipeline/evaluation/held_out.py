@@ -63,7 +63,7 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "Sam has 14 coins. Sam finds 5 coins. Sam sells 3 coins. Sam gets 4 coins. How many are left?",
     "Greta has children of ages 3, 2, 9, 1, 6. Which age comes third?",
 )
-"""Stages answer these greedily in a run that generates its data; otherwise the first of them, and held-out prompts."""
+"""Stages answer these greedily if the run generates its data; otherwise held-out prompts or, without any, the first."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Reader:
     def find(
         self, key: str, split: str | None = None, trained_on: bool = False, own: Source | None = None
     ) -> Part | None:
-        """Return rows of the data set of a key of `evaluate.yaml` (by default, the first), or None.
+        """Return rows of `own`, by default the first data set of a key of `evaluate.yaml`, or None if there is none.
 
         By default they are the held-out rows, wherever they are; otherwise a split, or what a stage is `trained_on`. A
         UserError is raised if a split that the user names does not exist.

@@ -110,7 +110,7 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
 
 
 def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
-    """Estimate a mean, with a bootstrap interval over the unit that each value belongs to, by default its own."""
+    """Estimate a mean, with a bootstrap interval over the unit of each value; by default, each is a unit of its own."""
     n = len(values)
     number = np.arange(n) if units is None else _numbered(units)
     estimate = ratio(np.bincount(number, values), np.bincount(number), seed)

@@ -80,7 +80,7 @@ class InstructionAccuracy(Metric):
 
 
 class StopRate(Metric):
-    """The share of answers, given as token ids, that contain an end-of-turn token, so end before the token limit."""
+    """The share of answers, as token ids, that contain an end-of-turn token, and so end before the token limit."""
 
     columns = Features(predictions=List(Value("int64")))
 
@@ -238,7 +238,7 @@ def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: 
 
 
 def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions: Sequence[Completion] = ()) -> None:
-    """Record `environment_reward`, what environments give greedy answers by `get_reward`, if they do, as in training.
+    """Record `environment_reward`, what environments with a `get_reward` give greedy answers, as in training.
 
     The opponent also gets the baseline `untouched`: the same environments, in which nothing is called.
     """

@@ -35,7 +35,7 @@ class StageResult:
         opponent: Hash of everything that its answers in win rates depend on, if others are compared with it.
         left_out: What could not be measured, one line each.
         cut_off: Data -> its `answers`, how many of them were `cut off`, and the `limit` in tokens.
-        experts: Their loads over the fair share by `layers`, and `documents` with the expert `chosen` for its `pieces`.
+        experts: Expert loads relative to the fair share, by `layers`; `documents` as `pieces` and the experts `chosen`.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
         state, config: The content of trainer_state.json and config.json.
@@ -166,7 +166,7 @@ class StageResult:
         return found
 
     def remarks(self) -> list[str]:
-        """Return a line for each kind of data with truncated answers, with training rows in it, or without rows."""
+        """Return remarks on truncated answers, on held-out rows in the training data, and on what was not measured."""
         lines = [
             f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
             for key, counts in self.cut_off.items()

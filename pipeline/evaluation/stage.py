@@ -242,7 +242,7 @@ def _find_opponent(
 def _load_chats(
     run: Path, stage: str, settings: Settings, option: Literal["--stage", "--against"]
 ) -> dict[str, ChatModel]:
-    """Load the model of a stage, for each kind of data: limits of answers, and perhaps templates, differ.
+    """Load the model of a stage, and return a `ChatModel` for each kind of data: limits, and perhaps templates, differ.
 
     The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
     """

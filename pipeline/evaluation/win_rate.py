@@ -70,7 +70,7 @@ def answer_both(
 
 
 def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Judge) -> None:
-    """Record `win_rate` and `win_rate_greedy`, and how many answers end alike in both."""
+    """Record `win_rate` and `win_rate_greedy` and, for each, the share of our answers with the same last sentence."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
         ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])

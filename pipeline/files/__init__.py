@@ -230,7 +230,7 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
             except BlockingIOError:
                 holder = int(path.read_bytes() or 0)
             except OSError as error:
-                logger.warning("%s has no locks (%s): make sure that no other run writes there.", path.parent, error)
+                logger.warning("%s is not locked (%s): make sure that no other run writes there.", path.parent, error)
                 break
             if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
                 remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
@@ -318,7 +318,7 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         header = int.from_bytes(start.read(8), "little")
     # 4 MiB suffice for 30,000 weights. Each one takes time whenever the file is read.
     if header > 4 << 20:
-        raise OSError(f"its header has {header:,} bytes, for more weights than one file of a model has")
+        raise OSError(f"its header has {header:,} bytes, which is more than any model file needs")
     with safe_open(file, framework="np") as weights:
         return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
 

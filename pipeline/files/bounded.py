@@ -39,7 +39,7 @@ SECONDS = 5
 MEMORY = 1 << 30
 """Bytes that the child may use in addition to its copy of this process."""
 PATIENCE_SECONDS = 30.0
-"""Wall-clock limit, for a machine too busy to give the child its CPU seconds. Below a quarter of them, no verdict."""
+"""Wall-clock limit, for a busy machine. A child that used less than a quarter of its CPU seconds gets no verdict."""
 OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
 """Exit codes of the child."""
 TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
@@ -137,7 +137,7 @@ def check_files(folder: Path) -> None:
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
     if unusual and (fault := exceeds(build)):
-        raise ValueError(f"to build the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+        raise ValueError(f"building the model of its config.json ({', '.join(unusual[:3])}) {fault}")
 
 
 def _read(file: Path) -> dict[str, Any]:

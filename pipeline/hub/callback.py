@@ -34,9 +34,9 @@ STAGED = ".pushed"
 class PushCallback(TrainerCallback):
     """Pushes checkpoints and the model in place of transformers, and sets `push_to_hub` to false.
 
-    Every checkpoint is pushed in the background, unless an earlier one still is (`hub_always_push`) or `hub_strategy`
-    is "end": its model, and all of it as `last-checkpoint/`, or as `checkpoint-N/` under "all_checkpoints". Under
-    "every_save", `last-checkpoint/` is removed at the end. A best checkpoint to be loaded at the end is pushed, too.
+    Every checkpoint is pushed in the background, unless `hub_strategy` is "end" or an earlier push is still running and
+    `hub_always_push` is false: its model, and all of it as `last-checkpoint/` (`checkpoint-N/` for "all_checkpoints").
+    Under "every_save", `last-checkpoint/` is removed at the end. A best checkpoint to load at the end is pushed, too.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -118,7 +118,7 @@ class PushCallback(TrainerCallback):
         logger.warning("%s was not pushed to %s: %s. Training goes on.", checkpoint, name, explain(error, name))
 
     def _push_checkpoint(self, staged: Path, newest: str) -> None:
-        """Push the checkpoint `newest`, and any other in the folder `staged`, and delete that."""
+        """Push the checkpoint `newest` and any other checkpoint in the folder `staged`, then delete that folder."""
         keeps_all = self._args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
         keeps_best = self._args.load_best_model_at_end and not keeps_all
         try:

@@ -165,7 +165,7 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
 
 
 def base_card(name: str, trained: Trained) -> str:
-    """Return the README.md of the base model `name` of an adapter, if it was merged from an earlier adapter."""
+    """Return the README.md of the base model `name` of an adapter: an earlier adapter, merged into its own base."""
     start = trained.on_hub(trained.settings.get("model_name_or_path"))
     tags = ["fourstage", *trained.about.card.tags]
     data = ModelCardData(base_model=start, license=trained.license, library_name="transformers", tags=tags)

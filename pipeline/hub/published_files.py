@@ -102,7 +102,7 @@ def rename(value: Any, find: Callable[[str], str | None]) -> Any:
 
 
 def places(folder: Path) -> set[str]:
-    """Return the absolute paths named by a folder and by the settings in and around it, with any characters."""
+    """Return the absolute paths of a folder, and those that the settings in and around it name, with any characters."""
     found = {str(folder.absolute()), str(folder.resolve())}
     for around in (folder, *folder.absolute().parents[:3]):
         for name in ("run.json", *SETTINGS):

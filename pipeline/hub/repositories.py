@@ -159,7 +159,7 @@ class Outputs:
 
     @cached_property
     def _license(self) -> tuple[Any, Any]:
-        """Licence and languages of the data according to their cards, or None if these differ or say nothing."""
+        """Licence that all cards of the data agree on, unless `license` is set, and the first language in a card."""
         cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
         licenses = [card.license for card in cards if card.license]
         license = licenses[0] if licenses and all(found == licenses[0] for found in licenses) else None

@@ -126,11 +126,11 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer, first in a child process if its files add many tokens: these are compared with each other."""
+    """Load a tokenizer. If its files add many tokens, which are compared pairwise, load it in a child process first."""
     options = {"revision": revision or "main", "trust_remote_code": False}
     load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
     many = 20_000
-    # An added token takes 100 bytes in tokenizer.json, and a word in the lists of other files.
+    # An added token takes at least 100 bytes in tokenizer.json, and 4 in the lists of the other files.
     for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
         path = Path(name) / file
         if path.is_file() and path.stat().st_size >= size * many:
@@ -194,7 +194,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
 
     Raises:
-        OSError, ValueError: If there is none, or it is impossible.
+        OSError, ValueError: If there is no configuration, or it is invalid.
     """
     name = local_copy(name)
     base = base_of(name, revision)
@@ -258,7 +258,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     with torch.device("meta"):
         adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
         if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
-            return f"to add what its adapter_config.json asks for {fault}"
+            return f"adding what its adapter_config.json asks for {fault}"
     # Buffers that are not in the files, such as a mask of positions, are made in loading: a few MB for a 1 GB model.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):
         return "its config.json asks for more than 2 GiB in addition to the weights; correct it"

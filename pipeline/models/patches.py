@@ -17,8 +17,8 @@ def replace_method(owner: Any, name: str, function: Callable[..., Any], *, bind:
     """Make a model, a layer or a class compute with another function. With `bind`, copies get their own.
 
     A subclass of a model would need the weights to be loaded again, a hook cannot keep the original from running, and a
-    wrapper would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is. The class
-    that names pre-tokenizers for llama.cpp is chosen by its converter.
+    wrapper would change the names of its weights. DDP, PEFT and `torch.compile` call whatever `forward` is. llama.cpp's
+    converter chooses its classes itself, so a subclass of them would not be used.
     """
     setattr(owner, name, MethodType(function, owner) if bind else function)
 

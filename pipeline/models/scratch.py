@@ -23,7 +23,7 @@ class ScratchArguments:
     A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
     heads, grouped-query attention (Ainslie et al. 2023). A Llama 4 (Meta 2025) is a mixture of experts. Each token
     passes `num_experts_per_tok` experts of width `intermediate_size`, and a shared one for all tokens. transformers
-    computes every expert for every token, with weight 0 if it was not chosen, so only few experts are fast.
+    computes every expert for every token, with weight 0 if it was not chosen: only models with few experts are fast.
 
     Raises:
         UserError: If the sizes do not fit together, or belong to the other kind of model.

@@ -55,7 +55,7 @@ CARD = f"""\
 Answers sampled from {{origin}}, compared in pairs by {{judge}}.
 
 `first` says which of the two answers was shown first. Ties are dropped. `taste_chosen` and `taste_rejected` are the
-annotators' taste without the noise, which only the test split has: no model may train on it.
+annotators' taste without the noise. Only the test split has these columns, because no model may train on them.
 
 {{table}}"""
 
@@ -77,8 +77,8 @@ class AnswerArguments:
     samples_per_prompt: int = option(3, "Answers sampled for each prompt.")
     pairs_per_prompt: int = option(2, "Maximum pairs compared for each prompt; identical answers do not form a pair.")
     max_prompts: int | None = option(None, "Training prompts to use (default: all).")
-    max_eval_prompts: int | None = option(None, "Prompts to use of each other split (default: all).")
-    max_validation_prompts: int | None = option(None, "Prompts to use of `validation` (default: max_eval_prompts).")
+    max_eval_prompts: int | None = option(None, "Prompts to use from each other split (default: all).")
+    max_validation_prompts: int | None = option(None, "Prompts to use from `validation` (default: max_eval_prompts).")
     temperature: float = option(1.0, "Sampling temperature.")
     min_p: float = option(0.0, "Never sample tokens less probable than this share of the most probable one.")
     max_new_tokens: int = option(64, "Maximum length of an answer, in tokens.")
@@ -301,7 +301,7 @@ def sample_answers(
 
 
 def _as_json(tokenizer: Any, messages: Sequence[Any], tokens: re.Pattern[str]) -> str:
-    """Return the JSON of a dialogue, or "" if it would not be read from a row as the text that PPO scores."""
+    """Return the JSON of a dialogue, or "" if a row that contains it would not render as the text that PPO scores."""
     prompt = {"role": "user", "content": "-"}
     # Infinite numbers, which JSON does not have, are refused as well.
     with suppress(ValueError, TemplateError):

@@ -117,7 +117,7 @@ def score(
     while remaining:
         batch = [remaining.pop()]
         width = len(batch[0])
-        # Without padding, transformers cannot find the last token of a row.
+        # Without a pad token, transformers cannot find the last token of a padded row.
         while pad is not None and remaining and (len(batch) + 1) * max(width, len(remaining[-1])) <= batch_tokens:
             batch.append(remaining.pop())
             width = max(width, len(batch[-1]))

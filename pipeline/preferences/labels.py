@@ -56,7 +56,7 @@ def label_answers(
 
     Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
     dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
-    and noise. Columns of the noise-free taste are None unless it is kept, and with a judge. `read` turns an answer into
+    and noise. Without `keep_taste`, or with a judge, the columns of the taste are None. `read` turns an answer into
     what a judge gets and the rows contain: its text or, if the answer is JSON, the messages of a dialogue. Return the
     labelled pairs, as rows of the data set, and the counts.
     """

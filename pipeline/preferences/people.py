@@ -68,7 +68,7 @@ def wait_for_votes(args: VoteArguments) -> int:
 
 
 def load_votes(path: Path) -> Judge:
-    """Return a judge that decides like most people, on the page or by hand in `path`, and adds other pairs there."""
+    """Return a judge that decides as most people voted, on the page or by hand in `path`, and adds new pairs there."""
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
     votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]

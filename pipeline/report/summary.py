@@ -106,7 +106,7 @@ def recorded(run: Run, key: str) -> dict[str, float]:
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:
     """Return the number of tokens that the stage trained on and its floating-point operations, None where unknown.
 
-    These are 6 x parameters that a token passes x tokens (forward and backward; Kaplan et al. 2020). If no tokens were
+    The operations are 6 x active parameters x tokens (forward and backward; Kaplan et al. 2020). If no tokens were
     logged, or an adapter was saved without its base's weights, they are what the trainer counted.
     """
     # TRL's trainers log `num_tokens`; others count the tokens of their inputs.

@@ -1,4 +1,4 @@
-"""Text and numbers as the report shows them: without anything invisible, or that would reorder or break the page."""
+"""Text and numbers as the report shows them: without anything that is invisible, or would reorder or break the page."""
 
 import math
 import re

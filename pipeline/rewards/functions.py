@@ -1,8 +1,8 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
 Each takes `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns by name,
-and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also what lies between), or None if the reference
-cannot be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable texts of both kinds.
+and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also values between), or None if the reference cannot
+be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable answers and references.
 """
 
 import ast
@@ -145,8 +145,8 @@ def reasoning_gym(
 
     Only 1.0 means right: most verifiers pay a little for nearly right answers, or for any answer. If a verifier pays
     nonsense in full, its rows score 0 (`pipeline.rewards.task_check`). Text between `<answer>` and `</answer>` is
-    judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) or its
-    `metadata`, as JSON text, are unknown, or if the machine is too busy.
+    judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) is unknown,
+    its `metadata` is not a JSON object, or the machine is too busy.
     """
     texts, problems = read_texts(completions, columns)
     found = [answers.extract_answer(text) for text in texts]

@@ -61,7 +61,7 @@ def extract_code(answer: str) -> str:
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
 
-    An empty answer never is, and a missing field requires nothing. Raise `RunStopped` if code cannot be run.
+    An empty answer is never correct, and a missing field requires nothing. Raise `RunStopped` if code cannot be run.
     """
     correct = []
     for answer, row in zip(answers, rows, strict=True):

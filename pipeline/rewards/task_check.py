@@ -3,7 +3,7 @@
 Several verifiers evaluate what the model wrote as Python, such as `entry['answer']`. So the child only evaluates
 literals and formulas. Some verifiers pay for wrong answers in full (reasoning-gym 0.1.25: `game_of_life_halting` for
 any text, `puzzle24` for the solution of any other problem, `complex_arithmetic` for "nan", `coin_flip` for "0"). So an
-answer is only paid in full if it agrees with the task's own, and neither nonsense nor the answer alone is paid so.
+answer is paid in full only if it agrees with the task's own, and if the verifier rejects nonsense and an empty task.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class SampledArguments(ToolArguments):
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
     ) -> list[Problem]:
-        """Check tools, rewards and critic, as `pipeline.training.inputs.load_inputs` asks for it.
+        """Check tools, rewards and critic on behalf of `pipeline.training.inputs.load_inputs`.
 
         Tokenizer and data are None if they failed to load. If `early`, reward models and critic may not exist yet.
         """

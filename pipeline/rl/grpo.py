@@ -116,8 +116,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
         prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
         self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        # On a CPU, sampling takes a third more time with an adapter that is not merged. Only LoRA is merged in place,
-        # and at one end of tied embeddings it would change the other.
+        # On a CPU, sampling takes a third longer with an unmerged adapter. Only plain LoRA is merged in place, and not
+        # into the embeddings or the output layer: if these are tied, merging into one would change the other.
         self._merges = self._whole_and_bare and isinstance(self.model, PeftModel) and self.args.device.type == "cpu"
         if self._merges:
             lora, body = self.model.active_peft_config, self.model.get_base_model()
@@ -126,7 +126,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             ends = body.get_input_embeddings(), body.get_output_embeddings()
             self._merges = not (own or any(isinstance(layer, BaseTunerLayer) for layer in ends))
         if self.use_vllm:
-            # Inside this process, vLLM uses the global random state, which it seeds at its start, only by the rank.
+            # vLLM in this process uses the global random state, which it seeds at startup, but only with the rank.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
             logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
@@ -188,7 +188,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if self.use_vllm and self.vllm_mode == "colocate":
             # vLLM may have memory for fewer tokens than the model has positions.
             context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        # All processes gather sharded weights, or ask vLLM, at once: none may sample more turns than another.
+        # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
         at_once = self.use_vllm or not self._whole_and_bare
         reduce, device = self.accelerator.reduce, self.accelerator.device
         converse(

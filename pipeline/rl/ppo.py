@@ -184,7 +184,7 @@ class PPOTrainer(GRPOTrainer):
         return super().create_optimizer(model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add a micro-batch to the gradients of both networks, and after the last one step the critic.
+        """Accumulate the gradients of a micro-batch in both networks, and step the critic after the last one.
 
         `Trainer` steps the policy afterwards.
         """
@@ -197,7 +197,7 @@ class PPOTrainer(GRPOTrainer):
             if isinstance(schedule, LambdaLR):
                 share = schedule.lr_lambdas[0](schedule.last_epoch)
             else:
-                # Not from the schedule: the ones that follow evaluations have no factor.
+                # Schedules that follow evaluations have no such factor, so derive it from the policy's learning rate.
                 share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
             self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
         return loss
@@ -231,7 +231,7 @@ class PPOTrainer(GRPOTrainer):
         return policy_loss + value_loss
 
     def end(self) -> None:
-        """Also unwrap the critic, which refers to the process group that is left."""
+        """Also unwrap the critic, whose wrapper refers to the process group that ends here."""
         self.critic.model = self.critic.bare
         super().end()
 

@@ -51,7 +51,7 @@ class PPOConfig(GRPOConfig):
     cliprange_value: float = option(0.2, "How far the critic's estimate may move per rollout, in units of the reward.")
     vf_coef: float = option(0.1, "Weight of the value loss relative to the policy loss.")
     value_learning_rate: float | None = option(None, "Peak learning rate of the critic. Default: `learning_rate`.")
-    value_warmup_steps: int = option(0, "Number of first steps in which only the critic is trained.")
+    value_warmup_steps: int = option(0, "Number of initial steps in which only the critic is trained.")
     frozen_dtype: str = option(
         "auto",
         "Dtype of the weights that are not trained: float32 keeps the dtype they were loaded in; bfloat16; auto "

@@ -44,8 +44,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Ten
     """Estimate KL(policy || reference) at each token, in nats, from the one token that the policy sampled.
 
     Both estimators are unbiased. `k1`, the log ratio, can be negative at a token, and sums to the log ratio of the
-    completion; PPO's penalty is made of it. `k3`, `exp(-k1) - 1 + k1`, is never negative and varies less, but is only
-    logged: as a reward, its gradient is the one of KL(policy || reference) - KL(reference || policy), which cancel near
+    completion; PPO's penalty is based on it. `k3`, `exp(-k1) - 1 + k1`, is never negative and varies less, but is only
+    logged: as a reward, it has the gradient of KL(policy || reference) - KL(reference || policy), which cancel near
     the reference (Tang and Munos, 2025, "On a few pitfalls in KL divergence gradient estimation for RL", 2506.09477).
     """
     log_ratio = logps - ref_logps

@@ -106,7 +106,7 @@ def _is_copy(source: PreTrainedModel, reward: Any) -> bool:
     """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
     if source is reward or not isinstance(reward, nn.Module):
         return source is reward
-    # A head that an adapter replaces is not used, and random.
+    # The original head that an adapter replaces is not used, and its weights are random.
     own, others = (
         {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
         for model in (source, reward)

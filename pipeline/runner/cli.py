@@ -336,7 +336,7 @@ def _run_all(
     taken = f"{len(console.state.taken)} steps in {time_in_words(time.monotonic() - args.began)}"
     print(taken if console.state.taken else "nothing to do: all steps had finished", flush=True)
 
-    # Push what failed before, or was not to be pushed when it was trained.
+    # Push what failed to be pushed before, or was trained before its settings asked for a push.
     result = 0
     for step in (step for step, _ in todo if step.push and record.steps[step.name].get("pushed") != list(step.push)):
         print(f"$ {as_typed(*step.push)}", flush=True)

@@ -17,7 +17,7 @@ README = "README.md"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="one of the recipes below")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write; it must not exist, or be empty")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write to, which must be new or empty")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     titles = {name: (SHIPPED / name / README).open(encoding="utf-8").readline() for name in shipped_recipes()}
     parser.epilog = "\n".join(f"  {name:<21} {title.strip('# ').rstrip()}" for name, title in titles.items())

@@ -114,7 +114,7 @@ def check_launch_file(path: str, named: bool = True) -> Problem | None:
         value = config[item.name]
         if "dict" in str(item.type) and not isinstance(value, dict | None):
             return problem(f"{item.name} must be a mapping; correct it")
-        # The keys of a mapping become options, which have names.
+        # The keys of a mapping become options, so they must be strings that begin as these options do.
         options, prefixes = value if isinstance(value, dict) else (), PLUGIN_OPTIONS.get(item.name, ("",))
         if other := [str(key) for key in options if not isinstance(key, str) or not key.startswith(prefixes)]:
             return problem(f"{item.name} has no option {', '.join(other)}; remove it")

@@ -9,7 +9,7 @@ Options of the recipes override the YAML files. For a stage whose model has N pa
     memory    of a network that is trained, weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets) and
               optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N
     disk      12 N bytes for each checkpoint, and 4 N for the model
-    time      FLOPs / (processes x peak x MFU), LAYER x layers x positions that are sampled one after the other
+    time      FLOPs / (processes x peak x MFU), plus LAYER x layers x positions that are sampled one after the other
 """
 
 import argparse

@@ -217,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
     gc.disable()
     for name in argv[1:]:
         resolve_name(name)
-    # A table of patterns, which otherwise the first model loaded in each fork would compile, in a third of a second.
+    # Compile a table of patterns once. Otherwise, the first model loaded in each fork would, in a third of a second.
     if conversions := sys.modules.get("transformers.conversion_mapping"):
         conversions.get_checkpoint_conversion_mapping("llama")
     torch = sys.modules.get("torch")
@@ -280,7 +280,7 @@ def _become(module: str, arguments: list[str], environment: Mapping[str, str], d
         code = stop.code or 0
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    # Files that were not closed; those from before the fork, such as stdout, are frozen and not among the objects.
+    # Flush files that were not closed. Those opened before the fork, such as stdout, are frozen, and not listed here.
     # `isinstance` would look into proxies.
     for opened in (sys.stdout, sys.stderr, *gc.get_objects()):
         if issubclass(type(opened), BufferedRandom | BufferedWriter | TextIOWrapper):

@@ -173,7 +173,7 @@ def recorded_values(step: Step) -> dict[str, Any]:
 
 def fingerprint(path: Path) -> str:
     """Hash the content of a file or of all files in a folder; for large or unreadable files, their size and time."""
-    # In a folder of people's votes, all other files are derived from these, or for collecting more.
+    # In a folder of people's votes, all other files are derived from the votes, or serve to collect more of them.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()

@@ -157,7 +157,7 @@ class RunState:
         if left is not None and running not in self._resumed:
             taken[running] = self.progress.elapsed + left
         before = sum(self.expected[name] for name in taken)
-        # Expected are the seconds of recipes/pocket. How long short first steps take says nothing about trainings.
+        # The expected seconds are from recipes/pocket. Short first steps do not show how long training takes here.
         if self._is_guess and before <= sum(self.expected.values()) / 20:
             return left, None
         speed = sum(taken.values()) / before if before else 1.0
@@ -184,7 +184,7 @@ class RunState:
     def figure(self, stage: str) -> str:
         """Return the first aim of a stage that was measured, such as "win rate 0.507 -> 0.772"; "" if none was.
 
-        The stage that it starts from has the first number, if it was measured, too.
+        The first number is the figure of the stage that it starts from, if that stage was measured, too.
         """
         names = [stage, *(name for name in reversed(self._starts.get(stage, ())) if name != stage)]
         results = [read_json(self.run_dir / "evaluations" / f"{name}.json").get("metrics", {}) for name in names]

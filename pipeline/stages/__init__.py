@@ -149,7 +149,7 @@ STAGES: dict[str, StageKind] = {
             LoggedChart("Bits per byte, validation", (("validation", "eval_bits_per_byte"),)),
         ),
         box=Box(
-            about="It reads much text and learns to guess the next token, which is a word or a piece of one. Now it "
+            about="It reads a lot of text and learns to guess the next token: a word or a piece of one. Now it "
             "knows language, but only continues what it is given.",
             goes_in="plain text",
             trains="its wrong guesses of the next token",
@@ -279,7 +279,7 @@ STAGES: dict[str, StageKind] = {
     ),
     "dpo": _preference_tuning(
         "DPO",
-        how="By DPO on pairs of answers of which one was preferred, without a reward model, with `trl.DPOTrainer`.",
+        how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
         limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
         "right, and says little about answers that are unlike them.",
         seconds=80,

@@ -87,10 +87,10 @@ def converse(
         dialogues: Each with the first turn of the model; what follows is added to them.
         tokenizer: A tokenizer with a response template.
         ends: Ids that end a turn.
-        limit, context: Lengths in tokens, of all turns and results of a dialogue at most, and of the model's context.
+        limit, context: Maximum number of tokens in all turns and results of a dialogue, and in the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
-        goes_on: Whether this process or any other goes on. Default: only this one, which does not sample with others.
+        goes_on: Takes whether this process goes on, returns whether any does. Default: others do not matter.
     """
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
     while turns != 0 and goes_on(bool(active)):

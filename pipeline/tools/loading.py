@@ -33,7 +33,7 @@ class ToolArguments:
     )
 
     def preflight(self, training_args: Any, tokenizer: Any, train: Any, early: bool = False) -> list[Problem]:
-        """Check, as `load_inputs` asks for it, that the tools load, and that the tokenizer writes and reads calls."""
+        """Check, on behalf of `load_inputs`, that the tools load, and that the tokenizer can write and read calls."""
         sandbox.allow_unconfined = self.allow_unconfined_code
         problems: list[Problem] = []
         with collect(problems):

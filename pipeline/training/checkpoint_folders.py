@@ -77,7 +77,7 @@ def validate_checkpoint(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         if state["global_step"] != manifest["step"]:
-            return f"{STATE} is of step {state['global_step']}"
+            return f"{STATE} is from step {state['global_step']}"
         if hash_file(checkpoint / STATE) not in manifest["states"]:
             return f"{STATE} has changed"
         # Compare the sizes of all files before reading any of them.

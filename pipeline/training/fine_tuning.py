@@ -41,7 +41,7 @@ class RewardTrainer(Reliable, trl.RewardTrainer):
     token_loss_coef = 0.0
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Add the loss at every token in training. An evaluation has the loss at the last one, and is comparable."""
+        """Add the loss at every token in training. Evaluations only use the last one, so that they stay comparable."""
         if not (self.token_loss_coef and model.training):
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         # The head scores all tokens, of which transformers returns the last.

@@ -49,7 +49,7 @@ def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None:
-    """Replace weights of models that equal frozen ones of the policy by the latter, wherever they were loaded from."""
+    """Make weights of other models share storage with equal frozen weights of the policy, wherever they come from."""
     known = _frozen(policy)
     for model in others:
         for name, weight in _frozen(model).items():

@@ -87,7 +87,7 @@ def load_inputs(
         with collect(problems):
             tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
     shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
-    # Neither the data nor the system prompt, which would make every row be refused, may contain special tokens.
+    # Neither the data nor the system prompt may contain special tokens: one in the prompt would get every row refused.
     tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
     if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
         remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"

@@ -125,8 +125,8 @@ class StreamEpoch(TrainerCallback):
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of each sequence, so that an evaluation does not keep the logits.
 
-    From logits of shape (batch, length, vocabulary) and labels of shape (batch, length), which are not shifted, and
-    `IGNORED` for tokens without a loss, to losses of shape (batch,), summed over tokens, in nats.
+    The logits are (batch, length, vocabulary). The labels, (batch, length), are not shifted, and are `IGNORED` for
+    tokens without a loss. The losses, (batch,), are summed over tokens, in nats.
     """
     # Row by row, because a float32 copy of all logits would be the largest tensor of the run.
     losses = [

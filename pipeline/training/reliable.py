@@ -274,7 +274,7 @@ class Reliable(Trainer):
         transformers would replace such losses in logs by an average (`logging_nan_inf_filter`), and continue.
         """
         rows = self._fetched.popleft() if self._fetched else "unknown"
-        # Autocast undoes the casts of LoRA's inputs. IA3, for one, cannot omit them.
+        # Autocast undoes the casts of LoRA's inputs, so they are skipped. Other methods, such as IA3, cannot skip them.
         with disable_input_dtype_casting(model, self.args.bf16 and getattr(self.model, "peft_type", None) == "LORA"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
@@ -347,7 +347,7 @@ def unchanged_random_state() -> Iterator[None]:
 
 @contextmanager
 def cache_enabled(model: Any) -> Iterator[None]:
-    """Save a model's configuration with `use_cache`, which transformers only disables for training."""
+    """Enable `use_cache` in a model's configuration while it is saved; transformers only disables it for training."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before is not None:

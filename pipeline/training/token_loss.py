@@ -28,8 +28,8 @@ class TokenLossArguments:
 def token_loss(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """Return -log sigmoid(mean chosen score - mean rejected score - margin), averaged over pairs.
 
-    All are (2 B, T): the chosen texts, and then the rejected ones, padded on the right. The means are over the tokens
-    from the first one on in which two texts differ.
+    All but `margin` are (2 B, T): the chosen texts, then the rejected ones, padded on the right. The means begin at the
+    first token that differs between the two texts of a pair.
     """
     chosen, rejected = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
     differs = ((chosen != rejected).cumsum(1) > 0).repeat(2, 1) & attention_mask.bool()

@@ -11,11 +11,11 @@ Holds `pipeline.rl.alarms` against 40 healthy and 40 broken runs of PPO and GRPO
 asked about, and to stop. PPO's rewards come from a reward model that learned them from examples, with its own mistakes;
 GRPO's are checked. `KINDS` says how runs are broken. Whether one broke is measured apart from the alarms (`broke`), on
 new answers of the first and the last policy, by what they were meant to learn rather than by what was paid; a run that
-turned out otherwise than it was made is reported, and counts for neither side.
+did not turn out as it was meant to is reported, and counts for neither side.
 
-Each half has 20 healthy and 20 broken runs. Thresholds are set on the half `setting`, which knows three of the six
-kinds only: `table --half setting --set ENTROPY_SHARE=0.1` tries one. The half `judging` says how good they are. Its
-runs are not looked at before; its kinds were, in single runs with other seeds, when their recipes were made.
+Each half has 20 healthy and 20 broken runs. Thresholds are chosen on the half `setting`, which has only three of the
+six kinds: `table --half setting --set ENTROPY_SHARE=0.1` tries one. The half `judging` shows how good they are. Its
+runs were not looked at before; its kinds were, in single runs with other seeds, when their recipes were made.
 
 DPO samples nothing while it trains: every few steps, its policy answers, and the alarms read the figures that PPO would
 log, with the scores of a reward model that DPO does not use. Its runs have rows of their own: alarms in 0 of 4 healthy
@@ -80,7 +80,7 @@ STEPS, BATCH, LOGGED = 60, 64, 2
 a rollout."""
 
 MARGIN = 0.05
-"""By how much the reward of a broken run falls, and what it does not even reach if it learns nothing."""
+"""A run broke if its reward fell by more than this, or ended below it."""
 
 
 # ---- Runs

@@ -217,7 +217,7 @@ def simulate(
         scale: What the noise is multiplied by.
     """
     random = np.random.default_rng(1)
-    # That one half is slower is no noise where it is so in all runs: completions grow longer as a stage goes on.
+    # A half that is slower in all runs is not noise: completions, for instance, grow longer as a stage goes on.
     halves = scale * (halves - np.median(halves, 0))
     seeds, won, early = max(LOOKS), 0, 0
     for _ in range(contests):

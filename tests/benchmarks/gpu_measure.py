@@ -114,7 +114,7 @@ def _p_of_draws(model: Any, words: Any, prompt: list[int], draws: int) -> float:
 
 
 def memory() -> dict[str, Any]:
-    """Return the bytes beside the weights that scoring 16 conversations of 1,024 tokens takes, of Qwen's vocabulary."""
+    """Return the bytes, beyond the weights, that scoring 16 x 1,024 tokens takes with a vocabulary of Qwen's size."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=151_936, tie_word_embeddings=True)).to(DEVICE).eval()
     before = torch.cuda.memory_allocated()

@@ -38,7 +38,7 @@ METHODS = {
     "3_sft_chance": "SFT on answers by chance",
 }
 COST = {"3_ppo": ("3_reward", "3_ppo"), "best_of_4": ("3_reward",), "best_of_16": ("3_reward",)}
-"""Steps whose seconds a method takes, if it is not its own step alone. All need the pairs, which are not counted."""
+"""Steps whose seconds a method takes, unless it takes only its own. All need the pairs, which are not counted."""
 
 TRIALS: dict[str, list[dict[str, float]]] = {
     "3_ppo": [

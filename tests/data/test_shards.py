@@ -139,7 +139,7 @@ def test_the_command_that_made_shards_only_makes_those_that_are_missing(document
 def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: Path) -> None:
     with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
         write(documents, shards, max_train_samples=5)
-    with pytest.raises(UserError, match=r"are several data sets; give a command for each"):
+    with pytest.raises(UserError, match=r"are several data sets; run a command for each"):
         write_shards(tokenizer(), DataArguments([str(documents), "more"]), ShardArguments(str(shards)))
     (shards / "train" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"output_dir.* has shards of another tokenizer"):

@@ -211,7 +211,7 @@ def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _reach(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where in each row the sum reaches a share of the total, and the share of that weight which this takes."""
+    """Return where each row's running sum reaches `share` of its total, and what share of the weight there it needs."""
     sums = weights.cumsum(-1, dtype=share.dtype)
     target = share * sums[:, -1:]
     place = torch.searchsorted(sums, target).clamp(max=weights.shape[-1] - 1)

@@ -75,7 +75,7 @@ def over_passes(
         As many tensors (B, `length`, ...), 0 at padding.
     """
     passes = forward_passes(model, ids, attention_mask, length, batch_size)
-    # Processes may have different numbers of passes, and DDP communicates in each pass through it.
+    # Processes may have different numbers of passes, and DDP communicates in each, so only the first goes through it.
     inside = model.module if isinstance(model, DistributedDataParallel) else model
     # With one context for all passes, weights are cast only once.
     with autocast():
@@ -193,7 +193,7 @@ def shares_beginnings(model: nn.Module) -> bool:
 def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
     """Make a causal sequence classifier on a CPU, wrapped or not, compute its hidden states in such passes.
 
-    They are 0 at padding. Return whether it does; other classifiers are left as they are. For `short` texts, of some
+    They are 0 at padding. Return whether it does; other classifiers are left as they are. For `short` texts, of a few
     hundred tokens, plain products replace torch's attention: they are faster, but keep all scores in memory.
     """
     if not isinstance(model := unwrap(classifier), GenericForSequenceClassification) or model.device.type != "cpu":

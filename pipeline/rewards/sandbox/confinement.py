@@ -98,7 +98,7 @@ def landlock_abi(libc: ctypes.CDLL) -> int:
 def confine_files(directory: str) -> bool:
     """Limit writes to `directory`, and reads to it and the libraries, with Landlock. Return whether it succeeded.
 
-    With Linux 6.7, there is no TCP either, and with 6.12, no signals to other processes.
+    From Linux 6.7 on, TCP is blocked as well, and from 6.12 on, signals to other processes.
     """
     if sys.platform != "linux":
         return False

@@ -1,6 +1,6 @@
 """Messages of plain values over pipes, for both processes of `pipeline.rewards.sandbox.child`."""
 
-# The test calls `f([1, 2])`. This is what travels over the two pipes, each line as JSON behind its length:
+# The test calls `f([1, 2])`. This is what travels over the two pipes, each message as JSON preceded by its length:
 #
 #     examiner (the test)                                      candidate (the code)
 #     {"operation": "call", "target": 7,                  ->   kept[7](*args, **named)

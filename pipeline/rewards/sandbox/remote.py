@@ -46,8 +46,8 @@ def refusal(name: str) -> TypeError:
 
 class Remote:
     # An object that stays with the candidate. It never equals a plain value, unless its class extends int, list, …
-    # (`base`): then its plain value is compared. Until the test has shown that it takes it for an object (UNKNOWN, …),
-    # `in` compares its items, and it is neither true nor false. Methods and comparisons of two are the code's own.
+    # (`base`): then its plain value is compared. Until the test has shown that it expects an object (UNKNOWN, …), `in`
+    # compares the items, and the stand-in is neither true nor false. Methods and comparisons of two are the code's own.
 
     __slots__ = ("state__",)
 

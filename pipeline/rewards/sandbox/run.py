@@ -85,7 +85,7 @@ def validate_sandbox() -> str | None:
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB) -> Outcome:
     """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
 
-    `seconds` count from the start of the code, without waiting for a core. `RunStopped` says why it cannot be graded.
+    `seconds` run from the start of the code, not counting waits for a core. Raise `RunStopped` if it cannot be graded.
     """
     if fault := validate_sandbox():
         raise RunStopped(f"code_tests: {fault}")
