@@ -41,7 +41,7 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
         answers = answer_begun(chat, held_out.problems, begun, shots)
         record_greedy(result, "elicited/pass@1", answers, held_out.problems, grader)
         result.texts["elicited"] = {"text": name}
-    # What a model that has only memorised the answers in its training data reaches.
+    # A model that has only memorised the answers in its training data reaches this.
     if held_out.majority:
         answers = [f"The answer is {held_out.majority.get(row['kind'], '')}." for row in held_out.problems]
         record_greedy(result, "majority/pass@1", answers, held_out.problems, grader)

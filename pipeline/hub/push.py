@@ -5,7 +5,7 @@
     python -m pipeline push runs/pocket --namespace alice --dry-run
     python -m pipeline push runs/mine/2_sft --repo_id alice/mine
 
-A second push uploads only what has changed, and deletes files that the run no longer has, except for checkpoints. The
+A second push uploads only what has changed, and deletes all other files in the repository except for checkpoints. The
 last form pushes a single output directory.
 """
 
