@@ -1,6 +1,5 @@
 """A world so small that PPO takes a second: ten words, and models of a few thousand parameters."""
 
-import sys
 from typing import Any
 
 import torch
@@ -87,20 +86,6 @@ def share_of_red(completions: list[Any], **kwargs: Any) -> list[float]:
 def its_text(completions: list[Any], **kwargs: Any) -> list[Any]:
     """Return text instead of numbers."""
     return [completion[0]["content"] for completion in completions]
-
-
-def fails(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Raise an exception in training, as a reward with a bug that two completions do not show."""
-    if len(completions) > 2:
-        raise LookupError("an index is missing")
-    return [0.0] * len(completions)
-
-
-def exits(completions: list[Any], **kwargs: Any) -> list[float]:
-    """End the process in training as if all were well."""
-    if len(completions) > 2:
-        sys.exit(0)
-    return [0.0] * len(completions)
 
 
 def always_fails(completions: list[Any], **kwargs: Any) -> list[float]:

@@ -68,7 +68,8 @@ def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
         "name, sys.argv = sys.argv[1], ['-m', *sys.argv[2:]]; import recipes; assert not gc.isenabled(); "
         "runpy.run_module(name, run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), "--size_mb", "0.1"]
+    sizes = ["--size_mb", "0.1", "--sft_rows", "50", "--preference_rows", "50", "--reasoning_rows", "50"]
+    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stderr.splitlines()[-1] == "True", done.stderr
 

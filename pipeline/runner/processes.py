@@ -50,7 +50,8 @@ DEFAULTS = {
 
 PRELOADED = (
     "accelerate.commands.launch", "pipeline.evaluation.stage", "pipeline.preferences.collect", "pipeline.report.page",
-    "pipeline.rl.grpo", "pipeline.rl.ppo", "pipeline.training.train", "recipes", "trl:RewardTrainer", "trl:SFTTrainer",
+    "pipeline.rl.grpo", "pipeline.rl.ppo", "pipeline.training.fine_tuning", "pipeline.training.inputs",
+    "pipeline.training.train", "recipes",
 )  # fmt: skip
 """The steps' imports, as names for `pkgutil.resolve_name`."""
 
@@ -220,8 +221,7 @@ def main(argv: Sequence[str]) -> int:
     # Compile a table of patterns once. Otherwise, the first model loaded in each fork would, in a third of a second.
     if conversions := sys.modules.get("transformers.conversion_mapping"):
         conversions.get_checkpoint_conversion_mapping("llama")
-    torch = sys.modules.get("torch")
-    if threading.active_count() > 1 or (torch is not None and torch.accelerator.is_available()):
+    if threading.active_count() > 1 or ("torch" in sys.modules and sys.modules["torch"].accelerator.is_available()):
         # Exit at once, without waiting for threads.
         os._exit(1)
     # Kernels before 5.3 have no process handles. The error ends this process.

@@ -1,5 +1,4 @@
-"""The recipes that sample, PPO and GRPO, as they are launched: killed and restarted, one process and two, rewards that
-fail."""
+"""The recipes that sample, PPO and GRPO, as they are launched: killed and restarted, one process and two."""
 
 import json
 import random
@@ -126,16 +125,18 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     # GRPO's rollouts are kept by the code that keeps PPO's.
     if recipe == "grpo":
         return
-    # Resumed in the middle of a rollout, each process finds its own half again.
     middle = outputs[1] / "checkpoint-3"
     assert len(list(middle.glob("rollout_*.safetensors"))) == 2
-    resumed = tmp_path / "resumed"
-    done = run(
-        "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
-    )
-    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
-    again = weights(recipe, resumed)
-    assert all(torch.equal(trained[1][name], again[name]) for name in again)
+    # Resumed in the middle of a rollout, each process finds its own half again. Dialogues have all that answers have.
+    if tools:
+        resumed = tmp_path / "resumed"
+        done = run(
+            "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
+        )
+        assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
+        again = weights(recipe, resumed)
+        assert all(torch.equal(trained[1][name], again[name]) for name in again)
+        return
 
     # The rollout of one process cannot be halved: both processes sample anew, instead of waiting for each other.
     middle = outputs[0] / "checkpoint-3"
@@ -143,16 +144,3 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     done = run("tests.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2)
     assert done.returncode == 0 and done.stderr.count("is sampled again") == 1, done.stderr[-3000:]
     assert len(torch.load(Path(onto) / "seen.pt", weights_only=True)["gradients"]) == 3
-
-
-@pytest.mark.parametrize(
-    ("recipe", "function", "raised"),
-    [("ppo", "exits", "SystemExit: 0"), ("grpo", "fails", "LookupError: an index is missing")],
-)
-def test_a_reward_that_fails_is_named(recipe: str, function: str, raised: str, tmp_path: Path) -> None:
-    options = write_config(recipe, tmp_path, max_steps=1, output_dir=str(tmp_path / "run"))
-    stopped = run(f"recipes.{recipe}", *options, "--reward_funcs", f"tests.ppo_toy:{function}")
-    assert stopped.returncode == 1, stopped.stderr[-3000:]
-    assert f"{function}: raised {raised} (" in stopped.stderr and "ppo_toy.py:" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    assert not (tmp_path / "run" / "model.safetensors").exists()
