@@ -182,7 +182,7 @@ def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | Non
 def matmul_peak(dtype: str) -> float:
     """Measure the FLOP/s of large matrix products in "bf16", "fp16" or "fp32", which stay below a data sheet's peak."""
     device = accelerator() or "cpu"
-    size, repeat = (768, 6) if device == "cpu" else (8192, 12)
+    size = 1024 if device == "cpu" else 8192
     element = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     # A GPU at its power limit multiplies zeros faster. Do not use the global random state, which runs depend on.
     a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), dtype=element, device=device)
@@ -192,7 +192,7 @@ def matmul_peak(dtype: str) -> float:
         if device != "cpu":
             torch.accelerator.synchronize()
 
-    return 2 * size**3 / min(timeit.repeat(multiply, number=1, repeat=repeat))
+    return 2 * size**3 / min(timeit.repeat(multiply, number=1, repeat=6))
 
 
 def training_defaults() -> dict[str, Choice]:

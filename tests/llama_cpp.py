@@ -100,7 +100,7 @@ def llama_cpp(file: Path, context: int = 512) -> Iterator[LlamaCpp]:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads = str(file), context, 1, 1
     params.warmup, params.verbosity = False, -1
-    # By default, it attends in half precision, which changes the third digit of log-probabilities.
+    # By default, it attends in half precision, which changes log-probabilities by up to 0.004.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)

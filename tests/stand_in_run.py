@@ -20,9 +20,7 @@ from pipeline.runner import console, processes
 from pipeline.stages import STAGES
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [*(name.partition(":")[0] for name in processes.PRELOADED), "trl.trainer.reward_trainer", "trl.trainer.sft_trainer"]
-)
+CONTEXT.set_forkserver_preload([*processes.PRELOADED])
 
 
 def replace_steps() -> None:

@@ -125,18 +125,16 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     # GRPO's rollouts are kept by the code that keeps PPO's.
     if recipe == "grpo":
         return
+    # Resumed in the middle of a rollout, each process finds its own half again.
     middle = outputs[1] / "checkpoint-3"
     assert len(list(middle.glob("rollout_*.safetensors"))) == 2
-    # Resumed in the middle of a rollout, each process finds its own half again. Dialogues have all that answers have.
-    if tools:
-        resumed = tmp_path / "resumed"
-        done = run(
-            "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
-        )
-        assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
-        again = weights(recipe, resumed)
-        assert all(torch.equal(trained[1][name], again[name]) for name in again)
-        return
+    resumed = tmp_path / "resumed"
+    done = run(
+        "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
+    )
+    assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
+    again = weights(recipe, resumed)
+    assert all(torch.equal(trained[1][name], again[name]) for name in again)
 
     # The rollout of one process cannot be halved: both processes sample anew, instead of waiting for each other.
     middle = outputs[0] / "checkpoint-3"

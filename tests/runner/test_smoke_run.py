@@ -5,7 +5,6 @@ The steps typed by hand make the same run.
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +23,7 @@ MEASURED = {
 }
 
 
-PREPARED = ("data", "tokenizer", "0_random")
-"""What the run prepares, in steps without training; `tests/data/pocket/test_build.py` types one of them."""
-TYPED = ("1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
+TYPED = ("0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
 """Steps that are typed by hand as well; the evaluation of every stage is made in the same way."""
 
 
@@ -96,14 +93,12 @@ def test_a_run_equals_the_same_steps_typed_by_hand(
         "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
     }
     steps = json.loads((run / "run.json").read_text())["steps"]
-    for name in PREPARED:
-        shutil.copytree(run / name, typed / name)
     for name in TYPED:
         program, *arguments = shlex.split(steps[name]["command"].replace(str(run), str(typed)))
         subprocess.run([*start[program], *arguments], cwd=ROOT, check=True, capture_output=True)
     made = {Path(steps[name]["values"]["output_dir"]).name for name in TYPED if not name.startswith("evaluate")}
     paths = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".parquet")]
     compared = [path for path in paths if path.parts[0] in made or path == Path("evaluations/2_sft.jsonl")]
-    assert {"1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
+    assert {"data", "1_pretrain", "2_sft", "3_preferences", "evaluations"} <= {path.parts[0] for path in compared}
     for path in compared:
         assert (run / path).read_bytes() == (typed / path).read_bytes(), path
