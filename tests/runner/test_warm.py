@@ -293,10 +293,11 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
 
 
 LAUNCHED = """
-import os, psutil
+import os, psutil, sys
 forked = "pipeline.runner.processes" in psutil.Process().cmdline()
 names = [n for n in os.environ if n.startswith("ACCELERATE_")] + ["OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE"]
-print(forked, {name: os.environ.get(name) for name in sorted(names)})
+# one write: nothing of another process may come between
+sys.stdout.write(f"{forked} { {name: os.environ.get(name) for name in sorted(names)} }\\n")
 """
 
 
