@@ -62,8 +62,7 @@ def prepare_process(*, shards: bool = False) -> None:
     # systems other than Linux, the lock on the output directory makes the next run wait.
     if hardware.is_launched() and sys.platform == "linux":
         signal_with_parent(signal.SIGTERM)()
-    # The launch file puts even a single process into a group. The group would prevent compilation and synchronise
-    # gradients with no one. Only sharding needs it.
+    # The launch file puts even a single process into a group, which would prevent compilation. Only sharding needs it.
     sharded = hardware.accelerator() is not None and (shards or any(map(is_asked, SHARDING)))
     if os.environ.get("WORLD_SIZE") == "1" and not sharded:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -69,6 +69,7 @@ CALLED = {
         "model_type",
         "steps are forked after its table was built; without it, they are new processes",
     ),
+    "torch._dynamo.utils:dump_compile_times": ("", "forks do not; without it, steps are new processes"),
     "trl.generation.vllm_client:VLLMClient.get_server_info": ("self", "which log-probabilities a server of vLLM gives"),
 }
 
@@ -81,6 +82,7 @@ ATTRIBUTES = {
     "transformers:PreTrainedModel._can_compile_fullgraph": "whether the cache may have room for more tokens",
     "transformers:PreTrainedModel._supports_flash_attn": "FlashAttention is chosen for models that can use it",
     "transformers:PreTrainedModel._tied_weights_keys": "weights that a file may lack",
+    "weakref:finalize._registry": "a fork does not finalize what was there before; without it, steps are new processes",
     "transformers:AutoModelForCausalLM._model_mapping": "whether a model can be loaded as a language model",
     "transformers:PreTrainedConfig._attn_implementation": "packed rows are padded unless FlashAttention reads them",
     "torch.distributed:distributed_c10d._get_default_store": "a process that stops leaves its exit code in it",

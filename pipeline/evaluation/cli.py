@@ -84,8 +84,7 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     """Measure the stage as the command's options say.
 
     Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; anything that neither of them
-    names follows from the stages. A UserError, which names keys of `evaluate.yaml`, is raised if the run, the stage, a
-    setting or a data set cannot be used.
+    names follows from the stages. Raise a UserError, with keys of `evaluate.yaml`, for what cannot be used.
     """
     from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.held_out import read_held_out

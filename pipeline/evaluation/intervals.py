@@ -168,12 +168,16 @@ def mean_difference(differences: Sequence[float], weights: Sequence[float], of_s
 
 def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> np.ndarray:
     """Return a statistic of rows, given by their indices, for each of 500 bootstrap samples of their units."""
-    # The rows of each unit, to draw units and take all of their rows.
     number = _numbered(units)
-    by_unit = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
-    rng = np.random.default_rng(seed)
-    drawn = (rng.integers(0, len(by_unit), len(by_unit)) for _ in range(500))
-    return np.array([function(np.concatenate([by_unit[unit] for unit in sample])) for sample in drawn])
+    rows, sizes = np.argsort(number, kind="stable"), np.bincount(number)
+    ends, rng = np.cumsum(sizes), np.random.default_rng(seed)
+
+    def rows_of(drawn: np.ndarray) -> np.ndarray:
+        # The rows of a unit follow each other: they begin where those of the units before end.
+        taken = sizes[drawn]
+        return rows[np.arange(taken.sum()) + np.repeat(ends[drawn] - np.cumsum(taken), taken)]
+
+    return np.array([function(rows_of(rng.integers(0, len(sizes), len(sizes)))) for _ in range(500)])
 
 
 def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> Estimate:

@@ -35,8 +35,7 @@ def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> 
     that is due to chance in small bins is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
     arXiv:1909.10155). The result may be negative then, and bins of one pair do not count.
     """
-    # The model's choice is right, wrong or, with equal scores, half right. Its confidence is sigmoid(|margin|), from
-    # 0.5 to 1, as in the Bradley-Terry model that it was trained as.
+    # A choice is right, wrong or, with equal scores, half right; its confidence is sigmoid(|margin|) (Bradley-Terry).
     agrees = (np.sign(margins) + 1) / 2
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     index = np.clip(((confidence - 0.5) * 2 * BINS).astype(int), 0, BINS - 1)
@@ -71,8 +70,7 @@ class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as prompts that several
-    pairs share; by default, over pairs.
+    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as prompts, or pairs.
     """
 
     columns = Features(predictions=NUMBER, references=NUMBER)
@@ -101,8 +99,7 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     for name in ("margin", "calibration_error"):
         result.metrics[f"reward_{name}"] = intervals.Estimate.from_json(labelled[name])
 
-    # Labels are a noisy sample of the annotators' taste, which generated data include. Here, the better answer is the
-    # one that annotators prefer on average.
+    # Labels are a noisy sample of the annotators' taste. Here, the better answer is what they prefer on average.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
     if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])

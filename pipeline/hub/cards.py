@@ -28,8 +28,7 @@ CRITIC = "value_model"
 class Trained:
     """The information for a model card. The card omits what is missing.
 
-    `kind` is a key of `STAGES`, and `name` an id on the Hub or a folder. `step` is an entry of run.json. `ids` has the
-    ids of folders that the `settings` name.
+    `kind` is a key of `STAGES`, `name` a Hub id or a folder, `step` an entry of run.json, `ids` those of folders.
     """
 
     folder: Path
@@ -90,6 +89,8 @@ _TEMPLATES.filters |= {
     "json": lambda text: json.dumps(text, ensure_ascii=False),
     "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
 }
+# Compiled before the runner forks for its steps, which end with such a card.
+_TEMPLATES.get_template("model.md.jinja")
 
 
 def model_card(trained: Trained) -> str:

@@ -248,7 +248,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     try:
         with torch.device("meta"):
             model = model_class.from_config(config, trust_remote_code=False)
-            if hasattr(saved_by, "_from_config"):
+            if hasattr(saved_by, "_from_config") and saved_by is not type(model):
                 model = saved_by._from_config(config)
     except LIBRARY_ERRORS as error:
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):

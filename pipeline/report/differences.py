@@ -41,8 +41,7 @@ def differences(run: Run) -> list[Difference]:
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
         before = run.origin(stage)
-        # The next stage does not start from a second pretraining, of another architecture. The first one is compared
-        # with it, to show what the first one's architecture brings.
+        # No stage starts from a second pretraining, which shows what the architecture of the first one brings.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
         # Baselines only matter for the metrics that their stage is trained for.

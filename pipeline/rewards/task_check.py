@@ -14,7 +14,7 @@ import math
 import re
 import sys
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from pipeline.rewards.answers import number
@@ -24,6 +24,8 @@ _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?!
 
 
 def _serve() -> None:
+    # A game of life, whose solutions take none of it, would import matplotlib: half of the start.
+    sys.modules["cellpylib"] = ModuleType("cellpylib")
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn
 

@@ -85,8 +85,7 @@ def main(args: argparse.Namespace) -> int:
     refuse(*problems)
     print(show_fetched(args.recipe), end="")
 
-    # The command that resumes, without --from and --force, which would repeat finished steps. With --seeds, the run of
-    # one seed is resumed by the command for all of them.
+    # The command that resumes, for all seeds if there are several; --from and --force would repeat finished steps.
     words = ["run", str(args.recipe)]
     for name in ("until", "seed", "seeds", "output_dir", "num_processes", "config_file", "launcher"):
         if (value := getattr(args, name)) not in (None, ""):
@@ -186,8 +185,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     names, steps, processes = [step.name for step in due], plan.steps, count_processes(args)
     with show_checks(args):
         if args.smoke:
-            # The steps are checked with the recipe's settings, because a smoke run's would hide mistakes. But trackers
-            # and pushes, which need packages and a token, are off.
+            # A smoke run's settings would hide mistakes of the recipe's. Trackers and pushes need packages and a token.
             unset = ("report_to", "push_to_hub")
             quiet = {step.name: {key: step.values[key] for key in unset if key in step.values} for step in steps}
             whole = read_plan(args.recipe, plan.run_dir, args.seed).steps

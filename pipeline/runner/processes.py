@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from io import BufferedRandom, BufferedWriter, TextIOWrapper
 from multiprocessing.connection import Connection, Pipe
@@ -224,6 +225,11 @@ def main(argv: Sequence[str]) -> int:
     if threading.active_count() > 1 or ("torch" in sys.modules and sys.modules["torch"].accelerator.is_available()):
         # Exit at once, without waiting for threads.
         os._exit(1)
+    # Otherwise, each fork ends by freeing torch's operators and tabulating its compilations, longer than some steps.
+    if dynamo := sys.modules.get("torch._dynamo.utils"):
+        atexit.unregister(dynamo.dump_compile_times)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
     # Kernels before 5.3 have no process handles. The error ends this process.
     os.close(os.pidfd_open(os.getpid()))
     # Freezing keeps garbage collection in forks from touching, and thereby copying, the imported objects.

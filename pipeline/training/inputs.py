@@ -27,7 +27,7 @@ from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
 from pipeline.models import loading
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
-from pipeline.models.scratch import ScratchArguments, build_model
+from pipeline.models.scratch import ScratchArguments, build_empty
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_lost
 from pipeline.rewards.loading import user_code
@@ -130,9 +130,7 @@ def _check_model(
     if config is None:
         problems = check_lengths(model_args.max_position_embeddings, **length)
         if tokenizer is not None:
-            with torch.device("meta"):
-                size = build_model(model_args, tokenizer, 0).num_parameters()
-            problems += checks.check_disk(size, training_args)
+            problems += checks.check_disk(build_empty(model_args, len(tokenizer)).num_parameters(), training_args)
         return problems
     name = str(model_args.model_name_or_path)
     problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **length)
@@ -225,8 +223,7 @@ def _encode(
         return [max(map(len, pair)) <= args.max_length for pair in zip(*encoded, strict=True)]
 
     if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
-        # Trainers other than TRL's `RewardTrainer` encode all rows themselves, and would learn from truncated answers,
-        # so rows that are too long are dropped here.
+        # Unlike TRL's `RewardTrainer`, other trainers would learn from the truncated answers of rows that are too long.
         if args.max_length is not None:
             columns = ["prompt", *sorted(ANSWERS.intersection(column_names(train)))]
             train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))

@@ -45,8 +45,7 @@ class PretrainConfig(TrainingArguments):
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
     """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons."""
     choose_attention(model, args.attn_implementation)
-    # Compiling one layer for all takes less time than compiling the whole model, which would be compiled again because
-    # attention blocks differ from batch to batch.
+    # Compiling the whole model would take longer, and be done again, because attention blocks differ between batches.
     os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)

@@ -108,6 +108,9 @@ class Reliable(Trainer):
             super()._maybe_log_save_evaluate(*args, **kwargs)
             self._record_evaluation()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no draft of a card, which TRL would do with every checkpoint."""
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop the run if that fails."""
         args, state = self.args, self.state

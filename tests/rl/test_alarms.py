@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from accelerate import PartialState
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
 from pipeline.rl.alarms import CollapseAlarms
@@ -127,8 +127,23 @@ def the_same(completions: list[Any], **kwargs: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
-def run(kind: str, reward: Any, path: Path, checkpoint: Path | None = None, **changes: Any) -> list[tuple[str, int]]:
-    """Train a policy of random words, and return the alarms."""
+class EndWith(TrainerCallback):
+    """End a training with the first alarm of this name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_training_stop |= self.name in [name for name, _ in raised(state.log_history)]
+        return control
+
+
+def run(
+    kind: str, reward: Any, path: Path, checkpoint: Path | None = None, until: str | None = None, **changes: Any
+) -> list[tuple[str, int]]:
+    """Train a policy of random words, `until` there is an alarm of this name or to the end, and return the alarms."""
     options: dict[str, Any] = {
         "per_device_train_batch_size": 16, "max_completion_length": 24, "learning_rate": 2e-2, "max_steps": 40,
         "logging_steps": 1, "report_to": "none", "bf16": False, "use_cpu": True, "disable_tqdm": True,
@@ -142,6 +157,7 @@ def run(kind: str, reward: Any, path: Path, checkpoint: Path | None = None, **ch
         config(str(path), **options | own | changes),
         toy.prompts(),
         processing_class=toy.tokenizer(),
+        callbacks=[EndWith(until)] if until else [],
     )
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return raised(trainer.state.log_history)
@@ -162,14 +178,14 @@ def run(kind: str, reward: Any, path: Path, checkpoint: Path | None = None, **ch
 def test_a_run_that_collapses_raises_its_alarm(
     kind: str, reward: Any, changes: dict[str, Any], first: str | None, tmp_path: Path
 ) -> None:
-    alarms = run(kind, reward, tmp_path, **changes)
+    alarms = run(kind, reward, tmp_path, until=first, **changes)
     assert (alarms[0][0] if alarms else None) == first, alarms
 
 
 def test_a_policy_that_no_longer_explores_raises_the_alarm_of_entropy(tmp_path: Path) -> None:
     """Answers of one word are short as well, so that other alarms may come first."""
     changes = {"kl_coef": 0.0, "max_steps": 120, "learning_rate": 3e-2, "max_completion_length": 4}
-    alarms = run("ppo", half_red, tmp_path, missing_eos_penalty=1.0, **changes)
+    alarms = run("ppo", half_red, tmp_path, until="entropy", missing_eos_penalty=1.0, **changes)
     assert "entropy" in [name for name, _ in alarms], alarms
 
 

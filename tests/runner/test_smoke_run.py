@@ -14,6 +14,7 @@ from small_model import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.__main__ import main
+from tests.forked import run_forked
 
 SMOKE = ("run", "recipes/pocket", "--smoke", "--output_dir")
 MODELS = ("0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo")
@@ -25,6 +26,8 @@ MEASURED = {
 
 TYPED = ("0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
 """Steps that are typed by hand as well; the evaluation of every stage is made in the same way."""
+NEW = ("1_pretrain", "2_sft", "evaluate_2_sft")
+"""Those of them that start a new process, as in a terminal; the others are forks, which takes seconds less for each."""
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +91,16 @@ def test_a_run_equals_the_same_steps_typed_by_hand(
 ) -> None:
     """Every weight, pair, answer and figure, bit for bit."""
     run, typed = first[0], tmp_path / "typed"
-    start = {
-        "python": [sys.executable],
-        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-    }
     steps = json.loads((run / "run.json").read_text())["steps"]
     for name in TYPED:
         program, *arguments = shlex.split(steps[name]["command"].replace(str(run), str(typed)))
-        subprocess.run([*start[program], *arguments], cwd=ROOT, check=True, capture_output=True)
+        if program == "accelerate" and name in NEW:
+            arguments = ["-m", "accelerate.commands.accelerate_cli", *arguments]
+        elif program == "accelerate":
+            arguments = ["-m", "pipeline.runner.launcher", *arguments[1:]]
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True) if name in NEW else run_forked(command)
+        assert done.returncode == 0, done.stdout
     made = {Path(steps[name]["values"]["output_dir"]).name for name in TYPED if not name.startswith("evaluate")}
     paths = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".parquet")]
     compared = [path for path in paths if path.parts[0] in made or path == Path("evaluations/2_sft.jsonl")]

@@ -55,8 +55,7 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
 
 
-# Each generator draws until the problem belongs to the split, by a number computed from its operands or structure. So
-# no problem occurs in two splits, whatever names it uses.
+# A number computed from operands or structure decides about the split: whatever its names, a problem is in one.
 
 
 def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:

@@ -5,10 +5,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from pipeline.models.kernels.sampler import accepts_argument
+from pipeline.models.kernels.sampler import accepts_argument, unwrap
 from pipeline.models.kernels.token_trees import ForwardPass, over_passes
 
 MAX_LOGITS = 1 << 28
@@ -39,7 +38,7 @@ def token_log_probs(
     Returns:
         Log-probabilities, and the entropies of the tokens' distributions, or None; each (B, `length`), in nats.
     """
-    bare = extract_model_from_parallel(model)
+    bare = unwrap(model)
     head = bare.get_output_embeddings()
     kept = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
 

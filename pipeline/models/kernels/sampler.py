@@ -171,7 +171,9 @@ def _continue(rows: Tensor, token: Tensor, vocabulary: int) -> tuple[Tensor, Ten
 
 def unwrap(model: nn.Module) -> Any:
     """Return the model inside wrappers for several processes or for an adapter."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    # accelerate would look for DeepSpeed on the disk, at every pass of a model that is not wrapped.
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -179,7 +178,7 @@ def shares_beginnings(model: nn.Module) -> bool:
 
     Its layers must see all tokens that the mask allows, and know their order only from the given positions.
     """
-    config = extract_model_from_parallel(model).config.get_text_config()
+    config = unwrap(model).config.get_text_config()
     return (
         accepts_argument(model, "position_ids")
         and config._attn_implementation in ("eager", "sdpa")
