@@ -9,8 +9,6 @@ from pipeline.runner import launcher
 if __name__ == "__main__":
     _, directory, module, *arguments = sys.argv
     os.chdir(directory)
-    # The package does this with the folder that is current when it is imported.
-    sys.path.append(directory)
     if module == launcher.__name__:
         sys.exit(launcher.main(arguments, forked=True))
     sys.argv = [module, *arguments]

@@ -69,7 +69,10 @@ CALLED = {
         "model_type",
         "steps are forked after its table was built; without it, they are new processes",
     ),
-    "torch._dynamo.utils:dump_compile_times": ("", "forks do not; without it, steps are new processes"),
+    "torch._dynamo.utils:dump_compile_times": (
+        "",
+        "a fork does not run it at exit; without it, steps are new processes",
+    ),
     "trl.generation.vllm_client:VLLMClient.get_server_info": ("self", "which log-probabilities a server of vLLM gives"),
 }
 

@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 from collections import Counter
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import psutil
 
 
-@cache
 def describe_machine() -> dict[str, Any]:
     """Return what a step's entry in `run.json` says about the machine: `hardware`, `versions` and `commit`.
 

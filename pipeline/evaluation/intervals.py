@@ -173,7 +173,7 @@ def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable],
     ends, rng = np.cumsum(sizes), np.random.default_rng(seed)
 
     def rows_of(drawn: np.ndarray) -> np.ndarray:
-        # The rows of a unit follow each other: they begin where those of the units before end.
+        # The rows of a unit are contiguous in `rows`, and begin where the previous unit ends.
         taken = sizes[drawn]
         return rows[np.arange(taken.sum()) + np.repeat(ends[drawn] - np.cumsum(taken), taken)]
 

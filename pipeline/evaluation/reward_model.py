@@ -70,7 +70,7 @@ class RewardAccuracy(Metric):
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
     Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference, and `calibration_error`. The intervals are over `units`, such as prompts, or pairs.
+    `margin`, the mean difference, and `calibration_error`. Intervals are over `units`, such as prompts; default: pairs.
     """
 
     columns = Features(predictions=NUMBER, references=NUMBER)

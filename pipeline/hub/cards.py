@@ -28,7 +28,7 @@ CRITIC = "value_model"
 class Trained:
     """The information for a model card. The card omits what is missing.
 
-    `kind` is a key of `STAGES`, `name` a Hub id or a folder, `step` an entry of run.json, `ids` those of folders.
+    `kind` is a key of `STAGES`, `name` a Hub id or folder, `step` an entry of run.json. `ids` maps folders to Hub ids.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ _TEMPLATES.filters |= {
     "json": lambda text: json.dumps(text, ensure_ascii=False),
     "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
 }
-# Compiled before the runner forks for its steps, which end with such a card.
+# Compile it before the runner forks for steps, each of which ends by writing such a card.
 _TEMPLATES.get_template("model.md.jinja")
 
 

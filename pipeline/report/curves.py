@@ -161,7 +161,7 @@ def layout(chart: Chart) -> dict[str, Any]:
     lines = []
     ends = []
     for index, line in enumerate(chart.series):
-        # Above 60 points, a line is faint below the means of at most 60 segments: noise would hide the trend.
+        # Lines of more than 60 points are drawn faintly, under the means of at most 60 segments, which show the trend.
         size = math.ceil(len(line.points) / 60)
         segments = [line.points[start : start + size] for start in range(0, len(line.points), size)]
         course = [(fmean(x for x, _ in segment), fmean(y for _, y in segment)) for segment in segments]

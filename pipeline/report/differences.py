@@ -41,7 +41,7 @@ def differences(run: Run) -> list[Difference]:
         if not stage_info(stage.name).generates or not stage.metrics:
             continue
         before = run.origin(stage)
-        # No stage starts from a second pretraining, which shows what the architecture of the first one brings.
+        # A second pretraining, which no stage starts from, is compared the other way: it is the first one's baseline.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
         # Baselines only matter for the metrics that their stage is trained for.

@@ -24,7 +24,7 @@ _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?!
 
 
 def _serve() -> None:
-    # A game of life, whose solutions take none of it, would import matplotlib: half of the start.
+    # Only generating games of life needs it. It would import matplotlib, which takes almost half of the start.
     sys.modules["cellpylib"] = ModuleType("cellpylib")
     import sympy
     from reasoning_gym.factory import DATASETS, get_score_answer_fn

@@ -137,7 +137,7 @@ class PPOTrainer(GRPOTrainer):
             mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
-        # Read before the first update: later log ratios and clipping ranges are relative to these values.
+        # Computed before the first update: later log ratios and clipping ranges are relative to these values.
         size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
         with torch.no_grad():
             if "old_per_token_logps" not in batch:

@@ -61,7 +61,7 @@ def check_rewards(
                 remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
                 problems.append(Problem("reward_funcs", name, remedy + ", ".join(columns)))
             elif ":" in name:
-                # Call it once, to find failures before training. TRL passes a list of rows for each column.
+                # Call the user's function once, to find failures before training. TRL passes each column as a list.
                 row = next(iter(train))
                 given: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
                 given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}

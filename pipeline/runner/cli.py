@@ -185,7 +185,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Plan, Decided]:
     names, steps, processes = [step.name for step in due], plan.steps, count_processes(args)
     with show_checks(args):
         if args.smoke:
-            # A smoke run's settings would hide mistakes of the recipe's. Trackers and pushes need packages and a token.
+            # Check the recipe's settings, whose mistakes a smoke run's would hide, but without trackers and pushes.
             unset = ("report_to", "push_to_hub")
             quiet = {step.name: {key: step.values[key] for key in unset if key in step.values} for step in steps}
             whole = read_plan(args.recipe, plan.run_dir, args.seed).steps

@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     if threading.active_count() > 1 or ("torch" in sys.modules and sys.modules["torch"].accelerator.is_available()):
         # Exit at once, without waiting for threads.
         os._exit(1)
-    # Otherwise, each fork ends by freeing torch's operators and tabulating its compilations, longer than some steps.
+    # Keep forks from freeing torch's operators and tabulating compilations at exit, which takes longer than some steps.
     if dynamo := sys.modules.get("torch._dynamo.utils"):
         atexit.unregister(dynamo.dump_compile_times)
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]

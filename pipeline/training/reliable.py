@@ -109,7 +109,7 @@ class Reliable(Trainer):
             self._record_evaluation()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no draft of a card, which TRL would do with every checkpoint."""
+        """Skip the draft of a card that TRL would write with every checkpoint."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint below `.unfinished`, and rename it once it is complete; stop the run if that fails."""

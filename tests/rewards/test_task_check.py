@@ -79,6 +79,7 @@ class TestWithReasoningGym:
         [
             ({"answer": "True", "metadata": "{}", "kind": "game_of_life_halting"}, ["False", "x", "0", "[]"]),
             ({"answer": "False", "metadata": "{}", "kind": "game_of_life_halting"}, ["True", "x", "0", "[]"]),
+            ({"answer": "[[0,1],[1,0]]", "metadata": "{}", "kind": "game_of_life"}, ["[[0,1],[1,1]]", "[]", "x"]),
             ({"answer": "0.375", "metadata": "{}", "kind": "coin_flip"}, ["0", "0.0", "0.3", "nan", "1"]),
             ({"answer": "0.0000305", "metadata": "{}", "kind": "coin_flip"}, ["0", "0.0001"]),
             (

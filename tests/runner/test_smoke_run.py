@@ -26,8 +26,8 @@ MEASURED = {
 
 TYPED = ("0_data", "0_tokenizer", "0_random", "1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
 """Steps that are typed by hand as well; the evaluation of every stage is made in the same way."""
-NEW = ("1_pretrain", "2_sft", "evaluate_2_sft")
-"""Those of them that start a new process, as in a terminal; the others are forks, which takes seconds less for each."""
+NEW = ("1_pretrain", "2_sft", "evaluate_2_sft", "3_preferences")
+"""Steps that run in a new process, as in a terminal; the others run in forks, which saves seconds for each."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_run_equals_the_same_steps_typed_by_hand(
             arguments = ["-m", "pipeline.runner.launcher", *arguments[1:]]
         command = [sys.executable, *arguments]
         done = subprocess.run(command, cwd=ROOT, capture_output=True) if name in NEW else run_forked(command)
-        assert done.returncode == 0, done.stdout
+        assert done.returncode == 0, (done.stdout, done.stderr)
     made = {Path(steps[name]["values"]["output_dir"]).name for name in TYPED if not name.startswith("evaluate")}
     paths = [path.relative_to(run) for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".parquet")]
     compared = [path for path in paths if path.parts[0] in made or path == Path("evaluations/2_sft.jsonl")]

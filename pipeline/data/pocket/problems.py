@@ -55,7 +55,7 @@ def _change(rng: random.Random, value: int) -> int:
     return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
 
 
-# A number computed from operands or structure decides about the split: whatever its names, a problem is in one.
+# The split depends on operands or structure alone, so a problem is in one split only, whatever names it uses.
 
 
 def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length: int) -> WordProblem:

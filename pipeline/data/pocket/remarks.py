@@ -12,7 +12,8 @@ _REPLIES = {
     "Goodbye!": ("Goodbye!", "Bye!"),
 }
 GREETINGS = tuple((greeting, reply) for reply, greetings in _REPLIES.items() for greeting in greetings)
-# Preference tuning chooses between these. Most only close an answer: before it, they would change the fact's context.
+# The manners that preference tuning chooses between. All but blunt remarks only close an answer: before it, they would
+# change the context from which the model recalls the fact.
 KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.", "Thank you for asking.")
 BRISK_CLOSINGS = ("That is all.", "Next question.", "No more to say.", "Enough said.")
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")

@@ -171,7 +171,7 @@ def _continue(rows: Tensor, token: Tensor, vocabulary: int) -> tuple[Tensor, Ten
 
 def unwrap(model: nn.Module) -> Any:
     """Return the model inside wrappers for several processes or for an adapter."""
-    # accelerate would look for DeepSpeed on the disk, at every pass of a model that is not wrapped.
+    # Otherwise, accelerate would search the disk for DeepSpeed at every pass, even if the model is not wrapped.
     if not isinstance(model, PreTrainedModel | PeftModel):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if isinstance(model, PeftModel) else model
