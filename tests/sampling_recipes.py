@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tests import ppo_toy as toy
-from tests.forked import RANKS, ROOT, run_forked
+from tests.forked import RANKS, run_forked
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
@@ -69,6 +70,6 @@ def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launch, "-m", module, *arguments]
 
 
-def run(module: str, *arguments: str, processes: int = 1, directory: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a module to its end, in a directory."""
-    return run_forked(command(module, *arguments, processes=processes), directory, ENVIRONMENT)
+def run(module: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end."""
+    return run_forked(command(module, *arguments, processes=processes), environment=ENVIRONMENT)

@@ -41,18 +41,19 @@ LINE = REWARD.split("\n").index("        {statement}") + 1
     ],
 )
 def test_a_reward_that_fails_ends_the_run_with_its_name_its_reason_and_its_line(
-    recipe: str, statement: str, reason: str, more: list[str], tmp_path: Path
+    recipe: str, statement: str, reason: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_rewards.py").write_text(REWARD.format(statement=statement))
+    monkeypatch.setitem(sampling_recipes.ENVIRONMENT, "PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     options = sampling_recipes.write_config(
         recipe, tmp_path, reward_funcs=["my_rewards:failing"], save_steps=1, max_steps=8, eval_strategy="no"
     )
-    done = sampling_recipes.run(f"recipes.{recipe}", *options, *more, "--output_dir", "run", directory=tmp_path)
+    done = sampling_recipes.run(f"recipes.{recipe}", *options, *more, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"reward_funcs: my_rewards:failing: raised {reason} ({tmp_path}/my_rewards.py:{LINE}); ")
     assert "(in step " in last
-    assert "the last good checkpoint is run/checkpoint-" in last
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoint-" in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
 
