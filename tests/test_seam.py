@@ -69,14 +69,10 @@ CALLED = {
         "model_type",
         "steps are forked after its table was built; without it, they are new processes",
     ),
-    "torch._dynamo.utils:dump_compile_times": (
-        "",
-        "a fork does not run it at exit; without it, steps are new processes",
-    ),
     "trl.generation.vllm_client:VLLMClient.get_server_info": ("self", "which log-probabilities a server of vLLM gives"),
 }
 
-# Private attributes of classes and modules.
+# Private attributes of classes and modules, and a function that is named without being imported.
 ATTRIBUTES = {
     "transformers:GenerationConfig._get_default_generation_params": "options of a model's file without effect",
     "transformers:GenerationMixin._get_logits_processor": "what changes logits, in the order of `generate`",
@@ -85,10 +81,11 @@ ATTRIBUTES = {
     "transformers:PreTrainedModel._can_compile_fullgraph": "whether the cache may have room for more tokens",
     "transformers:PreTrainedModel._supports_flash_attn": "FlashAttention is chosen for models that can use it",
     "transformers:PreTrainedModel._tied_weights_keys": "weights that a file may lack",
-    "weakref:finalize._registry": "a fork does not finalize what was there before; without it, steps are new processes",
     "transformers:AutoModelForCausalLM._model_mapping": "whether a model can be loaded as a language model",
     "transformers:PreTrainedConfig._attn_implementation": "packed rows are padded unless FlashAttention reads them",
     "torch.distributed:distributed_c10d._get_default_store": "a process that stops leaves its exit code in it",
+    "torch._dynamo.utils:dump_compile_times": "a fork does not run it at exit; without it, steps are new processes",
+    "weakref:finalize._registry": "a fork does not finalize what was there before; without it, steps are new processes",
 }
 
 # Attributes of a trainer that has trained, and what for.

@@ -268,6 +268,21 @@ def test_calibration_intervals_cover_the_true_error(sharpness):
     assert all(result.high < truth + 0.2 for result in results)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 9))
+def test_a_bootstrap_sample_has_as_many_units_as_the_data_and_all_rows_of_each(units, seed):
+    rng, of_unit = (
+        np.random.default_rng(seed),
+        [np.flatnonzero(np.array(units) == unit) for unit in dict.fromkeys(units)],
+    )
+    samples = []
+    intervals.resample(lambda index: samples.append(index) or 0.0, units, seed)
+    assert len(samples) == 500
+    for sample in samples:
+        drawn = rng.integers(0, len(of_unit), len(of_unit))
+        assert sample.tolist() == np.concatenate([of_unit[unit] for unit in drawn]).tolist()
+
+
 def test_identical_outcomes_of_one_prompt_count_as_one():
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(100), 4)

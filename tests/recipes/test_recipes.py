@@ -83,6 +83,7 @@ def test_killed_while_it_saves_and_started_again_it_ends_with_the_same_weights(
             time.sleep(0.0005)
         run.kill()
         assert run.wait() == -signal.SIGKILL
+    assert not (parts / "README.md").exists(), "the card comes with the finished model"
     again = run_recipe(recipe, inputs, *FP32, "--output_dir", str(parts))
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stderr
