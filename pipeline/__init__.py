@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     # How often an OpenMP thread polls for work before it sleeps; read when torch is imported. By default it polls for
     # milliseconds: on a busy machine, a training step took 21 times as long as on an idle one, and 8 times with this
-    # number. On an idle machine it costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, slows generation by up to half.
+    # number. On an idle machine it costs nothing; 1000, or OMP_WAIT_POLICY=PASSIVE, would slow training by up to a
+    # sixth, and generation by a quarter to a half.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # How many kernels oneDNN and its wrapper in torch cache: one, of up to 1 MB in bfloat16, for each shape of a product.

@@ -173,7 +173,7 @@ def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable],
     ends, rng = np.cumsum(sizes), np.random.default_rng(seed)
 
     def rows_of(drawn: np.ndarray) -> np.ndarray:
-        # The rows of a unit are contiguous in `rows`, and begin where the previous unit ends.
+        # Unit u has rows[ends[u] - sizes[u] : ends[u]]. In the sample, they follow the rows of the units drawn before.
         taken = sizes[drawn]
         return rows[np.arange(taken.sum()) + np.repeat(ends[drawn] - np.cumsum(taken), taken)]
 
