@@ -271,11 +271,8 @@ def test_calibration_intervals_cover_the_true_error(sharpness):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 9))
 def test_a_bootstrap_sample_has_as_many_units_as_the_data_and_all_rows_of_each(units, seed):
-    rng, of_unit = (
-        np.random.default_rng(seed),
-        [np.flatnonzero(np.array(units) == unit) for unit in dict.fromkeys(units)],
-    )
-    samples = []
+    of_unit = [np.flatnonzero(np.array(units) == unit) for unit in dict.fromkeys(units)]
+    rng, samples = np.random.default_rng(seed), []
     intervals.resample(lambda index: samples.append(index) or 0.0, units, seed)
     assert len(samples) == 500
     for sample in samples:
