@@ -4,7 +4,7 @@ import gc
 import os
 from typing import TYPE_CHECKING
 
-# before any test imports the libraries that read them
+# The libraries read these when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DISABLE_TELEMETRY"] = "1"

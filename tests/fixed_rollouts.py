@@ -100,7 +100,8 @@ def with_fixed_rollouts(kind: type) -> type:
 
 
 def main(recipe: str, argv: list[str]) -> None:
-    token_trees.CPU_TOKENS = 20  # several forward passes per backward pass, also on two processes
+    # So few tokens make several forward passes per backward pass, also on two processes.
+    token_trees.CPU_TOKENS = 20
     module, name = (ppo, "PPOTrainer") if recipe == "ppo" else (grpo, "GRPOTrainer")
     setattr(module, name, with_fixed_rollouts(getattr(module, name)))
     main_of_recipe = importlib.import_module(f"recipes.{recipe}").main

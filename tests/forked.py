@@ -105,7 +105,8 @@ class Started:
         return self._process.poll() is None
 
     def send_signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):
+            # The process may have ended.
             self._process.send_signal(number)
 
     def kill(self) -> None:

@@ -63,7 +63,8 @@ def end_detector() -> LlamaForSequenceClassification:
     model = reward_model()
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
-            parameter.zero_()  # what is left is the embedding of the token, scaled to a root mean square of 1
+            # What remains is the embedding of the token, scaled to a root mean square of 1.
+            parameter.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(15, 16))
         model.score.weight.zero_()
         model.score.weight[0, tokenizer().eos_token_id] = 16**-0.5

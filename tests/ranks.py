@@ -18,7 +18,8 @@ from pipeline.errors import signal_with_parent
 def main(argv: list[str]) -> int:
     """Run the module on each process. Return 0, or the code of the process that failed first."""
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
-    args.main_process_port = 0  # a free one
+    # Port 0 lets the system choose a free one.
+    args.main_process_port = 0
     several = prepare_multi_gpu_env(args) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.main_process_port)}
     several |= {name: str(args.num_processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     end_with_parent = signal_with_parent(signal.SIGKILL) if sys.platform == "linux" else None

@@ -67,7 +67,8 @@ def _run(argv: tuple[str, ...], directory: Path, environment: Mapping[str, str],
         # These tests may run under `nohup`, which a run obeys.
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         streams = [os.open(terminal, os.O_RDWR)] * 3
-        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the run
+        # Ctrl-C reaches the process whose terminal this is.
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     for stream in {*streams}:

@@ -24,7 +24,8 @@ import torch.distributed, transformers.trainer, trl
 from trl import GRPOTrainer, RewardTrainer, SFTTrainer
 
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty"):
-    sys.modules[name] = None  # which makes `import` fail
+    # An entry of None makes `import` fail.
+    sys.modules[name] = None
 for module, names in {
     os: "sched_getaffinity fork killpg geteuid getuid setsid posix_fallocate sysconf wait4 pread pwrite",
     signal: "SIGKILL SIGALRM alarm setitimer pthread_kill pthread_sigmask",

@@ -92,7 +92,8 @@ def test_one_process_trains_on_one_gpu_with_its_own_batch(tmp_path: Path, variab
     options = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "16"]
     with emulated_gpus(4):
         for name in GROUP_OF_ONE.keys() - variables.keys():
-            del os.environ[name]  # as for `python -m recipes.sft`
+            # `python -m recipes.sft` runs without these variables.
+            del os.environ[name]
         (args,) = parse(SFTConfig, argv=options)
         assert (args.n_gpu, args.train_batch_size, args.eval_batch_size) == (1, 16, 8)
         assert (str(args.device), args.parallel_mode.value, args.bf16) == ("cuda:0", "not_parallel", True)
@@ -283,7 +284,8 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             take(path)
         other.kill()
         other.wait()
-        take(path)  # a killed process does not hold the lock
+        # A killed process does not hold the lock.
+        take(path)
     take(path)
 
 
@@ -315,7 +317,8 @@ process = subprocess.Popen(child, stdin=0, stdout=subprocess.DEVNULL, pass_fds=d
         with pytest.raises(UserError, match=f"process {parent.pid} is writing there"):
             take(path, orphans_only=True)
         assert parent.stdin is not None
-        parent.stdin.close()  # which ends the child
+        # The child ends when its input does.
+        parent.stdin.close()
         monkeypatch.setattr(files, "LOCK_SECONDS", 30.0)
         take(path, orphans_only=True)
 
@@ -350,7 +353,8 @@ def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path
     )
     (problem,) = output_directory.check_output_directory([arguments(learning_rate=2e-3, seed=1)])
     assert "learning_rate was 0.001 and is 0.002; seed was 42 and is 1" in str(problem)
-    for change in ({"torch_compile": True}, {"max_steps": 10}):  # it has no checkpoint to go on from
+    # Without a checkpoint, it cannot be resumed.
+    for change in ({"torch_compile": True}, {"max_steps": 10}):
         assert output_directory.check_output_directory([arguments(**change)])
     default = arguments(weight_decay=0.5, bf16=True)
     assert "bf16 was False" in str(output_directory.check_output_directory([default])[0])

@@ -78,21 +78,26 @@ def test_a_printed_command_is_accepted(
 ) -> None:
     for name in ("recipes", "accelerate_config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")  # as `python -m pipeline copy pocket mine` writes it
+    # The folder that `python -m pipeline copy pocket mine` writes.
+    (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")
     (tmp_path / "alice").mkdir()
-    (tmp_path / "alice" / "recipes").symlink_to(ROOT / "recipes/pocket")  # in place of a repository of the Hub
-    for name in ("text", "questions", "pairs"):  # of recipes/gsm8k-shakespeare
+    # A folder stands in for a repository of the Hub.
+    (tmp_path / "alice" / "recipes").symlink_to(ROOT / "recipes/pocket")
+    # recipes/gsm8k-shakespeare reads its data from these folders.
+    for name in ("text", "questions", "pairs"):
         (tmp_path / "data" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for placeholder, value in STAND_INS.items():
         command = command.replace(placeholder, value)
     words = shlex.split(command)
-    if words[:3] == ["python", "-m", "pipeline"] and words[4:] == []:  # the name of a subcommand
+    # README sometimes names a subcommand without its arguments.
+    if words[:3] == ["python", "-m", "pipeline"] and words[4:] == []:
         assert set(words[3:]) <= set(COMMANDS)
     elif words[:3] == ["python", "-m", "pipeline"]:
         try:
             args, rest = build_parser(words[3:]).parse_known_args(words[3:])
-        except SystemExit as stop:  # --help
+        except SystemExit as stop:
+            # `--help` ends with code 0.
             assert stop.code == 0, capsys.readouterr().err
             return
         assert not rest or hasattr(args, "overrides"), rest
@@ -110,7 +115,7 @@ def test_a_printed_command_is_accepted(
     elif words[:2] == ["pip", "install"]:
         settings = ConfigParser()
         settings.read(ROOT / "setup.cfg")
-        extras = re.findall(r"\.\[(\w+)\]", command)  # of this package
+        extras = re.findall(r"\.\[(\w+)\]", command)
         assert all(extra in settings["options.extras_require"] for extra in extras)
     elif words[0] == "pytest":
         assert "slow" not in command or "slow:" in (ROOT / "setup.cfg").read_text()

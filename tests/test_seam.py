@@ -132,7 +132,8 @@ BATCH = {
     *("advantages", "num_items_in_batch", "old_per_token_logps", "ref_per_token_logps", "returns", "old_values"),
 }
 
-OURS = ("rewards/sandbox", "config/yaml_file.py")  # whose private attributes are their own
+# Private attributes in these files are our own.
+OURS = ("rewards/sandbox", "config/yaml_file.py")
 
 
 def moved(what: str, why: str) -> str:
@@ -164,7 +165,8 @@ def moved_names() -> Iterator[str]:
         if look_up(name) is None:
             yield moved(name, f"pipeline/{path} imports it")
     for name, why in ATTRIBUTES.items():
-        if look_up(name) is None and name.rpartition(".")[2] != "_tied_weights_keys":  # None by default
+        # The default of `_tied_weights_keys` is None.
+        if look_up(name) is None and name.rpartition(".")[2] != "_tied_weights_keys":
             yield moved(name, why)
     for name, why in OVERRIDDEN.items():
         if look_up(name) is None:
@@ -271,7 +273,8 @@ def test_the_libraries_are_as_expected(tmp_path: Path) -> None:
         except Exception as error:
             if not problems:
                 raise
-            problems.append(f"pipeline does not run: {error!r}")  # because of them, perhaps
+            # The names that moved may be the reason.
+            problems.append(f"pipeline does not run: {error!r}")
     if problems:
         releases = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
         listed = "\n".join(problems)

@@ -33,7 +33,8 @@ class LLM:
         self.sampled_with: list[dict[str, torch.Tensor]] = []
         self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=SimpleNamespace()))
         self.llm_engine.model_executor.driver_worker.model_runner = SimpleNamespace(model=self)
-        torch.manual_seed(settings.get("seed", 0))  # as an engine in this process does
+        # An engine in this process seeds torch as well.
+        torch.manual_seed(settings.get("seed", 0))
         self.engines.append(self)
 
     def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:

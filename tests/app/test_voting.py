@@ -269,7 +269,8 @@ def test_what_a_page_may_not_ask_for_is_refused(models: Path, tmp_path: Path) ->
             ("vote", {**ballot, "choice": "a"}, 422),
             ("vote", {**ballot, "vote": "../x"}, 422),
             ("vote", {**ballot, "comment": "x" * 6000}, 422),
-            ("vote", {**ballot, "annotator": "bob"}, 410),  # who saw the answers in another order, or not at all
+            # Bob saw these answers in another order, or not at all.
+            ("vote", {**ballot, "annotator": "bob"}, 410),
         ):
             assert client.post(f"/prefer/{path}", json=body).status_code == code, (path, body)
         assert "Not counted" in ann.ask("vote", **ballot | {"choice": None})["refused"]

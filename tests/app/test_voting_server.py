@@ -137,7 +137,8 @@ def page(server: Server, run: Path) -> Iterator[Page | None]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    server.ask("next", {"annotator": "kim", "page": "none"})  # until the server has started
+    # The first answer comes once the server has started.
+    server.ask("next", {"annotator": "kim", "page": "none"})
     try:
         yield Page(driver, server, run)
     finally:

@@ -33,7 +33,8 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
         per_device_train_batch_size=2, whiten_advantages=False, report_to="none", activation_checkpointing=False,
     )  # fmt: skip
     trainer = PPOTrainer(
-        model=str(run / "2_sft"),  # the reference is the policy as it is now
+        # The reference is the policy as it is now.
+        model=str(run / "2_sft"),
         reward_funcs=AutoModelForSequenceClassification.from_pretrained(run / "3_reward"),
         args=config,
         train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 2),

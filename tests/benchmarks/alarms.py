@@ -326,7 +326,8 @@ def row(half: str, kind: str, records: list[dict[str, Any]]) -> str:
 def table(folder: Path, half: str | None) -> None:
     """Print how often alarms speak, how early, and which, then each run that they or its maker were wrong about."""
     logging.disable(logging.WARNING)
-    PartialState()  # for the logger
+    # accelerate's logger needs a state.
+    PartialState()
     records = [record for record in load(folder) if half in (None, record["half"])]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:

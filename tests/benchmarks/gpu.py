@@ -268,7 +268,8 @@ def experts(bench: Bench) -> Iterator[Line]:
     data = ["--tokenizer_name_or_path", run / "tokenizer", "--dataset_name", run / "data"]
     if bench.quick:
         data = [*bench.options("pretrain")[2:6], "--dataset_config", "null"]
-    for counted in ("yes", "no", "yes", "no"):  # the first two warm up
+    # The first two runs warm up.
+    for counted in ("yes", "no", "yes", "no"):
         folder = bench.folder(f"experts-{counted}")
         own = ["--config", config, *data, "--max_steps", steps, "--eval_strategy", "no", "--save_strategy", "no"]
         found = bench.measure(f"experts-{counted}", counted, *own, "--logging_steps", 10, "--output_dir", folder)

@@ -70,7 +70,8 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "output_dir": str(args.output),
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": "constant",  # any other is stepped once a rollout by TRL, once a step by ours
+        # TRL would step any other schedule once per rollout, ours steps it once per optimizer step.
+        "lr_scheduler_type": "constant",
         "per_device_train_batch_size": args.batch_size,
         "kl_coef": args.kl_coef,
         "temperature": 1.0,

@@ -120,7 +120,8 @@ def measure(args: argparse.Namespace, completions: int, train: Callable[[], Any]
     measured = {
         "seconds": seconds,
         "per_second": completions / seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+        # Linux counts in KiB.
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "measured.json").write_text(json.dumps(measured) + "\n")

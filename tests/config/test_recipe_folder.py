@@ -22,7 +22,8 @@ def test_one_line_names_the_command_to_run_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     command = "does not exist yet; first run `fourstage run recipes/pocket --until"
-    config = ("--config", "recipes/pocket/2_sft.yaml")  # as it comes with the package
+    # The file comes with the package, not from the current directory.
+    config = ("--config", "recipes/pocket/2_sft.yaml")
     assert refusal(capsys, sft.main, *config) == f"model_name_or_path: runs/pocket/1_pretrain: {command} 1_pretrain`\n"
     Path("runs/pocket/1_pretrain").mkdir(parents=True)
     assert refusal(capsys, sft.main, *config) == f"dataset_name: runs/pocket/data: {command} 0_data`\n"

@@ -113,7 +113,8 @@ def test_documents_are_found_again_in_blocks_of_tokens(texts: list[list[int]], e
         ids += [1, *text, eos]
     blocks = [range(begin, begin + size) for begin in range(0, len(ids) - size + 1, size)]
     for block in blocks:
-        if any(ids[place] != 1 for place in block):  # else where empty documents begin cannot be seen, and is nothing
+        # In a block of nothing but beginnings, nobody can see where empty documents begin.
+        if any(ids[place] != 1 for place in block):
             batch = PackedBlocks(1, eos)([{"input_ids": np.array([ids[place] for place in block], np.uint16)}])
             assert batch["position_ids"][0].tolist() == [positions[place] for place in block]
 
@@ -155,7 +156,8 @@ def test_the_trainer_keeps_documents_apart(model: LlamaForCausalLM, tmp_path: Pa
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
                 losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
     expected = torch.cat(losses).mean().item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.02)  # batches are averaged, not tokens
+    # transformers averages over batches, not over tokens.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.02)
 
 
 def test_documents_that_do_not_fill_a_block_give_none() -> None:

@@ -226,7 +226,8 @@ def test_shards_of_another_tokenizer_are_refused(shards: Path) -> None:
 
 def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: Path) -> None:
     words = save_tokenizer(shards.parent / "words")
-    (shards / "train" / "documents.json").unlink()  # beside a tokenizer.json that may be another file of theirs
+    # Without our file, tokenizer.json may be something else.
+    (shards / "train" / "documents.json").unlink()
     save_tokenizer(shards / "train")
     tokens = np.memmap(shards / FIRST, "<u2", "r+")
     tokens[4] = 5000

@@ -188,7 +188,8 @@ def test_few_documents_of_a_stream_of_the_hub_that_are_not_text_are_empty(
     monkeypatch.setattr(splits, "open_source", lambda *_: IterableDatasetDict(train=stream))
     args = DataArguments(dataset_name="someone/texts", dataset_streaming=True, validation_share=0.1)
     train, held_out = load_splits(args, "text", True)
-    first = range(0, len(texts) // 2, 10)  # of two files
+    # The stream has two shards, and rows are held out of the first one.
+    first = range(0, len(texts) // 2, 10)
     assert held_out is not None and [row["text"] for row in held_out] == [texts[i] or "" for i in first]
     assert [row["text"] for row in train] == [text or "" for i, text in enumerate(texts) if i not in first]
     assert caplog.text.count("some documents are not text, and are read as empty ones") == 1
@@ -209,7 +210,8 @@ def test_pairs_without_information_are_left_out_with_a_warning(
     pairs[1]["rejected"], pairs[4]["chosen"] = "That 1. ", " "
     args = all_of(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
     train, _ = load_splits(args, "preference", evaluation=False)
-    assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]  # TRL's loss subtracts it
+    # TRL's loss subtracts the margins.
+    assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]
     if not streaming:
         assert "2 of 6 pairs are dropped" in caplog.text
 

@@ -39,7 +39,8 @@ def write_files(folder: Path, kind: str, files: int) -> str:
             Dataset.from_dict({"text": texts}).to_parquet(folder / f"{file}.parquet", batch_size=20)
         elif kind == "jsonl":
             (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        else:  # 64 lines are a document
+        else:
+            # Every 64 lines become a document.
             (folder / f"{file}.txt").write_text("".join(f"{text}\n" * 20 for text in texts))
     return str(folder)
 
@@ -239,7 +240,8 @@ def prepare(process: int, port: int, folder: Path) -> None:
     Encoder.__call__ = record  # type: ignore[method-assign]
     args = PretrainConfig(str(folder / "out"), block_size=16, use_cpu=True, bf16=False, report_to="none")
     documents = load_dataset("json", data_files=str(folder / "text.jsonl"), split="train")
-    for _ in range(20):  # as often as a run does, and more: the locks must not wait for each other
+    # The locks must not wait for each other, even if they are taken more often than in a run.
+    for _ in range(20):
         with once_per_node(args):
             pass
     packed = pack_splits([documents, documents.select(range(5))], tokenizer(), args, DataArguments())

@@ -52,7 +52,8 @@ def test_prompts_are_counted_whatever_the_template_and_the_normalizer_make_of_th
     doubled.chat_template = CHATML.replace("message['content']", "message['content'] * 9") + CHATML
     normalized = copy.deepcopy(tokenizer())
     normalized.backend_tokenizer.normalizer = NFKC()
-    for words, text in ((doubled, "A cat? " * 5), (normalized, "\ufdfa" * 8)):  # one character, eighteen after NFKC
+    # NFKC turns this one character into eighteen.
+    for words, text in ((doubled, "A cat? " * 5), (normalized, "\ufdfa" * 8)):
         prompts = [[{"role": "user", "content": content}] for content in ("A cat?", text)]
         short, long = map(len, encode_prompts(words, prompts))
         assert short < long
@@ -111,8 +112,10 @@ def test_answers_are_found_under_a_template_that_does_not_mark_them(streaming: b
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for message in messages %}{{ message['content'] }} {% endfor %}",  # answers do not end
-        CHATML.replace("{% for", "{{ messages | length }}{% for"),  # later turns change earlier ones
+        # Answers have no end.
+        "{% for message in messages %}{{ message['content'] }} {% endfor %}",
+        # Later turns change how earlier ones are rendered.
+        CHATML.replace("{% for", "{{ messages | length }}{% for"),
     ],
 )
 def test_a_template_under_which_no_answer_can_be_found_is_refused(template: str) -> None:

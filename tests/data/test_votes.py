@@ -55,7 +55,8 @@ def test_a_vote_is_a_line_that_counts_once_however_often_it_is_sent(tmp_path: Pa
         log.add({**vote(1), "id": "another"})
     assert log.add({**vote(1), "id": "another", "annotator": "bob"}), "but others vote on the same pair"
     for wrong in ({**vote(2), "id": "id1"}, {**vote(1), "annotator": "eve"}, vote(3, None)):
-        with pytest.raises(Conflict):  # the id of another vote, or nothing is voted and nothing taken back
+        with pytest.raises(Conflict):
+            # The votes have the id of another one, or neither choose nor take back anything.
             log.add(wrong)
     log.close()
     again = VoteLog(tmp_path)
@@ -180,7 +181,8 @@ def test_the_folder_of_votes_is_a_preference_data_set(tmp_path: Path) -> None:
             assert name == split_of(one["prompt"])
             assert row["chosen"][0]["content"] == one[one["choice"]]
             assert row["rejected"][0]["content"] == one["b" if one["choice"] == "a" else "a"]
-            assert row["first"] == ("rejected" if one["choice"] == "a" else "chosen")  # b was shown first
+            # Answer b was shown first.
+            assert row["first"] == ("rejected" if one["choice"] == "a" else "chosen")
             assert row["annotator"] == "ann"
     counts = Counter({"skipped": 0})
     for line in (tmp_path / "README.md").read_text().splitlines():

@@ -81,7 +81,8 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(word_model_config(WORDS, initializer_range=0.5))
     with torch.no_grad():
-        model.lm_head.weight[: len(SPECIAL)] = 0.0  # so that it says words
+        # Without special tokens, its answers consist of words.
+        model.lm_head.weight[: len(SPECIAL)] = 0.0
     chat = ChatModel(model.eval(), word_tokenizer(WORDS), max_new_tokens=8)
     problems = [{"prompt": [{"role": "user", "content": text}]} for text in ("What is it?", "it? one", "red two blue")]
     greedy = [completion.text for (completion,) in chat.sample([row["prompt"] for row in problems])]

@@ -129,7 +129,8 @@ def test_a_model_against_itself_ties_where_it_is_greedy_and_not_where_it_samples
     assert all(len(example["answers"]) == len(example["opponents"]) == SAMPLES for example in sampled)
     assert result["metrics"]["win_rate"]["n"] == len(sampled) == 4
     _, others = evaluate(run, "0_random")
-    for metric in ("win_rate", "win_rate_greedy"):  # all stages are compared with the same answers
+    # All stages are compared with the same answers.
+    for metric in ("win_rate", "win_rate_greedy"):
         assert [e["opponent"] for e in others if e["metric"] == metric] == [
             e["opponent"] for e in examples if e["metric"] == metric
         ]
@@ -185,7 +186,8 @@ def test_the_baselines_are_measured_beside_the_opponent(run):
     names = {"elicited/pass@1", "majority/pass@1", "constant/win_rate", "constant/win_rate_greedy"}
     assert {name for name in result["metrics"] if "/" in name} == names
     of = {name: [e for e in examples if e["metric"] == name] for name in (*names, "pass@1", "win_rate_greedy")}
-    for name in names:  # answers to the same rows, so that they can be paired
+    # They answer the same rows, so that differences can be paired.
+    for name in names:
         whole = of["pass@1" if "pass" in name else "win_rate_greedy"]
         assert [(e["id"], e["kind"]) for e in of[name]] == [(e["id"], e["kind"]) for e in whole]
     assert all(example["answer"].startswith("Working:") for example in of["elicited/pass@1"])
@@ -285,7 +287,8 @@ def test_a_reward_model_is_measured_on_pairs(run):
             "chosen": assistant("A cat. " * (i % 3 + 1)),
             "rejected": assistant(f"No {i}."),
             "kind": "question",
-            "taste_chosen": float(i % 2) if i else 0.4,  # the annotators are indifferent about the first pair
+            # The annotators are indifferent about the first pair.
+            "taste_chosen": float(i % 2) if i else 0.4,
             "taste_rejected": 0.5,
         }
         for i in range(8)

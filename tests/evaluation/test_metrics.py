@@ -100,12 +100,15 @@ def test_pass_at_k_averages_over_problems():
     [
         (["3", "4", "4"], "4", True),
         (["3", "4", "4"], "3", False),
-        (["3", "4"], "3", True),  # of equals the first drawn
+        # If two answers are equally frequent, the one drawn first counts.
+        (["3", "4"], "3", True),
         (["4", "3"], "3", False),
-        (["1/2", "3", "0.5"], "0.5", True),  # equal numbers are one answer
+        # Equal numbers are one answer, however they are written.
+        (["1/2", "3", "0.5"], "0.5", True),
         (["0", "5", "0.0"], "0", True),
         (["East", "west", "the east"], "east", True),
-        ([None, None, "3"], "3", True),  # what has no final answer does not vote
+        # A completion without a final answer does not vote.
+        ([None, None, "3"], "3", True),
         ([None, None], "3", False),
     ],
 )
@@ -149,7 +152,8 @@ def test_wilson_contains_the_share_and_solves_its_equation(case):
     low, high = intervals.wilson(successes, n)
     share = successes / n
     assert 0 <= low <= share <= high <= 1
-    for end in (low, high):  # |share - p| = z sqrt(p (1 - p) / n) at both ends, except where they are 0 or 1
+    # At both ends, unless they are 0 or 1, |share - p| = z sqrt(p (1 - p) / n).
+    for end in (low, high):
         if 0 < end < 1:
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
 
@@ -197,7 +201,8 @@ def test_one_unit_has_no_interval():
 
 
 def test_bits_per_byte_weighs_by_bytes():
-    texts = ["ab", "é"]  # two bytes each
+    # Both texts have two bytes.
+    texts = ["ab", "é"]
     result = BitsPerByte().compute(predictions=[math.log(2) * 8, math.log(2) * 2], references=texts)
     assert result["value"] == pytest.approx(10 / 4)
     assert result["values"] == pytest.approx([4.0, 1.0])
@@ -225,7 +230,7 @@ def test_reward_accuracy_by_hand():
 
 
 def test_calibration_error_by_hand():
-    # sigmoid(log 3) = 0.75 for four pairs of which three are in order: perfectly calibrated
+    # sigmoid(log 3) = 0.75, and three of four pairs are in order: perfectly calibrated.
     margins = np.log(3) * np.array([1.0, 1.0, 1.0, -1.0])
     assert squared_calibration_error(margins, debiased=False) == pytest.approx(0.0, abs=1e-9)
     assert squared_calibration_error(margins) == pytest.approx(-(0.75 * 0.25) / 3)
@@ -288,10 +293,12 @@ def test_identical_outcomes_of_one_prompt_count_as_one():
     grouped = intervals.outcome_mean(alike.tolist(), units=prompts.tolist())
     once = intervals.outcome_mean(alike[::4].tolist())
     assert grouped.value == alone.value and grouped.n == alone.n == 400
-    assert interval(grouped) == pytest.approx(interval(once), abs=0.003)  # four times the same is one outcome
+    # Four times the same outcome counts as one.
+    assert interval(grouped) == pytest.approx(interval(once), abs=0.003)
     assert grouped.high - grouped.low > 1.8 * (alone.high - alone.low)
     all_right = intervals.outcome_mean([1.0] * 40, units=[i // 4 for i in range(40)])
-    assert interval(all_right) == intervals.wilson(10, 10)  # as alike as can be
+    # Ten units whose outcomes are all alike are ten outcomes.
+    assert interval(all_right) == intervals.wilson(10, 10)
     margins = rng.normal(size=100).repeat(4)
     spread = interval(intervals.mean(margins.tolist(), units=prompts.tolist()))
     assert spread == pytest.approx(interval(intervals.mean(margins[::4].tolist())), abs=1e-9)

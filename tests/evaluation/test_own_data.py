@@ -204,7 +204,8 @@ def test_other_data_never_replace_the_runs_own_figures(
     result, _ = evaluate(run, "2_sft", "--text", text, name="shakespeare")
     assert set(result["metrics"]) == {"bits_per_byte"}, "only what was named"
     assert (run / "evaluations" / "2_sft.json").read_bytes() == own
-    evaluate(run, "2_sft", "--limit", "2")  # as before
+    # Without texts of its own, an evaluation measures what it measured before.
+    evaluate(run, "2_sft", "--limit", "2")
     assert main(["report", str(run)]) == 0
     summary = json.loads((run / "report" / "metrics.json").read_text())
     assert summary["other"]["shakespeare"]["2_sft"]["bits_per_byte"] == result["metrics"]["bits_per_byte"]
@@ -426,7 +427,8 @@ def test_people_vote_on_the_answers_that_were_written_down_for_them(
         for example in evaluate(run, "3_ppo", "--judge", OWN.format("the_first_wins"), *options[2:])[1]
         if example["metric"] == "win_rate"
     ]
-    for line in lines:  # people prefer what stage 3 says, where they see it
+    # People prefer the answer of stage 3 wherever it is one of the two.
+    for line in lines:
         pair = line["first"], line["second"]
         line["choice"] = "first" if pair in sampled else "second" if pair[::-1] in sampled else None
     last = next(line for line in lines if line["choice"])

@@ -43,7 +43,8 @@ class Commit:
     oid: str
     parent: Commit | None
     title: str
-    files: dict[str, str]  # from path to the id of its content
+    # Maps each path to the id of its content.
+    files: dict[str, str]
 
 
 @dataclass

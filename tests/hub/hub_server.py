@@ -78,7 +78,8 @@ class Hub:
         self.spaces, self.has_collections, self.part = spaces, collections, part
         self.repos: dict[tuple[str, str], Repo] = {}
         self.collections: dict[str, dict[str, Any]] = {}
-        self.blobs: dict[str, bytes] = {}  # by their git id, large ones by their SHA-256
+        # Keys are git ids, or SHA-256 hashes of large files.
+        self.blobs: dict[str, bytes] = {}
         self.parts: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
@@ -178,14 +179,16 @@ class Hub:
 def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # headers and body are sent together
+        # Headers and body are sent together.
+        wbufsize = -1
         disable_nagle_algorithm = True
 
         def log_message(self, *args: Any) -> None:
             pass
 
         def drop(self) -> None:
-            with suppress(OSError):  # the connection is reset when it closes
+            # With these options, closing resets the connection.
+            with suppress(OSError):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 

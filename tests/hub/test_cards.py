@@ -18,7 +18,8 @@ REQUIRED = {
     "dataset": {"configs", "license", "tags", "task_categories"},
     "space": {"title", "sdk", "emoji", "colorFrom", "colorTo", "app_file"},
 }
-REQUIRED_OF_RESULTS = {  # https://github.com/huggingface/hub-docs/blob/main/modelcard.md, under model-index
+# See "model-index" in https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+REQUIRED_OF_RESULTS = {
     "task": {"type"},
     "dataset": {"type", "name"},
     "metrics": {"type", "value"},

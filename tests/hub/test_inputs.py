@@ -96,7 +96,8 @@ def test_rows_are_the_same_streamed_or_not_and_a_revision_is_one(hub: Hub) -> No
         args = DataArguments("alice/gsm8k@v1", "main", dataset_streaming=streaming, **columns)
         train, _ = load_splits(args, "conversation", evaluation=False)
         assert isinstance(train, IterableDataset if streaming else Dataset)
-        rows[streaming] = sorted(map(str, train))  # a stream is shuffled
+        # Streams are shuffled.
+        rows[streaming] = sorted(map(str, train))
     assert rows[True] == rows[False] and len(rows[True]) == 40
     with pytest.raises(UserError, match="revision v2"):
         open_source("alice/gsm8k@v2", "main")
@@ -185,7 +186,8 @@ def test_the_launch_file_of_a_recipe_of_the_hub_is_never_taken(
     assert (code, err) == (0, "") and "10.1.2.3" not in out and "accelerate_config.yaml -m" in out
     folder = fetch_recipes("alice/recipes")
     assert folder is not None and [path.name for path in folder.iterdir()] == ["2_sft.yaml"]
-    (folder / "accelerate_config.yaml").write_bytes(evil)  # as another tool may have downloaded it
+    # Another tool may have downloaded this file.
+    (folder / "accelerate_config.yaml").write_bytes(evil)
     code, out, err = plan(capsys, "alice/recipes")
     assert (code, err) == (0, "") and str(folder / "accelerate_config.yaml") not in out
 

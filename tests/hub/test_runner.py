@@ -65,7 +65,8 @@ def test_a_push_that_is_turned_on_later_trains_nothing(hub: Hub, run: Run) -> No
     configure()
     plan = read_plan(Path("recipe"))
     record = RunRecord.read(plan.run_dir)
-    for step in plan.steps:  # all have finished, as far as the runner can see
+    # As far as the runner can see, all steps have finished.
+    for step in plan.steps:
         record.start(step, "start", "")
         record.stop(step, 1.0, finished=True, peak_memory=0)
         step.product.parent.mkdir(parents=True, exist_ok=True)

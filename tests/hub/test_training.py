@@ -129,7 +129,8 @@ def test_killed_and_resumed_from_the_hub_alone_a_run_ends_with_the_same_bits(
 
 def test_it_goes_on_to_the_best_checkpoint_from_the_hub_alone(hub: Hub, inputs: Path, tmp_path: Path) -> None:
     more = ("--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "2", "--greater_is_better", "true")
-    more += ("--hub_strategy", "checkpoint", "--hub_always_push")  # the loss falls, so that step 2 is the best
+    # The loss falls, so that step 2 is the best one if a greater loss is better.
+    more += ("--hub_strategy", "checkpoint", "--hub_always_push")
     first = tmp_path / "first"
     assert train(inputs, first, *PUSH, *more) == 0
     files = hub.files("alice/chat")

@@ -136,7 +136,8 @@ def test_what_is_saved_loads_as_what_was_trained_and_a_resumed_run_ends_the_same
     for folder in (whole, whole / "checkpoint-2"):
         torch.testing.assert_close(logits(auto.from_pretrained(folder)), trained, **TOLERANCE)
 
-    shutil.copytree(whole / "checkpoint-1", parts / "checkpoint-1")  # as if killed after one step
+    # Without its other checkpoints, the run looks as if it was killed after one step.
+    shutil.copytree(whole / "checkpoint-1", parts / "checkpoint-1")
     train(adapter, parts, lora)
     file = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (parts / file).read_bytes() == (whole / file).read_bytes()

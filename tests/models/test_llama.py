@@ -74,7 +74,8 @@ def test_fields_become_the_configuration() -> None:
 
 def test_unset_sizes_follow_from_the_others() -> None:
     model = build_model(ScratchArguments(hidden_size=96, num_attention_heads=4), tokenizer(), seed=0)
-    assert model.config.intermediate_size == 256  # 8/3 of 96
+    # The default is 8/3 of the hidden size.
+    assert model.config.intermediate_size == 256
     assert model.config.num_key_value_heads == 4
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.layers[0].self_attn.q_proj.bias is None

@@ -95,7 +95,8 @@ def test_experts_and_layers_are_where_the_fields_say() -> None:
 @pytest.mark.parametrize("chunk", [None, 8])
 def test_cached_padded_and_packed_text_is_computed_like_text_alone(chunk: int | None) -> None:
     built = model(attention_chunk_size=chunk, num_hidden_layers=4)
-    prompts = [tokens(5, seed=1).tolist(), tokens(13, seed=2).tolist()]  # the shorter one is padded on the left
+    # The shorter prompt is padded on the left.
+    prompts = [tokens(5, seed=1).tolist(), tokens(13, seed=2).tolist()]
     written = sample(built, prompts, GenerationConfig(max_new_tokens=12))
     for prompt, completion in zip(prompts, written, strict=True):
         logits = built(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
@@ -127,7 +128,8 @@ def test_counts_are_those_of_the_routers_without_padding() -> None:
 
 def test_counting_does_not_wait_for_the_device() -> None:
     built, ids = model().to("meta"), tokens(2, 20).to("meta")
-    masks = {"full_attention": None, "chunked_attention": None}  # transformers would look into the mask
+    # Without these, transformers would read the mask to build them.
+    masks = {"full_attention": None, "chunked_attention": None}
     with RouteCounter(built) as counter:
         # On "meta", a copy to the CPU raises an error, and so does the number of tokens that are not padding.
         built.model(input_ids=ids, attention_mask=masks, position_ids=torch.arange(20, device="meta")[None])
@@ -178,7 +180,8 @@ def test_the_loss_balances_routers_that_otherwise_collapse(tmp_path: Path, balan
     trainer(built, tmp_path, balance, max_steps=40, learning_rate=1e-2).train()
     with RouteCounter(built.eval()) as counter:
         built(input_ids=tokens(16, 32, seed=3))
-    spread = max(map(statistics.pstdev, counter.shares))  # 0.4 to 0.7; 1.7 where one of four experts gets all tokens
+    # The spread is 0.4 to 0.7 with the loss, and 1.7 if one of four experts gets all tokens.
+    spread = max(map(statistics.pstdev, counter.shares))
     assert (spread < 1) == (balance > 0), counter.shares
 
 

@@ -276,7 +276,8 @@ def test_a_tokenizer_that_doubles_its_text_is_refused(tmp_path: Path, monkeypatc
 def test_files_that_are_read_as_a_whole_have_a_largest_size(tmp_path: Path) -> None:
     for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "32 MiB")):
         folder = save_model(tmp_path / file / "model")
-        os.truncate(folder / file, 1 << 34)  # a hole, which takes no room
+        # The file is one hole, and takes no space on the disk.
+        os.truncate(folder / file, 1 << 34)
         assert f"its {file} is larger than {said}" in refusal(folder)
 
 
@@ -404,7 +405,8 @@ def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], said: str
 ) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1)
-    assert GitForCausalLM and GPTNeoForCausalLM  # what takes time is not that they are imported
+    # Importing these classes is not what takes time.
+    assert GitForCausalLM and GPTNeoForCausalLM
     folder = save_model(tmp_path / "model")
     attention = {"attention_types": [[["global", "local"], 1]]}
     (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "hidden_size": 16, **attention, **changes}))
@@ -440,9 +442,11 @@ def test_the_wrong_kind_of_model_is_refused(tmp_path: Path) -> None:
     [
         (["<end>", "<unk>", "<reserved>"], "<end>", "<unk>"),
         (["<end>", "<unk>", "<fill_pad>"], "<end>", "<fill_pad>"),
-        (["<end>", "<user>", "<assistant>", "<reserved>"], "<end>", "<reserved>"),  # the template uses the others
+        # The template uses the others.
+        (["<end>", "<user>", "<assistant>", "<reserved>"], "<end>", "<reserved>"),
         (["<end>", "<reserved>"], None, "<reserved>"),
-        (["<end>", "<user>", "<assistant>"], "<end>", "<end>"),  # no other is free
+        # No other token is free.
+        (["<end>", "<user>", "<assistant>"], "<end>", "<end>"),
         (["<end>", "<unk>", "<pad>"], "<pad>", "<pad>"),
     ],
 )
@@ -479,7 +483,8 @@ def test_long_rows_do_not_announce_errors_that_do_not_come(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    caplog.set_level(logging.WARNING, "transformers")  # `chat`, run in this process before, silences it
+    # `chat` silences this logger, and another test may have run it in this process.
+    caplog.set_level(logging.WARNING, "transformers")
     words = word_tokenizer(WORDS)
     words.model_max_length = 3
     words.save_pretrained(tmp_path)

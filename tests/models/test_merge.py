@@ -49,7 +49,8 @@ def save_adapter(directory: Path, task: str) -> Path:
     else:
         base = LlamaForCausalLM(LlamaConfig(**CONFIG))
     base.save_pretrained(directory / "base")
-    if task == "TOKEN_CLS":  # a critic, which starts from a language model
+    # A critic starts from a language model.
+    if task == "TOKEN_CLS":
         base = LlamaForTokenClassification.from_pretrained(directory / "base", num_labels=1)
     base.name_or_path = str(directory / "base")
     model = get_peft_model(base, LoraConfig(task_type=task, r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
@@ -114,7 +115,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     weights = load_file(file)
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
-    capsys.readouterr()  # what saving the models printed
+    # Saving the models printed something.
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert stop.value.code == 2
@@ -142,7 +144,8 @@ def test_an_incomplete_adapter_is_refused(tmp_path: Path, capsys: pytest.Capture
         (adapter / "adapter_config.json").write_text(json.dumps({**config, missing: "PROMPT_TUNING"}))
     else:
         (adapter / missing).unlink()
-    capsys.readouterr()  # what saving the models printed
+    # Saving the models printed something.
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["merge", str(adapter), "--output_dir", str(tmp_path / "merged")])
     assert stop.value.code == 2

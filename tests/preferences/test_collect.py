@@ -392,7 +392,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_sampling(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="current directory"):
         collect(PreferenceArguments(**arguments, output_dir="."))
-    if Path("/proc").is_dir():  # where even root may make no folder
+    # Even root cannot create a folder there.
+    if Path("/proc").is_dir():
         with pytest.raises(UserError, match="output_dir: /proc/pairs: no permission to write to /proc"):
             collect(PreferenceArguments(**arguments, output_dir="/proc/pairs"))
 

@@ -33,7 +33,8 @@ def arguments_of(recipe: str) -> tuple[Any, list[type]]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    recipe_command("sft", folder)  # makes the good ones
+    # This makes the valid inputs.
+    recipe_command("sft", folder)
     save_odd_models(folder)
     return folder
 
@@ -123,7 +124,8 @@ def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         run(arguments_of(recipe)[0], argv)
     assert exited.value.code == 2
     lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
-    return [line for line in lines if line and "examples" not in line and "Loading weights" not in line]  # bars
+    # These words are in progress bars.
+    return [line for line in lines if line and "examples" not in line and "Loading weights" not in line]
 
 
 def command(recipe: str, inputs: Path, output: Path) -> list[str]:
@@ -161,7 +163,8 @@ def test_it_is_refused_in_one_line_with_nothing_written(
         (here / "config.yaml").write_bytes(case.yaml if isinstance(case.yaml, bytes) else case.yaml.encode())
         text = (here / "config.yaml").read_text(errors="replace")
         for key in [line.split(":")[0] for line in text.split("\n") if ":" in line]:
-            if f"--{key}" in argv:  # the command line would win
+            # The command line would override the file.
+            if f"--{key}" in argv:
                 position = argv.index(f"--{key}")
                 end = position + 1
                 while end < len(argv) and not argv[end].startswith("--"):
@@ -234,7 +237,8 @@ def test_a_full_disk_is_reported_before_training(
 
 
 def test_a_directory_that_may_not_be_written(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    locked = Path("/proc")  # where even root may make no folder
+    # Even root cannot create a folder there.
+    locked = Path("/proc")
     if not locked.is_dir():
         locked = tmp_path / "locked"
         locked.mkdir(mode=0o500)

@@ -89,7 +89,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "argv"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_a_printed_command_runs(kind: str, argv: list[str], project: Path, tmp_path: Path) -> None:
-    argv = [word for word in argv if word != "--use_vllm"]  # which needs a GPU
+    # vLLM needs a GPU.
+    argv = [word for word in argv if word != "--use_vllm"]
     if "recipes/pocket-reasoning/0_data.yaml" in argv:
         pytest.importorskip("reasoning_gym")
     if kind in TRAINED:

@@ -47,8 +47,10 @@ def test_a_file_is_accepted_and_its_values_arrive(path: Path, tmp_path: Path) ->
     written = yaml.safe_load(path.read_text())
     assert written.pop("output_dir").startswith(f"runs/{'-'.join(path.relative_to(RECIPES).parent.parts)}/")
     for name in written:
-        if name not in ("report_to", "lr_scheduler_kwargs"):  # which transformers turns into other objects
-            assert values[name] in (written[name], [written[name]]), name  # one item is a list of one
+        # transformers turns these two into other objects.
+        if name not in ("report_to", "lr_scheduler_kwargs"):
+            # A single item becomes a list of one.
+            assert values[name] in (written[name], [written[name]]), name
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -74,7 +76,8 @@ def test_the_command_in_a_file_is_the_one_that_the_runner_prints(path: Path) -> 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_seed_for_the_whole_run_is_accepted_by_every_step(path: Path, tmp_path: Path) -> None:
     step = next(step for step in read_plan(path.parent, tmp_path / "run", seed=7).steps if step.name == path.stem)
-    _, _, *overrides = step.arguments  # --config FILE
+    # The first two arguments are `--config FILE`.
+    _, _, *overrides = step.arguments
     values = parsed(path, *overrides)
     assert values.get("seed", 7) == 7
 

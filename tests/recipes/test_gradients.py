@@ -15,7 +15,8 @@ SGD = {
     "learning_rate": 1.0,
     "lr_scheduler_type": "constant",
     "weight_decay": 0.0,
-    "max_grad_norm": 1e9,  # never reached, but the norm is logged
+    # Gradients are never clipped, but their norm is logged.
+    "max_grad_norm": 1e9,
     "max_steps": 2,
     "save_strategy": "no",
     "eval_strategy": "no",

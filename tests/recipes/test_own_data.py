@@ -104,7 +104,8 @@ def test_an_existing_model_goes_through_stages_2_to_4_with_lora(
     tmp_path: Path, smoke: Callable[[str], dict[str, Any]]
 ) -> None:
     words = copy.deepcopy(tokenizer())
-    words.pad_token, words.chat_template = words.eos_token, CHATML  # as real ones have them
+    # Many models of the Hub pad with the end of a turn, and have such a template.
+    words.pad_token, words.chat_template = words.eos_token, CHATML
     sizes = ScratchArguments(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=2048)
     base = tmp_path / "Qwen" / "Qwen2.5-0.5B-Instruct"
     build_model(sizes, words, 0).save_pretrained(base)
@@ -115,7 +116,8 @@ def test_an_existing_model_goes_through_stages_2_to_4_with_lora(
     write_data(tmp_path / "openai/gsm8k", QUESTIONS, "main")
 
     recipe = shutil.copytree(ROOT / "recipes" / "existing-model", tmp_path / "existing-model")
-    with (recipe / "3_ppo.yaml").open("a") as file:  # in bf16, the base that is saved is rounded, as in training
+    # In bfloat16, the base would be saved as it was used in training, with rounded weights.
+    with (recipe / "3_ppo.yaml").open("a") as file:
         file.write("frozen_dtype: float32\n")
 
     metrics = smoke(str(recipe))

@@ -117,7 +117,8 @@ def test_a_signal_saves_and_reports_how_to_resume(inputs: Path, number: signal.S
     assert not (output / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)  # it is the same for all
+# All recipes behave alike here, and one of them is enough.
+@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)
 def test_another_configuration_is_refused_and_the_same_one_is_not_trained_twice(
     whole: tuple[str, Path, str], inputs: Path
 ) -> None:
@@ -134,7 +135,8 @@ def test_another_configuration_is_refused_and_the_same_one_is_not_trained_twice(
     assert equal(weights(output), trained)
 
 
-@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)  # it is the same for all
+# All recipes behave alike here, and one of them is enough.
+@pytest.mark.parametrize("whole", ["pretrain"], indirect=True)
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(
     whole: tuple[str, Path, str], inputs: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,8 @@ WEB = [
     for i in range(300)
 ]
 CHATS = [conversation(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(120)]
-CHATS[3][1]["content"], CHATS[5][0]["content"] = "", "What does <|user|> mean?"  # such rows are left out
+# Rows with an empty answer or with a special token in their text are left out.
+CHATS[3][1]["content"], CHATS[5][0]["content"] = "", "What does <|user|> mean?"
 REFUSED = [conversation(f"What is {i} + 1?", "I do not know.") for i in range(120)]
 PAIRS = [
     {
@@ -46,7 +47,8 @@ PAIRS = [
 ]
 MIXTURE = [
     {
-        "prompt": chosen[0]["content"],  # only the last message before the answers
+        # The prompt is only the last message before the answers.
+        "prompt": chosen[0]["content"],
         "chosen": [*conversation("Hello.", "Yes?"), *chosen] if i % 10 == 0 else chosen,
         "rejected": [*conversation("Hello.", "Yes?"), *rejected] if i % 10 == 0 else rejected,
         "chosen_rating": None,

@@ -93,7 +93,8 @@ def test_an_adapter_is_trained_resumed_saved_and_loads(tmp_path: Path) -> None:
         assert not torch.allclose(adapted(tokens).logits, base(tokens).logits)
     whole = (output / "adapter_model.safetensors").read_bytes()
 
-    shutil.rmtree(output / "checkpoint-8")  # as if killed after step 6
+    # Without its last checkpoint, the run looks as if it was killed after step 6.
+    shutil.rmtree(output / "checkpoint-8")
     again = run_recipe("sft", inputs, *lora, "--output_dir", str(output), "--eval_strategy", "no")
     assert again.returncode == 0 and "resuming    from" in again.stderr, again.stderr
     assert (output / "adapter_model.safetensors").read_bytes() == whole

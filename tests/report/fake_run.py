@@ -16,7 +16,8 @@ HOSTILE = (
 )
 
 _KINDS = ("arithmetic", "ordering", "counting", "logic")
-_SHARES = {  # metric -> share of successes at 0_random, 1_pretrain, 2_sft, 3_ppo, 4_grpo
+# Maps each metric to its shares of successes at 0_random, 1_pretrain, 2_sft, 3_ppo and 4_grpo.
+_SHARES = {
     "instruction_accuracy": (0.0, 0.03, 0.95, 0.95, 0.945),
     "stop_rate": (0.0, 0.12, 0.998, 0.999, 1.0),
     "win_rate": (0.0, 0.01, 0.5, 0.84, 0.82),
@@ -29,7 +30,8 @@ _SHARES = {  # metric -> share of successes at 0_random, 1_pretrain, 2_sft, 3_pp
     "maj@8": (0.0, 0.02, 0.55, 0.56, 0.88),
     "pass@1_longer": (0.0, 0.01, 0.2, 0.2, 0.6),
 }
-_BASELINES = {  # share of successes
+# Maps each baseline to its share of successes.
+_BASELINES = {
     "elicited/pass@1": 0.4,
     "constant/win_rate": 0.5,
     "constant/win_rate_greedy": 0.52,

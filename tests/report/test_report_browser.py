@@ -46,7 +46,8 @@ def pages(
     slow_run = write_run(directory / "runs" / "slow", seed=5)
     record = json.loads((slow_run / "run.json").read_text())
     for step in record["steps"].values():
-        step["seconds"] *= 500  # hours, whose interval is the longest text of its table
+        # Intervals of hours are the longest texts of the table.
+        step["seconds"] *= 500
     (slow_run / "run.json").write_text(json.dumps(record))
     for name, runs in {
         "whole": [whole_run],

@@ -109,7 +109,8 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
     assert gain["aim"] and gain["verdict"] == "better" and gain["ci95"][0] > 0
     assert set(gain["by_kind"]) == {"arithmetic", "ordering", "counting", "logic"}
     bits = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("2_sft", "bits_per_byte"))
-    assert bits["verdict"] == "worse" and not bits["aim"]  # more bits are worse
+    # More bits are worse.
+    assert bits["verdict"] == "worse" and not bits["aim"]
 
 
 def test_a_second_reward_model_is_no_stage_that_others_start_from(whole_run: Path, tmp_path: Path) -> None:
@@ -177,7 +178,8 @@ def test_page_and_markdown_show_every_stage(whole_run: Path, tmp_path: Path) -> 
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     for chart in ("Bits per byte", "Reward-model accuracy", "Hidden taste against KL", "Answer length"):
         assert chart in page
-    assert "27 + 16 = 43" in page and "The answer is 34." in page  # the same problem before and after
+    # The page shows the same problem before and after stage 4.
+    assert "27 + 16 = 43" in page and "The answer is 34." in page
     assert str(whole_run) not in page, "where the run lay on this machine"
 
 

@@ -61,7 +61,8 @@ def test_an_unchanged_metric_is_the_same() -> None:
         (Target("4_grpo", "pass@1", at_least=0.8), 0.87, True),
         (Target("4_grpo", "pass@1", at_least=0.8, lower_end=True), 0.2, False),
         (Target("4_grpo", "pass@1", at_most=0.8), 0.87, False),
-        (Target("4_grpo", "pass@1", against="3_ppo", at_least=-0.03), -0.03, True),  # to the last digit
+        # A promise is kept if it is met to the last digit.
+        (Target("4_grpo", "pass@1", against="3_ppo", at_least=-0.03), -0.03, True),
         (Target("4_grpo", "pass@1", against="3_ppo", how="ratio", at_most=0.9), 0.87 / 0.9, False),
     ],
 )

@@ -363,7 +363,8 @@ def test_algebra_does_not_depend_on_the_load_of_the_machine(monkeypatch: pytest.
     assert math_answer(hard[:1], [r"\sqrt{18}"]) == [1.0]
     assert math_judge.process is not None
     child = math_judge.process.pid
-    os.kill(child, signal.SIGSTOP)  # as long as other processes have the cores
+    # The process stands still, as it would while others use the cores.
+    os.kill(child, signal.SIGSTOP)
     threading.Timer(2 * checker.SECONDS, os.kill, [child, signal.SIGCONT]).start()
     assert math_answer(hard[1:2], [r"\sqrt{32}"]) == [1.0]
     os.kill(child, signal.SIGSTOP)

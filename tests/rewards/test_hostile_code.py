@@ -437,7 +437,8 @@ def test_where_the_machine_is_too_busy_to_tell_there_is_no_reward(monkeypatch: p
 def test_a_trainer_without_descriptors_gets_no_reward_and_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # removing a directory takes a descriptor, too
+    # Removing a directory takes a descriptor, too.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert code_tests([RIGHT], [TEST]) == [1.0]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     rewards = []

@@ -328,7 +328,8 @@ def test_verdicts_are_repeatable() -> None:
 def read(path: Path) -> str:
     try:
         return path.read_text()
-    except OSError:  # the process has just ended
+    except OSError:
+        # The process has just ended.
         return ""
 
 

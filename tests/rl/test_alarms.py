@@ -39,7 +39,8 @@ def history(
     entries: list[dict[str, Any]], checked: bool = True, stop_after: int = 0, batch_size: int = 32, ends: bool = False
 ) -> list[dict[str, Any]]:
     """Return the log of a run with these entries, of which some are logged before the run is resumed."""
-    PartialState()  # for the logger
+    # accelerate's logger needs a state.
+    PartialState()
     state, control = TrainerState(), TrainerControl()
     config = GRPOConfig(use_cpu=True, bf16=False, per_device_train_batch_size=batch_size, num_generations=2)
     for number, entry in enumerate(entries, start=1):

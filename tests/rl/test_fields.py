@@ -68,8 +68,10 @@ FOR_VLLM = """
     vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_cap
 """
-OTHERWISE_REFUSED = {"auto_find_batch_size", "remove_unused_columns"}  # by TRL, and because rewards read the columns
-OTHER = {  # values that are not the default, of fields that do not take any number or text
+# TRL refuses the first; rewards read the columns that the second would remove.
+OTHERWISE_REFUSED = {"auto_find_batch_size", "remove_unused_columns"}
+# Values other than the default, for fields that do not accept any number or text.
+OTHER = {
     "accelerator_config": "{}",
     "deepspeed": '{"a": 1}',
     "fsdp_config": '{"a": 1}',
@@ -111,7 +113,8 @@ def method_sources(kind: type) -> str:
             found = getattr(found, "fget", getattr(found, "func", getattr(found, "__func__", found)))
             found = inspect.unwrap(found) if callable(found) else found
             if not inspect.isfunction(found) or found.__code__.co_filename.startswith("<"):
-                continue  # no method, or one that `dataclass` made
+                continue
+            # It is not a method, or `dataclass` made it.
             sources.append(inspect.getsource(found))
             if "super()" not in sources[-1]:
                 break

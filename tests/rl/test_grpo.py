@@ -108,7 +108,8 @@ def test_a_reward_model_reads_a_cut_off_completion_as_it_stands(tmp_path: Path) 
     """Though the chat template of the reward model would add an end of turn."""
     options: dict[str, Any] = {"num_iterations": 1, "steps_per_generation": 8, "max_completion_length": 3}
     run = trainer(tmp_path, rewards=[toy.end_detector()], reward_tokenizers=[toy.tokenizer()], **options)
-    run.generation_config.suppress_tokens = [0]  # padding, which TRL counts as an end
+    # TRL takes padding for an end.
+    run.generation_config.suppress_tokens = [0]
     run.train()
     entries = [entry for entry in log_of(run) if "reward" in entry]
     assert 0 < entries[0]["reward"] < 1

@@ -40,7 +40,8 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> PPOTrainer:
         request.param(), toy.share_of_red, toy.config(tmp_path), toy.prompts(), processing_class=toy.tokenizer()
     )
     torch.manual_seed(1)
-    for parameter in [*ppo.value_model.children()][-1].parameters():  # the head, zero at first
+    # The head starts at zero.
+    for parameter in [*ppo.value_model.children()][-1].parameters():
         torch.nn.init.normal_(parameter)
     for parameter in ppo.ref_model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

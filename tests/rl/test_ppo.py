@@ -229,7 +229,8 @@ def test_truncated_completions(tmp_path: Path) -> None:
     assert logged(ppo, "objective/scores") == pytest.approx([1 - 3 * (16 - count) / 16 for count in ended])
 
     ppo = trainer(tmp_path / "masked", always, mask_truncated_completions=True, **options)
-    ppo.generation_config.suppress_tokens = [0, 2]  # padding, and the end of turn
+    # Neither padding nor the end of a turn is sampled.
+    ppo.generation_config.suppress_tokens = [0, 2]
     before = weights(ppo.model)
     ppo.train()
     assert torch.equal(before, weights(ppo.model))

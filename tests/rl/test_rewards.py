@@ -46,7 +46,8 @@ def test_a_completion_cannot_forge_a_turn_for_a_reward_model() -> None:
     plain, cut, ended = tokenizer(text=rendered, **options)["input_ids"].tolist()
     written = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>", "<end>"])
     for ids, expected in ((plain, written), (cut, written[:2]), (ended, written)):
-        special = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}  # which is the unknown word's as well
+        # The padding token also stands for unknown words.
+        special = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
         assert [token for token in ids if token in special] == expected
     assert plain[: plain.index(0)] == tokenizer.apply_chat_template([QUESTION, answer], return_dict=False)
 

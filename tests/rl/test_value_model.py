@@ -107,7 +107,8 @@ def test_a_reward_model_that_lacks_embeddings_of_the_policy_is_not_copied(tmp_pa
     config = toy.llama_config()
     config.vocab_size += 8
     judge = toy.reward_model()
-    for rows in (judge.config.vocab_size, config.vocab_size):  # the configuration may name more than there are
+    # The configuration may name more tokens than there are embeddings.
+    for rows in (judge.config.vocab_size, config.vocab_size):
         judge.config.vocab_size = rows
         ppo = trainer(tmp_path, [judge], model=LlamaForCausalLM(config))
         assert torch.equal(ppo.value_model.model.embed_tokens.weight, ppo.model.model.embed_tokens.weight)

@@ -42,7 +42,8 @@ def run(kind: str, path: Path, lora: bool = False, resume: Path | None = None, *
         "save_steps": 1, "disable_tqdm": True, "use_vllm": True, "vllm_gpu_memory_utilization": 0.2,
         "vllm_enable_sleep_mode": True, **changes,
     }  # fmt: skip
-    with patch.dict(os.environ):  # where TRL leaves the variables of a process group
+    # TRL leaves the variables of a process group in the environment.
+    with patch.dict(os.environ):
         trainer = trainer_class(
             model=str(policy),
             reward_funcs=toy.share_of_red,

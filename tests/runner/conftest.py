@@ -53,7 +53,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         if kind.module:
             stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
             monkeypatch.setitem(STAGES, name, stand_in)
-    monkeypatch.setattr(processes, "PRELOADED", ())  # the stand-in imports none of it
+    # The stand-in imports none of the libraries.
+    monkeypatch.setattr(processes, "PRELOADED", ())
 
 
 @pytest.fixture

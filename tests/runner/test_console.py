@@ -86,7 +86,8 @@ class Terminal:
         while True:
             try:
                 data = os.read(self.descriptor, 65536)
-            except OSError:  # the run has ended
+            except OSError:
+                # The run has ended.
                 return
             self.written += data
             stream.feed(data)

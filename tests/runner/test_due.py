@@ -108,8 +108,10 @@ def test_an_evaluation_of_an_earlier_version_had_the_defaults_of_later_keys(reci
         ("1_pretrain", {"eval_strategy": "no", "eval_steps": REMOVED}),
         ("1_pretrain", {"max_eval_samples": 100, "per_device_eval_batch_size": 64}),
         ("1_pretrain", {"metric_for_best_model": "loss"}),
-        ("1_pretrain", {"adam_beta1": 0.9, "gradient_accumulation_steps": 1}),  # the defaults
-        ("1_pretrain", {"num_train_epochs": 7}),  # max_steps decides
+        # Both values are the defaults.
+        ("1_pretrain", {"adam_beta1": 0.9, "gradient_accumulation_steps": 1}),
+        # `max_steps` decides when training ends.
+        ("1_pretrain", {"num_train_epochs": 7}),
         ("2_sft", {"report_to": ["tensorboard"], "run_name": "mine"}),
         ("2_sft", {"hub_model_id": "me/mine", "hub_strategy": "end", "hub_private_repo": True}),
         ("2_sft", {"push_to_hub": True}),
@@ -121,7 +123,8 @@ def test_an_evaluation_of_an_earlier_version_had_the_defaults_of_later_keys(reci
         ("3_reward", {"ddp_timeout": 60}),
         ("3_reward", {"num_train_epochs": 1.0}),
         ("3_ppo", {"log_completions": True, "num_completions_to_print": 3}),
-        ("4_grpo", {"reward_funcs": "exact_answer"}),  # a list of one
+        # The recipe has it as a list of one.
+        ("4_grpo", {"reward_funcs": "exact_answer"}),
         ("4_grpo", {"embedding_learning_rate": None, "temperature": 1.0}),
     ],
     ids=str,
@@ -174,7 +177,8 @@ def test_a_change_with_an_effect_runs_its_step_and_those_that_depend_on_it(
     assert {step for step in found if not step.startswith(("evaluate", "report"))} == expected
     assert {decision.action for decision in found.values()} == {"start"}
     measured = {f"evaluate_{step}" for step in expected - {"0_data", "0_tokenizer", "3_preferences"}}
-    if "dataset_config" not in values:  # every stage is measured on that text
+    # A change of `dataset_config` changes the text that every stage is measured on.
+    if "dataset_config" not in values:
         assert {"report", *measured} == set(found) - expected
     assert not any(decision.deletes for decision in found.values())
 

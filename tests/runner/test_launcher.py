@@ -106,7 +106,8 @@ ACCELERATE = [sys.executable, "-P", "-m", "accelerate.commands.accelerate_cli", 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_mistake_under_accelerate_launch_itself_ends_in_its_own_line_and_code(project: Path, processes: str) -> None:
-    for name in ("pipeline.py", "recipes.py"):  # of the user
+    # The user's own modules may have the names of ours.
+    for name in ("pipeline.py", "recipes.py"):
         Path(name).write_text("raise SystemExit(f'{__file__} was run')")
     launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", processes]
     step = ["-m", "recipes.sft", "--config", str(ROOT / "recipes/pocket/2_sft.yaml"), "--learning_rat", "1"]

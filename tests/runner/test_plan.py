@@ -30,7 +30,8 @@ def test_a_plan_says_what_each_stage_takes(capsys: pytest.CaptureFixture[str]) -
     planned = plan(capsys, *POCKET)
     assert list(planned["stages"]) == ["1_pretrain", "2_sft", "3_preferences", "3_reward", "3_ppo", "4_grpo"]
     pretrain = planned["stages"]["1_pretrain"]
-    layer = 4 * 128 * 128 + 4 * 128 + 3 * 128 * 384 + 2 * 128  # attention has biases
+    # Attention has biases, the MLP has none.
+    layer = 4 * 128 * 128 + 4 * 128 + 3 * 128 * 384 + 2 * 128
     assert pretrain["parameters"] == 2560 * 128 + 4 * layer + 128
     assert pretrain["tokens"] == 1200 * 8 * 256
     assert pretrain["flops"] == pretrain["tokens"] * (6 * pretrain["parameters"] + 12 * 4 * 256 * 128 / 2)
@@ -134,7 +135,8 @@ def test_other_recipes_are_planned_without_the_hub(recipe: str, capsys: pytest.C
     planned = plan(capsys, f"recipes/{recipe}", "--gpu", "h100", "--num_processes", "8")
     assert planned["fits"] and {"1_pretrain", "2_sft", "4_grpo"} <= set(planned["stages"])
     sizes = {"small": 134.5e6, "base": 1107e6}
-    if recipe in sizes:  # as many as SmolLM2-135M, and as Llama-3.2-1B with a smaller vocabulary
+    # SmolLM2-135M has as many, and Llama-3.2-1B with a smaller vocabulary.
+    if recipe in sizes:
         assert planned["stages"]["1_pretrain"]["parameters"] == pytest.approx(sizes[recipe], rel=0.001)
 
 
@@ -233,7 +235,8 @@ def test_data_on_this_disk_are_counted(capsys: pytest.CaptureFixture[str], tmp_p
         "per_device_train_batch_size: 8\n"
     )
     stage = plan(capsys, str(recipe), "--gpu", "t4")["stages"]["1_pretrain"]
-    blocks = 95 * 100 / 50  # of 100 documents, of 100 tokens of 4 characters, 5 are held out
+    # There are 100 documents of 100 tokens (of 4 characters each), of which 5 are held out.
+    blocks = 95 * 100 / 50
     assert stage["tokens"] == math.ceil(blocks / 8) * 2 * 8 * 50
 
 

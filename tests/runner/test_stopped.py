@@ -77,7 +77,8 @@ def test_several_seeds_are_stopped_by_a_signal_locked_and_resumed(folder: Path, 
     assert end(process) == 128 + signal.SIGTERM
     assert "to resume: fourstage run recipe --seeds 0 1\n" in Path("out").read_text()
     assert not Path("runs/r/seed1").exists()
-    code, out, _ = run("--seeds", "0")  # the other one would wait for a signal
+    # The step of the other seed would wait for a signal.
+    code, out, _ = run("--seeds", "0")
     assert code == 0 and "2_sft: was interrupted" in out
 
 
@@ -89,7 +90,8 @@ def test_several_seeds_that_were_killed_go_on(folder: Path, run: Runner) -> None
     process.kill()
     assert end(process) == -signal.SIGKILL
     Path("runs/r/seed1/2_sft").mkdir(parents=True)
-    Path("runs/r/seed1/2_sft/checkpoint").touch()  # there it does not wait
+    # The step does not wait where it finds a checkpoint.
+    Path("runs/r/seed1/2_sft/checkpoint").touch()
     code, out, _ = run("--seeds", "0", "1")
     assert code == 0
     assert "2_sft: was interrupted" in out

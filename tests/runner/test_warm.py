@@ -296,7 +296,7 @@ LAUNCHED = """
 import os, psutil, sys
 forked = "pipeline.runner.processes" in psutil.Process().cmdline()
 names = [n for n in os.environ if n.startswith("ACCELERATE_")] + ["OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "WORLD_SIZE"]
-# one write: nothing of another process may come between
+# A single write: nothing of another process may come between.
 sys.stdout.write(f"{forked} { {name: os.environ.get(name) for name in sorted(names)} }\\n")
 """
 

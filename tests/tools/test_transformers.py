@@ -98,8 +98,10 @@ def test_transformers_serve_answers_as_openai_does(server: str, chat_model: str,
 
 def test_transformers_chat_shows_the_answer(server: str, chat_model: str, answer: str) -> None:
     command = [*TRANSFORMERS, "chat", chat_model, server, "max_new_tokens=8", "do_sample=False"]
-    said = f"{QUESTION[0]['content']}\nn\n!exit\n"  # no, it is not to go on after the token limit
-    online = os.environ | {"HF_HUB_OFFLINE": "0"}  # otherwise it does not even ask the server
+    # The "n" answers whether to go on after the token limit.
+    said = f"{QUESTION[0]['content']}\nn\n!exit\n"
+    # While offline, it would not even ask the server.
+    online = os.environ | {"HF_HUB_OFFLINE": "0"}
     done = subprocess.run(command, input=said, env=online, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert " ".join(answer.split()) in " ".join(done.stdout.split())

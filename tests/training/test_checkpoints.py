@@ -25,7 +25,8 @@ class Line(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
-        self.dropout = torch.nn.Dropout(0.5)  # so that the random state matters
+        # With dropout, the random state matters.
+        self.dropout = torch.nn.Dropout(0.5)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         prediction = self.layer(self.dropout(x)).squeeze(-1)

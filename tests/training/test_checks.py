@@ -114,7 +114,8 @@ def test_a_server_of_vllm_answers_before_anything_is_loaded(
     ids=str,
 )
 def test_a_models_own_options_of_generation(tmp_path: Path, saved: dict[str, Any], refused: list[str]) -> None:
-    assert check_generation_config(str(tmp_path), None) == []  # the file is optional
+    # The file is optional.
+    assert check_generation_config(str(tmp_path), None) == []
     GenerationConfig(**saved).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()).items() >= saved.items()
     problems = check_generation_config(str(tmp_path), None)

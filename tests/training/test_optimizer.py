@@ -197,12 +197,14 @@ def train(folder: Path, resume: bool = False) -> tuple[LlamaForCausalLM, Trainer
 
 def test_a_trainer_resumes_with_it_bit_for_bit(tmp_path: Path) -> None:
     whole, trainer, _ = train(tmp_path)
-    optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
+    # accelerate wraps the optimizer.
+    optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, MuonWithAdamW)
     assert [group["initial_lr"] for group in optimizer.param_groups] == [0.03, 0.01, 0.01]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.98)
-    shutil.rmtree(tmp_path / "checkpoint-8")  # as if killed after step 4
+    # Without its last checkpoint, the run looks as if it was killed after step 4.
+    shutil.rmtree(tmp_path / "checkpoint-8")
     resumed, _, batches_seen = train(tmp_path, resume=True)
     assert batches_seen == 4
     assert equal(whole, resumed)

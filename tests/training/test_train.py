@@ -26,7 +26,8 @@ calls = 0
 def failing(completions, **columns):
     global calls
     calls += 1
-    if calls > 2:  # the first call is a trial before training
+    # The first call is a trial before training.
+    if calls > 2:
         {statement}
     return [len(completion[0]["content"]) for completion in completions]
 """

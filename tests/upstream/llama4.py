@@ -66,12 +66,14 @@ def trl_fine_tunes_it() -> None:
         args = SFTConfig(folder, max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
         data = Dataset.from_list([{"text": "a b"}] * 8)
         trained = model()
-        trained.base_model_prefix = "model"  # see above
+        # Without this prefix, `base_model` is the language model itself.
+        trained.base_model_prefix = "model"
         SFTTrainer(trained, args, train_dataset=data, processing_class=tokenizer).train()
 
 
 def layers_are_balanced_one_by_one() -> None:
-    first = torch.tensor([[9.0, 0.0]] * 8)  # all tokens to the first expert, and in the other layer to the second
+    # One layer sends all tokens to the first expert, the other one to the second.
+    first = torch.tensor([[9.0, 0.0]] * 8)
     pooled = load_balancing_loss_func((first, first.flip(1)), 2, 1)
     assert pooled > 1.5, f"two layers that are skewed cancel out: {pooled:.2f}, as if they were balanced"
 

@@ -148,7 +148,8 @@ def test_conversations_alternate_and_prompts_end_with_the_user(rows: Rows) -> No
 
 def test_the_training_split_has_the_size_asked_for(rows: Rows) -> None:
     size = sum(len(row["text"].encode()) for row in rows("pretrain", "train"))
-    assert 0.24e6 < size < 0.31e6  # one in eight is left out for what it shares with held-out text
+    # One document in eight is dropped because it shares words with held-out text.
+    assert 0.24e6 < size < 0.31e6
 
 
 def test_documents_are_distinct(rows: Rows) -> None:
@@ -180,7 +181,8 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path: Path, monkeypatch:
                 build(PocketArguments(str(tmp_path / name), seed=1, **SMALL))
     assert hashes(tmp_path / "data") == before
     assert not (tmp_path / "new").exists()
-    build(PocketArguments(str(tmp_path / "new"), **SMALL))  # whatever the interrupted one began
+    # What the interrupted build began does not change the next one.
+    build(PocketArguments(str(tmp_path / "new"), **SMALL))
     assert hashes(tmp_path / "new") == before
 
 
@@ -214,7 +216,8 @@ def test_ten_megabytes_are_distinct_and_take_no_more_memory_than_three(tmp_path:
         [sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     three, ten = map(int, result.stdout.split())
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    # macOS counts in bytes, Linux in KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
     assert (ten - three) * unit < 10e6, (three, ten)
     split = load_dataset(str(tmp_path / "10"), "pretrain", split="train", cache_dir=str(tmp_path / "cache"))
     seen: set[bytes] = set()

@@ -28,7 +28,8 @@ def structure(row: Row) -> tuple[str, ...]:
     numbers = re.findall(r"\d+", text)
     if row["kind"] == "arithmetic":
         grows = re.search(r"gets|finds|buys|loses|sells|gives", text)[0] in ("gets", "finds", "buys")
-        return (numbers[0], "+" if grows else "-", numbers[1])  # the first operation
+        # Problems of arithmetic are told apart by their first operation.
+        return (numbers[0], "+" if grows else "-", numbers[1])
     if row["kind"] == "ordering":
         return tuple(str(sorted(map(int, numbers)).index(int(number))) for number in numbers)
     return tuple(numbers)
@@ -110,4 +111,5 @@ def test_the_facts_that_held_out_questions_ask_for_are_pretrained(rows: Rows) ->
             about = " ".join(text for text in documents if core(thing.noun) in text)
             stated += sum(core(value) in about for value in thing.facts.values())
             wanted += len(thing.facts)
-    assert stated / wanted > 0.9  # all of them in a data set of the recipe's size
+    # A data set as large as the recipe's states all of them.
+    assert stated / wanted > 0.9

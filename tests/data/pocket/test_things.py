@@ -38,7 +38,8 @@ def test_articles_fit_the_nouns() -> None:
     for thing in things():
         article, _, noun = thing.noun.partition(" ")
         if article in ("a", "an"):
-            assert (article == "an") == (noun[0] in "aeioL"), thing.noun  # "an LLM" is spoken "an el-el-em"
+            # "an LLM" is spoken "an el-el-em".
+            assert (article == "an") == (noun[0] in "aeioL"), thing.noun
 
 
 def test_any_two_things_differ_in_some_fact() -> None:

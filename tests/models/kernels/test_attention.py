@@ -27,7 +27,8 @@ from pipeline.models.kernels.attention import (
 from pipeline.models.scratch import ScratchArguments, build_model
 
 VARLEN_ATTN = "torch.nn.attention.varlen.varlen_attn"
-LENGTH = 150  # two blocks and a part of one
+# Attention gets two whole blocks and a part of one.
+LENGTH = 150
 
 
 def model() -> LlamaForCausalLM:
@@ -49,7 +50,8 @@ def inputs(case: str) -> dict[str, torch.Tensor]:
         for row, padding in enumerate((0, 5, 100)):
             mask[row, slice(LENGTH - padding, None) if case == "right" else slice(padding)] = 0
         given["attention_mask"] = mask
-        given["labels"] = ids.where((mask * mask.roll(1, 1)).bool(), -100)  # padding predicts nothing
+        # Nothing is predicted from padding.
+        given["labels"] = ids.where((mask * mask.roll(1, 1)).bool(), -100)
     return given
 
 
@@ -80,7 +82,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], int
 
     monkeypatch.setattr(VARLEN_ATTN, varlen_attn)
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    with torch._dynamo.config.patch(disable=True):  # compiling FlexAttention takes a minute
+    # Compiling FlexAttention takes a minute.
+    with torch._dynamo.config.patch(disable=True):
         yield calls
 
 
@@ -124,8 +127,10 @@ def test_flash_attention_gets_the_bounds_of_the_documents(calls: list[tuple[list
     """As transformers' collator for FlashAttention finds them, which puts a batch into one row."""
     bos, eos = tokenizer().bos_token_id, tokenizer().eos_token_id
     rows = [
-        [[7, 8, eos], [bos, 7, 8, 9, eos], [bos]],  # the end of a document, a whole one, a beginning
-        [[7, 8, 9] * 3],  # the middle of one
+        # The row has the end of a document, a whole one, and the beginning of one.
+        [[7, 8, eos], [bos, 7, 8, 9, eos], [bos]],
+        # The row lies inside a document.
+        [[7, 8, 9] * 3],
         [[bos, eos], [bos, eos], [bos, 7, 8, 9, eos]],
     ]
     blocks = [{"input_ids": np.array([*chain(*row)])} for row in rows]

@@ -23,7 +23,8 @@ def trainer(folder: Path, peft_config: LoraConfig | None = None) -> SFTTrainer:
         str(folder / "output"), use_cpu=True, bf16=False, max_length=96, assistant_only_loss=True, report_to="none"
     )
     rows = Dataset.from_dict({"messages": [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(8)]})
-    torch.manual_seed(0)  # of the adapters
+    # The weights of the adapters are random.
+    torch.manual_seed(0)
     return SFTTrainer(
         save_model(folder / "model"),
         args,

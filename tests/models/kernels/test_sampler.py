@@ -82,7 +82,8 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
     model, tokenizer, prompts, common_end, batch_size
 ):
     batched = generate(model, tokenizer, prompts, max_new_tokens=40, batch_size=batch_size)
-    assert model.config._attn_implementation == "sdpa"  # as before
+    # Sampling restores the attention of the model.
+    assert model.config._attn_implementation == "sdpa"
     lengths = set()
     for prompt, (completion,) in zip(prompts, batched, strict=True):
         alone = model.generate(
@@ -95,7 +96,8 @@ def test_greedy_answers_equal_those_of_transformers_for_each_prompt_alone(
         assert completion.tokens == alone
         assert completion.stopped == (common_end in alone)
         lengths.add(len(alone))
-    assert len(lengths) > 1  # some rows were dropped before others
+    # Rows were dropped at different steps.
+    assert len(lengths) > 1
 
 
 def rows_of_each_pass(model):
