@@ -45,7 +45,7 @@ def page(run: Path, site_of: Callable[..., Site], tmp_path_factory: pytest.TempP
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch = pytest.MonkeyPatch()
-    # The models of these tests never end their turn, so that every answer has the usual length.
+    # These models never end their turn, so that 128 tokens would be waited for at every answer.
     monkeypatch.setattr("pipeline.app.compare.USUAL", 24)
     app = build_app(site_of(run, "--port", str(port), "--model", str(tmp_path_factory.mktemp("broken"))))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))

@@ -187,7 +187,7 @@ def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:
             pass
 
         def drop(self) -> None:
-            # With these options, closing resets the connection.
+            # With this option, closing resets the connection.
             with suppress(OSError):
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
