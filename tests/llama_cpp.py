@@ -47,7 +47,7 @@ class Answer:
 
         Returns:
             By how much its most probable token exceeds llama.cpp's where they part, as logits: 0 if they are the same
-            tokens. And how much the log-probabilities of llama.cpp's tokens differ, of shape (T,).
+            tokens. And its log-probabilities of llama.cpp's tokens, less llama.cpp's, of shape (T,).
         """
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *self.tokens]])).logits[0, len(prompt) - 1 : -1]
@@ -55,7 +55,7 @@ class Answer:
         chosen = own.gather(1, torch.tensor(self.tokens)[:, None])[:, 0]
         # After the first other token, the two continue different texts.
         parting = (own.amax(-1) - chosen).tolist()
-        return next((gap for gap in parting if gap > 0), 0.0), (chosen - self.log_probs).abs()
+        return next((gap for gap in parting if gap > 0), 0.0), chosen - self.log_probs
 
 
 class LlamaCpp:
