@@ -219,7 +219,6 @@ def log_active(trainer: Trainer) -> None:
 
 
 def log_threads() -> None:
-    """Log the number of CPU threads, its reason and how long they wait, unless there is an accelerator."""
+    """Log the number of CPU threads and its reason, unless there is an accelerator."""
     if hardware.accelerator() is None:
-        polls = f"GOMP_SPINCOUNT {os.environ.get('GOMP_SPINCOUNT', 'unset')}"
-        logger.info("threads     %d (%s), %s", torch.get_num_threads(), hardware.threads().reason, polls)
+        logger.info("threads     %d (%s)", torch.get_num_threads(), hardware.threads().reason)

@@ -76,28 +76,22 @@ def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "tasks", "own", "expected"),
+    ("module", "own", "expected"),
     [
-        ("pipeline", "3/83", {}, "10000"),
-        ("recipes", "3/83", {}, "10000"),
-        ("recipes", "1/83", {}, "300000"),
-        # Some sandboxes count nothing.
-        ("recipes", "0/0", {}, "300000"),
-        ("recipes", "3/83", {"OMP_WAIT_POLICY": "active"}, ""),
-        ("recipes", "1/83", {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "1024"}, "5"),
+        ("pipeline", {}, "10000"),
+        ("recipes", {}, "10000"),
+        ("recipes", {"OMP_WAIT_POLICY": "active"}, ""),
+        ("recipes", {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "1024"}, "5"),
     ],
 )
-def test_threads_wait_briefly_beside_other_tasks_and_few_kernels_are_kept_unless_the_user_chose_how(
-    module: str, tasks: str, own: dict[str, str], expected: str
+def test_threads_wait_briefly_and_few_kernels_are_kept_unless_the_user_chose_how(
+    module: str, own: dict[str, str], expected: str
 ) -> None:
     caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
     others = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", *caches)
     variables = {name: value for name, value in os.environ.items() if name not in others}
     shown = ", ".join(f"os.environ.get('{name}', '')" for name in ("GOMP_SPINCOUNT", *caches))
-    # As many tasks as the test wants run, on any machine.
-    read = f"lambda path: {{'/proc/loadavg': '0.20 0.18 0.12 {tasks} 42\\n'}}[str(path)]"
-    code = f"import sys, pathlib; pathlib.Path.read_text = {read}; "
-    code += f"import {module}, os; print({shown}, 'torch' in sys.modules)"
+    code = f"import sys, {module}, os; print({shown}, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables | own, capture_output=True, text=True)
     kept = own.get("LRU_CACHE_CAPACITY", "128")
-    assert done.stdout == f"{expected} 128 {kept} False\n", done.stderr
+    assert done.stdout == f"{expected} 128 {kept} False\n"
