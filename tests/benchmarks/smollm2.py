@@ -111,7 +111,8 @@ def main() -> int:
                     f"{QUESTIONS} of {QUESTIONS} answers the same, or the two logits within 0.001 where they part"
                 )
                 report(f"f32, {source}", expected, f"{exact}, within {largest:.2g}", fits=largest < 1e-3)
-            size, limit = differences.abs().mean().item(), 1e-3 if outtype == "f32" else 0.02
+            size = differences.abs().mean().item()
+            limit = 1e-3 if outtype == "f32" else 0.02
             what = f"{outtype}, {source}, absolute difference of log-probability a token"
             report(what, f"below {limit}", f"{size:.2g}", fits=size < limit)
             # llama.cpp's perplexity tool calls this the mean of ln(PPL(Q)/PPL(base)), there of a given text.
