@@ -1,49 +1,53 @@
-"""The rule of the contest between two versions: the same version is refused, a faster one accepted."""
+"""The contest between two versions: they run in turns, the same version is refused, a faster one accepted."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.report.targets import Target
-from tests.benchmarks import contest
-from tests.benchmarks.contest import LOOKS, broken_promises, hold, judge, simulate
+from tests.benchmarks import contest, turns
+from tests.benchmarks.contest import LOOKS, broken_promises, hold, judge, signed_rank, simulate
 
-SHARE = np.array([0.5, 0.15, 0.1, 0.15, 0.1])
 NOISE = 0.02
 TARGETS = [Target("4_grpo", "pass@1", at_least=0.5)]
 
 
-def halves(runs: int = 12) -> np.ndarray:
-    """The noise of recorded runs: 2% in each step, and a burst of other work in every tenth."""
-    random = np.random.default_rng(0)
-    return NOISE * random.standard_normal((runs, 5)) + 0.5 * (random.random((runs, 5)) < 0.1)
-
-
 def test_the_same_version_is_refused_and_three_percent_are_accepted() -> None:
-    kept = np.ones((12, 2))
-    won, _ = simulate(halves(), SHARE, kept, gain=0.0, contests=100)
+    noise, kept = NOISE * np.random.default_rng(0).standard_normal(12), np.ones((12, 2))
+    won, _ = simulate(noise, kept, gain=0.0, contests=100)
     # With 1%, more than 4 of 100 are won in one case of 290.
     assert won <= 4 / 100
-    won, early = simulate(halves(), SHARE, kept, gain=0.03, contests=40)
+    won, early = simulate(noise, kept, gain=0.03, contests=40)
     assert won >= 0.8
-    assert simulate(halves(), SHARE, kept, gain=0.10, contests=20)[1] > early
-    assert simulate(halves(), SHARE, kept, gain=-0.03, contests=20)[0] == 0
+    assert simulate(noise, kept, gain=0.02, contests=40)[1] < early
+    assert simulate(noise, kept, gain=-0.03, contests=20)[0] == 0
+    # A promise that every run breaks is not kept by the mean.
+    assert simulate(noise, -kept, gain=0.10, contests=20)[0] == 0
 
 
-def test_a_gain_is_measured_with_its_interval_and_noise_is_named() -> None:
+def test_signed_ranks() -> None:
+    # Of 1,024 signs, one has all ten ranks, and one all but the rank 1.
+    assert signed_rank(np.arange(1, 11)) == 1 / 1024
+    assert signed_rank(np.array([-1, *range(2, 11)])) == 2 / 1024
+    assert signed_rank(-np.arange(1, 11)) == 1
+    # As scipy.stats.wilcoxon(..., alternative="greater", method="exact") has it.
+    assert signed_rank(np.array([0.3, -0.1, 0.8, -0.5, 1.2, 0.7, -0.2])) == pytest.approx(0.1484375)
+
+
+def test_a_gain_is_measured_with_its_interval() -> None:
     random = np.random.default_rng(0)
-    record = 400 * SHARE * np.exp(NOISE * random.standard_normal((16, 5)))
-    contender = 360 * SHARE * np.exp(NOISE * random.standard_normal((16, 5)))
+    record = 400 * np.exp(NOISE * random.standard_normal(16))
+    contender = 360 * np.exp(NOISE * random.standard_normal(16))
     verdict = judge(record, contender)
     assert verdict.faster and verdict.low < 0.1 < verdict.high and verdict.gain == pytest.approx(0.1, abs=0.01)
-    assert 0.005 < verdict.visible < 0.03
     # The first look leaves a small gain open, the second one decides.
     assert judge(record[:12], record[:12] * 1.001).faster is None
     assert judge(record, record * 1.001).faster is False
-    # Other work on the machine in one step of some runs counts little.
-    contender[:3, 0] *= 3
+    # Something that went wrong in one run counts little.
+    contender[0] *= 3
     assert judge(record, contender).faster
 
 
@@ -71,8 +75,9 @@ def write_side(folder: Path, speed: float, right: float, seeds: int = min(LOOKS)
         (run / "evaluations" / "4_grpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         figure = {"value": right, "ci95": [right - 0.1, right + 0.1], "n": 100}
         (run / "evaluations" / "4_grpo.json").write_text(json.dumps({"metrics": {"pass@1": figure}}))
-        steps = {name: {"seconds": speed * (1 + NOISE * random.standard_normal())} for name in ("2_sft", "4_grpo")}
-        (run / "run.json").write_text(json.dumps({"seed": seed, "steps": steps}))
+        taken = {name: speed * (1 + NOISE * random.standard_normal()) for name in ("2_sft", "4_grpo")}
+        (run / "turns.json").write_text(json.dumps(taken))
+        (run / "run.json").write_text(json.dumps({"seed": seed, "steps": {name: {} for name in taken}}))
     return folder
 
 
@@ -91,3 +96,54 @@ def test_folders_of_runs_are_judged(
     monkeypatch.setattr("sys.argv", ["contest", "--record", str(record), "--contender", str(record / "seed0")])
     with pytest.raises(SystemExit, match="no run on the other side does"):
         contest.main()
+
+
+VERSION = """
+import json, pathlib, subprocess, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+if "child" not in sys.argv:
+    run.mkdir()
+    # As fourstage run does, so that Ctrl+C reaches only itself.
+    sys.exit(subprocess.run([sys.executable, *sys.argv, "child"], process_group=0).returncode)
+order = open(run.parents[1] / "order.txt", "a", buffering=1)
+steps = {}
+for step in ("1_pretrain", "2_sft"):
+    for _ in range(150):
+        order.write(run.parent.name + chr(10))
+        time.sleep(0.002)
+    steps[step] = {"finished_at": "now"}
+    (run / "run.json").write_text(json.dumps({"steps": steps}))
+sys.exit("--fail" in sys.argv and run.parent.name == "contender")
+"""
+"""Stands for a version's clone: each run says in order.txt when it is running."""
+
+
+def test_versions_run_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clone = tmp_path / "clone"
+    (clone / "pipeline").mkdir(parents=True)
+    (clone / "pipeline/__main__.py").write_text(VERSION)
+    monkeypatch.setattr(turns, "TURN", 0.1)
+    arguments = ["turns", "--record", str(clone), "--contender", str(clone), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--seeds", "0", "1"])
+    turns.main()
+    order = (tmp_path / "runs/order.txt").read_text().split()
+    assert [order.count(side) for side in ("record", "contender")] == [600, 600]
+    # Two that run at the same time would change places hundreds of times.
+    changes = [after for before, after in pairwise(order) if after != before]
+    assert 2 <= len(changes) <= 100
+    # Each seed begins with the other one.
+    assert order[0] == "record" and order[600] == "contender"
+    printed = capsys.readouterr().out.splitlines()
+    for seed, line in enumerate(printed):
+        taken = json.loads((tmp_path / f"runs/record/seed{seed}/turns.json").read_text())
+        assert list(taken) == ["1_pretrain", "2_sft"] and all(value > 0 for value in taken.values())
+        assert turns.seconds(tmp_path / f"runs/record/seed{seed}") == sum(taken.values()) and "contender" in line
+
+    # Finished seeds stay; a failure ends both and is named; what it left has to be deleted.
+    monkeypatch.setattr("sys.argv", [*arguments, "--seeds", "0", "2", "--fail"])
+    with pytest.raises(SystemExit, match=r"contender/seed2 failed with exit code 1; see .*seed2\.log"):
+        turns.main()
+    with pytest.raises(SystemExit, match="seed2 was interrupted: delete"):
+        turns.main()

@@ -3,35 +3,32 @@
 
 ```bash
 python -m tests.benchmarks.contest --record runs/record --contender runs/contender
-python -m tests.benchmarks.contest --resample runs/*          # how often the rule errs, from recorded runs
+python -m tests.benchmarks.contest --record runs/a --contender runs/b --resample runs/*   # how often the rule errs
 ```
 
-Each folder holds `seed0`, `seed1` and so on, finished runs of one version on one machine; `recipes/pocket/program.md`
-says how to run them in turns. The rule:
+Each folder holds `seed0`, `seed1` and so on, finished runs of one version, made by `tests.benchmarks.turns` on one
+machine. The rule:
 
 - The contest is judged at 10 seeds, and once more at 16 if it is still open. Seeds count from 0, so that nobody chooses
   them.
 - The contender is faster if p < 0.001 at 10 seeds, or p < 0.009 at 16. A version that is not faster passes at either
-  look with a probability of at most 0.01 (Bonferroni). Without a difference, either run of a pair could have been the
-  other version's, so p is the share of the sign flips of the pairs that gain at least as much (Fisher's randomization
-  test). It assumes nothing about the noise but that both versions meet the same.
-- The gain of a step is the interquartile mean over the pairs of the seconds saved, as a share of a run's seconds, and
-  that of a run is their sum: a burst of other work during one step counts little.
+  look with a probability of at most 0.01 (Bonferroni). p is that of Wilcoxon's signed-rank test over the pairs
+  (one-sided, exact): without a difference, either run of a pair could have been the other version's.
+- The gain is the median over the pairs of the seconds saved, as a share of the record's: what went wrong in one pair
+  counts little, here and in the ranks.
 - The contender keeps its promises if it keeps each by the mean over the seeds, and breaks none more often than the
   record does (one-sided sign test over the pairs, p < 0.05: 5 seeds more, if none the other way). A figure that was not
   measured is a broken promise. The promises are those of this checkout, for both.
 
-`--resample` says how often such contests are won on this machine. It takes the noise from the training logs of recorded
-runs, whatever their versions: the halves of a training step are the same code on the same machine within some minutes,
-as two versions are that take turns. The halves are closer in time, and shorter, than whole steps. Evaluations log no
-times, and count as the training steps do.
+`--resample` says how often such contests are won on this machine. The noise is that of the pairs in `--record` and
+`--contender`, at least 10 of them, whether of one version or two: what all pairs have in common is not noise. How
+promises are kept is drawn from the runs that follow it, of any version.
 """
 
 import argparse
 import json
 import math
 from dataclasses import dataclass
-from itertools import accumulate, product
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +38,15 @@ from pipeline.evaluation.intervals import student_t
 from pipeline.report.differences import check_rows, differences, pair_by_seed
 from pipeline.report.load import Run, load_runs
 from pipeline.report.seeds import find_seeds
-from pipeline.report.summary import seconds
 from pipeline.report.targets import ROUNDING, Target, check_targets, load_targets
+from tests.benchmarks import turns
 
 LOOKS = {10: 0.001, 16: 0.009}
 """Seeds at which a contest is judged -> the largest p of a faster contender. Together at most 0.01."""
 BROKEN_MORE = 0.05
 """The p below which a promise counts as broken more often."""
-FLIPS = 4096
-"""Sign flips that are drawn where there are more."""
 GOAL = 0.03
 """A gain that a contest should be able to see."""
-TRAINED = ("1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,6 @@ class Verdict:
         low: Lower end of its 95% interval over the seeds.
         high: Upper end.
         p: Probability of such a gain without a difference.
-        visible: Smallest gain that this contest accepts in 80% of the cases.
         faster: True or False; None if the contest goes on at the next look.
     """
 
@@ -72,16 +65,10 @@ class Verdict:
     low: float
     high: float
     p: float
-    visible: float
     faster: bool | None
 
     def __str__(self) -> str:
-        if self.faster is None:
-            found = f"open; go on to {max(LOOKS)} seeds"
-        elif self.faster:
-            found = "faster"
-        else:
-            found = f"not faster, or by less than the {self.visible:.1%} that this machine's noise lets a contest see"
+        found = {None: f"open; go on to {max(LOOKS)} seeds", True: "faster", False: "not faster"}[self.faster]
         return f"{self.gain:.1%} of the seconds saved ({self.low:.1%} to {self.high:.1%}), p = {self.p:.4f}: {found}"
 
 
@@ -89,32 +76,30 @@ def judge(record: np.ndarray, contender: np.ndarray) -> Verdict:
     """Judge by the seconds.
 
     Args:
-        record: Seconds of the record, one row for each seed and one column for each step, at least as many rows as the
-            first look has; rows beyond a look are not looked at.
+        record: Seconds of the record, one for each seed, at least as many as the first look has; those beyond a look
+            are not looked at.
         contender: Seconds of the contender, likewise.
     """
     seeds = max(look for look in LOOKS if look <= len(record))
-    saved = (record[:seeds] - contender[:seeds]) / (record[:seeds] + contender[:seeds]).sum(1, keepdims=True) * 2
-    random = np.random.default_rng(0)
-    if 2**seeds <= FLIPS:
-        flips = np.array(list(product((1.0, -1.0), repeat=seeds)))
-    else:
-        flips = np.vstack([np.ones(seeds), random.choice((1.0, -1.0), (FLIPS - 1, seeds))])
-    gains = _gain(flips[:, :, None] * saved)
-    p = float(np.mean(gains >= gains[0] - 1e-12))
-    resampled = _gain(saved[random.integers(seeds, size=(1000, seeds))])
-    # Shares of the mean of both become shares of the record's seconds.
-    gain, low, high = (float(value / (1 + value / 2)) for value in (gains[0], *np.quantile(resampled, (0.025, 0.975))))
-    # The normal quantiles of 0.991 and 0.8.
-    visible = (2.37 + 0.84) * float(_gain(flips[:, :, None] * (saved - np.median(saved, 0))).std())
+    saved = 1 - contender[:seeds] / record[:seeds]
+    p = signed_rank(np.log(record[:seeds] / contender[:seeds]))
+    resampled = np.median(saved[np.random.default_rng(0).integers(seeds, size=(1000, seeds))], -1)
+    low, high = (float(end) for end in np.quantile(resampled, (0.025, 0.975)))
     open_still = p >= LOOKS[seeds] and seeds < max(LOOKS)
-    return Verdict(gain, low, high, p, visible, None if open_still else p < LOOKS[seeds])
+    return Verdict(float(np.median(saved)), low, high, p, None if open_still else p < LOOKS[seeds])
 
 
-def _gain(saved: np.ndarray) -> np.ndarray:
-    """Return the sum over the steps (last axis) of the interquartile means over the seeds (the axis before)."""
-    drop = saved.shape[-2] // 4
-    return np.sort(saved, axis=-2)[..., drop : saved.shape[-2] - drop, :].mean(-2).sum(-1)
+def signed_rank(differences: np.ndarray) -> float:
+    """Return the probability of so large a sum of the positive differences' ranks, if each sign were a coin's.
+
+    Wilcoxon, 1945, "Individual comparisons by ranking methods". Ranks are by absolute value, from 1; without ties.
+    """
+    ranks = np.abs(differences).argsort().argsort() + 1
+    # ways[s]: how many of the sets of ranks have the sum s.
+    ways = np.ones(1)
+    for rank in range(1, len(ranks) + 1):
+        ways = np.convolve(ways, [1, *[0] * (rank - 1), 1])
+    return float(ways[ranks[differences > 0].sum() :].sum() / ways.sum())
 
 
 def broken_promises(record: np.ndarray, contender: np.ndarray) -> np.ndarray:
@@ -153,6 +138,8 @@ def hold(record: Path, contender: Path) -> bool:
     pairs = sorted(pairs, key=lambda pair: int(pair[0].record.get("seed", 0)))
     if [pair[0].record.get("seed") for pair in pairs] != list(range(len(pairs))) or len(pairs) < min(LOOKS):
         problems.append(Problem("--record", record, f"needs the seeds from 0 on, at least {min(LOOKS)} of them"))
+    for run in (run for pair in pairs for run in pair if not (run.path / turns.NAME).exists()):
+        problems.append(Problem("turns.json", run.path, "is missing; run both with tests.benchmarks.turns"))
     machines = {json.dumps(run.hardware, sort_keys=True): run for pair in pairs for run in pair}
     if len(machines) > 1:
         remedy = "ran on another machine; run both versions in turns on one"
@@ -161,9 +148,8 @@ def hold(record: Path, contender: Path) -> bool:
         raise UserError(*problems)
     pairs = pairs[: max(look for look in LOOKS if look <= len(pairs))]
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
-    taken = [[seconds(run) for run in side] for side in sides]
-    steps = sorted({step for side in taken for of_run in side for step in of_run})
-    verdict = judge(*(np.array([[of_run.get(step, 0.0) for step in steps] for of_run in side]) for side in taken))
+    taken = [np.array([turns.seconds(run.path) for run in side]) for side in sides]
+    verdict = judge(*taken)
 
     targets = load_targets()
     kept = [np.array([margins(run, targets) for run in side]) for side in sides]
@@ -177,53 +163,29 @@ def hold(record: Path, contender: Path) -> bool:
         figures = f"{mean:8.3f}  {mean - half:8.3f} {mean + half:8.3f}"
         print(f"{target!s:100} {figures}  {often[1]} (record {often[0]}){mark}")
     for name, side in zip(("record", "contender"), taken, strict=True):
-        whole = [sum(of_run.values()) for of_run in side]
-        print(f"{name}: {np.mean(whole):.0f} s (standard deviation {np.std(whole, ddof=1):.0f}, {n} seeds)")
+        print(f"{name}: {side.mean():.0f} s (standard deviation {side.std(ddof=1):.0f}, {n} seeds)")
     print(verdict)
     won = bool(verdict.faster) and not broken.any()
     print("THE CONTENDER WINS" if won else f"the record stands{', for now' if verdict.faster is None else ''}")
     return won
 
 
-def noise(run: Path) -> list[float]:
-    """Return log(seconds of an update in the second half / in the first half) of each training step of a run."""
-    found = []
-    for step in TRAINED:
-        history = json.loads((run / step / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-        logged = [item for item in history if "train_runtime" in item and "loss" in item]
-        points = [(item["step"], item["train_runtime"]) for item in logged]
-        if len(points) < 4:
-            # Trainers of TRL log the seconds of an update instead.
-            logged = [item for item in history if "step_time" in item]
-            times = accumulate(item["step_time"] for item in logged)
-            points = [(item["step"], time) for item, time in zip(logged, times, strict=True)]
-        half = len(points) // 2
-        (a, start), (b, middle), (c, end) = points[0], points[half], points[-1]
-        found.append(math.log((end - middle) / (c - b) / ((middle - start) / (b - a))))
-    return found
-
-
-def simulate(
-    halves: np.ndarray, share: np.ndarray, kept: np.ndarray, gain: float, contests: int, scale: float = 1.0
-) -> tuple[float, float]:
+def simulate(noise: np.ndarray, kept: np.ndarray, gain: float, contests: int) -> tuple[float, float]:
     """Return the shares of simulated contests that are won, and that are won at the first look.
 
     Args:
-        halves: `noise` of each recorded run.
-        share: Share of a run's seconds that each step takes.
+        noise: log(seconds of one version / seconds of the other) of each recorded pair.
         kept: `margins` of each recorded run.
         gain: Share of the seconds that the contender saves.
         contests: How many to hold.
-        scale: What the noise is multiplied by.
     """
     random = np.random.default_rng(1)
-    # A half that is slower in all runs is not noise: completions, for instance, grow longer as a stage goes on.
-    halves = scale * (halves - np.median(halves, 0))
+    noise = noise - np.median(noise)
     seeds, won, early = max(LOOKS), 0, 0
     for _ in range(contests):
-        # Which half is the record's is drawn as well. The rows of a run stay together, since load outlasts a step.
-        drawn = halves[random.integers(len(halves), size=seeds)] * random.choice((1.0, -1.0), (seeds, 1)) / 2
-        sides = share * np.exp(drawn), share * np.exp(-drawn) * (1 - gain)
+        # Which side of a pair is the record's is drawn as well.
+        drawn = random.choice(noise, seeds) * random.choice((1.0, -1.0), seeds) / 2
+        sides = np.exp(drawn), np.exp(-drawn) * (1 - gain)
         theirs, ours = (kept[random.integers(len(kept), size=seeds)] for _ in sides)
         for look in LOOKS:
             verdict = judge(*(side[:look] for side in sides))
@@ -237,23 +199,22 @@ def simulate(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", type=Path, help="folder with the runs of the record")
-    parser.add_argument("--contender", type=Path, help="folder with the runs of the contender")
-    parser.add_argument("--resample", type=Path, nargs="+", help="recorded runs, of any version")
+    parser.add_argument("--record", type=Path, required=True, help="folder with the runs of the record")
+    parser.add_argument("--contender", type=Path, required=True, help="folder with the runs of the contender")
+    parser.add_argument("--resample", type=Path, nargs="+", help="simulate contests; runs that have measured promises")
     parser.add_argument("--contests", type=int, default=2000, help="simulated contests")
     args = parser.parse_args()
     try:
         if args.resample:
             targets = load_targets()
-            runs = load_runs(args.resample)
-            taken = np.array([[seconds(run)[step] for step in TRAINED] for run in runs])
-            share = np.median(taken / taken.sum(1, keepdims=True), 0)
-            halves = np.array([noise(run.path) for run in runs])
-            kept = np.array([margins(run, targets) for run in runs])
-            print(f"{len(runs)} recorded runs, {args.contests} contests: won, and won at {min(LOOKS)} seeds")
-            for scale, gain in product((1.0, 1 / 2, 1 / 4), (0.0, GOAL)):
-                won, early = simulate(halves, share / share.sum(), kept, gain, args.contests, scale)
-                print(f"noise x {scale:<5} gain {gain:.0%}   {won:6.1%}  {early:6.1%}", flush=True)
+            kept = np.array([margins(run, targets) for run in load_runs(args.resample)])
+            names = sorted(path.parent.name for path in args.record.glob(f"*/{turns.NAME}"))
+            taken = [np.array([turns.seconds(side / name) for name in names]) for side in (args.record, args.contender)]
+            noise = np.log(taken[0] / taken[1])
+            print(f"{len(noise)} pairs, log ratios of their seconds {noise.round(3)}; promises of {len(kept)} runs")
+            for gain in (0.0, GOAL / 2, GOAL):
+                won, early = simulate(noise, kept, gain, args.contests)
+                print(f"gain {gain:<5.1%}  won {won:6.1%}, at {min(LOOKS)} seeds {early:6.1%}", flush=True)
         else:
             hold(args.record, args.contender)
     except UserError as error:
