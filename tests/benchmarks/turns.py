@@ -100,7 +100,8 @@ class Side:
     def _pids(self) -> set[int]:
         found = set()
         for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError):
+            # Gone since, or a stranger's, which not every system lets one ask about.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 if os.getsid(pid) == self._process.pid:
                     found.add(pid)
         return found
