@@ -1,5 +1,6 @@
 """A tokenizer, a model and data so small that a recipe trains in a second."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -26,9 +27,12 @@ CHATML = (
 """A chat template that, like those of many models on the Hub, does not mark what the assistant says."""
 
 
-@cache
+_trained_tokenizer = cache(train_tokenizer)
+
+
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer([TEXT * 20], vocab_size=300, model_max_length=256)
+    """Return a tokenizer that the caller may change: nobody else has it."""
+    return copy.deepcopy(_trained_tokenizer((TEXT * 20,), vocab_size=300, model_max_length=256))
 
 
 def save_tokenizer(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Conversations in which the assistant calls tools, from any form and file, up to the labels that are learned from."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -228,7 +227,7 @@ def test_names_and_arguments_may_not_spell_special_tokens(function: dict[str, An
 @pytest.mark.parametrize("marked", [True, False])
 def test_calls_are_learned_and_results_are_not(tmp_path: Path, marked: bool) -> None:
     """By the template's marks around what the assistant says, or by the prefixes of a template without them."""
-    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    model, words = save_model(tmp_path / "model"), tokenizer()
     if not marked:
         words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
         words.save_pretrained(model)
@@ -291,7 +290,7 @@ def test_tools_that_cannot_be_read_are_refused_by_their_row(tmp_path: Path, tool
 def test_the_chat_template_gets_the_tools_of_each_row(
     tmp_path: Path, answers_only: bool, marked: bool, lists: bool
 ) -> None:
-    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    model, words = save_model(tmp_path / "model"), tokenizer()
     listing = (
         "{%- if tools is not none -%}{%- for tool in tools -%}<|system|>{{ tool | tojson }}{{ eos_token }}{%- else -%}"
         "{{ raise_exception('an empty list of tools') }}{%- endfor -%}{%- endif -%}"
@@ -325,7 +324,7 @@ def test_the_chat_template_gets_the_tools_of_each_row(
 
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked: bool) -> None:
-    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    model, words = save_model(tmp_path / "model"), tokenizer()
     if not marked:
         words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     words.chat_template = words.chat_template.replace("{{- bos_token -}}", "{{- bos_token -}}{{- tools | tojson -}}")
@@ -344,7 +343,7 @@ def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked:
 
 
 def test_the_tools_count_towards_the_longest_prompt(tmp_path: Path) -> None:
-    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    model, words = save_model(tmp_path / "model"), tokenizer()
     words.chat_template = "{{ tools | tojson }}" + words.chat_template
     words.save_pretrained(model)
     tools = [LISTED | {"function": LISTED["function"] | {"description": "again " * 99}}]
@@ -355,7 +354,7 @@ def test_the_tools_count_towards_the_longest_prompt(tmp_path: Path) -> None:
 
 
 def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) -> None:
-    model, words = save_model(tmp_path / "model"), copy.deepcopy(tokenizer())
+    model, words = save_model(tmp_path / "model"), tokenizer()
     words.chat_template = CHATML
     words.save_pretrained(model)
     args = SFTConfig(str(tmp_path / "output"), max_length=128, max_steps=1, use_cpu=True, bf16=False, report_to="none")

@@ -1,6 +1,5 @@
 """Tokens made a thousand rows at a time are those that TRL's trainers make of each row."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def test_prompts_that_are_too_long_are_found_wherever_they_are() -> None:
 
 
 def test_prompts_are_counted_with_the_arguments_of_the_chat_template() -> None:
-    words = copy.deepcopy(tokenizer())
+    words = tokenizer()
     words.chat_template = CHATML + "{% if slow %}A dog is not a cat.{% endif %}"
     prompts = [[{"role": "user", "content": text}] for text in ("A cat?", "A token is a piece of text. " * 3)]
     rows = Dataset.from_dict({"prompt": prompts})
@@ -48,9 +47,9 @@ def test_prompts_are_counted_with_the_arguments_of_the_chat_template() -> None:
 
 
 def test_prompts_are_counted_whatever_the_template_and_the_normalizer_make_of_the_content() -> None:
-    doubled = copy.deepcopy(tokenizer())
+    doubled = tokenizer()
     doubled.chat_template = CHATML.replace("message['content']", "message['content'] * 9") + CHATML
-    normalized = copy.deepcopy(tokenizer())
+    normalized = tokenizer()
     normalized.backend_tokenizer.normalizer = NFKC()
     # NFKC turns this one character into eighteen.
     for words, text in ((doubled, "A cat? " * 5), (normalized, "\ufdfa" * 8)):
@@ -97,7 +96,7 @@ def test_pairs_become_what_reward_trainer_makes_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_answers_are_found_under_a_template_that_does_not_mark_them(streaming: bool) -> None:
-    words = copy.deepcopy(tokenizer())
+    words = tokenizer()
     words.chat_template = CHATML
     rows = Dataset.from_dict({"messages": CONVERSATIONS})
     prepared = add_tokens(rows.to_iterable_dataset() if streaming else rows, "conversation", words, True)
@@ -119,14 +118,14 @@ def test_answers_are_found_under_a_template_that_does_not_mark_them(streaming: b
     ],
 )
 def test_a_template_under_which_no_answer_can_be_found_is_refused(template: str) -> None:
-    words = copy.deepcopy(tokenizer())
+    words = tokenizer()
     words.chat_template = template
     with pytest.raises(UserError, match=r"assistant_only_loss.*\{% generation %\}"):
         add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)
 
 
 def test_a_template_that_marks_no_answer_is_refused() -> None:
-    words = copy.deepcopy(tokenizer())
+    words = tokenizer()
     words.chat_template = CHATML + "{% generation %}{% endgeneration %}"
     with pytest.raises(UserError, match=r"assistant_only_loss.*does not mark any token"):
         add_tokens(Dataset.from_dict({"messages": CONVERSATIONS}), "conversation", words, True)

@@ -1,6 +1,5 @@
 """A stage may start from an adapter: it trains on the two merged, and what it saves loads as one."""
 
-import copy
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -207,7 +206,7 @@ def grpo_trainer(adapter: Path, folder: Path, peft_config: LoraConfig | None = N
         reward_funcs=lambda completions, **_: [float(len(text[0]["content"])) for text in completions],
         args=args,
         train_dataset=Dataset.from_dict({"prompt": [conversation("What?", "")[:1]] * 8}),
-        processing_class=copy.deepcopy(tokenizer()),
+        processing_class=tokenizer(),
         peft_config=peft_config,
     )
 

@@ -1,6 +1,5 @@
 """`python -m pipeline plan`: what a run takes, against arithmetic by hand and against what trainers count."""
 
-import copy
 import json
 import math
 import re
@@ -253,7 +252,7 @@ def test_the_chat_template_of_a_model_on_this_disk_is_part_of_every_prompt(
     )
     save_model(model)
     for system in ("", "A token is a piece of text. "):
-        own = copy.deepcopy(tokenizer())
+        own = tokenizer()
         own.chat_template = system + own.chat_template
         own.save_pretrained(model)
         tokens.append(plan(capsys, str(recipe), "--gpu", "t4")["stages"]["4_grpo"]["tokens"])
