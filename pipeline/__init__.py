@@ -8,17 +8,17 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 if "OMP_WAIT_POLICY" not in os.environ:
-    # How often an OpenMP thread polls for work before it sleeps; read when torch is imported. By default it polls for
-    # milliseconds: on a busy machine, a training step took 21 times as long as on an idle one, and 8 times with this
-    # number. On an idle machine it costs 1 to 2%; 1000, or OMP_WAIT_POLICY=PASSIVE, would slow training by up to a
-    # sixth, and generation by a quarter to a half.
+    # How often an OpenMP thread polls before it sleeps; read when torch is imported. With the default, training
+    # steps took 21 times as long on a busy machine as on an idle one; with this number 8 times, and 1 to 2% more on an
+    # idle one. 1000 (or OMP_WAIT_POLICY=PASSIVE) would slow training by up to a sixth, generation by a quarter or more.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# How many kernels oneDNN and its wrapper in torch cache: one, of up to 1 MB in bfloat16, for each shape of a product.
-# Sampling drops finished rows from its batches, so it meets new shapes all the time: with the default of 1024 kernels,
-# PPO with a model of 1 M parameters took 1.4 GB; with 128, 0.9 GB and no more time. Read when the first one runs.
+# How many kernels oneDNN and its wrapper in torch cache, of up to 1 MB for each shape of a product. Sampling drops rows
+# that end, and so meets new shapes all the time: PPO with 1M parameters took 1.4 GB with the default, 1024; now 0.9 GB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+# From 5.25 on, transformers would look for kernels on the Hub for every model that is loaded, and run them.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 
 def search_here_last() -> None:

@@ -132,6 +132,7 @@ def test_versions_run_in_turns(
 ) -> None:
     clone = tmp_path / "clone"
     (clone / "pipeline").mkdir(parents=True)
+    (clone / "pipeline/__init__.py").touch()
     (clone / "pipeline/__main__.py").write_text(VERSION)
     monkeypatch.setattr(turns, "TURN", 0.1)
     arguments = ["turns", "--record", str(clone), "--contender", str(clone), "--runs", str(tmp_path / "runs")]

@@ -40,9 +40,11 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         if "--config" in parts and (missing := missing_input(values, parts[parts.index("--config") + 1])):
             raise UserError(missing)
         # `recipes/__init__.py` disables the garbage collector while a recipe's modules are imported. Their million
-        # objects live as long as the process: unless they are frozen, each collection traverses all of them.
+        # objects live as long as the process: unless they are frozen, each collection traverses all of them. At exit,
+        # triton, which torch for CUDA imports, would print frozen types as leaks.
         gc.enable()
-        gc.freeze()
+        if "triton" not in sys.modules:
+            gc.freeze()
         output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
         new = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:

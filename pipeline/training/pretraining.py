@@ -136,10 +136,7 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase, prediction: EvalPrediction) -> dict[str, float]:
-    """Return the bits that the model needs per byte of held-out text: `compute_metrics` of a trainer.
-
-    Its `preprocess_logits_for_metrics` is `sequence_losses`.
-    """
+    """Return the bits that the model needs per byte of held-out text, from predictions that are `sequence_losses`."""
     # The first token of a row is never predicted.
     predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
     texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)
