@@ -81,17 +81,17 @@ def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
         ("pipeline", {}, "10000"),
         ("recipes", {}, "10000"),
         ("recipes", {"OMP_WAIT_POLICY": "active"}, ""),
-        ("recipes", {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "1024"}, "5"),
+        ("recipes", {"GOMP_SPINCOUNT": "5", "LRU_CACHE_CAPACITY": "1024", "USE_HUB_KERNELS": "YES"}, "5"),
     ],
 )
-def test_threads_wait_briefly_and_few_kernels_are_kept_unless_the_user_chose_how(
+def test_threads_wait_briefly_and_few_kernels_are_kept_and_none_fetched_unless_the_user_chose_how(
     module: str, own: dict[str, str], expected: str
 ) -> None:
-    caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "USE_HUB_KERNELS")
     others = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", *caches)
     variables = {name: value for name, value in os.environ.items() if name not in others}
     shown = ", ".join(f"os.environ.get('{name}', '')" for name in ("GOMP_SPINCOUNT", *caches))
     code = f"import sys, {module}, os; print({shown}, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables | own, capture_output=True, text=True)
     kept = own.get("LRU_CACHE_CAPACITY", "128")
-    assert done.stdout == f"{expected} 128 {kept} False\n"
+    assert done.stdout == f"{expected} 128 {kept} {own.get('USE_HUB_KERNELS', 'NO')} False\n"
