@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import Problem, UserError, refuse
+from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation import evaluate_yaml
 from pipeline.files import read_json, read_run
 from pipeline.stages import HELD_OUT
@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate the stage, write both files and print the metrics. Return the exit code."""
+    if not Path(args.run).is_dir():
+        raise UserError(Problem("RUN", args.run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
     from pipeline.rewards.sandbox import run as sandbox

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from trl import GRPOConfig, SFTConfig
 
 from pipeline import hardware, launch
-from pipeline.errors import Problem, UserError, as_typed, refuse
+from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
@@ -47,8 +47,6 @@ WITHOUT = {
 
 def check_stages(run: Path, named: Mapping[str, str], settings: Settings) -> None:
     """Refuse a run that cannot be written to, and stages that are not models, naming the option."""
-    if not run.is_dir():
-        raise UserError(Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
     refuse(check_directory(run / "evaluations", "RUN"))
     for option, stage in named.items():
         # The model that the run starts from may be on the Hub, so it is only checked when it is loaded.
