@@ -100,10 +100,10 @@ def nearest(path: Path) -> Path:
 
 
 def is_missing_path(name: str) -> bool:
-    """Return whether a name is a path to something that does not exist, rather than an id on the Hub."""
+    """Return whether a name is a path to something that does not exist (`runs/…`), rather than an id on the Hub."""
     # A revision may contain slashes.
     repo, _ = split_revision(name)
-    return not os.path.exists(name) and (name.startswith((".", "/", "~")) or repo.count("/") > 1)
+    return not os.path.exists(name) and (name.startswith((".", "/", "~", "runs/")) or repo.count("/") > 1)
 
 
 def describe_folder(path: str | Path) -> str:

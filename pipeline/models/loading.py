@@ -68,9 +68,7 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         if checked and not is_expected:
             raise
         reason = shorten(str(error) if is_expected else repr(error), 250)
-        if is_missing_path(str(name)):
-            reason = "there is no such folder"
-        elif isinstance(error, MemoryError):
+        if isinstance(error, MemoryError):
             reason = "there is not enough memory"
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
@@ -85,10 +83,13 @@ def local_copy(name: str, inner: str | None = None) -> str:
     With `inner`, the repository is always downloaded, and its subfolder of that name is returned if it exists.
 
     Raises:
-        OSError: If the repository does not exist, or cannot be downloaded.
+        OSError: If the folder or the repository does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
-    if os.path.exists(name) or is_missing_path(repo_id) or (revision is None and inner is None):
+    # The Hub would be asked for `runs/pocket`.
+    if is_missing_path(name):
+        raise FileNotFoundError("there is no such folder")
+    if os.path.exists(name) or (revision is None and inner is None):
         return name
     files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
     checkpoints = ("checkpoint-*", "last-checkpoint/*")

@@ -109,7 +109,11 @@ def test_a_model_of_a_revision_loads_and_a_critic_lies_in_its_folder(hub: Hub, b
     assert model.num_parameters() > 0
     hub.add("alice/ppo", base | {f"value_model/{name}": content for name, content in base.items()})
     assert Path(local_copy("alice/ppo", "value_model")).name == "value_model"
-    assert local_copy("alice/base") == "alice/base" and local_copy("./alice/base@v1") == "./alice/base@v1"
+    assert local_copy("alice/base") == "alice/base"
+    # Paths, which the Hub is not asked for.
+    for path in ("./alice/base@v1", "runs/base", "runs/base/2_sft"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder"):
+            local_copy(path)
     with pytest.raises(UserError, match=r"^judge: alice/base@v2: [^\n]*$"):
         load_model("alice/base@v2", "judge")
 
