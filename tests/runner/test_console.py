@@ -99,8 +99,12 @@ class Terminal:
     def wait_for(self, pattern: str) -> None:
         """Wait until something is on the screen."""
         deadline = time.monotonic() + 60
-        while not re.search(pattern, "\n".join(self.lines())):
-            assert time.monotonic() < deadline and self.process.is_alive(), "\n".join(self.lines())
+        while True:
+            # What the run wrote last may be read after it has ended.
+            more = self._reader.is_alive()
+            if re.search(pattern, "\n".join(self.lines())):
+                return
+            assert more and time.monotonic() < deadline, "\n".join(self.lines())
             time.sleep(0.02)
 
     def end(self) -> int:
