@@ -1,8 +1,8 @@
-"""The model to train from scratch, with random weights: a dense Llama or a Llama 4 of given sizes."""
+"""The model to train from scratch, with random weights: a dense Llama or Qwen3, or a Llama 4, of given sizes."""
 
 import logging
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScratchArguments:
-    """A model to train from scratch: a dense Llama, or a Llama 4, with the names of transformers' configurations.
+    """A model to train from scratch, with the names of transformers' configurations: a dense one, or a Llama 4.
 
     A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
-    heads, grouped-query attention (Ainslie et al. 2023). A Llama 4 (Meta 2025) is a mixture of experts. Each token
-    passes `num_experts_per_tok` experts of width `intermediate_size`, and a shared one for all tokens. transformers
-    computes every expert for every token, with weight 0 if it was not chosen: only models with few experts are fast.
+    heads, grouped-query attention (Ainslie et al. 2023); a Qwen3 (2025) also normalises queries and keys, and learns to
+    copy in fewer steps. In a Llama 4 (Meta 2025), each token passes `num_experts_per_tok` experts of width
+    `intermediate_size`, and a shared one. transformers computes every expert for every token: more than a few are slow.
 
     Raises:
         UserError: If the sizes do not fit together, or belong to the other kind of model.
@@ -41,8 +41,9 @@ class ScratchArguments:
     attention_bias: bool = HfArg(default=False, help="Biases in attention, as in Qwen2, help small models copy.")
     tie_word_embeddings: bool = HfArg(default=True, help="Share the input and output embeddings.")
     initializer_range: float = HfArg(default=0.02, help="Standard deviation of the random weights.")
-    model_type: Literal["llama", "llama4_text"] = HfArg(
-        default="llama", help="llama is dense, llama4_text has experts."
+    embedding_mean: float = HfArg(default=0.0, help="Mean of the random embeddings: what they share acts as a bias.")
+    model_type: Literal["llama", "qwen3", "llama4_text"] = HfArg(
+        default="llama", help="llama and qwen3 are dense, qwen3 normalises queries and keys; llama4_text has experts."
     )
     intermediate_size_mlp: int | None = HfArg(
         default=None, help="Llama 4: width of the layers without experts (default: of all experts that a token passes)."
@@ -65,18 +66,18 @@ class ScratchArguments:
         if groups is not None and heads % groups:
             remedy = f"must be a divisor of num_attention_heads ({heads})"
             problems.append(Problem("num_key_value_heads", groups, remedy))
+        if self.attention_bias and self.model_type == "qwen3":
+            problems.append(Problem("attention_bias", True, "llama.cpp cannot open such a qwen3; leave it out"))
         given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
-        if self.model_type == "llama":
+        if self.model_type != "llama4_text":
             problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
         else:
-            given = LLAMA4 | given
-            vars(self).update(given)
+            vars(self).update(given := LLAMA4 | given)
             experts, layers = given["num_local_experts"], self.num_hidden_layers
             if (chosen := given["num_experts_per_tok"]) > experts:
                 problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
             if (step := given["interleave_moe_layer_step"]) > layers:
-                remedy = f"no layer would have experts: there are {layers} layers; lower it"
-                problems.append(Problem("interleave_moe_layer_step", step, remedy))
+                problems.append(Problem("interleave_moe_layer_step", step, f"above the {layers} layers; lower it"))
         refuse(*problems)
 
 
@@ -90,8 +91,7 @@ LLAMA4: dict[str, Any] = {
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
-    is_mixture = args.model_type == "llama4_text"
-    config_class = transformers.Llama4TextConfig if is_mixture else transformers.LlamaConfig
+    config_class = transformers.CONFIG_MAPPING[args.model_type]
     known = {item.name for item in fields(config_class)}
     special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     width = args.intermediate_size or 64 * -(-args.hidden_size * 8 // (3 * 64))
@@ -104,7 +104,7 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
         "dtype": torch.float32,
         **special_ids,
     }
-    if is_mixture:
+    if args.model_type == "llama4_text":
         settings |= {
             "intermediate_size_mlp": args.intermediate_size_mlp or width * (1 + (args.num_experts_per_tok or 1)),
             # Queries are scaled by position from 8,192 tokens on, ignoring the `position_ids` of packed documents.
@@ -114,18 +114,18 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
         }
     with hardware.unchanged_rng():
         torch.manual_seed(seed)
-        model_class = transformers.Llama4ForCausalLM if is_mixture else transformers.LlamaForCausalLM
-        model = model_class(config_class(**settings))
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config_class(**settings))
+    if args.embedding_mean:
+        model.get_input_embeddings().weight.data += args.embedding_mean
     model.generation_config = GenerationConfig(**special_ids)
     return model
 
 
 def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
     """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
-    # The part of a tokenizer that building a model needs: its tokens, none of them special.
-    tokenizer: Any = range(size)
+    # Of a tokenizer, building a model needs the tokens, none of them special.
     with torch.device("meta"):
-        return build_model(args, tokenizer, seed=0)
+        return build_model(args, cast(Any, range(size)), seed=0)
 
 
 def log_model(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,8 +82,39 @@ def test_unset_sizes_follow_from_the_others() -> None:
     assert model.model.layers[0].self_attn.q_proj.bias is None
 
 
-def test_attention_is_causal() -> None:
-    model = build_model(ScratchArguments(**SIZES, initializer_range=0.3), tokenizer(), seed=0).eval()
+def test_a_qwen3_is_a_llama_with_norms_of_queries_and_keys() -> None:
+    llama, qwen3 = (
+        build_model(ScratchArguments(**SIZES, model_type=kind), tokenizer(), seed=0).eval()
+        for kind in ("llama", "qwen3")
+    )
+    norms = {name for name, _ in qwen3.named_parameters()} - {name for name, _ in llama.named_parameters()}
+    assert len(norms) == 2 * SIZES["num_hidden_layers"] and all("q_norm" in name or "k_norm" in name for name in norms)
+    for layer in qwen3.model.layers:
+        layer.self_attn.q_proj.weight.data *= 50
+    tokens = torch.arange(10, 30)[None]
+    scaled = qwen3(tokens).logits
+    for layer in qwen3.model.layers:
+        layer.self_attn.q_proj.weight.data /= 50
+    # The norms' epsilon, 1e-6, is the rest.
+    assert torch.allclose(scaled, qwen3(tokens).logits, atol=1e-3)
+    with pytest.raises(UserError, match="attention_bias"):
+        ScratchArguments(**SIZES, model_type="qwen3", attention_bias=True)
+
+
+def test_embeddings_share_their_mean_and_keep_their_spread() -> None:
+    plain, shifted = (build_model(ScratchArguments(**SIZES, embedding_mean=m), tokenizer(), 0) for m in (0.0, 0.5))
+    weights = [model.get_input_embeddings().weight for model in (plain, shifted)]
+    assert torch.allclose(weights[1] - weights[0], torch.tensor(0.5)) and shifted.lm_head.weight is weights[1]
+    others = [
+        [weight for name, weight in model.named_parameters() if "embed" not in name] for model in (plain, shifted)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*others, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_attention_is_causal(kind: Any) -> None:
+    args = ScratchArguments(**SIZES, model_type=kind, initializer_range=0.3)
+    model = build_model(args, tokenizer(), seed=0).eval()
     tokens = torch.arange(10, 30)[None]
     changed = tokens.clone()
     changed[0, 12] = 40
