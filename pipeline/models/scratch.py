@@ -21,9 +21,9 @@ class ScratchArguments:
     """A model to train from scratch, with the names of transformers' configurations: a dense one, or a Llama 4.
 
     A Llama (Touvron et al. 2023) has rotary embeddings (Su et al. 2021) and, with fewer key and value heads than query
-    heads, grouped-query attention (Ainslie et al. 2023); a Qwen3 (2025) also normalises queries and keys, and learns to
-    copy in fewer steps. In a Llama 4 (Meta 2025), each token passes `num_experts_per_tok` experts of width
-    `intermediate_size`, and a shared one. transformers computes every expert for every token: more than a few are slow.
+    heads, grouped-query attention (Ainslie et al. 2023); a Qwen3 (2025) also normalises queries and keys: with an
+    `embedding_mean`, small ones copy sooner. In a Llama 4 (Meta 2025), each token passes `num_experts_per_tok` experts
+    (`intermediate_size` wide) and a shared one. transformers computes every expert for every token: many are slow.
 
     Raises:
         UserError: If the sizes do not fit together, or belong to the other kind of model.
@@ -73,11 +73,11 @@ class ScratchArguments:
             problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
         else:
             vars(self).update(given := LLAMA4 | given)
-            experts, layers = given["num_local_experts"], self.num_hidden_layers
+            experts = given["num_local_experts"]
             if (chosen := given["num_experts_per_tok"]) > experts:
                 problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
-            if (step := given["interleave_moe_layer_step"]) > layers:
-                problems.append(Problem("interleave_moe_layer_step", step, f"above the {layers} layers; lower it"))
+            if (step := given["interleave_moe_layer_step"]) > self.num_hidden_layers:
+                problems.append(Problem("interleave_moe_layer_step", step, "no layer has experts; lower it"))
         refuse(*problems)
 
 

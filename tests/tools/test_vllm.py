@@ -10,10 +10,14 @@ from transformers import AutoConfig
 
 from pipeline.models.scratch import ScratchArguments, build_model
 
-WEIGHTS = re.compile(
-    r"model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.((input|post_attention)_layernorm\.weight|"
-    r"self_attn\.([qkvo]_proj\.(weight|bias)|[qk]_norm\.weight)|mlp\.(gate|up|down)_proj\.weight))|lm_head\.weight"
-)
+ATTENTION = {"llama": r"[qkvo]_proj\.(weight|bias)", "qwen3": r"[qkvo]_proj\.weight|[qk]_norm\.weight"}
+WEIGHTS = {
+    kind: re.compile(
+        r"model\.(embed_tokens\.weight|norm\.weight|layers\.\d+\.((input|post_attention)_layernorm\.weight|"
+        rf"self_attn\.({names})|mlp\.(gate|up|down)_proj\.weight))|lm_head\.weight"
+    )
+    for kind, names in ATTENTION.items()
+}
 """The weights of vLLM's LlamaForCausalLM, with `attention_bias` or without it, and of its Qwen3ForCausalLM."""
 
 
@@ -35,7 +39,7 @@ def test_a_model_is_a_plain_one_of_its_kind(tmp_path: Path, tied: bool, kind: An
     assert config.hidden_act == "silu", "the only activation of vLLM's Llama and Qwen3"
     assert config.rope_parameters["rope_type"] == "default"
     names = weights(tmp_path).keys()
-    assert [name for name in names if not WEIGHTS.fullmatch(name)] == []
+    assert [name for name in names if not WEIGHTS[kind].fullmatch(name)] == []
     assert ("lm_head.weight" in names) is not tied, "vLLM shares the embeddings if the configuration says so"
 
 
