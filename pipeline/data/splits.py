@@ -14,6 +14,7 @@ from pipeline.data.columns import Kind, Split, Splits, column_names, converter, 
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, refuse
+from pipeline.progress import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def _load_one(
     source = keep_rows(source, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
+        report_progress(evaluated_on="test")
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split
     is_single = list(source) == [train] and test != train and args.validation_share > 0

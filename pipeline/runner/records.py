@@ -40,7 +40,7 @@ class RunRecord:
     - `seconds`, over all attempts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
-    - `lost`, the rows that it truncated or dropped, if any (see `pipeline.progress.report_lost`)
+    - `lost`, the rows that it truncated or dropped, if any, and `evaluated_on` (see `pipeline.progress`)
 
     Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
     """

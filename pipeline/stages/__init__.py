@@ -31,7 +31,7 @@ HELD_OUT = {
 """By the keys of `evaluate.yaml`."""
 
 BASELINES = {
-    "elicited": Baseline("{against}, begun with", "`{against}`, its answer begun with “{text}”"),
+    "elicited": Baseline("{against}, prompted with", "`{against}`, its answer begun with “{text}”"),
     "constant": Baseline("{against}, always with", "`{against}`, with a fixed text before or after its answer"),
     "majority": Baseline(
         "most frequent training answer of each kind",
@@ -326,7 +326,7 @@ STAGES: dict[str, StageKind] = {
         samples=True,
         data="prompt",
         held_out="problems",
-        aims=("pass@1", "pass@1_sampled", "pass@8", "step_rate", "environment_reward"),
+        aims=("pass@1", "pass@1_sampled", "pass@8", "environment_reward", "step_rate"),
         smoke={**SMOKE_ROLLOUTS, "num_generations": 4},
         charts=(
             LoggedChart("Reward", (("training", "reward"), ("validation", "eval_reward")), note="Correctness only."),
