@@ -100,6 +100,7 @@ def test_the_runner_is_told_if_training_is_evaluated_on_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_split: str
 ) -> None:
     """Then the checkpoint that is best there was chosen on the rows that measure it."""
+    (tmp_path / "data").mkdir()
     for split in ("train", test_split):
         write_lines(tmp_path / "data" / f"{split}.jsonl", ROWS)
     reports = tmp_path / "reports"
