@@ -205,6 +205,23 @@ def without_derived(settings: Values) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in DERIVED or key == "against"}
 
 
+def named_code(settings: Values) -> list[str]:
+    """Return the code of a user's that settings name: functions, as `module:function`, and files of lm-eval's tasks."""
+    sources = [settings.get(key) for key in HELD_OUT]
+    functions = [source.get("grade") for source in sources if isinstance(source, Mapping)]
+    functions.append(settings.get("judge"))
+    for tools in (settings.get(CALLED) or {}).values():
+        functions += [*as_list(tools.get("tools") or []), tools.get("environment")]
+    names = [name for name in functions if isinstance(name, str) and ":" in name]
+    names += [task for task in as_list(settings.get("lm_eval_tasks") or []) if is_task_file(str(task))]
+    return list(dict.fromkeys(names))
+
+
+def is_task_file(task: str) -> bool:
+    """Return whether a task of lm-eval is a file, which may name functions, rather than one of lm-eval's own."""
+    return os.sep in task or task.endswith((".yaml", ".yml"))
+
+
 def move(settings: Values, run: Path) -> dict[str, Any]:
     """Return the settings with the paths in `home` in the directory `run`."""
     home = settings["home"]
@@ -255,7 +272,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm
-    from pipeline.rewards.loading import load_rewards
+    from pipeline.rewards.loading import check_trust, load_rewards
 
     def is_missing(path: str) -> bool:
         # "data.jsonl" is a file, whereas "org/data" is an id on the Hub.
@@ -276,7 +293,14 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
         from pipeline.evaluation.harness import check_tasks
 
-        problems += check_tasks(list(map(str, tasks)))
+        trusted: list[str] = []
+        for task in map(str, tasks):
+            with collect(problems):
+                # A task's file may name functions, which lm-eval calls.
+                if is_task_file(task):
+                    check_trust(task, "lm_eval_tasks")
+                trusted.append(task)
+        problems += check_tasks(trusted)
     functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = settings.get(key)

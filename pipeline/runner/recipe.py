@@ -16,7 +16,7 @@ from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError, refuse
-from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive, named_code
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_directory, read_json, relocate, split_revision
 from pipeline.runner.records import TRASH
@@ -302,7 +302,9 @@ def _evaluation(
     written |= {step.output for step in before if step.stage.editable and not step.stage.by_people}
     needs = [step.name for step in before if step.output in written or step.kind == OPPONENT]
     needs += [step.name for step in own]
-    arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides))
+    # The recipe's own functions, which the command would not load just because the run's files name them.
+    trust = [word for name in named_code(settings) for word in ("--trust", name)]
+    arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides), *trust)
     output, values = run_dir / "evaluations", {**settings, **overrides}
     results = (output / f"{stage}.json", output / f"{stage}.jsonl")
     needed, read = tuple(dict.fromkeys(needs)), tuple(sorted(files))
