@@ -34,7 +34,10 @@ class Difference:
 
 
 def differences(run: Run) -> list[Difference]:
-    """Return the differences of each stage from the one that it started from and, in its aims, from baselines."""
+    """Return the differences of each stage from the one that it started from and, in its aims, from baselines.
+
+    Variants of a stage that all start from one model are also compared with the first of them.
+    """
     others = twins(run.stages)
     found: list[Difference] = []
     for stage in run.stages.values():
@@ -44,6 +47,8 @@ def differences(run: Run) -> list[Difference]:
         # A second pretraining, which no stage starts from, is compared the other way: it is the first one's baseline.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
+        if sibling := run.first_sibling(stage):
+            found.extend(_between(sibling, stage))
         # Baselines only matter for the metrics that their stage is trained for.
         for baseline in run.baselines.values() if stage.name not in others else ():
             found.extend(item for item in _between(baseline, stage) if item.aim)

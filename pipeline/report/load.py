@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from pipeline.config.weight_fields import newest_state
 from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
 from pipeline.errors import Problem, UserError, as_typed, refuse
-from pipeline.evaluation.evaluate_yaml import VOTES
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
+from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.files import read_json, read_run, read_shapes
 from pipeline.stages import STAGES, find_baseline
@@ -110,12 +111,40 @@ class Run:
         title = (known.title if known else baseline.name).replace("{against}", self.against)
         return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
 
+    def values_of(self, stage: StageResult) -> dict[str, Any]:
+        """Return the recorded settings of the step that wrote a stage, whose name may differ; {} without a record."""
+        if stage.name in self.steps:
+            return self.steps[stage.name].get("values", {})
+        for step in self.steps.values():
+            values = step.get("values", {})
+            if Path(str(values.get("output_dir"))).name == stage.name:
+                return values
+        return {}
+
+    def first_sibling(self, stage: StageResult) -> StageResult | None:
+        """Return the first measured stage of the same kind that started from the same model, or None.
+
+        Stages that differ in their loss, for instance, are compared with each other as well as with their start.
+        """
+        start = self.values_of(stage).get("model_name_or_path")
+        for other in self.stages.values():
+            if other.name == stage.name:
+                return None
+            same_start = start is not None and self.values_of(other).get("model_name_or_path") == start
+            if same_start and other.metrics and stage_kind(other.name) == stage_kind(stage.name):
+                return other
+        return None
+
     def origin(self, stage: StageResult) -> StageResult | None:
         """Return the measured stage that another one started from, or None."""
-        values = self.steps.get(stage.name, {}).get("values", {})
-        named = self.stages.get(Path(str(values.get("model_name_or_path"))).name)
+        values = self.values_of(stage)
+        start = str(values.get("model_name_or_path") or "")
+        named = self.stages.get(Path(start).name)
         if named and named.metrics:
             return named
+        # A model that is no stage of this run is measured under this name, if it is measured.
+        if start and named is None and BASE in self.stages:
+            return self.stages[BASE] if self.stages[BASE].metrics and stage.name != BASE else None
         # Without a record, assume the one before.
         before = takewhile(lambda other: other.name != stage.name, self.stages.values())
         others = twins(self.stages)
@@ -124,8 +153,14 @@ class Run:
 
 
 def main_aim(stage: StageResult) -> str | None:
-    """Return the first metric that a stage is trained for and that was measured, or None."""
-    return next((name for name in stage_info(stage.name).aims if name in stage.metrics), None)
+    """Return the first metric that a stage is trained for and that was measured, or None.
+
+    A metric of which neither more nor less is better, such as the step rate, cannot be an aim.
+    """
+    for name in stage_info(stage.name).aims:
+        if name in stage.metrics and metric_info(name).better:
+            return name
+    return None
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:

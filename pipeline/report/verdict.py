@@ -87,14 +87,47 @@ def conclude(run: Run, found: list[Finding]) -> str:
     if found:
         failed = dict.fromkeys(finding.stage for finding in found)
         return f"{counted(len(found), 'thing')} did not work, in {', '.join(failed)}"
-    aims = [main_aim(stage) for stage in run.stages.values() if stage_info(stage.name).generates]
-    reached = [metric_info(aim).label.lower() for aim in aims if aim]
-    if not reached:
-        return ""
-    stages = {1: "The stage", 2: "Both stages", 3: "All three stages", 4: "All four stages"}
-    subject, are = stages.get(len(reached), f"All {len(reached)} stages"), "they are" if reached[1:] else "it is"
-    # PPO and DPO of one run have the same aim.
-    return f"{subject} did what {are} for: better {', '.join(dict.fromkeys(reached))}"
+    reached: list[str] = []
+    unmeasured: list[str] = []
+    uncompared: list[str] = []
+    for stage in run.stages.values():
+        info = stage_info(stage.name)
+        # An untrained model has no aim.
+        if not info.generates or not info.aims:
+            continue
+        aim = main_aim(stage)
+        if aim is None:
+            unmeasured.append(stage.name)
+        elif is_compared(run, stage, aim):
+            reached.append(metric_info(aim).label.lower())
+        else:
+            uncompared.append(stage.name)
+    parts = []
+    if reached:
+        # Only a run whose every stage was compared is praised as a whole.
+        missing = [*unmeasured, *uncompared]
+        stages = {1: "The stage", 2: "Both stages", 3: "All three stages", 4: "All four stages"}
+        subject = stages.get(len(reached), f"All {len(reached)} stages")
+        compared = " that was compared" if reached[1:] == [] else " that were compared"
+        are = "they are" if reached[1:] else "it is"
+        # PPO and DPO of one run have the same aim.
+        aims = ", ".join(dict.fromkeys(reached))
+        parts.append(f"{subject}{compared if missing else ''} did what {are} for: better {aims}")
+    if uncompared:
+        parts.append(f"not compared with an earlier stage: {', '.join(uncompared)}")
+    if unmeasured:
+        parts.append(f"not measured: {', '.join(unmeasured)}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def is_compared(run: Run, stage: StageResult, aim: str) -> bool:
+    """Return whether the aim of a stage was measured on rows that the stage before, or an opponent, answered too."""
+    before = run.origin(stage)
+    # A win rate compares with its opponent.
+    if aim == "win_rate" and before and run.against == before.name:
+        return True
+    return before is not None and paired(before.outcomes(aim), stage.outcomes(aim), aim) is not None
 
 
 def _known(metric: str, estimate: Estimate, sign: bool = False) -> str:

@@ -248,3 +248,13 @@ def test_runs_that_were_measured_in_another_way_are_named(tmp_path: Path, run_co
         )
     code, _, err = run_compare(sides[0], "--against", sides[1])
     assert code == 0 and f"{sides[1]}: 2_sft measured with a different max_new_tokens than {sides[0]}" in err
+
+
+def test_two_stages_of_one_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Variants of a stage, such as losses of GRPO, are stages of one run."""
+    run = make_run(tmp_path / "losses", 0, [0.0] * ROWS, "4_grpo")
+    make_run(run, 0, [1.0] * ROWS, "4_grpo_dapo")
+    assert main(["compare", str(run / "4_grpo_dapo"), "--against", str(run / "4_grpo")]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["4_grpo_dapo"]["pass@1"]["value"] == 1.0
+    assert f"A: {run / '4_grpo_dapo'}" in output.err and f"B: {run / '4_grpo'}" in output.err

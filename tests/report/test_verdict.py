@@ -10,6 +10,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from pipeline.evaluation.results import StageResult
+from pipeline.report.differences import differences
 from pipeline.report.load import Run, load_run
 from pipeline.report.path_picture import path_boxes
 from pipeline.report.verdict import conclude, find_failures
@@ -106,9 +107,49 @@ def test_nothing_is_invented_about_what_was_not_measured() -> None:
     ):
         assert find_failures(run) == [], run.stages
     assert conclude(run_of(), []) == ""
+
+
+def test_a_stage_that_was_not_compared_or_not_measured_is_named_and_not_praised() -> None:
+    poor, right = [0.0] * 20, [1.0] * 20
     assert conclude(run_of(stage("2_sft", instruction_accuracy=right)), []) == (
-        "The stage did what it is for: better instruction accuracy"
+        "Not compared with an earlier stage: 2_sft"
     )
+    sft = stage("2_sft", instruction_accuracy=right, pass_at_1=poor)
+    grpo = stage("4_grpo", pass_at_1=right)
+    first = stage("1_pretrain", instruction_accuracy=poor)
+    assert conclude(run_of(first, sft, grpo), []) == (
+        "Both stages that were compared did what they are for: better instruction accuracy, pass@1; "
+        "not measured: 1_pretrain"
+    )
+    # Without the file of the rows there is nothing to compare row by row.
+    grpo.examples = []
+    assert conclude(run_of(stage("0_base", instruction_accuracy=poor), sft, grpo), []) == (
+        "The stage that was compared did what it is for: better instruction accuracy; "
+        "not compared with an earlier stage: 4_grpo"
+    )
+    whole = run_of(stage("0_base", instruction_accuracy=poor), sft, stage("4_grpo", pass_at_1=right))
+    assert conclude(whole, []) == "Both stages did what they are for: better instruction accuracy, pass@1"
+
+
+@pytest.mark.parametrize(("after", "works"), [(0.9, True), (0.1, False)])
+def test_a_stage_that_only_an_environment_rewards_is_judged_by_its_reward(after: float, works: bool) -> None:
+    """The step rate, of which neither more nor less is better, was its aim: it always failed."""
+    before = stage("3_ppo", environment_reward=[0.1, 0.2] * 50, step_rate=[0.0] * 100)
+    run = run_of(before, stage("4_grpo", environment_reward=[after, 0.2] * 50, step_rate=[1.0] * 100))
+    assert found(run).keys() == (set() if works else {("4_grpo", "reward went")})
+    if works:
+        assert "better reward" in conclude(run, [])
+
+
+def test_variants_of_a_stage_are_compared_with_their_start_and_with_the_first_of_them() -> None:
+    steps: dict[str, Any] = {}
+    # The name of a step may differ from its folder's.
+    for name, folder in (("4_grpo", "4_grpo"), ("4_dapo", "4_grpo_dapo")):
+        values = {"model_name_or_path": "runs/pocket/3_ppo", "output_dir": f"runs/losses/{folder}"}
+        steps[name] = {"values": values}
+    stages = [stage(name, pass_at_1=[1.0, 0.0] * 10) for name in ("0_base", "4_grpo", "4_grpo_dapo")]
+    pairs = [(one.stage, one.before) for one in differences(run_of(*stages, steps=steps))]
+    assert pairs == [("4_grpo", "0_base"), ("4_grpo_dapo", "0_base"), ("4_grpo_dapo", "4_grpo")]
 
 
 def test_a_stage_is_compared_with_the_one_that_it_started_from() -> None:
