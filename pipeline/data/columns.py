@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -63,8 +63,9 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
-FAULT, HAS_CALLS = "_fault", "calls a tool"
-"""Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`."""
+FAULT, HAS_CALLS, UNINFORMATIVE = "_fault", "calls a tool", "says nothing"
+"""Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`,
+and for a pair that does not say which answer is better."""
 MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 _log_once = cache(logger.log)
 """Log a line once, with its level, although several splits and stages of a process may repeat it."""
@@ -96,31 +97,57 @@ def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
     return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
-def standardise(
-    split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None, calls: bool = False
-) -> Split:
+def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None) -> Split:
+    """Convert every row to TRL's columns as `convert_rows` does, and drop pairs without information."""
+    rows, _ = convert_rows(split, args, kind, tokens)
+    return drop_uninformative(rows, kind)
+
+
+def drop_uninformative(rows: Split, kind: Kind) -> Split:
+    """Drop the pairs of a stream that do not say which answer is better; `convert_rows` drops those of other data."""
+    are_pairs = kind in ("preference", "unpaired") and "chosen" in column_names(rows)
+    return rows.filter(is_informative) if are_pairs and isinstance(rows, IterableDataset) else rows
+
+
+def convert_rows(
+    split: Split,
+    args: DataArguments,
+    kind: Kind,
+    tokens: re.Pattern[str] | None = None,
+    numbers: Sequence[int] | None = None,
+    calls: bool = False,
+) -> tuple[Split, Sequence[int]]:
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
     A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
-    whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. In a stream,
-    documents that are not text become empty instead: dropping them would renumber later rows, and so change which rows
-    are held out. `args` names only this data set. If a row calls a tool, all rows are converted again with `calls`.
+    whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. So are pairs
+    that do not say which answer is better. In a stream, documents that are not text become empty instead, and all pairs
+    stay: dropping them would renumber later rows, and so change which rows are held out. `args` names only this data
+    set. If a row calls a tool, all rows are converted again with `calls`.
+
+    Args:
+        numbers: Numbers of the rows in their file, for messages. Default: the split has all rows of the file.
+
+    Returns:
+        The rows, and the numbers of those that are left; of a stream, ().
     """
     columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":
         if columns != [TOKENS]:
             remedy = "has text, and others of dataset_name have tokens; give data sets of one kind"
             raise UserError(Problem("dataset_name", place, remedy))
-        return split
+        return split, ()
 
+    is_stream = not isinstance(split, Dataset)
+    if numbers is None:
+        numbers = () if is_stream else range(len(split))
     read, made, used = converter(split, columns, args, kind)
     _log_unread(split, columns, used, args, kind)
-    is_stream = not isinstance(split, Dataset)
     if kind == "text" and not is_stream:
         (text,) = used
         # If each row is text, there is nothing to convert, and so nothing to copy.
         if split.features[text] == Value("string") and not split.data.column(text).null_count:
-            return split.select_columns(text).rename_columns({text: "text"})
+            return split.select_columns(text).rename_columns({text: "text"}), numbers
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
@@ -143,6 +170,8 @@ def standardise(
             return {"text": ""}
         if is_stream:
             return converted
+        if "chosen" in made and not is_informative(converted):
+            return {**dict.fromkeys(made), FAULT: UNINFORMATIVE}
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but not the numbers in a text.
             texts = {name: [*map(json.dumps, converted[name])] for name in ANSWERED if name in converted}
@@ -165,17 +194,25 @@ def standardise(
     removed = [name for name in columns if name not in (*made, *others)]
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=Features(features) or None, **own)
     if is_stream or not len(split):
-        return standard.filter(is_informative) if "chosen" in made else standard
+        return standard, numbers
     if HAS_CALLS in standard.unique(FAULT):
-        return standardise(split, args, kind, tokens, calls=True)
-    return _drop_rows(standard, place, args, are_pairs="chosen" in made)
+        return convert_rows(split, args, kind, tokens, numbers, calls=True)
+    return _drop_rows(standard, place, args, numbers)
 
 
-def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) -> Dataset:
-    """Drop the rows that could not be converted, or refuse them with the number of the first one."""
-    found = rows.data.column(FAULT).to_pylist()
+def _drop_rows(rows: Dataset, place: str, args: DataArguments, numbers: Sequence[int]) -> tuple[Dataset, Sequence[int]]:
+    """Drop the rows that could not be converted, or refuse them with the number of the first one.
+
+    `numbers` are the numbers of the rows in their file. Return the rows that are left, and their numbers.
+    """
+    column = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
-    if faults := {index: fault for index, fault in enumerate(found) if fault is not None}:
+    left = [index for index, fault in enumerate(column) if fault is None]
+    equal = column.count(UNINFORMATIVE)
+    faults = {
+        int(numbers[index]): fault for index, fault in enumerate(column) if fault is not None and fault != UNINFORMATIVE
+    }
+    if faults:
         first = min(faults)
         if not may_drop(args, len(faults), len(rows)):
             others = ", ".join(map(str, [*faults][1:5])) + (", ..." if len(faults) > 5 else "")
@@ -184,15 +221,15 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) 
             raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
         what = f"rows are dropped; row {first}, for instance: {faults[first]}"
         report_lost(len(faults), len(rows), what, f"correct {place}")
-        rows = rows.select([index for index in range(len(rows)) if index not in faults])
     # Generated data sets contain pairs that do not say which answer is better.
-    informative = rows.filter(is_informative) if are_pairs else rows
-    if lost := len(rows) - len(informative):
-        if not len(informative):
+    if equal:
+        if not left:
             raise UserError(Problem("dataset_name", place, "every pair has an empty answer, or two equal ones"))
         what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(lost, len(rows), what, f"correct {place}")
-    return informative
+        report_lost(equal, len(rows) - len(faults), what, f"correct {place}")
+    if len(left) == len(rows):
+        return rows, numbers
+    return rows.select(left), [numbers[index] for index in left]
 
 
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:

@@ -8,6 +8,7 @@ on; an `Example` is a row with the columns that metrics expect. Training divides
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from pipeline.data.columns import Split, column_names, converter, may_drop
 from pipeline.data.messages import ShapeError, is_informative
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
-from pipeline.data.splits import keep_rows, load_splits
+from pipeline.data.splits import is_held_out, keep_rows, row_filter
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError, problems_of
 from pipeline.evaluation.evaluate_yaml import CALLED, Source
@@ -207,30 +208,38 @@ def drop_ungradable(rows: Rows) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on; `place` is what messages call the split.
 
-    One row in a `period` is held out; others belong to a part that is `trained_on`. A period of 1 gives it all rows.
+    With a `share`, only one side of a single split that `is_held_out` divides belongs to the part: by default the rows
+    that are held out, or those that are `trained_on`. `numbers` are those of the rows in their data set, which are
+    fewer if `keep_rows` leaves some out. Default: all rows of `data`, or those that a stream keeps.
     """
 
     data: Split
     source: Source
     place: str
-    period: int = 1
+    share: float = 0.0
     trained_on: bool = False
+    numbers: Sequence[int] | None = None
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the index and content of at most `most` rows that are not of the kind `without`."""
-        # The rows 0, 20, 40 are held out for a period of 20.
-        others = self.trained_on and self.period > 1
+        """Yield the number and content of at most `most` rows that are not of the kind `without`."""
         if not isinstance(self.data, Dataset):
-            numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
+            is_kept = row_filter(self.source, column_names(self.data))
+            numbered = ((number, row) for number, row in enumerate(self.data) if self._has(number) and is_kept(row))
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
-        # This is an array, because a list of millions of row numbers takes seconds.
-        numbers = np.arange(len(self.data))
-        numbers = numbers[(numbers % self.period > 0) == others]
+        # These are arrays, because a list of millions of row numbers takes seconds.
+        numbers = np.arange(len(self.data)) if self.numbers is None else np.array(self.numbers, dtype=int)
+        places = np.flatnonzero(self._has(numbers))
         if without and "kind" in self.data.column_names:
-            numbers = numbers[np.array(self.data["kind"][:])[numbers] != without]
-        chosen = list(map(int, subsample(numbers, most)))
-        yield from zip(chosen, self.data.select(chosen), strict=True)
+            places = places[np.array(self.data["kind"][:])[places] != without]
+        chosen = np.array(subsample(places, most), dtype=int)
+        yield from zip(map(int, numbers[chosen]), self.data.select(chosen), strict=True)
+
+    def _has(self, numbers: Any) -> Any:
+        """Return which of the rows with these numbers belong to the part; an array for an array."""
+        if not self.share:
+            return numbers >= 0
+        return is_held_out(numbers, self.share) != self.trained_on
 
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
@@ -249,7 +258,7 @@ class Reader:
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
-        self.run = run
+        self.run, self.flags = run, flags
         self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         # Of several data sets, a stage is measured on the first.
@@ -261,6 +270,14 @@ class Reader:
     def is_made(self, source: Source) -> bool:
         """Return whether the run makes this data set itself."""
         return Path(source.dataset_names[0]).is_relative_to(self.run)
+
+    def _is_trained_on(self, source: Source) -> bool:
+        """Return whether a stage trains on this data set."""
+        place = (os.path.realpath(source.dataset_names[0]), source.dataset_config)
+        trained = (
+            (os.path.realpath(name), one.dataset_config) for one in self.own.values() for name in one.dataset_names
+        )
+        return place in trained
 
     def find(
         self, key: str, split: str | None = None, trained_on: bool = False, own: Source | None = None
@@ -278,17 +295,19 @@ class Reader:
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
                 single: Any = splits[train]
-                if key == "pairs":
-                    # Training drops uninformative pairs before it divides the others.
-                    divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
-                    return Part(divided[0 if trained_on else 1], replace(source, prompt_column="prompt"), name)
-                if not isinstance(single, Dataset):
-                    # Training holds out rows of the stream's first file only.
-                    single = single.shard(single.num_shards, 0)
-                return Part(single, source, f"{name}, split {train}", round(1 / source.validation_share), trained_on)
+                if isinstance(single, Dataset):
+                    rows, numbers = keep_rows(single, source)
+                    return Part(rows, source, f"{name}, split {train}", source.validation_share, trained_on, numbers)
+                # Training holds out rows of the stream's first file only.
+                first = single.shard(single.num_shards, 0)
+                return Part(first, source, f"{name}, split {train}", source.validation_share, trained_on)
         wanted = [split] if split else [train] if trained_on else held_out
         if wanted is held_out and key in self.named and len(splits) == 1 and not named:
             # A plain file of the user has one split, whatever its name.
+            # Who names data for this one evaluation may want to know how well they have been learned.
+            if key not in self.flags and self._is_trained_on(source):
+                remedy = "is trained on, and holds out no rows (validation_share); give other data"
+                raise UserError(Problem(f"{key}: dataset_name", name, remedy))
             wanted = list(splits)
         found = next((one for one in wanted if one in splits), None)
         if found is None:
@@ -298,7 +317,8 @@ class Reader:
             return None
         rows = splits[found]
         if not isinstance(rows, Path):
-            return Part(rows, source, f"{name}, split {found}")
+            kept = keep_rows(rows, source)[0] if isinstance(rows, Dataset) else rows
+            return Part(kept, source, f"{name}, split {found}")
         try:
             # For larger files, `datasets` keeps a copy in its cache rather than in memory.
             if rows.stat().st_size <= 64 << 20:
@@ -308,7 +328,7 @@ class Reader:
         except (OSError, pa.ArrowException, DatasetGenerationError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(Problem("RUN", rows, f"cannot be read ({reason}); generate the data again")) from None
-        return Part(data, source, str(rows))
+        return Part(keep_rows(data, source)[0], source, str(rows))
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name, or {} if a step of the run has not made it yet.
@@ -325,10 +345,9 @@ class Reader:
             return files
         if self.is_made(source) and not path.exists():
             return {}
-        opened = (name, source.dataset_config, source.document, *(source.keep_rows or []))
+        opened = (name, source.dataset_config, source.document)
         if opened not in self._opened:
-            whole = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
-            self._opened[opened] = keep_rows(whole, source)
+            self._opened[opened] = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
         return self._opened[opened]
 
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
@@ -341,7 +360,8 @@ class Reader:
             return []
         columns = column_names(part.data)
         with problems_of(key):
-            convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
+            rows, _ = keep_rows(part.data, part.source) if not isinstance(part.data, Dataset) else (part.data, ())
+            convert, made, _ = converter(rows, columns, part.source, HELD_OUT[key].data)
             lacks_answer = key == "problems" and part.source.grade in COMPARED and "answer" not in made
             if lacks_answer and not hasattr(load_environment(self.environment), "get_reward"):
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
