@@ -6,6 +6,9 @@ from typing import Any, Literal
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the generated data sets. No prompt occurs in two of them."""
+DIVISION = "by row number"
+"""How `pipeline.data.splits.is_held_out` divides a single split. Earlier releases numbered the rows after `keep_rows`,
+and pairs after those that say nothing had been dropped; their steps do not record it."""
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

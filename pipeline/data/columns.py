@@ -20,12 +20,14 @@ from pipeline.data.messages import (
     as_answer,
     has_prompt,
     is_informative,
+    is_whole,
     read_answer,
     read_functions,
     read_messages,
     read_pair,
     read_prompt,
     refuse_special_tokens,
+    unread_keys,
     without_none,
 )
 from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
@@ -66,7 +68,6 @@ CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_r
 FAULT, HAS_CALLS, UNINFORMATIVE = "_fault", "calls a tool", "says nothing"
 """Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`,
 and for a pair that does not say which answer is better."""
-MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
 _log_once = cache(logger.log)
 """Log a line once, with its level, although several splits and stages of a process may repeat it."""
 
@@ -237,9 +238,10 @@ def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArg
     unread = [column for column in columns if column not in used]
     read = [column for column in columns if column in used and kind not in ("text", "prompt")]
     for row in split.select_columns(read).take(100) if read else ():
-        messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
-        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
-        unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
+        for name in read:
+            if isinstance(row[name], list) and normalise(name) != "tools":
+                keys = unread_keys(row[name], is_answer=kind in ("preference", "unpaired"))
+                unread += [f"{name}.{key}" for key in keys]
     if unused := ", ".join(map(repr, dict.fromkeys(unread))):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
         _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
@@ -306,12 +308,14 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         raise UserError(Problem("prompt_column", args.prompt_column, remedy))
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
 
+    margin = find_column(columns, "margin")
+
     def from_pair(row: Row) -> dict[str, Any]:
-        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} | ({"margin": row[margin]} if margin else {})
         return read_pair(pair, read(row) if has_prompt(pair, prompt) else None, args.system_prompt)
 
-    margin = ["margin"] if "margin" in columns else []
-    return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
+    made = ["prompt", "chosen", "rejected", *(["margin"] if margin else [])]
+    return from_pair, made, [*used, chosen, rejected, *([margin] if margin else [])]
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
@@ -319,9 +323,9 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
     chosen = find_column(columns, "chosen")
-    answer = next(iter(pairs))[chosen] if pairs is not None and chosen else []
+    answer = next(iter(pairs))[chosen] if pairs is not None and chosen else None
     # Whole conversations contain their prompt.
-    return find_column(columns, *PROMPTS, *(() if isinstance(answer, list) and len(answer) != 1 else CONVERSATIONS))
+    return find_column(columns, *PROMPTS, *(() if answer is None or is_whole(answer) else CONVERSATIONS))
 
 
 def _prompt_reader(
@@ -350,12 +354,15 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     """Return what reads conversations, or joins a prompt and its completion (by default, columns in `PAIRS`)."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
-    tools = ["tools"] if "tools" in columns else []
+    tools = find_column(columns, "tools")
+    made, extra = (["messages", "tools"], [tools]) if tools else (["messages"], [])
 
     def list_tools(row: Row) -> dict[str, Any]:
-        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
+        if not tools:
+            return {}
+        schemas = read_functions(without_none(row[tools]), tools, schemas=True)
         # Some templates distinguish an empty list from none.
-        return {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
+        return {"tools": json.dumps(schemas, ensure_ascii=False) if schemas else None}
 
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
@@ -366,7 +373,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return {"messages": messages, **list_tools(row)}
 
     if messages_column and args.completion_column is None:
-        return from_messages, ["messages", *tools], [messages_column, *tools]
+        return from_messages, made, [messages_column, *extra]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
@@ -379,7 +386,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     def from_pair(row: Row) -> dict[str, Any]:
         return {"messages": [*read(row), *read_answer(row[completion], completion)], **list_tools(row)}
 
-    return from_pair, ["messages", *tools], [*used, completion, *tools]
+    return from_pair, made, [*used, completion, *extra]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:

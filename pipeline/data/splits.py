@@ -19,6 +19,7 @@ from pipeline.data.columns import (
     converter,
     drop_uninformative,
     find_column,
+    normalise,
     standardise,
 )
 from pipeline.data.sources import locate_error, open_source
@@ -194,7 +195,7 @@ def _load_one(
         columns, others = column_names(source[train]), column_names(held_out)
         used = [] if kind == "tokens" else converter(kept[train][0], columns, args, kind)[2]
         # Prompts may be read from the answers, and margins are optional.
-        read = [name for name in used if name != "margin" and find_column(columns, name)]
+        read = [name for name in used if normalise(name) != "margin" and find_column(columns, name)]
         if lacking := [name for name in read if not find_column(others, name)]:
             remedy = f"has no column {', '.join(lacking)}, unlike {train}; add it, or remove this split"
             raise UserError(Problem("dataset_test_split", test, remedy))

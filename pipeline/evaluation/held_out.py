@@ -24,19 +24,20 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from pipeline.data.arguments import DIVISION, DataArguments
 from pipeline.data.columns import Split, column_names, converter, may_drop
 from pipeline.data.messages import ShapeError, is_informative
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
-from pipeline.data.splits import is_held_out, keep_rows, row_filter
+from pipeline.data.splits import is_held_out, keep_rows, load_splits, row_filter
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError, problems_of
-from pipeline.evaluation.evaluate_yaml import CALLED, Source
+from pipeline.evaluation.evaluate_yaml import CALLED, SOURCE_FIELDS, Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
-from pipeline.files import as_list
+from pipeline.files import as_list, read_run
 from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
-from pipeline.stages import HELD_OUT
+from pipeline.stages import HELD_OUT, STAGES
 from pipeline.tools.loading import load_environment
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class HeldOut:
         grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
         graded: Whether `problems` are graded at all. Otherwise they have nothing but the reward of an environment.
         fixed_prompts: Conversations that every stage answers.
+        remarks: Doubts about the data, for the report.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
 
@@ -96,6 +98,7 @@ class HeldOut:
     graded: bool = True
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
+    remarks: Sequence[str] = ()
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
@@ -151,6 +154,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         graded=grade not in COMPARED or all("answer" in row for row in problems),
         can_vote=grade in COMPARED,
         fixed_prompts=fixed,
+        remarks=list(_divided_otherwise(run)),
         suspects=suspects,
         **for_baselines,
     )
@@ -158,6 +162,38 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         remedy = "has no rows to measure on"
         raise UserError(*(Problem(f"{key}: dataset_name", settings[key]["dataset_name"], remedy) for key in flags))
     return found
+
+
+def _divided_otherwise(run: Path) -> Iterator[str]:
+    """Yield remarks on stages that an earlier release trained, which held out other rows of their data."""
+    for step, entry in read_run(run).get("steps", {}).items():
+        kind, values = STAGES.get(step.partition("_")[2].partition("_")[0]), entry.get("values", {})
+        share = values.get("validation_share", DataArguments.validation_share)
+        if entry.get("division") == DIVISION or kind is None or not values.get("dataset_name") or not share:
+            continue
+        are_pairs = kind.data in ("preference", "unpaired")
+        read = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+        for name in as_list(read["dataset_name"]):
+            # Data that the run makes have splits. Of pairs, only files of the user were divided after some had gone.
+            is_made = Path(name).resolve().is_relative_to(run.resolve())
+            if is_made or not (values.get("keep_rows") or (are_pairs and Path(name).exists())):
+                continue
+            # The data may be on another machine.
+            with suppress(UserError):
+                source = Source(**{**read, "dataset_name": name, "validation_share": 0.0})
+                splits = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
+                rows = splits.get(source.dataset_train_split)
+                if len(splits) > 1 or rows is None:
+                    continue
+                # The number of rows of a stream is not known.
+                if not source.keep_rows and isinstance(rows, Dataset):
+                    left, _ = load_splits(source, "preference" if kind.data == "preference" else "unpaired", False)
+                    if len(left) == len(rows):
+                        continue
+                remark = (
+                    f"{step}: an earlier release trained it, which held out other rows of {name}, so that it knows "
+                )
+                yield remark + "rows that are measured; train it again to measure it on rows that it has not seen"
 
 
 def _read_for_baselines(

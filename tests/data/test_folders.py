@@ -257,6 +257,18 @@ PAIR = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assista
         ("preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD}, PAIR, ""),
         ("preference", {"chosen": [HUMAN, GPT], "rejected": [HUMAN, BAD]}, PAIR, ""),
         ("preference", {"instruction": "Why?", "Chosen": "Because.", "Rejected": "No."}, PAIR, ""),
+        (
+            "preference",
+            {"Prompt": "Why?", "Chosen": "Because.", "Rejected": "No.", "Margin": 2},
+            {**PAIR, "margin": 2.0},
+            "",
+        ),
+        (
+            "conversation",
+            {"messages": ASKED, "Tools": [{"name": "look"}]},
+            {"messages": ASKED, "tools": '[{"type": "function", "function": {"name": "look"}}]'},
+            "",
+        ),
         ("prompt", {"Question": "Why?", "Answer": "x"}, {"prompt": ASKED[:1], "answer": "x"}, ""),
         (
             "prompt",
@@ -274,7 +286,7 @@ def test_shapes_of_rows_are_found(
     for streaming in (False, True):
         found = read(path, kind, streaming)
         assert len(found) == 2 and {name: found[0][name] for name in expected} == expected
-    assert named in caplog.text
+    assert named in caplog.text and bool(named) == ("the columns" in caplog.text.replace("made of the columns", ""))
     # The prompt is found where training data are compared with test data as well.
     asked = "Sum 1 2" if "Sum." in row.values() else "Why"
     if kind != "preference":

@@ -122,3 +122,28 @@ def test_pairs_that_say_nothing_do_not_move_the_rows_that_are_held_out(tmp_path:
     measured = numbers_in(getattr(read_held_out(tmp_path / "run", recipe, (), baselines=False), key))
     assert measured and not measured & numbers_in(trained)
     assert measured >= numbers_in(held_out), "the same rows"
+
+
+@pytest.mark.parametrize(
+    ("entry", "fault", "is_said"),
+    [
+        ({}, "equal", True),
+        ({}, "", False),
+        ({"keep_rows": ["source=a"]}, "", True),
+        ({"validation_share": 0.0}, "equal", False),
+        ({"division": "by row number"}, "equal", False),
+    ],
+)
+def test_a_stage_that_an_earlier_release_trained_on_other_rows_is_named(
+    tmp_path: Path, entry: dict[str, Any], fault: str, is_said: bool
+) -> None:
+    """It stays finished, but the rows that it held out were numbered after some had been dropped."""
+    path = write_lines(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else fault) for i in range(60)])
+    values = {"dataset_name": path} | {name: value for name, value in entry.items() if name != "division"}
+    step = {"id": "x", "values": values} | {name: value for name, value in entry.items() if name == "division"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"steps": {"3_reward": step}}))
+    recipe = complete({}, derive([("3_reward", "reward", values)], run))
+    remarks = read_held_out(run, recipe, (), baselines=False).remarks
+    assert len(remarks) == is_said and all("3_reward: an earlier release" in remark for remark in remarks)
