@@ -58,6 +58,8 @@ class DataArguments:
     completion_column: str | None = option(
         None, "Column of the answers to `prompt_column`, for data without conversations. Usual names are found."
     )
+    chosen_column: str = option("chosen", "Column of the better answer of a pair.")
+    rejected_column: str = option("rejected", "Column of the worse answer of a pair.")
     answer_column: str = option("answer", "Column of the reference answers that rewards compare with.")
     answer_pattern: str | None = option(
         None,

@@ -64,6 +64,8 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
+CONVERSATION = "name prompt_column and completion_column, convert the rows (docs/data.md, “Rows”), or "
+CONVERT = "convert them (docs/data.md, “Rows”), or name other columns"
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS, UNINFORMATIVE = "_fault", "calls a tool", "says nothing"
 """Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`,
@@ -78,8 +80,8 @@ def column_names(split: Split) -> list[str]:
 
 
 def normalise(name: str) -> str:
-    """Return the name of a column without differences in case and surrounding spaces."""
-    return name.strip().casefold()
+    """Return the name of a column without differences in case, line breaks and spaces around it."""
+    return " ".join(name.split()).casefold()
 
 
 def find_column(columns: Iterable[str], *names: str) -> str:
@@ -216,6 +218,9 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments, numbers: Sequence
     if faults:
         first = min(faults)
         if not may_drop(args, len(faults), len(rows)):
+            if len(faults) == len(rows) > 1:
+                remedy = f"{faults[first]}; so have all {len(rows)} rows: {CONVERT}"
+                raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
             others = ", ".join(map(str, [*faults][1:5])) + (", ..." if len(faults) > 5 else "")
             more = f" and {len(faults) - 1} more of {len(rows)} ({others})" if len(faults) > 1 else ""
             remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
@@ -252,8 +257,8 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # The user can choose another column only through an argument; otherwise, a column must be renamed.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
-    # Names with spaces around them are quoted, because the spaces would not be seen.
-    names = [name if name == name.strip() and len(name) <= 60 else repr(name) for name in columns[:20]]
+    # Names with spaces around them are quoted, because the spaces would not be seen; so are those with line breaks.
+    names = [name if name == " ".join(name.split()) and len(name) <= 60 else repr(name) for name in columns[:20]]
     choices = ", ".join(name if len(name) <= 60 else f"{name:.57}..." for name in names)
     choices += f" and {len(columns) - 20} more" if len(columns) > 20 else ""
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
@@ -268,13 +273,14 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     #   text           text_column                                                  text
     #   conversation   messages_column [tools], or a prompt [context], completion   messages [tools]
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
-    #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
+    #   preference     [prompt_column] [context] chosen_column rejected_column      prompt chosen rejected [margin]
+    #                  [margin]
     #   unpaired       the same, or a prompt [context], its completion and label    the same, or prompt completion label
     if kind == "conversation":
         return _conversation_converter(args, columns)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
-    if kind == "unpaired" and not find_column(columns, "chosen"):
+    if kind == "unpaired" and not find_column(columns, args.chosen_column):
         prompt = _find_prompt(args, columns)
         completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
         names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
@@ -299,7 +305,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
         return from_text, ["text"], [text]
 
-    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
+    chosen, rejected = _require(columns, chosen_column=args.chosen_column, rejected_column=args.rejected_column)
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
     if not prompt and isinstance(next(iter(split))[chosen], str):
@@ -322,7 +328,7 @@ def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = 
     """Return the column of the prompts: the named one, by default one with a usual name, or ""."""
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
-    chosen = find_column(columns, "chosen")
+    chosen = find_column(columns, args.chosen_column)
     answer = next(iter(pairs))[chosen] if pairs is not None and chosen else None
     # Whole conversations contain their prompt.
     return find_column(columns, *PROMPTS, *(() if answer is None or is_whole(answer) else CONVERSATIONS))
@@ -379,7 +385,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
-        missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
+        missing, remedy = {"messages_column": args.messages_column}, CONVERSATION
     prompt, completion = next(filter(all, pairs), None) or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 
@@ -392,7 +398,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
     prompt = _find_prompt(args, columns, split)
     # Pairs of conversations also work: their prompt is what both begin with.
-    chosen, rejected = (find_column(columns, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (find_column(columns, name) for name in (args.chosen_column, args.rejected_column))
     has_pairs = chosen and rejected and args.prompt_column == "prompt"
     if not prompt and not has_pairs:
         _require(columns, prompt_column=args.prompt_column)

@@ -129,6 +129,8 @@ def _with_usual_names(row: Mapping[str, Any], source: Source) -> Mapping[str, An
         source.messages_column: "messages",
         source.prompt_column: "prompt",
         source.completion_column: "completion",
+        source.chosen_column: "chosen",
+        source.rejected_column: "rejected",
         source.answer_column: "answer",
     }
     return {usual.get(name, name): value for name, value in row.items()}
