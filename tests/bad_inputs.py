@@ -248,7 +248,7 @@ CASES = {
     "answers without a prompt": Case(
         "reward",
         "--dataset_name {inputs}/text.txt",
-        ("rejected: rejected", "rename one of: text"),
+        ("rejected_column: rejected", "choose from: text"),
         lines=2,
     ),
     "too little text": Case(

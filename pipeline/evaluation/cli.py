@@ -42,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if item.name != "fixed_prompts":
             earlier = ["--reasoning"] if item.name == "problems" else []
             parser.add_argument(f"--{item.name}", *earlier, help=item.metadata["help"], **about)
-    columns = ("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade")
     for item in fields(evaluate_yaml.Source):
-        if item.name in (*columns, "system_prompt", "dataset_config"):
+        if item.name.endswith("_column") or item.name in ("answer_pattern", "grade", "system_prompt", "dataset_config"):
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
     parser.add_argument("--split", help="split of the data set (default: test; for a plain file, all rows)")
     add_trust(parser)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.machine import describe_machine
+from pipeline.data.arguments import DIVISION
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.files import read_run, write_text
@@ -40,6 +41,7 @@ class RunRecord:
     - `seconds`, over all attempts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
+    - `division`, how rows of a single split are held out (see `pipeline.data.arguments.DIVISION`)
     - `lost`, the rows that it truncated or dropped, if any (see `pipeline.progress.report_lost`)
 
     Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
@@ -87,6 +89,7 @@ class RunRecord:
             "data": {name: fingerprint(folder) for name, folder in step.data.items()},
             "files": {str(path): fingerprint(path) for path in step.files},
             "command": command,
+            "division": DIVISION,
             **describe_machine(),
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
