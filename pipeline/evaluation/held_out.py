@@ -264,8 +264,8 @@ class Part:
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
         # These are arrays, because a list of millions of row numbers takes seconds.
-        numbers = np.arange(len(self.data)) if self.numbers is None else np.array(self.numbers, dtype=int)
-        places = np.flatnonzero(self._has(numbers))
+        numbers: Any = np.arange(len(self.data)) if self.numbers is None else np.array(self.numbers, dtype=int)
+        places: Any = np.flatnonzero(self._has(numbers))
         if without and "kind" in self.data.column_names:
             places = places[np.array(self.data["kind"][:])[places] != without]
         chosen = np.array(subsample(places, most), dtype=int)
