@@ -90,9 +90,8 @@ def _decide_one(
         return Decision("start", "its inputs have been made again")
     if edited := [need for need in step.data if entry.get("data", {}).get(need, data[need]) != data[need]]:
         return Decision("start", f"the data of {', '.join(edited)} were changed")
-    files = {str(path): fingerprint(path) for path in step.files}
-    if entry.get("files", files) != files:
-        return Decision("start", "the files that it reads have changed")
+    if changed := changed_files(step, entry.get("files")):
+        return Decision("start", f"{', '.join(changed)} {'have' if changed[1:] else 'has'} changed")
 
     # Checked last, because more steps from an old checkpoint only make sense if nothing else has changed.
     if is_longer:
@@ -106,6 +105,20 @@ def _decide_one(
     if total > number_of(step.values, "max_steps") > 0:
         return Decision("start", f"was continued to {total} steps outside of this run; raise max_steps to keep that")
     return Decision("skip", f"finished; without effect on it: {changes}" if harmless else "finished")
+
+
+def changed_files(step: Step, before: Mapping[str, str] | None) -> list[str]:
+    """Return the files outside of the run that a step reads and that changed since `before`, their fingerprints.
+
+    None, from a run of an early release, means that nothing is known. Runs of releases that did not record the files of
+    functions are not due because of them; as names of functions are settings, a new one is a change of these.
+    """
+    if before is None:
+        return []
+    now = {str(path): fingerprint(path) for path in step.files}
+    unrecorded = [path for path in now if path not in before and path.endswith(".py")]
+    compared = dict.fromkeys([*before, *now])
+    return [path for path in compared if path not in unrecorded and before.get(path) != now.get(path)]
 
 
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:

@@ -180,6 +180,9 @@ def fingerprint(path: Path) -> str:
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()
+    # No votes are no file: the page makes an empty one as soon as it is opened.
+    if path.name == VOTES_FILE and path.is_file() and path.stat().st_size == 0:
+        return digest.hexdigest()
     # Renaming a file in the folder changes the hash; moving the whole folder does not.
     for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
         name = file.relative_to(path).as_posix() if file != path else ""
