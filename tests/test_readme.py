@@ -67,7 +67,8 @@ def commands() -> list[str]:
         texts += docstring.replace("\\\n", " ").split("\n")
     found = [part.strip() for text in texts for part in text.partition("  #")[0].split("&&")]
     # Other spellings of the same command are not tried again: each takes seconds.
-    found = [re.sub(r"^fourstage ", "python -m pipeline ", command) for command in found]
+    found = [re.sub(r"^\./fourstage test\b", "pytest", command) for command in found]
+    found = [re.sub(r"^(\./)?fourstage ", "python -m pipeline ", command) for command in found]
     found = [re.sub(r" run (?=(pocket|gsm8k-shakespeare)( |$))", " run recipes/", command) for command in found]
     return sorted({command for command in found if CHECKED.match(command) and " " in command})
 

@@ -5,6 +5,7 @@ they are called with.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -64,6 +65,8 @@ class Checkout:
         self.root = folder / "a checkout"
         self.wrapper = write_script(self.root / "fourstage", (ROOT / "fourstage").read_text())
         (self.root / "setup.cfg").write_text(SETTINGS)
+        # What is typed, if it is not the whole path.
+        self.command = ""
         self.venv = self.root / ".venv"
         self.calls = folder / "calls"
         self.calls.touch()
@@ -85,7 +88,7 @@ class Checkout:
 
     def start(self, *words: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self.wrapper, *words],
+            [self.command or self.wrapper, *words],
             cwd=cwd or self.root.parent,
             env=self.environment | environment,
             stdin=subprocess.DEVNULL,
@@ -118,6 +121,15 @@ def test_the_first_call_installs_and_the_second_does_not(checkout: Checkout, tmp
     assert messages.count("\n") == 3 and str(checkout.venv) in messages and "GB" in messages
     assert checkout.call("run", "pocket")[1:] == (f"{tmp_path}: {checkout.wrapper}: run pocket\n", "")
     assert checkout.installed() == ["."]
+
+
+def test_the_two_commands_of_the_readme(checkout: Checkout) -> None:
+    block = (ROOT / "README.md").read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0]
+    run, test = (shlex.split(line, comments=True) for line in block.splitlines())
+    checkout.command = run[0]
+    assert checkout.call(*run[1:], cwd=checkout.root)[:2] == (7, f"{checkout.root}: ./fourstage: run pocket\n")
+    assert test[0] == run[0]
+    assert checkout.call(*test[1:], cwd=checkout.root)[:2] == (0, f"{checkout.root}: -m pytest -m not slow\n")
 
 
 def test_an_extra_is_installed_when_it_is_first_needed(checkout: Checkout) -> None:
@@ -210,7 +222,7 @@ def test_an_older_python_is_passed_over_for_a_newer_one(checkout: Checkout) -> N
         (
             "3.9",
             False,
-            "Python 3.11 or newer is not in PATH, only {} (3.9): install it (https://www.python.org), then ",
+            "Python 3.11 or newer is not in PATH, only {} (3.9): install it (www.python.org), then ",
         ),
         ("3.12", True, "Python 3.12 cannot make environments: sudo apt install python3.12-venv, then "),
     ],
