@@ -133,7 +133,7 @@ def check_recipe(module: str, argv: list[str]) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
-    for link in re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8")):
+    for link in re.findall(r"(?:\]\(|src=\")([\w./-]+)[)\"]", path.read_text(encoding="utf-8")):
         assert (path.parent / link).exists(), link
     # `pipeline.py` is a file of a user.
     spans = [span for span in code_spans(path) if "NAME" not in span and span != "pipeline.py"]
