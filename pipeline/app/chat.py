@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.app.cli import check_limits
 from pipeline.errors import Problem, UserError, refuse
+from pipeline.evaluation.cli import add_trust
 
 # These imports take seconds, which `--help` does not need.
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HELP = """/example KIND  ask a held-out prompt of the run, optionally of a kind such as counting
 /stage NAME    go on with another stage of the run, such as 2_sft, or another folder or Hub id
 /new           begin a new conversation
+/keep          remember the conversation from now on, or, the next time, begin anew with each question
 /help          show these commands
 /quit          end (or Ctrl-D); Ctrl-C ends an answer"""
 Turns = list[dict[str, Any]]
@@ -39,11 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="total probability of the tokens to sample from")
     parser.add_argument("--top_k", type=int, default=0, help="sample only from this many tokens (default: 0, off)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    add_trust(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Answer the input, typed or piped, line by line until it ends. Return 0."""
     refuse(*check_limits(args, LIMITS))
+    from pipeline.rewards.loading import only_trusted
+
+    # The files next to a model, such as `arguments.json`, may come with a download.
+    with only_trusted(args.trust):
+        return talk(args)
+
+
+def talk(args: argparse.Namespace) -> int:
+    """Load the model of `args` and answer each line until the input ends. Return 0."""
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -51,8 +63,7 @@ def main(args: argparse.Namespace) -> int:
     if typed:
         print("Loading PyTorch and the model ...", flush=True)
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import held_out_prompts, settings_of, what_may_be_asked
-    from pipeline.evaluation.evaluate_yaml import CALLED
+    from pipeline.app.prompts import asks_single_questions, held_out_prompts, loadable_tools, what_may_be_asked
     from pipeline.launch import quiet_libraries
 
     quiet_libraries()
@@ -62,10 +73,16 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     run = Path(args.path).parent
+    is_run = (run / "run.json").is_file()
+    # A model that was trained on single questions answers a second one with the first one's words.
+    keeps = not (is_run and asks_single_questions(run))
     if typed:
-        about = f" {what_may_be_asked(run)}" if (run / "run.json").is_file() else ""
+        about = f" {what_may_be_asked(run)}" if is_run else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
-    called = settings_of(run).get(CALLED) or {}
+    if not keeps:
+        note = "Each question begins anew, as in this run's data; /keep lets the model remember the conversation."
+        print(note, file=sys.stdout if typed else sys.stderr)
+    called = loadable_tools(run)
     examples: dict[str, list[HeldOutPrompt]] = {}
     messages: Turns = []
     while True:
@@ -79,11 +96,17 @@ def main(args: argparse.Namespace) -> int:
             return 0
         if command == "/new":
             messages = []
+        elif command == "/keep":
+            keeps = not keeps
+            print(
+                "The model remembers this conversation; /new begins another." if keeps else "Each question begins anew."
+            )
         elif command == "/stage":
             name = rest.strip() or "."
             try:
                 loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")
-                print(f"{loaded.name} answers from now on, and knows the conversation so far; /new begins another.")
+                knows = ", and knows the conversation so far; /new begins another." if keeps and messages else "."
+                print(f"{loaded.name} answers from now on{knows}")
             except UserError as error:
                 print(*error.problems, sep="\n")
         elif command == "/example":
@@ -105,6 +128,8 @@ def main(args: argparse.Namespace) -> int:
         elif command.startswith("/"):
             print(HELP)
         elif line:
+            if not keeps:
+                messages = []
             messages = reply(loaded, [*messages, {"role": "user", "content": line}], sampling, called)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.data.votes import votes_step
 from pipeline.errors import Problem, UserError, as_typed, refuse
+from pipeline.evaluation.cli import add_trust
 from pipeline.files import holds_model
 
 LIMITS = {
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
     meaning = "address to listen on (default: 127.0.0.1, this machine only)"
     parser.add_argument("--host", default="127.0.0.1", help=meaning)
+    add_trust(parser)
     meaning = "password for visitors, who vote under a name of their choice (asked for if no value is given)"
     parser.add_argument("--password", nargs="?", const="", help=meaning)
 
@@ -82,9 +84,11 @@ def main(args: argparse.Namespace) -> int:
     from pipeline.app.server import serve
     from pipeline.app.site import Site
     from pipeline.launch import quiet_libraries
+    from pipeline.rewards.loading import only_trusted
 
     quiet_libraries()
-    serve(Site(run, Models(run, args.model), args))
+    with only_trusted(args.trust):
+        serve(Site(run, Models(run, args.model), args))
     return 0
 
 

@@ -4,6 +4,8 @@ RUN/data/README.md         "## What may I ask?", written with the data, or `GENE
 RUN/data/**/test.parquet   {"kind": "counting", "prompt": [...], "answer": "10"}, as evaluations read it
 """
 
+import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,13 +14,15 @@ from typing import Any
 
 from pipeline.app.models import Loaded
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
 from pipeline.files import as_list
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible
+from pipeline.rewards.loading import check_trust
+from pipeline.stages import HELD_OUT
 from pipeline.tools.dialogue import Dialogue
-from pipeline.tools.loading import load_toolbox
+from pipeline.tools.loading import load_environment, load_toolbox, load_tools
 
 HEADING = "## What may I ask?"
 """Heading in README.md of a data set. The text below it says what a model trained on these data knows."""
@@ -45,8 +49,50 @@ class HeldOutPrompt:
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    """Return how a run is measured, with the paths of its data updated in case the run was moved."""
-    return with_layout(move(recorded(run, ""), run), run)
+    """Return how a run is measured, with the paths of its data updated in case the run was moved.
+
+    Data outside of the run and of the working directory are left out, and named on stderr: a run that somebody else
+    made could name any file of this machine, whose rows the page would show to its visitors.
+    """
+    settings = with_layout(move(recorded(run, ""), run), run)
+    sources = {f"trained_on: {key}": source for key, source in settings["trained_on"].items()}
+    sources |= {key: settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)}
+    for field, source in sources.items():
+        try:
+            for name in as_list(source["dataset_name"]):
+                _check_place(str(name), run, field)
+        except UserError as error:
+            print(*error.problems, sep="\n", file=sys.stderr)
+            key = field.removeprefix("trained_on: ")
+            settings["trained_on"] = {name: kept for name, kept in settings["trained_on"].items() if name != key}
+            settings[key] = None
+    return settings
+
+
+def _check_place(name: str, run: Path, field: str) -> None:
+    """Raise a `UserError` if data lie neither in the run nor below the working directory, and are not trusted."""
+    path = Path(os.path.realpath(name))
+    # Anything that does not exist is an id on the Hub, or is missing.
+    if path.exists() and not any(path.is_relative_to(os.path.realpath(place)) for place in (run, Path.cwd())):
+        check_trust(name, field)
+
+
+def loadable_tools(run: Path) -> dict[str, Any]:
+    """Return the tools that a run's models may call, by the key of the data whose prompts they are meant for.
+
+    Tools that cannot be loaded are left out, and named on stderr: above all a user's own code, which the run's files
+    name and the person who started this command did not (`only_trusted`).
+    """
+    tools: dict[str, Any] = {}
+    for key, names in (settings_of(run).get(CALLED) or {}).items():
+        try:
+            load_tools(names.get("tools"))
+            load_environment(names.get("environment"))
+        except UserError as error:
+            print(*error.problems, "The model answers without these tools.", sep="\n", file=sys.stderr)
+        else:
+            tools[key] = names
+    return tools
 
 
 def what_may_be_asked(run: Path) -> str:
@@ -80,6 +126,20 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
                     result = visible(str(row.get("answer") or "")) if key == "problems" else ""
                     found.append(HeldOutPrompt(key, kind, messages, text, result, row))
     return found
+
+
+def asks_single_questions(run: Path) -> bool:
+    """Return whether all held-out conversations of a run have one question, so that its models know no others.
+
+    False if the run has no such data or they cannot be read.
+    """
+    reader = Reader(run, settings_of(run), ())
+    try:
+        rows = reader.read("instructions", reader.find("instructions"), EXAMPLES["instructions"])
+    except UserError:
+        return False
+    questions = [sum(turn["role"] == "user" for turn in row["messages"]) for row in rows]
+    return bool(questions) and max(questions) == 1
 
 
 def open_prompt(

@@ -14,8 +14,7 @@ from starlette.concurrency import iterate_in_threadpool
 from starlette.responses import StreamingResponse
 
 from pipeline.app.models import Models
-from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, settings_of
-from pipeline.evaluation.evaluate_yaml import CALLED
+from pipeline.app.prompts import HeldOutPrompt, held_out_prompts, loadable_tools
 
 LOADER = PackageLoader("pipeline.app", "static")
 TEMPLATES = Environment(loader=LOADER, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
@@ -37,7 +36,7 @@ class Site:
     @cached_property
     def called(self) -> dict[str, Any]:
         """The tools that the run's models may call, by the key of the data whose prompts they are meant for."""
-        return settings_of(self.run).get(CALLED) or {}
+        return loadable_tools(self.run)
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
         """Return the held-out prompt with this text, optionally from one key only, or None."""

@@ -29,7 +29,8 @@ FUNCTIONS = ("reward_funcs", "tools", "environment", "grade", "judge", "lm_eval_
 """Fields in which a word with a colon, a slash or a dot names code, or a file that loads code."""
 
 WORDS = (
-    "answer_column", "completion_column", "keep_rows", "messages_column", "prompt_column", "text_column", "document",
+    "answer_column", "chosen_column", "completion_column", "messages_column", "prompt_column", "rejected_column",
+    "text_column", "keep_rows", "document",
     "dataset_config", "dataset_test_split", "dataset_train_split", "model_revision", "eos_token", "pad_token",
     "truncation_mode", "packing_strategy", "pad_to_multiple_of", "reward_funcs", "tools", "environment", "grade",
     "lm_eval_tasks", "against", "world", "misread_signs",

@@ -6,6 +6,9 @@ from typing import Any, Literal
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the generated data sets. No prompt occurs in two of them."""
+DIVISION = "by row number"
+"""How `pipeline.data.splits.is_held_out` divides a single split. Earlier releases numbered the rows after `keep_rows`,
+and pairs after those that say nothing had been dropped; their steps do not record it."""
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -55,6 +58,8 @@ class DataArguments:
     completion_column: str | None = option(
         None, "Column of the answers to `prompt_column`, for data without conversations. Usual names are found."
     )
+    chosen_column: str = option("chosen", "Column of the better answer of a pair.")
+    rejected_column: str = option("rejected", "Column of the worse answer of a pair.")
     answer_column: str = option("answer", "Column of the reference answers that rewards compare with.")
     answer_pattern: str | None = option(
         None,

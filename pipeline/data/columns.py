@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -20,12 +20,14 @@ from pipeline.data.messages import (
     as_answer,
     has_prompt,
     is_informative,
+    is_whole,
     read_answer,
     read_functions,
     read_messages,
     read_pair,
     read_prompt,
     refuse_special_tokens,
+    unread_keys,
     without_none,
 )
 from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
@@ -62,10 +64,12 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
+NAME_OR_CONVERT = "name prompt_column and completion_column, convert the rows (docs/data.md, “Rows”), or "
+CONVERT = "convert them (docs/data.md, “Rows”), or name other columns"
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
-FAULT, HAS_CALLS = "_fault", "calls a tool"
-"""Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`."""
-MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
+FAULT, HAS_CALLS, UNINFORMATIVE = "_fault", "calls a tool", "says nothing"
+"""Temporary column that says why a row cannot be converted; its value for a row that must be converted to `CALLING`,
+and for a pair that does not say which answer is better."""
 _log_once = cache(logger.log)
 """Log a line once, with its level, although several splits and stages of a process may repeat it."""
 
@@ -76,8 +80,8 @@ def column_names(split: Split) -> list[str]:
 
 
 def normalise(name: str) -> str:
-    """Return the name of a column without differences in case and surrounding spaces."""
-    return name.strip().casefold()
+    """Return the name of a column without differences in case, line breaks and spaces around it."""
+    return " ".join(name.split()).casefold()
 
 
 def find_column(columns: Iterable[str], *names: str) -> str:
@@ -96,31 +100,57 @@ def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
     return drops_rows(args) and lost < (rows if args.drop_bad_rows else min(rows, 2 + MOST_LEFT_OUT * rows))
 
 
-def standardise(
-    split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None, calls: bool = False
-) -> Split:
+def standardise(split: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None = None) -> Split:
+    """Convert every row to TRL's columns as `convert_rows` does, and drop pairs without information."""
+    rows, _ = convert_rows(split, args, kind, tokens)
+    return drop_uninformative(rows, kind)
+
+
+def drop_uninformative(rows: Split, kind: Kind) -> Split:
+    """Drop the pairs of a stream that do not say which answer is better; `convert_rows` drops those of other data."""
+    are_pairs = kind in ("preference", "unpaired") and "chosen" in column_names(rows)
+    return rows.filter(is_informative) if are_pairs and isinstance(rows, IterableDataset) else rows
+
+
+def convert_rows(
+    split: Split,
+    args: DataArguments,
+    kind: Kind,
+    tokens: re.Pattern[str] | None = None,
+    numbers: Sequence[int] | None = None,
+    calls: bool = False,
+) -> tuple[Split, Sequence[int]]:
     """Convert every row to TRL's columns; the rows of a stream are converted when they are read.
 
     A row without the expected shape raises a `UserError`, unless `drop_bad_rows` is set, or the data come from the Hub,
-    whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. In a stream,
-    documents that are not text become empty instead: dropping them would renumber later rows, and so change which rows
-    are held out. `args` names only this data set. If a row calls a tool, all rows are converted again with `calls`.
+    whose users cannot correct them: such rows are dropped, up to a share of `MOST_LEFT_OUT` for the Hub. So are pairs
+    that do not say which answer is better. In a stream, documents that are not text become empty instead, and all pairs
+    stay: dropping them would renumber later rows, and so change which rows are held out. `args` names only this data
+    set. If a row calls a tool, all rows are converted again with `calls`.
+
+    Args:
+        numbers: Numbers of the rows in their file, for messages. Default: the split has all rows of the file.
+
+    Returns:
+        The rows, and the numbers of those that are left; of a stream, ().
     """
     columns, place = column_names(split), f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
     if kind == "tokens":
         if columns != [TOKENS]:
             remedy = "has text, and others of dataset_name have tokens; give data sets of one kind"
             raise UserError(Problem("dataset_name", place, remedy))
-        return split
+        return split, ()
 
+    is_stream = not isinstance(split, Dataset)
+    if numbers is None:
+        numbers = () if is_stream else range(len(split))
     read, made, used = converter(split, columns, args, kind)
     _log_unread(split, columns, used, args, kind)
-    is_stream = not isinstance(split, Dataset)
     if kind == "text" and not is_stream:
         (text,) = used
         # If each row is text, there is nothing to convert, and so nothing to copy.
         if split.features[text] == Value("string") and not split.data.column(text).null_count:
-            return split.select_columns(text).rename_columns({text: "text"})
+            return split.select_columns(text).rename_columns({text: "text"}), numbers
     if is_stream and args.drop_bad_rows and kind != "text":
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
@@ -143,6 +173,8 @@ def standardise(
             return {"text": ""}
         if is_stream:
             return converted
+        if "chosen" in made and not is_informative(converted):
+            return {**dict.fromkeys(made), FAULT: UNINFORMATIVE}
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but not the numbers in a text.
             texts = {name: [*map(json.dumps, converted[name])] for name in ANSWERED if name in converted}
@@ -165,34 +197,45 @@ def standardise(
     removed = [name for name in columns if name not in (*made, *others)]
     standard = split.map(convert, with_indices=True, remove_columns=removed, features=Features(features) or None, **own)
     if is_stream or not len(split):
-        return standard.filter(is_informative) if "chosen" in made else standard
+        return standard, numbers
     if HAS_CALLS in standard.unique(FAULT):
-        return standardise(split, args, kind, tokens, calls=True)
-    return _drop_rows(standard, place, args, are_pairs="chosen" in made)
+        return convert_rows(split, args, kind, tokens, numbers, calls=True)
+    return _drop_rows(standard, place, args, numbers)
 
 
-def _drop_rows(rows: Dataset, place: str, args: DataArguments, are_pairs: bool) -> Dataset:
-    """Drop the rows that could not be converted, or refuse them with the number of the first one."""
-    found = rows.data.column(FAULT).to_pylist()
+def _drop_rows(rows: Dataset, place: str, args: DataArguments, numbers: Sequence[int]) -> tuple[Dataset, Sequence[int]]:
+    """Drop the rows that could not be converted, or refuse them with the number of the first one.
+
+    `numbers` are the numbers of the rows in their file. Return the rows that are left, and their numbers.
+    """
+    column = rows.data.column(FAULT).to_pylist()
     rows = rows.remove_columns(FAULT)
-    if faults := {index: fault for index, fault in enumerate(found) if fault is not None}:
+    left = [index for index, fault in enumerate(column) if fault is None]
+    equal = column.count(UNINFORMATIVE)
+    faults = {
+        int(numbers[index]): fault for index, fault in enumerate(column) if fault is not None and fault != UNINFORMATIVE
+    }
+    if faults:
         first = min(faults)
         if not may_drop(args, len(faults), len(rows)):
+            if len(faults) == len(rows) > 1:
+                remedy = f"{faults[first]}; all {len(rows)} rows are like this: {CONVERT}"
+                raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
             others = ", ".join(map(str, [*faults][1:5])) + (", ..." if len(faults) > 5 else "")
             more = f" and {len(faults) - 1} more of {len(rows)} ({others})" if len(faults) > 1 else ""
             remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
             raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
         what = f"rows are dropped; row {first}, for instance: {faults[first]}"
         report_lost(len(faults), len(rows), what, f"correct {place}")
-        rows = rows.select([index for index in range(len(rows)) if index not in faults])
     # Generated data sets contain pairs that do not say which answer is better.
-    informative = rows.filter(is_informative) if are_pairs else rows
-    if lost := len(rows) - len(informative):
-        if not len(informative):
+    if equal:
+        if not left:
             raise UserError(Problem("dataset_name", place, "every pair has an empty answer, or two equal ones"))
         what = "pairs are dropped, because an answer is empty or both are the same"
-        report_lost(lost, len(rows), what, f"correct {place}")
-    return informative
+        report_lost(equal, len(rows) - len(faults), what, f"correct {place}")
+    if len(left) == len(rows):
+        return rows, numbers
+    return rows.select(left), [numbers[index] for index in left]
 
 
 def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArguments, kind: Kind) -> None:
@@ -200,9 +243,10 @@ def _log_unread(split: Split, columns: list[str], used: list[str], args: DataArg
     unread = [column for column in columns if column not in used]
     read = [column for column in columns if column in used and kind not in ("text", "prompt")]
     for row in split.select_columns(read).take(100) if read else ():
-        messages = [(name, one) for name in read if isinstance(row[name], list) for one in row[name]]
-        keys = [(name, key) for name, one in messages if isinstance(one, dict) for key in one if one[key] is not None]
-        unread += [f"{name}.{key}" for name, key in keys if key not in MESSAGE_KEYS]
+        for name in read:
+            if isinstance(row[name], list) and normalise(name) != "tools":
+                keys = unread_keys(row[name], is_answer=kind in ("preference", "unpaired"))
+                unread += [f"{name}.{key}" for key in keys]
     if unused := ", ".join(map(repr, dict.fromkeys(unread))):
         use = "are passed to rewards, and not part of the prompts" if kind == "prompt" else "are not used"
         _log_once(logging.INFO, f"{'data':<11} {args.dataset_name}: the columns {unused} {use}")
@@ -213,8 +257,8 @@ def _require(columns: list[str], remedy: str = "", **expected: str) -> list[str]
     found = {field: find_column(columns, name) for field, name in expected.items()}
     # The user can choose another column only through an argument; otherwise, a column must be renamed.
     advice = {field: "choose from" if hasattr(DataArguments, field) else "rename one of" for field in expected}
-    # Names with spaces around them are quoted, because the spaces would not be seen.
-    names = [name if name == name.strip() and len(name) <= 60 else repr(name) for name in columns[:20]]
+    # Names with spaces around them are quoted, because the spaces would not be seen; so are those with line breaks.
+    names = [name if name == " ".join(name.split()) and len(name) <= 60 else repr(name) for name in columns[:20]]
     choices = ", ".join(name if len(name) <= 60 else f"{name:.57}..." for name in names)
     choices += f" and {len(columns) - 20} more" if len(columns) > 20 else ""
     remedies = {field: f"there is no such column; {remedy}{advice[field]}: {choices}" for field in expected}
@@ -229,13 +273,14 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
     #   text           text_column                                                  text
     #   conversation   messages_column [tools], or a prompt [context], completion   messages [tools]
     #   prompt         prompt_column [context] [answer_column]                      prompt [answer], and all others
-    #   preference     [prompt_column] [context] chosen rejected [margin]           prompt chosen rejected [margin]
+    #   preference     [prompt_column] [context] chosen_column rejected_column      prompt chosen rejected [margin]
+    #                  [margin]
     #   unpaired       the same, or a prompt [context], its completion and label    the same, or prompt completion label
     if kind == "conversation":
         return _conversation_converter(args, columns)
     if kind == "prompt":
         return _prompt_converter(args, columns, split)
-    if kind == "unpaired" and not find_column(columns, "chosen"):
+    if kind == "unpaired" and not find_column(columns, args.chosen_column):
         prompt = _find_prompt(args, columns)
         completion = find_column(columns, *([args.completion_column] if args.completion_column else ANSWERS))
         names = {"prompt_column": prompt or args.prompt_column, "completion_column": completion or "completion"}
@@ -260,7 +305,7 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
 
         return from_text, ["text"], [text]
 
-    chosen, rejected = _require(columns, chosen="chosen", rejected="rejected")
+    chosen, rejected = _require(columns, chosen_column=args.chosen_column, rejected_column=args.rejected_column)
     prompt = _find_prompt(args, columns, split)
     # Answers that are conversations contain their prompt; texts do not.
     if not prompt and isinstance(next(iter(split))[chosen], str):
@@ -269,22 +314,24 @@ def converter(split: Split, columns: list[str], args: DataArguments, kind: Kind)
         raise UserError(Problem("prompt_column", args.prompt_column, remedy))
     read, used = _prompt_reader(args, columns, prompt or args.prompt_column)
 
+    margin = find_column(columns, "margin")
+
     def from_pair(row: Row) -> dict[str, Any]:
-        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
+        pair = {**row, "chosen": row[chosen], "rejected": row[rejected]} | ({"margin": row[margin]} if margin else {})
         return read_pair(pair, read(row) if has_prompt(pair, prompt) else None, args.system_prompt)
 
-    margin = ["margin"] if "margin" in columns else []
-    return from_pair, ["prompt", "chosen", "rejected", *margin], [*used, chosen, rejected, *margin]
+    made = ["prompt", "chosen", "rejected", *(["margin"] if margin else [])]
+    return from_pair, made, [*used, chosen, rejected, *([margin] if margin else [])]
 
 
 def _find_prompt(args: DataArguments, columns: list[str], pairs: Split | None = None) -> str:
     """Return the column of the prompts: the named one, by default one with a usual name, or ""."""
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
-    chosen = find_column(columns, "chosen")
-    answer = next(iter(pairs))[chosen] if pairs is not None and chosen else []
+    chosen = find_column(columns, args.chosen_column)
+    answer = next(iter(pairs))[chosen] if pairs is not None and chosen else None
     # Whole conversations contain their prompt.
-    return find_column(columns, *PROMPTS, *(() if isinstance(answer, list) and len(answer) != 1 else CONVERSATIONS))
+    return find_column(columns, *PROMPTS, *(() if answer is None or is_whole(answer) else CONVERSATIONS))
 
 
 def _prompt_reader(
@@ -313,12 +360,15 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
     """Return what reads conversations, or joins a prompt and its completion (by default, columns in `PAIRS`)."""
     is_default = args.messages_column == "messages"
     messages_column = find_column(columns, args.messages_column, *(CONVERSATIONS if is_default else ()))
-    tools = ["tools"] if "tools" in columns else []
+    tools = find_column(columns, "tools")
+    made, extra = (["messages", "tools"], [tools]) if tools else (["messages"], [])
 
     def list_tools(row: Row) -> dict[str, Any]:
-        listed = {name: read_functions(without_none(row[name]), name, schemas=True) for name in tools}
+        if not tools:
+            return {}
+        schemas = read_functions(without_none(row[tools]), tools, schemas=True)
         # Some templates distinguish an empty list from none.
-        return {name: json.dumps(one, ensure_ascii=False) if one else None for name, one in listed.items()}
+        return {"tools": json.dumps(schemas, ensure_ascii=False) if schemas else None}
 
     def from_messages(row: Row) -> dict[str, Any]:
         messages = read_messages(row[messages_column], messages_column, args.system_prompt, calls=True)
@@ -329,26 +379,26 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         return {"messages": messages, **list_tools(row)}
 
     if messages_column and args.completion_column is None:
-        return from_messages, ["messages", *tools], [messages_column, *tools]
+        return from_messages, made, [messages_column, *extra]
     if args.completion_column is not None:
         pairs = [(_find_prompt(args, columns), find_column(columns, args.completion_column))]
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
-        missing, remedy = {"messages_column": args.messages_column}, "name prompt_column and completion_column, or "
+        missing, remedy = {"messages_column": args.messages_column}, NAME_OR_CONVERT
     prompt, completion = next(filter(all, pairs), None) or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
         return {"messages": [*read(row), *read_answer(row[completion], completion)], **list_tools(row)}
 
-    return from_pair, ["messages", *tools], [*used, completion, *tools]
+    return from_pair, made, [*used, completion, *extra]
 
 
 def _prompt_converter(args: DataArguments, columns: list[str], split: Split) -> Converter:
     prompt = _find_prompt(args, columns, split)
     # Pairs of conversations also work: their prompt is what both begin with.
-    chosen, rejected = (find_column(columns, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (find_column(columns, name) for name in (args.chosen_column, args.rejected_column))
     has_pairs = chosen and rejected and args.prompt_column == "prompt"
     if not prompt and not has_pairs:
         _require(columns, prompt_column=args.prompt_column)

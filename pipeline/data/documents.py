@@ -8,6 +8,7 @@ well, so that a part of it can be held out.
 import csv
 import hashlib
 import io
+import logging
 import lzma
 import re
 import zlib
@@ -23,6 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.data.columns import TEXT_COLUMNS, normalise
 from pipeline.errors import Problem, UserError
 
+logger = logging.getLogger(__name__)
+
 LONGEST = 4096
 """Characters of the longest document that is not cut, about a thousand tokens."""
 PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
@@ -33,6 +36,15 @@ TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`,
 ZERO_FIRST = re.compile(r"0\d")
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
+
+HEADER = re.compile(r'(?:"[^"]*"|[^"\n])+(?:\n|\Z)')
+"""The first line of a table whose quotes are in pairs."""
+FRONT_MATTER, FRONT_MATTER_CHARACTERS = (
+    re.compile(r"---[ \t]*\n(?:[ \t]*\n|#.*\n)*(?:[\w \"'-]+:(?:[ \t].*)?\n(?:.*\n)*?)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"),
+    1 << 16,
+)
+"""The block of settings with which notes in Markdown often begin, such as `---`, `title: Whales` and `---`, and the
+number of characters in which it must end. A rule of dashes before other text is none."""
 
 JSON = re.compile(r'(\[\s*)?\{[ \t]*"[^"\n]*"[ \t]*:')
 """The beginning of rows in JSON, such as `{"text":`, but not of an object that spans several lines."""
@@ -50,7 +62,9 @@ def open_documents(
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
     parts: list[list[str]] = [[]]
     size, longest = 0, LONGEST
+    with_settings = 0
     for file in files:
+        with_settings += skipped_characters(file) > 0
         with open_text(file) as text:
             sample = text.read(LONGEST).lstrip()
             # Excel saves a table as "Unicode text".
@@ -64,6 +78,8 @@ def open_documents(
             size = 0
         parts[-1].append(str(file))
         size += file.stat().st_size
+    if with_settings:
+        logger.info("%-11s %d files begin with front matter (---), which is not read", "data", with_settings)
     if is_single:
         with open_text(files[0]) as text:
             longest = min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))
@@ -103,6 +119,15 @@ def open_text(path: Path) -> Iterator[io.TextIOWrapper]:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error}); {advice}")) from None
 
 
+def skipped_characters(path: Path) -> int:
+    """Return the number of characters of the front matter of a file in Markdown, 0 without any."""
+    if ".md" not in map(str.lower, path.suffixes):
+        return 0
+    with open_text(path) as text:
+        block = FRONT_MATTER.match(text.read(FRONT_MATTER_CHARACTERS))
+    return len(block[0]) if block else 0
+
+
 def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict[str, str]]:
     """Yield the documents of files, except blank ones."""
     for file in chain.from_iterable(parts):
@@ -118,7 +143,9 @@ def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict
 
 def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
     """Yield the lines of a file. A line of more than `longest` characters is cut, after a space if it has one."""
+    skipped = skipped_characters(path)
     with open_text(path) as text:
+        text.read(skipped)
         rest = ""
         while line := rest + text.readline(-1 if longest is None else longest - len(rest)):
             if "\0" in line:
@@ -148,6 +175,15 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
     yield "".join(lines)
 
 
+def _header_of(table: str) -> str:
+    """Return the header of a table, which is a line, or several if a name in quotes has line breaks."""
+    # "Time","What is the answer?
+    # (one or two sentences)"
+    table = table.lstrip("\r\n")
+    header = HEADER.match(table)
+    return header[0] if header else next(filter(str.strip, io.StringIO(table)), "")
+
+
 def choose_table(file: Path) -> dict[str, Any]:
     """Return the options with which the builder `csv` of `datasets` reads a table."""
     with open_text(file) as text:
@@ -156,10 +192,10 @@ def choose_table(file: Path) -> dict[str, Any]:
     if "\0" in sample:
         raise UserError(Problem("dataset_name", file, "is not text in UTF-8; save it as such"))
     # The separator is the most frequent one of the header outside quotes.
-    line = next(filter(str.strip, io.StringIO(sample)), "")
+    line = _header_of(sample)
     names = re.sub('"[^"]*"', "", line)
     separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=names.count)
-    header = next(csv.reader([line], delimiter=separator), [])
+    header = next(csv.reader(io.StringIO(line, newline=""), delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
     stray, texts = 0, {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
     try:

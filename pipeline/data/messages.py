@@ -13,6 +13,8 @@ Row = Mapping[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
+MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
+"""Keys of messages that are read everywhere."""
 RENDERED = ("name", "reasoning_content", "thinking")
 """Keys of messages in an answer that some chat templates write, besides role, content and calls."""
 
@@ -183,8 +185,38 @@ def read_answer(value: object, column: str) -> Messages:
 def has_prompt(pair: Row, column: str) -> bool:
     """Return whether a pair has a separate column for its prompt."""
     # If the answers are whole conversations, a text in that column is only the last message of their prompt.
-    whole = all(isinstance(pair[side], list) and len(pair[side]) > 1 for side in ("chosen", "rejected"))
+    whole = all(is_whole(pair[side]) for side in ("chosen", "rejected"))
     return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
+
+
+def is_whole(answer: object) -> bool:
+    """Return whether an answer is a whole conversation, with its prompt, and not a dialogue with tools."""
+    turns = _with_roles(answer)
+    return isinstance(turns, list) and bool(split_answer(turns)[0])
+
+
+def split_answer(turns: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Split a conversation into its prompt, [] if it has none, and the answer: what the assistant and tools say last.
+
+    What does not end with the assistant has no answer: its last message counts as one, and is refused later.
+    """
+    begin = len(turns)
+    while begin and isinstance(turns[begin - 1], Mapping) and turns[begin - 1].get("role") in ("assistant", "tool"):
+        begin -= 1
+    begin = min(begin, len(turns) - 1)
+    return turns[: max(begin, 0)], turns[max(begin, 0) :]
+
+
+def unread_keys(turns: list[Any], is_answer: bool) -> list[str]:
+    """Return the keys of messages that are not read; chat templates may render some of an answer that is a dialogue."""
+    prompt, answer = split_answer(turns) if is_answer else (turns, [])
+    is_dialogue = len(answer) > 1 or any(isinstance(one, Mapping) and one.get("tool_calls") for one in answer)
+    unread = []
+    for messages, read in ((prompt, MESSAGE_KEYS), (answer, MESSAGE_KEYS + RENDERED if is_dialogue else MESSAGE_KEYS)):
+        for message in messages:
+            if isinstance(message, Mapping):
+                unread += [key for key in message if message[key] is not None and key not in read]
+    return unread
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
@@ -197,7 +229,7 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
     #   prompt     chosen      rejected
     #   Q or [M]   A           B           texts
     #   Q or [M]   [M]         [M]         one message each
-    #   -          [M, M, M]   [M, M, M]   conversations, which begin alike
+    #   - or Q     [M, M, M]   [M, M, M]   conversations, which begin alike, with the user or the system
     #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt, or dialogues with tools
     sides = {side: _with_roles(row[side]) for side in ("chosen", "rejected")}
     if prompt is None:
@@ -205,8 +237,12 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
         for side, turns in sides.items():
             if not isinstance(turns, list) or len(turns) < 2:
                 raise ShapeError("there is no prompt")
-            prompts.append(read_prompt(turns[:-1], side, system_prompt))
-            sides[side] = turns[-1:]
+            if isinstance(turns[-1], Mapping) and turns[-1].get("role", "assistant") != "assistant":
+                raise ShapeError(f"{side} ends with the role {turns[-1]['role']!r:.60}, not assistant")
+            before, sides[side] = split_answer(turns)
+            if not before:
+                raise ShapeError("there is no prompt")
+            prompts.append(read_prompt(before, side, system_prompt))
         prompt = prompts[0]
         if prompts[1] != prompt:
             raise ShapeError("chosen and rejected do not answer the same prompt")
@@ -244,9 +280,12 @@ def _read_answer(
     """Read an answer like `read_answer`, but allow an empty one, or a conversation that begins with this prompt."""
     if isinstance(value := as_answer(value), str):
         return as_messages(_as_text(value, column))
+    # A conversation may repeat the prompt.
+    if isinstance(value, list) and value:
+        before, answer = split_answer(value)
+        value = answer if before and read_messages(before, column, system_prompt) == prompt else value
     turns = value if isinstance(value, list) else []
     first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-    # Otherwise, the answer is the last message of a conversation.
     asks = any(isinstance(one, Mapping) and one.get("role") in ("system", "user") for one in turns)
     if first.get("role") == "assistant" and not asks and (len(turns) > 1 or first.get("tool_calls")):
         messages = read_messages(turns, column, calls=True)
@@ -254,8 +293,6 @@ def _read_answer(
             raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
         kept = ({key: one[key] for key in RENDERED if one.get(key)} for one in turns)
         return [{**message, **more} for message, more in zip(messages, kept, strict=True)]
-    if isinstance(value, list) and len(value) > 1 and read_messages(value[:-1], column, system_prompt) == prompt:
-        value = value[-1:]
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
         raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
     role, content = value[0].get("role"), value[0].get("content")

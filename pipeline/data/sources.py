@@ -42,6 +42,15 @@ BUILDERS = {
 }
 """The builder of `datasets` for each suffix; text is read by `pipeline.data.documents`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+CONVERSIONS = {
+    ".zip": "unzip it",
+    **dict.fromkeys((".tar", ".tgz", ".7z", ".rar"), "unpack it"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV"),
+    **dict.fromkeys(
+        (".pdf", ".docx", ".doc", ".odt", ".rtf", ".epub", ".html", ".htm"), "save it as plain text (.txt)"
+    ),
+}
+"""What to do with files that are often given and cannot be read, by their suffix."""
 NO_DATA = re.compile(
     r"(?i)(readme|licen[cs]e|copying|citation)([-_.][\w.-]*)?|(config|dataset_infos?|dataset_dict|state)\.json"
     r"|cache-\w+\.arrow"
@@ -160,7 +169,7 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     """Open a file, or the files in a folder by their suffixes, and join the files of a split. Log the others."""
     kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
     if path.is_file() and _suffix(path) not in BUILDERS:
-        remedy = f"this type of file is not supported; save it as one of {kinds}"
+        remedy = f"this type of file is not supported; {CONVERSIONS.get(_suffix(path), f'save it as one of {kinds}')}"
         raise UserError(Problem("dataset_name", path, remedy))
     listed, entered = [path] if path.is_file() else [], set()
     for root, folders, names in os.walk(path, followlinks=True):
@@ -184,8 +193,13 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     unread = [file.name for file in is_data if not is_data[file]]
     named = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
     if not files:
-        remedy = f"does not contain data ({named or 'no files'}); give a file or folder of {kinds}"
+        advice = next((CONVERSIONS[_suffix(file)] + ", or " for file in is_data if _suffix(file) in CONVERSIONS), "")
+        remedy = f"does not contain data ({named or 'no files'}); {advice}give a file or folder of {kinds}"
         raise UserError(Problem("dataset_name", path, remedy))
+    about_data = [str(file.relative_to(path)) for file in is_data if NO_DATA.fullmatch(file.name) and file != path]
+    if texts := [name for name in about_data if _suffix(Path(name)) in (".txt", ".md")]:
+        what = "not read, because of its name; if it is a document, rename it"
+        logger.info("%-11s %s: %s: %s", "data", path, ", ".join(texts[:5]), what)
     if unread:
         logger.info("%s: not read, because they are not data, or empty: %s", path, named)
 

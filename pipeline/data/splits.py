@@ -2,21 +2,34 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import Kind, Split, Splits, column_names, converter, drops_rows, find_column, standardise
+from pipeline.data.columns import (
+    Kind,
+    Split,
+    column_names,
+    convert_rows,
+    converter,
+    drop_uninformative,
+    find_column,
+    normalise,
+    standardise,
+)
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.progress import report_progress
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", int, np.ndarray)
 
 SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
 """Rows among which a stream is shuffled, and the default of `max_eval_samples` if rows of a stream are held out:
@@ -101,24 +114,50 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
 
 
-def keep_rows(source: Splits, args: DataArguments) -> Splits:
-    """Return the rows of a data set that `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
+def is_held_out(numbers: T, share: float) -> T:
+    """Return which rows of a single split are held out: every `1 / share`-th one, 0, 20, 40, … for a share of 0.05.
+
+    This is the only rule. The numbers, an integer or an array, are those in the data set as it lies on the disk, before
+    any row is dropped or left out. So it makes no difference for what a row is read, and which others are: no stage
+    trains on what another one holds out of the same data set with the same share. Of a stream, only the first file is
+    divided, because processes that read other files do not know the numbers of their rows.
+    """
+    return numbers % round(1 / share) == 0
+
+
+def row_filter(args: DataArguments, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
+    """Return which rows `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
     kept: dict[str, set[str]] = {}
     for condition in args.keep_rows or ():
         column, sign, value = condition.partition("=")
-        columns = column_names(next(iter(source.values())))
         if not sign or column not in columns:
             remedy = f"must be COLUMN=VALUE, with one of the columns {', '.join(columns)}"
             raise UserError(Problem("keep_rows", condition, remedy))
         kept.setdefault(column, set()).add(value.casefold())
-    if not kept:
-        return source
-    found = source.filter(lambda row: all(str(row[name]).casefold() in values for name, values in kept.items()))
-    train = args.dataset_train_split
-    if train in found and next(iter(found[train]), None) is None:
-        remedy = f"no row of {args.dataset_name}, split {train}, has these values; correct one of them"
-        raise UserError(Problem("keep_rows", ", ".join(args.keep_rows or ()), remedy))
-    return found
+    return lambda row: all(str(row[name]).casefold() in values for name, values in kept.items())
+
+
+def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
+    """Return the rows that `args.keep_rows` asks for, and their numbers in the split; of a stream, ().
+
+    Raise a `UserError` if it is not COLUMN=VALUE.
+    """
+    is_stored = isinstance(split, Dataset)
+    if not args.keep_rows:
+        return split, range(len(split)) if is_stored else ()
+    is_kept = row_filter(args, column_names(split))
+    if not is_stored:
+        return split.filter(is_kept), ()
+    columns = split.select_columns(list(dict.fromkeys(one.partition("=")[0] for one in args.keep_rows)))
+    numbers = [number for number, row in enumerate(columns) if is_kept(row)]
+    return split.select(numbers), numbers
+
+
+def _check_kept(split: Split, args: DataArguments) -> None:
+    """Raise a `UserError` if no row of the training split is kept."""
+    if args.keep_rows and next(iter(split), None) is None:
+        remedy = f"no row of {args.dataset_name}, split {args.dataset_train_split}, has these values; "
+        raise UserError(Problem("keep_rows", ", ".join(args.keep_rows), remedy + "correct one of them"))
 
 
 def _load_one(
@@ -126,15 +165,17 @@ def _load_one(
 ) -> tuple[Split, Split | None]:
     train = args.dataset_train_split
     source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
-    source = keep_rows(source, args)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
         report_progress(evaluated_on="test")
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split
     is_single = list(source) == [train] and test != train and args.validation_share > 0
+    kept = {name: keep_rows(split, args) for name, split in source.items() if name in (train, test)}
+    if train in kept:
+        _check_kept(kept[train][0], args)
     # A single row is trained on if there is no evaluation.
-    can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(source[train]) > 1
+    can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(kept[train][0]) > 1
     if not (is_single and can_be_divided):
         remedy = f"there is no such split; choose from: {', '.join(source)}"
         problems = [] if train in source else [Problem("dataset_train_split", train, remedy)]
@@ -143,7 +184,7 @@ def _load_one(
         if evaluation and train == test:
             problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
         refuse(*problems)
-        trained_on = source[train]
+        trained_on = kept[train][0]
         if isinstance(trained_on, Dataset) and len(trained_on):
             # All rows are checked, also those that a trial run does not train on.
             trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
@@ -151,23 +192,24 @@ def _load_one(
             trained_on = standardise(_limit(trained_on, args, "max_train_samples"), args, kind, tokens)
         if not evaluation:
             return trained_on, None
-        held_out = _limit(source[test], args, "max_eval_samples")
+        held_out = _limit(kept[test][0], args, "max_eval_samples")
         # The evaluation split must have the columns that are read from the training split, such as answers.
         columns, others = column_names(source[train]), column_names(held_out)
-        used = [] if kind == "tokens" else converter(source[train], columns, args, kind)[2]
+        used = [] if kind == "tokens" else converter(kept[train][0], columns, args, kind)[2]
         # Prompts may be read from the answers, and margins are optional.
-        read = [name for name in used if name != "margin" and find_column(columns, name)]
+        read = [name for name in used if normalise(name) != "margin" and find_column(columns, name)]
         if lacking := [name for name in read if not find_column(others, name)]:
             remedy = f"has no column {', '.join(lacking)}, unlike {train}; add it, or remove this split"
             raise UserError(Problem("dataset_test_split", test, remedy))
         return trained_on, standardise(held_out, args, kind, tokens)
 
-    if isinstance(source[train], Dataset) and drops_rows(args):
-        # Malformed rows are dropped afterwards, because evaluations count all rows, and then drop the same ones.
-        trained_on, held_out = (standardise(part, args, kind, tokens) for part in _hold_out(source[train], args))
-    else:
-        # Rows are checked first, so that errors give their numbers in the file.
-        trained_on, held_out = _hold_out(standardise(source[train], args, kind, tokens), args)
+    trained_on, held_out = _hold_out(source[train], args, kind, tokens)
+    if evaluation and next(iter(held_out), None) is None:
+        other = 1 / (round(1 / args.validation_share) + 1)
+        remedy = (
+            f"holds out none of the rows that are left; give another share, such as {other:.3g}, or --eval_strategy no"
+        )
+        raise UserError(Problem("validation_share", args.validation_share, remedy))
     if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
         logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
         args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
@@ -175,21 +217,36 @@ def _load_one(
     return trained_on, _limit(held_out, args, "max_eval_samples") if evaluation else None
 
 
-def _hold_out(only: Split, args: DataArguments) -> tuple[Split, Split]:
-    """Divide rows into a part to train on and a part to evaluate on, which `evaluation/held_out.py` finds again."""
-    period = round(1 / args.validation_share)
-    logger.info("The data set has no split %s: every %dth row is held out for it.", args.dataset_test_split, period)
+def _hold_out(only: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None) -> tuple[Split, Split]:
+    """Divide converted rows into a part to train on and a part to evaluate on, as `is_held_out` says."""
+    share = args.validation_share
+    which = f"every {round(1 / share)}th row is held out for it"
+    logger.info("The data set has no split %s: %s.", args.dataset_test_split, which)
     if isinstance(only, Dataset):
-        if len(only) < 2:
-            remedy = f"has {len(only)} rows, too few to hold any out; give more rows, or --eval_strategy no"
+        rows, numbers = keep_rows(only, args)
+        rows, numbers = convert_rows(rows, args, kind, tokens, numbers)
+        if len(rows) < 2:
+            remedy = f"has {len(rows)} rows, too few to hold any out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
-        # The rows 0, 20, 40, … for a share of 0.05.
-        held_out = range(0, len(only), period)
-        return only.select([row for row in range(len(only)) if row not in held_out]), only.select(held_out)
-    # Only the first file is divided: processes that read other files do not know the numbers of their rows.
+        held_out = is_held_out(np.array(numbers), share)
+        return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
+    if args.keep_rows:
+        # Rows have their numbers before any are left out.
+        trained_on, others = (keep_rows(part, args)[0] for part in _hold_out_of_stream(only, share))
+        if next(iter(others), None) is not None:
+            others = standardise(others, args, kind, tokens)
+        return standardise(trained_on, args, kind, tokens), others
+    # Rows are converted first, so that errors give their numbers in the file.
+    converted, _ = convert_rows(only, args, kind, tokens)
+    trained_on, others = _hold_out_of_stream(converted, share)
+    return drop_uninformative(trained_on, kind), drop_uninformative(others, kind)
+
+
+def _hold_out_of_stream(only: IterableDataset, share: float) -> tuple[IterableDataset, IterableDataset]:
+    """Divide the first file of a stream."""
     first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
-    kept = first.filter(lambda _, index: index % period != 0, with_indices=True)
-    held_out = first.filter(lambda _, index: index % period == 0, with_indices=True)
+    kept = first.filter(lambda _, number: not is_held_out(number, share), with_indices=True)
+    held_out = first.filter(lambda _, number: is_held_out(number, share), with_indices=True)
     return concatenate_datasets([kept, *others]) if others else kept, held_out
 
 

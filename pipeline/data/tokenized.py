@@ -1,7 +1,7 @@
 """Tokens of conversations, pairs and prompts, a thousand rows at a time, where TRL's trainers take one by one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import add
 from typing import Any
 
@@ -15,6 +15,9 @@ from pipeline.data.messages import Messages
 from pipeline.data.packing import IGNORED
 from pipeline.errors import Problem, UserError
 from pipeline.progress import report_lost
+
+ANSWERS = {"chosen", "rejected", "completion"}
+"""Columns with answers to a prompt."""
 
 
 def drop_long_prompts(
@@ -48,10 +51,60 @@ def drop_long_prompts(
         remedy = f"every prompt takes more than the {max(0, room)} tokens that it leaves of the model's context of "
         remedy += f"{positions} (max_position_embeddings); lower it or shorten prompts"
         raise UserError(Problem("max_completion_length", length, remedy))
+    if not isinstance(split, Dataset) and (lost := sum(size > room for size in first)):
+        what = f"checked prompts have more than {room} tokens, which leaves no room for an answer; such are dropped"
+        report_lost(lost, len(first), what, "lower max_completion_length, or shorten them")
     if isinstance(split, Dataset) and len(kept) < len(split):
         what = f"prompts have more than {room} tokens, which leaves no room for an answer, and are dropped"
         report_lost(len(split) - len(kept), len(split), what, "lower max_completion_length, or shorten them")
     return kept
+
+
+def drop_long_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, of: str = "") -> Split:
+    """Drop rows with an answer that has more than `max_length` tokens together with its prompt; report their number.
+
+    A row is a pair of answers, or a single one; `of` is a word before that, such as "evaluation ". Nothing is reported
+    for a stream. Raise a `UserError` if no row is left.
+    """
+    answers = sorted(ANSWERS.intersection(column_names(split)))
+
+    def count(prompts: list[Any], *sides: list[Any]) -> list[int]:
+        texts = [list(map(add, prompts, side)) for side in sides]
+        sizes = [list(map(len, _encode(tokenizer, side)["input_ids"])) for side in texts]
+        return list(map(max, zip(*sizes, strict=True)))
+
+    if not isinstance(split, Dataset):
+        columns = ["prompt", *answers]
+        return split.filter(
+            lambda *batch: [size <= max_length for size in count(*batch)], input_columns=columns, batched=True
+        )
+    lengths: list[int] = []
+    for batch in split.select_columns(["prompt", *answers]).iter(1000):
+        lengths += count(batch["prompt"], *(batch[answer] for answer in answers))
+    report_long_pairs(lengths, max_length, of + ("pairs" if "chosen" in answers else "answers"))
+    if max(lengths) <= max_length:
+        return split
+    return split.select([row for row, length in enumerate(lengths) if length <= max_length])
+
+
+def pair_lengths(pairs: Dataset) -> list[int]:
+    """Return the number of tokens of the longer side of each pair that `add_tokens` has encoded."""
+    batches = pairs.select_columns(["chosen_ids", "rejected_ids"]).iter(1000)
+    sides = ((batch["chosen_ids"], batch["rejected_ids"]) for batch in batches)
+    return [max(map(len, pair)) for batch in sides for pair in zip(*batch, strict=True)]
+
+
+def report_long_pairs(lengths: Sequence[int], max_length: int, what: str) -> None:
+    """Report how many of the rows with these `lengths` are too long, and so dropped; `what` names them.
+
+    Raise a `UserError` if all of them are.
+    """
+    if min(lengths) > max_length:
+        remedy = f"every pair is longer ({min(lengths)} tokens at least) and would be dropped; raise it"
+        raise UserError(Problem("max_length", max_length, remedy))
+    if longer := sum(length > max_length for length in lengths):
+        limit = f"max_length {max_length} (up to {max(lengths)} tokens)"
+        report_lost(longer, len(lengths), f"{what} are longer than {limit} and are dropped", "raise it")
 
 
 def log_truncated(dataset: Split, args: SFTConfig) -> None:
@@ -63,11 +116,22 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
     if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None or goes_on:
         return
     lengths = [len(ids) for batch in dataset.select_columns(TOKENS).iter(1000) for ids in batch[TOKENS]]
+    end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
     if longer := sum(length > args.max_length for length in lengths):
-        end = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
         what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
         remedy = "raise it, or the model does not learn to stop after long answers"
         report_lost(longer, len(lengths), f"{what}their {end}", remedy)
+    if "labels" not in dataset.column_names or end != "end":
+        return
+    # A prompt alone may fill the sequence. With `keep_end`, it is the prompt that is cut off.
+    unlabelled = 0
+    for batch in dataset.select_columns("labels").iter(1000):
+        unlabelled += sum(all(label == IGNORED for label in row[: args.max_length]) for row in batch["labels"])
+    if unlabelled:
+        what = (
+            f"conversations have a prompt that fills max_length {args.max_length}, so that nothing is learned from them"
+        )
+        report_lost(unlabelled, len(lengths), what, "raise it, or shorten the prompts")
 
 
 def template_for_labels(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,20 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if item.name != "fixed_prompts":
             earlier = ["--reasoning"] if item.name == "problems" else []
             parser.add_argument(f"--{item.name}", *earlier, help=item.metadata["help"], **about)
-    columns = ("text_column", "prompt_column", "completion_column", "answer_column", "answer_pattern", "grade")
     for item in fields(evaluate_yaml.Source):
-        if item.name in (*columns, "system_prompt", "dataset_config"):
+        if item.name.endswith("_column") or item.name in ("answer_pattern", "grade", "system_prompt", "dataset_config"):
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
     parser.add_argument("--split", help="split of the data set (default: test; for a plain file, all rows)")
+    add_trust(parser)
     parser.add_argument("--allow_unconfined_code", action="store_true", help="grade code even where it is not confined")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--trust`, for commands that read names of functions from the files of a run."""
+    meaning = "function, class or task file that the folder names and that you let it load; repeatable"
+    parser.add_argument("--trust", action="append", default=[], metavar="NAME", help=meaning)
 
 
 def main(args: argparse.Namespace) -> int:
     """Evaluate the stage, write both files and print the metrics. Return the exit code."""
     if not Path(args.run).is_dir():
         raise UserError(Problem("RUN", args.run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
+    from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.results import format_table
     from pipeline.launch import quiet_libraries
+    from pipeline.rewards.loading import only_trusted
     from pipeline.rewards.sandbox import run as sandbox
 
     quiet_libraries()
@@ -62,8 +71,13 @@ def main(args: argparse.Namespace) -> int:
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in HELD_OUT)):
         # Tasks named on the command line do not replace the run's own figures.
         args.name = "lm_eval"
+    # What the command names was chosen by its user; what the run's files name, by whoever made the run.
+    content = read_yaml(args.config) if args.config else {}
+    named = {"judge": args.judge, "lm_eval_tasks": args.lm_eval_tasks, "problems": {"grade": args.grade}}
+    trusted = [*args.trust, *evaluate_yaml.named_code(content), *evaluate_yaml.named_code(named)]
     try:
-        result = evaluate(args)
+        with only_trusted(trusted):
+            result = evaluate(args, content)
     except UserError as error:
         # A problem with the value of an option names the option, not the key of `evaluate.yaml`.
         problems = []
@@ -82,13 +96,13 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> StageResult:
+def evaluate(args: argparse.Namespace, content: Mapping[str, Any]) -> StageResult:
     """Measure the stage as the command's options say.
 
-    Options override the file of `--config`, which replaces the run's own `evaluate.yaml`; anything that neither of them
-    names follows from the stages. Raise a UserError, with keys of `evaluate.yaml`, for what cannot be used.
+    Options override `content`, the file of `--config`, which replaces the run's own `evaluate.yaml`; anything that
+    neither of them names follows from the stages. Raise a UserError, with keys of `evaluate.yaml`, for what
+    cannot be used.
     """
-    from pipeline.config.yaml_file import read_yaml
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.stage import check_stages, evaluate_stage
 
@@ -100,12 +114,13 @@ def evaluate(args: argparse.Namespace) -> StageResult:
     if args.split:
         columns["dataset_test_split"] = args.split
     data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
-    content = read_yaml(args.config) if args.config else evaluate_yaml.without_derived(own)
+    if not args.config:
+        content = evaluate_yaml.without_derived(own)
     # An evaluation with a name only measures the data or tasks that the command names.
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    content |= data | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
+    content = {**content, **data} | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
     only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
     settings = evaluate_yaml.complete(content, own, only_named)
 

@@ -12,8 +12,9 @@ The file is optional, and so is each key. Data that it does not name are the hel
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -121,23 +122,24 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         name, values = last[kinds[0]] if kinds else ("", {})
         if not values.get("dataset_name"):
             continue
-        source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
-        # People's votes, which may be combined with preferences, have their own metric.
-        names = as_list(source["dataset_name"])
-        named = [one for one in names if Path(str(one)).name != VOTES] or names
-        source["dataset_name"] = named if len(named) > 1 else named[0]
-        source.setdefault("validation_share", DataArguments.validation_share)
-        # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
-        if source.get("dataset_test_split") == DataArguments.dataset_test_split:
-            del source["dataset_test_split"]
+        source = _source_of(values)
         reward = next(iter(as_list(values.get("reward_funcs") or [])), "")
         if key == "problems" and reward not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
             source["grade"] = reward
-        trained_on[key] = source
+        trained_on[key] = _agree(source, stages)
         if held_out.length:
             lengths[key] = values.get(held_out.length)
             templates |= {key: templates[name]} if name in templates else {}
             called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
+
+    # Other data of the user that stages train on may not be measured either.
+    covered = {_place(name, source) for source in trained_on.values() for name in as_list(source["dataset_name"])}
+    for name, kind, values in stages:
+        if kind in STAGES and STAGES[kind].data and values.get("dataset_name"):
+            source = _source_of(values)
+            names = [str(one) for one in as_list(source["dataset_name"]) if not Path(str(one)).is_relative_to(home)]
+            if any(_place(one, source) not in covered for one in names):
+                trained_on[name] = _agree(source, stages)
 
     # The run starts from the first model that a stage names, unless another stage writes it.
     outputs = {str(home / name) for name, _, _ in stages}
@@ -155,6 +157,50 @@ def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, A
         ADDED: templates or None,
         CALLED: called or None,
     }
+
+
+def _source_of(values: Values) -> dict[str, Any]:
+    """Return how a stage reads its data, as the fields of `Source`."""
+    source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+    # People's votes, which may be combined with preferences, have their own metric.
+    names = as_list(source["dataset_name"])
+    named = [one for one in names if Path(str(one)).name != VOTES] or names
+    source["dataset_name"] = named if len(named) > 1 else named[0]
+    source.setdefault("validation_share", DataArguments.validation_share)
+    # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
+    if source.get("dataset_test_split") == DataArguments.dataset_test_split:
+        del source["dataset_test_split"]
+    return source
+
+
+def _agree(source: dict[str, Any], stages: Sequence[tuple[str, str, Values]]) -> dict[str, Any]:
+    """Return the source of a stage with the division that holds out no row on which any of the stages trains.
+
+    Stages that read the same data set usually hold out the same rows. With shares of 1/20 and 1/8 they agree on every
+    40th row, with a share of 0 on none; a stage that reads a stream divides only its first file.
+    """
+    places = {_place(name, source) for name in as_list(source["dataset_name"])}
+    others = [
+        values
+        for _, kind, values in stages
+        if kind in STAGES
+        and STAGES[kind].data
+        and places & {_place(name, values) for name in as_list(values.get("dataset_name") or [])}
+    ]
+    shares = [values.get("validation_share", DataArguments.validation_share) for values in others]
+    # Values of a wrong type are reported by the stage itself.
+    if all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares) and len(set(shares)) > 1:
+        source = {**source, "validation_share": 0.0}
+        if all(shares):
+            source["validation_share"] = 1 / math.lcm(*(round(1 / share) for share in shares))
+    if any(values.get("dataset_streaming") is True for values in others):
+        source = {**source, "dataset_streaming": True}
+    return source
+
+
+def _place(name: object, source: Values) -> tuple[str, str]:
+    """Return what identifies a data set: its path or Hub id, and its configuration."""
+    return os.path.realpath(str(name)), str(source.get("dataset_config"))
 
 
 def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
@@ -178,12 +224,10 @@ def complete(content: Values, derived: Values, only_named: bool = False) -> dict
         named = {"dataset_name": named} if isinstance(named, str) else named
         if isinstance(named, Mapping):
             # If a stage trains on this data set, perhaps by another path, only the rows that it holds out are measured.
-            place = (os.path.realpath(str(named.get("dataset_name"))), named.get("dataset_config"))
-            trained = [
-                (os.path.realpath(str(name)), one) for one in own.values() for name in as_list(one["dataset_name"])
-            ]
-            shared: Values = next((one for path, one in trained if (path, one.get("dataset_config")) == place), {})
-            division = ("validation_share", "dataset_train_split", "document", "keep_rows")
+            trained = [(_place(name, one), one) for one in own.values() for name in as_list(one["dataset_name"])]
+            place = _place(named.get("dataset_name"), named)
+            shared: Values = next((one for other, one in trained if other == place), {})
+            division = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
             settings[key] = {name: shared[name] for name in division if name in shared} | dict(named)
         elif key not in content and (only_named or key in own):
             settings[key] = None if only_named else first_of(own[key])
@@ -203,6 +247,23 @@ def first_of(source: Values) -> dict[str, Any]:
 def without_derived(settings: Values) -> dict[str, Any]:
     """Return the completed settings that could be in `evaluate.yaml`."""
     return {key: value for key, value in settings.items() if key not in DERIVED or key == "against"}
+
+
+def named_code(settings: Values) -> list[str]:
+    """Return the code of a user's that settings name: functions, as `module:function`, and files of lm-eval's tasks."""
+    sources = [settings.get(key) for key in HELD_OUT]
+    functions = [source.get("grade") for source in sources if isinstance(source, Mapping)]
+    functions.append(settings.get("judge"))
+    for tools in (settings.get(CALLED) or {}).values():
+        functions += [*as_list(tools.get("tools") or []), tools.get("environment")]
+    names = [name for name in functions if isinstance(name, str) and ":" in name]
+    names += [task for task in as_list(settings.get("lm_eval_tasks") or []) if is_task_file(str(task))]
+    return list(dict.fromkeys(names))
+
+
+def is_task_file(task: str) -> bool:
+    """Return whether a task of lm-eval is a file, which may name functions, rather than one of lm-eval's own."""
+    return os.sep in task or task.endswith((".yaml", ".yml"))
 
 
 def move(settings: Values, run: Path) -> dict[str, Any]:
@@ -255,7 +316,7 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
     from pipeline.config.parser import check_values
     from pipeline.data.sources import BUILDERS, COMPRESSIONS
     from pipeline.models.vllm_sampler import validate_vllm
-    from pipeline.rewards.loading import load_rewards
+    from pipeline.rewards.loading import check_trust, load_rewards
 
     def is_missing(path: str) -> bool:
         # "data.jsonl" is a file, whereas "org/data" is an id on the Hub.
@@ -276,7 +337,14 @@ def check(settings: Values, prefix: str = "") -> list[Problem]:
         # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
         from pipeline.evaluation.harness import check_tasks
 
-        problems += check_tasks(list(map(str, tasks)))
+        trusted: list[str] = []
+        for task in map(str, tasks):
+            with collect(problems):
+                # A task's file may name functions, which lm-eval calls.
+                if is_task_file(task):
+                    check_trust(task, "lm_eval_tasks")
+                trusted.append(task)
+        problems += check_tasks(trusted)
     functions: dict[str, str] = {}
     for key in HELD_OUT:
         source = settings.get(key)

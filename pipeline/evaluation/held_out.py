@@ -8,6 +8,7 @@ on; an `Example` is a row with the columns that metrics expect. Training divides
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,19 +24,20 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from pipeline.data.arguments import DIVISION, DataArguments
 from pipeline.data.columns import Split, column_names, converter, may_drop
 from pipeline.data.messages import ShapeError, is_informative
 from pipeline.data.shards import documents_of
 from pipeline.data.sources import open_source
-from pipeline.data.splits import keep_rows, load_splits
+from pipeline.data.splits import is_held_out, keep_rows, load_splits, row_filter
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError, problems_of
-from pipeline.evaluation.evaluate_yaml import CALLED, Source
+from pipeline.evaluation.evaluate_yaml import CALLED, SOURCE_FIELDS, Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
-from pipeline.files import as_list
+from pipeline.files import as_list, read_run
 from pipeline.rewards.grading import validate_rule
 from pipeline.rewards.sandbox.run import validate_sandbox
-from pipeline.stages import HELD_OUT
+from pipeline.stages import HELD_OUT, STAGES
 from pipeline.tools.loading import load_environment
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class HeldOut:
         grader, can_vote: Grades `problems`, and whether samples can vote on an answer.
         graded: Whether `problems` are graded at all. Otherwise they have nothing but the reward of an environment.
         fixed_prompts: Conversations that every stage answers.
+        remarks: Doubts about the data, for the report.
         suspects: Key of training rows -> the rows, and the keys of held-out data that they might contain copies of.
     """
 
@@ -95,6 +98,7 @@ class HeldOut:
     graded: bool = True
     can_vote: bool = True
     fixed_prompts: Sequence[Sequence[dict[str, str]]] = ()
+    remarks: Sequence[str] = ()
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
@@ -150,6 +154,7 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         graded=grade not in COMPARED or all("answer" in row for row in problems),
         can_vote=grade in COMPARED,
         fixed_prompts=fixed,
+        remarks=list(_divided_otherwise(run)),
         suspects=suspects,
         **for_baselines,
     )
@@ -157,6 +162,38 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         remedy = "has no rows to measure on"
         raise UserError(*(Problem(f"{key}: dataset_name", settings[key]["dataset_name"], remedy) for key in flags))
     return found
+
+
+def _divided_otherwise(run: Path) -> Iterator[str]:
+    """Yield remarks on stages that an earlier release trained, which held out other rows of their data."""
+    for step, entry in read_run(run).get("steps", {}).items():
+        kind, values = STAGES.get(step.partition("_")[2].partition("_")[0]), entry.get("values", {})
+        share = values.get("validation_share", DataArguments.validation_share)
+        if entry.get("division") == DIVISION or kind is None or not values.get("dataset_name") or not share:
+            continue
+        are_pairs = kind.data in ("preference", "unpaired")
+        read = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
+        for name in as_list(read["dataset_name"]):
+            # Data that the run makes have splits. Of pairs, only files of the user were divided after some had gone.
+            is_made = Path(name).resolve().is_relative_to(run.resolve())
+            if is_made or not (values.get("keep_rows") or (are_pairs and Path(name).exists())):
+                continue
+            # The data may be on another machine.
+            with suppress(UserError):
+                source = Source(**{**read, "dataset_name": name, "validation_share": 0.0})
+                splits = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
+                rows = splits.get(source.dataset_train_split)
+                if len(splits) > 1 or rows is None:
+                    continue
+                # The number of rows of a stream is not known.
+                if not source.keep_rows and isinstance(rows, Dataset):
+                    left, _ = load_splits(source, "preference" if kind.data == "preference" else "unpaired", False)
+                    if len(left) == len(rows):
+                        continue
+                remark = (
+                    f"{step}: an earlier release trained it, which held out other rows of {name}, so that it knows "
+                )
+                yield remark + "rows that are measured; train it again to measure it on rows that it has not seen"
 
 
 def _read_for_baselines(
@@ -207,30 +244,38 @@ def drop_ungradable(rows: Rows) -> list[Example]:
 class Part:
     """The rows of a split that are held out, or the rows that are trained on; `place` is what messages call the split.
 
-    One row in a `period` is held out; others belong to a part that is `trained_on`. A period of 1 gives it all rows.
+    With a `share`, only one side of a single split that `is_held_out` divides belongs to the part: by default the rows
+    that are held out, or those that are `trained_on`. `numbers` are those of the rows in their data set, which are
+    fewer if `keep_rows` leaves some out. Default: all rows of `data`, or those that a stream keeps.
     """
 
     data: Split
     source: Source
     place: str
-    period: int = 1
+    share: float = 0.0
     trained_on: bool = False
+    numbers: Sequence[int] | None = None
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the index and content of at most `most` rows that are not of the kind `without`."""
-        # The rows 0, 20, 40 are held out for a period of 20.
-        others = self.trained_on and self.period > 1
+        """Yield the number and content of at most `most` rows that are not of the kind `without`."""
         if not isinstance(self.data, Dataset):
-            numbered = ((number, row) for number, row in enumerate(self.data) if (number % self.period > 0) == others)
+            is_kept = row_filter(self.source, column_names(self.data))
+            numbered = ((number, row) for number, row in enumerate(self.data) if self.measures(number) and is_kept(row))
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
-        # This is an array, because a list of millions of row numbers takes seconds.
-        numbers = np.arange(len(self.data))
-        numbers = numbers[(numbers % self.period > 0) == others]
+        # These are arrays, because a list of millions of row numbers takes seconds.
+        numbers: Any = np.arange(len(self.data)) if self.numbers is None else np.array(self.numbers, dtype=int)
+        places: Any = np.flatnonzero(self.measures(numbers))
         if without and "kind" in self.data.column_names:
-            numbers = numbers[np.array(self.data["kind"][:])[numbers] != without]
-        chosen = list(map(int, subsample(numbers, most)))
-        yield from zip(chosen, self.data.select(chosen), strict=True)
+            places = places[np.array(self.data["kind"][:])[places] != without]
+        chosen = np.array(subsample(places, most), dtype=int)
+        yield from zip(map(int, numbers[chosen]), self.data.select(chosen), strict=True)
+
+    def measures(self, numbers: Any) -> Any:
+        """Return which of the rows with these numbers belong to the part; an array for an array."""
+        if not self.share:
+            return numbers >= 0
+        return is_held_out(numbers, self.share) != self.trained_on
 
 
 def subsample(rows: Sequence[T], most: int) -> list[T]:
@@ -249,7 +294,7 @@ class Reader:
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
-        self.run = run
+        self.run, self.flags = run, flags
         self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
         self.own = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
         # Of several data sets, a stage is measured on the first.
@@ -261,6 +306,14 @@ class Reader:
     def is_made(self, source: Source) -> bool:
         """Return whether the run makes this data set itself."""
         return Path(source.dataset_names[0]).is_relative_to(self.run)
+
+    def _is_trained_on(self, source: Source) -> bool:
+        """Return whether a stage trains on this data set."""
+        place = (os.path.realpath(source.dataset_names[0]), source.dataset_config)
+        trained = (
+            (os.path.realpath(name), one.dataset_config) for one in self.own.values() for name in one.dataset_names
+        )
+        return place in trained
 
     def find(
         self, key: str, split: str | None = None, trained_on: bool = False, own: Source | None = None
@@ -278,17 +331,19 @@ class Reader:
             splits = self._open(source, [split or "", *held_out, train])
             if split is None and list(splits) == [train] and source.validation_share > 0:
                 single: Any = splits[train]
-                if key == "pairs":
-                    # Training drops uninformative pairs before it divides the others.
-                    divided = load_splits(replace(source, dataset_test_split="validation"), "preference", True)
-                    return Part(divided[0 if trained_on else 1], replace(source, prompt_column="prompt"), name)
-                if not isinstance(single, Dataset):
-                    # Training holds out rows of the stream's first file only.
-                    single = single.shard(single.num_shards, 0)
-                return Part(single, source, f"{name}, split {train}", round(1 / source.validation_share), trained_on)
+                if isinstance(single, Dataset):
+                    rows, numbers = keep_rows(single, source)
+                    return Part(rows, source, f"{name}, split {train}", source.validation_share, trained_on, numbers)
+                # Training holds out rows of the stream's first file only.
+                first = single.shard(single.num_shards, 0)
+                return Part(first, source, f"{name}, split {train}", source.validation_share, trained_on)
         wanted = [split] if split else [train] if trained_on else held_out
         if wanted is held_out and key in self.named and len(splits) == 1 and not named:
             # A plain file of the user has one split, whatever its name.
+            # Who names data for this one evaluation may want to know how well they have been learned.
+            if key not in self.flags and self._is_trained_on(source):
+                remedy = "is trained on, and holds out no rows (validation_share); give other data"
+                raise UserError(Problem(f"{key}: dataset_name", name, remedy))
             wanted = list(splits)
         found = next((one for one in wanted if one in splits), None)
         if found is None:
@@ -298,7 +353,8 @@ class Reader:
             return None
         rows = splits[found]
         if not isinstance(rows, Path):
-            return Part(rows, source, f"{name}, split {found}")
+            kept = keep_rows(rows, source)[0] if isinstance(rows, Dataset) else rows
+            return Part(kept, source, f"{name}, split {found}")
         try:
             # For larger files, `datasets` keeps a copy in its cache rather than in memory.
             if rows.stat().st_size <= 64 << 20:
@@ -308,7 +364,7 @@ class Reader:
         except (OSError, pa.ArrowException, DatasetGenerationError) as error:
             reason = str(error).split("\n")[0]
             raise UserError(Problem("RUN", rows, f"cannot be read ({reason}); generate the data again")) from None
-        return Part(data, source, str(rows))
+        return Part(keep_rows(data, source)[0], source, str(rows))
 
     def _open(self, source: Source, wanted: Sequence[str]) -> Mapping[str, Split | Path]:
         """Return the splits of a data set by name, or {} if a step of the run has not made it yet.
@@ -325,10 +381,9 @@ class Reader:
             return files
         if self.is_made(source) and not path.exists():
             return {}
-        opened = (name, source.dataset_config, source.document, *(source.keep_rows or []))
+        opened = (name, source.dataset_config, source.document)
         if opened not in self._opened:
-            whole = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
-            self._opened[opened] = keep_rows(whole, source)
+            self._opened[opened] = open_source(name, source.dataset_config, source.dataset_streaming, source.document)
         return self._opened[opened]
 
     def read(self, key: str, part: Part | None, most: int, without: str | None = None) -> list[Example]:
@@ -341,7 +396,8 @@ class Reader:
             return []
         columns = column_names(part.data)
         with problems_of(key):
-            convert, made, _ = converter(part.data, columns, part.source, HELD_OUT[key].data)
+            rows, _ = keep_rows(part.data, part.source) if not isinstance(part.data, Dataset) else (part.data, ())
+            convert, made, _ = converter(rows, columns, part.source, HELD_OUT[key].data)
             lacks_answer = key == "problems" and part.source.grade in COMPARED and "answer" not in made
             if lacks_answer and not hasattr(load_environment(self.environment), "get_reward"):
                 remedy = f"does not exist; choose from: {', '.join(columns)}"

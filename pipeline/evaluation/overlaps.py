@@ -1,13 +1,139 @@
-"""Held-out rows that have a copy among the rows that stages train on."""
+"""Held-out rows that have a copy among the rows that stages train on.
 
-from collections import Counter
+A held-out row is a copy of a training row if all of it occurs there, or 13 words in a row that belong to it alone. Data
+sets often put the same instruction before every row. With 3 words in place of 13:
+
+    held out      solve this step by step:   carl has six red stamps
+    training      solve this step by step:   carl has six blue stamps and two red ones
+                  ~~~~~ of a template ~~~~   ~~~~~~~~~~~~ shared: a copy
+
+    held out      solve this step by step:   maria eats an apple
+    training      solve this step by step:   carl has six red stamps                     nothing else is shared: no copy
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.overlap import overlap
-from pipeline.evaluation.held_out import MAX_TRAINING_ROWS, HeldOut
+from pipeline.data.overlap import ngrams, texts, words
+from pipeline.evaluation.evaluate_yaml import Source
+from pipeline.evaluation.held_out import HeldOut
 
 OVERLAP_WORDS = 13
 """Number of consecutive shared words that make a held-out row a copy of a training row (as for GPT-3)."""
+TEMPLATE_WORDS, TEMPLATE_ROWS, TEMPLATE_PROMPTS = 8, 3, 20
+"""Words belong to a template if so many of them in a row occur in more held-out rows than the second number, or if
+`OVERLAP_WORDS` of them do in more different training prompts than the third."""
+MOST_SEARCHED = 1_000_000
+"""Training rows of a data set that are searched: all up to this number, of more that many, drawn at random. 200,000
+rows of a hundred words take about half a minute on a core, in each evaluation, and no memory for each of them."""
+
+
+class CopySearch:
+    """Looks for copies of some held-out rows in training rows, which are read one by one and not kept.
+
+    `rows` are the held-out rows: the key of their data, and their texts as `texts` returns them: first the whole row,
+    then parts of it.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, Sequence[str]]]) -> None:
+        self._rows = [(key, [tuple(words(text)) for text in row]) for key, row in rows]
+        # How many different rows of a key contain the short n-grams by which a template is recognised.
+        self._in_rows: dict[str, Counter[int]] = defaultdict(Counter)
+        for key, row in {(key, tuple(row)) for key, row in self._rows}:
+            self._in_rows[key].update(
+                {hash(gram) for text in row for gram in ngrams(text, _size(text, TEMPLATE_WORDS))}
+            )
+        # For each n-gram, by its hash: the training prompts with it, or the first of them.
+        self._seen: dict[int, set[int]] = {}
+        # The lengths of texts of fewer words, by their first word.
+        self._short: dict[str, set[int]] = defaultdict(set)
+        for text in {text for _, row in self._rows for text in row if text}:
+            self._seen.update((value, set()) for value in _hashes(text))
+            if len(text) < OVERLAP_WORDS:
+                self._short[text[0]].add(len(text))
+        # For the rarest n-gram of each whole row, these rows, and where they have it.
+        self._anchors: dict[int, list[tuple[tuple[str, ...], int]]] = defaultdict(list)
+        wholes = {row[0] for _, row in self._rows if row and row[0]}
+        counts = Counter(value for text in wholes for value in _hashes(text))
+        for text in wholes:
+            hashes = list(_hashes(text))
+            place = min(range(len(hashes)), key=lambda place: counts[hashes[place]])
+            self._anchors[hashes[place]].append((text, place))
+        self._contained: set[tuple[str, ...]] = set()
+
+    def read(self, row: Sequence[str]) -> None:
+        """Look for copies in the texts of a training row."""
+        prompt = 0
+        for text in row:
+            if any(other != text and other.startswith(text) for other in row):
+                continue
+            tokens = words(text)
+            for place, value in self._shared(tokens):
+                # Several rows may have the same prompt, which is the shortest text of a row.
+                prompt = prompt or hash(min(row, key=len))
+                if len(self._seen[value]) <= TEMPLATE_PROMPTS:
+                    self._seen[value].add(prompt)
+                for whole, offset in self._anchors.get(value, ()):
+                    begin = place - offset
+                    if begin >= 0 and tuple(tokens[begin : begin + len(whole)]) == whole:
+                        self._contained.add(whole)
+
+    def _shared(self, tokens: Sequence[str]) -> Iterator[tuple[int, int]]:
+        """Yield the places and hashes of the n-grams of a training text that held-out rows have as well."""
+        hashes = list(map(hash, ngrams(tokens, OVERLAP_WORDS)))
+        # Almost no text shares anything, and `isdisjoint` runs in C.
+        if not self._seen.keys().isdisjoint(hashes):
+            yield from ((place, value) for place, value in enumerate(hashes) if value in self._seen)
+        for place, word in enumerate(tokens):
+            for size in self._short.get(word, ()):
+                gram = tuple(tokens[place : place + size])
+                if (value := hash(gram)) in self._seen:
+                    yield place, value
+
+    def copies(self) -> Iterator[int]:
+        """Yield the numbers of the held-out rows of which a copy has been read."""
+        for number, (key, row) in enumerate(self._rows):
+            if (row and row[0] in self._contained) or any(self._is_copied(text, key) for text in row if text):
+                yield number
+
+    def _is_copied(self, text: tuple[str, ...], key: str) -> bool:
+        """Return whether training rows have an n-gram of a text of which no word belongs to a template."""
+        size = _size(text)
+        of_template = [False] * len(text)
+        for place, gram in enumerate(ngrams(text, _size(text, TEMPLATE_WORDS))):
+            if self._in_rows[key][hash(gram)] > TEMPLATE_ROWS:
+                of_template[place : place + len(gram)] = [True] * len(gram)
+        hashes = list(_hashes(text))
+        for place, value in enumerate(hashes):
+            if len(self._seen[value]) > TEMPLATE_PROMPTS:
+                of_template[place : place + size] = [True] * size
+        return any(
+            self._seen[value] and not any(of_template[place : place + size]) for place, value in enumerate(hashes)
+        )
+
+
+def _size(text: Sequence[str], most: int = OVERLAP_WORDS) -> int:
+    """Return the length of the n-grams of a text: all of it, if it has fewer words."""
+    return min(most, len(text))
+
+
+def _hashes(text: Sequence[str]) -> Iterator[int]:
+    return map(hash, ngrams(text, _size(text)))
+
+
+def _with_usual_names(row: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
+    """Return a row with the names by which `texts` knows the columns that a stage reads."""
+    usual = {
+        source.text_column: "text",
+        source.messages_column: "messages",
+        source.prompt_column: "prompt",
+        source.completion_column: "completion",
+        source.chosen_column: "chosen",
+        source.rejected_column: "rejected",
+        source.answer_column: "answer",
+    }
+    return {usual.get(name, name): value for name, value in row.items()}
 
 
 def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
@@ -16,27 +142,30 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     For each kind of data, return the number of `rows`, how many of them are `found`, the number of training rows
     searched (`trained_on`), the `n` consecutive words that must agree and, if any are found, how many `in` which rows.
     """
-    tests: dict[str, list[dict[str, Any]]] = {}
+    tests: dict[str, list[list[str]]] = {}
     for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):
         column = {"text": "text", "instructions": "messages"}.get(key, "prompt")
-        # Many rows share their system message, which does not make them copies.
-        tests[key] = [
-            {"text": one} if key == "text" else {"messages": [turn for turn in one if turn["role"] != "system"]}
-            for one in (row[column] for row in getattr(held_out, key))
-        ]
+        tests[key] = []
+        for row in getattr(held_out, key):
+            content = row[column]
+            if key != "text":
+                # Many rows share their system message, which does not make them copies.
+                content = [turn for turn in content if turn["role"] != "system"]
+            tests[key].append(texts({"text" if key == "text" else "messages": content}))
     copies: dict[str, set[int]] = {key: set() for key in tests}
     found: dict[str, dict[str, Any]] = {
         key: {"rows": len(rows), "trained_on": 0, "n": OVERLAP_WORDS, "in": {}} for key, rows in tests.items()
     }
     for name, (part, keys) in held_out.suspects.items():
-        looked_for = [(key, number) for key in keys for number in range(len(tests[key]))]
-        rows = (row for _, row in part.sample(MAX_TRAINING_ROWS))
-        shared = overlap(rows, (tests[key][number] for key, number in looked_for), OVERLAP_WORDS)
-        times = Counter(match.shared for match in shared.matches)
-        # Words that more than three held-out rows share with training rows are part of a template.
-        copied = [looked_for[match.test_row] for match in shared.matches if times[match.shared] <= 3]
+        rows = [(key, number) for key in keys for number in range(len(tests[key]))]
+        search = CopySearch([(key, tests[key][number]) for key, number in rows])
+        searched = 0
+        for _, row in part.sample(MOST_SEARCHED):
+            search.read(texts(_with_usual_names(row, part.source)))
+            searched += 1
+        copied = [rows[place] for place in search.copies()]
         for key in keys:
-            found[key]["trained_on"] += shared.train_rows
+            found[key]["trained_on"] += searched
             if numbers := {number for of, number in copied if of == key}:
                 copies[key] |= numbers
                 found[key]["in"][name] = len(numbers)

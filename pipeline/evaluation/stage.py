@@ -73,7 +73,7 @@ def evaluate_stage(run: Path, stage: str, held_out: HeldOut, settings: Settings,
     began = time.perf_counter()
     launch.prepare_process()
     launch.log_threads()
-    result = StageResult(stage, seed=settings["seed"])
+    result = StageResult(stage, seed=settings["seed"], left_out=list(held_out.remarks))
     path = model_of(run, stage, settings)
     with user_error_for("--stage", path):
         rewards = is_reward_model(load_config(str(path)))

@@ -118,7 +118,10 @@ def check_files(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
-    numbers = list(_numbers(_read(file)))
+    content = _read(file)
+    if kernel := named_kernel(content):
+        raise ValueError(f"its config.json names the kernel {kernel}, which is code from the Hub; delete that line")
+    numbers = list(_numbers(content))
     for name, value in numbers:
         # Other names may count something else: from layer `max_window_layers` on, layers attend to a window.
         what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
@@ -148,6 +151,24 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"its {file.name} is not a JSON object")
     return content
+
+
+def named_kernel(value: Any) -> str | None:
+    """Return the repository of kernels that a configuration names anywhere, or None.
+
+    transformers would download and import it, if the package `kernels` is installed:
+    `attn_implementation: kernels-community/flash-attn`.
+    """
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return None
+    for key, item in value.items():
+        if isinstance(item, str) and str(key).endswith("_implementation") and "/" in item:
+            return item
+        if kernel := named_kernel(item):
+            return kernel
+    return None
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -4,10 +4,10 @@
     python -m pipeline compare runs/new/seed* --against runs/old/seed* --output difference.json
     python -m pipeline compare runs/losses/4_dapo runs/losses/4_grpo
 
-A and B are runs, folders of the runs of several seeds, or folders of stages. Every figure that all runs have is
-compared, paired by seed and by test row (of reward models, by seed only). The JSON maps each stage or baseline
-(`4_dapo - 4_grpo` if A and B are stages) and metric to A minus B, as `{"value", "ci95", "n"}`: an interval over the `n`
-rows or, with several seeds, Student's over the `n` seeds, which is at least as wide as the widest interval over rows.
+A and B are runs, folders of the runs of several seeds, or folders of stages, whose names may differ. Every figure that
+all runs have is compared, paired by seed and by test row (of reward models, by seed only). The JSON maps each stage (of
+A) or baseline and metric to A minus B, as `{"value", "ci95", "n"}`: an interval over the `n` rows or, with several
+seeds, Student's over the `n` seeds, which is at least as wide as the widest interval over rows.
 """
 
 import argparse
@@ -49,8 +49,7 @@ def main(args: argparse.Namespace) -> int:
         paths = [path for side in sides for path in side]
         runs = load_runs([path.resolve().parent if is_stage(path) else path for path in paths])
         # Two stages are compared as if they were the same stage of two runs.
-        compared = [path.resolve().name for path in (named[0], against[0]) if is_stage(path)]
-        label = " - ".join(dict.fromkeys(compared))
+        label = next((path.resolve().name for path in paths if is_stage(path)), "")
         runs = [only_stage(run, path, label) if is_stage(path) else run for run, path in zip(runs, paths, strict=True)]
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]

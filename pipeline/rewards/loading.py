@@ -1,4 +1,9 @@
-"""Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote."""
+"""Load rewards by name: from `pipeline.rewards.functions`, or functions that the user wrote.
+
+To load `package.module:function` is to run code. A name in a recipe, or on the command line, was chosen by the person
+who started the command. A name in a file of a run may have come with a download: `arguments.json` and `run.json` of a
+folder are written by whoever made it. Commands that read names from such files do so within `only_trusted`.
+"""
 
 import contextlib
 import copy
@@ -6,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import shlex
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -18,6 +24,30 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from pipeline.errors import Problem, RunStopped, UserError, collect, refuse
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
+
+_trusted: frozenset[str] | None = None
+"""What files of a run may name although it is not ours; None while all names come from the user."""
+
+
+@contextlib.contextmanager
+def only_trusted(names: Collection[str]) -> Iterator[None]:
+    """Within this context, load no function, class or task file that a user wrote, except for `names`.
+
+    The names in our own tables, such as `REWARDS` and `TOOLS`, are always loaded. All threads are affected.
+    """
+    global _trusted
+    previous, _trusted = _trusted, frozenset(names)
+    try:
+        yield
+    finally:
+        _trusted = previous
+
+
+def check_trust(name: str, field: str) -> None:
+    """Raise a `UserError` if a file of a folder, and not the user, names this code, or this path outside of it."""
+    if _trusted is not None and name not in _trusted:
+        remedy = "is named by a file of this folder, not by you; to use it, add"
+        raise UserError(Problem(field, name, f"{remedy} --trust {shlex.quote(name)}"))
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
@@ -57,6 +87,7 @@ def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -
     """Return the function or class for a name in `known`, or for `package.module:name`."""
     module_name, colon, key = name.rpartition(":")
     if colon:
+        check_trust(name, field)
         try:
             module = importlib.import_module(module_name)
         # A user's module may raise anything.

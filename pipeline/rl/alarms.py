@@ -66,6 +66,9 @@ class CollapseAlarms(TrainerCallback):
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Read what was logged before a resumed run stopped."""
+        self._read_history(args, state)
+
+    def _read_history(self, args: GRPOConfig, state: TrainerState) -> None:
         # Forget what another run has logged.
         self.__post_init__()
         self._patience = max(MIN_ENTRIES, math.ceil(MIN_COMPLETIONS / args.generation_batch_size))
@@ -81,6 +84,9 @@ class CollapseAlarms(TrainerCallback):
         """Raise each alarm that was not raised although most entries are bad, as in a short run with few entries."""
         if state.global_step < state.max_steps:
             return
+        # A run that was killed after its last step does not begin again.
+        if not self._figures:
+            self._read_history(args, state)
         for name, figures in self._figures.items():
             bad = [figure for figure in figures if figure is not None]
             if name not in self._raised and 2 * len(bad) > len(figures):

@@ -77,6 +77,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
         args = args or GRPOConfig()
+        # Gradients of entropies cost memory.
+        self._entropy_is_only_logged = False
         launch.use_one_gpu(args)
         if isinstance(model, str):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
@@ -234,6 +236,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
 
+        There, entropies have gradients wherever gradients are enabled, so that a subclass can add a bonus for entropy
+        to its loss; except within TRL's loss, which only logs them unless `entropy_coef` is set.
+
         Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes
         the output of models with learned positions.
         """
@@ -254,7 +259,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 batch_size=batch_size,
                 temperature=self.temperature,
                 entropy=compute_entropy,
-                entropy_gradient=self._entropy_bonus_enabled,
+                entropy_gradient=not self._entropy_is_only_logged,
                 autocast=self.accelerator.autocast,
             )
         self.latest_logps = log_probs.detach()
@@ -280,7 +285,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             number = max(1, int(self.accelerator.gather(learned.sum()).max()))
             rows = (2 * learned.int() + has_tokens.int()).argsort(descending=True, stable=True)[:number]
             inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
-        return super()._compute_loss(model, inputs)
+        self._entropy_is_only_logged = not self._entropy_bonus_enabled
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._entropy_is_only_logged = False
 
     # ---- Evaluation
 

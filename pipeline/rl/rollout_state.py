@@ -24,6 +24,8 @@ class Rollout:
     """The rollout of a `GRPOTrainer`, as a part of its checkpoints."""
 
     belongs_to_model = False
+    # Evaluations normalise scores by the moments of the rollouts so far.
+    evaluated_with = True
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

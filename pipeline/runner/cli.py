@@ -306,8 +306,10 @@ def _run_all(
             continue
         kept = "checkpoint-*" if decision.action == "continue" else ""
         log = [console.log(step)] if decision.replaced and not decision.deletes and not kept else []
-        for line in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
-            console.event(line)
+        # What was moved is said once, at the end.
+        for path in clear([*decision.replaced, *log], None if decision.deletes else trash, kept):
+            if decision.deletes:
+                console.event(f"removed {path}")
         command = shlex.join(step.command(args.launch, args.launcher))
         console.event(f"$ {command}")
         record.start(step, decision.action, command)

@@ -7,8 +7,10 @@ same settings. Its command's arguments and `output` have the paths of the run.
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError, refuse
-from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive, named_code
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_directory, read_json, relocate, split_revision
 from pipeline.runner.records import TRASH
@@ -231,6 +233,9 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
         named = ((key, text) for key, value in step.values.items() if key not in unread for text in as_list(value))
         for key, text in ((key, text) for key, text in named if isinstance(text, str)):
             path = Path(text)
+            if code := _code_file(text):
+                files.append(code)
+                continue
             if not path.is_relative_to(home):
                 files += [path] if _names_file(key, text) else []
                 continue
@@ -248,6 +253,34 @@ def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
         writers[step.output] = step.name
     refuse(*problems)
     return connected
+
+
+def _code_file(text: str) -> Path | None:
+    """Return the file of a user's `package.module:function`, or None for any other text; nothing is imported.
+
+    A step that calls the function runs again when its file changes. Our own code and other libraries are not watched.
+    """
+    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*):\w+", text)
+    if match is None:
+        return None
+    first, *rest = match[1].split(".")
+    if first in (*sys.stdlib_module_names, "__main__", "pipeline", "recipes"):
+        return None
+    # Looking for `package.module` would import the package.
+    spec = find_spec(first)
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    candidates = [folder.joinpath(*rest).with_suffix(".py") for folder in folders if rest]
+    candidates += [folder.joinpath(*rest, "__init__.py") for folder in folders]
+    if not folders and not rest and spec.origin:
+        candidates = [Path(spec.origin)]
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None or "site-packages" in file.parts:
+        return None
+    file, here = file.absolute(), Path.cwd()
+    # As a user writes it, so that a project can be moved with its runs.
+    return file.relative_to(here) if file.is_relative_to(here) else file
 
 
 def _names_file(key: str, text: str) -> bool:
@@ -294,15 +327,20 @@ def _evaluation(
     home = Path(settings["home"])
     written = {run_dir / path.relative_to(home) for path in paths if path.is_relative_to(home)}
     files = {p for p in paths if not p.is_relative_to(home) and _names_file("dataset_name", str(p))}
+    files |= {file for name in named_code(settings) if (file := _code_file(name))}
     votes = run_dir / VOTES / VOTES_FILE
-    if scores and (votes.is_file() or any(step.stage.by_people for step in before)):
+    # The page makes an empty file as soon as it is opened.
+    has_votes = votes.is_file() and votes.stat().st_size > 0
+    if scores and (has_votes or any(step.stage.by_people for step in before)):
         files.add(votes)
 
     # Everything that it reads from the run comes first: all data, the opponent, and the model that it measures.
     written |= {step.output for step in before if step.stage.editable and not step.stage.by_people}
     needs = [step.name for step in before if step.output in written or step.kind == OPPONENT]
     needs += [step.name for step in own]
-    arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides))
+    # The recipe's own functions, which the command would not load just because the run's files name them.
+    trust = [word for name in named_code(settings) for word in ("--trust", name)]
+    arguments = ("evaluate", str(run_dir), "--stage", stage, *_flags(overrides), *trust)
     output, values = run_dir / "evaluations", {**settings, **overrides}
     results = (output / f"{stage}.json", output / f"{stage}.jsonl")
     needed, read = tuple(dict.fromkeys(needs)), tuple(sorted(files))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.machine import describe_machine
+from pipeline.data.arguments import DIVISION
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError
 from pipeline.files import read_run, write_text
@@ -40,6 +41,7 @@ class RunRecord:
     - `seconds`, over all attempts; `peak_memory`, resident bytes of its largest process, 0 if unknown
     - `started_at`; `finished_at`, null until it has finished
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
+    - `division`, how rows of a single split are held out (see `pipeline.data.arguments.DIVISION`)
     - `lost`, the rows that it truncated or dropped, if any, and `evaluated_on` (see `pipeline.progress`)
 
     Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
@@ -87,6 +89,7 @@ class RunRecord:
             "data": {name: fingerprint(folder) for name, folder in step.data.items()},
             "files": {str(path): fingerprint(path) for path in step.files},
             "command": command,
+            "division": DIVISION,
             **describe_machine(),
             "seconds": before.get("seconds", 0.0),
             "peak_memory": before.get("peak_memory", 0),
@@ -127,13 +130,13 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
 
 
-def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
+def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[Path]:
     """Move files, and the contents of directories, to the same place below `trash`, or delete them if that is None.
 
-    Files that match the pattern `kept` stay. Return one line for each path that says what was done.
+    Files that match the pattern `kept` stay. Return the paths that existed.
     """
-    lines = []
-    for path in filter(Path.exists, paths):
+    present = [path for path in paths if path.exists()]
+    for path in present:
         # The folder itself stays, because it may be a link to another disk.
         children = list(path.iterdir()) if path.is_dir() else [path]
         if trash is None:
@@ -143,7 +146,6 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
                     shutil.rmtree(child)
                 else:
                     child.unlink()
-            lines.append(f"removed {path}")
             continue
         # `trash` is <run>/.trash/<time>.
         run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
@@ -156,8 +158,7 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
         for child in children:
             if not fnmatch(child.name, kept):
                 shutil.move(child, folder / child.name)
-        lines.append(f"moved {path} to {target}" + (f", without {kept}" if kept else ""))
-    return lines
+    return present
 
 
 def recorded_values(step: Step) -> dict[str, Any]:
@@ -177,6 +178,9 @@ def fingerprint(path: Path) -> str:
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
     digest = hashlib.sha256()
+    # No votes are no file: the page makes an empty one as soon as it is opened.
+    if path.name == VOTES_FILE and path.is_file() and path.stat().st_size == 0:
+        return digest.hexdigest()
     # Renaming a file in the folder changes the hash; moving the whole folder does not.
     for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
         name = file.relative_to(path).as_posix() if file != path else ""

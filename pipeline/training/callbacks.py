@@ -96,6 +96,13 @@ class FiguresCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the figures."""
+        # The trainer has already copied the log into its history.
+        history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
+        for entry in (logs or {}, *history):
+            # TRL counts a batch of packed rows as a single row, and begins anew in a resumed run.
+            # `num_input_tokens_seen` is right.
+            entry.pop("num_tokens", None)
+            entry.pop("eval_num_tokens", None)
         if logs is None or "loss" not in logs:
             return
         figures: dict[str, float] = {}
@@ -118,12 +125,8 @@ class FiguresCallback(TrainerCallback):
                 figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
                 figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
             counter.clear()
-        # The trainer has already copied the log into its history.
-        history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
         for entry in (logs, *history):
             entry.update(figures)
-            # TRL counts a batch of packed rows as a single row. `num_input_tokens_seen` is right.
-            entry.pop("num_tokens", None)
 
 
 class ReportCallback(TrainerCallback):

@@ -58,13 +58,16 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 # ---- The manifest
 
 
-def write_manifest(checkpoint: Path, step: int, evaluation_due: bool) -> None:
-    """Write the manifest of a checkpoint, and flush all files to the disk."""
+def write_manifest(checkpoint: Path, step: int, evaluation_due: bool, seconds: float = 0.0) -> None:
+    """Write the manifest of a checkpoint, and flush all files to the disk.
+
+    `seconds` is the time that the run has trained so far, in all processes that it took.
+    """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     checksums = _checksums({path: path.stat().st_size <= BLOCK for path in files})
     entries = {str(path.relative_to(checkpoint)): {"size": path.stat().st_size, **checksums[path]} for path in files}
     states = [hash_file(checkpoint / STATE)]
-    content = {"step": step, "evaluation_due": evaluation_due, "states": states, "files": entries}
+    content = {"step": step, "evaluation_due": evaluation_due, "seconds": seconds, "states": states, "files": entries}
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
     # The folder comes last: when its entries are on the disk, so are the files that they name.
     for path in [*files, checkpoint / STATE, checkpoint]:

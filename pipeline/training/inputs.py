@@ -21,7 +21,15 @@ from pipeline.data.columns import TOKENS, Kind, Split, column_names
 from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import has_calls, load_splits
-from pipeline.data.tokenized import add_tokens, drop_long_prompts, template_for_labels
+from pipeline.data.tokenized import (
+    ANSWERS,
+    add_tokens,
+    drop_long_pairs,
+    drop_long_prompts,
+    pair_lengths,
+    report_long_pairs,
+    template_for_labels,
+)
 from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
@@ -29,14 +37,10 @@ from pipeline.models import loading
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.scratch import ScratchArguments, build_empty
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
-from pipeline.progress import report_lost
 from pipeline.rewards.loading import user_code
 from pipeline.stages import STAGES
 from pipeline.tools.loading import load_toolbox
 from pipeline.training import checks
-
-ANSWERS = {"chosen", "rejected", "completion"}
-"""Columns with answers to a prompt."""
 
 
 def load_inputs(
@@ -144,9 +148,10 @@ def _check_model(
 def _fit_rows(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: Any, tools: Any
 ) -> tuple[Split, Split | None]:
-    """Drop prompts that leave no room for an answer, and check the lengths of the first rows of other data.
+    """Drop prompts that leave no room for an answer, and pairs that are too long for DPO and KTO; check the first rows.
 
-    The chat template, which comes from the field `words_from`, may reject a row. `tools` may name tools.
+    Each answer of a pair becomes a row for KTO. The chat template, which comes from the field `words_from`, may reject
+    a row. `tools` may name tools.
     """
 
     def count(messages: Any, tools: Any = None, **options: Any) -> int:
@@ -193,45 +198,43 @@ def _fit_rows(
             else:
                 answers = ANSWERS.intersection(rows[0])
                 sizes = [max(count(row["prompt"] + row[answer]) for answer in answers) for row in rows]
-                if min(sizes) > args.max_length:
-                    remedy = f"every pair is longer ({min(sizes)} tokens at least) and would be dropped; raise it"
-                    raise UserError(Problem("max_length", args.max_length, remedy))
-                if longer := sum(size > args.max_length for size in sizes):
-                    length = f"max_length {args.max_length} (up to {max(sizes)} tokens)"
-                    what = f"checked pairs are longer than {length} and are dropped"
-                    report_lost(longer, len(sizes), what, "raise it")
+                if not is_stored:
+                    report_long_pairs(sizes, args.max_length, "checked pairs")
+        if kind == "unpaired":
+            splits = _unpair(splits, args)
+        # TRL's `RewardTrainer` drops pairs that are too long, which `_encode` reports. The other trainers would learn
+        # from truncated answers.
+        if kind in ("preference", "unpaired") and args.max_length is not None and not isinstance(args, RewardConfig):
+            train, held_out = splits
+            train = drop_long_pairs(train, tokenizer, args.max_length)
+            return train, held_out and drop_long_pairs(held_out, tokenizer, args.max_length, "evaluation ")
         return splits
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
         raise UserError(Problem(words_from[0], words_from[1], remedy)) from error
 
 
+def _unpair(splits: tuple[Split, Split | None], args: Any) -> tuple[Split, Split | None]:
+    """Make a row of each answer of a pair, and shuffle the rows, because TRL's KTO reads them in order."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
+    train, held_out = (single and single.shuffle(seed=seed) for single in singles)
+    return train, held_out
+
+
 def _encode(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> tuple[Split, Split | None]:
     """Add the tokens of the rows, as `add_tokens` describes them."""
-    train, held_out = splits
-    if kind == "unpaired":
-        # Each answer of a pair becomes a separate row. The rows are shuffled because TRL's KTO reads them in order.
-        seed = args.seed if args.data_seed is None else args.data_seed
-        singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
-        train, held_out = (single and single.shuffle(seed=seed) for single in singles)
-
-    def fits(prompts: list[Any], *answers: list[Any]) -> list[bool]:
-        texts = [[prompt + answer for prompt, answer in zip(prompts, side, strict=True)] for side in answers]
-        encoded = [tokenizer.apply_chat_template(side, tokenize=True, return_dict=True)["input_ids"] for side in texts]
-        return [max(map(len, pair)) <= args.max_length for pair in zip(*encoded, strict=True)]
-
-    if kind in ("preference", "unpaired") and not isinstance(args, RewardConfig):
-        # Unlike TRL's `RewardTrainer`, other trainers would learn from the truncated answers of rows that are too long.
-        if args.max_length is not None:
-            columns = ["prompt", *sorted(ANSWERS.intersection(column_names(train)))]
-            train, held_out = (s and s.filter(fits, batched=True, input_columns=columns) for s in (train, held_out))
-        return train, held_out
+    if kind == "unpaired" or (kind == "preference" and not isinstance(args, RewardConfig)):
+        return splits
     answers_only = bool(getattr(args, "assistant_only_loss", False))
     num_proc = getattr(args, "dataset_num_proc", None)
     with once_per_node(args):
         train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
+    for split, what in ((train, "pairs"), (held_out, "evaluation pairs")):
+        if kind == "preference" and isinstance(split, Dataset) and args.max_length is not None:
+            report_long_pairs(pair_lengths(split), args.max_length, what)
     # The rows already have labels, and TRL would refuse a template that does not mark the answers.
     if answers_only and template_for_labels(tokenizer) is None:
         args.assistant_only_loss = False

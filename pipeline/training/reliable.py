@@ -11,6 +11,7 @@ before saving. Here, the end of a step with a checkpoint and an evaluation is:
 import logging
 import random
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
@@ -62,7 +63,9 @@ class Reliable(Trainer):
         parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
             `load(folder)`, which is called after transformers has loaded its own files. A part that `belongs_to_model`
             is saved and loaded together with the model, including the final and the best one, by the process that saves
-            it. Other parts are saved in checkpoints and loaded to resume, by every process.
+            it. Other parts are saved in checkpoints and loaded to resume, by every process. One that is
+            `evaluated_with`, such as the moments that normalise rewards, is also loaded for the evaluation that a kill
+            prevented.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -71,6 +74,8 @@ class Reliable(Trainer):
         self._written_to: Path | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
+        # When training began in this process, and for how long the run had trained before.
+        self._began, self._seconds_before = time.monotonic(), 0.0
         self._uncounted_tokens = 0
         # The rows of each batch that was fetched and not yet trained on.
         self._fetched: deque[list[int]] = deque()
@@ -134,7 +139,8 @@ class Reliable(Trainer):
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
                 folders.save_state(state, written / STATE)
-                folders.write_manifest(written, state.global_step, self._evaluation_due)
+                seconds = self._seconds_before + time.monotonic() - self._began
+                folders.write_manifest(written, state.global_step, self._evaluation_due, seconds)
                 # An existing checkpoint of this step is damaged, or the run would have resumed from it.
                 target = checkpoint_folder(args.output_dir, state.global_step)
                 replace_folder(target, written)
@@ -191,8 +197,15 @@ class Reliable(Trainer):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        for part in self.parts:
+            if getattr(part, "evaluated_with", False):
+                part.load(checkpoint)
         self._find_best()
         self._evaluate_if_missed()
+        # The summary of the training, which a kill prevented.
+        seconds = read_json(checkpoint / MANIFEST).get("seconds")
+        if seconds is not None and not any("train_runtime" in entry for entry in state.log_history):
+            state.log_history.append({"train_runtime": seconds, "epoch": state.epoch, "step": state.global_step})
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         return True
@@ -210,6 +223,7 @@ class Reliable(Trainer):
         if checkpoint is not None:
             self._load_parts(checkpoint, belongs_to_model=False)
             self._resumed_from = Path(checkpoint)
+            self._seconds_before = read_json(Path(checkpoint) / MANIFEST).get("seconds", 0.0)
 
     def _load_parts(self, checkpoint: str, belongs_to_model: bool) -> None:
         for part in self.parts:
@@ -310,6 +324,12 @@ class Reliable(Trainer):
             sampler = RandomSampler(sampler.data_source, num_samples=len(sampler) // step * step)
         return sampler
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; the time in the summary of a resumed training includes what was trained before."""
+        if "train_runtime" in logs:
+            logs["train_runtime"] += self._seconds_before
+        super().log(logs, *args, **kwargs)
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         # transformers gathers the count of each micro-batch, which makes fast processes wait for slow ones, and the
         # host for its GPU. Here, counts are only added up when a step logs or saves.
@@ -328,6 +348,7 @@ class _TrainingBegins(TrainerCallback):
     trainer: Reliable
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._began = time.monotonic()
         # These depend on the state that training begins with.
         self.trainer._find_best()
         self.trainer._evaluate_if_missed()

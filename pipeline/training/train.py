@@ -131,7 +131,10 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         check_architecture(checkpoint, trainer.model.config)
         logger.info("%-11s from %s", "resuming", checkpoint)
-    if checkpoint is None or not trainer.restore_finished(checkpoint):
+    if checkpoint is not None and trainer.restore_finished(checkpoint):
+        # Callbacks may still have something to say about the whole run, such as the alarms of `pipeline.rl`.
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    else:
         # FSDP's and DeepSpeed's states of the optimizer have other names.
         if checkpoint and not [*checkpoint.glob("*optimizer*"), *checkpoint.glob("global_step*")]:
             remedy = "cannot be resumed without the optimizer's state (save_only_model); choose another output_dir"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -40,6 +41,35 @@ def test_it_answers_in_turns_and_switches_stages(
     assert "/example KIND" in shown and "/example: fish: choose from: problem, prompt" in shown
     assert asked[5][0]["content"] == asked[6][0]["content"] == "What is 0 and 0?"
     assert shown.count("Asked: What is 0 and 0?") == 2 and shown.count("The right result is 0.") >= 1
+
+
+def test_each_question_begins_anew_in_a_run_of_single_questions(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pocket's models answered the second question with the words of the first."""
+    asked: list[list[dict[str, str]]] = []
+    encode = Loaded.encode
+
+    def remember(self: Loaded, messages: list[dict[str, str]], *others: Any) -> list[int]:
+        asked.append(list(messages))
+        return encode(self, messages, *others)
+
+    monkeypatch.setattr(Loaded, "encode", remember)
+    (tmp_path / "4_grpo").symlink_to(run / "4_grpo")
+    (tmp_path / "run.json").write_text("{}")
+    question, answer = {"role": "user", "content": "What is 12?"}, {"role": "assistant", "content": "12"}
+    conversations = tmp_path / "data" / "sft" / "test.parquet"
+    conversations.parent.mkdir(parents=True)
+    Dataset.from_list([{"messages": [question, answer]}] * 2).to_parquet(conversations)
+    assert chat(tmp_path / "4_grpo", "What is 12?\nAnd 21?\n/keep\nWho?\nA cat.\n", monkeypatch) == 0
+    assert [len(messages) for messages in asked] == [1, 1, 3, 5]
+    assert capsys.readouterr().err.count("/keep") == 1, "it says so, once"
+
+    asked.clear()
+    Dataset.from_list([{"messages": [question, answer] * 2}] * 2).to_parquet(conversations)
+    assert chat(tmp_path / "4_grpo", "What is 12?\nAnd 21?\n", monkeypatch) == 0
+    assert [len(messages) for messages in asked] == [1, 3], "a run with longer conversations"
+    assert "/keep" not in capsys.readouterr().err
 
 
 def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(

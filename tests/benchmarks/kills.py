@@ -1,5 +1,5 @@
 """
-# Kills: no run is lost, and every run ends with the weights of an undisturbed one
+# Kills: no run is lost, and every run ends with the weights, logs and metrics of an undisturbed one
 
 ```bash
 python -m tests.benchmarks.kills --recipe sft --kills 50
@@ -8,11 +8,13 @@ python -m tests.benchmarks.kills --recipe ppo --kills 10 --damage 10
 
 Trains a miniature of a recipe once undisturbed, in a process as a user starts it. Then it trains the miniature again,
 as often as the kills require: it kills it by SIGKILL at random moments, restarts it by the same command until it
-finishes, and compares the final weights bit for bit. `--damage N` also damages the newest checkpoint after N of the
-kills: a file is truncated or deleted, or one bit is flipped.
+finishes, and compares the final weights bit for bit, and what the run logged: losses, rewards and evaluations of each
+step, and which checkpoint was the best. Evaluations decide which model is kept. Some kills hit the evaluation after the
+last checkpoint, which the next process has to catch up on. `--damage N` also damages the newest checkpoint after N of
+the kills: a file is truncated or deleted, or one bit is flipped.
 
 The killed processes are forks of this one, which has already imported the libraries, so that a kill costs two seconds
-instead of ten. The exit code is 1 if a run was lost or ended with other weights.
+instead of ten. The exit code is 1 if a run was lost or ended differently.
 """
 
 import argparse
@@ -27,8 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo")
@@ -41,8 +45,20 @@ LIBRARIES = (
 TRAINS = b"\nbatch "
 """What is logged right before the first step."""
 
+BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
+"""What the state of a training says of its best checkpoint."""
+
+TIMES = re.compile(r"time$|runtime$|seconds$|per_second$|mfu$|memory$")
+"""Names of logged values that differ from one run to the next."""
+
+AN_EVALUATION = 0.3
+"""Longest delay of a kill after the last checkpoint, in seconds."""
+
 BEFORE_TRAINING = 0.2
 """Share of the kills that happen before the first step of a process."""
+
+AT_THE_END = 0.2
+"""Share of the kills that happen right after the last checkpoint was written, while the model is evaluated."""
 
 PART = 0.4
 """Longest life of a process, as a share of an undisturbed training, so that a run takes several kills."""
@@ -78,7 +94,7 @@ class Trial:
         self.startup = self.training = 0.0
 
     def run(self) -> int:
-        """Run everything, and return the exit code: 0 if every run ended with the same weights."""
+        """Run everything, and return the exit code: 0 if every run ended like the undisturbed one."""
         self._undisturbed()
         for name in LIBRARIES:
             importlib.import_module(name)
@@ -89,7 +105,7 @@ class Trial:
             problem = self._disturbed(self.folder / f"run-{runs}")
             wrong += problem is not None
             resumed = f"resumed after steps {', '.join(self.resumed)}" if self.resumed else "never resumed"
-            outcome = problem or "the same weights"
+            outcome = problem or "the same weights, logs and best checkpoint"
             print(f"run {runs}: {self.kills - before} kills, {resumed}, {outcome}", flush=True)
         print(
             f"{self.args.recipe}: {runs} runs, {self.kills} kills, {self.damages} damaged checkpoints "
@@ -118,6 +134,10 @@ class Trial:
             pid = self._fork(output, log)
             if self.random.random() < BEFORE_TRAINING:
                 self._sleep(self.random.uniform(0, self.startup), pid)
+            elif self.random.random() < AT_THE_END:
+                last = output / f"checkpoint-{self.args.steps}"
+                self._wait_until(lambda: _ended(pid) or last.exists())  # noqa: B023
+                self._sleep(self.random.uniform(0, AN_EVALUATION), pid)
             else:
                 self._wait_until(lambda: _ended(pid) or TRAINS in log.read_bytes())  # noqa: B023
                 self._sleep(self.random.uniform(0, PART * self.training), pid)
@@ -134,12 +154,24 @@ class Trial:
                 continue
             if code != 0:
                 return f"exit code {code}:\n{log.read_text()[-3000:]}"
-            whole = self.folder / "whole"
-            if _same(_weights(whole), _weights(output)):
-                return None
-            pairs = zip(_losses(whole), _losses(output), strict=False)
-            differ = next((step for step, (one, other) in enumerate(pairs, 1) if one != other), None)
-            return f"OTHER WEIGHTS (the log differs from step {differ} on)"
+            return self._difference(output)
+
+    def _difference(self, output: Path) -> str | None:
+        """Return how a finished run differs from the undisturbed one, or None."""
+        whole = self.folder / "whole"
+        problems = []
+        if not _same(_weights(whole), _weights(output)):
+            problems.append("OTHER WEIGHTS")
+        expected, state = _state(whole), _state(output)
+        problems += [f"OTHER {name}" for name in BEST if expected[name] != state[name]]
+        for entry, other in zip_longest(_timeless(expected["log_history"]), _timeless(state["log_history"])):
+            if entry != other:
+                entry, other = entry or {}, other or {}
+                names = [name for name in {**entry, **other} if entry.get(name) != other.get(name)]
+                step = (entry or other)["step"]
+                problems.append(f"OTHER LOG from step {step} on ({', '.join(names[:5])})")
+                break
+        return ", ".join(problems) or None
 
     def _fork(self, output: Path, log: Path) -> int:
         """Start the recipe in a fork, and return its process id."""
@@ -202,7 +234,8 @@ class Trial:
         if recipe not in ("ppo", "grpo"):
             from tests.small_model import recipe_command
 
-            return recipe_command(recipe, self.folder / "inputs", *steps, "--output_dir", str(output))
+            best = ["--eval_steps", "2", "--load_best_model_at_end", "true"]
+            return recipe_command(recipe, self.folder / "inputs", *steps, *best, "--output_dir", str(output))
         return [*self._rollout_command(), *steps, "--output_dir", str(output)]
 
     def _rollout_command(self) -> list[str]:
@@ -211,8 +244,13 @@ class Trial:
 
         inputs = self.folder / "inputs"
         if not inputs.exists():
-            own = {"steps_per_generation": 6} if self.args.recipe == "grpo" else {}
-            write_config(self.args.recipe, inputs, save_steps=2, save_total_limit=2, disable_tqdm=True, **own)
+            # The scores of PPO's evaluations depend on the rollouts so far; the best checkpoint is one of the middle.
+            specific = {"steps_per_generation": 6, "metric_for_best_model": "reward"}
+            if self.args.recipe == "ppo":
+                specific = {"reward_normalization": "running", "metric_for_best_model": "objective/scores"}
+            evaluates = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+            saves = {"save_steps": 2, "save_total_limit": 2, "disable_tqdm": True}
+            write_config(self.args.recipe, inputs, **saves, **evaluates, **specific)
         return ["-m", f"recipes.{self.args.recipe}", "--config", str(inputs / f"{self.args.recipe}.yaml")]
 
 
@@ -227,10 +265,18 @@ def _weights(output: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith("checkpoint-")}
 
 
-def _losses(output: Path) -> list[tuple[float, float]]:
-    """Return loss and gradient norm of each step."""
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+def _state(output: Path) -> dict[str, Any]:
+    """Return the final state of a training, with the best checkpoint's name instead of its path."""
+    state = json.loads((output / "trainer_state.json").read_text())
+    state["best_model_checkpoint"] = Path(state["best_model_checkpoint"] or "").name
+    return state
+
+
+def _timeless(history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a log without seconds, and without the summary, which is about the last process alone."""
+    for entry in history:
+        if "train_runtime" not in entry:
+            yield {name: value for name, value in entry.items() if not TIMES.search(name)}
 
 
 def _same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:

@@ -151,7 +151,7 @@ def test_calls_are_read_in_conversations_and_answers_and_not_in_prompts() -> Non
         with pytest.raises(ShapeError, match="calls a tool, which is not supported here"):
             read_messages(messages, "prompt")
         with pytest.raises(ShapeError, match="chosen calls a tool, which is not supported here"):
-            read_pair({"chosen": [*messages, ANSWER], "rejected": [*messages, ANSWER]}, None)
+            read_pair({side: [*messages, ANSWER, messages[0], ANSWER] for side in ("chosen", "rejected")}, None)
         pair = read_pair({"chosen": [*messages[1:], ANSWER], "rejected": messages[1:2]}, [USER])
         assert [one["role"] for one in pair["chosen"]] == ["assistant", "tool", "assistant"]
         assert pair["chosen"][0]["tool_calls"] == pair["rejected"][0]["tool_calls"] and is_informative(pair)
@@ -372,3 +372,55 @@ def test_further_keys_of_an_answer_and_repeated_prompts_do_not_make_it_a_dialogu
     prompt = [{"role": "assistant", "content": "Hello!"}, USER]
     pair = read_pair({"chosen": [*prompt, ANSWER], "rejected": [*prompt, {**ANSWER, "content": "No."}]}, prompt)
     assert pair["chosen"] == [ANSWER]
+
+
+DIALOGUE = [calling(LOOK), {"role": "tool", "content": "12", "name": "look"}, ANSWER]
+REFUSAL = [{"role": "assistant", "content": "I cannot."}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        (USER["content"], []),
+        ([USER], []),
+        (None, [USER]),
+        (None, [{"role": "system", "content": "Be kind."}, USER, ANSWER, USER]),
+        ([USER], [USER]),
+        (USER["content"], [USER]),
+    ],
+)
+def test_answers_with_calls_are_read_whatever_their_prompt_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: Any, before: list[Any], side: str, streaming: bool
+) -> None:
+    caplog.set_level("INFO", "pipeline")
+    pair = {"chosen": [*before, *REFUSAL], "rejected": [*before, *REFUSAL]} | {side: [*before, *DIALOGUE]}
+    path = write_lines(tmp_path / "a.jsonl", [pair | ({"prompt": prompt} if prompt else {})] * 2)
+    args = DataArguments(path, validation_share=0.0, dataset_streaming=streaming)
+    (first, *_) = load_splits(args, "preference", evaluation=False)[0]
+    assert first["prompt"] == (before or [USER])
+    assert [turn["role"] for turn in first[side]] == ["assistant", "tool", "assistant"]
+    assert first[side][0]["tool_calls"] and first[side][1]["name"] == "look"
+    assert "are not used" not in caplog.text.replace("'prompt' are not used", ""), "the name of a result is kept"
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        (
+            {"chosen": [USER, *DIALOGUE[:2]], "rejected": [USER, *REFUSAL]},
+            "chosen ends with the role 'tool', not assistant",
+        ),
+        (
+            {"chosen": [USER, *DIALOGUE, USER, ANSWER], "rejected": [USER, *REFUSAL]},
+            "chosen calls a tool, which is not",
+        ),
+        ({"chosen": DIALOGUE, "rejected": REFUSAL}, "there is no prompt"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER]}, "rejected ends with the role 'user', not assis"),
+        ({"chosen": [USER, ANSWER], "rejected": [{**USER, "content": "Other?"}, ANSWER]}, "the same prompt"),
+    ],
+)
+def test_pairs_of_conversations_are_refused_for_the_right_reason(pair: dict[str, Any], said: str) -> None:
+    with pytest.raises(ShapeError, match=said):
+        read_pair(pair, None)

@@ -5,12 +5,13 @@ import gzip
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
-from small_model import conversation, write_lines
+from small_model import ROOT, conversation, write_lines
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
@@ -127,6 +128,70 @@ def test_tables_are_read_whatever_separates_their_fields(tmp_path: Path) -> None
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         found = read(str(file), "conversation", streaming=number % 2 == 0)
         assert sorted((row["messages"] for row in found), key=str) == sorted(expected, key=str), suffix
+
+
+@pytest.mark.parametrize("name", ["What is it?\n(one or two\nsentences)", "What is it? (one or two sentences)"])
+def test_the_heading_of_a_form_may_have_line_breaks(tmp_path: Path, name: str) -> None:
+    rows = [["Time", "Who, or what?", "What is it?\n(one or two\nsentences)"], ["1", "A fox", "An animal.\nIt runs."]]
+    for separator in ",;\t":
+        file = tmp_path / f"{ord(separator)}.csv"
+        file.write_text(table(separator, *rows), newline="")
+        for streaming in (False, True):
+            columns = {"prompt_column": "Who, or what?", "completion_column": name}
+            (found,) = read(str(file), "conversation", streaming, **columns)
+            assert found["messages"] == conversation("A fox", "An animal.\nIt runs.")
+        with pytest.raises(UserError, match=r"choose from: Time, Who, or what\?, 'What is it\?\\n"):
+            read(str(file), "text")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pairs_in_columns_of_other_names(tmp_path: Path, streaming: bool) -> None:
+    row = {"query": "Why?", "positive": "Because.", "negative": "No."}
+    path = write_lines(tmp_path / "a.jsonl", [row] * 2)
+    columns = {"chosen_column": "Positive", "rejected_column": "negative"}
+    for kind in ("preference", "unpaired"):
+        assert read(path, kind, streaming, **columns)[0] == PAIR
+    assert read(path, "prompt", streaming, **columns)[0]["prompt"] == PAIR["prompt"]
+    whole = {"good": [HUMAN, GPT], "bad": [HUMAN, BAD]}
+    path = write_lines(tmp_path / "b.jsonl", [whole] * 2)
+    for kind in ("preference", "prompt"):
+        found = read(path, kind, streaming, chosen_column="good", rejected_column="bad")
+        assert found[0]["prompt"] == PAIR["prompt"]
+
+
+def test_front_matter_is_not_read_and_other_lines_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pipeline")
+    notes = {
+        "a__md": "---\ntitle: Whales\ntags: [sea, big]\n---\nThey sing.",
+        "b__md__gz": gzip.compress(b"\xef\xbb\xbf---\r\n# mine\r\ntitle: Foxes\r\n...\r\nThey bark."),
+        "c__md": "---\n---\nEmpty.",
+        "d__md": "---\nA rule, and then: text.\n---\nMore.",
+        "e__md": "Text.\n---\ntitle: No\n---\n",
+        "f__md": "---\ntitle: without an end\n",
+        "g__txt": "---\ntitle: Text\n---\nIn a text file.",
+        "sub_in_README__md": "# A note",
+    }
+    found = texts(lay(tmp_path / "notes", **notes))
+    assert found[:3] == ["They sing.", "They bark.", "Empty."]
+    assert found[3:] == [notes[f"{name}"] for name in ("d__md", "e__md", "f__md", "g__txt")]
+    assert "3 files begin with front matter" in caplog.text
+    assert "sub/README.md: not read, because of its name; if it is a document, rename it" in caplog.text
+    assert texts(lay(tmp_path / "one", a__md=notes["a__md"]) + "/a.md") == ["They sing."]
+
+
+def test_conversations_are_converted_as_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "speaker" in code]
+    turns = [{"speaker": "customer", "utterance": "Why?"}, {"speaker": "agent", "utterance": "Because."}]
+    (tmp_path / "chats.json").write_text(json.dumps([{"turns": [*turns, turns[0]]}, {"turns": turns}, {"turns": []}]))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # noqa: S102
+    assert [row["messages"] for row in read("chats.jsonl", "conversation")] == [ASKED] * 2
+    (rows,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    kinds: list[Kind] = ["conversation", "conversation", "preference"]
+    for line, kind in zip(rows.splitlines(), kinds, strict=True):
+        (tmp_path / "row.jsonl").write_text(line + "\n")
+        assert len(read("row.jsonl", kind)) == 1
 
 
 def test_quotes_that_do_not_surround_a_field_are_a_part_of_it_between_tabs(tmp_path: Path) -> None:
@@ -257,6 +322,18 @@ PAIR = {"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [{"role": "assista
         ("preference", {"conversations": [HUMAN], "chosen": GPT, "rejected": BAD}, PAIR, ""),
         ("preference", {"chosen": [HUMAN, GPT], "rejected": [HUMAN, BAD]}, PAIR, ""),
         ("preference", {"instruction": "Why?", "Chosen": "Because.", "Rejected": "No."}, PAIR, ""),
+        (
+            "preference",
+            {"Prompt": "Why?", "Chosen": "Because.", "Rejected": "No.", "Margin": 2},
+            {**PAIR, "margin": 2.0},
+            "",
+        ),
+        (
+            "conversation",
+            {"messages": ASKED, "Tools": [{"name": "look"}]},
+            {"messages": ASKED, "tools": '[{"type": "function", "function": {"name": "look"}}]'},
+            "",
+        ),
         ("prompt", {"Question": "Why?", "Answer": "x"}, {"prompt": ASKED[:1], "answer": "x"}, ""),
         (
             "prompt",
@@ -274,7 +351,7 @@ def test_shapes_of_rows_are_found(
     for streaming in (False, True):
         found = read(path, kind, streaming)
         assert len(found) == 2 and {name: found[0][name] for name in expected} == expected
-    assert named in caplog.text
+    assert named in caplog.text and bool(named) == ("the columns" in caplog.text.replace("made of the columns", ""))
     # The prompt is found where training data are compared with test data as well.
     asked = "Sum 1 2" if "Sum." in row.values() else "Why"
     if kind != "preference":
@@ -368,7 +445,23 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         (
             {"a__xlsx": b"PK", "README__md": "# a"},
             "text",
-            r"does not contain data \(README.md, a.xlsx\); give a file or folder of .parquet",
+            r"does not contain data \(README.md, a.xlsx\); save the sheet as CSV, or give a file or folder of .parquet",
+        ),
+        ({"a__zip": b"PK"}, "text", r"does not contain data \(a.zip\); unzip it, or give"),
+        (
+            {"a__jsonl": '{"messages": [{"from": "customer", "text": "a"}]}\n' * 40},
+            "conversation",
+            r"row 0: messages contains .*; all 40 rows are like this: convert them \(docs/data.md, “Rows”\)",
+        ),
+        (
+            {"a__jsonl": '{"turns": [{"speaker": "customer", "utterance": "a"}]}\n' * 40},
+            "conversation",
+            r"messages_column: messages: there is no such column; .*convert the rows \(docs/data.md, .*from: turns",
+        ),
+        (
+            {"a__jsonl": '{"query": "a", "positive": "b", "negative": "c"}\n' * 40},
+            "preference",
+            r"chosen_column: chosen: there is no such column; choose from: query, positive, negative",
         ),
         (
             {"a__txt": POEM, "b__jsonl": json.dumps({"question": "a"})},
@@ -423,7 +516,7 @@ def test_names_that_are_not_of_one_file_or_rule_are_refused(tmp_path: Path) -> N
     folder = lay(tmp_path, a__txt=POEM, b__xlsx=b"PK")
     with pytest.raises(UserError, match=r"is a pattern; give the folder, or a list of the files"):
         open_source(f"{folder}/*.txt")
-    with pytest.raises(UserError, match=r"b.xlsx: this type of file is not supported; save it as one of"):
+    with pytest.raises(UserError, match=r"b.xlsx: this type of file is not supported; save the sheet as CSV"):
         open_source(f"{folder}/b.xlsx")
     with pytest.raises(UserError, match=r"document: page: must be file, blank_line or lines:N"):
         open_source(folder, document="page")

@@ -2,6 +2,7 @@
 
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -121,3 +122,29 @@ def test_a_game_answers_about_its_hidden_letter_a_few_times() -> None:
     game.reset(hidden=None)
     with pytest.raises(ValueError, match="no letter is hidden"):
         game.ask("M")
+
+
+def test_the_error_of_a_program_is_short_and_the_same_wherever_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model reads it: with paths of the machine, it would answer differently in another folder."""
+    programs = [
+        "1/0",
+        "def f():\n    return [][3]\nf()",
+        "x = (",
+        "import json\njson.loads('{')",
+        "open('/etc/passwd')",
+    ]
+    programs.append("import os\nprint(os.getcwd())")
+    texts = run_programs(programs)
+    assert texts[0].splitlines() == [
+        "Traceback (most recent call last):",
+        '  File "answer", line 1, in <module>',
+        "ZeroDivisionError: division by zero",
+        "(failed)",
+    ]
+    assert [text.count("Traceback") for text in texts] == [1, 1, 0, 1, 1, 0]
+    assert "line 2, in f\nIndexError" in texts[1] and "SyntaxError" in texts[2] and "(refused)" in texts[4]
+    assert not any("site-packages" in text or ".py" in text or "sandbox-" in text for text in texts)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run_programs(programs) == texts

@@ -102,7 +102,7 @@ def test_pairs_that_are_too_long_are_reported(tmp_path: Path) -> None:
         "reward", tmp_path, "--max_length", "30", "--max_steps", "1", "--output_dir", str(tmp_path / "out")
     )
     assert done.returncode == 0, done.stderr
-    logged = re.search(r"(\d+) of (\d+) checked pairs are longer than max_length 30", done.stderr)
+    logged = re.search(r"(\d+) of (\d+) pairs are longer than max_length 30", done.stderr)
     assert logged and 0 < int(logged[1]) < int(logged[2])
 
 

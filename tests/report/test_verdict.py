@@ -108,13 +108,30 @@ def test_nothing_is_invented_about_what_was_not_measured() -> None:
     ):
         assert find_failures(run) == [], run.stages
     assert conclude(run_of(), []) == ""
+
+
+def test_the_conclusion_counts_the_stages_that_were_compared_and_names_the_others() -> None:
+    poor, right = [0.0] * 20, [1.0] * 20
     assert conclude(run_of(stage("2_sft", instruction_accuracy=right)), []) == (
         "2_sft was not compared (what it started from was not measured)"
     )
-    run = run_of(stage("1_pretrain", instruction_accuracy=[0.0] * 20), stage("2_sft", instruction_accuracy=right))
-    assert conclude(run, []) == (
-        "One of two stages did what it is for: better instruction accuracy; "
+    sft = stage("2_sft", instruction_accuracy=right, pass_at_1=poor)
+    grpo = stage("4_grpo", pass_at_1=right)
+    first = stage("1_pretrain", instruction_accuracy=poor)
+    assert conclude(run_of(first, sft, grpo), []) == (
+        "Two of three stages did what they are for: better instruction accuracy, pass@1; "
         "1_pretrain was not measured in its aim (Bits per byte)"
+    )
+    base = stage("0_base", instruction_accuracy=poor)
+    assert conclude(run_of(base, sft), []) == "The stage did what it is for: better instruction accuracy"
+    assert conclude(run_of(base, sft, grpo), []) == (
+        "Both stages did what they are for: better instruction accuracy, pass@1"
+    )
+    # Without the file of the rows there is nothing to compare row by row.
+    grpo.examples = []
+    assert conclude(run_of(base, sft, grpo), []) == (
+        "One of two stages did what it is for: better instruction accuracy; "
+        "4_grpo was not compared with 2_sft (they have no example of pass@1 in common)"
     )
 
 

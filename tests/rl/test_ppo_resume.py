@@ -133,6 +133,45 @@ def test_best_model_has_its_critic(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("step", [4, 6], ids=["after a rollout", "inside a rollout"])
+def test_killed_in_the_last_evaluation_it_reports_and_keeps_what_an_undisturbed_run_does(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That evaluation normalises scores by the moments of all rollouts; without these, another model was the best."""
+    settings = {"max_steps": step, **BEST}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    evaluations = [entry for entry in whole.state.log_history if "eval_loss" in entry]
+
+    killed = trainer(tmp_path / "killed", **settings)
+    evaluate = killed._evaluate
+
+    def stop_at_last(*args: Any, **kwargs: Any) -> Any:
+        if killed.state.global_step == step:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(killed, "_evaluate", stop_at_last)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = trainer(tmp_path / "killed", **settings)
+    assert again.restore_finished(tmp_path / "killed" / f"checkpoint-{step}")
+
+    def timeless(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {name: value for name, value in entry.items() if not name.endswith(("runtime", "per_second", "step_time"))}
+            for entry in entries
+        ]
+
+    repeated = [entry for entry in again.state.log_history if "eval_loss" in entry]
+    assert timeless(repeated) == timeless(evaluations)
+    assert again.state.best_global_step == whole.state.best_global_step
+    assert again.state.best_metric == whole.state.best_metric
+    assert again.state.log_history[-1]["train_runtime"] > 0, "the model card says how long it was trained"
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_checkpoint_without_critic_is_refused(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, max_steps=1)
     ppo.train()

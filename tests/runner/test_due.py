@@ -97,6 +97,68 @@ def test_an_evaluation_of_an_earlier_version_had_the_defaults_of_later_keys(reci
     assert due(recipe) == {}
 
 
+def run_again(recipe: Path) -> None:
+    """Record all steps as finished, as far as the runner can see."""
+    plan = read_plan(recipe)
+    record = RunRecord.read(plan.run_dir)
+    for step in plan.steps:
+        record.start(step, "start", "")
+        record.stop(step, 1.0, finished=True)
+
+
+@pytest.mark.usefixtures("own_run")
+def test_an_edited_function_of_the_user_is_noticed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward is edited ten times an hour; the run called itself finished."""
+    monkeypatch.syspath_prepend(".")
+    code = Path("my_rewards.py")
+    code.write_text("raise SystemExit('planning imports nothing')\n")
+    judge = Path("my_judges/pairwise.py")
+    judge.parent.mkdir()
+    (judge.parent / "__init__.py").write_text("raise SystemExit('planning imports nothing')\n")
+    judge.write_text("")
+    change(recipe, "4_grpo", {"reward_funcs": ["math_answer", "my_rewards:short"]})
+    (recipe / "evaluate.yaml").write_text("judge: my_judges.pairwise:compare\n")
+    run_again(recipe)
+    assert due(recipe) == {}
+    code.write_text("raise SystemExit('changed')\n")
+    decisions = due(recipe)
+    assert decisions["4_grpo"].reason == "my_rewards.py has changed"
+    assert decisions.keys() == {"4_grpo", "evaluate_4_grpo", "report"}
+    run_again(recipe)
+    judge.write_text("# changed\n")
+    decisions = due(recipe)
+    assert decisions["evaluate_2_sft"].reason == "my_judges/pairwise.py has changed"
+    assert {name for name in decisions if not name.startswith("evaluate_")} == {"report"}
+    # A run of a release that recorded no code stays finished.
+    run_again(recipe)
+    record = json.loads(Path("runs/pocket/run.json").read_text())
+    for step in record["steps"].values():
+        step["files"] = {path: digest for path, digest in step["files"].items() if not path.endswith(".py")}
+    Path("runs/pocket/run.json").write_text(json.dumps(record))
+    assert due(recipe) == {}
+
+
+def test_the_reason_names_the_keys_that_differ_and_shows_short_values_only(recipe: Path) -> None:
+    """Naming two columns of the problems printed a screenful."""
+    change(recipe, "4_grpo", {"prompt_column": "question", "max_steps": 7})
+    decisions = due(recipe)
+    assert "max_steps: 48 -> 7" in decisions["4_grpo"].reason
+    keys = "problems.prompt_column, trained_on.problems.prompt_column"
+    assert decisions["evaluate_2_sft"].reason == f"its configuration changed ({keys})"
+    change(recipe, "evaluate", {"problems": None})
+    assert due(recipe)["evaluate_2_sft"].reason.startswith("its configuration changed (problems, ")
+
+
+@pytest.mark.usefixtures("own_run")
+def test_opening_the_page_leaves_a_run_finished_and_the_first_vote_does_not(recipe: Path) -> None:
+    votes = Path("runs/pocket/votes/votes.jsonl")
+    votes.parent.mkdir()
+    votes.touch()
+    assert due(recipe) == {}
+    votes.write_text("{}\n")
+    assert due(recipe)["evaluate_3_reward"].reason == "runs/pocket/votes/votes.jsonl has changed"
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -338,9 +338,10 @@ def test_an_earlier_checkpoint_stays_until_the_checksums_of_the_next_one_are_wri
     trainer = make_trainer(tmp_path, eval_strategy="no", save_total_limit=1)
     seen, write = {}, folders.write_manifest
 
-    def look(checkpoint: Path, step: int, due: bool) -> None:
+    def look(checkpoint: Path, *options: Any) -> None:
+        step = options[0]
         seen[step] = names(tmp_path)
-        write(checkpoint, step, due)
+        write(checkpoint, *options)
         assert names(tmp_path) == seen[step]
 
     monkeypatch.setattr(folders, "write_manifest", look)
@@ -354,7 +355,7 @@ def test_a_first_checkpoint_that_cannot_be_completed_ends_the_run(
 ) -> None:
     trainer = make_trainer(tmp_path, eval_strategy="no", save_steps=6)
 
-    def fail(checkpoint: Path, step: int, due: bool) -> None:
+    def fail(checkpoint: Path, *options: Any) -> None:
         raise OSError("no quota left")
 
     monkeypatch.setattr(folders, "write_manifest", fail)
@@ -398,9 +399,9 @@ def test_the_best_checkpoint_alone_is_complete_before_it_is_loaded(
     values, found, write = iter([0.5, 0.4, 0.1, 0.2]), [], folders.write_manifest
     evaluate = trainer._evaluate
 
-    def slow(checkpoint: Path, step: int, due: bool) -> None:
+    def slow(checkpoint: Path, *options: Any) -> None:
         time.sleep(0.3)
-        write(checkpoint, step, due)
+        write(checkpoint, *options)
 
     monkeypatch.setattr(folders, "write_manifest", slow)
     monkeypatch.setattr(trainer, "_evaluate", lambda *given: {**evaluate(*given), "eval_loss": next(values)})

@@ -7,12 +7,11 @@ import contextlib
 import importlib
 import operator
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial, partialmethod
 from types import ModuleType, SimpleNamespace
 
-from pipeline.rewards.sandbox.messages import BASES, COMPARISONS, CONTAINERS, TYPE_CHECKING, Peer, base_of
+from pipeline.rewards.sandbox.messages import BASES, COMPARISONS, CONTAINERS, TYPE_CHECKING, Peer, base_of, print_error
 
 if TYPE_CHECKING:
     from typing import Any
@@ -95,7 +94,7 @@ class Candidate(Peer):
             if status != "failed" or "code" in request:
                 # Printing may fail because the output limit is reached.
                 with contextlib.suppress(OSError):
-                    traceback.print_exc(limit=-3)
+                    print_error(error, frames=3)
         self.send(reply)
 
     def operate(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,13 @@ import json
 import os
 import signal
 import sys
-import traceback
 
 # Everything not found on this path comes from the standard library.
 sys.path.insert(0, os.path.abspath(os.path.join(__file__, *[os.pardir] * 4)))
 from pipeline.rewards.sandbox import confinement
 from pipeline.rewards.sandbox.candidate import Candidate
 from pipeline.rewards.sandbox.examiner import Examiner
-from pipeline.rewards.sandbox.messages import Gone
+from pipeline.rewards.sandbox.messages import Gone, print_error
 
 # From here on, the code chooses what is imported.
 del sys.path[0]
@@ -88,11 +87,12 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
         # SIGKILL and SIGXCPU mean that it exceeded its CPU time.
         status = "timeout" if ended in (-9, -24) else "crashed"
     # Whatever a test raises, it did not pass.
-    except BaseException:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001
         status = examiner.status
         # Printing may fail because the output limit is reached.
         with contextlib.suppress(OSError):
-            traceback.print_exc(limit=-1)
+            if not vars(error).get("__printed__"):
+                print_error(error, frames=1)
     os.write(VERDICT, f"{work['token']} {status}\n".encode())
 
 

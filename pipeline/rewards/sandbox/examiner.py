@@ -145,6 +145,8 @@ class Examiner(Peer):
         # Python's own exceptions have fields, and the `__init__` of others belongs to the code.
         error: Any = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         vars(error).update(self.decode(reply["attributes"]), __message__=reply["message"])
+        # The code's own process has printed these.
+        vars(error)["__printed__"] = "code" in message or reply["status"] != "failed"
         # A StopIteration would end a loop of the test, so it becomes a RuntimeError, as in a generator.
         if isinstance(error, StopIteration) and message.get("operation") != "__next__":
             error = RuntimeError(reply["message"])

@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 # Importing `typing` would take a tenth of the process's start time.
@@ -186,3 +187,15 @@ class Peer:
             base = self.find_exception(bases) if bases else Exception
             kind = self.exceptions[name] = type(name.rpartition(".")[2], (base,), dict(self.members))
         return kind
+
+
+def print_error(error: BaseException, frames: int) -> None:
+    """Print an error as Python does, with the last `frames` frames of the answer and of the test alone.
+
+    The other frames are the sandbox's and the standard library's. Their paths differ from one machine to the next, and
+    with them what a model would read and answer.
+    """
+    report = traceback.TracebackException.from_exception(error, lookup_lines=False)
+    shown = [frame for frame in report.stack if frame.filename in ("answer", "test")]
+    report.stack = traceback.StackSummary.from_list(shown[-frames:])
+    print("".join(report.format(chain=False)), end="", file=sys.stderr)
