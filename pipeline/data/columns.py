@@ -64,7 +64,7 @@ TEXT_COLUMNS = frozenset({"text", "chosen", "rejected", *PROMPTS, *ANSWERS, *CON
 
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL passes to every reward function besides the columns of the data."""
-CONVERSATION = "name prompt_column and completion_column, convert the rows (docs/data.md, “Rows”), or "
+NAME_OR_CONVERT = "name prompt_column and completion_column, convert the rows (docs/data.md, “Rows”), or "
 CONVERT = "convert them (docs/data.md, “Rows”), or name other columns"
 CORRECT, DROP = "correct or remove that row", "rows count from 0, and drop_bad_rows drops such rows"
 FAULT, HAS_CALLS, UNINFORMATIVE = "_fault", "calls a tool", "says nothing"
@@ -219,7 +219,7 @@ def _drop_rows(rows: Dataset, place: str, args: DataArguments, numbers: Sequence
         first = min(faults)
         if not may_drop(args, len(faults), len(rows)):
             if len(faults) == len(rows) > 1:
-                remedy = f"{faults[first]}; so have all {len(rows)} rows: {CONVERT}"
+                remedy = f"{faults[first]}; all {len(rows)} rows are like this: {CONVERT}"
                 raise UserError(Problem("dataset_name", f"{place}, row {first}", remedy))
             others = ", ".join(map(str, [*faults][1:5])) + (", ..." if len(faults) > 5 else "")
             more = f" and {len(faults) - 1} more of {len(rows)} ({others})" if len(faults) > 1 else ""
@@ -385,7 +385,7 @@ def _conversation_converter(args: DataArguments, columns: list[str]) -> Converte
         missing, remedy = {"prompt_column": args.prompt_column, "completion_column": args.completion_column}, ""
     else:
         pairs = [(find_column(columns, one), find_column(columns, other)) for one, other in PAIRS if is_default]
-        missing, remedy = {"messages_column": args.messages_column}, CONVERSATION
+        missing, remedy = {"messages_column": args.messages_column}, NAME_OR_CONVERT
     prompt, completion = next(filter(all, pairs), None) or _require(columns, remedy, **missing)
     read, used = _prompt_reader(args, columns, prompt, completion)
 

@@ -207,15 +207,16 @@ def split_answer(turns: list[Any]) -> tuple[list[Any], list[Any]]:
     return turns[: max(begin, 0)], turns[max(begin, 0) :]
 
 
-def unread_keys(value: object, is_answer: bool) -> list[str]:
+def unread_keys(turns: list[Any], is_answer: bool) -> list[str]:
     """Return the keys of messages that are not read; chat templates may render some of an answer that is a dialogue."""
-    turns = _with_roles(value)
-    prompt, answer = split_answer(turns) if isinstance(turns, list) and is_answer else (turns, [])
+    prompt, answer = split_answer(turns) if is_answer else (turns, [])
     is_dialogue = len(answer) > 1 or any(isinstance(one, Mapping) and one.get("tool_calls") for one in answer)
-    read = {*MESSAGE_KEYS, *(RENDERED if is_dialogue else ())}
-    keys = [(key, MESSAGE_KEYS) for one in prompt if isinstance(one, Mapping) for key in one if one[key] is not None]
-    keys += [(key, read) for one in answer if isinstance(one, Mapping) for key in one if one[key] is not None]
-    return [key for key, known in keys if key not in known]
+    unread = []
+    for messages, read in ((prompt, MESSAGE_KEYS), (answer, MESSAGE_KEYS + RENDERED if is_dialogue else MESSAGE_KEYS)):
+        for message in messages:
+            if isinstance(message, Mapping):
+                unread += [key for key in message if message[key] is not None and key not in read]
+    return unread
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:

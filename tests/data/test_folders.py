@@ -451,7 +451,7 @@ def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path)
         (
             {"a__jsonl": '{"messages": [{"from": "customer", "text": "a"}]}\n' * 40},
             "conversation",
-            r"row 0: messages contains .*; so have all 40 rows: convert them \(docs/data.md, “Rows”\)",
+            r"row 0: messages contains .*; all 40 rows are like this: convert them \(docs/data.md, “Rows”\)",
         ),
         (
             {"a__jsonl": '{"turns": [{"speaker": "customer", "utterance": "a"}]}\n' * 40},
