@@ -479,30 +479,6 @@ def test_masked_completions_are_left_out_of_every_mean(tmp_path: Path) -> None:
         assert ppo.score_moments.count == (left.sum() if normalization == "running" else 0)
 
 
-def test_a_subclass_can_add_a_bonus_for_entropy(tmp_path: Path) -> None:
-    """The entropies had no gradient: the loss was another, and the weights were the same."""
-
-    class EntropyPPO(PPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *others: Any, **kwargs: Any) -> torch.Tensor:
-            loss = super().compute_loss(model, inputs, *others, **kwargs)
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-            length = inputs["completion_ids"].shape[1]
-            arguments = (model, ids, mask, length)
-            _, entropies, _ = self._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
-            return loss - 10.0 * entropies.mean()
-
-    plain = trainer(tmp_path / "plain", max_steps=2)
-    plain.train()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(trainer.__globals__, "PPOTrainer", EntropyPPO)
-        bonus = trainer(tmp_path / "bonus", max_steps=2)
-    bonus.train()
-    assert type(bonus) is EntropyPPO
-    changed = [not torch.equal(a, b) for a, b in zip(plain.model.parameters(), bonus.model.parameters(), strict=True)]
-    assert all(changed)
-
-
 def test_the_reference_does_not_change(tmp_path: Path) -> None:
     """Whatever is done to the policy's head, and in whatever precision its logits are computed."""
     ids = torch.tensor([[3, 5, 6, 4]])
