@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
     problems += [*unpaired, *check_rows(pairs)]
     refuse(*problems)
-    for note in [*(note for run in runs for note in run.notes), *other_settings(pairs)]:
+    for note in dict.fromkeys([*(note for run in runs for note in run.notes), *other_settings(pairs)]):
         print(note, file=sys.stderr)
     changes = compare(pairs)
     entries = {stage: {name: change.to_json() for name, change in of.items()} for stage, of in changes.items()}

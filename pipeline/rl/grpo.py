@@ -73,12 +73,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     has the last log-probabilities, which TRL's loss does not return.
     """
 
+    # Whether the entropies that are computed at the moment are logged, and no part of a loss.
+    _only_logs_entropy = False
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
         args = args or GRPOConfig()
-        # Gradients of entropies cost memory.
-        self._entropy_is_only_logged = False
         launch.use_one_gpu(args)
         if isinstance(model, str):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
@@ -234,13 +235,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
+        """Return log-probabilities (B, `logits_to_keep`), entropies in nats if requested, and an auxiliary loss.
 
-        There, entropies have gradients wherever gradients are enabled, so that a subclass can add a bonus for entropy
-        to its loss; except within TRL's loss, which only logs them unless `entropy_coef` is set.
-
+        On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
         Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes
         the output of models with learned positions.
+
+        Gradients flow through both results if they are enabled, so that a subclass can add an entropy to its loss. The
+        exception are the entropies that TRL's own loss logs, unless `entropy_coef` makes them a part of it: without
+        gradients, they cost less.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
@@ -259,7 +262,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 batch_size=batch_size,
                 temperature=self.temperature,
                 entropy=compute_entropy,
-                entropy_gradient=not self._entropy_is_only_logged,
+                entropy_gradient=not self._only_logs_entropy,
                 autocast=self.accelerator.autocast,
             )
         self.latest_logps = log_probs.detach()
@@ -285,11 +288,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             number = max(1, int(self.accelerator.gather(learned.sum()).max()))
             rows = (2 * learned.int() + has_tokens.int()).argsort(descending=True, stable=True)[:number]
             inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
-        self._entropy_is_only_logged = not self._entropy_bonus_enabled
+        self._only_logs_entropy = not self._entropy_bonus_enabled
         try:
             return super()._compute_loss(model, inputs)
         finally:
-            self._entropy_is_only_logged = False
+            self._only_logs_entropy = False
 
     # ---- Evaluation
 
