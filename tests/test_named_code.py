@@ -2,19 +2,24 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
 from pipeline.app.models import Models
 from pipeline.app.prompts import held_out_prompts, loadable_tools, settings_of
+from pipeline.data.sources import open_source
 from pipeline.errors import UserError
+from pipeline.models.tokenizer import train_tokenizer
 from pipeline.rewards.loading import load_function, only_trusted
-from tests.small_model import save_model, save_tokenizer
+from tests.small_model import TEXT, save_model, save_tokenizer
 
 CODE = '''
 from pathlib import Path
@@ -173,7 +178,7 @@ def test_data_outside_of_the_run_are_not_shown(
         assert held_out_prompts(downloaded)
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation_internal", "experts_implementation"])
 def test_a_configuration_names_no_kernel_of_the_hub(key: str, downloaded: Path) -> None:
     """With the package `kernels`, transformers would download and import it as soon as the model is built."""
     config = downloaded / "4_grpo" / "config.json"
@@ -198,3 +203,136 @@ def test_code_in_the_folder_of_a_model_is_not_run(downloaded: Path, marker: Path
     with pytest.raises(UserError):
         Models(downloaded).get("4_grpo")
     assert not marker.exists()
+
+
+class Payload:
+    """Write the marker when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.marker, "unpickled")
+
+
+@pytest.fixture
+def hostile(downloaded: Path, marker: Path) -> Path:
+    """A run whose model, checkpoint and data set bring code as well, and pickles."""
+    code = CODE.format(marker=str(marker))
+    model, data = downloaded / "4_grpo", downloaded / "data"
+    data.mkdir()
+    for file in (model / "stranger.py", model / "custom_generate" / "generate.py", data / "data.py"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code)
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "stranger.Game", "AutoModelForCausalLM": "stranger.Game"}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
+    # A tokenizer that can call tools, and what the page needs to watch a step, and the report to be written.
+    train_tokenizer((TEXT * 20,), vocab_size=300, model_max_length=256, tools=True).save_pretrained(model)
+    sampled = {"num_generations": 2, "max_completion_length": 4, "temperature": 1.0, "learning_rate": 1e-3}
+    arguments = json.loads((model / "arguments.json").read_text())
+    (model / "arguments.json").write_text(json.dumps(arguments | sampled))
+    log = {"log_history": [{"step": 1, "loss": 1.0}], "global_step": 1}
+    (model / "trainer_state.json").write_text(json.dumps(log))
+    (data / "data.jsonl").write_text((downloaded / "data.jsonl").read_text())
+    (data / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data.jsonl\n---\n")
+    checkpoint = model / "checkpoint-3"
+    shutil.copytree(model, checkpoint)
+    for folder in (model, checkpoint):
+        for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"):
+            torch.save(Payload(marker), folder / name)
+    record = json.loads((downloaded / "run.json").read_text())
+    source = {"dataset_name": str(data), "grade": "stranger:act"}
+    record["steps"]["evaluate_4_grpo"]["values"] |= {"problems": source, "trained_on": {"prompts": source}}
+    (downloaded / "run.json").write_text(json.dumps(record))
+    return downloaded
+
+
+def visit(app: Any, **_: Any) -> None:
+    """Do what a visitor of the page can do."""
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/").status_code == client.get("/report").status_code == 200
+        prompts = client.post("/prompts").json()
+        assert prompts, "the data of the run are shown"
+        text = prompts[0]["text"]
+        answer = client.post("/compare", json={"text": text, "models": ["4_grpo"], "longest": 4})
+        assert answer.status_code == 200 and "failed" not in answer.text
+        watched = client.post("/rollout", json={"stage": "4_grpo", "policy": "4_grpo", "text": text})
+        assert "tools: stranger:act: is named by a file of this folder" in watched.text
+
+
+@pytest.mark.parametrize("command", ["chat", "chat checkpoint", "app", "evaluate", "report", "status", "merge", "gguf"])
+def test_no_command_runs_what_a_strangers_folder_brings(
+    command: str, hostile: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/example\n/stage 4_grpo\n"))
+    model = hostile / "4_grpo"
+    words = {
+        "chat": ["chat", str(model), "--max_new_tokens", "4"],
+        "chat checkpoint": ["chat", str(model / "checkpoint-3"), "--max_new_tokens", "4"],
+        "app": ["app", str(hostile)],
+        "evaluate": ["evaluate", str(hostile), "--stage", "4_grpo"],
+        "report": ["report", str(hostile)],
+        "status": ["status", str(hostile)],
+        "merge": ["merge", str(model), "--output_dir", str(hostile / "merged")],
+        "gguf": ["gguf", str(model), str(hostile / "model.gguf")],
+    }[command]
+    if command == "app":
+        pytest.importorskip("krippendorff")
+        monkeypatch.setattr("uvicorn.run", visit)
+    code = 0
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    assert not marker.exists()
+    # These must get as far as they would with one's own folder.
+    assert code == (
+        0 if command in ("chat", "chat checkpoint", "app", "report") else 2 if command != "status" else code
+    )
+
+
+def test_a_converter_that_trusts_code_gets_no_model_that_brings_some(
+    hostile: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp's converter loads some tokenizers with `trust_remote_code=True`."""
+    with pytest.raises(SystemExit):
+        main(["gguf", str(hostile / "4_grpo"), str(hostile / "model.gguf")])
+    assert "its config.json names code in `auto_map`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", ["{outside}", "../../private/data.jsonl", "https://127.0.0.1:9/data.jsonl", "~/a.jsonl"]
+)
+def test_the_card_of_a_data_set_names_no_file_outside_of_it(path: str, tmp_path: Path) -> None:
+    """`datasets` reads any file of the machine that the card names, and the page shows its rows."""
+    outside, folder = tmp_path / "private" / "data.jsonl", tmp_path / "run" / "data"
+    for place in (outside.parent, folder):
+        place.mkdir(parents=True)
+    outside.write_text('{"prompt": "What is 12?", "answer": "12"}\n')
+    path = path.format(outside=outside)
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: [{}]\n---\n"
+    (folder / "README.md").write_text(card.format(json.dumps(path)))
+    with pytest.raises(UserError, match=r"its README\.md names .*, which is outside of it"):
+        open_source(str(folder))
+    (folder / "own.jsonl").write_text(outside.read_text())
+    (folder / "README.md").write_text(card.format("own.jsonl"))
+    assert open_source(str(folder))["test"].num_rows == 1
+
+
+def test_links_of_a_run_to_data_outside_are_not_followed(
+    downloaded: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outside = tmp_path_factory.mktemp("private") / "data.jsonl"
+    (downloaded / "data.jsonl").rename(outside)
+    (downloaded / "data").mkdir()
+    (downloaded / "data" / "test.jsonl").symlink_to(outside)
+    record = json.loads((downloaded / "run.json").read_text())
+    source = {"dataset_name": str(downloaded / "data")}
+    record["steps"]["evaluate_4_grpo"]["values"] |= {"problems": source, "prompts": source, "trained_on": {}}
+    (downloaded / "run.json").write_text(json.dumps(record))
+    with only_trusted([]):
+        assert held_out_prompts(downloaded) == []
+    assert f"--trust {downloaded / 'data'}" in capsys.readouterr().err
+    with only_trusted([str(downloaded / "data")]):
+        assert held_out_prompts(downloaded)

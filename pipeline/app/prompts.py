@@ -71,10 +71,11 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 def _check_place(name: str, run: Path, field: str) -> None:
     """Raise a `UserError` if data lie neither in the run nor below the working directory, and are not trusted."""
-    path = Path(os.path.realpath(name))
-    # Anything that does not exist is an id on the Hub, or is missing.
-    if path.exists() and not any(path.is_relative_to(os.path.realpath(place)) for place in (run, Path.cwd())):
-        check_trust(name, field)
+    places = [os.path.realpath(place) for place in (run, Path.cwd())]
+    # Anything that does not exist is an id on the Hub, or is missing. A file of a folder may be a link.
+    for path in [Path(name), *Path(name).rglob("*")] if Path(name).exists() else []:
+        if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places):
+            check_trust(name, field)
 
 
 def loadable_tools(run: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, Json, 
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard, constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import DatasetCard, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
 from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, Splits, column_names, find_column
@@ -104,6 +104,7 @@ def open_source(
     try:
         # A data set repository, whose README.md says which files belong to which split.
         if path.is_dir() and (config is not None or _read_configs(path)):
+            _check_card(path, name)
             _check_config(str(path), config, None)
             # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from
             # the common cache, it would return the rows of another run's `data`, or outdated ones of this run's.
@@ -123,6 +124,10 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
     """Open a data set from the Hub, or only its files that `run --download` has fetched."""
     repo_id, revision = split_revision(name)
     options: dict[str, Any] = {"name": config, "revision": revision}
+    folder = None
+    # `datasets` downloads the card as well, and reports why it cannot.
+    with contextlib.suppress(HfHubHTTPError, OSError, ValueError):
+        folder = Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)).parent
     if streaming and constants.HF_HUB_OFFLINE:
         with contextlib.suppress(LocalEntryNotFoundError):
             place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
@@ -132,6 +137,8 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
             options = {"name": config, "data_files": files}
     _check_config(repo_id, config, options.get("revision"))
     try:
+        if folder is not None:
+            _check_card(folder, name)
         return datasets.load_dataset(repo_id, streaming=streaming, **options)
     except ConnectionError:
         remedy = HUB_UNREACHABLE
@@ -150,6 +157,20 @@ def _read_configs(folder: Path) -> dict[str, Any]:
     if not (card.is_file() and card.read_bytes().startswith(b"---")):
         return {}
     return MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+
+
+def _check_card(folder: Path, name: str) -> None:
+    """Raise a `UserError` if the card of a data set says that its rows are in files outside of its folder.
+
+    `datasets` would read them: whoever wrote the card would choose which files of this machine are data.
+    """
+    for settings in _read_configs(folder).values():
+        # {"data_files": "a.csv"}, {"data_files": [{"split": "test", "path": ["a.csv"]}]}
+        texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps([settings.get("data_files"), settings.get("data_dir")]))
+        for text in texts:
+            if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts or "://" in text:
+                remedy = f"its README.md names {text}, which is outside of it; name that file in dataset_name"
+                raise UserError(Problem("dataset_name", name, f"{remedy}, or copy it"))
 
 
 def _check_config(builder: str, config: str | None, revision: str | None) -> None:

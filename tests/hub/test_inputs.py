@@ -180,6 +180,19 @@ def test_what_a_recipe_of_the_hub_may_not_do(
     assert "4_grpo.yaml: reward_funcs: my_rewards:mine: code from the Hub" in err
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_card_of_a_data_set_of_the_hub_names_no_file_of_this_machine(
+    hub: Hub, tmp_path: Path, streaming: bool
+) -> None:
+    """`datasets` reads it, so that a recipe could train on any file, and push what it learned."""
+    private = tmp_path / "private.jsonl"
+    private.write_text('{"prompt": "What is 12?", "answer": "12"}\n')
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {private}\n---\n"
+    hub.add("alice/data", {"README.md": card.encode(), "a.jsonl": private.read_bytes()}, "dataset")
+    with pytest.raises(UserError, match=f"alice/data: its README.md names {private}"):
+        open_source("alice/data", streaming=streaming)
+
+
 def test_the_launch_file_of_a_recipe_of_the_hub_is_never_taken(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
