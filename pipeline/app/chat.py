@@ -27,6 +27,7 @@ HELP = """/example KIND  ask a held-out prompt of the run, optionally of a kind 
 /stage NAME    go on with another stage of the run, such as 2_sft, or another folder or Hub id
 /new           begin a new conversation
 /keep          remember the conversation from now on, or, the next time, begin anew with each question
+/things        list all things that the run's data are about, if they are pocket's
 /help          show these commands
 /quit          end (or Ctrl-D); Ctrl-C ends an answer"""
 Turns = list[dict[str, Any]]
@@ -63,7 +64,13 @@ def talk(args: argparse.Namespace) -> int:
     if typed:
         print("Loading PyTorch and the model ...", flush=True)
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import asks_single_questions, held_out_prompts, loadable_tools, what_may_be_asked
+    from pipeline.app.prompts import (
+        asks_single_questions,
+        held_out_prompts,
+        loadable_tools,
+        things_to_ask,
+        what_may_be_asked,
+    )
     from pipeline.launch import quiet_libraries
 
     quiet_libraries()
@@ -77,7 +84,8 @@ def talk(args: argparse.Namespace) -> int:
     # A model that was trained on single questions answers a second one with the first one's words.
     keeps = not (is_run and asks_single_questions(run))
     if typed:
-        about = f" {what_may_be_asked(run)}" if is_run else ""
+        advice = "Ask as /example does: the same question in other words may fail."
+        about = f" {what_may_be_asked(run)} {advice}" if is_run else ""
         print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
     if not keeps:
         note = "Each question begins anew, as in this run's data; /keep lets the model remember the conversation."
@@ -125,6 +133,8 @@ def talk(args: argparse.Namespace) -> int:
                 print(Problem("/example", kind, f"choose from: {', '.join(examples)}"))
             else:
                 print("/example: this model has no held-out prompts to ask")
+        elif command == "/things":
+            print(", ".join(things_to_ask(run)) or "/things: the data of this model name no such list")
         elif command.startswith("/"):
             print(HELP)
         elif line:

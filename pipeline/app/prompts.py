@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.app.models import Loaded
+from pipeline.data.pocket.things import things
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
@@ -107,6 +108,12 @@ def what_may_be_asked(run: Path) -> str:
             if heading:
                 return " ".join(rest.partition("\n#")[0].split())
     return GENERAL
+
+
+def things_to_ask(run: Path) -> list[str]:
+    """Return the things that a run of pocket knows, such as "a fox"; none for other data, or another release's."""
+    nouns = [thing.noun for thing in things()]
+    return nouns if what_may_be_asked(run).startswith(f"About {len(nouns)} things, such as a fox,") else []
 
 
 def held_out_prompts(run: Path) -> list[HeldOutPrompt]:

@@ -21,6 +21,7 @@ from pipeline.errors import LIBRARY_ERRORS, RunStopped, UserError
 from pipeline.evaluation.intervals import finite
 from pipeline.report.load import load_run, stage_info
 from pipeline.report.text import number, visible
+from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools.dialogue import Dialogue, readable
 from pipeline.tools.loading import load_toolbox
 
@@ -53,8 +54,8 @@ def content(site: Site) -> dict[str, Any]:
             # The success rate shown next to the prompt: one answer says little about how often answers are right.
             solved = results[name].metrics.get("pass@1") if info.held_out == "problems" and name in results else None
             tally = f"{name} solves {solved.value:.0%} of {solved.n} held-out problems." if solved else ""
-            policy = name if info.has_critic else before(site, name)
-            stages.append({"name": name, "title": info.title, "key": info.held_out, "policy": policy, "tally": tally})
+            shown_stage = {"name": name, "title": info.title, "key": info.held_out, "tally": tally}
+            stages.append({**shown_stage, "policy": before(site, name)})
     return {"stages": stages, "models": site.models.stages}
 
 
@@ -134,14 +135,20 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
     about = f"One answer of {asked.policy}."
     yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(policy, one)]}
     view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, one)
-    about = (
-        f"Score of the reward model: {number(view.score, 2)}"
-        + (f", less {view.penalty:g} because the answer did not end" if view.penalty else "")
-        + f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
-        f"{settings['kl_coef']:g}. PPO's update then makes tokens with an advantage above 0 more likely and the others "
-        "less likely, and trains the critic, a model that predicts the reward still to come, on what came."
-        + (" Text that a tool wrote is not shown, because the model did not choose it." if 0 in one.sampled else "")
-    )
+    about = f"Score of the reward model: {number(view.score, 2)}"
+    if view.penalty:
+        about += f", less {view.penalty:g} because the answer did not end"
+    about += f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
+    about += f"{settings['kl_coef']:g}. Value is what the critic, a model that is trained along, expects of the reward "
+    about += "still to come. "
+    gamma, lam = settings.get("gamma", 1.0), settings.get("lam", 0.95)
+    about += "Advantage, from the last token to the first: reward + γ × next value − value + γ × λ × next advantage, "
+    about += f"where nothing comes after the last token, γ = {gamma:g} and λ = {lam:g} (GAE). "
+    about += update_of(settings)
+    if settings.get("reward_normalization", "none") != "none":
+        about += " The trainer also normalises the score by those of earlier answers, which is left out here."
+    if 0 in one.sampled:
+        about += " Text that a tool wrote is not shown, because the model did not choose it."
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
     yield {
         "step": "tokens",
@@ -152,6 +159,20 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
         "logProbs": list(map(finite, view.log_probs)),
         "columns": {title: list(map(finite, values)) for title, values in columns.items()},
     }
+
+
+def update_of(settings: Values) -> str:
+    """Return which tokens PPO's update makes more likely, by the settings of the stage."""
+    if settings.get("whiten_advantages", PPOConfig.whiten_advantages):
+        size = settings.get("generation_batch_size")
+        rollout = f"the rollout, {size} answers" if size else "the rollout"
+        return (
+            f"PPO first shifts and scales the advantages to mean 0 and variance 1 over all tokens of {rollout}; its "
+            "update then makes tokens above that mean more likely, and those below it less likely. The table is from "
+            "before this shift, for one answer has no rollout to compare with: that a number is above or below 0 does "
+            "not yet say in which direction the update goes."
+        )
+    return "PPO's update makes tokens with an advantage above 0 more likely, and the others less likely."
 
 
 def shown(policy: Loaded, completion: Dialogue) -> dict[str, str]:

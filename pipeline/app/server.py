@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.app import compare, rollout, voting
-from pipeline.app.prompts import what_may_be_asked
+from pipeline.app.prompts import things_to_ask, what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.differences import differences
 from pipeline.report.load import load_run
@@ -158,6 +158,7 @@ def build_app(site: Site) -> ASGIApp:
             verdict=Markup(render("verdict.html.jinja", shown(run))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
             about=visible(what_may_be_asked(site.run), limit=2000),
+            things=things_to_ask(site.run),
             annotator=getattr(request.state, "annotator", None),
             compare=compare.content(site),
             voting=voting.content(site),

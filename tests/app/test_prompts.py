@@ -1,11 +1,12 @@
 """What may be asked: what the card of a run's data says, and its held-out prompts."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 from small_model import write_lines
 
-from pipeline.app.prompts import GENERAL, held_out_prompts, what_may_be_asked
+from pipeline.app.prompts import GENERAL, held_out_prompts, things_to_ask, what_may_be_asked
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 
@@ -23,6 +24,19 @@ def test_the_card_of_the_data_says_what_may_be_asked_wherever_the_data_are(run: 
     (tmp_path / "cats" / "README.md").write_text("# Mine\n")
     assert what_may_be_asked(tmp_path / "run") == GENERAL
     assert held_out_prompts(tmp_path / "run") == [], "data that cannot be read end nothing"
+
+
+def test_only_pockets_own_card_is_followed_by_the_list_of_things(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    card = tmp_path / "data" / "README.md"
+    written = files("pipeline.data.pocket").joinpath("card.md").read_text(encoding="utf-8")
+    card.write_text(written.replace("{things}", "150"))
+    things = things_to_ask(tmp_path)
+    assert len(things) == len(set(things)) == 150 and {"a fox", "a piano", "a star"} <= set(things)
+    card.write_text(written.replace("{things}", "149"))
+    assert things_to_ask(tmp_path) == [], "the data of another release have other things"
+    card.write_text(CARD)
+    assert things_to_ask(tmp_path) == []
 
 
 def test_prompts_are_held_out_of_training_and_come_with_their_result(run: Path) -> None:

@@ -1,5 +1,6 @@
 """What the page shows of a rollout is what the trainers compute."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pipeline.app import watch
+from pipeline.app import rollout, watch
 from pipeline.app.models import Models
+from pipeline.app.site import Site
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools.dialogue import Dialogue
@@ -50,6 +52,28 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     assert rollout["advantages"][0].tolist() == pytest.approx(view.advantages, abs=2e-3)
     assert any(abs(kl) > 1e-3 for kl in view.kl)
     assert sum(view.rewards) == pytest.approx(view.score - view.penalty - 0.5 * sum(view.kl), abs=1e-3)
+
+
+def test_the_page_says_how_ppos_advantages_come_about_and_what_its_update_does_with_them(
+    run: Path, site_of: Callable[..., Site]
+) -> None:
+    """It said that tokens below 0 become less likely, although whitening shifts the advantages of a rollout first."""
+    site = site_of(run)
+    policies = {stage["name"]: stage["policy"] for stage in rollout.content(site)["stages"]}
+    assert policies["3_ppo"] == "2_sft", "the model before the stage, in which there is something to change"
+    asked = rollout.Asked(stage="3_ppo", policy="2_sft", text="What is 12?", seed=3)
+    *_, shown = rollout.roll_out(site, asked)
+    about, columns = shown["about"], shown["columns"]
+    assert "γ = 1 and λ = 0.9 (GAE)" in about
+    assert "above that mean more likely" in about and "an advantage above 0 more likely" not in about
+    advantage = following = 0.0
+    for reward, value, written in zip(*map(reversed, list(columns.values())[1:]), strict=True):
+        advantage = reward + following - value + 0.9 * advantage
+        following = value
+        assert written == pytest.approx(advantage, abs=1e-3), "as a reader computes it from the table"
+
+    assert "4 answers" in rollout.update_of({"generation_batch_size": 4, "whiten_advantages": True})
+    assert "an advantage above 0 more likely" in rollout.update_of({"whiten_advantages": False})
 
 
 def seen(run: Path, models: Models | None = None, **changes: Any) -> Any:
