@@ -39,7 +39,7 @@ class StageResult:
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
         state, config, arguments: The content of trainer_state.json, config.json and arguments.json.
-        step: Name of the step that wrote it, if its directory does not say which kind of stage it is.
+        written_by: Name of the step that wrote it, if its directory does not say which kind of stage it is.
         parameters, active_parameters: Number of weights saved, and of those that a token passes.
         seed: Seed of its sampled answers and of its intervals.
     """
@@ -62,7 +62,7 @@ class StageResult:
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    step: str = ""
+    written_by: str = ""
     parameters: int | None = None
     active_parameters: int | None = None
     seed: int = 0

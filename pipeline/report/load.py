@@ -33,7 +33,7 @@ EVALUATE = "evaluate_"
 
 def stage_kind(stage: str | StageResult) -> str:
     """Return the kind of a stage or of a directory: "sft" for "2_sft" and "2_sft_again", and also for "sft"."""
-    name = stage if isinstance(stage, str) else stage.step or stage.name
+    name = stage if isinstance(stage, str) else stage.written_by or stage.name
     kind = re.sub(r"^\d+_", "", name)
     first = kind.partition("_")[0]
     return first if first in STAGES else kind
@@ -261,7 +261,7 @@ def load_run(path: Path) -> Run:
         # The file `4_grpo_dapo.yaml` may write `4_dapo`, whose name is not a kind of stage.
         if stage_kind(name) not in STAGES:
             writers = [step for step in run.steps if run.directory_of(step) == name]
-            stage.step = writers[0] if writers else ""
+            stage.written_by = writers[0] if writers else ""
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
     # People may vote at any time, so their win rates are not part of an evaluation.

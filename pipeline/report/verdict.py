@@ -132,7 +132,7 @@ def _trained(run: Run) -> list[StageResult]:
     """Return the stages that are to be judged: all that have an aim, also if only the record names them."""
     stages = [stage for stage in run.stages.values() if stage.name not in run.twins]
     names = {run.directory_of(step): step for step in run.steps if not step.startswith(EVALUATE)}
-    stages += [StageResult(name, step=step) for name, step in names.items() if name not in run.stages]
+    stages += [StageResult(name, written_by=step) for name, step in names.items() if name not in run.stages]
     stages = [stage for stage in stages if stage_info(stage).aims]
     return sorted(stages, key=lambda stage: stage_order(stage.name))
 

@@ -246,4 +246,4 @@ def test_the_report_shows_turns_as_lines_and_what_a_tool_returns_as_text(tmp_pat
     )
     assert page.count(result) >= 3, "on the path, among the problems, and in the answer to the fixed prompt"
     assert "<img src=x" not in page + text
-    assert text.count("\\-&gt; double\\(n=1\\)<br>&lt;\\- &lt;img src=x onerror=document.title='owned'&gt;<br>") >= 2
+    assert text.count("-> double(n=1)<br><- &lt;img src=x onerror=document.title='owned'><br>") >= 2

@@ -310,7 +310,9 @@ def variants(start: str = "runs/pocket/3_ppo") -> Run:
     rows = {name: [float(row < 40 * rate) for row in range(40)] for name, rate in rates.items()}
     stages = {}
     for name, values in rows.items():
-        stages[name] = StageResult(name, {"pass@1": outcome_mean(values)}, step=f"4_grpo_{name}" * (name != "0_base"))
+        stages[name] = StageResult(
+            name, {"pass@1": outcome_mean(values)}, written_by=f"4_grpo_{name}" * (name != "0_base")
+        )
         stages[name].examples = [{"metric": "pass@1", "id": row, "value": value} for row, value in enumerate(values)]
     settings = {"model_name_or_path": start}
     steps = {
