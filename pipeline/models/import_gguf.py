@@ -44,6 +44,12 @@ PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")
 transformers reads any qwen2 tokenizer as Qwen2's own, which first composes accents (NFC), unlike llama.cpp.
 """
 
+REQUIRED = (
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+"""Settings without which no model can be built, by llama.cpp's names."""
+
 ROPE_DIVISORS = "rope_freqs.weight"
 """In Llama 3.1 and later: the divisors of the rotary embedding's frequencies, of shape (head size / 2,)."""
 
@@ -141,7 +147,7 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
         raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
     if kind == "qwen2" and (pre := metadata["tokenizer.ggml.pre"]) != kind:
         raise ValueError(f"its pre-tokenizer is {pre!r}; transformers reads any tokenizer of a qwen2 as Qwen2's own")
-    # transformers' names of the sizes; three are the same value.
+    # transformers' names of the settings; three are the same value.
     fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
     sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
     settings = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
@@ -150,9 +156,13 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
     if unknown := sorted(settings.keys() - fields.keys()):
         raise ValueError(f"it has settings that are not known here ({', '.join(unknown[:3])})")
     for name, value in settings.items():
+        if fault := validate_setting(fields[name], value):
+            raise ValueError(f"its {kind}.{name} is {value}, but must be {fault}")
         if sizes.setdefault(fields[name], value) != value:
             raise ValueError(f"its {kind}.{name} is {value}, which contradicts its other sizes")
-    if not 0 < sizes["num_hidden_layers"] <= MAX_LAYERS:
+    if missing := [name for name in REQUIRED if name not in settings]:
+        raise ValueError(f"it lacks the setting {kind}.{missing[0]}")
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
         raise ValueError(f"it asks for {sizes['num_hidden_layers']} layers")
     # The file stores single precision: 1e-5 would be read as 9.999999747378752e-06.
     theta, epsilon = (float(str(np.float32(v))) for v in (sizes.pop("rope_theta", 10000.0), sizes.pop("rms_norm_eps")))
@@ -187,6 +197,19 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
     if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
         raise ValueError(f"its {ROPE_DIVISORS} is not Llama 3's")
     return config
+
+
+def validate_setting(field: str, value: Any) -> str | None:
+    """Return what the value of a configuration's field must be, as the end of a sentence, or None if it is that."""
+    if field not in ("rope_theta", "rms_norm_eps"):
+        return None if type(value) is int and value > 0 else "a positive whole number"
+    if type(value) not in (int, float) or not np.isfinite(np.float32(value)):
+        return "a finite number"
+    # With less than 1, the frequencies would grow from one dimension to the next.
+    if field == "rope_theta":
+        return None if value >= 1 else "at least 1"
+    # With 0, a row of zeros would become NaN.
+    return None if value > 0 else "positive"
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:

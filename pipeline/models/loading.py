@@ -67,7 +67,7 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         is_expected = isinstance(error, rejections)
         if checked and not is_expected:
             raise
-        reason = shorten(str(error) if is_expected else repr(error), 250)
+        reason = shorten(str(error) if is_expected else f"reading it fails with {type(error).__name__}: {error}", 250)
         if isinstance(error, MemoryError):
             reason = "there is not enough memory"
         remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"

@@ -69,7 +69,7 @@ def test_what_ends_an_answer_does_not_pad(tmp_path: Path, special: list[str], pa
     assert torch.equal(before(rows).logits, model(rows).logits[..., :size])
 
 
-def changed(file: Path, key: str, layout: str, value: int) -> Path:
+def changed(file: Path, key: str, layout: str, value: float) -> Path:
     """Write another value of a key of the metadata, which has a fixed size, or of the header."""
     content = bytearray(file.read_bytes())
     # A key is followed by its type, in four bytes.
@@ -106,8 +106,7 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     assert "model.layers.2.input_layernorm.weight is missing" in refused(changed(file, "llama.block_count", "<I", 3))
     assert "has the shape [300, 64]" in refused(changed(file, "llama.embedding_length", "<I", 1 << 30))
     assert "llama.rope.dimension_count is 8" in refused(changed(file, "llama.rope.dimension_count", "<I", 8))
-    refused(changed(file, "llama.attention.head_count", "<I", 0))
-    refused(changed(file, "tokenizer.ggml.eos_token_id", "<I", 1 << 31))
+    assert "Error(" not in refused(changed(file, "tokenizer.ggml.eos_token_id", "<I", 1 << 31))
     (tmp_path / "other.gguf").write_bytes(content.replace(b"llama.rope.freq_base", b"llama.rope.what_base"))
     assert "settings that are not known here (rope.what_base)" in refused(tmp_path / "other.gguf")
     (tmp_path / "other.gguf").write_bytes(content.replace(b"smollm", b"deepse"))
@@ -127,6 +126,58 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["import-gguf", str(file), str(tmp_path / "out")])
     assert "is not empty" in capsys.readouterr().err and [*(tmp_path / "out").iterdir()] == [tmp_path / "out/file"]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file of a Llama."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "model", DECODERS["llama"], tokenizer())
+
+
+SIZE = "but must be a positive whole number"
+
+
+@pytest.mark.parametrize(
+    ("key", "layout", "value", "reason"),
+    [
+        ("rope.freq_base", "<f", 0, "is 0.0, but must be at least 1"),
+        ("rope.freq_base", "<f", -10000, "is -10000.0, but must be at least 1"),
+        ("rope.freq_base", "<f", float("nan"), "is nan, but must be a finite number"),
+        ("rope.freq_base", "<f", float("inf"), "is inf, but must be a finite number"),
+        ("attention.layer_norm_rms_epsilon", "<f", -1, "is -1.0, but must be positive"),
+        ("attention.layer_norm_rms_epsilon", "<f", 0, "is 0.0, but must be positive"),
+        ("attention.layer_norm_rms_epsilon", "<f", float("nan"), "is nan, but must be a finite number"),
+        ("attention.head_count", "<I", 0, f"is 0, {SIZE}"),
+        ("attention.head_count_kv", "<I", 0, f"is 0, {SIZE}"),
+        ("embedding_length", "<I", 0, f"is 0, {SIZE}"),
+        ("feed_forward_length", "<I", 0, f"is 0, {SIZE}"),
+        ("context_length", "<I", 0, f"is 0, {SIZE}"),
+        ("block_count", "<I", 0, f"is 0, {SIZE}"),
+    ],
+)
+def test_a_setting_that_no_model_can_have_is_named(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, layout: str, value: float, reason: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["import-gguf", str(changed(decoder, f"llama.{key}", layout, value)), str(tmp_path / "out")])
+    assert f"(its llama.{key} {reason})" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_missing_or_of_another_type_is_named(
+    decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, file = decoder.read_bytes(), tmp_path / "other.gguf"
+    for key in ("context_length", "attention.layer_norm_rms_epsilon"):
+        file.write_bytes(content.replace(f"llama.{key}".encode(), f"xlama.{key}".encode()))
+        with pytest.raises(SystemExit):
+            main(["import-gguf", str(file), str(tmp_path / "out")])
+        assert f"(it lacks the setting llama.{key})" in capsys.readouterr().err
+    # The type of a setting follows its key: 4 is a whole number, 6 is one in single precision.
+    number, fraction = (b"llama.block_count" + struct.pack("<I", kind) for kind in (4, 6))
+    file.write_bytes(content.replace(number, fraction))
+    with pytest.raises(SystemExit):
+        main(["import-gguf", str(file), str(tmp_path / "out")])
+    assert f"e-45, {SIZE})" in capsys.readouterr().err
 
 
 def test_a_template_without_bounds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
