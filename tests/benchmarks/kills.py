@@ -324,7 +324,7 @@ def _state(output: Path) -> dict[str, Any]:
 
 
 def _timeless(history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a log without seconds, and of the summary, which is about the last process, only its step."""
+    """Yield the entries of a log without seconds; of the summary, which is about the last process, only its step."""
     for entry in history:
         if "train_runtime" in entry and "loss" not in entry:
             yield {"step": entry["step"], "summary": True}
