@@ -184,10 +184,28 @@ def test_what_a_kill_left_of_an_old_checkpoint_is_not_published_with_the_final_m
             trainer.train()
     again = make_trainer(tmp_path, save_total_limit=1)
     assert again.restore_finished(tmp_path / "checkpoint-12")
+    assert names(tmp_path) == ["checkpoint-12"]
     monkeypatch.setattr("pipeline.training.train.model_card", lambda _: "A card.")
     save_final(again)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["README.md", "model.safetensors", "trainer_state.json"]
+
+
+def test_a_checkpoint_that_is_too_many_goes_if_a_kill_prevented_that_after_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, save_total_limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "checkpoints", lambda folder: checkpoints(folder) if not at_last(trainer) else stop())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    assert make_trainer(tmp_path, save_total_limit=2).restore_finished(tmp_path / "checkpoint-12")
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-12"]
+
+
+def at_last(trainer: Reliable) -> bool:
+    return trainer.state.global_step == trainer.state.max_steps
 
 
 def truncate(path: Path) -> None:
