@@ -212,9 +212,8 @@ class Reliable(Trainer):
         self._find_best()
         if self.args.should_save and checkpoint.parent == Path(self.args.output_dir):
             self._delete_surplus(checkpoint)
-        # transformers prepares the model for mixed precision only if no other model is, such as a reference.
-        if not any(model is self.model for model in self.accelerator._models):
-            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        # An evaluation only prepares the model for mixed precision if no other model, such as a reference, was prepared.
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._evaluate_if_missed()
         # The summary of the training, which no checkpoint contains.
         seconds = read_json(checkpoint / MANIFEST).get("seconds")
