@@ -124,7 +124,7 @@ CASES = {
     "unknown type of file": Case(
         "sft",
         "--dataset_name {here}/a.docx",
-        ("dataset_name:", "not supported", ".parquet"),
+        ("dataset_name:", "not supported", "save it as plain text (.txt)"),
         files={"a.docx": "x"},
     ),
     "no such split": Case("sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")),

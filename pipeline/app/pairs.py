@@ -115,7 +115,7 @@ class Pairs:
             return list(self._sequences[annotator, source])
 
     def allot(self, annotator: str, source: Source) -> Pair:
-        """Append a pair to an annotator's sequence, once there is one.
+        """Assign the next pair to an annotator, waiting until one has been sampled.
 
         Raises:
             UserError: If no pair can be sampled.

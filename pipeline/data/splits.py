@@ -25,6 +25,7 @@ from pipeline.data.columns import (
 from pipeline.data.sources import locate_error, open_source
 from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, refuse
+from pipeline.progress import report_progress
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def _load_one(
             "With load_best_model_at_end, these rows also choose the model, and its figures flatter it; add a split "
             "validation."
         )
+        report_progress(evaluated_on="test")
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split
     is_single = list(source) == [train] and test != train and args.validation_share > 0

@@ -75,7 +75,7 @@ def sequence_losses(
 ) -> list[float]:
     """Return the negative log-likelihood of each sequence in nats, summed over the tokens that are predicted.
 
-    `sequences` are the tokens of each, and the position of the first one that is predicted, at least 1.
+    `sequences`: pairs of token ids and the index of the first predicted token (>= 1).
     """
     model.eval()
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

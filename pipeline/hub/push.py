@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_PUSH_FAILED, Problem, RunStopped, as_typed, refuse
+from pipeline.stages import SMOKE
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -71,6 +72,11 @@ def main(args: argparse.Namespace) -> int:
     for name in run.wanted:
         if people := names_of_people(run.folders[name]):
             print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
+    if run.is_smoke:
+        print(f"{args.run}: {SMOKE}", file=sys.stderr)
+    if run.has_report and run.only is None and run.own_data and not args.private:
+        what = f"answers to held-out prompts of {', '.join(run.own_data)}"
+        print(f"the report shows {what}, in a Space that everybody can read; --private hides it", file=sys.stderr)
     if args.dry_run:
         planned = run.repositories()
         sizes: list[int] = []

@@ -13,11 +13,11 @@ from huggingface_hub import HfApi
 from pyarrow.parquet import read_table
 
 from pipeline.errors import Problem, UserError, as_typed
-from pipeline.files import holds_model, read_json, read_run
+from pipeline.files import as_list, holds_model, is_missing_path, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
 from pipeline.hub.published_files import Files, places, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.upload import retry
-from pipeline.stages import STAGES
+from pipeline.stages import HELD_OUT, STAGES
 
 # Folder of an adapter with its base model, if that was itself merged from an adapter.
 BASE = "base"
@@ -72,6 +72,25 @@ class Outputs:
     def record(self) -> Mapping[str, Any]:
         """The entries of the steps in run.json, empty if there is none."""
         return read_run(self.path).get("steps", {})
+
+    @cached_property
+    def is_smoke(self) -> bool:
+        """Whether the run is a miniature of `run --smoke`."""
+        return bool(read_run(self.path).get("smoke"))
+
+    @cached_property
+    def own_data(self) -> list[str]:
+        """The user's files and folders that the stages are measured on, whose rows the report shows."""
+        names: list[str] = []
+        for step in self.record.values():
+            values = step.get("values", {})
+            # Only the settings of an evaluation have a home, the folder that the run was written to.
+            if home := values.get("home"):
+                sources = [values[key] for key in HELD_OUT if isinstance(values.get(key), Mapping)]
+                named = [str(name) for source in sources for name in as_list(source.get("dataset_name") or [])]
+                names += [name for name in named if not Path(name).is_relative_to(home)]
+        # Others are ids on the Hub.
+        return [name for name in dict.fromkeys(names) if Path(name).exists() or is_missing_path(name)]
 
     @cached_property
     def ids(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pipeline.training.inputs import load_inputs
 
 @dataclass(kw_only=True)
 class SampledArguments(ToolArguments):
-    """Tools, and the checks of all rewards."""
+    """Arguments shared by PPO and GRPO: tools and reward checks."""
 
     # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False

@@ -235,7 +235,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return log-probabilities (B, `logits_to_keep`), entropies in nats or None, and an auxiliary loss or None.
+        """Return log-probabilities (B, `logits_to_keep`), entropies in nats if requested, and an auxiliary loss.
 
         On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
         Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes

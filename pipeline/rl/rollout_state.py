@@ -40,10 +40,9 @@ class Rollout:
     def save(self, folder: Path) -> None:
         """Write the rest of the rollout or, if only the model is saved, what evaluations need."""
         trainer = self.trainer
-        # After the last step of a rollout, the next step samples again.
-        in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
-        # The model alone is not trained further.
-        in_use = in_use and not trainer.args.save_only_model
+        # After the last step of a rollout, the next step samples again. The model alone is never trained further.
+        steps_of_rollout = trainer.args.steps_per_generation * trainer.num_iterations
+        in_use = not trainer.args.save_only_model and trainer._step % steps_of_rollout != 0
         # Micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()

@@ -23,6 +23,8 @@ from pipeline.runner.steps import Step
 
 Changes = dict[str, tuple[Any, Any]]
 """Settings that differ, by field: the earlier value and the current one."""
+LONGEST_VALUES = 60
+"""A reason shows both values of a setting if they have at most this many characters together."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,7 @@ def _decide_one(
 
     # First, compare its settings.
     effective, harmless = find_changes(step, entry.get("values", {}))
-    texts = [f"{name}: {before} -> {now}" for name, (before, now) in (effective or harmless).items()]
-    changes = ", ".join(sorted(texts, key=len))
+    changes = describe_changes(effective or harmless)
     is_longer = continues(step.output, effective, step.values)
     if effective and not is_longer:
         return Decision("start", f"its configuration changed ({changes})")
@@ -119,6 +120,34 @@ def changed_files(step: Step, before: Mapping[str, str] | None) -> list[str]:
     unrecorded = [path for path in now if path not in before and path.endswith(".py")]
     compared = dict.fromkeys([*before, *now])
     return [path for path in compared if path not in unrecorded and before.get(path) != now.get(path)]
+
+
+def describe_changes(changes: Changes) -> str:
+    """Name the settings that differ, the shortest first, such as "problems.prompt_column, seed: 0 -> 1".
+
+    Values are only shown if they are short: of a mapping, only the keys that differ are named.
+    """
+    texts = []
+    for name, (before, now) in changes.items():
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            texts += differing_keys(name, before, now)
+        elif isinstance(before, Mapping) or isinstance(now, Mapping) or len(f"{before}{now}") > LONGEST_VALUES:
+            texts.append(name)
+        else:
+            texts.append(f"{name}: {before} -> {now}")
+    return ", ".join(sorted(texts, key=len))
+
+
+def differing_keys(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ in two mappings, also in inner ones: `name.key`, `name.key.inner`."""
+    keys = []
+    for key in dict.fromkeys([*before, *now]):
+        earlier, present = before.get(key), now.get(key)
+        if isinstance(earlier, Mapping) and isinstance(present, Mapping):
+            keys += differing_keys(f"{name}.{key}", earlier, present)
+        elif earlier != present or (key in before) != (key in now):
+            keys.append(f"{name}.{key}")
+    return keys
 
 
 def find_changes(step: Step, before: Mapping[str, Any]) -> tuple[Changes, Changes]:

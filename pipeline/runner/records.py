@@ -42,7 +42,7 @@ class RunRecord:
     - `started_at`; `finished_at`, null until it has finished
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
     - `division`, how rows of a single split are held out (see `pipeline.data.arguments.DIVISION`)
-    - `lost`, the rows that it truncated or dropped, if any (see `pipeline.progress.report_lost`)
+    - `lost`, the rows that it truncated or dropped, if any, and `evaluated_on` (see `pipeline.progress`)
 
     Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
     """
@@ -130,13 +130,13 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
 
 
-def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str]:
+def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[Path]:
     """Move files, and the contents of directories, to the same place below `trash`, or delete them if that is None.
 
-    Files that match the pattern `kept` stay. Return one line for each path that says what was done.
+    Files that match the pattern `kept` stay. Return the paths that existed.
     """
-    lines = []
-    for path in filter(Path.exists, paths):
+    present = [path for path in paths if path.exists()]
+    for path in present:
         # The folder itself stays, because it may be a link to another disk.
         children = list(path.iterdir()) if path.is_dir() else [path]
         if trash is None:
@@ -146,7 +146,6 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
                     shutil.rmtree(child)
                 else:
                     child.unlink()
-            lines.append(f"removed {path}")
             continue
         # `trash` is <run>/.trash/<time>.
         run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
@@ -159,8 +158,7 @@ def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[str
         for child in children:
             if not fnmatch(child.name, kept):
                 shutil.move(child, folder / child.name)
-        lines.append(f"moved {path} to {target}" + (f", without {kept}" if kept else ""))
-    return lines
+    return present
 
 
 def recorded_values(step: Step) -> dict[str, Any]:

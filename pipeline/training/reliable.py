@@ -204,15 +204,15 @@ class Reliable(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         # The state is that of the first process, which wrote it.
-        state.is_local_process_zero = self.is_local_process_zero()
-        state.is_world_process_zero = self.is_world_process_zero()
+        own = {"is_local_process_zero": self.is_local_process_zero()}
+        vars(state).update(own, is_world_process_zero=self.is_world_process_zero())
         for part in self.parts:
             if getattr(part, "evaluated_with", False):
                 part.load(checkpoint)
         self._find_best()
         if self.args.should_save and checkpoint.parent == Path(self.args.output_dir):
             self._delete_surplus(checkpoint)
-        # An evaluation only prepares the model for mixed precision if no other model, such as a reference, was prepared.
+        # transformers only prepares it for mixed precision if no other model, such as a reference, was prepared.
         self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._evaluate_if_missed()
         # The summary of the training, which no checkpoint contains.

@@ -99,6 +99,36 @@ def test_every_kind_of_token_is_removed_from_texts(tmp_path: Path, token: str) -
         assert b"hf_***" in bytes(content) and token.encode() not in bytes(content)
 
 
+def test_a_push_says_that_a_run_is_a_miniature_and_that_its_report_shows_rows_of_own_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/mine-smoke")
+    (run / "report").mkdir(parents=True)
+    (run / "report" / "index.html").touch()
+    (run / "data").mkdir()
+    (run / "data" / "README.md").touch()
+    Dataset.from_dict({"text": ["a"]}).to_parquet(run / "data" / "train.parquet")
+    Path("customers.csv").touch()
+    sources = {"problems": {"dataset_name": "customers.csv"}, "prompts": {"dataset_name": ["openai/gsm8k"]}}
+    settings = {"home": "runs/mine-smoke", "text": {"dataset_name": "runs/mine-smoke/data"}, "pairs": None, **sources}
+    record = {"smoke": True, "steps": {"evaluate_2_sft": {"id": "1", "values": settings}}}
+    (run / "run.json").write_text(json.dumps(record))
+    words = ["push", str(run), "--namespace", "alice", "--dry-run"]
+    capsys.readouterr()
+    assert main(words) == 0
+    shown = "the report shows answers to held-out prompts of customers.csv, in a Space that everybody can read"
+    err = capsys.readouterr().err
+    assert err == f"{run}: smoke: two steps of each stage; the figures mean nothing\n{shown}; --private hides it\n"
+    assert main([*words, "--private"]) == 0
+    assert "customers.csv" not in capsys.readouterr().err
+    # A finished run on public data has nothing to say.
+    record["steps"]["evaluate_2_sft"]["values"].pop("problems")
+    (run / "run.json").write_text(json.dumps(record | {"smoke": False}))
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_push_says_whose_names_are_in_the_votes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     votes = tmp_path / "run" / "votes"
     votes.mkdir(parents=True)

@@ -138,6 +138,17 @@ def test_an_edited_function_of_the_user_is_noticed(recipe: Path, monkeypatch: py
     assert due(recipe) == {}
 
 
+def test_the_reason_names_the_keys_that_differ_and_shows_short_values_only(recipe: Path) -> None:
+    """Naming two columns of the problems printed a screenful."""
+    change(recipe, "4_grpo", {"prompt_column": "question", "max_steps": 7})
+    decisions = due(recipe)
+    assert "max_steps: 48 -> 7" in decisions["4_grpo"].reason
+    keys = "problems.prompt_column, trained_on.problems.prompt_column"
+    assert decisions["evaluate_2_sft"].reason == f"its configuration changed ({keys})"
+    change(recipe, "evaluate", {"problems": None})
+    assert due(recipe)["evaluate_2_sft"].reason.startswith("its configuration changed (problems, ")
+
+
 @pytest.mark.usefixtures("own_run")
 def test_opening_the_page_leaves_a_run_finished_and_the_first_vote_does_not(recipe: Path) -> None:
     votes = Path("runs/pocket/votes/votes.jsonl")

@@ -59,7 +59,7 @@ def test_what_a_change_replaces_is_in_the_trash_and_only_force_deletes(folder: P
     _, out, _ = run("--dry-run")
     assert "moves runs/r/2_sft to .trash" in out
     _, out, _ = run()
-    assert "moved runs/r/2_sft to runs/r/.trash/" in out and "earlier output was moved to runs/r/.trash/" in out
+    assert out.count("earlier output was moved to runs/r/.trash/") == out.count(".trash") == 1
     replaced = ["2_sft/checkpoint-1/model", "2_sft/ran.txt", "3_reward/ran.txt"]
     assert trashed() == [*replaced, "logs/2_sft.log", "logs/3_reward.log", "run.json"]
     (time,) = Path("runs/r/.trash").iterdir()
@@ -94,7 +94,7 @@ def test_a_step_with_more_steps_continues_and_what_depends_on_it_runs_again(fold
     assert "continue 2_sft: goes on" in out and "moves runs/r/2_sft to .trash, without its checkpoints" in out
     _, out, _ = run("--until", "2_sft")
     assert "2_sft: goes on from its last checkpoint (max_steps: 2 -> 5), on the schedule of the new total" in out
-    assert "moved runs/r/2_sft to runs/r/.trash/" in out and ", without checkpoint-*\n" in out
+    assert out.count("earlier output was moved to runs/r/.trash/") == out.count(".trash") == 1
     assert times()["2_sft"] == 1 and checkpoint.exists() and trashed() == ["2_sft/ran.txt", "run.json"]
     assert Path("runs/r/logs/2_sft.log").read_text().count("$ ") == 2
     run()
