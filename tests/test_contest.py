@@ -33,6 +33,10 @@ def test_signed_ranks() -> None:
     assert signed_rank(np.arange(1, 11)) == 1 / 1024
     assert signed_rank(np.array([-1, *range(2, 11)])) == 2 / 1024
     assert signed_rank(-np.arange(1, 11)) == 1
+    # Large losses in two pairs of 16, or in one of 10, hide small gains in the others; one of 16 does not.
+    assert signed_rank(np.array([*range(1, 15), -15, -16])) == pytest.approx(0.029, abs=0.001)
+    assert signed_rank(np.array([*range(1, 10), -10])) == pytest.approx(0.042, abs=0.001)
+    assert signed_rank(np.array([*range(1, 16), -16])) < LOOKS[16]
     # As scipy.stats.wilcoxon(..., alternative="greater", method="exact") has it.
     assert signed_rank(np.array([0.3, -0.1, 0.8, -0.5, 1.2, 0.7, -0.2])) == pytest.approx(0.1484375)
 

@@ -166,7 +166,11 @@ def _load_one(
     train = args.dataset_train_split
     source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
-        logger.info("The data set has no split validation: training is evaluated on its split test.")
+        logger.info(
+            "The data set has no split validation: training is evaluated on its split test, as the finished model is. "
+            "With load_best_model_at_end, these rows also choose the model, and its figures flatter it; add a split "
+            "validation."
+        )
         report_progress(evaluated_on="test")
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split

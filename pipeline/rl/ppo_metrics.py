@@ -42,8 +42,8 @@ class Averages:
             mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
             metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
         if "val/ratio" in metrics:
-            # With equal ratios, rounding could make this difference slightly negative.
-            metrics["val/ratio_var"] = max(metrics["val/ratio_var"] - metrics["val/ratio"] ** 2, 0.0)
+            # Not below 0, where rounding may take it if all ratios are equal.
+            metrics["val/ratio_var"] = max(metrics["val/ratio_var"] - (metrics["val/ratio"] - 1) ** 2, 0.0)
         return metrics
 
 
@@ -94,7 +94,7 @@ def of_update(log_ratio: Tensor, value_losses: Tensor, value_clipped: Tensor) ->
         # The critic's loss, before `vf_coef`, and the share of tokens at which it was clipped.
         "loss/value_avg": value_losses,
         "val/clipfrac_avg": value_clipped,
-        # Mean of the probability ratio, and of its square for the variance.
+        # Mean of the probability ratio, and for its variance, of the squared distance to 1.
         "val/ratio": ratio,
-        "val/ratio_var": ratio.square(),
+        "val/ratio_var": (_exact(ratio) - 1).square(),
     }

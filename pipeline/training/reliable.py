@@ -145,12 +145,7 @@ class Reliable(Trainer):
                 target = checkpoint_folder(args.output_dir, state.global_step)
                 replace_folder(target, written)
                 shutil.rmtree(unfinished, ignore_errors=True)
-                keep = {target.name, Path(state.best_model_checkpoint or target).name}
-                found = folders.checkpoints(args.output_dir)
-                surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
-                for oldest in [path for path in found if path.name not in keep][:surplus]:
-                    # Renamed first, so that a kill does not leave a partial checkpoint.
-                    shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
+                self._delete_surplus(target)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
             free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
@@ -166,6 +161,17 @@ class Reliable(Trainer):
             ) from error
         finally:
             self._written_to = None
+
+    def _delete_surplus(self, newest: Path) -> None:
+        """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best one."""
+        args, unfinished = self.args, Path(self.args.output_dir) / folders.UNFINISHED
+        keep = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        found = folders.checkpoints(args.output_dir)
+        surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
+        for oldest in [path for path in found if path.name not in keep][:surplus]:
+            # Renamed first, so that a kill does not leave a partial checkpoint.
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
@@ -204,6 +210,10 @@ class Reliable(Trainer):
             if getattr(part, "evaluated_with", False):
                 part.load(checkpoint)
         self._find_best()
+        if self.args.should_save and checkpoint.parent == Path(self.args.output_dir):
+            self._delete_surplus(checkpoint)
+        # transformers only prepares it for mixed precision if no other model, such as a reference, was prepared.
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._evaluate_if_missed()
         # The summary of the training, which no checkpoint contains.
         seconds = read_json(checkpoint / MANIFEST).get("seconds")

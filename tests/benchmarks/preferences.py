@@ -21,11 +21,14 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from pipeline.config.yaml_file import read_yaml
+from pipeline.evaluation.intervals import Estimate, over_seeds
 from pipeline.files import relocate
+from pipeline.report.differences import paired
+from pipeline.report.load import Run, load_runs
 
 RECIPE, PICTURES = Path("recipes/pocket-preferences"), Path("docs")
 OPPONENT, REWARD = "2_sft", "3_reward"
@@ -174,46 +177,50 @@ def measure(run: Path, folder: Path, split: str, judge: Path | None = None) -> d
 def compare(folder: Path, tuned_on: int) -> None:
     """Print the table of the methods over the seeds, and draw their win rates over the square root of the KL."""
     seeds = sorted(path for path in folder.glob("seed*") if path.name != f"seed{tuned_on}")
-    runs = [json.loads((path / "report/metrics.json").read_text()) for path in seeds]
-    print(f"{len(runs)} seeds: {', '.join(path.name for path in seeds)}\n")
-    figures = {name: [figures_of(run, path, name) for run, path in zip(runs, seeds, strict=True)] for name in METHODS}
+    print(f"{len(seeds)} seeds: {', '.join(path.name for path in seeds)}\n")
+    runs = load_runs(seeds)
+    figures = {name: [figures_of(run, name) for run in runs] for name in METHODS}
     columns = list(figures["3_ppo"][0])
     print(f"| | {' | '.join(columns)} |")
     print("| --- |" + " --- |" * len(columns))
     for name, rows in figures.items():
-        print(f"| {METHODS[name]} | {' | '.join(_show([row[column] for row in rows], column) for column in columns)} |")
-    constant = [run["baselines"]["constant"]["win_rate"]["value"] for run in runs]
-    print(f"\nbest fixed text after each answer of {OPPONENT}: {_show(constant, 'win rate')}")
+        print(f"| {METHODS[name]} | {' | '.join(show([row[column] for row in rows], column) for column in columns)} |")
+    constant = [run.baselines["constant"].metrics["win_rate"] for run in runs]
+    print(f"\nbest fixed text after each answer of {OPPONENT}: {show(constant, 'win rate')}")
     draw_frontier(figures)
 
 
-def figures_of(run: Mapping[str, Any], path: Path, method: str) -> dict[str, float | None]:
+def figures_of(run: Run, method: str) -> dict[str, Estimate | None]:
     """Return the row of the table of one method in one run; None where a figure does not apply."""
     number = int(method.rpartition("_")[2]) if method.startswith("best_of") else 0
-    source = run["baselines"][method] if number else run["stages"][method]
-    ppo, steps = run["stages"]["3_ppo"], COST.get(method, (method,))
+    result = run.baselines[method] if number else run.stages[method]
+    ppo, steps = run.stages["3_ppo"], COST.get(method, (method,))
+    report = json.loads((run.path / "report/metrics.json").read_text())
 
-    def value(metrics: Mapping[str, Any], name: str) -> float | None:
-        return metrics[name]["value"] if name in metrics else None
+    def minus_ppo(metric: str) -> Estimate | None:
+        if method == "3_ppo" or metric not in result.metrics:
+            return None
+        return paired(ppo.outcomes(metric), result.outcomes(metric), metric)
 
-    # Best of n is at most this far from its model, whatever the scores (Gao et al. 2022).
-    kl = math.log(number) - (number - 1) / number if number else value(source, "kl")
-    won, greedy = value(source, "win_rate"), value(source, "win_rate_greedy")
-    budget = sum(run["seconds"][step] for step in COST["3_ppo"])
-    seconds = sum(run["seconds"][step] for step in steps)
+    kl = result.metrics.get("kl")
+    if number:
+        # Best of n is at most this far from its model, whatever the scores (Gao et al. 2022).
+        kl = Estimate(math.log(number) - (number - 1) / number)
+    budget = sum(report["seconds"][step] for step in COST["3_ppo"])
+    seconds = sum(report["seconds"][step] for step in steps)
     return {
-        "win rate": won,
-        "minus PPO": None if won is None or method == "3_ppo" else won - ppo["win_rate"]["value"],
-        "greedy": greedy,
-        "greedy, minus PPO": None if greedy is None or method == "3_ppo" else greedy - ppo["win_rate_greedy"]["value"],
-        "instruction accuracy": value(source, "instruction_accuracy"),
+        "win rate": result.metrics.get("win_rate"),
+        "minus PPO": minus_ppo("win_rate"),
+        "greedy": result.metrics.get("win_rate_greedy"),
+        "greedy, minus PPO": minus_ppo("win_rate_greedy"),
+        "instruction accuracy": result.metrics.get("instruction_accuracy"),
         "KL": kl,
-        "entropy": value(source, "entropy"),
-        "words": _words(path, method),
-        "seconds": seconds,
-        "of PPO's": seconds / budget,
-        "GB": max(run["peak_memory"].get(step, 0) for step in steps) / 1e9,
-        "answers sampled for one": float(number or 1),
+        "entropy": result.metrics.get("entropy"),
+        "words": Estimate(_words(run.path, method)),
+        "seconds": Estimate(seconds),
+        "of PPO's": Estimate(seconds / budget),
+        "GB": Estimate(max(report["peak_memory"].get(step, 0) for step in steps) / 1e9),
+        "answers sampled for one": Estimate(float(number or 1)),
     }
 
 
@@ -225,28 +232,35 @@ def _words(path: Path, method: str) -> float:
     return fmean(len(one["answer"].split()) for one in examples if one["metric"] == metric)
 
 
-def _show(values: Sequence[float | None], column: str) -> str:
-    """Return the mean over the seeds with Student's interval, or without it where it says little."""
-    from pipeline.evaluation.intervals import student_t
+SHARES = {
+    "win rate": (0.0, 1.0),
+    "greedy": (0.0, 1.0),
+    "instruction accuracy": (0.0, 1.0),
+    "minus PPO": (-1.0, 1.0),
+    "greedy, minus PPO": (-1.0, 1.0),
+}
+"""Least and greatest value of the columns that have bounds."""
 
+
+def show(values: Sequence[Estimate | None], column: str) -> str:
+    """Return the mean over the seeds with its interval, or without it where it says little."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
     digits = 1 if column in ("words", "seconds") else 0 if column.startswith("answers") else 2 if column == "GB" else 3
-    mean = fmean(known)
+    mean = over_seeds(known, *SHARES.get(column, ()))
     if column in ("words", "seconds", "of PPO's", "GB", "answers sampled for one") or len(known) < 2:
-        return f"{mean:.{digits}f}"
-    half = student_t(len(known) - 1) * stdev(known) / len(known) ** 0.5
-    return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
+        return f"{mean.value:.{digits}f}"
+    return f"{mean.value:.{digits}f} ({mean.low:.{digits}f} to {mean.high:.{digits}f})"
 
 
-def draw_frontier(figures: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+def draw_frontier(figures: Mapping[str, Sequence[Mapping[str, Estimate | None]]]) -> None:
     """Draw the win rate of each method, seed by seed, over the square root of its KL divergence."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, rows in figures.items():
-        kl, won = ([row[column] or 0.0 for row in rows] for column in ("KL", "win rate"))
+        kl, won = ([row[column].value if row[column] else 0.0 for row in rows] for column in ("KL", "win rate"))
         roots = [max(value, 0.0) ** 0.5 for value in kl]
         (dots,) = axes.plot(roots, won, "o", alpha=0.35)
         # PPO may lie where best of n does.

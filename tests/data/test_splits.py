@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,16 @@ def test_a_folder_in_hub_layout_by_configuration_and_split(tmp_path: Path) -> No
     assert [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
 
 
-def test_without_a_split_validation_training_is_evaluated_on_test(tmp_path: Path) -> None:
+def test_without_a_split_validation_training_is_evaluated_on_test(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = hub_folder(tmp_path / "hub")
     (folder / "README.md").unlink()
     (folder / "a" / "validation.parquet").unlink()
-    _, test = load_splits(DataArguments(str(folder / "a")), "text", evaluation=True)
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        _, test = load_splits(DataArguments(str(folder / "a")), "text", evaluation=True)
     assert test is not None and [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
+    assert "With load_best_model_at_end, these rows also choose the model" in caplog.text
 
 
 @pytest.mark.parametrize("test_split", ["test", "validation"])

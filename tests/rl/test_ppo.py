@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from pipeline.rewards.functions import hidden_taste
 from pipeline.rl.ppo import PPOTrainer
+from pipeline.rl.ppo_metrics import Averages, of_update
 from tests import ppo_toy as toy
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -375,6 +376,25 @@ def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, t
     fused = GRPOTrainer._get_per_token_logps_and_entropies(ppo, ppo.model, ids, mask, 4, 2, compute_entropy=True)
     for a, b in zip(plain[:2], fused[:2], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.9, 1.1, 1.3])
+def test_the_variance_of_equal_ratios_is_not_negative(ratio: float) -> None:
+    averages = Averages()
+    for tokens in (3, 5, 7):
+        mask = torch.ones(2, tokens)
+        averages.add(mask, of_update(torch.full_like(mask, ratio).log(), mask, mask))
+    metrics = averages.take(lambda sums: sums)
+    assert metrics["val/ratio"] == pytest.approx(ratio)
+    assert 0 <= metrics["val/ratio_var"] < 1e-12
+
+
+def test_the_variance_of_ratios_near_1_is_exact() -> None:
+    log_ratio = torch.tensor([[1e-6, -1e-6, 3e-6, -3e-6]])
+    averages = Averages()
+    averages.add(torch.ones(1, 4), of_update(log_ratio.double(), log_ratio, log_ratio))
+    variance = averages.take(lambda sums: sums)["val/ratio_var"]
+    assert variance == pytest.approx(5e-12, rel=1e-4)
 
 
 class EntropyBonus(PPOTrainer):

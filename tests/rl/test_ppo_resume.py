@@ -139,8 +139,8 @@ ADAPTIVE: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_target": 5.0,
 
 @pytest.mark.parametrize(
     ("step", "others"),
-    [(4, {}), (6, {}), (4, {"save_only_model": True}), (4, ADAPTIVE)],
-    ids=["after a rollout", "inside a rollout", "checkpoints of the model alone", "adaptive entropy bonus"],
+    [(4, {}), (6, {}), (4, {"save_only_model": True}), (4, ADAPTIVE), (4, {"bf16": True})],
+    ids=["after a rollout", "inside a rollout", "checkpoints of the model alone", "adaptive entropy bonus", "bf16"],
 )
 def test_killed_in_the_last_evaluation_it_reports_and_keeps_what_an_undisturbed_run_does(
     step: int, others: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

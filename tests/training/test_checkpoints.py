@@ -153,7 +153,7 @@ def test_the_log_of_a_run_killed_in_its_last_evaluation_ends_with_a_summary_what
     whole.train()
     killed = make(tmp_path / "killed")
     evaluate = killed._evaluate
-    monkeypatch.setattr(killed, "_evaluate", lambda *_: evaluate(*_) if killed.state.global_step < 12 else stop())
+    monkeypatch.setattr(killed, "_evaluate", lambda *_: evaluate(*_) if not at_last(killed) else stop())
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     again = make(tmp_path / "killed")
@@ -163,6 +163,32 @@ def test_the_log_of_a_run_killed_in_its_last_evaluation_ends_with_a_summary_what
         assert all(summary["train_runtime"] >= entry.get("train_runtime", 0) for entry in steps)
         assert "loss" not in summary and "eval_loss" not in summary
     assert len(again.state.log_history) == len(whole.state.log_history)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "with a reference"])
+def test_a_missed_last_evaluation_has_the_precision_of_training(
+    others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(folder: Path) -> Reliable:
+        trainer = make_trainer(folder, bf16=True)
+        for _ in range(others):
+            trainer.accelerator.prepare_model(Line(), evaluation_mode=True)
+        return trainer
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    killed = make(tmp_path / "killed")
+    evaluate = killed._evaluate
+    monkeypatch.setattr(killed, "_evaluate", lambda *_: evaluate(*_) if not at_last(killed) else stop())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = make(tmp_path / "killed")
+    assert again.restore_finished(tmp_path / "killed" / "checkpoint-12")
+    evaluations = [
+        [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        for trainer in (whole, again)
+    ]
+    assert evaluations[0] == evaluations[1]
 
 
 def test_what_a_kill_left_of_an_old_checkpoint_is_not_published_with_the_final_model(
@@ -184,10 +210,28 @@ def test_what_a_kill_left_of_an_old_checkpoint_is_not_published_with_the_final_m
             trainer.train()
     again = make_trainer(tmp_path, save_total_limit=1)
     assert again.restore_finished(tmp_path / "checkpoint-12")
+    assert names(tmp_path) == ["checkpoint-12"]
     monkeypatch.setattr("pipeline.training.train.model_card", lambda _: "A card.")
     save_final(again)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["README.md", "model.safetensors", "trainer_state.json"]
+
+
+def test_a_checkpoint_that_is_too_many_goes_if_a_kill_prevented_that_after_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, save_total_limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "checkpoints", lambda folder: checkpoints(folder) if not at_last(trainer) else stop())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-9", "checkpoint-12"]
+    assert make_trainer(tmp_path, save_total_limit=2).restore_finished(tmp_path / "checkpoint-12")
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-12"]
+
+
+def at_last(trainer: Reliable) -> bool:
+    return trainer.state.global_step == trainer.state.max_steps
 
 
 def truncate(path: Path) -> None:
