@@ -81,9 +81,11 @@ class RunStopped(Exception):
 
 
 def as_typed(*words: object) -> str:
-    """Return a command as the user types it: `fourstage status runs/mine`, or with `python -m pipeline`."""
+    """Return a command as the user types it: with `fourstage`, `./fourstage` or `python -m pipeline`."""
     is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
-    return shlex.join([*(["python", "-m", "pipeline"] if is_module else ["fourstage"]), *map(str, words)])
+    # The script `fourstage` of a clone says how it was called.
+    start = ["python", "-m", "pipeline"] if is_module else [os.environ.get("FOURSTAGE_COMMAND", "fourstage")]
+    return shlex.join([*start, *map(str, words)])
 
 
 @contextmanager

@@ -21,7 +21,8 @@ def report_progress(**facts: Any) -> None:
 
     Args:
         **facts: `done` of `total` units (by default, updates); `loss` or `reward`; `tokens_per_second`; `stopping`, the
-            signal after which it saves; `lost`, see `report_lost`. Omitted facts keep their last values.
+            signal after which it saves; `lost`, see `report_lost`; `evaluated_on`, the split that training is evaluated
+            on if it is not the one that its settings name. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":

@@ -124,7 +124,7 @@ CASES = {
     "unknown type of file": Case(
         "sft",
         "--dataset_name {here}/a.docx",
-        ("dataset_name:", "not supported", ".parquet"),
+        ("dataset_name:", "not supported", "save it as plain text (.txt)"),
         files={"a.docx": "x"},
     ),
     "no such split": Case("sft", "--dataset_train_split rain", ("dataset_train_split: rain", "choose from: train")),
@@ -510,6 +510,7 @@ CASES |= {
     "weights that are no numbers": Case("grpo", "--reward_weights nan", ("reward_weights: [nan]", "numbers")),
     "a weight too many": Case("grpo", "--reward_weights 1 2", ("reward_weights:", "one weight for each")),
     "an unknown loss": Case("grpo", "--loss_type foo", ("loss_type: foo", "dapo")),
+    "GSPO": Case("grpo", "--loss_type gspo", ("loss_type: gspo", "importance_sampling_level: sequence")),
     "an unknown scale": Case("grpo", "--scale_rewards foo", ("scale_rewards: foo", "group")),
     "options of generation that are none": Case("grpo", "--generation_kwargs foo", ("generation_kwargs: foo", "JSON")),
     "an unknown cache": Case("grpo", "--cache_implementation foo", ("cache_implementation: foo", "static")),

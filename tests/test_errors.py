@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Problem, RunStopped, UserError, exit_on_user_error
+from pipeline.errors import Problem, RunStopped, UserError, as_typed, exit_on_user_error
 from pipeline.runner.records import recorded_values
 from pipeline.runner.steps import Step
 
@@ -28,6 +28,14 @@ def test_an_end_for_a_known_reason_is_a_message_and_an_exit_code(
         raise error
     assert ended.value.code == code
     assert capsys.readouterr().err == said
+
+
+def test_commands_in_messages_are_called_as_the_user_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/a/.venv/bin/fourstage", "run"])
+    monkeypatch.delenv("FOURSTAGE_COMMAND", raising=False)
+    assert as_typed("chat", "runs/a b") == "fourstage chat 'runs/a b'"
+    monkeypatch.setenv("FOURSTAGE_COMMAND", "./fourstage")
+    assert as_typed("chat", "runs/a b") == "./fourstage chat 'runs/a b'"
 
 
 def test_a_message_sends_no_codes_to_the_terminal() -> None:

@@ -161,7 +161,7 @@ def test_data_outside_of_the_run_are_not_shown(
     outside = tmp_path_factory.mktemp("private") / "data.jsonl"
     outside.write_text((downloaded / "data.jsonl").read_text())
     record = json.loads((downloaded / "run.json").read_text())
-    source = {"dataset_name": str(outside)}
+    source = {"dataset_name": str(outside), "validation_share": 0.5}
     values = {"problems": source, "prompts": source, "trained_on": {"prompts": source}}
     record["steps"]["evaluate_4_grpo"]["values"] |= values
     (downloaded / "run.json").write_text(json.dumps(record))

@@ -67,7 +67,8 @@ def commands() -> list[str]:
         texts += docstring.replace("\\\n", " ").split("\n")
     found = [part.strip() for text in texts for part in text.partition("  #")[0].split("&&")]
     # Other spellings of the same command are not tried again: each takes seconds.
-    found = [re.sub(r"^fourstage ", "python -m pipeline ", command) for command in found]
+    found = [re.sub(r"^\./fourstage test\b", "pytest", command) for command in found]
+    found = [re.sub(r"^(\./)?fourstage ", "python -m pipeline ", command) for command in found]
     found = [re.sub(r" run (?=(pocket|gsm8k-shakespeare)( |$))", " run recipes/", command) for command in found]
     return sorted({command for command in found if CHECKED.match(command) and " " in command})
 
@@ -132,7 +133,7 @@ def check_recipe(module: str, argv: list[str]) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_files_and_modules_that_a_page_names_exist(path: Path) -> None:
-    for link in re.findall(r"\]\(([\w./-]+)\)", path.read_text(encoding="utf-8")):
+    for link in re.findall(r"(?:\]\(|src=\")([\w./-]+)[)\"]", path.read_text(encoding="utf-8")):
         assert (path.parent / link).exists(), link
     # `pipeline.py` is a file of a user.
     spans = [span for span in code_spans(path) if "NAME" not in span and span != "pipeline.py"]

@@ -24,7 +24,7 @@ from pipeline.report.load import stage_info, stage_order
 from pipeline.tools.dialogue import Dialogue, Message, Tools, answer_calls, read_turn, readable
 from pipeline.tools.loading import Toolbox
 
-ENDED = "ended its turn"
+ENDED = "ended its answer"
 """Value of `Answer.stopped` if the model itself ended the answer."""
 Values = Mapping[str, Any]
 

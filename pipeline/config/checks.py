@@ -170,6 +170,9 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
             problems.append(Problem(name, repr(value), "contains a NUL character; remove it"))
         elif "" in texts and name not in ("debug", "system_prompt"):
             problems.append(Problem(name, repr(value), "is empty; give a value, or null for none"))
+        elif rollouts and name == "loss_type" and "gspo" in texts:
+            remedy = "is no loss of its own: set importance_sampling_level: sequence, with loss_type: grpo"
+            problems.append(Problem(name, value, remedy))
         elif name in choices and any(text not in choices[name] for text in texts):
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
         # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.

@@ -31,13 +31,14 @@ from pipeline.data.sources import UNREADABLE, locate_error, open_source
 from pipeline.data.votes import VOTES_FILE
 from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, collect, refuse
+from pipeline.progress import report_progress
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", int, np.ndarray)
 
 FIRST_ROWS, SMALL_BYTES = 100, 16 * 2**20
-"""Rows that are checked before a run begins, and the size of a data set up to which all of its files are read for it."""
+"""Rows that are checked before a run begins, and the size of a data set up to which its files are read for that."""
 SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
 """Rows among which a stream is shuffled, and the default of `max_eval_samples` if rows of a stream are held out:
 otherwise, each evaluation would read the stream to its end."""
@@ -228,6 +229,7 @@ def _load_one(
     source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
     if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
         logger.info("The data set has no split validation: training is evaluated on its split test.")
+        report_progress(evaluated_on="test")
         args = replace(args, dataset_test_split="test")
     test = args.dataset_test_split
     is_single = list(source) == [train] and test != train and args.validation_share > 0

@@ -260,18 +260,18 @@ class Part:
         """Yield the number and content of at most `most` rows that are not of the kind `without`."""
         if not isinstance(self.data, Dataset):
             is_kept = row_filter(self.source, column_names(self.data))
-            numbered = ((number, row) for number, row in enumerate(self.data) if self._has(number) and is_kept(row))
+            numbered = ((number, row) for number, row in enumerate(self.data) if self.measures(number) and is_kept(row))
             yield from islice((item for item in numbered if not without or item[1].get("kind") != without), most)
             return
         # These are arrays, because a list of millions of row numbers takes seconds.
         numbers: Any = np.arange(len(self.data)) if self.numbers is None else np.array(self.numbers, dtype=int)
-        places: Any = np.flatnonzero(self._has(numbers))
+        places: Any = np.flatnonzero(self.measures(numbers))
         if without and "kind" in self.data.column_names:
             places = places[np.array(self.data["kind"][:])[places] != without]
         chosen = np.array(subsample(places, most), dtype=int)
         yield from zip(map(int, numbers[chosen]), self.data.select(chosen), strict=True)
 
-    def _has(self, numbers: Any) -> Any:
+    def measures(self, numbers: Any) -> Any:
         """Return which of the rows with these numbers belong to the part; an array for an array."""
         if not self.share:
             return numbers >= 0

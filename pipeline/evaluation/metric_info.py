@@ -31,7 +31,8 @@ METRICS: dict[str, MetricInfo] = {
     "stop_rate": MetricInfo("Stop rate", "answers that end before the token limit"),
     "reward_accuracy": MetricInfo("Reward accuracy", "held-out pairs, against their labels"),
     "reward_accuracy_noise_free": MetricInfo(
-        "Reward accuracy, noise-free", "held-out pairs, against the annotators' taste without noise"
+        "Reward accuracy, noise-free",
+        "held-out pairs, against the taste of the simulated annotators: what they prefer without the noise in a label",
     ),
     "reward_accuracy_people": MetricInfo(
         "Reward accuracy, people", "pairs that people voted on and that it was not trained on"
@@ -48,7 +49,11 @@ METRICS: dict[str, MetricInfo] = {
     ),
     "last_sentence_share_greedy": MetricInfo("Same last sentence, greedy", "the same for greedy answers", "down"),
     "kl": MetricInfo(
-        "KL divergence", "from {against}, in nats per answer sampled to the win rate's prompts", "", 2, share=False
+        "KL divergence",
+        "from {against}, in nats (1.44 bits each) per answer sampled to the win rate's prompts",
+        "",
+        2,
+        share=False,
     ),
     "entropy": MetricInfo("Entropy", "nats per answer, of the same answers", "", 2, share=False),
     "pass@1": MetricInfo("pass@1", "held-out reasoning problems, greedy answers"),

@@ -38,7 +38,8 @@ class StageResult:
         experts: Expert loads relative to the fair share, by `layers`; `documents` as `pieces` and the experts `chosen`.
         overlap: Data -> how many of its `rows` are `found` among the training rows, see `overlaps`.
         seconds: How long the evaluation took, loading included.
-        state, config: The content of trainer_state.json and config.json.
+        state, config, arguments: The content of trainer_state.json, config.json and arguments.json.
+        step: Name of the step that wrote it, if its directory does not say which kind of stage it is.
         parameters, active_parameters: Number of weights saved, and of those that a token passes.
         seed: Seed of its sampled answers and of its intervals.
     """
@@ -60,6 +61,8 @@ class StageResult:
     seconds: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    step: str = ""
     parameters: int | None = None
     active_parameters: int | None = None
     seed: int = 0

@@ -152,8 +152,14 @@ def append_line(file: FileIO, line: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically, and create its folder; lone surrogates become question marks."""
+    """Write a UTF-8 file atomically, and create its folder; lone surrogates become question marks.
+
+    A device or a pipe is written to: /dev/null must not be replaced by a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        return
     # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
     tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")

@@ -34,13 +34,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the stage in the directory `stage`, with at least one line and perhaps a note on how to read it."""
+    """A chart of the stage in the directory `stage`, with at least one line and perhaps a note on how to read it.
+
+    `stage_title` says what kind of stage that is.
+    """
 
     stage: str
     title: str
     x_label: str
     series: tuple[Series, ...]
     note: str = ""
+    stage_title: str = ""
 
 
 def charts_of(run: Run) -> list[Chart]:
@@ -52,14 +56,14 @@ def charts_of(run: Run) -> list[Chart]:
             if drawn := tuple(line for line in lines if len(line.points) > 1):
                 title = chart.title if x == "step" else f"{chart.title} against KL"
                 label = "training steps" if x == "step" else "KL, nats per answer"
-                found.append(Chart(stage.name, title, label, drawn, chart.note))
+                found.append(Chart(stage.name, title, label, drawn, chart.note, stage_info(stage).title))
     return found
 
 
 def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
     """Return the charts of a stage, each with the key that its horizontal axis shows."""
     # The charts of a kind are in `pipeline.stages`; others depend on the run's rewards and experts.
-    info = stage_info(stage.name)
+    info = stage_info(stage)
     charts = [(chart, "step") for chart in info.charts]
     keys = sorted({key for record in stage.history for key in record})
     if info.has_critic:
@@ -70,7 +74,8 @@ def _logged_charts(stage: StageResult) -> list[tuple[LoggedChart, str]]:
         if len(rewards.lines) < 2:
             score = rewards.lines[0][1] if rewards.lines else "reward"
             rewards = LoggedChart("Reward-model score", (("score", score),))
-        hidden = "PPO does not see it. If it rises with the score, the policy is not gaming the reward model."
+        hidden = "What the simulated annotators prefer; PPO does not see it. If it rises with the score, the policy is "
+        hidden += "not gaming the reward model."
         taste = LoggedChart("Hidden taste", tuple(line for line in means if "taste" in line[0]), hidden)
         over_kl = [replace(rewards, note="The reward that PPO sees."), taste]
         charts = [(rewards, "step"), *charts, *((chart, "objective/kl") for chart in over_kl)]
@@ -179,7 +184,7 @@ def layout(chart: Chart) -> dict[str, Any]:
         above = max(above + apart, min(y + 4, HEIGHT - BOTTOM - apart * (len(ends) - place)))
         label = _short(value, max(0, 2 - math.floor(math.log10(abs(value) or 1.0))))
         values.append({"css": f"s{index % 6}", "y": above, "label": label})
-    title = f"{stage_info(chart.stage).title}: {chart.title}"
+    title = f"{chart.stage_title or stage_info(chart.stage).title}: {chart.title}"
     axes = {"x_label": chart.x_label, "x_ticks": x_ticks, "y_ticks": y_ticks}
     frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "base": HEIGHT - BOTTOM}
     return {"title": title, "series": chart.series, "lines": lines, "values": values, "size": frame, **axes}

@@ -10,7 +10,7 @@ from pipeline.errors import Problem
 from pipeline.evaluation.intervals import Estimate, mean_difference, over_seeds
 from pipeline.evaluation.metric_info import metric_info, metric_order
 from pipeline.evaluation.results import Outcomes, StageResult
-from pipeline.report.load import Run, stage_info, twins
+from pipeline.report.load import Run, stage_info
 from pipeline.report.text import interval, number, signed
 
 Pairs = Sequence[tuple[Run, Run]]
@@ -36,19 +36,19 @@ class Difference:
 def differences(run: Run) -> list[Difference]:
     """Return the differences of each stage from the one that it started from and, in its aims, from baselines.
 
-    Variants of a stage that all start from one model are also compared with the first of them.
+    Of several stages of one kind that started from the same model, the later ones are also compared with the first.
     """
-    others = twins(run.stages)
+    others = run.twins
     found: list[Difference] = []
     for stage in run.stages.values():
-        if not stage_info(stage.name).generates or not stage.metrics:
+        if not stage_info(stage).generates or not stage.metrics:
             continue
         before = run.origin(stage)
         # A second pretraining, which no stage starts from, is compared the other way: it is the first one's baseline.
         if before is not None:
             found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
-        if sibling := run.first_sibling(stage):
-            found.extend(_between(sibling, stage))
+        if variant := run.first_variant(stage):
+            found.extend(_between(variant, stage))
         # Baselines only matter for the metrics that their stage is trained for.
         for baseline in run.baselines.values() if stage.name not in others else ():
             found.extend(item for item in _between(baseline, stage) if item.aim)
@@ -56,7 +56,7 @@ def differences(run: Run) -> list[Difference]:
 
 
 def _between(before: StageResult, stage: StageResult) -> list[Difference]:
-    aims, rows = stage_info(stage.name).aims, []
+    aims, rows = stage_info(stage).aims, []
     shared = [name for name in stage.metrics if name in before.metrics]
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
         was, now = before.metrics[metric], stage.metrics[metric]
@@ -120,7 +120,7 @@ def check_rows(pairs: Pairs) -> list[Problem]:
         for stage, metric in shared:
             # Rows are compared by their content, whatever the file. Each run has its own reward models and pairs.
             rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
-            if stage_info(stage).generates and rows != other_rows:
+            if stage_info(ours[stage, metric]).generates and rows != other_rows:
                 unequal.append(f"{metric} of {stage}")
         remedy = f"has no figure in common with {run.path}; evaluate the same stages"
         if unequal:
@@ -154,7 +154,7 @@ def compare(pairs: Pairs) -> Changes:
                 change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
                 # Without shared rows, the estimates are independent, and the interval combines both (Newcombe 1998,
                 # "Interval estimation for the difference between independent proportions", method 10).
-                if change is None or not stage_info(stage).generates:
+                if change is None or not stage_info(ours).generates:
                     change = Estimate(a.value - b.value)
                     if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
                         low = change.value - math.hypot(a.value - a.low, b.high - b.value)

@@ -31,23 +31,22 @@ EVALUATE = "evaluate_"
 """Prefix of the steps that evaluate a stage."""
 
 
-def stage_kind(stage: str) -> str:
-    """Return the kind of a stage: "sft" for "2_sft" and "2_sft_again", and also for "sft"."""
-    kind = re.sub(r"^\d+_", "", stage)
+def stage_kind(stage: str | StageResult) -> str:
+    """Return the kind of a stage or of a directory: "sft" for "2_sft" and "2_sft_again", and also for "sft"."""
+    name = stage if isinstance(stage, str) else stage.step or stage.name
+    kind = re.sub(r"^\d+_", "", name)
     first = kind.partition("_")[0]
     return first if first in STAGES else kind
 
 
-def stage_info(stage: str) -> StageKind:
-    """Return what is known about the stage directory `stage`, such as "2_sft"; an unknown kind is its own title."""
+def stage_info(stage: str | StageResult) -> StageKind:
+    """Return what is known about a stage, or about a directory such as "2_sft"; an unknown kind is its own title."""
     kind = stage_kind(stage)
     known = STAGES.get(kind)
-    return known if known and known.name else StageKind(kind.replace("_", " ").capitalize() or stage, trained=False)
-
-
-def twins(stages: Iterable[str]) -> list[str]:
-    """Return the stages that only show another architecture's results: every pretraining but the first."""
-    return [stage for stage in sorted(stages, key=stage_order) if stage_info(stage).from_scratch][1:]
+    if known and known.name:
+        return known
+    title = kind.replace("_", " ").capitalize() or (stage if isinstance(stage, str) else stage.name)
+    return StageKind(title, trained=False)
 
 
 def stage_order(stage: str) -> tuple[int, int, str]:
@@ -103,64 +102,97 @@ class Run:
         unnamed = "annotators who do not know which is which"
         return " or ".join(dict.fromkeys(stage.judge or unnamed for stage in judged))
 
+    def info(self, name: str) -> StageKind:
+        """Return what is known about the stage `name`; unlike `stage_info`, it uses the record of the run."""
+        return stage_info(self.stages.get(name, name))
+
+    @property
+    def twins(self) -> list[str]:
+        """The stages that only show another architecture's results: further pretrainings from random weights."""
+        pretrained = [name for name in sorted(self.stages, key=stage_order) if self.info(name).from_scratch]
+        return [name for name in pretrained[1:] if not self.settings_of(self.stages[name]).get("model_name_or_path")]
+
     def baseline_title(self, baseline: StageResult) -> str:
         """Return the title of a baseline, with the text or texts that its answers share."""
         # A text may be just a line break.
         texts = dict.fromkeys(str(text).replace("\n", "⏎") for text in baseline.texts.get(baseline.name, {}).values())
         known = find_baseline(baseline.name)
         title = (known.title if known else baseline.name).replace("{against}", self.against)
-        return f"{title} {' or '.join(f'“{text}”' for text in texts)}".strip()
+        return f"{title} {_list_texts(texts)}".strip()
 
-    def values_of(self, stage: StageResult) -> dict[str, Any]:
-        """Return the recorded settings of the step that wrote a stage, whose name may differ; {} without a record."""
-        if stage.name in self.steps:
-            return self.steps[stage.name].get("values", {})
-        for step in self.steps.values():
-            values = step.get("values", {})
-            if Path(str(values.get("output_dir"))).name == stage.name:
+    def directory_of(self, step: str) -> str:
+        """Return the name of the directory that a step wrote, which may differ from the step's."""
+        output = self.steps[step].get("values", {}).get("output_dir")
+        return Path(str(output)).name if output else step
+
+    def settings_of(self, stage: StageResult) -> dict[str, Any]:
+        """Return the settings of the step that wrote a stage, {} if there is no record of it."""
+        for name, step in self.steps.items():
+            values: dict[str, Any] = step.get("values", {})
+            if not name.startswith(EVALUATE) and self.directory_of(name) == stage.name:
                 return values
-        return {}
+        return stage.arguments
 
-    def first_sibling(self, stage: StageResult) -> StageResult | None:
-        """Return the first measured stage of the same kind that started from the same model, or None.
+    def start_of(self, stage: StageResult) -> str:
+        """Return the name of the stage that another one started from, or the path or Hub id of another model.
 
-        Stages that differ in their loss, for instance, are compared with each other as well as with their start.
+        Without a record, that is the stage before it; "" if there is none.
         """
-        start = self.values_of(stage).get("model_name_or_path")
-        for other in self.stages.values():
-            if other.name == stage.name:
-                return None
-            same_start = start is not None and self.values_of(other).get("model_name_or_path") == start
-            if same_start and other.metrics and stage_kind(other.name) == stage_kind(stage.name):
+        settings = self.settings_of(stage)
+        if model := settings.get("model_name_or_path"):
+            output = settings.get("output_dir")
+            home = os.path.dirname(str(output or model))
+            # A stage may also start from a checkpoint of another one, "2_sft/checkpoint-100".
+            stage_name = next(iter(Path(os.path.relpath(str(model), home or os.curdir)).parts), os.pardir)
+            is_in_run = stage_name in self.stages or (output and stage_name != os.pardir)
+            return stage_name if is_in_run else str(model)
+        earlier = takewhile(lambda other: other.name != stage.name, self.stages.values())
+        chain = [other.name for other in earlier if stage_info(other).generates and other.name not in self.twins]
+        if chain:
+            return chain[-1]
+        return STAGES["random"].directory if stage_info(stage).from_scratch else ""
+
+    def origin(self, stage: StageResult) -> StageResult | None:
+        """Return the stage that another one started from, or None if that was not measured."""
+        start = self.start_of(stage)
+        if start == self.settings_of(stage).get("model_name_or_path") and start not in self.stages:
+            # It is not a stage of this run. The first such model is measured as 0_base.
+            base = self.steps.get(EVALUATE + BASE, {}).get("values", {}).get("base")
+            start = BASE if base in (None, start) else ""
+        named = self.stages.get(start)
+        return named if named and named.metrics else None
+
+    def first_variant(self, stage: StageResult) -> StageResult | None:
+        """Return the first measured stage of the same kind and start, or None if that is `stage` itself."""
+        start, kind = self.start_of(stage), stage_kind(stage)
+        if not start:
+            return None
+        for other in takewhile(lambda other: other is not stage, self.stages.values()):
+            if other.metrics and stage_kind(other) == kind and self.start_of(other) == start:
                 return other
         return None
 
-    def origin(self, stage: StageResult) -> StageResult | None:
-        """Return the measured stage that another one started from, or None."""
-        values = self.values_of(stage)
-        start = str(values.get("model_name_or_path") or "")
-        named = self.stages.get(Path(start).name)
-        if named and named.metrics:
-            return named
-        # A model that is no stage of this run is measured under this name, if it is measured.
-        if start and named is None and BASE in self.stages:
-            return self.stages[BASE] if self.stages[BASE].metrics and stage.name != BASE else None
-        # Without a record, assume the one before.
-        before = takewhile(lambda other: other.name != stage.name, self.stages.values())
-        others = twins(self.stages)
-        chain = [one for one in before if stage_info(one.name).generates and one.metrics and one.name not in others]
-        return chain[-1] if chain else None
+
+def _list_texts(texts: Iterable[str]) -> str:
+    """Return the quoted texts of a baseline; "…" stands for the answer in those that are added to one."""
+    by_place: dict[str, list[str]] = {}
+    for text in texts:
+        place = ""
+        if text.startswith("…"):
+            text, place = text.removeprefix("…").lstrip(" "), " after the answer"
+        elif text.endswith("…"):
+            text, place = text.removesuffix("…").rstrip(" "), " before the answer"
+        by_place.setdefault(place, []).append(f"“{text}”")
+    return " or ".join(" or ".join(quoted) + place for place, quoted in by_place.items())
 
 
 def main_aim(stage: StageResult) -> str | None:
     """Return the first metric that a stage is trained for and that was measured, or None.
 
-    A metric of which neither more nor less is better, such as the step rate, cannot be an aim.
+    A metric of which neither more nor less is better, such as the share of answers with steps, is no main aim.
     """
-    for name in stage_info(stage.name).aims:
-        if name in stage.metrics and metric_info(name).better:
-            return name
-    return None
+    measured = [name for name in stage_info(stage).aims if name in stage.metrics and metric_info(name).better]
+    return measured[0] if measured else None
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -178,6 +210,18 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
             run.name = str(run.path)
     refuse(*problems)
     return runs
+
+
+def is_stage(path: Path) -> bool:
+    """Return whether a path is the directory of a stage that was measured, and not of a run."""
+    is_run = (path / "run.json").exists() or (path / "evaluations").exists()
+    stage = path.resolve()
+    return not is_run and (stage.parent / "evaluations" / f"{stage.name}.json").is_file()
+
+
+def only_stage(run: Run, path: Path, label: str) -> Run:
+    """Return a run with only the stage in the directory `path`, under the name `label`."""
+    return replace(run, path=path, stages={label: run.stages[path.resolve().name]}, baselines={})
 
 
 def load_run(path: Path) -> Run:
@@ -213,6 +257,11 @@ def load_run(path: Path) -> Run:
         # Until training ends, the log is only in checkpoints.
         stage.state = read_json(path / name / "trainer_state.json", run.notes) or newest_state(path / name)
         stage.config = read_json(path / name / "config.json", run.notes)
+        stage.arguments = read_json(path / name / "arguments.json", run.notes)
+        # The file `4_grpo_dapo.yaml` may write `4_dapo`, whose name is not a kind of stage.
+        if stage_kind(name) not in STAGES:
+            writers = [step for step in run.steps if run.directory_of(step) == name]
+            stage.step = writers[0] if writers else ""
         _count_parameters(stage, path / name, run.notes)
         run.stages[name] = stage
     # People may vote at any time, so their win rates are not part of an evaluation.

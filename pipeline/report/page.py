@@ -88,10 +88,12 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
     versions = summary["versions"] or {"packages": "unknown"}
     return summary, {
         "name": title(run),
+        "stage_info": run.info,
         "headline": headline(run),
         "facts": list(filter(None, facts)),
         "steps": path_boxes(run, links),
         "targets": summary["promises"],
+        "not_measured": len(summary["promises_not_measured"]),
         "alarms": [
             f"{item['stage']}, step {item['step']}: {item['what']} ({number(item['value'])})"
             for item in ([] if run.is_smoke else summary["alarms"])
@@ -118,7 +120,7 @@ def contents(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -
             {"prompt": prompt, "answers": [{"stage": name, "text": texts.get(prompt)} for name, texts in given.items()]}
             for prompt in prompts
         ],
-        "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(name).generates],
+        "silent": [name for name, stage in run.stages.items() if stage.metrics and not stage_info(stage).generates],
         "problems": problems,
         "lengths": lengths(run),
         "charts": draw(charts),
@@ -153,10 +155,17 @@ def remarks(run: Run) -> list[str]:
         for line in stage.remarks():
             lines.setdefault(line, []).append(stage.name)
     # Remarks about every stage that writes text do not name the stages.
-    of_all = len([stage for stage in measured if stage_info(stage.name).generates])
+    of_all = len([stage for stage in measured if stage_info(stage).generates])
     shown = [line if len(names) >= of_all else f"{line} ({', '.join(names)})" for line, names in lines.items()]
     lost = [(step, one) for step, entry in run.steps.items() for one in entry.get("lost", [])]
-    return shown + [f"{step}: {one['rows']:,} of {one['of']:,} {one['what']}" for step, one in lost]
+    shown += [f"{step}: {one['rows']:,} of {one['of']:,} {one['what']}" for step, one in lost]
+    for step, entry in run.steps.items():
+        values = entry.get("values", {})
+        evaluated_on = entry.get("evaluated_on") or values.get("dataset_test_split")
+        if evaluated_on == "test" and values.get("load_best_model_at_end"):
+            what = "its best checkpoint was chosen on the split test, so figures measured on that split flatter it"
+            shown.append(f"{step}: {what}; give the data set a split validation")
+    return shown
 
 
 def lengths(run: Run) -> dict[str, Any]:
@@ -179,7 +188,7 @@ def experts(run: Run) -> dict[str, Any]:
         for layer, shares in enumerate(layers, 1):
             rows.append({"stage": name, "layer": str(layer), "shares": [number(share, 2) for share in shares]})
     # The texts are shown for pretraining, where experts specialise.
-    shown = next((name for name in loads if stage_info(name).from_scratch), "")
+    shown = next((name for name in loads if run.info(name).from_scratch), "")
     drawn = []
     for item in run.stages[shown].experts["documents"] if shown else ():
         panels = []
@@ -226,6 +235,6 @@ def draw(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     for chart in charts:
         legend, svg = [line.name for line in chart.series], Markup(render("chart.html.jinja", layout(chart)))
         shown = {"title": chart.title, "note": chart.note, "legend": legend, "svg": svg}
-        group = {"stage": chart.stage, "title": stage_info(chart.stage).title, "charts": []}
+        group = {"stage": chart.stage, "title": chart.stage_title or stage_info(chart.stage).title, "charts": []}
         groups.setdefault(chart.stage, group)["charts"].append(shown)
     return list(groups.values())

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
-from pipeline.report.load import Run, main_aim, stage_info, stage_kind, twins
+from pipeline.report.load import Run, main_aim, stage_info, stage_kind
 from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
@@ -16,6 +16,7 @@ PHRASES = {
     "bits_per_byte": "bits for each byte of unseen text",
     "instruction_accuracy": "of unseen questions answered rightly",
     "reward_accuracy": "of unseen choices predicted",
+    "environment_reward": "mean reward of the environment",
     "win_rate": "of comparisons with {against} won",
     "pass@1": "of unseen problems{lengths} solved",
 }
@@ -31,7 +32,7 @@ def title(run: Run) -> str:
 
 def headline(run: Run) -> str:
     """Return a one-sentence summary: from what to what, in what time, on which hardware, with which figures."""
-    names = [stage_info(name).name.lower() for name, stage in run.stages.items() if stage.metrics or stage.history]
+    names = [stage_info(stage).name.lower() for stage in run.stages.values() if stage.metrics or stage.history]
     said = f"From {names[0]} to {names[-1]}" if names[1:] else "".join(names).capitalize() or "Nothing yet"
     if taken := sum(seconds(run).values()):
         said += f" in {duration(taken)}"
@@ -47,8 +48,9 @@ def headline(run: Run) -> str:
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the boxes of the picture, for path.html.jinja. `links` has the target of each kind's box."""
-    # The figure and the sample come from the last stage of each kind.
-    last = {stage_kind(name): stage for name, stage in run.stages.items() if name not in twins(run.stages)}
+    # The figure and the sample come from the last stage of each kind, or the first of several variants.
+    shown_stages = [stage for name, stage in run.stages.items() if name not in run.twins]
+    last = {stage_kind(stage): stage for stage in shown_stages if run.first_variant(stage) is None}
     boxes: list[dict[str, Any]] = []
     before: StageResult | None = None
     for kind, info in STAGES.items():
@@ -62,23 +64,23 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
             parts.append({"title": STAGES[name].name if name in STAGES else name, "what": what, "figure": figure})
         shown = {
             "number": len(boxes),
-            "title": STAGES[stage_kind(stage.name)].name if stage else info.name,
+            "title": STAGES[stage_kind(stage)].name if stage else info.name,
             "stage": stage.name if stage else "",
             "goes_in": (f"{magnitude(tokens)} tokens of " if tokens else "") + box.goes_in,
             "parts": parts,
-            "figure": _figure(run, stage, before) if stage else None,
+            "figure": _figure(run, stage, run.origin(stage) or before) if stage else None,
             "sample": _sample(run, stage) if stage else None,
             "link": links.get(kind, ""),
         }
         boxes.append({**vars(box), **shown})
-        # The figure of the next box is compared with the last stage before it.
+        # If it is not known what the stage of the next box started from, its figure is compared with this one.
         before = stage or before
     return boxes
 
 
 def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
     """Return the main figure of a stage with its name in words, the previous stage's, and the baselines'."""
-    aim = main_aim(stage) if stage_info(stage.name).aims else "bits_per_byte"
+    aim = main_aim(stage) if stage_info(stage).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
     info, lengths = metric_info(aim), [int(length) for length in by_length(stage)]
@@ -99,10 +101,13 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, and the answers of the stage `last` and of an earlier one."""
+    """Return the first held-out problem of each kind, and the answers of the stage `last` and of its start."""
     traced = [stage for stage in run.stages.values() if stage.traces]
     names = [stage.name for stage in traced]
     stages = traced[: names.index(last) + 1 if last else None][-2:]
+    origin = run.origin(stages[-1]) if stages else None
+    if origin and origin.traces:
+        stages = [origin, stages[-1]]
     problems = []
     for shown in stages[-1].traces if stages else ():
         sides = []
@@ -121,7 +126,7 @@ def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
     """Return an answer of a stage: to the first problem, next to the previous stage's, or else to the first prompt."""
-    if stage_info(stage.name).held_out == "problems" and stage.traces:
+    if stage_info(stage).held_out == "problems" and stage.traces:
         shown = showcase(run, stage.name)[0]
     elif stage.answers:
         side = {"stage": "", "text": stage.answers[0]["answer"], "correct": None}

@@ -50,12 +50,13 @@ def write_seeds(
     """Write index.html, metrics.json and report.md over runs with the differences `found`. Return the page's path."""
     each = [summarise(run, of_run, targets) for run, of_run in zip(runs, found, strict=True)]
     stages, baselines = (_spreads([of_run[key] for of_run in each]) for key in ("stages", "baselines"))
-    # The differences of a run by stage, or by `<stage> - <baseline>`, and then by metric.
+    # The differences of a run by stage, or by `<stage> - <baseline or variant>`, and then by metric.
     by_stage: list[dict[str, dict[str, Any]]] = [defaultdict(dict) for _ in runs]
-    for groups, of_run in zip(by_stage, each, strict=True):
+    for run, groups, of_run in zip(runs, by_stage, each, strict=True):
         for item in of_run["differences"]:
-            baseline = f" - {item['before']}" if item["before"] in of_run["baselines"] else ""
-            groups[f"{item['stage']}{baseline}"][item["metric"]] = item
+            origin = run.origin(run.stages[item["stage"]])
+            other = "" if origin and item["before"] == origin.name else f" - {item['before']}"
+            groups[f"{item['stage']}{other}"][item["metric"]] = item
     changes = _spreads(by_stage, lowest=-1.0)
     # The seconds of each step and, in the last row, of all steps together.
     taken = [of_run["seconds"] for of_run in each]
@@ -73,6 +74,7 @@ def write_seeds(
     }
     for kind in ("promises", "alarms", "verdict"):
         summary[kind] = [{"run": of_run["run"], **item} for of_run in each for item in of_run[kind]]
+    summary["not_judged"] = [{"run": of_run["run"], "line": line} for of_run in each for line in of_run["not_judged"]]
     summary["notes"] = [note for run in runs for note in run.notes]
     # Different texts may have won in each run.
     titles = {}
@@ -92,9 +94,10 @@ def write_seeds(
         "targets": [one | {"promise": f"{labels[one['run']]}: {one['promise']}"} for one in summary["promises"]],
         "conclusion": "",
         "verdict": [f"{labels[of_run['run']]}, {Finding(**item)}" for of_run in each for item in of_run["verdict"]],
+        "unjudged": [f"{labels[of_run['run']]}, {line}" for of_run in each for line in of_run["not_judged"]],
         "notes": summary["notes"],
-        "figures": _groups(stages) + _groups(baselines, titles),
-        "changes": _groups(changes, sign=True),
+        "figures": _groups(runs, stages) + _groups(runs, baselines, titles),
+        "changes": _groups(runs, changes, sign=True),
         "charts": draw(overlay(runs)),
         "times": [{"title": "All steps", "stage": "", "rows": [_row(*item, duration) for item in times.items()]}],
         "paths": [os.path.relpath(run.path / "report" / "index.html", directory) for run in runs],
@@ -125,12 +128,16 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
     return result
 
 
-def _groups(stages: Spreads, titles: Mapping[str, str] | None = None, sign: bool = False) -> list[dict[str, Any]]:
+def _groups(
+    runs: Sequence[Run], stages: Spreads, titles: Mapping[str, str] | None = None, sign: bool = False
+) -> list[dict[str, Any]]:
     """Return the rows of each stage, or of each baseline with its title; figures are signed if `sign`."""
+    known = {stage.name: stage for run in runs for stage in run.stages.values()}
     groups = []
     for group, metrics in stages.items():
         # "4_grpo - elicited" is a difference of the stage from a baseline.
-        info, rows = stage_info(group.partition(" - ")[0]), []
+        name, rows = group.partition(" - ")[0], []
+        info = stage_info(known.get(name, name))
         for metric, figures in metrics.items():
             if "mean" in figures:
                 shown = metric_info(metric)

@@ -12,7 +12,7 @@ from pipeline.report.curves import last_logged, logged
 from pipeline.report.differences import Difference
 from pipeline.report.load import Run
 from pipeline.report.targets import Target, check_targets
-from pipeline.report.verdict import conclude, find_failures
+from pipeline.report.verdict import conclude, find_failures, find_unjudged
 
 
 def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) 
     costs = {name: training_cost(stage) for name, stage in run.stages.items()}
     infos = {name: metric_info(name) for stage in run.stages.values() for name in stage.metrics}
     failures = find_failures(run)
+    promises = check_targets(run, found, targets)
+    checked = [promise["promise"] for promise in promises]
     return {
         "run": run.name,
         "stages": stages,
@@ -66,8 +68,10 @@ def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) 
             | item.change.to_json()
             for item in found
         ],
-        "promises": check_targets(run, found, targets),
+        "promises": promises,
+        "promises_not_measured": [str(target) for target in targets if str(target) not in checked],
         "verdict": list(map(asdict, failures)),
+        "not_judged": find_unjudged(run),
         "conclusion": conclude(run, failures),
         "notes": list(run.notes),
     }

@@ -9,9 +9,14 @@ from pipeline.progress import time_in_words
 
 SHOWN_CHARACTERS = 700
 """Longer texts are truncated for display; the files on disk have them in full."""
-_LINK = re.compile(r"(https?|ftp|www)([:.])", re.IGNORECASE)
+_LINK = re.compile(r"((?:https?|ftp)(?=://)|www(?=\.))([:.])", re.IGNORECASE)
 """Addresses that GitHub turns into links."""
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
+_INLINE = re.compile(r"[\\`|\[~$]|(?<!\s)\*|\*(?!\s)|(?<![^\W_])_+|_+(?![^\W_])")
+"""What Markdown interprets anywhere: no `_` within a word, such as 2_sft, and no `*` between spaces."""
+_BLOCK = re.compile(r"^(?:[-+*#](?=[\s#-]|$)|>|=+$|\d{1,9}(?=[.)](?:\s|$)))")
+"""What it interprets at the beginning of a line: items of lists, headings, quotes, lines that underline."""
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+_TAG = re.compile(r"<(?=[a-z/!?])", re.IGNORECASE)
 
 
 def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -41,9 +46,14 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """Return `text` as one line of Markdown that shows it literally, also in a table cell."""
-    line = visible(text, limit).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = _LINK.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\1", line))
+    """Return `text` as one line of Markdown that shows it literally, also in a table cell.
+
+    Only what Markdown would interpret is escaped, so that the line can be read in a terminal as well.
+    """
+    line = _TAG.sub("&lt;", _ENTITY.sub("&amp;", visible(text, limit).strip()))
+    line = _INLINE.sub(lambda match: "".join(f"\\{sign}" for sign in match[0]), line)
+    line = _LINK.sub(r"\1\\\2", line)
+    line = _BLOCK.sub(lambda match: f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}", line)
     return line.replace("\n", "<br>").replace("\t", " ").strip()
 
 

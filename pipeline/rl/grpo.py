@@ -73,6 +73,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
     has the last log-probabilities, which TRL's loss does not return.
     """
 
+    # Whether the entropies that are computed at the moment are logged, and no part of a loss.
+    _only_logs_entropy = False
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
     ) -> None:
@@ -232,10 +235,15 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
+        """Return log-probabilities (B, `logits_to_keep`), entropies in nats if requested, and an auxiliary loss.
 
+        On a CPU, only compute logits for the completion, without TRL's tiles, which take several times as long.
         Positions are counted from each text's first token, as during sampling. TRL also counts padding, which changes
         the output of models with learned positions.
+
+        Gradients flow through both results if they are enabled, so that a subclass can add an entropy to its loss. The
+        exception are the entropies that TRL's own loss logs, unless `entropy_coef` makes them a part of it: without
+        gradients, they cost less.
         """
         plain = input_ids.device.type == "cpu" and self._whole_and_bare
         asked = any(value is not None and value is not False for value in others.values())
@@ -254,7 +262,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 batch_size=batch_size,
                 temperature=self.temperature,
                 entropy=compute_entropy,
-                entropy_gradient=self._entropy_bonus_enabled,
+                entropy_gradient=not self._only_logs_entropy,
                 autocast=self.accelerator.autocast,
             )
         self.latest_logps = log_probs.detach()
@@ -280,7 +288,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             number = max(1, int(self.accelerator.gather(learned.sum()).max()))
             rows = (2 * learned.int() + has_tokens.int()).argsort(descending=True, stable=True)[:number]
             inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
-        return super()._compute_loss(model, inputs)
+        self._only_logs_entropy = not self._entropy_bonus_enabled
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._only_logs_entropy = False
 
     # ---- Evaluation
 

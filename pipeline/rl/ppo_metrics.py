@@ -42,7 +42,8 @@ class Averages:
             mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
             metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
         if "val/ratio" in metrics:
-            metrics["val/ratio_var"] -= metrics["val/ratio"] ** 2
+            # With equal ratios, rounding could make this difference slightly negative.
+            metrics["val/ratio_var"] = max(metrics["val/ratio_var"] - metrics["val/ratio"] ** 2, 0.0)
         return metrics
 
 

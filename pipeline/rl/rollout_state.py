@@ -2,7 +2,7 @@
 
 rollout_0.safetensors    tensors   "<number of the micro-batch>.<name>", none if the next step samples again
                          metadata  the place in the rollout, metrics that are not logged yet, and, for PPO, the
-                                   moments of all scores so far; and how the rollout was split
+                                   moments of all scores so far; how the rollout was split; the entropy bonus
 """
 
 import json
@@ -19,12 +19,15 @@ logger = get_logger(__name__)
 # File of a checkpoint, by the number of the process.
 ROLLOUT = "rollout_{}.safetensors"
 
+# Attributes of the trainer that `use_adaptive_entropy` changes at each step.
+ENTROPY_BONUS = ("entropy_coef", "_last_world_entropy")
+
 
 class Rollout:
     """The rollout of a `GRPOTrainer`, as a part of its checkpoints."""
 
     belongs_to_model = False
-    # Evaluations normalise scores by the moments of the rollouts so far.
+    # Evaluations normalise scores by the moments of the rollouts so far, and their losses have the entropy bonus.
     evaluated_with = True
 
     def __init__(self, trainer: Any) -> None:
@@ -35,12 +38,11 @@ class Rollout:
         self.layout["processes"] = trainer.accelerator.num_processes
 
     def save(self, folder: Path) -> None:
-        """Write the rest of the rollout, unless only the model is saved."""
+        """Write the rest of the rollout or, if only the model is saved, what evaluations need."""
         trainer = self.trainer
-        if trainer.args.save_only_model:
-            return
-        # After the last step of a rollout, the next step samples again.
-        in_use = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+        # After the last step of a rollout, the next step samples again. The model alone is never trained further.
+        steps_of_rollout = trainer.args.steps_per_generation * trainer.num_iterations
+        in_use = not trainer.args.save_only_model and trainer._step % steps_of_rollout != 0
         # Micro-batches are slices of the same storage, which safetensors refuses.
         tensors = {
             f"{number}.{name}": tensor.clone().contiguous()
@@ -51,6 +53,9 @@ class Rollout:
         state = {"layout": self.layout, "step": trainer._step, "metrics": trainer._metrics["train"]}
         if hasattr(trainer, "score_moments"):
             state["moments"] = vars(trainer.score_moments)
+        if trainer.use_adaptive_entropy:
+            # TRL saves them as well, but only loads them together with the optimizer.
+            state["entropy_bonus"] = {name: getattr(trainer, name) for name in ENTROPY_BONUS}
         file = folder / ROLLOUT.format(trainer.accelerator.process_index)
         safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(state)})
 
@@ -76,6 +81,7 @@ class Rollout:
         trainer._metrics["train"].update(state["metrics"])
         if "moments" in state:
             vars(trainer.score_moments).update(state["moments"])
+        vars(trainer).update(state.get("entropy_bonus", {}))
 
 
 def read_state(file: Path) -> dict[str, Any]:

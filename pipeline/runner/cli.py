@@ -249,11 +249,14 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
 def conclusion(report: Path) -> list[str]:
     """Return where the report is, how many targets were met, what did not work and what to do about it."""
     summary = read_json(report.with_name("metrics.json"))
-    promises = summary.get("promises", [])
+    promises, missing = summary.get("promises", []), len(summary.get("promises_not_measured", []))
     kept = f", all {len(promises)} promises kept" if promises else ""
+    if promises and missing:
+        kept = f", {len(promises)} promises kept, {missing} not measured"
     if broken := sum(not promise["kept"] for promise in promises):
         kept = f", {broken} of {len(promises)} promised figures fall short"
     lines = [f"  {item['stage']}: {item['what']}\n    {item['remedy']}" for item in summary.get("verdict", [])]
+    lines += [f"  not judged: {line}" for line in summary.get("not_judged", []) if lines]
     reached = ["what did not work:", *lines] if lines else list(filter(None, [summary.get("conclusion")]))
     return [f"report: {report}{kept}", *reached]
 
@@ -318,7 +321,10 @@ def _run_all(
         # A step whose push failed is complete: it is pushed again at the end, and not trained again.
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.steps[step.name] |= {"pushed": list(step.push)} if code == 0 and step.push else {}
-        record.stop(step, seconds, complete, peak, console.state.progress.facts.get("lost"))
+        facts = console.state.progress.facts
+        if "evaluated_on" in facts:
+            record.steps[step.name]["evaluated_on"] = facts["evaluated_on"]
+        record.stop(step, seconds, complete, peak, facts.get("lost"))
         if received is not None:
             kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"
             console.stop(step, seconds, 0, kept, f"to resume: {args.resume}")

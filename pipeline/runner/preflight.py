@@ -2,7 +2,8 @@
 
 Each step is checked with the arguments that its recipe will build, its number of processes, and the configuration of
 the model that an earlier step makes. Of the user's own files, the columns and the first rows are checked. Problems with
-later rows and with downloaded data only show when the step loads them, which `--smoke` does within seconds. `pipeline.training.checks` has the checks that training repeats.
+later rows and with downloaded data only show when the step loads them, which `--smoke` does within seconds.
+`pipeline.training.checks` has the checks that training repeats.
 """
 
 import copy
@@ -31,8 +32,8 @@ def check_steps(
     """Return wrong or contradictory values, and inputs that do not exist, prefixed with the step's name.
 
     Each step comes after the steps that it needs, and trains with `processes` processes. Only `due` steps are reported
-    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded; without `data`, the user's
-    files are not opened.
+    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded; without `data`, the
+    user's files are not opened.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check

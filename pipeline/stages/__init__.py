@@ -31,7 +31,7 @@ HELD_OUT = {
 """By the keys of `evaluate.yaml`."""
 
 BASELINES = {
-    "elicited": Baseline("{against}, begun with", "`{against}`, its answer begun with “{text}”"),
+    "elicited": Baseline("{against}, prompted with", "`{against}`, its answer begun with “{text}”"),
     "constant": Baseline("{against}, always with", "`{against}`, with a fixed text before or after its answer"),
     "majority": Baseline(
         "most frequent training answer of each kind",

@@ -197,14 +197,17 @@ class Reliable(Trainer):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        # The state is that of the first process, which wrote it.
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
         for part in self.parts:
             if getattr(part, "evaluated_with", False):
                 part.load(checkpoint)
         self._find_best()
         self._evaluate_if_missed()
-        # The summary of the training, which a kill prevented.
+        # The summary of the training, which no checkpoint contains.
         seconds = read_json(checkpoint / MANIFEST).get("seconds")
-        if seconds is not None and not any("train_runtime" in entry for entry in state.log_history):
+        if seconds is not None:
             state.log_history.append({"train_runtime": seconds, "epoch": state.epoch, "step": state.global_step})
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
@@ -326,6 +329,8 @@ class Reliable(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log; the time in the summary of a resumed training includes what was trained before."""
+        # Only an evaluation without training prepares the model.
+        logs.pop("eval_model_preparation_time", None)
         if "train_runtime" in logs:
             logs["train_runtime"] += self._seconds_before
         super().log(logs, *args, **kwargs)

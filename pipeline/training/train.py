@@ -202,6 +202,10 @@ def save_final(trainer: Reliable) -> None:
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     tmp_dir = output_dir / folders.UNFINISHED
     try:
+        # A kill may have left parts of an old checkpoint.
+        if args.should_save:
+            shutil.rmtree(tmp_dir, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(tmp_dir), _internal_call=True)
         if args.should_save:
             # Files are moved one by one, so that a kill leaves only complete ones.

@@ -181,7 +181,7 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
     shown = ask(browser, typed)
     assert [name for name in shown if name in STAGES] == STAGES
     for name in STAGES:
-        assert re.search(r"\d+ tokens · \d+ tokens/s · (ended its turn|limit of|the context of)", shown[name])
+        assert re.search(r"\d+ tokens · \d+ tokens/s · (ended its answer|limit of|the context of)", shown[name])
     (failed,) = (text for name, text in shown.items() if name not in STAGES)
     assert "no tokenizer can be loaded" in failed, "a model that fails to load is a message in its column"
     # A prompt of the report, which is hostile too, fills the box and is sent.

@@ -32,6 +32,8 @@ from tests import tool_toy as toy
 HOSTILE = "<img src=x onerror=document.title='owned'>\n-> fake() \u202e"
 TOOLS = {"tools": [f"{__name__}:double"]}
 GAME = {"environment": "tests.tool_toy:Counter"}
+TRUST = ["--trust", TOOLS["tools"][0], "--trust", GAME["environment"], "--trust", "tests.tool_toy:says_yes"]
+"""A run's files name no code that is loaded unless the user does, too."""
 SAMPLED = {
     "max_completion_length": 30, "temperature": 1.0, "learning_rate": 1e-2, "max_grad_norm": 1.0, "adam_beta1": 0.9,
     "adam_beta2": 0.999, "adam_epsilon": 1e-8, "per_device_train_batch_size": 4, "model_name_or_path": "old/run/2_sft",
@@ -182,7 +184,7 @@ def test_the_chat_goes_on_after_results(
     site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/example problem\n1\n"))
-    assert main(["chat", str(site.run / "4_grpo"), "--max_new_tokens", "20"]) == 0
+    assert main(["chat", str(site.run / "4_grpo"), "--max_new_tokens", "20", *TRUST]) == 0
     shown = capsys.readouterr().out
     assert "-> double(n=1)\n<- " in shown and "\u202e" not in shown
 
@@ -236,7 +238,7 @@ def test_the_report_shows_turns_as_lines_and_what_a_tool_returns_as_text(tmp_pat
     run = make_run(tmp_path, TOOLS)
     settings = {"evaluate_4_grpo": {"values": {"fixed_prompts": ["x"], "elicit": None, "samples": 1}}}
     (run / "run.json").write_text(json.dumps({"steps": settings}))
-    assert main(["evaluate", str(run), "--stage", "4_grpo", "--max_new_tokens", "30"]) == 0
+    assert main(["evaluate", str(run), "--stage", "4_grpo", "--max_new_tokens", "30", *TRUST]) == 0
     assert main(["report", str(run)]) == 0
     page, text = ((run / "report" / name).read_text() for name in ("index.html", "report.md"))
     result = (

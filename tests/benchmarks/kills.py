@@ -8,10 +8,11 @@ python -m tests.benchmarks.kills --recipe ppo --kills 10 --damage 10
 
 Trains a miniature of a recipe once undisturbed, in a process as a user starts it. Then it trains the miniature again,
 as often as the kills require: it kills it by SIGKILL at random moments, restarts it by the same command until it
-finishes, and compares the final weights bit for bit, and what the run logged: losses, rewards and evaluations of each
-step, and which checkpoint was the best. Evaluations decide which model is kept. Some kills hit the evaluation after the
-last checkpoint, which the next process has to catch up on. `--damage N` also damages the newest checkpoint after N of
-the kills: a file is truncated or deleted, or one bit is flipped.
+finishes, and compares bit for bit: the weights, of the last checkpoint as well, what was logged at each step, each
+evaluation, the best checkpoint, the counts in the state, and which files there are. Evaluations decide which model is
+kept. Some kills hit what follows the last checkpoint: its evaluation, the loading of the best model, and the writing of
+the final one. `--damage N` also damages the newest checkpoint after N of the kills: a file is truncated or deleted, or
+one bit is flipped.
 
 The killed processes are forks of this one, which has already imported the libraries, so that a kill costs two seconds
 instead of ten. The exit code is 1 if a run was lost or ended differently.
@@ -45,20 +46,23 @@ LIBRARIES = (
 TRAINS = b"\nbatch "
 """What is logged right before the first step."""
 
-BEST = ("best_metric", "best_global_step", "best_model_checkpoint")
-"""What the state of a training says of its best checkpoint."""
+RESUMES = b"\nresuming "
+"""What a resumed process logs before it trains or, if only the end was missing, evaluates."""
 
-TIMES = re.compile(r"time$|runtime$|seconds$|per_second$|mfu$|memory$")
+STATE = (
+    "best_metric", "best_global_step", "best_model_checkpoint", "global_step", "max_steps", "epoch", "total_flos",
+    "num_input_tokens_seen",
+)  # fmt: skip
+"""What is compared of the final state of a training, in addition to its log."""
+
+TIMES = re.compile(r"time$|seconds$|per_second$|mfu$|memory$")
 """Names of logged values that differ from one run to the next."""
-
-AN_EVALUATION = 0.3
-"""Longest delay of a kill after the last checkpoint, in seconds."""
 
 BEFORE_TRAINING = 0.2
 """Share of the kills that happen before the first step of a process."""
 
-AT_THE_END = 0.2
-"""Share of the kills that happen right after the last checkpoint was written, while the model is evaluated."""
+AT_THE_END = 0.3
+"""Share of the other kills that happen after the last checkpoint was written, half of them in its evaluation."""
 
 PART = 0.4
 """Longest life of a process, as a share of an undisturbed training, so that a run takes several kills."""
@@ -92,6 +96,10 @@ class Trial:
         self.skipped = 0
         self.resumed: list[str] = []
         self.startup = self.training = 0.0
+        # Seconds of the last evaluation, and from the last checkpoint to the end of the process.
+        self.evaluation = self.ending = 0.0
+        # Number of kills between the last checkpoint and the record of its evaluation, and after that.
+        self.in_evaluation = self.afterwards = 0
 
     def run(self) -> int:
         """Run everything, and return the exit code: 0 if every run ended like the undisturbed one."""
@@ -109,7 +117,8 @@ class Trial:
             print(f"run {runs}: {self.kills - before} kills, {resumed}, {outcome}", flush=True)
         print(
             f"{self.args.recipe}: {runs} runs, {self.kills} kills, {self.damages} damaged checkpoints "
-            f"({self.skipped} skipped), {wrong} wrong"
+            f"({self.skipped} skipped), {self.in_evaluation} kills in the last evaluation, {self.afterwards} after it, "
+            f"{wrong} wrong"
         )
         return int(wrong > 0)
 
@@ -120,11 +129,19 @@ class Trial:
             process = subprocess.Popen([sys.executable, *self._command(output)], stdout=file, stderr=subprocess.STDOUT)
             self._wait_until(lambda: process.poll() is not None or TRAINS in log.read_bytes())
             begun = time.monotonic()
+            self._wait_until(lambda: process.poll() is not None or self._last(output).exists())
+            trained = time.monotonic()
             process.wait()
         self.startup, self.training = 2.0, time.monotonic() - begun
+        self.ending = time.monotonic() - trained
         if process.returncode != 0:
             raise SystemExit(f"the undisturbed run failed:\n{log.read_text()[-3000:]}")
-        print(f"undisturbed: {begun - started:.1f} s to the first step, {self.training:.1f} s of training")
+        state = _state(output)
+        self.evaluation = [entry["eval_runtime"] for entry in state["log_history"] if "eval_runtime" in entry][-1]
+        print(
+            f"undisturbed: {begun - started:.1f} s to the first step, {self.training:.1f} s of training, the last "
+            f"{self.ending:.1f} s after the last checkpoint; the best is that of step {state['best_global_step']}"
+        )
 
     def _disturbed(self, output: Path) -> str | None:
         """Train with kills, and return what is wrong with the run, or None."""
@@ -135,9 +152,8 @@ class Trial:
             if self.random.random() < BEFORE_TRAINING:
                 self._sleep(self.random.uniform(0, self.startup), pid)
             elif self.random.random() < AT_THE_END:
-                last = output / f"checkpoint-{self.args.steps}"
-                self._wait_until(lambda: _ended(pid) or last.exists())  # noqa: B023
-                self._sleep(self.random.uniform(0, AN_EVALUATION), pid)
+                self._wait_for_end_of_training(pid, output, log)
+                self._sleep(self.random.uniform(0, self.random.choice([self.evaluation, self.ending])), pid)
             else:
                 self._wait_until(lambda: _ended(pid) or TRAINS in log.read_bytes())  # noqa: B023
                 self._sleep(self.random.uniform(0, PART * self.training), pid)
@@ -149,6 +165,7 @@ class Trial:
             self.resumed += re.findall(r"^resuming +from .*-(\d+)$", text, re.MULTILINE)
             if code == -signal.SIGKILL:
                 self.kills += 1
+                self._count_place(output)
                 if self.damages < self.args.damage:
                     self._damage(output)
                 continue
@@ -162,8 +179,14 @@ class Trial:
         problems = []
         if not _same(_weights(whole), _weights(output)):
             problems.append("OTHER WEIGHTS")
+        if not _same(_weights(self._last(whole)), _weights(self._last(output))):
+            problems.append("OTHER WEIGHTS of the last checkpoint")
+        if _files(whole) != _files(output):
+            problems.append(f"OTHER FILES ({', '.join(sorted(_files(whole) ^ _files(output)))})")
+        if "\n- Time: " not in (output / "README.md").read_text():
+            problems.append("NO TIME in the card")
         expected, state = _state(whole), _state(output)
-        problems += [f"OTHER {name}" for name in BEST if expected[name] != state[name]]
+        problems += [f"OTHER {name}" for name in STATE if expected[name] != state[name]]
         for entry, other in zip_longest(_timeless(expected["log_history"]), _timeless(state["log_history"])):
             if entry != other:
                 entry, other = entry or {}, other or {}
@@ -172,6 +195,28 @@ class Trial:
                 problems.append(f"OTHER LOG from step {step} on ({', '.join(names[:5])})")
                 break
         return ", ".join(problems) or None
+
+    def _last(self, output: Path) -> Path:
+        """Return the folder of the last checkpoint."""
+        return output / f"checkpoint-{self.args.steps}"
+
+    def _wait_for_end_of_training(self, pid: int, output: Path, log: Path) -> None:
+        """Wait for the last checkpoint or, if an earlier process has written it, until this one resumes from it."""
+        if self._last(output).exists():
+            self._wait_until(lambda: _ended(pid) or RESUMES in log.read_bytes())
+        else:
+            self._wait_until(lambda: _ended(pid) or self._last(output).exists())
+
+    def _count_place(self, output: Path) -> None:
+        """Count a kill that happened after the last checkpoint was written."""
+        manifest = self._last(output) / "manifest.json"
+        if not manifest.exists():
+            return
+        # The state with the evaluation is the second one.
+        if len(json.loads(manifest.read_text())["states"]) > 1:
+            self.afterwards += 1
+        else:
+            self.in_evaluation += 1
 
     def _fork(self, output: Path, log: Path) -> int:
         """Start the recipe in a fork, and return its process id."""
@@ -234,7 +279,8 @@ class Trial:
         if recipe not in ("ppo", "grpo"):
             from tests.small_model import recipe_command
 
-            best = ["--eval_steps", "2", "--load_best_model_at_end", "true"]
+            # The highest loss counts as the best, so that another model than the last one is kept.
+            best = ["--eval_steps", "2", "--load_best_model_at_end", "true", "--greater_is_better", "true"]
             return recipe_command(recipe, self.folder / "inputs", *steps, *best, "--output_dir", str(output))
         return [*self._rollout_command(), *steps, "--output_dir", str(output)]
 
@@ -265,6 +311,11 @@ def _weights(output: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith("checkpoint-")}
 
 
+def _files(output: Path) -> set[str]:
+    """Return the names of all files, with those of the checkpoints."""
+    return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+
+
 def _state(output: Path) -> dict[str, Any]:
     """Return the final state of a training, with the best checkpoint's name instead of its path."""
     state = json.loads((output / "trainer_state.json").read_text())
@@ -273,9 +324,11 @@ def _state(output: Path) -> dict[str, Any]:
 
 
 def _timeless(history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a log without seconds, and without the summary, which is about the last process alone."""
+    """Yield the entries of a log without seconds; of the summary, which is about the last process, only its step."""
     for entry in history:
-        if "train_runtime" not in entry:
+        if "train_runtime" in entry and "loss" not in entry:
+            yield {"step": entry["step"], "summary": True}
+        else:
             yield {name: value for name, value in entry.items() if not TIMES.search(name)}
 
 

@@ -15,6 +15,7 @@ from pipeline.data import columns, splits
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
+from pipeline.progress import VARIABLE
 
 ROWS = [{"text": f"Document {i}.", "kind": "fact"} for i in range(40)]
 QUESTIONS = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)]
@@ -92,6 +93,23 @@ def test_without_a_split_validation_training_is_evaluated_on_test(tmp_path: Path
     (folder / "a" / "validation.parquet").unlink()
     _, test = load_splits(DataArguments(str(folder / "a")), "text", evaluation=True)
     assert test is not None and [row["text"] for row in test] == ["test 0", "test 1", "test 2"]
+
+
+@pytest.mark.parametrize("test_split", ["test", "validation"])
+def test_the_runner_is_told_if_training_is_evaluated_on_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_split: str
+) -> None:
+    """Then the checkpoint that is best there was chosen on the rows that measure it."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", test_split):
+        write_lines(tmp_path / "data" / f"{split}.jsonl", ROWS)
+    reports = tmp_path / "reports"
+    reports.touch()
+    monkeypatch.setenv(VARIABLE, str(reports))
+    monkeypatch.delenv("RANK", raising=False)
+    load_splits(DataArguments(str(tmp_path / "data")), "text", evaluation=True)
+    facts = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert ({"evaluated_on": "test"} in facts) == (test_split == "test")
 
 
 def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:

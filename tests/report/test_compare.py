@@ -228,6 +228,36 @@ def test_figures_that_a_run_lacks_are_named(whole_run: Path, tmp_path: Path, run
     assert "Omitted, because not every run has them: bits_per_byte of 4_grpo" in err
 
 
+def test_stages_of_one_run_are_compared_with_each_other(tmp_path: Path, run_compare: Compare) -> None:
+    """`compare` takes the folders of two variants of a stage."""
+    before = coins(0)
+    for seed in (0, 1):
+        run = tmp_path / f"seed{seed}"
+        make_run(run, seed, shifted(before, 0.1 + 0.1 * seed), stage="4_dapo")
+        make_run(run, seed, before, stage="4_grpo")
+    first, second = run / "4_dapo", run / "4_grpo"
+    code, found, err = run_compare(first, second)
+    assert code == 0 and list(found) == ["4_dapo"]
+    assert found["4_dapo"]["pass@1"]["value"] == pytest.approx(0.2)
+    assert f"A: {first}" in err and f"B: {second}" in err and "Omitted" not in err
+    _, turned, _ = run_compare(second, "--against", first)
+    assert turned["4_grpo"]["pass@1"]["value"] == pytest.approx(-0.2)
+    sides = [[tmp_path / f"seed{seed}" / stage for seed in (0, 1)] for stage in ("4_dapo", "4_grpo")]
+    _, over_seeds, _ = run_compare(*sides[0], "--against", *sides[1])
+    assert over_seeds["4_dapo"]["pass@1"]["value"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("names", [["4_dapo"], ["4_dapo", "4_grpo", "4_dapo"], ["4_dapo", ""], ["4_dapo", "4_missing"]])
+def test_anything_but_two_measured_stages_needs_an_opponent(
+    tmp_path: Path, run_compare: Compare, names: list[str]
+) -> None:
+    for stage in ("4_dapo", "4_grpo"):
+        make_run(tmp_path / "run", 0, coins(0), stage=stage)
+    code, found, err = run_compare(*(tmp_path / "run" / name for name in names))
+    assert code == 2 and not found and "the following arguments are required: --against" in err
+    assert err.count("\n") == 1
+
+
 def test_reward_models_are_compared_on_pairs_of_their_own(tmp_path: Path, run_compare: Compare) -> None:
     """Each run samples its own pairs of answers, whose number and kinds differ."""
     a, b = write_run(tmp_path / "a", examples=60), write_run(tmp_path / "b", examples=60)
@@ -248,13 +278,3 @@ def test_runs_that_were_measured_in_another_way_are_named(tmp_path: Path, run_co
         )
     code, _, err = run_compare(sides[0], "--against", sides[1])
     assert code == 0 and f"{sides[1]}: 2_sft measured with a different max_new_tokens than {sides[0]}" in err
-
-
-def test_two_stages_of_one_run_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Variants of a stage, such as losses of GRPO, are stages of one run."""
-    run = make_run(tmp_path / "losses", 0, [0.0] * ROWS, "4_grpo")
-    make_run(run, 0, [1.0] * ROWS, "4_grpo_dapo")
-    assert main(["compare", str(run / "4_grpo_dapo"), "--against", str(run / "4_grpo")]) == 0
-    output = capsys.readouterr()
-    assert json.loads(output.out)["4_grpo_dapo"]["pass@1"]["value"] == 1.0
-    assert f"A: {run / '4_grpo_dapo'}" in output.err and f"B: {run / '4_grpo'}" in output.err

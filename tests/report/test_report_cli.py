@@ -139,11 +139,11 @@ def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> Non
     assert not any("/" in metric for metric in summary["stages"]["2_sft"])
     shown = f"{baselines['elicited']['pass@1']['value']:.3f}"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert "2_sft, begun with “Working:”" in page
-    assert "2_sft, always with “… Have a nice day.” or “… That is all.”" in page
+    assert "2_sft, prompted with “Working:”" in page
+    assert "2_sft, always with “Have a nice day.” or “That is all.” after the answer" in page
     assert re.search(rf"<li><b>elicited</b>.*pass@1 <b>{shown}</b>", page)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert rf"| `elicited` | 2\_sft, begun with “Working:” | pass@1 | {shown} (" in text
+    assert f"| `elicited` | 2_sft, prompted with “Working:” | pass@1 | {shown} (" in text
     (change,) = [line for line in text.splitlines() if line.startswith("| `4_grpo` − `elicited` |")]
     assert "| pass@1 | aim |" in change
 
@@ -162,7 +162,7 @@ def test_alarms_of_the_trainers_are_listed(whole_run: Path, tmp_path: Path) -> N
     ]
     page = (run / "report" / "index.html").read_text(encoding="utf-8")
     assert "Training raised alarms" in page and "4_grpo, step 40: entropy (0.010)" in page and "<b>length" not in page
-    assert r"- Alarm: 4\_grpo, step 40: entropy" in (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert "- Alarm: 4_grpo, step 40: entropy" in (run / "report" / "report.md").read_text(encoding="utf-8")
     report(whole_run, "--output_dir", tmp_path / "quiet")
     assert read_json(tmp_path / "quiet" / "metrics.json")["alarms"] == []
     assert "alarm" not in (tmp_path / "quiet" / "index.html").read_text(encoding="utf-8").lower()

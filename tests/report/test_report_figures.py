@@ -1,24 +1,28 @@
 """Differences, targets, axes and curves, on figures small enough to check by hand."""
 
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fake_run import write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluation.intervals import Estimate
+from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.metric_info import METRICS
 from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, layout, overlay, ticks
 from pipeline.report.differences import differences, paired
 from pipeline.report.load import Run, load_run, stage_order, step_order
-from pipeline.report.page import experts, render
+from pipeline.report.page import contents, experts, render
+from pipeline.report.path_picture import path_boxes
 from pipeline.report.summary import summarise
 from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
+from pipeline.report.verdict import conclude, find_failures, find_unjudged
 from pipeline.stages import STAGES
 
 
@@ -298,6 +302,74 @@ def test_ways_to_tune_one_model_are_compared_with_it_and_not_with_each_other() -
         "3_dpo": ("2_sft", 0.125),
         "4_grpo": ("3_ppo", -0.5),
     }
+
+
+def variants(start: str = "runs/pocket/3_ppo") -> Run:
+    """Return a run of three variants of one stage, whose directories are not named like their files."""
+    rates = {"0_base": 0.25, "4_grpo": 0.5, "4_dapo": 0.75, "4_dr": 0.25}
+    rows = {name: [float(row < 40 * rate) for row in range(40)] for name, rate in rates.items()}
+    stages = {}
+    for name, values in rows.items():
+        stages[name] = StageResult(name, {"pass@1": outcome_mean(values)}, step=f"4_grpo_{name}" * (name != "0_base"))
+        stages[name].examples = [{"metric": "pass@1", "id": row, "value": value} for row, value in enumerate(values)]
+    settings = {"model_name_or_path": start}
+    steps = {
+        f"4_grpo_{name}": {"values": {**settings, "output_dir": f"runs/losses/{name}"}}
+        for name in rates
+        if name != "0_base"
+    }
+    return Run(Path("run"), stages=stages, steps={"evaluate_0_base": {"values": {"base": start}}, **steps})
+
+
+def test_variants_are_compared_with_their_start_and_with_the_first_of_them() -> None:
+    run = variants()
+    assert [(item.stage, item.before, item.change.value, item.aim) for item in differences(run)] == [
+        ("4_grpo", "0_base", 0.25, True),
+        ("4_dapo", "0_base", 0.5, True),
+        ("4_dapo", "4_grpo", 0.25, True),
+        ("4_dr", "0_base", 0.0, True),
+        ("4_dr", "4_grpo", -0.25, True),
+    ]
+    # Each stage is judged by what it gained over its start.
+    findings = find_failures(run)
+    assert [(finding.stage, finding.what.partition(",")[0]) for finding in findings] == [
+        ("4_dr", "pass@1 went from 0.250 (0_base) to 0.250")
+    ]
+    del run.stages["4_dr"], run.steps["4_grpo_4_dr"]
+    assert conclude(run, find_failures(run)) == "Both stages did what they are for: better pass@1"
+    assert [box["stage"] for box in path_boxes(run, {}) if box["stage"]] == ["0_base", "4_grpo"]
+
+
+def test_a_stage_is_not_compared_with_a_model_that_it_did_not_start_from() -> None:
+    """What another run calls `4_grpo` is not the stage of this run, and only the first such model is `0_base`."""
+    run = variants()
+    run.steps["4_grpo_4_dr"]["values"]["model_name_or_path"] = "runs/pocket/4_grpo"
+    assert ("4_dr", "4_grpo") not in {(item.stage, item.before) for item in differences(run)}
+    assert "4_dr was not compared (runs/pocket/4_grpo was not measured)" in find_unjudged(run)
+
+
+def test_what_a_stage_started_from_is_read_from_its_arguments_where_the_run_has_no_record(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "run.json").unlink()
+    settings = {"model_name_or_path": "x/run/2_sft/checkpoint-20", "output_dir": "x/run/4_grpo"}
+    (run / "4_grpo" / "arguments.json").write_text(json.dumps(settings))
+    found = differences(load_run(run))
+    assert {item.before for item in found if item.stage == "4_grpo"} == {"2_sft", "elicited", "majority"}
+
+
+def test_a_directory_of_another_name_has_the_kind_of_its_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for path in [*run.glob("evaluations/4_grpo.*"), run / "4_grpo"]:
+        path.rename(path.with_name(path.name.replace("4_grpo", "4_dapo")))
+    record = json.loads((run / "run.json").read_text())
+    step = record["steps"].pop("4_grpo") | {"values": {"output_dir": "runs/x/4_dapo"}}
+    (run / "run.json").write_text(json.dumps({**record, "steps": {**record["steps"], "4_grpo_dapo": step}}))
+    loaded = load_run(run)
+    assert conclude(loaded, find_failures(loaded)).startswith("All four stages did what they are for: ")
+    summary, content = contents(loaded, differences(loaded), [])
+    assert [chart["title"] for chart in content["charts"]][-1] == "Reasoning (GRPO)"
+    assert {item["aim"] for item in summary["differences"] if item["stage"] == "4_dapo"} == {True, False}
+    assert "| **" in render("report.md.jinja", content).split("| pass@1 |")[1].split("\n")[0]
 
 
 def test_the_experts_are_in_a_table_in_curves_and_in_the_colours_of_a_text() -> None:

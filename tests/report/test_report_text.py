@@ -7,6 +7,7 @@ import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from fake_run import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,12 +44,36 @@ def test_bidirectional_controls_are_shown_by_number() -> None:
     assert visible("\x00\x1b\x7f") == "\u2400\u241b\u2421"
 
 
-@given(st.text())
+SIGNS = [*'\\`*_{}[]()#+-.!|~$&<>=:;/?" 019ax\n\t', "&amp;", "<b>", "1. ", "2_sft", "![x](y)"]
+
+
+@given(st.text() | st.lists(st.sampled_from(SIGNS)).map("".join))
 def test_markdown_is_one_literal_line(text: str) -> None:
+    """A parser shows the text as it is: at the beginning of a paragraph, in a list and in a cell of a table."""
     line = markdown(text)
     assert "\n" not in line
-    assert not re.search(r"<(?!br>)", line)
-    assert not re.search(r"(?<!\\)(?:\\\\)*[|`*_\[]", line)
+    assert not re.search(r"<(?!br>)[a-z/!?]", line, re.IGNORECASE)
+    assert not re.search(r"(?<!\\)(?:\\\\)*[|`\[]", line)
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    literal = " ".join(visible(text, limit=10_000).strip().split())
+    for source, tag in ((line, "p"), (f"- {line}", "li"), (f"| a |\n| --- |\n| {line} |", "td")):
+        html_text = parser.render(source).replace("<br>", " ")
+        if literal:
+            shown = re.findall(rf"<{tag}>(.*?)</{tag}>", html_text, re.DOTALL)[-1]
+            assert " ".join(html.unescape(shown).split()) == literal, source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2_sft: 0.18 (2.64 before)!",
+        "noise-free, x + 7 - 3 * 4 = -5",
+        "torch 2.13.0+cpu; x86_64",
+        "3 > 2, 2 < 3 & #7 {}",
+    ],
+)
+def test_markdown_without_a_meaning_is_left_as_it_is(text: str) -> None:
+    assert markdown(text) == text
 
 
 class _Elements(HTMLParser):

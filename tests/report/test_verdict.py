@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.evaluation.intervals import outcome_mean
+from pipeline.evaluation.intervals import Estimate, outcome_mean
 from pipeline.evaluation.results import StageResult
-from pipeline.report.differences import differences
 from pipeline.report.load import Run, load_run
-from pipeline.report.path_picture import path_boxes
-from pipeline.report.verdict import conclude, find_failures
+from pipeline.report.page import remarks
+from pipeline.report.path_picture import headline, path_boxes
+from pipeline.report.verdict import conclude, find_failures, find_unjudged
+from pipeline.stages import STAGES
 
 LOST = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
 
@@ -109,47 +110,29 @@ def test_nothing_is_invented_about_what_was_not_measured() -> None:
     assert conclude(run_of(), []) == ""
 
 
-def test_a_stage_that_was_not_compared_or_not_measured_is_named_and_not_praised() -> None:
+def test_the_conclusion_counts_the_stages_that_were_compared_and_names_the_others() -> None:
     poor, right = [0.0] * 20, [1.0] * 20
     assert conclude(run_of(stage("2_sft", instruction_accuracy=right)), []) == (
-        "Not compared with an earlier stage: 2_sft"
+        "2_sft was not compared (what it started from was not measured)"
     )
     sft = stage("2_sft", instruction_accuracy=right, pass_at_1=poor)
     grpo = stage("4_grpo", pass_at_1=right)
     first = stage("1_pretrain", instruction_accuracy=poor)
     assert conclude(run_of(first, sft, grpo), []) == (
-        "Both stages that were compared did what they are for: better instruction accuracy, pass@1; "
-        "not measured: 1_pretrain"
+        "Two of three stages did what they are for: better instruction accuracy, pass@1; "
+        "1_pretrain was not measured in its aim (Bits per byte)"
+    )
+    base = stage("0_base", instruction_accuracy=poor)
+    assert conclude(run_of(base, sft), []) == "The stage did what it is for: better instruction accuracy"
+    assert conclude(run_of(base, sft, grpo), []) == (
+        "Both stages did what they are for: better instruction accuracy, pass@1"
     )
     # Without the file of the rows there is nothing to compare row by row.
     grpo.examples = []
-    assert conclude(run_of(stage("0_base", instruction_accuracy=poor), sft, grpo), []) == (
-        "The stage that was compared did what it is for: better instruction accuracy; "
-        "not compared with an earlier stage: 4_grpo"
+    assert conclude(run_of(base, sft, grpo), []) == (
+        "One of two stages did what it is for: better instruction accuracy; "
+        "4_grpo was not compared with 2_sft (they have no example of pass@1 in common)"
     )
-    whole = run_of(stage("0_base", instruction_accuracy=poor), sft, stage("4_grpo", pass_at_1=right))
-    assert conclude(whole, []) == "Both stages did what they are for: better instruction accuracy, pass@1"
-
-
-@pytest.mark.parametrize(("after", "works"), [(0.9, True), (0.1, False)])
-def test_a_stage_that_only_an_environment_rewards_is_judged_by_its_reward(after: float, works: bool) -> None:
-    """The step rate, of which neither more nor less is better, was its aim: it always failed."""
-    before = stage("3_ppo", environment_reward=[0.1, 0.2] * 50, step_rate=[0.0] * 100)
-    run = run_of(before, stage("4_grpo", environment_reward=[after, 0.2] * 50, step_rate=[1.0] * 100))
-    assert found(run).keys() == (set() if works else {("4_grpo", "reward went")})
-    if works:
-        assert "better reward" in conclude(run, [])
-
-
-def test_variants_of_a_stage_are_compared_with_their_start_and_with_the_first_of_them() -> None:
-    steps: dict[str, Any] = {}
-    # The name of a step may differ from its folder's.
-    for name, folder in (("4_grpo", "4_grpo"), ("4_dapo", "4_grpo_dapo")):
-        values = {"model_name_or_path": "runs/pocket/3_ppo", "output_dir": f"runs/losses/{folder}"}
-        steps[name] = {"values": values}
-    stages = [stage(name, pass_at_1=[1.0, 0.0] * 10) for name in ("0_base", "4_grpo", "4_grpo_dapo")]
-    pairs = [(one.stage, one.before) for one in differences(run_of(*stages, steps=steps))]
-    assert pairs == [("4_grpo", "0_base"), ("4_grpo_dapo", "0_base"), ("4_grpo_dapo", "4_grpo")]
 
 
 def test_a_stage_is_compared_with_the_one_that_it_started_from() -> None:
@@ -186,3 +169,161 @@ def test_a_significant_gain_that_leaves_nearly_all_answers_wrong_is_named(right:
     sft = stage("2_sft", instruction_accuracy=[1.0] * right + [0.0] * (400 - right))
     run = run_of(stage("1_pretrain", instruction_accuracy=[0.0] * 400), sft)
     assert (("2_sft", "instruction accuracy") in found(run)) is fails
+
+
+REWARDS = [0.05, 0.1, 0.15] * 10
+
+
+@pytest.mark.parametrize("gain", [0.8, 0.0, -0.5])
+def test_a_stage_that_only_an_environment_rewards_is_judged_by_its_rewards(gain: float) -> None:
+    """Its answers show steps now, which is neither good nor bad."""
+    run = run_of(
+        stage("2_sft", environment_reward=REWARDS, step_rate=[0.0] * 30),
+        stage("4_grpo", environment_reward=[reward + gain for reward in REWARDS], step_rate=[1.0] * 30),
+    )
+    findings = find_failures(run)
+    figure = f"{0.1 + gain:.2f}".replace("-", "−")
+    assert f"{figure} mean reward of the environment (0.10 before)" in headline(run)
+    if gain > 0:
+        assert findings == []
+        assert "One of two stages did what it is for: better reward;" in conclude(run, findings)
+        return
+    (finding,) = findings
+    assert finding.stage == "4_grpo"
+    assert finding.what.startswith(f"reward went from 0.100 (2_sft) to {0.1 + gain:.3f}".replace("-", "−"))
+    assert ("a loss (−0.500, " if gain else "no significant gain (0.000, ") in finding.what
+    assert ", n = 30)" in finding.what and "better" not in conclude(run, findings)
+
+
+def test_an_environment_whose_rewards_fall_is_named_although_more_answers_are_right() -> None:
+    run = run_of(
+        stage("2_sft", pass_at_1=[0.0] * 30, environment_reward=REWARDS),
+        stage("4_grpo", pass_at_1=[1.0] * 30, environment_reward=[reward - 1 for reward in REWARDS]),
+    )
+    assert list(found(run)) == [("4_grpo", "reward went")]
+
+
+BITS, ACCURACY, WIN, PASS = "bits per byte", "instruction accuracy", "win rate", "pass@1"
+
+
+@pytest.mark.parametrize(
+    ("removed", "stages", "better", "named"),
+    [
+        (
+            ["evaluations/0_random.*"],
+            "Three of four",
+            [ACCURACY, WIN, PASS],
+            ["1_pretrain was not compared (0_random was not measured)"],
+        ),
+        (
+            ["evaluations/0_random.*", "0_random"],
+            "Three of four",
+            [ACCURACY, WIN, PASS],
+            ["1_pretrain was not compared (0_random was not measured)"],
+        ),
+        (["evaluations/2_sft.*"], "Three of four", [BITS, WIN, PASS], ["2_sft was not measured"]),
+        (["evaluations/2_sft.*", "2_sft"], "Three of four", [BITS, WIN, PASS], ["2_sft was not measured"]),
+        (
+            # Win rates were measured against `2_sft`, and have intervals of their own.
+            ["evaluations/*.jsonl"],
+            "One of four",
+            [WIN],
+            [
+                "1_pretrain was not compared with 0_random (they have no example of Bits per byte in common)",
+                "2_sft was not compared with 1_pretrain (they have no example of Instruction accuracy in common)",
+                "3_ppo was not compared with constant (they have no example in common)",
+                "4_grpo was not compared with 3_ppo (they have no example of pass@1 in common)",
+                "4_grpo was not compared with elicited (they have no example in common)",
+            ],
+        ),
+        (["evaluations/3_reward.*"], "All four", [BITS, ACCURACY, WIN, PASS], ["3_reward was not measured"]),
+        (["evaluations/4_grpo.*", "4_grpo"], "Three of four", [BITS, ACCURACY, WIN], ["4_grpo was not measured"]),
+        (["evaluations"], "", [], ["1_pretrain was not measured", "4_grpo was not measured"]),
+    ],
+)
+def test_what_was_not_measured_or_not_compared_is_named_and_not_praised(
+    whole_run: Path, tmp_path: Path, removed: list[str], stages: str, better: list[str], named: list[str]
+) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    for path in [path for pattern in removed for path in run.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text(encoding="utf-8"))
+    assert summary["verdict"] == [] and set(named) <= set(summary["not_judged"])
+    praise = f"{stages} stages did what {'it is' if stages == 'One of four' else 'they are'} for: better "
+    praise = praise + ", ".join(better) + "; " if better else ""
+    assert summary["conclusion"] == praise + "; ".join(summary["not_judged"])
+    for file in ("index.html", "report.md"):
+        assert summary["conclusion"] in (run / "report" / file).read_text(encoding="utf-8")
+
+
+def test_a_run_in_which_something_failed_also_names_what_was_not_judged(whole_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole_run, tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    (run / "evaluations" / "0_random.json").unlink()
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["steps"]["2_sft"]["lost"] = [LOST]
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["report", str(run)]) == 0
+    for file in ("index.html", "report.md"):
+        text = (run / "report" / file).read_text(encoding="utf-8")
+        assert "98 of 700 conversations" in text and "1_pretrain was not compared (0_random was not measured)" in text
+
+
+def test_a_reward_model_without_an_interval_is_not_judged() -> None:
+    run = run_of(stage("3_reward"), stage("3_judge"))
+    run.stages["3_reward"].metrics["reward_accuracy"] = Estimate(0.9)
+    assert find_failures(run) == []
+    assert find_unjudged(run) == [
+        "3_reward was not judged (too few examples for an interval)",
+        "3_judge was not measured",
+    ]
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind, info in STAGES.items() if info.data), "data", "evaluate"])
+@pytest.mark.parametrize(("rows", "is_named"), [(500, True), (20, False)])
+def test_a_step_of_any_kind_that_loses_many_rows_is_named(
+    whole_run: Path, tmp_path: Path, kind: str, rows: int, is_named: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("report"))
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    step = "evaluate_2_sft" if kind == "evaluate" else f"3_{kind}"
+    lost = [{"rows": rows, "of": 1500, "what": "rows are dropped", "remedy": "raise max_length"}]
+    record["steps"][step] = {**record["steps"].get(step, {}), "lost": lost}
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["report", str(run)]) == 0
+    summary = json.loads((run / "report" / "metrics.json").read_text(encoding="utf-8"))
+    named = [(finding["stage"], finding["value"], finding["remedy"]) for finding in summary["verdict"]]
+    assert named == ([(step, pytest.approx(1 / 3), "raise max_length")] if is_named else [])
+    text = (run / "report" / "report.md").read_text(encoding="utf-8")
+    assert f"{step}: {rows} of 1,500 rows are dropped" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "is_named"),
+    [
+        ({"load_best_model_at_end": True}, {"evaluated_on": "test"}, True),
+        ({"load_best_model_at_end": True, "dataset_test_split": "test"}, {}, True),
+        ({"load_best_model_at_end": True}, {}, False),
+        ({}, {"evaluated_on": "test"}, False),
+    ],
+)
+def test_a_checkpoint_that_was_chosen_on_the_test_rows_is_named(
+    values: dict[str, Any], more: dict[str, Any], is_named: bool
+) -> None:
+    lines = remarks(run_of(stage("2_sft"), steps={"2_sft": {"values": values, **more}}))
+    assert ["2_sft: its best checkpoint was chosen on the split test" in line for line in lines] == [True] * is_named
+
+
+def test_promises_about_what_was_not_measured_are_not_kept(whole_run: Path, tmp_path: Path) -> None:
+    targets = tmp_path / "targets.yaml"
+    targets.write_text(
+        "- {stage: 1_pretrain, metric: bits_per_byte, at_most: 2}\n- {stage: 5_more, metric: pass@1, at_least: 0.5}\n"
+    )
+    assert main(["report", str(whole_run), "--output_dir", str(tmp_path), "--targets", str(targets)]) == 0
+    for file in ("index.html", "report.md"):
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert "1 of 2 promised figures is kept, 1 was not measured." in text
+    summary = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert len(summary["promises"]) == 1
+    assert summary["promises_not_measured"] == ["pass@1 of 5_more at least 0.50"]

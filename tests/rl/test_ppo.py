@@ -377,6 +377,51 @@ def test_log_probabilities_on_cpus_are_those_of_the_fused_head(tmp_path: Path, t
         torch.testing.assert_close(a, b)
 
 
+class EntropyBonus(PPOTrainer):
+    """Adds an entropy bonus to the loss, as a subclass would that does not know `entropy_coef`."""
+
+    bonus = 0.0
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = inputs["completion_mask"]
+        attention_mask = torch.cat([inputs["prompt_mask"], mask], 1)
+        _, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention_mask, mask.shape[1], compute_entropy=True
+        )
+        return loss - self.bonus * (entropies * mask).sum() / mask.sum()
+
+
+def test_an_entropy_bonus_of_a_subclass_trains_the_policy_as_entropy_coef_does(tmp_path: Path) -> None:
+    def trained(name: str, bonus: float = 0.0, **changes: Any) -> torch.Tensor:
+        args = toy.config(tmp_path / name, max_steps=3, optim="sgd", learning_rate=0.1, **changes)
+        ppo = EntropyBonus(toy.policy(), toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
+        ppo.bonus = bonus
+        ppo.train()
+        return weights(ppo.model)
+
+    plain, option, subclass = trained("plain"), trained("option", entropy_coef=0.5), trained("subclass", bonus=0.5)
+    torch.testing.assert_close(subclass, option)
+    assert (subclass - plain).abs().max() > 1e-4
+
+
+def test_an_entropy_that_is_only_logged_costs_no_gradient(tmp_path: Path) -> None:
+    needs_gradient = []
+    ppo = trainer(tmp_path, max_steps=1)
+    compute = ppo._get_per_token_logps_and_entropies
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        log_probs, entropies, more = compute(*args, **kwargs)
+        if entropies is not None:
+            needs_gradient.append((log_probs.requires_grad, entropies.requires_grad))
+        return log_probs, entropies, more
+
+    ppo._get_per_token_logps_and_entropies = look
+    ppo.train()
+    assert needs_gradient == [(True, False)]
+
+
 def tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
     return [float(len(ids)) for ids in completion_ids]
 

@@ -133,12 +133,20 @@ def test_best_model_has_its_critic(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["after a rollout", "inside a rollout"])
+# The bonus of the first step is not yet the one that the controller has chosen by the last.
+ADAPTIVE: dict[str, Any] = {"use_adaptive_entropy": True, "entropy_target": 5.0, "entropy_coef_delta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("step", "others"),
+    [(4, {}), (6, {}), (4, {"save_only_model": True}), (4, ADAPTIVE)],
+    ids=["after a rollout", "inside a rollout", "checkpoints of the model alone", "adaptive entropy bonus"],
+)
 def test_killed_in_the_last_evaluation_it_reports_and_keeps_what_an_undisturbed_run_does(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, others: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That evaluation normalises scores by the moments of all rollouts; without these, another model was the best."""
-    settings = {"max_steps": step, **BEST}
+    settings = {"max_steps": step, **BEST, **others}
     whole = trainer(tmp_path / "whole", **settings)
     whole.train()
     evaluations = [entry for entry in whole.state.log_history if "eval_loss" in entry]

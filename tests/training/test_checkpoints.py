@@ -18,7 +18,7 @@ from pipeline.training.checkpoint_folders import checkpoints, newest_complete, v
 from pipeline.training.reliable import Reliable
 from pipeline.training.train import _train as train
 from pipeline.training.train import _train_and_save as train_and_save
-from pipeline.training.train import check_architecture
+from pipeline.training.train import check_architecture, save_final
 
 
 class Line(torch.nn.Module):
@@ -137,6 +137,57 @@ def test_a_run_stopped_anywhere_ends_with_the_same_weights(
         assert torch.equal(weight, again.model.state_dict()[name])
     evaluations = [e["eval_loss"] for e in undisturbed.state.log_history if "eval_loss" in e]
     assert [e["eval_loss"] for e in again.state.log_history if "eval_loss" in e] == evaluations
+
+
+def test_the_log_of_a_run_killed_in_its_last_evaluation_ends_with_a_summary_whatever_each_step_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If tokens are counted, every entry has a `train_runtime`, not only the summary of the training."""
+
+    def make(folder: Path) -> Reliable:
+        trainer = make_trainer(folder, include_num_input_tokens_seen="all")
+        trainer.model.main_input_name = "x"
+        return trainer
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    killed = make(tmp_path / "killed")
+    evaluate = killed._evaluate
+    monkeypatch.setattr(killed, "_evaluate", lambda *_: evaluate(*_) if killed.state.global_step < 12 else stop())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    again = make(tmp_path / "killed")
+    assert again.restore_finished(tmp_path / "killed" / "checkpoint-12")
+    for trainer in (whole, again):
+        *steps, summary = trainer.state.log_history
+        assert all(summary["train_runtime"] >= entry.get("train_runtime", 0) for entry in steps)
+        assert "loss" not in summary and "eval_loss" not in summary
+    assert len(again.state.log_history) == len(whole.state.log_history)
+
+
+def test_what_a_kill_left_of_an_old_checkpoint_is_not_published_with_the_final_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is too many is renamed before it is deleted."""
+    trainer = make_trainer(tmp_path, save_total_limit=1)
+    remove = shutil.rmtree
+
+    def stop_at_last(path: Path, **options: Any) -> None:
+        # The renamed checkpoint has files of its own, the folder of a new one only that.
+        if trainer.state.global_step == 12 and (Path(path) / "optimizer.pt").exists():
+            stop()
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop_at_last)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    again = make_trainer(tmp_path, save_total_limit=1)
+    assert again.restore_finished(tmp_path / "checkpoint-12")
+    monkeypatch.setattr("pipeline.training.train.model_card", lambda _: "A card.")
+    save_final(again)
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["README.md", "model.safetensors", "trainer_state.json"]
 
 
 def truncate(path: Path) -> None:
