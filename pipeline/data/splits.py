@@ -31,7 +31,7 @@ from pipeline.data.sources import UNREADABLE, locate_error, open_source
 from pipeline.data.votes import VOTES_FILE
 from pipeline.data.writing import ANSWERED, CALLING
 from pipeline.errors import Problem, UserError, collect, refuse
-from pipeline.progress import report_progress
+from pipeline.progress import report_progress, report_read
 
 logger = logging.getLogger(__name__)
 
@@ -252,6 +252,7 @@ def _load_one(
             trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
         else:
             trained_on = standardise(_limit(trained_on, args, "max_train_samples"), args, kind, tokens)
+        _report_read(*kept[train], args, kind, is_divided=False)
         if not evaluation:
             return trained_on, None
         held_out = _limit(kept[test][0], args, "max_eval_samples")
@@ -266,6 +267,7 @@ def _load_one(
         return trained_on, standardise(held_out, args, kind, tokens)
 
     trained_on, held_out = _hold_out(source[train], args, kind, tokens)
+    _report_read(*kept[train], args, kind, is_divided=True)
     if evaluation and next(iter(held_out), None) is None:
         other = 1 / (round(1 / args.validation_share) + 1)
         remedy = (
@@ -277,6 +279,19 @@ def _load_one(
         args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
     trained_on = _limit(trained_on, args, "max_train_samples")
     return trained_on, _limit(held_out, args, "max_eval_samples") if evaluation else None
+
+
+def _report_read(split: Split, numbers: Sequence[int], args: DataArguments, kind: Kind, is_divided: bool) -> None:
+    """Report which rows and columns of a training split are read; `numbers` are those of its rows in their file."""
+    columns = column_names(split)
+    made, used = (columns, columns) if kind == "tokens" else converter(split, columns, args, kind)[1:]
+    others = [name for name in columns if name not in used]
+    rows = held_out = None
+    if isinstance(split, Dataset):
+        rows = len(split)
+        if is_divided:
+            held_out = int(is_held_out(np.array(numbers), args.validation_share).sum())
+    report_read(args.dataset_name or "", rows, held_out, used=[*filter(None, used)], made=made, others=others)
 
 
 def _hold_out(only: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None) -> tuple[Split, Split]:

@@ -136,7 +136,9 @@ def _check_data(step: Step, checked: list[tuple[Any, Any]]) -> list[Problem]:
     if arguments is None or not step.stage.data:
         return []
     # The arguments of `recipes.preferences` have some of these fields only.
-    fields = {item.name: getattr(arguments, item.name, item.default) for item in dataclasses.fields(DataArguments)}
+    fields: dict[str, Any] = {
+        item.name: getattr(arguments, item.name, item.default) for item in dataclasses.fields(DataArguments)
+    }
     fields["dataset_name"] = [name for name in as_list(fields["dataset_name"]) if not Path(name).is_relative_to(home)]
     fields["tokenizer_name_or_path"] = None
     if not fields["dataset_name"]:
