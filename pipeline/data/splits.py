@@ -291,7 +291,12 @@ def _report_read(split: Split, numbers: Sequence[int], args: DataArguments, kind
         rows = len(split)
         if is_divided:
             held_out = int(is_held_out(np.array(numbers), args.validation_share).sum())
-    report_read(args.dataset_name or "", rows, held_out, used=[*filter(None, used)], made=made, others=others)
+    place = args.dataset_names[0]
+    if args.dataset_config:
+        place += f" ({args.dataset_config})"
+    if args.dataset_train_split != "train":
+        place += f", split {args.dataset_train_split}"
+    report_read(place, rows, held_out, used=[*filter(None, used)], made=made, others=others)
 
 
 def _hold_out(only: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None) -> tuple[Split, Split]:

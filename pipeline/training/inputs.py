@@ -242,7 +242,7 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
         answer = f" (answer: {row['answer']})" if row.get("answer") else ""
         return render(row["prompt"], add_generation_prompt=True) + answer
     if "chosen" in row:
-        return f"{render(row['prompt'] + row['chosen'])} (rejected: {render(row['prompt'] + row['rejected'])})"
+        return f"{render(row['prompt'] + row['chosen'])} (rejected: {row['rejected'][-1]['content']})"
     return f"{render(row['prompt'] + row['completion'])} (label: {row['label']})"
 
 

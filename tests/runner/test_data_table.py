@@ -63,7 +63,7 @@ def test_each_step_says_what_it_read_and_shows_the_first_row_in_its_template(
         "                     first row: " + shorten(reward["first_row"]),
     ]
     chosen, _, rejected = reward["first_row"].partition(" (rejected: ")
-    assert "What is 1?" in chosen and "It is." in chosen and "No." in rejected
+    assert "What is 1?" in chosen and "It is." in chosen and rejected == "No.)"
 
 
 def test_a_first_row_is_one_line_with_its_beginning_and_its_end() -> None:
