@@ -228,12 +228,13 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
         return (tokenizer.bos_token or "") + row["text"]
     options = dict(getattr(args, "chat_template_kwargs", None) or {})
     options = {name: value for name, value in options.items() if name not in TEMPLATE_ARGUMENTS}
-    options |= {"tools": json.loads(row.get("tools") or "null"), "tokenize": False}
+    if kind == "conversation":
+        options["tools"] = json.loads(row.get("tools") or "null")
 
     def render(messages: Any, **more: Any) -> str:
         # `_fit_rows` reports a template that rejects the data.
         with suppress(TemplateError, ValueError):
-            return str(tokenizer.apply_chat_template(messages, **options, **more))
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **more))
         return ""
 
     if kind == "conversation":
@@ -242,7 +243,7 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
         answer = f" (answer: {row['answer']})" if row.get("answer") else ""
         return render(row["prompt"], add_generation_prompt=True) + answer
     if "chosen" in row:
-        return f"{render(row['prompt'] + row['chosen'])} (rejected: {row['rejected'][-1]['content']})"
+        return f"{render(row['prompt'] + row['chosen'])} (rejected: {row['rejected'][-1].get('content')})"
     return f"{render(row['prompt'] + row['completion'])} (label: {row['label']})"
 
 
