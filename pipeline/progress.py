@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "FOURSTAGE_PROGRESS"
 
 _lost: list[dict[str, Any]] = []
+_read: list[dict[str, Any]] = []
 
 
 def report_progress(**facts: Any) -> None:
@@ -22,7 +23,8 @@ def report_progress(**facts: Any) -> None:
     Args:
         **facts: `done` of `total` units (by default, updates); `loss` or `reward`; `tokens_per_second`; `stopping`, the
             signal after which it saves; `lost`, see `report_lost`; `evaluated_on`, the split that training is evaluated
-            on if it is not the one that its settings name. Omitted facts keep their last values.
+            on if it is not the one that its settings name; `read`, see `report_read`; `first_row`, the first training
+            row as the model sees it. Omitted facts keep their last values.
     """
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
@@ -42,6 +44,18 @@ def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
     logger.warning("%d of %d %s; %s", rows, of, what, remedy)
     _lost.append({"rows": rows, "of": of, "what": what, "remedy": remedy})
     report_progress(lost=_lost)
+
+
+def report_read(source: str, rows: int | None, held_out: int | None, **columns: list[str]) -> None:
+    """Report which rows and columns of a data set a step reads, which `--smoke` shows at its end.
+
+    Args:
+        rows: All rows of the split that is trained on, or None if it is a stream, whose rows are not counted.
+        held_out: Those of them that are held out, or None if other splits are.
+        columns: Those that are `used`; what is `made` of them; and the `others`.
+    """
+    _read.append({"source": source, "rows": rows, "held_out": held_out, **columns})
+    report_progress(read=_read)
 
 
 @dataclass

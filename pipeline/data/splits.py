@@ -12,6 +12,9 @@ from datasets import Dataset, Features, IterableDataset, concatenate_datasets, l
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import (
+    CONVERT,
+    CORRECT,
+    DROP,
     Kind,
     Split,
     column_names,
@@ -22,15 +25,20 @@ from pipeline.data.columns import (
     normalise,
     standardise,
 )
-from pipeline.data.sources import locate_error, open_source
+from pipeline.data.messages import ShapeError
+from pipeline.data.shards import is_shards
+from pipeline.data.sources import UNREADABLE, locate_error, open_source
+from pipeline.data.votes import VOTES_FILE
 from pipeline.data.writing import ANSWERED, CALLING
-from pipeline.errors import Problem, UserError, refuse
-from pipeline.progress import report_progress
+from pipeline.errors import Problem, UserError, collect, refuse
+from pipeline.progress import report_progress, report_read
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", int, np.ndarray)
 
+FIRST_ROWS, SMALL_BYTES = 100, 16 * 2**20
+"""Rows that are checked before a run begins, and the size of a data set up to which its files are read for that."""
 SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
 """Rows among which a stream is shuffled, and the default of `max_eval_samples` if rows of a stream are held out:
 otherwise, each evaluation would read the stream to its end."""
@@ -114,6 +122,60 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
 
 
+def check_first_rows(args: DataArguments, kind: Kind, splits: Sequence[str] = ()) -> None:
+    """Check the columns and the first rows of the user's files, as `load_splits` will; download nothing.
+
+    Shards, votes and files that do not exist are left to the step that reads them. Raise a `UserError` for columns that
+    do not exist, and for malformed rows.
+
+    Args:
+        splits: Names of splits, of which the first that exists is checked. Default: the training split.
+    """
+    problems: list[Problem] = []
+    for name in args.dataset_names:
+        path = Path(name).expanduser()
+        if not path.exists() or is_shards(path) or (path / VOTES_FILE).exists():
+            continue
+        files = [path] if path.is_file() else path.rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        with collect(problems):
+            try:
+                _check_rows_of(replace(args, dataset_name=name), kind, size > SMALL_BYTES, splits)
+            except UNREADABLE:
+                # A stream reports errors in its files without their place; the step itself finds it.
+                logger.debug("%s: its first rows cannot be read", name, exc_info=True)
+    refuse(*problems)
+
+
+def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Sequence[str]) -> None:
+    source = open_source(args.dataset_names[0], args.dataset_config, streaming, args.document)
+    name = next((name for name in splits or [args.dataset_train_split] if name in source), "")
+    if not name:
+        return
+    rows, numbers = keep_rows(source[name], args)
+    if next(iter(rows), None) is None:
+        return
+    convert, _, _ = converter(rows, column_names(source[name]), args, kind)
+    if args.drop_bad_rows:
+        return
+    first_rows = list(rows.take(min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS))
+    faults: dict[int, str] = {}
+    for index, row in enumerate(first_rows):
+        try:
+            convert(row)
+        except ShapeError as error:
+            faults[int(numbers[index]) if numbers else index] = str(error)
+    if not faults:
+        return
+    first = min(faults)
+    if len(faults) == len(first_rows) > 1:
+        remedy = f"{faults[first]}; the first {len(first_rows)} rows are all like this: {CONVERT}"
+    else:
+        others = f" and {len(faults) - 1} more of the first {len(first_rows)}" if len(faults) > 1 else ""
+        remedy = f"{faults[first]}; {CORRECT}{others}; {DROP}"
+    raise UserError(Problem("dataset_name", f"{args.dataset_name}, split {name}, row {first}", remedy))
+
+
 def is_held_out(numbers: T, share: float) -> T:
     """Return which rows of a single split are held out: every `1 / share`-th one, 0, 20, 40, … for a share of 0.05.
 
@@ -194,6 +256,7 @@ def _load_one(
             trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
         else:
             trained_on = standardise(_limit(trained_on, args, "max_train_samples"), args, kind, tokens)
+        _report_read(*kept[train], args, kind, is_divided=False)
         if not evaluation:
             return trained_on, None
         held_out = _limit(kept[test][0], args, "max_eval_samples")
@@ -208,6 +271,7 @@ def _load_one(
         return trained_on, standardise(held_out, args, kind, tokens)
 
     trained_on, held_out = _hold_out(source[train], args, kind, tokens)
+    _report_read(*kept[train], args, kind, is_divided=True)
     if evaluation and next(iter(held_out), None) is None:
         other = 1 / (round(1 / args.validation_share) + 1)
         remedy = (
@@ -219,6 +283,24 @@ def _load_one(
         args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
     trained_on = _limit(trained_on, args, "max_train_samples")
     return trained_on, _limit(held_out, args, "max_eval_samples") if evaluation else None
+
+
+def _report_read(split: Split, numbers: Sequence[int], args: DataArguments, kind: Kind, is_divided: bool) -> None:
+    """Report which rows and columns of a training split are read; `numbers` are those of its rows in their file."""
+    columns = column_names(split)
+    made, used = (columns, columns) if kind == "tokens" else converter(split, columns, args, kind)[1:]
+    others = [name for name in columns if name not in used]
+    rows = held_out = None
+    if isinstance(split, Dataset):
+        rows = len(split)
+        if is_divided:
+            held_out = int(is_held_out(np.array(numbers), args.validation_share).sum())
+    place = args.dataset_names[0]
+    if args.dataset_config:
+        place += f" ({args.dataset_config})"
+    if args.dataset_train_split != "train":
+        place += f", split {args.dataset_train_split}"
+    report_read(place, rows, held_out, used=[*filter(None, used)], made=made, others=others)
 
 
 def _hold_out(only: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None) -> tuple[Split, Split]:

@@ -163,6 +163,9 @@ class Outputs:
         if not self.has_report or self.only is not None:
             return data + models
         steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
+        for step in steps.values():
+            # It is a row of the training data, which may not be public.
+            step.pop("first_row", None)
         # The paths in the run's record are among the known ones.
         record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
         data_ids = [repo_id for name, repo_id in self.ids.items() if is_data(self.folders[name])]

@@ -20,6 +20,7 @@ from pipeline.errors import EXIT_PUSH_FAILED, EXIT_WAITING, Problem, UserError, 
 from pipeline.files import as_list, check_directory, lock, read_json
 from pipeline.progress import time_in_words
 from pipeline.runner.console import RunConsole, is_live, show_checks
+from pipeline.runner.data_table import describe_data
 from pipeline.runner.due import Decision, decide
 from pipeline.runner.launcher import check_launch_file, count_processes, exit_code, launch_file, shards
 from pipeline.runner.preflight import check_steps
@@ -236,6 +237,9 @@ def _run(plan: Plan, args: argparse.Namespace) -> int:
             code = _run_all(todo, record, replaced, console, args, descriptors)
     if replaced.exists():
         print(f"earlier output was moved to {replaced}; delete that when it is no longer needed")
+    if args.smoke and code == 0:
+        for line in describe_data(record.steps):
+            print(line)
     report = next((step.product for step, _ in todo if step.kind == "report"), None)
     if code in (0, EXIT_PUSH_FAILED) and report is not None and report.exists():
         # Next steps for a finished run: look at it, and talk with its model.
@@ -322,8 +326,9 @@ def _run_all(
         complete = code in (0, EXIT_PUSH_FAILED) and step.is_complete
         record.steps[step.name] |= {"pushed": list(step.push)} if code == 0 and step.push else {}
         facts = console.state.progress.facts
-        if "evaluated_on" in facts:
-            record.steps[step.name]["evaluated_on"] = facts["evaluated_on"]
+        # Only a smoke run keeps a row of the user's data, to show it.
+        kept_facts = ("evaluated_on", "read", "first_row") if args.smoke else ("evaluated_on", "read")
+        record.steps[step.name] |= {name: facts[name] for name in kept_facts if name in facts}
         record.stop(step, seconds, complete, peak, facts.get("lost"))
         if received is not None:
             kept = f"{step.name} was stopped by {received.name}\nkept: {console.state.kept(step, code)}"

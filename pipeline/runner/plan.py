@@ -278,7 +278,7 @@ def main(args: argparse.Namespace) -> int:
     for place, step in enumerate(steps):
         own = {name: given[name] for name in field_types(*step.argument_types) if name in given}
         steps[place] = replace(step, values={**step.values, **own})
-    problems = check_steps(steps, processes=args.processes, rewards=False)
+    problems = check_steps(steps, processes=args.processes, rewards=False, data=False)
     args.processor = hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, args.processes)
     if args.processor is None:
         remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"

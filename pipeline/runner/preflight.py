@@ -1,14 +1,16 @@
 """Find, before the first step runs, what a later step would refuse hours later.
 
 Each step is checked with the arguments that its recipe will build, its number of processes, and the configuration of
-the model that an earlier step makes. Problems with the rows of a data set only show when the step loads them, which
-`--smoke` does within seconds. `pipeline.training.checks` has the checks that training repeats.
+the model that an earlier step makes. Of the user's own files, the columns and the first rows are checked. Problems with
+later rows and with downloaded data only show when the step loads them, which `--smoke` does within seconds.
+`pipeline.training.checks` has the checks that training repeats.
 """
 
 import copy
 import dataclasses
+import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -17,15 +19,21 @@ from pipeline.config.fields import READ
 from pipeline.errors import Problem, collect
 from pipeline.files import as_list, is_missing_path
 from pipeline.runner.steps import Step
+from pipeline.stages import HELD_OUT
 
 
 def check_steps(
-    steps: Iterable[Step], due: Collection[str] | None = None, processes: int = 1, rewards: bool = True
+    steps: Iterable[Step],
+    due: Collection[str] | None = None,
+    processes: int = 1,
+    rewards: bool = True,
+    data: bool = True,
 ) -> list[Problem]:
     """Return wrong or contradictory values, and inputs that do not exist, prefixed with the step's name.
 
     Each step comes after the steps that it needs, and trains with `processes` processes. Only `due` steps are reported
-    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded.
+    (default: all). Without `rewards`, reward functions, which may need packages, are not loaded; without `data`, the
+    user's files are not opened.
     """
     # These imports take seconds.
     from pipeline.evaluation.evaluate_yaml import check
@@ -35,6 +43,8 @@ def check_steps(
     quiet_libraries()
     problems: list[Problem] = []
     steps = list(steps)
+    # Data that have been checked, because several steps may read the same.
+    checked: list[tuple[Any, Any]] = []
     # Configurations of the models that the run makes, by folder.
     made: dict[str, Any] = {}
     for step in steps:
@@ -42,6 +52,7 @@ def check_steps(
         if step.stage.module and not step.stage.file_of:
             found = _check_step(step, made, processes, rewards)
             if due is None or step.name in due:
+                found += _check_data(step, checked) if data else []
                 problems += [dataclasses.replace(one, field=f"{step.name}: {one.field}") for one in found]
 
     # All evaluations have the same settings.
@@ -49,6 +60,7 @@ def check_steps(
     if evaluations:
         values = evaluations[0].values
         problems += check(values, "evaluate.yaml: ")
+        problems += _check_measured_data(values) if data else []
         contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in made.values()]
         shortest = min(filter(None, contexts), default=None)
         limit = {"evaluate.yaml: max_new_tokens": values.get("max_new_tokens")}
@@ -110,4 +122,61 @@ def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool)
     loaded = next((item for item in built if isinstance(item, ModelConfig)), None)
     if training is not None and loaded is not None:
         problems += check_weights(copy.deepcopy(config), training, loaded, rewarded, early=True)
+    return problems
+
+
+def _check_data(step: Step, checked: list[tuple[Any, Any]]) -> list[Problem]:
+    """Check the columns and first rows of a step's data that the user wrote, unless they are among those `checked`."""
+    from pipeline.config.parser import check_values
+    from pipeline.data.arguments import DataArguments
+
+    home = Path(step.values["output_dir"]).parent
+    built, _ = check_values(step.values, step.argument_types, 1)
+    arguments = next((item for item in built if getattr(item, "dataset_name", None)), None)
+    if arguments is None or not step.stage.data:
+        return []
+    # The arguments of `recipes.preferences` have some of these fields only.
+    fields: dict[str, Any] = {
+        item.name: getattr(arguments, item.name, item.default) for item in dataclasses.fields(DataArguments)
+    }
+    fields["dataset_name"] = [name for name in as_list(fields["dataset_name"]) if not Path(name).is_relative_to(home)]
+    fields["tokenizer_name_or_path"] = None
+    if not fields["dataset_name"]:
+        return []
+    source = DataArguments(**fields)
+    if (step.stage.data, source) in checked:
+        return []
+    checked.append((step.stage.data, source))
+    return _faults_of(source, step.stage.data)
+
+
+def _check_measured_data(values: Mapping[str, Any]) -> list[Problem]:
+    """Check the columns and first rows of the user's data in `evaluate.yaml` that no stage trains on."""
+    from pipeline.evaluation.evaluate_yaml import Source
+
+    problems = []
+    for key, held_out in HELD_OUT.items():
+        settings = values.get(key)
+        if not isinstance(settings, Mapping) or settings == values["trained_on"].get(key):
+            continue
+        source = Source(**settings)
+        if any(Path(name).is_relative_to(values["home"]) for name in source.dataset_names):
+            continue
+        splits = [source.dataset_test_split, "test", "validation", source.dataset_train_split]
+        for problem in _faults_of(source, held_out.data, splits):
+            problems.append(dataclasses.replace(problem, field=f"evaluate.yaml: {key}: {problem.field}"))
+    return problems
+
+
+def _faults_of(source: Any, kind: Any, splits: Sequence[str] = ()) -> list[Problem]:
+    """Return what `check_first_rows` refuses; what it logs, the step logs again."""
+    from pipeline.data.splits import check_first_rows
+
+    problems: list[Problem] = []
+    logging.disable(logging.WARNING)
+    try:
+        with collect(problems):
+            check_first_rows(source, kind, splits)
+    finally:
+        logging.disable(logging.NOTSET)
     return problems

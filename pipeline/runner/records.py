@@ -42,7 +42,8 @@ class RunRecord:
     - `started_at`; `finished_at`, null until it has finished
     - `pushed`, the arguments of `fourstage` that pushed it to the Hub, if it was pushed
     - `division`, how rows of a single split are held out (see `pipeline.data.arguments.DIVISION`)
-    - `lost`, the rows that it truncated or dropped, if any, and `evaluated_on` (see `pipeline.progress`)
+    - `lost`, the rows that it truncated or dropped, `evaluated_on`, `read` and, in a smoke run, `first_row`: what it
+      reported about its data, if anything (see `pipeline.progress`)
 
     Its `since` names its first own step, if it shares the earlier ones with the enclosing run.
     """

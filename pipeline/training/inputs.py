@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -37,6 +38,7 @@ from pipeline.models import loading
 from pipeline.models.checks import TEMPLATE_ARGUMENTS, check_lengths, check_model, check_tokenizer
 from pipeline.models.scratch import ScratchArguments, build_empty
 from pipeline.models.tokenizer import special_tokens, validate_tokenizer
+from pipeline.progress import report_progress
 from pipeline.rewards.loading import user_code
 from pipeline.stages import STAGES
 from pipeline.tools.loading import load_toolbox
@@ -121,6 +123,9 @@ def load_inputs(
     problems += checks.preflight(training_args)
     if problems or tokenizer is None or splits is None:
         raise UserError(*problems)
+    # The first row of another stream is only known once its buffer of shuffled rows is full.
+    if isinstance(splits[0], Dataset) or kind == "text":
+        report_progress(first_row=_show_first_row(kind, splits[0], tokenizer, training_args))
     return tokenizer, *_encode(kind, splits, tokenizer, training_args)
 
 
@@ -212,6 +217,34 @@ def _fit_rows(
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
         raise UserError(Problem(words_from[0], words_from[1], remedy)) from error
+
+
+def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
+    """Return the first row of a split as the model sees it: a text, or a conversation in its chat template."""
+    row = next(iter(split))
+    if TOKENS in row:
+        return tokenizer.decode(row[TOKENS])
+    if kind == "text":
+        return (tokenizer.bos_token or "") + row["text"]
+    options = dict(getattr(args, "chat_template_kwargs", None) or {})
+    options = {name: value for name, value in options.items() if name not in TEMPLATE_ARGUMENTS}
+    if kind == "conversation":
+        options["tools"] = json.loads(row.get("tools") or "null")
+
+    def render(messages: Any, **more: Any) -> str:
+        # `_fit_rows` reports a template that rejects the data.
+        with suppress(TemplateError, ValueError):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **more))
+        return ""
+
+    if kind == "conversation":
+        return render(row["messages"])
+    if kind == "prompt":
+        answer = f" (answer: {row['answer']})" if row.get("answer") else ""
+        return render(row["prompt"], add_generation_prompt=True) + answer
+    if "chosen" in row:
+        return f"{render(row['prompt'] + row['chosen'])} (rejected: {row['rejected'][-1].get('content')})"
+    return f"{render(row['prompt'] + row['completion'])} (label: {row['label']})"
 
 
 def _unpair(splits: tuple[Split, Split | None], args: Any) -> tuple[Split, Split | None]:

@@ -1,5 +1,6 @@
 """What a late stage would refuse is reported before the first one runs, also where `--smoke` would hide it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from small_model import ROOT
 
 from pipeline.__main__ import main
+from pipeline.data import splits
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
 
@@ -76,3 +78,80 @@ def test_batches_are_divided_by_the_processes_that_will_run(tmp_path: Path, monk
     ]
     assert check_steps(steps, processes=2) == []
     assert check_steps(steps, due=["2_sft"]) == [], "what has finished is not checked"
+
+
+def write_rows(path: str, *rows: dict[str, object]) -> str:
+    """Write a file of JSON Lines, and return its name."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refused_data(**data: dict[str, object]) -> list[str]:
+    """Return what is refused of a recipe whose steps read these data, each problem as one line."""
+    steps = read_plan(write_recipe(**data)).steps
+    return [str(problem) for problem in check_steps(steps)]
+
+
+def test_wrong_questions_pairs_and_texts_are_one_list_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were refused one after the other, some after a tokenizer had been trained."""
+    monkeypatch.chdir(tmp_path)
+    texts = write_rows("texts.jsonl", {"body": "A sentence."})
+    questions = write_rows("questions.jsonl", *[{"frage": "1 + 1?", "antwort": "2"}] * 30)
+    Path("pairs.csv").write_text("query,positive,negative\nWhat?,This,That\n")
+    talks = [{"messages": [{"speaker": "user", "utterance": "Hi"}]}] * 3
+    write_recipe(
+        **{
+            "0_tokenizer": {"dataset_name": texts, "dataset_config": None},
+            "1_pretrain": {"dataset_name": texts, "dataset_config": None},
+            "2_sft": {"dataset_name": write_rows("talks.jsonl", *talks), "dataset_config": None},
+            "3_reward": {"dataset_name": "pairs.csv", "dataset_config": None},
+            "4_grpo": {"dataset_name": questions, "dataset_config": None},
+            "evaluate": {"text": {"dataset_name": write_rows("test.jsonl", {"story": "A sentence."})}},
+        }
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "mine"])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": there is")[0] for line in lines if "there is no such column" in line] == [
+        "1_pretrain: text_column: text",
+        "3_reward: chosen_column: chosen",
+        "3_reward: rejected_column: rejected",
+        "4_grpo: prompt_column: prompt",
+        "evaluate.yaml: text: text_column: text",
+    ]
+    (talk,) = [line for line in lines if "there is no such column" not in line]
+    assert talk.startswith("2_sft: dataset_name: talks.jsonl, split train, row 0: ")
+    assert "the first 3 rows are all like this" in talk
+    assert not Path("runs").exists()
+
+
+def test_right_data_and_data_that_a_step_drops_are_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    Path("notes/day.md").write_text("It rained.")
+    bad = [{"question": "1 + 1?", "answer": "2"}, {"question": None, "answer": "2"}]
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    none: dict[str, object] = {"dataset_config": None}
+    refused = refused_data(
+        **{
+            "1_pretrain": {"dataset_name": "notes", **none},
+            "2_sft": {"dataset_name": write_rows("bad.jsonl", *bad), "drop_bad_rows": True, **none},
+            "3_reward": {"dataset_name": write_rows("pairs.jsonl", pair, pair), **none},
+            "4_grpo": {"dataset_name": "openai/gsm8k", "prompt_column": "question", **none},
+            "evaluate": {"problems": {"dataset_name": write_rows("test.jsonl", bad[0]), "grade": "math"}},
+        }
+    )
+    assert refused == []
+
+
+def test_large_files_are_read_as_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(splits, "SMALL_BYTES", 10)
+    questions = write_rows(
+        "questions.jsonl", *[{"question": "1 + 1?", "answer": "2"}] * 3, {"question": 7, "answer": "2"}
+    )
+    (refused,) = refused_data(**{"2_sft": {"dataset_name": questions, "dataset_config": None}})
+    assert refused.startswith("2_sft: dataset_name: questions.jsonl, split train, row 3: ")
