@@ -1,7 +1,8 @@
 """A stand-in for a training step in the tests of the runner, which does at once what its YAML file says.
 
 `python -m stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output folder.
-`fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save and end;
+`fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save for half a second,
+or for `saves` seconds, and end;
 `vanishes: true` makes it delete its output folder and end with code 0. `prints: N` makes it print N lines, and
 `reports: N` makes it report N units of progress, one every tenth of a second.
 """
@@ -40,18 +41,18 @@ def main() -> int:
         print("the step's own message", file=sys.stderr)
         return int(settings["fails"])
     if settings.get("waits"):
-        wait_for_signal(directory)
+        wait_for_signal(directory, settings.get("saves", 0.5))
     if settings.get("vanishes"):
         shutil.rmtree(directory)
     return 0
 
 
-def wait_for_signal(directory: Path) -> None:
-    """Wait, unless a checkpoint exists already; after a signal, save one slowly."""
+def wait_for_signal(directory: Path, seconds: float) -> None:
+    """Wait, unless a checkpoint exists already; after a signal, save one in that many seconds."""
     checkpoint = directory / "checkpoint"
 
     def save(number: int, _: FrameType | None) -> None:
-        time.sleep(0.5)
+        time.sleep(seconds)
         checkpoint.write_text(str(number))
         sys.exit(128 + number)
 

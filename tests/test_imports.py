@@ -26,6 +26,9 @@ from trl import GRPOTrainer, RewardTrainer, SFTTrainer
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "pty"):
     # An entry of None makes `import` fail.
     sys.modules[name] = None
+# torch loads the entry point of ours as soon as its launcher is imported, when nothing was missing yet.
+for name in [name for name in sys.modules if name.split(".")[0] in ("pipeline", "recipes")]:
+    del sys.modules[name]
 for module, names in {
     os: "sched_getaffinity fork killpg geteuid getuid setsid posix_fallocate sysconf wait4 pread pwrite",
     signal: "SIGKILL SIGALRM alarm setitimer pthread_kill pthread_sigmask",

@@ -1,7 +1,6 @@
 """Locks, files that are written whole or not at all, and checks of what may be replaced."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -203,6 +202,9 @@ def fsync(path: Path) -> None:
 
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock file `path`; False if the file system has no locks."""
+    # Windows lacks it, but also imports this module.
+    import fcntl
+
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -219,6 +221,8 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     and died. A child process that inherits the yielded file descriptors holds the lock as well. A `UserError` is raised
     if another process still holds the lock, or the folder cannot be written to.
     """
+    import fcntl
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)

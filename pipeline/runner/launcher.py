@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,9 @@ BEYOND_ONE_PROCESS = (
     "use_megatron_lm", "use_parallelism_config",
 )  # fmt: skip
 """Arguments of `accelerate launch` that affect more than the environment of one process."""
+
+OTHER_LAUNCHERS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+"""Arguments of `accelerate launch` that start more than a process with another environment, unless `cpu` is given."""
 
 VALUES: Mapping[str, range | tuple[str, ...]] = {
     **dict.fromkeys(("num_machines", "machine_rank", "main_process_port"), range(1 << 16)),
@@ -154,6 +158,7 @@ def _end_with_program() -> None:
             sys.exit(exit_code(error.get_first_failure()[1].exitcode))
         if isinstance(error, subprocess.CalledProcessError):
             sys.exit(exit_code(error.returncode))
+        # accelerate does this itself from 1.16 on.
         if isinstance(error, SignalException):
             sys.exit(128 + int(error.sigval))
         # An error of the launcher itself is printed as usual.
@@ -176,8 +181,8 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
     if args.config_file and (problem := check_launch_file(args.config_file)):
         print(problem, file=sys.stderr)
         return EXIT_USER_ERROR
+    one, defaults, _ = _validate_launch_command(copy(args))
     if forked:
-        one, *_ = _validate_launch_command(copy(args))
         is_alone = one.module and one.num_processes == 1 and (one.num_machines or 1) == 1 and one.gpu_ids == "all"
         asks_more = one.mixed_precision == "fp8" or any(getattr(one, name, None) for name in BEYOND_ONE_PROCESS)
         if is_alone and not asks_more:
@@ -188,10 +193,17 @@ def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
             sys.argv = [args.training_script, *args.training_script_args]
             runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
             return 0
+    is_local = defaults is None or defaults.compute_environment == "LOCAL_MACHINE"
+    if is_local and (one.cpu or not any(getattr(one, name, None) for name in OTHER_LAUNCHERS)):
+        # From 1.16 on, accelerate would kill the program five seconds after a signal, while it saves.
+        program, environment = prepare_simple_launcher_cmd_env(one)
+        os.execvpe(program[0], program, environment)
     _end_with_program()
     launch_command(args)
     return 0
 
 
 if __name__ == "__main__":
+    # Ctrl-C during imports ends this process without a traceback. torch handles it as soon as there are workers.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

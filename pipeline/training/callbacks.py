@@ -19,26 +19,34 @@ from pipeline.progress import report_progress, time_in_words
 
 logger = logging.getLogger(__name__)
 
+SAME_SIGNAL_SECONDS = 1.0
+"""Seconds in which another signal counts as the same one."""
+
 
 class InterruptCallback(TrainerCallback):
     """Save and stop at the end of the step in which a signal arrived, at the same step in all processes.
 
-    A second signal has its usual effect immediately, unless a terminal has closed, which may send several.
+    A second signal has its usual effect immediately, with two exceptions. A terminal that closes may send several. And
+    Ctrl-C under a launcher gives two at once: SIGINT from the terminal and, from accelerate 1.16 on, its SIGTERM.
     """
 
     def __init__(self) -> None:
         # The signal that any process has received; the same on every process.
         self.received: signal.Signals | None = None
-        self._own = 0
+        # The first signal that this process has received, or 0, and when.
+        self._own, self._time = 0, 0.0
         self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        # Only note the signal: this handler may interrupt anything, and the step has to finish first.
-        self._own, name = number, signal.Signals(number).name
-        self.restore()
-        if name == "SIGHUP":
-            signal.signal(number, signal.SIG_IGN)
         leave_closed_terminal()
+        if self._own:
+            is_repeated = number == self._own or time.monotonic() > self._time + SAME_SIGNAL_SECONDS
+            if is_repeated and number != getattr(signal, "SIGHUP", None):
+                self.restore()
+                signal.raise_signal(number)
+            return
+        # Only note the signal: this handler may interrupt anything, and the step has to finish first.
+        self._own, self._time, name = number, time.monotonic(), signal.Signals(number).name
         # `print` is not safe in a signal handler that may interrupt another `print`.
         os.write(2, f"\n{name}: saving after this step; repeat to stop without saving.\n".encode())
         report_progress(stopping=name)

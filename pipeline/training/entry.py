@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     from pipeline.launch import stop_as_one
 
     with exit_on_user_error():
+        # `recipes/__init__.py` leaves Ctrl-C to the system while a recipe's modules are imported.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = parse(*argument_types(main), argv=argv)
         parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         values = {name: value for item in arguments for name, value in vars(item).items()}

@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -139,15 +141,77 @@ def test_as_many_processes_as_asked_for_are_started(project: Path) -> None:
     assert len(Path("out/ran.txt").read_text().splitlines()) == 2
 
 
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_worker_which_may_save(project: Path, number: signal.Signals) -> None:
     process = launch(waits=True)
-    deadline = time.monotonic() + 120
-    while not Path("out/pid").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(Path("out/pid"))
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert Path("out/checkpoint").read_text() == str(int(number))
     assert "Traceback" not in err
+
+
+ALONE = "distributed_type: 'NO'\nnum_processes: 1\nnum_machines: 1\nmixed_precision: 'no'\n"
+
+
+def test_a_process_without_a_group_has_the_time_that_it_needs_to_save(project: Path) -> None:
+    """From 1.16 on, accelerate would kill it after five seconds."""
+    Path("alone.yaml").write_text(ALONE)
+    process = launch("--config_file", "alone.yaml", waits=True, saves=7)
+    wait_for(Path("out/pid"))
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and Path("out/checkpoint").exists()
+    assert "Traceback" not in err
+
+
+def test_the_code_of_a_process_without_a_group_is_its_own(project: Path) -> None:
+    Path("alone.yaml").write_text(ALONE)
+    process = launch("--config_file", "alone.yaml", fails=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err == "the step's own message\n"
+
+
+# Three seconds of imports pass before a recipe can handle a signal.
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_while_processes_import_their_libraries_leaves_neither_a_traceback_nor_a_process(
+    project: Path, processes: str
+) -> None:
+    launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", processes]
+    process = subprocess.Popen(
+        [*launcher, "-m", "recipes.sft", "--config", str(ROOT / "recipes/pocket/2_sft.yaml")],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests in the background ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def recipes() -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
+            return [child for child in children if "recipes.sft" in child.cmdline() and has_mapped(child, "torch")]
+        return []
+
+    deadline = time.monotonic() + 120
+    while len(workers := recipes()) < int(processes):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def has_mapped(process: psutil.Process, library: str) -> bool:
+    """Return whether a process has begun to load a library."""
+    return f"/{library}/" in Path(f"/proc/{process.pid}/maps").read_text()

@@ -12,7 +12,7 @@ from small_model import ROOT, run_recipe
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import RunStopped
-from pipeline.training import train
+from pipeline.training import callbacks, train
 from pipeline.training.callbacks import InterruptCallback
 from pipeline.training.reliable import Reliable
 from tests import sampling_recipes
@@ -108,6 +108,34 @@ def test_a_terminal_that_closes_saves_however_often_it_says_so_unless_nohup_aske
         assert signal.signal(signal.SIGHUP, before) is handler
     assert control.should_save is control.should_training_stop is (code is not None)
     assert getattr(interrupts.reason_to_stop(state, "out"), "exit_code", None) == code
+
+
+def test_ctrl_c_that_a_launcher_repeats_as_another_signal_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1.16 on, accelerate sends its child SIGTERM when the terminal has sent both of them SIGINT."""
+    earlier: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: earlier.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    state, control = TrainerState(global_step=1, max_steps=3), TrainerControl()
+    try:
+        interrupts = InterruptCallback()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert earlier == []
+        interrupts.on_step_end(SimpleNamespace(world_size=1), state, control)
+        assert control.should_save and interrupts.reason_to_stop(state, "out").exit_code == 130
+        # The user presses Ctrl-C again.
+        signal.raise_signal(signal.SIGINT)
+        assert earlier == [signal.SIGINT]
+        # A cluster sends SIGTERM later than that.
+        monkeypatch.setattr(callbacks, "SAME_SIGNAL_SECONDS", 0.0)
+        interrupts = InterruptCallback()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert earlier == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, False), (True, True)])
