@@ -85,8 +85,14 @@ def test_a_printed_command_is_accepted(
     # A folder stands in for a repository of the Hub.
     (tmp_path / "alice" / "recipes").symlink_to(ROOT / "recipes/pocket")
     # recipes/gsm8k-shakespeare reads its data from these folders.
-    for name in ("text", "questions", "pairs"):
-        (tmp_path / "data" / name).mkdir(parents=True)
+    rows = {
+        "text/a.txt": "A text.",
+        "questions/a.jsonl": '{"question": "What is 1 and 1?", "answer": "#### 2"}',
+        "pairs/a.jsonl": '{"prompt": "What is 1 and 1?", "chosen": "2", "rejected": "3"}',
+    }
+    for name, row in rows.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_text(f"{row}\n" * 40)
     monkeypatch.chdir(tmp_path)
     for placeholder, value in STAND_INS.items():
         command = command.replace(placeholder, value)

@@ -191,9 +191,9 @@ def test_ctrl_c_stops_the_installation_and_says_how_to_resume(checkout: Checkout
     while not (checkout.venv / "half").exists():
         time.sleep(0.01)
     # The script that stands for pip has to begin to sleep.
-    time.sleep(0.5)
+    time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)
-    messages = process.communicate(timeout=20)[1]
+    messages = process.communicate(timeout=120)[1]
     assert process.returncode == 130
     assert messages.splitlines()[-1] == f"fourstage: stopped; to install: {checkout.wrapper} run pocket"
     assert checkout.call("status")[0] == 7

@@ -1,5 +1,6 @@
 """The evaluations that the runner plans: what they are measured on, what they need, and when they are due."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name, values in FILES.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output_dir": f"runs/r/{name}"}))
+    row = {"prompt": "What is 1?", "completion": "One.", "chosen": "One.", "rejected": "Two.", "answer": "1"}
     for name in ("talk", "pairs", "others", "problems"):
-        Path(f"{name}.jsonl").write_text("{}\n")
+        Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
     return folder
 
 
