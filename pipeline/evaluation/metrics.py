@@ -1,18 +1,17 @@
 """The metrics of language models, and how each is measured on held-out data; see also `win_rate` and `reward_model`.
 
-To add a metric, write its class and record it in the function of the data that it needs; then describe it (label,
-meaning, better direction, digits) in `metric_info.METRICS`. The classes work offline, unlike `evaluate.load`.
+To add a metric, write its function and its class, and record it in the function of the data that it needs; then
+describe it (label, meaning, better direction, digits) in `metric_info.METRICS`. A run calls the functions. The classes
+offer them to users of the library `evaluate`, and work offline, unlike `evaluate.load`.
 """
 
 import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any
 
-import evaluate
 from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
@@ -27,113 +26,139 @@ from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 from pipeline.tools import dialogue
 from pipeline.tools.chat_model import ChatModel
 
+try:
+    from evaluate import Metric as Module
+    from evaluate import MetricInfo
+except ImportError:
+    # Without the library, nobody computes a metric by its class.
+    Module = object  # type: ignore[assignment,misc]
+
 MAX_SAMPLED_PROBLEMS = 64
 """Problems to which eight answers are sampled, which cost more than all greedy answers together."""
 NUMBER, STRING = Value("float64"), Value("string")
 RULE = {"require": List(List(STRING)), "reject": List(STRING), "max_words": Value("int64"), "test": STRING}
 
 
-class Metric(evaluate.Metric):
-    """A metric that is described by its docstring.
+class Metric(Module):
+    """A metric as a module of the library `evaluate`, where that is installed.
 
-    `columns` are the types of predictions and references, which `outcomes` turns into a value from 0 to 1 per example.
-    `compute` returns `{"value", "ci95": [low, high], "n", "values"}`: the estimate, its interval or None, the number of
-    independent examples, and the value of each.
+    `measure` computes it, and needs no library. `columns` are the types of its first arguments: predictions and, in
+    some, references.
     """
 
     columns = Features(predictions=STRING)
-    outcomes: Callable[..., Iterable[float]] = staticmethod(list)
+    measure: Callable[..., dict[str, Any]]
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", features=self.columns)
+    def _info(self) -> Any:
+        return MetricInfo(description=type(self).measure.__doc__ or "", citation="", features=self.columns)
 
     def _compute(self, *_: Any, **inputs: Any) -> dict[str, Any]:
-        seed = inputs.pop("seed", 0)
-        given = [inputs.pop(name) for name in self.columns]
-        values = list(map(float, self.outcomes(*given, **inputs)))
-        return intervals.outcome_mean(values, seed).to_json() | {"values": values}
+        columns = [inputs.pop(name) for name in self.columns]
+        return type(self).measure(*columns, **inputs)
 
 
-class BitsPerByte(Metric):
+def summarise(outcomes: Iterable[float], seed: int = 0) -> dict[str, Any]:
+    """Return `{"value", "ci95": [low, high], "n", "values"}` of outcomes from 0 to 1, one for each example.
+
+    That is the estimate of their mean, its interval or None, the number of independent examples, and the outcomes.
+    """
+    values = list(map(float, outcomes))
+    return intervals.outcome_mean(values, seed).to_json() | {"values": values}
+
+
+def bits_per_byte(predictions: Sequence[float], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Total negative log-likelihood over total bytes, independent of the tokenizer; long documents weigh more.
 
     Predictions are the loss of each document in nats, references the documents. The interval is over documents.
     """
-
-    columns = Features(predictions=NUMBER, references=STRING)
-
-    def _compute(self, predictions: list[float], references: list[str], seed: int = 0) -> dict[str, Any]:
-        sizes = [len(text.encode()) for text in references]
-        bits = [loss / math.log(2) for loss in predictions]
-        values = [total / size if size else 0.0 for total, size in zip(bits, sizes, strict=True)]
-        return intervals.ratio(bits, sizes, seed).to_json() | {"values": values}
+    sizes = [len(text.encode()) for text in references]
+    bits = [loss / math.log(2) for loss in predictions]
+    values = [total / size if size else 0.0 for total, size in zip(bits, sizes, strict=True)]
+    return intervals.ratio(bits, sizes, seed).to_json() | {"values": values}
 
 
-class InstructionAccuracy(Metric):
+def instruction_accuracy(predictions: Sequence[str], references: Rows, seed: int = 0) -> dict[str, Any]:
     """The share of answers that are right by the rule of their row, see `pipeline.rewards.grading`.
 
     An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
     """
-
-    columns = Features(predictions=STRING, references=RULE)
-    outcomes = staticmethod(grade)
+    return summarise(grade(predictions, references), seed)
 
 
-class StopRate(Metric):
+def stop_rate(predictions: Sequence[Sequence[int]], eos_token_id: int | list[int], seed: int = 0) -> dict[str, Any]:
     """The share of answers, as token ids, that contain an end-of-turn token, and so end before the token limit."""
-
-    columns = Features(predictions=List(Value("int64")))
-
-    def outcomes(self, predictions: list[list[int]], eos_token_id: int | list[int]) -> list[bool]:
-        ends = set(as_list(eos_token_id))
-        return [not ends.isdisjoint(tokens) for tokens in predictions]
+    ends = set(as_list(eos_token_id))
+    return summarise((not ends.isdisjoint(tokens) for tokens in predictions), seed)
 
 
-class StepRate(Metric):
+def step_rate(predictions: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """The share of answers with a sentence or an equation before "The answer is", right or wrong."""
+    return summarise(map(has_steps, predictions), seed)
 
-    outcomes = staticmethod(partial(map, has_steps))
 
-
-class PassAtK(Metric):
+def pass_at_k(
+    predictions: Sequence[Sequence[str]], rows: Rows, k: int = 1, grader: Grader = grade_rows, seed: int = 0
+) -> dict[str, Any]:
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
     Predictions are the sampled answers to each problem, and `rows` the problems with their `answer`. The interval is
     over problems. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
     """
-
-    columns = Features(predictions=List(STRING))
-
-    def outcomes(
-        self, predictions: list[list[str]], rows: Rows, k: int = 1, grader: Grader = grade_rows
-    ) -> list[float]:
-        # All answers are graded at once, so each of them needs the row of its problem.
-        row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
-        verdicts = iter(grader([answer for answers in predictions for answer in answers], row_of))
-        right = [sum(islice(verdicts, len(answers))) for answers in predictions]
-        return [estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True)]
+    # All answers are graded at once, so each of them needs the row of its problem.
+    row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
+    verdicts = iter(grader([answer for answers in predictions for answer in answers], row_of))
+    right = [sum(islice(verdicts, len(answers))) for answers in predictions]
+    shares = (estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True))
+    return summarise(shares, seed)
 
 
-class MajorityVote(Metric):
-    """The share of problems whose most frequent final answer, among the samples, is right; inputs as for `PassAtK`.
+def majority_vote(
+    predictions: Sequence[Sequence[str]], rows: Rows, grader: Grader = grade_rows, seed: int = 0
+) -> dict[str, Any]:
+    """The share of problems whose most frequent final answer, among the samples, is right; inputs as for `pass_at_k`.
 
     Samples without a final answer do not vote. Of answers with equally many votes, the first one drawn counts. Source:
     Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171.
     """
+    elected = []
+    for answers in predictions:
+        # "1/2" and "0.5" are one answer, so numbers vote as numbers.
+        ballots: dict[Any, list[str]] = {}
+        for answer in answers:
+            if (final := extract_answer(answer)) is not None:
+                value = number(final)
+                ballots.setdefault(normalise_answer(final) if value is None else value, []).append(answer)
+        elected.append(max(ballots.values(), key=len)[0] if ballots else "")
+    return summarise(grader(elected, rows), seed)
 
+
+class BitsPerByte(Metric):
+    columns = Features(predictions=NUMBER, references=STRING)
+    measure = staticmethod(bits_per_byte)
+
+
+class InstructionAccuracy(Metric):
+    columns = Features(predictions=STRING, references=RULE)
+    measure = staticmethod(instruction_accuracy)
+
+
+class StopRate(Metric):
+    columns = Features(predictions=List(Value("int64")))
+    measure = staticmethod(stop_rate)
+
+
+class StepRate(Metric):
+    measure = staticmethod(step_rate)
+
+
+class PassAtK(Metric):
     columns = Features(predictions=List(STRING))
+    measure = staticmethod(pass_at_k)
 
-    def outcomes(self, predictions: list[list[str]], rows: Rows, grader: Grader = grade_rows) -> list[bool]:
-        elected = []
-        for answers in predictions:
-            # "1/2" and "0.5" are one answer, so numbers vote as numbers.
-            ballots: dict[Any, list[str]] = {}
-            for answer in answers:
-                if (final := extract_answer(answer)) is not None:
-                    value = number(final)
-                    ballots.setdefault(normalise_answer(final) if value is None else value, []).append(answer)
-            elected.append(max(ballots.values(), key=len)[0] if ballots else "")
-        return grader(elected, rows)
+
+class MajorityVote(Metric):
+    columns = Features(predictions=List(STRING))
+    measure = staticmethod(majority_vote)
 
 
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
@@ -160,7 +185,7 @@ def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: b
     scored = [(row, loss, text) for row, (loss, text) in zip(rows, found, strict=True) if text]
     if scored:
         kept, losses, texts = zip(*scored, strict=True)
-        bits = BitsPerByte().compute(predictions=losses, references=texts, seed=result.seed)
+        bits = bits_per_byte(losses, texts, result.seed)
         # An example is weighted by the bytes of its text.
         weights = [{"weight": len(text.encode())} for text in texts]
         result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=False, extras=weights)
@@ -174,7 +199,7 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
     if graded:
         some, texts = zip(*graded, strict=True)
         rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
-        accuracy = InstructionAccuracy().compute(predictions=list(texts), references=rules)
+        accuracy = instruction_accuracy(texts, rules)
         result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
     record_ends(result, chat, completions, rows, "mean_length")
 
@@ -194,7 +219,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
         right = list(map(bool, record_greedy(result, "pass@1", answers, rows, grader)))
     else:
         result.left_out.append("pass@1: not measured, because the problems lack answers; an environment rewards them")
-    result.record("step_rate", StepRate().compute(predictions=answers), rows)
+    result.record("step_rate", step_rate(answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:
         calls = [sum(len(one.get("tool_calls") or ()) for one in completion.messages) for completion in completions]
@@ -214,12 +239,11 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     some = sampled_problems(rows, samples)
     sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
     texts = [[completion.text for completion in of_problem] for of_problem in sampled]
-    answered: dict[str, Any] = {"predictions": texts, "rows": some, "grader": grader}
-    result.record("pass@1_sampled", PassAtK().compute(k=1, seed=result.seed, **answered), some)
+    result.record("pass@1_sampled", pass_at_k(texts, some, 1, grader, result.seed), some)
     if samples > 1:
-        result.record(f"pass@{samples}", PassAtK().compute(k=samples, seed=result.seed, **answered), some)
+        result.record(f"pass@{samples}", pass_at_k(texts, some, samples, grader, result.seed), some)
     if samples > 1 and held_out.can_vote:
-        result.record(f"maj@{samples}", MajorityVote().compute(**answered), some)
+        result.record(f"maj@{samples}", majority_vote(texts, some, grader), some)
 
 
 def sampled_problems(rows: Rows, samples: int) -> Rows:
@@ -262,7 +286,7 @@ def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Comp
     """Record the length of the answers under `name`, and `stop_rate` unless other answers already measured it."""
     tokens = [completion.tokens for completion in completions]
     if "stop_rate" not in result.metrics:
-        stops = StopRate().compute(predictions=tokens, eos_token_id=end_tokens(chat.model, chat.tokenizer))
+        stops = stop_rate(tokens, end_tokens(chat.model, chat.tokenizer))
         result.record("stop_rate", stops, rows)
     result.record(name, list(map(len, tokens)), rows, how=intervals.mean)
 

@@ -66,26 +66,30 @@ def calibration_error(margins: np.ndarray, units: Sequence[Hashable], seed: int 
     return intervals.Estimate(value, low, high, len(margins))
 
 
-class RewardAccuracy(Metric):
+def reward_accuracy(
+    predictions: Sequence[float],
+    references: Sequence[float],
+    units: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
-    Predictions are the scores of the preferred answers, references those of the others. `compute` also returns
-    `margin`, the mean difference, and `calibration_error`. Intervals are over `units`, such as prompts; default: pairs.
+    Predictions are the scores of the preferred answers, references those of the others. `margin`, the mean difference,
+    and `calibration_error` are returned as well. Intervals are over `units`, such as prompts; default: pairs.
     """
+    units = range(len(predictions)) if units is None else units
+    margins = np.subtract(predictions, references)
+    values = ((np.sign(margins) + 1) / 2).tolist()
+    return intervals.outcome_mean(values, seed, units).to_json() | {
+        "values": values,
+        "margin": intervals.mean(margins.tolist(), seed, units).to_json(),
+        "calibration_error": calibration_error(margins, units, seed).to_json(),
+    }
 
+
+class RewardAccuracy(Metric):
     columns = Features(predictions=NUMBER, references=NUMBER)
-
-    def _compute(
-        self, predictions: list[float], references: list[float], units: Sequence[Hashable] | None = None, seed: int = 0
-    ) -> dict[str, Any]:
-        units = range(len(predictions)) if units is None else units
-        margins = np.subtract(predictions, references)
-        values = ((np.sign(margins) + 1) / 2).tolist()
-        return intervals.outcome_mean(values, seed, units).to_json() | {
-            "values": values,
-            "margin": intervals.mean(margins.tolist(), seed, units).to_json(),
-            "calibration_error": calibration_error(margins, units, seed).to_json(),
-        }
+    measure = staticmethod(reward_accuracy)
 
 
 def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
@@ -128,11 +132,10 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
 
 
 def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: Rows) -> dict[str, Any]:
-    """Record how often the first answer of a pair scores higher; return what `RewardAccuracy` computed."""
+    """Record how often the first answer of a pair scores higher; return what `reward_accuracy` does."""
     units = [json.dumps(row["prompt"]) for row in pairs]
     better, worse = scores.T.tolist()
-    options: dict[str, Any] = {"units": units, "seed": result.seed}
-    measured: dict[str, Any] = RewardAccuracy().compute(predictions=better, references=worse, **options)
+    measured = reward_accuracy(better, worse, units, result.seed)
     result.record(name, measured, pairs, units=units)
     return measured
 

@@ -17,7 +17,7 @@ from datasets import Features
 from pipeline.evaluation import intervals
 from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
-from pipeline.evaluation.metrics import NUMBER, Metric
+from pipeline.evaluation.metrics import NUMBER, Metric, summarise
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge
@@ -33,20 +33,26 @@ FILES = ("*config.json", "*token*.json", "tokenizer.model", "vocab.*", "merges.t
 """Files of a model that its answers depend on, unlike training records in the same folder."""
 
 
-class WinRate(Metric):
+def win_rate(predictions: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """The mean outcome of matches: 1 for a win, 0 for a loss, 0.5 for a tie."""
+    return summarise(predictions, seed)
 
+
+def last_sentence_share(predictions: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
+    # "It is red. Have a nice day!" ends in "have a nice day".
+    last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
+    ((most, _),) = Counter(last).most_common(1)
+    return summarise((sentence == most for sentence in last), seed)
+
+
+class WinRate(Metric):
     columns = Features(predictions=NUMBER)
+    measure = staticmethod(win_rate)
 
 
 class LastSentenceShare(Metric):
-    """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
-
-    def outcomes(self, predictions: list[str]) -> list[bool]:
-        # "It is red. Have a nice day!" ends in "have a nice day".
-        last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
-        ((most, _),) = Counter(last).most_common(1)
-        return [sentence == most for sentence in last]
+    measure = staticmethod(last_sentence_share)
 
 
 def answer_both(
@@ -73,7 +79,7 @@ def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Ju
     """Record `win_rate` and `win_rate_greedy` and, for each, the share of our answers with the same last sentence."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
-        ends = LastSentenceShare().compute(predictions=[first for first, *_ in ours])
+        ends = last_sentence_share([first for first, *_ in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
 
@@ -120,7 +126,7 @@ def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, 
         {"answer": one[0], "opponent": other[0], **({"answers": one, "opponents": other} if len(one) > 1 else {})}
         for one, other in ((ours[number], theirs[number]) for number in of_prompt)
     ]
-    wins = WinRate().compute(predictions=list(map(fmean, of_prompt.values())), seed=result.seed)
+    wins = win_rate(list(map(fmean, of_prompt.values())), result.seed)
     result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 

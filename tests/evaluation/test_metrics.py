@@ -5,6 +5,8 @@ import json
 import math
 import socket
 import statistics
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 
@@ -47,7 +49,11 @@ INPUTS = {
 def test_every_metric_has_inputs_here():
     modules = (win_rate, metrics, reward_model)
     defined = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    assert {value for value in defined if issubclass(value, evaluate.Metric)} == {*INPUTS, metrics.Metric}
+    assert {value for value in defined if issubclass(value, evaluate.Metric)} == {
+        *INPUTS,
+        metrics.Metric,
+        evaluate.Metric,
+    }
 
 
 @pytest.mark.parametrize("metric", INPUTS, ids=lambda metric: metric.__name__)
@@ -64,6 +70,26 @@ def test_every_metric_computes_offline(metric, monkeypatch):
     else:
         assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
     assert metric().description
+    assert result == metric.measure(*INPUTS[metric].values())
+
+
+WITHOUT_EVALUATE = """
+import json, sys
+sys.modules["evaluate"] = None
+from pipeline.evaluation import metrics, reward_model, stage, win_rate
+results = {}
+for name, inputs in json.load(sys.stdin).items():
+    module = next(module for module in (metrics, reward_model, win_rate) if hasattr(module, name))
+    results[name] = getattr(module, name).measure(*inputs.values())
+print(json.dumps(results))
+"""
+
+
+def test_every_metric_computes_without_the_library_evaluate():
+    inputs = {metric.__name__: values for metric, values in INPUTS.items()}
+    command = [sys.executable, "-c", WITHOUT_EVALUATE]
+    printed = subprocess.run(command, input=json.dumps(inputs), capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == {metric.__name__: metric().compute(**values) for metric, values in INPUTS.items()}
 
 
 def interval(estimate):
