@@ -40,7 +40,7 @@ def shared_warm_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     from contextlib import nullcontext
 
-    from tests.forked import ROOT, warm_process
+    from tests.helpers.forked import ROOT, warm_process
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr("pipeline.runner.cli.WarmProcess", lambda environment: nullcontext(warm_process()))

@@ -15,7 +15,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import Accelerator
-from small_model import ROOT
 from transformers import TrainingArguments
 from trl import SFTConfig
 
@@ -27,7 +26,8 @@ from pipeline.errors import RunStopped, UserError
 from pipeline.runner import processes
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_bench import Bench, Failed, Line, at_most
-from tests.emulated_gpus import GROUP_OF_ONE, emulated_gpus
+from tests.helpers.emulated_gpus import GROUP_OF_ONE, emulated_gpus
+from tests.helpers.small_model import ROOT
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
 

@@ -19,7 +19,7 @@ from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.rewards.loading import load_function, only_trusted
-from tests.small_model import TEXT, save_model, save_tokenizer
+from tests.helpers.small_model import TEXT, save_model, save_tokenizer
 
 CODE = '''
 from pathlib import Path

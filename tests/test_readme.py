@@ -15,8 +15,6 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
-from test_layers import LAYERS
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.__main__ import COMMANDS, build_parser, main
@@ -31,7 +29,9 @@ from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments
 from recipes import grpo
-from tests.forked import run_forked
+from tests.helpers.forked import run_forked
+from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
+from tests.test_layers import LAYERS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
 PAGES += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/README.md")])

@@ -214,8 +214,8 @@ def moved_in_a_run(folder: Path) -> Iterator[str]:
 
     from pipeline.rl.grpo import GRPOTrainer
     from pipeline.rl.ppo import PPOTrainer
-    from tests import ppo_toy as toy
-    from tests import tool_toy
+    from tests.helpers import ppo_toy as toy
+    from tests.helpers import tool_toy
 
     sampler = RepeatSampler([1, 2], mini_repeat_count=1, seed=3)
     for name in ("shuffle", "generator", "seed"):

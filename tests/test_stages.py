@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_model import ROOT
 
 from pipeline.__main__ import main
 from pipeline.evaluation.evaluate_yaml import recorded
@@ -18,7 +17,8 @@ from pipeline.report.path_picture import path_boxes
 from pipeline.runner.recipe import read_plan
 from pipeline.stages import STAGES
 from pipeline.stages.kinds import Box, Card, LoggedChart, StageKind
-from tests.report.fake_run import write_run
+from tests.helpers.fake_run import write_run
+from tests.helpers.small_model import ROOT
 
 RECIPE = """
 from trl import ModelConfig, SFTConfig

@@ -39,7 +39,7 @@ WEIGHTS = {
 """llama.cpp's names for the parts of a decoder -> transformers' names."""
 
 PRE_TOKENIZERS = ("smollm", "gpt-2", "qwen2", "llama-bpe")
-"""Pre-tokenizers, by llama.cpp's names, that `tests/tools` compares with llama.cpp's own.
+"""Pre-tokenizers, by llama.cpp's names, that `tests/interop` compares with llama.cpp's own.
 
 transformers reads any qwen2 tokenizer as Qwen2's own, which first composes accents (NFC), unlike llama.cpp.
 """

@@ -11,12 +11,11 @@ from transformers import AutoConfig, LlamaForSequenceClassification, LlamaForTok
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 
-from fake_run import write_run
-from small_model import save_model, save_tokenizer, write_lines
-
 from pipeline.app import cli
 from pipeline.app.models import Models
 from pipeline.app.site import Site
+from tests.helpers.fake_run import write_run
+from tests.helpers.small_model import save_model, save_tokenizer, write_lines
 
 SAMPLED = {"max_completion_length": 8, "temperature": 1.0, "learning_rate": 1e-3, "epsilon": 0.2, "max_grad_norm": 1.0}
 SAMPLED |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "per_device_train_batch_size": 4}

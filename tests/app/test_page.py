@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import uvicorn
-from chromium import FAINT, emulate, open_browser, requested
-from fake_run import HOSTILE
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,6 +18,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from pipeline.app.server import build_app
 from pipeline.app.site import Site
+from tests.helpers.chromium import FAINT, emulate, open_browser, requested
+from tests.helpers.fake_run import HOSTILE
 
 STAGES = ["0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo"]
 

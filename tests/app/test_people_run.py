@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from fastapi import FastAPI
-from small_model import ROOT, write_lines
 from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
@@ -22,7 +21,8 @@ from pipeline.runner import status
 from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
+from tests.helpers.small_model import ROOT, write_lines
 
 VOTES = 120
 TRAINING = {"bf16": False, "report_to": "none", "logging_steps": 10, "save_strategy": "no", "eval_strategy": "no"}
@@ -51,7 +51,7 @@ RECIPE: dict[str, dict[str, Any]] = {
         "max_completion_length": 6,
         **TRAINING,
     },
-    "evaluate": {"judge": "tests.ppo_toy:share_of_red", "elicit": None},
+    "evaluate": {"judge": "tests.helpers.ppo_toy:share_of_red", "elicit": None},
 }
 OUTPUTS = {"3_votes": "runs/toy/votes", "3_reward": "runs/toy/3_reward", "3_ppo": "runs/toy/3_ppo"}
 

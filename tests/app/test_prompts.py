@@ -4,11 +4,10 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from small_model import write_lines
-
 from pipeline.app.prompts import GENERAL, held_out_prompts, things_to_ask, what_may_be_asked
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
+from tests.helpers.small_model import write_lines
 
 CARD = "# Mine\n\n## What may I ask?\n\nAbout 3 cats,\nand sums.\n\n## Splits\n\nAll.\n"
 

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
-from chromium import open_browser
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from small_model import write_lines
 from transformers import LlamaForTokenClassification
 
 from pipeline.__main__ import main
@@ -27,17 +25,19 @@ from pipeline.rl import ppo_math
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
-from tests import tool_toy as toy
+from tests.helpers import tool_toy as toy
+from tests.helpers.chromium import open_browser
+from tests.helpers.small_model import write_lines
 
 HOSTILE = "<img src=x onerror=document.title='owned'>\n-> fake() \u202e"
 TOOLS = {"tools": [f"{__name__}:double"]}
-GAME = {"environment": "tests.tool_toy:Counter"}
-TRUST = ["--trust", TOOLS["tools"][0], "--trust", GAME["environment"], "--trust", "tests.tool_toy:says_yes"]
+GAME = {"environment": "tests.helpers.tool_toy:Counter"}
+TRUST = ["--trust", TOOLS["tools"][0], "--trust", GAME["environment"], "--trust", "tests.helpers.tool_toy:says_yes"]
 """A run's files name no code that is loaded unless the user does, too."""
 SAMPLED = {
     "max_completion_length": 30, "temperature": 1.0, "learning_rate": 1e-2, "max_grad_norm": 1.0, "adam_beta1": 0.9,
     "adam_beta2": 0.999, "adam_epsilon": 1e-8, "per_device_train_batch_size": 4, "model_name_or_path": "old/run/2_sft",
-    "dataset_name": "old/run/rows.jsonl", "num_generations": 8, "reward_funcs": ["tests.tool_toy:says_yes"],
+    "dataset_name": "old/run/rows.jsonl", "num_generations": 8, "reward_funcs": ["tests.helpers.tool_toy:says_yes"],
 }  # fmt: skip
 PPO = {"kl_coef": 0.5, "gamma": 0.9, "lam": 0.8, "missing_eos_penalty": 1.0}
 

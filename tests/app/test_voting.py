@@ -14,7 +14,6 @@ import krippendorff
 import numpy as np
 import pytest
 from fastapi import FastAPI
-from small_model import save_model, tokenizer, write_lines
 from starlette.testclient import TestClient
 
 from pipeline.app import cli
@@ -25,6 +24,7 @@ from pipeline.app.voting import agreement, content, routes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import read_votes
+from tests.helpers.small_model import save_model, tokenizer, write_lines
 
 HOSTILE = "<script>alert(1)</script> ![x](https://example.com/x.png) \x1b[31mred \u202egnp.exe"
 TURNS = [

@@ -19,10 +19,10 @@ from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
-from small_model import ROOT, save_model, write_lines
 
 from pipeline.data.votes import read_votes, standing
 from pipeline.report.text import visible
+from tests.helpers.small_model import ROOT, save_model, write_lines
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOTES = 50

@@ -7,11 +7,11 @@ python -m tests.benchmarks.alarms table FOLDER    # reads the logs again, withou
 ```
 
 Holds `pipeline.rl.alarms` against 40 healthy and 40 broken runs of PPO and GRPO, in the world of
-`tests.ten_words`. Each starts from a policy of its own, which has learned to answer with some of the words that it was
-asked about, and to stop. PPO's rewards come from a reward model that learned them from examples, with its own mistakes;
-GRPO's are checked. `KINDS` says how runs are broken. Whether one broke is measured apart from the alarms (`broke`), on
-new answers of the first and the last policy, by what they were meant to learn rather than by what was paid; a run that
-did not turn out as it was meant to is reported, and counts for neither side.
+`tests.helpers.ten_words`. Each starts from a policy of its own, which has learned to answer with some of the words that
+it was asked about, and to stop. PPO's rewards come from a reward model that learned them from examples, with its own
+mistakes; GRPO's are checked. `KINDS` says how runs are broken. Whether one broke is measured apart from the alarms
+(`broke`), on new answers of the first and the last policy, by what they were meant to learn rather than by what was
+paid; a run that did not turn out as it was meant to is reported, and counts for neither side.
 
 Each half has 20 healthy and 20 broken runs. Thresholds are chosen on the half `setting`, which has only three of the
 six kinds: `table --half setting --set ENTROPY_SHARE=0.1` tries one. The half `judging` shows how good they are. Its
@@ -73,7 +73,7 @@ from pipeline.rl.ppo import PPOConfig, PPOTrainer
 from pipeline.rl.rewards import RewardModel
 from pipeline.training.fine_tuning import DPOTrainer
 from pipeline.training.preference_config import DPOConfig
-from tests import ten_words as world
+from tests.helpers import ten_words as world
 
 STEPS, BATCH, LOGGED = 60, 64, 2
 """Optimizer steps of a run, completions in each, and steps from one entry of the log to the next: PPO trains twice on

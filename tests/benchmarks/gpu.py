@@ -98,7 +98,7 @@ def numbers(bench: Bench) -> Iterator[Line]:
     options = ("ppo", *bench.options("ppo")[2:], "--bf16", "false", "--output_dir")
     folders = [bench.folder(f"ppo-fixed-{name}") for name in ("cpu", "gpu")]
     for folder, environment in zip(folders, (CPU, FLOAT32), strict=True):
-        bench.python(folder.name, "-m", "tests.fixed_rollouts", *options, folder, environment=environment)
+        bench.python(folder.name, "-m", "tests.helpers.fixed_rollouts", *options, folder, environment=environment)
     yield at_most("weights after six steps of PPO on fixed rollouts, largest difference", apart(*folders), 1e-4)
 
 
@@ -206,7 +206,7 @@ def two_processes(bench: Bench) -> Iterator[Line]:
     for recipe in ("ppo", "grpo"):
         folders = [bench.folder(f"{recipe}-fixed-{n}") for n in (1, 2)]
         for n, folder in zip((1, 2), folders, strict=True):
-            command = [*launcher("accelerate_config.yaml", n), "-m", "tests.fixed_rollouts", recipe]
+            command = [*launcher("accelerate_config.yaml", n), "-m", "tests.helpers.fixed_rollouts", recipe]
             command += [*bench.options(recipe)[2:], *options, rows, 4 // n, "--output_dir", folder]
             bench.python(folder.name, *command, environment=FLOAT32)
         yield at_most(f"{recipe} on fixed rollouts, largest difference of a weight", apart(*folders), 1e-4)

@@ -17,8 +17,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from tests.sampling_recipes import write_config
-from tests.small_model import recipe_command
+from tests.helpers.sampling_recipes import write_config
+from tests.helpers.small_model import recipe_command
 
 ROOT = Path(__file__).parents[2]
 CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}

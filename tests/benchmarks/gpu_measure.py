@@ -27,7 +27,7 @@ from pipeline.models.kernels.log_probs import token_log_probs
 from pipeline.models.loading import load_model
 from pipeline.rl.critic import token_values
 from pipeline.rl.value_model import value_model_from
-from tests.small_model import conversation, tokenizer
+from tests.helpers.small_model import conversation, tokenizer
 
 DEVICE = hardware.accelerator() or "cpu"
 

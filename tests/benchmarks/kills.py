@@ -277,7 +277,7 @@ class Trial:
         """Return `-m recipes.NAME` with its options, and make its small inputs if they do not exist."""
         recipe, steps = self.args.recipe, ["--max_steps", str(self.args.steps)]
         if recipe not in ("ppo", "grpo"):
-            from tests.small_model import recipe_command
+            from tests.helpers.small_model import recipe_command
 
             # The highest loss counts as the best, so that another model than the last one is kept.
             best = ["--eval_steps", "2", "--load_best_model_at_end", "true", "--greater_is_better", "true"]
@@ -286,7 +286,7 @@ class Trial:
 
     def _rollout_command(self) -> list[str]:
         """Return the command of PPO or GRPO, whose rollouts serve several steps, so that kills interrupt one."""
-        from tests.sampling_recipes import write_config
+        from tests.helpers.sampling_recipes import write_config
 
         inputs = self.folder / "inputs"
         if not inputs.exists():

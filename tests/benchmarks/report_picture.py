@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     from PIL import Image
 
-    from tests.chromium import emulate, open_browser
+    from tests.helpers.chromium import emulate, open_browser
 
     with tempfile.TemporaryDirectory() as profile, open_browser(Path(profile)) as browser:
         emulate(browser, WIDTH, "light")

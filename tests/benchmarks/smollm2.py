@@ -30,7 +30,7 @@ REQUESTS = ("Tell me about {}.", "Write a sentence about {}.", "What is special 
 
 def texts() -> Iterator[str]:
     """Yield texts that tokenizers may split in different ways: code, prose, and every assigned character."""
-    from tests.llama_cpp import TEXTS
+    from tests.helpers.llama_cpp import TEXTS
 
     yield from TEXTS
     for path in sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("**/*.md")]):
@@ -69,7 +69,7 @@ def main() -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tests.llama_cpp import llama_cpp
+    from tests.helpers.llama_cpp import llama_cpp
 
     faults = 0
 

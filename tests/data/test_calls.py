@@ -10,7 +10,6 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from small_model import CHATML, conversation, save_model, tokenizer, write_lines
 from trl import ModelConfig, SFTConfig
 
 from pipeline.data.arguments import DataArguments
@@ -20,6 +19,7 @@ from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.training.inputs import load_inputs
+from tests.helpers.small_model import CHATML, conversation, save_model, tokenizer, write_lines
 
 LOOK = {"name": "look", "arguments": {"place": "a box", "seconds": 7}}
 WAIT = {"name": "wait", "arguments": {}}

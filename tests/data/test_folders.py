@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, load_from_disk
-from small_model import ROOT, conversation, write_lines
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
@@ -20,6 +19,7 @@ from pipeline.data.overlap import overlap, words
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
+from tests.helpers.small_model import ROOT, conversation, write_lines
 
 POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
 ASKED = conversation("Why?", "Because.")

@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import TEXT, tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
-from word_model import word_tokenizer
 
 from pipeline.data.packing import PackedBlocks, pack_documents
 from pipeline.models.scratch import ScratchArguments, build_model
+from tests.helpers.small_model import TEXT, tokenizer
+from tests.helpers.word_model import word_tokenizer
 
 BLOCK = 32
 IGNORED = -100

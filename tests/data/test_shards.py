@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import IterableDataset
-from small_model import save_tokenizer, tokenizer, write_lines
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
@@ -26,6 +25,7 @@ from pipeline.models.scratch import ScratchArguments
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.training.inputs import load_inputs
 from pipeline.training.pretraining import PretrainConfig
+from tests.helpers.small_model import save_tokenizer, tokenizer, write_lines
 
 FILES = {"0.jsonl": 90, "1.jsonl": 0, "2.jsonl": 60}
 """Documents of each file."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import datasets
 import pytest
 from huggingface_hub import constants
-from small_model import write_lines
 
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
+from tests.helpers.small_model import write_lines
 
 
 def test_an_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from small_model import conversation, write_lines
 
 from pipeline.data import columns, splits
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.progress import VARIABLE
+from tests.helpers.small_model import conversation, write_lines
 
 ROWS = [{"text": f"Document {i}.", "kind": "fact"} for i in range(40)]
 QUESTIONS = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
-from small_model import save_model, tokenizer, write_lines
 from transformers import AutoModelForCausalLM
 
 from pipeline.data import streams
@@ -23,6 +22,7 @@ from pipeline.data.streams import PackedStream, join_states, pack_splits
 from pipeline.errors import RunStopped, UserError
 from pipeline.launch import once_per_node
 from pipeline.training.pretraining import PretrainConfig, PretrainTrainer
+from tests.helpers.small_model import save_model, tokenizer, write_lines
 
 BLOCK, ROWS = 32, 40
 EMPTY = 2

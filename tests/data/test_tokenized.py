@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from small_model import CHATML, conversation, save_model, tokenizer
 from tokenizers.normalizers import NFKC
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -13,6 +12,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from pipeline.data.tokenized import add_tokens, drop_long_prompts, log_truncated
 from pipeline.errors import UserError
 from pipeline.models.generation import encode_prompts
+from tests.helpers.small_model import CHATML, conversation, save_model, tokenizer
 
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")

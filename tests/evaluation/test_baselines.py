@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from word_model import SPECIAL, word_model_config, word_tokenizer
 
 from pipeline.data.pocket.problems import WORKING, pose
 from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
@@ -27,6 +26,7 @@ from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion
 from pipeline.preferences.judges import ANNOTATORS
+from tests.helpers.word_model import SPECIAL, word_model_config, word_tokenizer
 
 WORDS = ("What", "is", "it?", "red", "blue", "green", "one", "two", "three", "four", "five")
 PLAIN = "A fox is red."

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_model import write_lines
 
 from pipeline.__main__ import main
 from pipeline.evaluation.held_out import HeldOut
@@ -13,10 +12,11 @@ from pipeline.evaluation.metrics import measure_problems
 from pipeline.evaluation.results import StageResult
 from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
-from tests import tool_toy as toy
 from tests.app.test_tools import SAMPLED
+from tests.helpers import tool_toy as toy
+from tests.helpers.small_model import write_lines
 
-COUNTER = "tests.tool_toy:Counter"
+COUNTER = "tests.helpers.tool_toy:Counter"
 
 
 class Silent(toy.Counter):
@@ -51,7 +51,7 @@ def make_run(run: Path, stage: str, environment: str, **columns: Any) -> Path:
 def evaluate(run: Path, *stages: str) -> list[dict[str, Any]]:
     for stage in stages:
         # The name of the environment comes from the run's files.
-        trust = ["--trust", "tests.tool_toy:Counter", "--trust", f"{__name__}:Silent"]
+        trust = ["--trust", "tests.helpers.tool_toy:Counter", "--trust", f"{__name__}:Silent"]
         assert main(["evaluate", str(run), "--stage", stage, "--against", "2_sft", "--samples", "2", *trust]) == 0
     return [json.loads((run / "evaluations" / f"{stage}.json").read_text()) for stage in stages]
 

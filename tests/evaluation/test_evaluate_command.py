@@ -7,7 +7,6 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import small_model
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -18,6 +17,7 @@ from pipeline.data.sources import open_source
 from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
 from pipeline.evaluation.win_rate import SAMPLES
 from pipeline.stages import HELD_OUT
+from tests.helpers import small_model
 
 
 def user(content):

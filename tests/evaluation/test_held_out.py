@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from small_model import write_lines
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
@@ -17,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import complete, derive
 from pipeline.evaluation.held_out import HeldOut, read_held_out
 from pipeline.stages import HELD_OUT
+from tests.helpers.small_model import write_lines
 
 KINDS: dict[str, Kind] = {
     "pretrain": "text", "sft": "conversation", "reward": "preference", "dpo": "preference", "kto": "unpaired",

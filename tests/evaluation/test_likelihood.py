@@ -24,7 +24,7 @@ from pipeline.evaluation import likelihood
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.win_rate import measure_distance
 from pipeline.tools.chat_model import ChatModel
-from tests.word_model import word_model_config, word_tokenizer
+from tests.helpers.word_model import word_model_config, word_tokenizer
 
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0)
 SIZES = {

@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import small_model
 import torch
 import yaml
 from datasets import Dataset
@@ -25,9 +24,9 @@ from pipeline.evaluation.evaluate_yaml import check, complete, derive, recorded,
 from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
 from pipeline.models.generation import Completion
 from pipeline.tools import chat_model
-from tests import vllm_stub
+from tests.helpers import small_model, vllm_stub
 
-OWN = "tests.evaluation.own_functions:{}"
+OWN = "tests.helpers.own_functions:{}"
 FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
 
 

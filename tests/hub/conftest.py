@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
-from tests.hub.hub_server import Hub
+from tests.helpers.hub_server import Hub
 
 
 @pytest.fixture

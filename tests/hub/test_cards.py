@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
 from pipeline.hub.repositories import Outputs
-from tests.hub.small_run import MODELS, STARTS_FROM, write_small_run
+from tests.helpers.small_run import MODELS, STARTS_FROM, write_small_run
 
 TASKS = {"text-generation", "text-classification"}
 REQUIRED = {

@@ -8,13 +8,13 @@ import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import constants, snapshot_download
-from small_model import conversation, save_model
 
 from pipeline.__main__ import main
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.hub.download import FILES
-from tests.hub.hub_server import Hub
+from tests.helpers.hub_server import Hub
+from tests.helpers.small_model import conversation, save_model
 
 SHARDS = [("small", "train", 0), ("small", "train", 1), ("small", "extra", 0), ("large", "train", 0)]
 CARD = """---

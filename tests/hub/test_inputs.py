@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 from huggingface_hub import constants
-from small_model import save_model, save_tokenizer
 
 from pipeline.__main__ import main
 from pipeline.config.recipe_folder import fetch_recipes
@@ -20,8 +19,9 @@ from pipeline.models import loading
 from pipeline.models.loading import load_model, local_copy
 from pipeline.training.entry import run
 from recipes import sft
+from tests.helpers.hub_server import Hub
+from tests.helpers.small_model import save_model, save_tokenizer
 from tests.hub.conftest import use
-from tests.hub.hub_server import Hub
 
 SFT = b"""\
 model_name_or_path: alice/base@v1

@@ -12,7 +12,6 @@ import torch
 from datasets import load_dataset
 from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from small_model import save_model, tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,9 +22,10 @@ from transformers import (
 
 from pipeline.__main__ import main
 from pipeline.hub.repositories import Outputs
+from tests.helpers.hub_server import Hub, Token
+from tests.helpers.small_model import save_model, tokenizer
+from tests.helpers.small_run import TOKEN, write_small_run
 from tests.hub.conftest import use
-from tests.hub.hub_server import Hub, Token
-from tests.hub.small_run import TOKEN, write_small_run
 
 REPOSITORIES = {
     *(("model", f"alice/mini-{name}") for name in ("0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo")),

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_model import save_model
 
 from pipeline.__main__ import main
 from pipeline.runner import processes
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
 from pipeline.stages import STAGES
-from tests.hub.hub_server import Hub
+from tests.helpers.hub_server import Hub
+from tests.helpers.small_model import save_model
 
 TESTS = Path(__file__).parents[1]
 MODEL = Path("runs/r/2_sft")
@@ -50,7 +50,7 @@ def configure(**changes: object) -> None:
 
 
 def test_a_push_that_failed_is_tried_again_at_the_end(hub: Hub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = replace(STAGES["sft"], module="stand_in_step", launched=False, measured=False)
+    stand_in = replace(STAGES["sft"], module="tests.helpers.stand_in_step", launched=False, measured=False)
     monkeypatch.setitem(STAGES, "sft", stand_in)
     code, written = run(**PUSH, fails=3)
     assert code == 0, written

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load, load_file
-from small_model import ROOT, equal, recipe_command, weights
 from transformers import TrainingArguments
 
 from pipeline.__main__ import main
@@ -20,8 +19,9 @@ from pipeline.training.checkpoint_folders import validate_checkpoint
 from pipeline.training.checks import preflight
 from pipeline.training.entry import run
 from recipes import sft
+from tests.helpers.hub_server import Hub, Token
+from tests.helpers.small_model import ROOT, equal, recipe_command, weights
 from tests.hub.conftest import use
-from tests.hub.hub_server import Hub, Token
 
 PUSH = ("--push_to_hub", "--hub_model_id", "alice/chat")
 WRITES = ("POST", "PUT", "DELETE")

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from pipeline.hub import upload
 from pipeline.hub.upload import PUSH_ERRORS, explain, push
-from tests.hub.hub_server import HANGS, Hub
+from tests.helpers.hub_server import HANGS, Hub
 
 FILES: dict[str, bytes] = {
     "README.md": b"---\nlicense: mit\n---\n# A model\n",

@@ -19,7 +19,6 @@ from peft import (
     get_peft_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from small_model import conversation, save_model, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, ModelConfig, RewardConfig, SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
@@ -30,6 +29,7 @@ from pipeline.models.adapters import starting_model
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.training.reliable import Reliable
 from pipeline.training.train import train_and_save
+from tests.helpers.small_model import conversation, save_model, tokenizer
 
 IDS = torch.arange(10, 30)[None]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from pipeline.config.parser import parse
@@ -17,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.models.scratch import ScratchArguments, build_model, log_model
 from pipeline.training.optimizer import OptimizerArguments
 from recipes.untrained import main
+from tests.helpers.small_model import tokenizer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_model import ROOT, equal, recipe_command, run_recipe, tokenizer, weights
 from transformers import (
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -39,7 +38,8 @@ from pipeline.rl.value_model import value_model_from
 from pipeline.training.checks import check_lora
 from pipeline.training.optimizer import OptimizerArguments, build_optimizer
 from pipeline.training.pretraining import PretrainTrainer
-from tests.forked import RANKS, run_forked
+from tests.helpers.forked import RANKS, run_forked
+from tests.helpers.small_model import ROOT, equal, recipe_command, run_recipe, tokenizer, weights
 
 SIZES: dict[str, Any] = {
     "model_type": "llama4_text",

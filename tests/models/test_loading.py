@@ -38,7 +38,7 @@ from pipeline.models.loading import (
     user_error_for,
     validate_weights,
 )
-from tests.word_model import TEMPLATE, word_model_config, word_tokenizer
+from tests.helpers.word_model import TEMPLATE, word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox"]
 LAST = "model.layers.0.mlp.up_proj.weight"

@@ -41,8 +41,8 @@ from pipeline.preferences.collect import PreferenceArguments, collect, encode, l
 from pipeline.preferences.judges import Judge, compare, load_judge, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
-from tests.forked import RANKS, run_forked
-from tests.word_model import word_model_config, word_tokenizer
+from tests.helpers.forked import RANKS, run_forked
+from tests.helpers.word_model import word_model_config, word_tokenizer
 
 WORDS = ["where", "is", "fox", "owl", "bee", "ant", "forest.", "sea.", "thank", "you.", "obviously."]
 PROMPTS = {
@@ -173,7 +173,7 @@ def test_prompts_without_grading_are_refused_unless_a_judge_is_named(arguments: 
     with pytest.raises(UserError, match=r"judge: nothing, for .*: 1 of 1 prompts of validation lack the columns"):
         collect(PreferenceArguments(**given, max_eval_prompts=1))
     assert not (tmp_path / "out").exists()
-    collect(PreferenceArguments(**given, judge="tests.evaluation.own_functions:longer_answers_win"))
+    collect(PreferenceArguments(**given, judge="tests.helpers.own_functions:longer_answers_win"))
     for rows in contents(tmp_path / "out").values():
         for row in rows:
             chosen, rejected = (len(row[side][0]["content"]) for side in ("chosen", "rejected"))

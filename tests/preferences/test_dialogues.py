@@ -27,9 +27,9 @@ from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
 from pipeline.training.inputs import load_inputs
-from tests import small_model
-from tests import tool_toy as toy
-from tests.sampling_recipes import run, write_config
+from tests.helpers import small_model
+from tests.helpers import tool_toy as toy
+from tests.helpers.sampling_recipes import run, write_config
 
 TEXTS = [" ".join(words) for words in itertools.product(["1", "2", "4", "x"], repeat=3)]
 TOKENIZER = toy.tokenizer()
@@ -45,7 +45,7 @@ def inputs(folder: Path) -> dict[str, Any]:
     return {
         "model_name_or_path": str(folder / "caller"),
         "dataset_name": str(folder / "prompts.jsonl"),
-        "judge": "tests.tool_toy:says_yes",
+        "judge": "tests.helpers.tool_toy:says_yes",
         "max_new_tokens": 24,
         "samples_per_prompt": 4,
         "batch_size": 32,
@@ -60,7 +60,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def collected(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("collected") / "3_preferences"
-    collect(PreferenceArguments(**arguments, tools=["tests.tool_toy:double"], output_dir=str(output)))
+    collect(PreferenceArguments(**arguments, tools=["tests.helpers.tool_toy:double"], output_dir=str(output)))
     return output
 
 
@@ -106,7 +106,7 @@ def test_sampling_again_and_on_two_processes_gives_the_same_rows(
     collected: Path, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     config = tmp_path / "3_preferences.yaml"
-    fields = {**arguments, "tools": ["tests.tool_toy:double"]}
+    fields = {**arguments, "tools": ["tests.helpers.tool_toy:double"]}
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items()))
     for processes in (1, 2):
         output = tmp_path / str(processes)
@@ -115,14 +115,17 @@ def test_sampling_again_and_on_two_processes_gives_the_same_rows(
         assert contents(output) == contents(collected)
     for wrong, said in (
         (["--tools", "calculater"], "tools: calculater: did you mean calculator?"),
-        (["--environment", "tests.tool_toy:double"], "environment: tests.tool_toy:double: must be a class"),
+        (
+            ["--environment", "tests.helpers.tool_toy:double"],
+            "environment: tests.helpers.tool_toy:double: must be a class",
+        ),
     ):
         done = run("recipes.preferences", "--config", str(config), "--output_dir", str(tmp_path / "no"), *wrong)
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "no").exists(), done.stderr[-3000:]
 
 
 def test_an_environment_writes_into_the_prompt_and_bounds_calls(arguments: dict[str, Any], tmp_path: Path) -> None:
-    given = {**arguments, "environment": "tests.tool_toy:Counter", "output_dir": str(tmp_path / "out")}
+    given = {**arguments, "environment": "tests.helpers.tool_toy:Counter", "output_dir": str(tmp_path / "out")}
     collect(PreferenceArguments(**given, max_tool_calling_iterations=2))
     rows = contents(tmp_path / "out")["train"]
     assert {row["prompt"][-1]["content"] for row in rows} <= {f"{text} yes" for text in TEXTS}
@@ -332,9 +335,9 @@ def test_a_reward_model_of_dialogues_is_trained_and_ppo_with_the_same_tools_scor
         "model_name_or_path": arguments["model_name_or_path"],
         "dataset_name": arguments["dataset_name"],
         "reward_model_path": str(tmp_path / "3_reward"),
-        "reward_funcs": ["tests.tool_toy:says_yes"],
+        "reward_funcs": ["tests.helpers.tool_toy:says_yes"],
         "reward_weights": [1.0, 0.0],
-        "tools": ["tests.tool_toy:double"],
+        "tools": ["tests.helpers.tool_toy:double"],
         "max_completion_length": 24,
         "max_steps": 2,
     }
@@ -354,7 +357,7 @@ def test_a_smoke_run_goes_from_dialogues_to_a_reward_model_and_ppo(
     monkeypatch.chdir(tmp_path)
     asked = inputs(tmp_path)
     model = {"model_name_or_path": asked["model_name_or_path"]}
-    called = {"tools": ["tests.tool_toy:double"]}
+    called = {"tools": ["tests.helpers.tool_toy:double"]}
     trained = {"bf16": False, "report_to": "none"}
     rewarded = {"dataset_name": asked["dataset_name"], "reward_model_path": "runs/mine/3_reward"}
     steps = {

@@ -12,16 +12,16 @@ from typing import Any, get_type_hints
 import pytest
 import transformers
 import trl
-from bad_inputs import CASES, GOOD, rows
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from small_model import recipe_command, run_recipe, tokenizer, write_lines
 from transformers import AutoModelForSequenceClassification
 
 from pipeline import hardware
 from pipeline.config.parser import parse
 from pipeline.models import loading
 from pipeline.training.entry import run
+from tests.helpers.bad_inputs import CASES, GOOD, rows
+from tests.helpers.small_model import recipe_command, run_recipe, tokenizer, write_lines
 
 
 def arguments_of(recipe: str) -> tuple[Any, list[type]]:

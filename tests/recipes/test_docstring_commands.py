@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.stages import STAGES
-from tests.forked import run_forked
+from tests.helpers.forked import run_forked
+from tests.helpers.small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 
 LAUNCH = ["accelerate", "launch", "--config_file", "accelerate_config.yaml"]
 TRAINED = ("pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo")

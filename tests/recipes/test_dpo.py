@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from small_model import recipe_command, write_lines
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +18,8 @@ from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.training.preference_config import LOSSES
 from recipes import dpo
-from tests.answers_by_hand import adapted, log_prob, trained
+from tests.helpers.answers_by_hand import adapted, log_prob, trained
+from tests.helpers.small_model import recipe_command, write_lines
 
 BETA = 0.3
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}

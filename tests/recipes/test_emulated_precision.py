@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_model import ROOT, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -25,6 +24,7 @@ from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 from pipeline.training import entry
+from tests.helpers.small_model import ROOT, save_model
 
 PRODUCT = re.compile("mm|mv|dot|linear|matmul|einsum|convol|attention")
 """What the names of torch's operators have in common that multiply matrices or vectors."""

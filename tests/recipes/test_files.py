@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from small_model import ROOT
 
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
+from tests.helpers.small_model import ROOT
 
 RECIPES = ROOT / "recipes"
 FOLDER = RECIPES / "pocket"

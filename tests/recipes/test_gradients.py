@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_model import recipe_command, weights
 
-from tests.forked import RANKS, run_forked
+from tests.helpers.forked import RANKS, run_forked
+from tests.helpers.small_model import recipe_command, weights
 
 SGD = {
     "bf16": "false",

@@ -11,8 +11,8 @@ from trl import GRPOConfig, ModelConfig
 from pipeline.data.arguments import DataArguments
 from pipeline.rl.arguments import GRPORewardArguments, load_rl_inputs
 from pipeline.training import entry
-from tests import ppo_toy as toy
-from tests.sampling_recipes import run
+from tests.helpers import ppo_toy as toy
+from tests.helpers.sampling_recipes import run
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def options(tmp_path: Path) -> list[str]:
         "dataset_name": tmp_path / "gsm8k.jsonl",
         "prompt_column": "question",
         "answer_pattern": r"####\s*(.+)",
-        "reward_funcs": ["math_answer", "tests.ppo_toy:share_of_red"],
+        "reward_funcs": ["math_answer", "tests.helpers.ppo_toy:share_of_red"],
         "reward_weights": [1.0, 0.5],
         "per_device_train_batch_size": 4,
         "num_generations": 4,

@@ -6,12 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from small_model import conversation, recipe_command, write_lines
 
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from recipes import kto
-from tests.answers_by_hand import adapted, log_prob, trained
+from tests.helpers.answers_by_hand import adapted, log_prob, trained
+from tests.helpers.small_model import conversation, recipe_command, write_lines
 
 BETA = 0.3
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from small_model import CHATML, ROOT, conversation, tokenizer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.__main__ import main
 from pipeline.models.scratch import ScratchArguments, build_model
+from tests.helpers.small_model import CHATML, ROOT, conversation, tokenizer, write_data
 
 LINES = "Wer reitet so spät durch Nacht und Wind?\nEs ist der Vater mit seinem Kind;\n\n"
 QUESTIONS = [

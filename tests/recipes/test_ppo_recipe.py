@@ -15,8 +15,8 @@ from pipeline.rl.arguments import PPORewardArguments, load_rl_inputs
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.training import entry
-from tests import ppo_toy as toy
-from tests.sampling_recipes import run
+from tests.helpers import ppo_toy as toy
+from tests.helpers.sampling_recipes import run
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def options(tmp_path: Path) -> list[str]:
         "output_dir": tmp_path / "run",
         "model_name_or_path": tmp_path / "policy",
         "reward_model_path": tmp_path / "reward",
-        "reward_funcs": "tests.ppo_toy:share_of_red",
+        "reward_funcs": "tests.helpers.ppo_toy:share_of_red",
         "dataset_name": tmp_path / "prompts.jsonl",
         "validation_share": 0.25,
         "eval_strategy": "steps",
@@ -72,10 +72,10 @@ def test_refuses_before_it_writes(tmp_path: Path, options: list[str]) -> None:
 
 
 def test_refuses_a_reward_function_that_returns_text(options: list[str]) -> None:
-    refused = run("recipes.ppo", *options, "--reward_funcs", "tests.ppo_toy:its_text")
+    refused = run("recipes.ppo", *options, "--reward_funcs", "tests.helpers.ppo_toy:its_text")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
-    assert "\nreward_funcs: tests.ppo_toy:its_text: returned str " in refused.stderr
+    assert "\nreward_funcs: tests.helpers.ppo_toy:its_text: returned str " in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_model import TEXT, equal, recipe_command, weights, write_lines
 
-from tests.forked import RANKS, run_forked
+from tests.helpers.forked import RANKS, run_forked
+from tests.helpers.small_model import TEXT, equal, recipe_command, weights, write_lines
 
 
 def train(inputs: Path, output: Path, processes: int, *more: str) -> str:

@@ -14,15 +14,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_model import equal, recipe_command, run_recipe, save_tokenizer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from pipeline import launch
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
-from tests.emulated_gpus import emulated_gpus
-from tests.forked import Started
-from tests.sampling_recipes import write_config
+from tests.helpers.emulated_gpus import emulated_gpus
+from tests.helpers.forked import Started
+from tests.helpers.sampling_recipes import write_config
+from tests.helpers.small_model import equal, recipe_command, run_recipe, save_tokenizer, weights
 
 RECIPES = ["pretrain", "sft", "reward", "dpo", "kto"]
 FP32 = ("--bf16", "false")

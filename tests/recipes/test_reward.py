@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import conversation, recipe_command, run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig, RewardConfig
 
@@ -18,6 +17,7 @@ from pipeline.training import train as training
 from pipeline.training.optimizer import OptimizerArguments
 from pipeline.training.token_loss import TokenLossArguments, token_loss
 from recipes import reward
+from tests.helpers.small_model import conversation, recipe_command, run_recipe
 
 TOLERANCE = 1e-6
 """In float32: padding and batch change the order of sums, and padding on the left also the positions."""

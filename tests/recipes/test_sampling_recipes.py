@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import tool_toy
-from tests.forked import Started
-from tests.sampling_recipes import ENVIRONMENT, command, run, write_config
+from tests.helpers import tool_toy
+from tests.helpers.forked import Started
+from tests.helpers.sampling_recipes import ENVIRONMENT, command, run, write_config
 
 STEPS = 12
 MODELS = {"ppo": ("model.safetensors", "value_model/model.safetensors"), "grpo": ("model.safetensors",)}
@@ -68,8 +68,8 @@ def with_tools(folder: Path) -> dict[str, Any]:
         "model_name_or_path": str(folder / "caller"),
         "dataset_name": str(folder / "called.jsonl"),
         "reward_model_path": None,
-        "reward_funcs": ["tests.tool_toy:says_yes"],
-        "tools": ["tests.tool_toy:double"],
+        "reward_funcs": ["tests.helpers.tool_toy:says_yes"],
+        "tools": ["tests.helpers.tool_toy:double"],
         "max_completion_length": 24,
         # Most gradients of this policy are rounding errors, which Adam would make as large as the others.
         "adam_epsilon": 1e-3,
@@ -89,7 +89,7 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
         batches = ["--per_device_train_batch_size", rows, "--per_device_eval_batch_size", rows]
         outputs.append(tmp_path / str(processes))
         arguments = [recipe, *options, *batches, "--output_dir", str(outputs[-1])]
-        done = run("tests.fixed_rollouts", *arguments, processes=processes)
+        done = run("tests.helpers.fixed_rollouts", *arguments, processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(output / "seen.pt", weights_only=True) for output in outputs)
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -130,7 +130,12 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     assert len(list(middle.glob("rollout_*.safetensors"))) == 2
     resumed = tmp_path / "resumed"
     done = run(
-        "tests.fixed_rollouts", *arguments[:-1], str(resumed), "--resume_from_checkpoint", str(middle), processes=2
+        "tests.helpers.fixed_rollouts",
+        *arguments[:-1],
+        str(resumed),
+        "--resume_from_checkpoint",
+        str(middle),
+        processes=2,
     )
     assert done.returncode == 0 and "resuming" in done.stderr, done.stderr[-3000:]
     again = weights(recipe, resumed)
@@ -139,6 +144,8 @@ def test_two_processes_learn_what_one_learns(recipe: str, experts: bool, tools: 
     # The rollout of one process cannot be halved: both processes sample anew, instead of waiting for each other.
     middle = outputs[0] / "checkpoint-3"
     onto = str(tmp_path / "onto_two")
-    done = run("tests.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2)
+    done = run(
+        "tests.helpers.fixed_rollouts", *arguments[:-1], onto, "--resume_from_checkpoint", str(middle), processes=2
+    )
     assert done.returncode == 0 and done.stderr.count("is sampled again") == 1, done.stderr[-3000:]
     assert len(torch.load(Path(onto) / "seen.pt", weights_only=True)["gradients"]) == 3

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from small_model import ROOT, TEXT, conversation
 
 from pipeline.__main__ import main
+from tests.helpers.hub_server import Hub
+from tests.helpers.small_model import ROOT, TEXT, conversation
 from tests.hub.conftest import use
-from tests.hub.hub_server import Hub
 
 WEB = [
     {

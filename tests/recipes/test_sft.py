@@ -8,12 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
-from small_model import conversation, run_recipe, save_model, tokenizer
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.kernels.packed_rows import PackedRows
 from pipeline.training.fine_tuning import SFTTrainer as OurSFTTrainer
+from tests.helpers.small_model import conversation, run_recipe, save_model, tokenizer
 
 CONVERSATIONS = [conversation(f"What is {i}?", f"It is {i * 7}.") for i in range(6)]
 CONVERSATIONS[2] += conversation("And then?", "Nothing.")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from small_model import ROOT, save_model
 
 from pipeline.__main__ import main
+from tests.helpers.small_model import ROOT, save_model
 
 LONGER = "def longer(completions, **columns):\n    return [len(answer[-1]['content']) for answer in completions]\n"
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fake_run import UNTIL_SFT, write_run
+from tests.helpers.fake_run import UNTIL_SFT, write_run
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_run import write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from pipeline.evaluation.intervals import outcome_mean
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import compare, pair_by_seed
 from pipeline.report.load import load_runs
+from tests.helpers.fake_run import write_run
 
 ROWS = 200
 

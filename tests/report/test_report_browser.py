@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import FAINT, OVERFLOWING, emulate, open_browser, requested
-from fake_run import write_run
 from selenium.webdriver.support.ui import WebDriverWait
 
 from pipeline.__main__ import main
+from tests.helpers.chromium import FAINT, OVERFLOWING, emulate, open_browser, requested
+from tests.helpers.fake_run import write_run
 
 # Tables that need sideways scrolling, and charts whose labels reach out of their drawing.
 NOT_FITTING = """

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import STAGES, TEXTS, UNTIL_SFT, write_weights
 
 from pipeline.__main__ import main
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.text import number, signed
+from tests.helpers.fake_run import STAGES, TEXTS, UNTIL_SFT, write_weights
 
 
 def report(*arguments: object) -> int:

@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fake_run import write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from pipeline.report.targets import Target, check_targets, load_targets
 from pipeline.report.text import duration, magnitude, number, signed
 from pipeline.report.verdict import conclude, find_failures, find_unjudged
 from pipeline.stages import STAGES
+from tests.helpers.fake_run import write_run
 
 
 def run_with(**values: float) -> Run:

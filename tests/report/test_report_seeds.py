@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import UNTIL_SFT, write_run
 
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import Estimate
 from pipeline.report.seeds import spread
+from tests.helpers.fake_run import UNTIL_SFT, write_run
 
 
 def report(*arguments: object) -> int:

@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_run import HOSTILE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.__main__ import main
 from pipeline.report.text import markdown, visible
+from tests.helpers.fake_run import HOSTILE
 
 
 @given(st.text(st.characters(exclude_categories=())))

@@ -16,7 +16,7 @@ from pipeline.rewards.loading import guard_reward
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_rewards
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 
 def vandal(completions: list[Any], prompts: list[Any], completion_ids: list[Any], **columns: Any) -> list[float]:
@@ -104,8 +104,10 @@ def test_nan_stops_the_run_and_none_does_not(kind: str, tmp_path: Path) -> None:
 
 def test_nan_is_found_before_training() -> None:
     train = Dataset.from_list([{"prompt": [{"role": "user", "content": "why"}], "answer": "b"}])
-    (problem,) = check_rewards([], ["tests.ppo_toy:not_a_number"], None, train)
-    assert str(problem).startswith("reward_funcs: tests.ppo_toy:not_a_number: returned nan for completion 0 of 2")
+    (problem,) = check_rewards([], ["tests.helpers.ppo_toy:not_a_number"], None, train)
+    assert str(problem).startswith(
+        "reward_funcs: tests.helpers.ppo_toy:not_a_number: returned nan for completion 0 of 2"
+    )
 
 
 def test_what_is_guarded_already_or_edits_nothing_is_not_wrapped() -> None:

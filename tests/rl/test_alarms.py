@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from pipeline.rl.alarms import CollapseAlarms
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 SOUND = {
     "entropy": 0.4,

@@ -21,7 +21,7 @@ from transformers import (
 
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.training.reliable import Reliable
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 TOKENS: dict[str, Any] = {"vocab_size": 15, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {**TOKENS, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

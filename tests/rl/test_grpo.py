@@ -17,7 +17,7 @@ from pipeline.models.kernels.sampler import sample
 from pipeline.rl import grpo
 from pipeline.rl.arguments import shuffle_answers
 from pipeline.rl.grpo import GRPOTrainer
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 
 def trainer(

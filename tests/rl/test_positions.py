@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from pipeline.rl.ppo import PPOTrainer
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 TEXTS = [(1, 4), (7, 2), (3, 5), (5, 1)]
 """Numbers of tokens of prompt and completion."""

@@ -14,7 +14,7 @@ from trl import GRPOTrainer
 from pipeline.rewards.functions import hidden_taste
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_metrics import Averages, of_update
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 

@@ -8,7 +8,7 @@ import pytest
 from pipeline import hardware
 from pipeline.hardware import Choice
 from pipeline.rl.ppo import PPOConfig
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

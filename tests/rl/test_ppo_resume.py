@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification
 from pipeline.errors import UserError
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.rollout_state import read_state
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 # A rollout of 8 lasts 4 optimizer steps (2 per PPO epoch, 2 epochs); the 16 prompts last two rollouts.
 STEPS = 18

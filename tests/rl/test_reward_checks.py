@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.reward_checks import check_reward_model, check_rewards, check_value_model
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 
 def save_reward_model(folder: Path, labels: int = 1, tokenizer: bool = True) -> str:
@@ -22,7 +22,7 @@ def save_reward_model(folder: Path, labels: int = 1, tokenizer: bool = True) -> 
 def test_accepts_models_and_functions_that_can_be_used(tmp_path: Path) -> None:
     path = save_reward_model(tmp_path)
     train = Dataset.from_dict({"prompt": ["a"], "answer": ["b"]})
-    assert check_rewards([path], ["math_answer", "tests.ppo_toy:share_of_red"], None, train) == []
+    assert check_rewards([path], ["math_answer", "tests.helpers.ppo_toy:share_of_red"], None, train) == []
     assert check_rewards([path], ["hidden_taste"], [1.0, 0.0], train) == []
     assert check_rewards([], ["math_answer"], None, None) == []
     assert check_value_model(path, toy.tokenizer()) == []
@@ -111,6 +111,6 @@ def test_reward_weights_and_columns_that_do_not_fit_are_refused(
 )
 def test_a_function_is_tried_before_training(function: str, reported: str) -> None:
     train = Dataset.from_list([{"prompt": [{"role": "user", "content": "why"}], "answer": "b"}])
-    (problem,) = check_rewards([], [f"tests.ppo_toy:{function}"], None, train)
+    (problem,) = check_rewards([], [f"tests.helpers.ppo_toy:{function}"], None, train)
     assert problem.field == "reward_funcs" and reported in problem.remedy
     assert function != "always_fails" or "ppo_toy.py:" in problem.remedy

@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import Problem, RunStopped, UserError
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.rewards import RewardModel
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 from tests.rl.test_grpo import trainer
 
 QUESTION = {"role": "user", "content": "why"}

@@ -20,8 +20,8 @@ from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.tools import dialogue
 from pipeline.training.inputs import _fit_rows
-from tests import tool_toy as toy
-from tests.sampling_recipes import run as run_module
+from tests.helpers import tool_toy as toy
+from tests.helpers.sampling_recipes import run as run_module
 
 KINDS = [GRPOTrainer, PPOTrainer]
 CALLED: list[dict[str, Any]] = [{"tools": [toy.double]}, {"environment_factory": toy.Counter}]
@@ -191,7 +191,7 @@ def test_a_tool_that_hangs_does_not_stop_training(tmp_path: Path, tools: Any, mo
 
 @pytest.mark.parametrize("how", ["sharded", "asked"])
 def test_processes_that_sample_together_take_equally_many_turns(tmp_path: Path, how: str) -> None:
-    done = run_module("tests.turns_together", str(tmp_path), how, processes=2)
+    done = run_module("tests.helpers.turns_together", str(tmp_path), how, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.models.loading import load_config
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_value_model
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 from tests.rl.test_value_model import estimate_at_the_end, reward_of, save_adapter, trainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -26,7 +26,7 @@ from pipeline.rl.arguments import PPORewardArguments
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_reward_model, check_value_model
 from pipeline.rl.value_model import value_model_from
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 IDS = torch.tensor([[3, 5, 6, 4, 7, 2]])
 

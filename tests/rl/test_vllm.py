@@ -15,8 +15,8 @@ from trl import GRPOConfig
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOConfig, PPOTrainer
 from pipeline.training.frozen_weights import unrounded
-from tests import ppo_toy as toy
-from tests.vllm_stub import LLM, SamplingParams
+from tests.helpers import ppo_toy as toy
+from tests.helpers.vllm_stub import LLM, SamplingParams
 
 TRAINERS: dict[str, tuple[Any, Any]] = {"grpo": (GRPOTrainer, GRPOConfig), "ppo": (PPOTrainer, PPOConfig)}
 

@@ -51,7 +51,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is a stand-in, and nothing is evaluated."""
     for name, kind in list(STAGES.items()):
         if kind.module:
-            stand_in = replace(kind, module="stand_in_step", launched=False, measured=False)
+            stand_in = replace(kind, module="tests.helpers.stand_in_step", launched=False, measured=False)
             monkeypatch.setitem(STAGES, name, stand_in)
     # The stand-in imports none of the libraries.
     monkeypatch.setattr(processes, "PRELOADED", ())

@@ -27,7 +27,7 @@ from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
-from tests.stand_in_run import end, start
+from tests.helpers.stand_in_run import end, start
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -220,7 +220,9 @@ def test_a_plain_terminal_shows_what_a_pipe_does() -> None:
     run = terminal("--plain", columns=160)
     assert run.end() == 0
     assert b"\x1b" not in run.written and b"\r" not in run.written.replace(b"\r\n", b"\n")
-    expected = [line for _ in STAGES for line in (": has not run yet", "$ python -m stand_in_step", "    done in")]
+    expected = [
+        line for _ in STAGES for line in (": has not run yet", "$ python -m tests.helpers.stand_in_step", "    done in")
+    ]
     assert len(run.lines()) == len(expected) + 1
     assert all(part in line for part, line in zip(expected, run.lines(), strict=False))
 
@@ -258,7 +260,7 @@ def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None
     configure("2_sft", fails=7)
     in_file()
     first = log.read_text()
-    assert first == "$ python -m stand_in_step --config recipe/2_sft.yaml\nthe step's own message\n"
+    assert first == "$ python -m tests.helpers.stand_in_step --config recipe/2_sft.yaml\nthe step's own message\n"
     in_file()
     assert log.read_text() == first + first.splitlines()[0] + "\n"
     configure("2_sft", prints=1, fails=0)

@@ -7,12 +7,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from small_model import recipe_command, write_lines
 
 from pipeline import progress
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.runner.data_table import LONGEST_ROW, describe_data, shorten
+from tests.helpers.small_model import recipe_command, write_lines
 
 
 @pytest.fixture

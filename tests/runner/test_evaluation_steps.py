@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from small_model import ROOT
 from transformers import LlamaConfig
 
 from pipeline.__main__ import main
@@ -16,6 +15,7 @@ from pipeline.runner.due import Decision, find_changes
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
+from tests.helpers.small_model import ROOT
 
 FILES: dict[str, dict[str, Any]] = {
     "2_sft": {"dataset_name": "talk.jsonl", "model_name_or_path": "org/base", "max_length": 128},
@@ -169,10 +169,10 @@ def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
     with pytest.raises(SystemExit):
         main(["run", "recipe", "--dry-run"])
     assert "3_preferences: judge: nothing, for talk.jsonl: its prompts lack" in capsys.readouterr().err
-    (folder / "3_preferences.yaml").write_text(yaml.safe_dump({**values, "judge": "tests.evaluation.own_functions:x"}))
+    (folder / "3_preferences.yaml").write_text(yaml.safe_dump({**values, "judge": "tests.helpers.own_functions:x"}))
     with pytest.raises(SystemExit):
         main(["run", "recipe", "--dry-run"])
-    assert "3_preferences: judge: tests.evaluation.own_functions:x: " in capsys.readouterr().err
+    assert "3_preferences: judge: tests.helpers.own_functions:x: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("evaluate.yaml")), ids=lambda path: path.parent.name)

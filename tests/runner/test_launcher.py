@@ -38,7 +38,7 @@ def launch(*options: str, **settings: object) -> subprocess.Popen[str]:
         str(ROOT / "accelerate_config.yaml"),
     ]
     return subprocess.Popen(
-        [*launcher, *options, "-m", "stand_in_step", "--config", "step.yaml"],
+        [*launcher, *options, "-m", "tests.helpers.stand_in_step", "--config", "step.yaml"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,7 +57,7 @@ def test_a_broken_launch_file_is_reported_in_one_line(
     project: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     Path("launch.yaml").write_text(content)
-    assert main(["--config_file", "launch.yaml", "-m", "stand_in_step", "--config", "step.yaml"]) == 2
+    assert main(["--config_file", "launch.yaml", "-m", "tests.helpers.stand_in_step", "--config", "step.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("--config_file: launch.yaml: is not a launch file") and error.count("\n") == 1
 
@@ -122,7 +122,7 @@ def test_a_mistake_under_accelerate_launch_itself_ends_in_its_own_line_and_code(
 def test_a_launcher_of_other_programs_is_left_alone(project: Path) -> None:
     Path("step.yaml").write_text(yaml.safe_dump({"output_dir": "out", "fails": 2}))
     launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml")]
-    step = ["-m", "stand_in_step", "--config", "step.yaml"]
+    step = ["-m", "tests.helpers.stand_in_step", "--config", "step.yaml"]
     done = subprocess.run([*launcher, *step], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert "ChildFailedError" in done.stderr

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from small_model import ROOT, save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
 from pipeline.runner.launcher import machines
 from pipeline.runner.processes import run
+from tests.helpers.small_model import ROOT, save_tokenizer
 
 EACH = """
 import os, subprocess, sys

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import ROOT, save_model, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.__main__ import main
 from pipeline.runner.plan import START, TEXT_RATE
+from tests.helpers.small_model import ROOT, save_model, tokenizer
 
 
 def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_model import ROOT
 
 from pipeline.__main__ import main
 from pipeline.data import splits
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
+from tests.helpers.small_model import ROOT
 
 LATE = {
     "1_pretrain": {"block_size": 4096},

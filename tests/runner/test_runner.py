@@ -19,7 +19,7 @@ def test_every_step_runs_once_and_its_command_is_shown(run: Runner) -> None:
     assert code == 0
     assert times() == {"0_random": 1, "1_pretrain": 1, "2_sft": 1, "3_reward": 1, "data": 1}
     commands = [line for line in out.splitlines() if line.startswith("$ ")]
-    assert commands[2] == "$ python -m stand_in_step --config recipe/1_pretrain.yaml"
+    assert commands[2] == "$ python -m tests.helpers.stand_in_step --config recipe/1_pretrain.yaml"
     record = json.loads(Path("runs/r/run.json").read_text())
     assert record["steps"]["2_sft"]["seconds"] > 0
     assert record["recipe"] == "recipe"

@@ -96,7 +96,7 @@ def test_new_seeds_share_the_steps_before_a_step_with_the_run(run: Runner, folde
     _, out, _ = run("--seeds", "0", "2", "--from", "sft", "--dry-run")
     assert out.count("run 2_sft: has not run yet") == 1
     code, out, _ = run("--seeds", "0", "2", "--from", "sft")
-    assert code == 0 and out.count("$ python -m stand_in_step") == 2, (
+    assert code == 0 and out.count("$ python -m tests.helpers.stand_in_step") == 2, (
         "seed 2's sft and reward model; seed 0 is the run's own"
     )
     whole, own, same = (json.loads(Path("runs/r", name, "run.json").read_text()) for name in (".", "seed2", "seed0"))
@@ -133,7 +133,7 @@ def test_options_apply_to_every_seed(run: Runner) -> None:
     run("--seeds", "0", "1", "--output_dir", "x")
     for argv in (["--force", "sft"], ["--from", "sft"]):
         _, out, _ = run("--seeds", "0", "1", "--output_dir", "x", *argv)
-        assert out.count("2_sft: finished, but asked to run again") == 2 and "-m stand_in_step" in out
+        assert out.count("2_sft: finished, but asked to run again") == 2 and "-m tests.helpers.stand_in_step" in out
         assert times("x/seed1")["1_pretrain"] == 1
 
 

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_model import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipeline.__main__ import main
-from tests.forked import run_forked
+from tests.helpers.forked import run_forked
+from tests.helpers.small_model import ROOT
 
 SMOKE = ("run", "recipes/pocket", "--smoke", "--output_dir")
 MODELS = ("0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo")

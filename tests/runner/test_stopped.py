@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.stand_in_run import end, start
 from tests.runner.conftest import Runner, configure, status, times
-from tests.stand_in_run import end, start
 
 
 def wait_for(path: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
     launch = ["--config_file", str(ROOT / "accelerate_config.yaml"), *options, "-m", "stand_in"]
     launcher = "pipeline.runner.launcher"
     # Tests launch several processes as forks of a fork.
-    ranks = {"ranks": "tests.ranks"} if number > 1 else {}
+    ranks = {"ranks": "tests.helpers.ranks"} if number > 1 else {}
     found = {}
     with WarmProcess(os.environ) as process:
         for name, module in ({"new": launcher, "fork": launcher} | ranks).items():

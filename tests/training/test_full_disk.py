@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_model import equal, recipe_command, run_recipe, weights
 
 from pipeline.training.checkpoint_folders import newest_complete
-from tests.forked import Started
+from tests.helpers.forked import Started
+from tests.helpers.small_model import equal, recipe_command, run_recipe, weights
 
 SIZE = 16 << 20
 LEFT = 64 << 10

@@ -8,12 +8,12 @@ from unittest.mock import patch
 
 import pytest
 from datasets import Dataset
-from small_model import conversation, recipe_command, tokenizer, write_lines
 
 from pipeline import progress
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.data.tokenized import drop_long_prompts
+from tests.helpers.small_model import conversation, recipe_command, tokenizer, write_lines
 
 ROWS, TOO_LONG = 1500, 500
 LONG = "What is a cat? " * 20

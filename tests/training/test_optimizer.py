@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from small_model import tokenizer
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 from pipeline.models.kernels import muon
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.training.optimizer import MuonWithAdamW, OptimizerArguments, build_optimizer, optimizer_cls_and_kwargs
+from tests.helpers.small_model import tokenizer
 
 MUON = OptimizerArguments(use_muon=True, muon_learning_rate=0.03)
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_model import ROOT, run_recipe
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pipeline.errors import RunStopped
 from pipeline.training import callbacks, train
 from pipeline.training.callbacks import InterruptCallback
 from pipeline.training.reliable import Reliable
-from tests import sampling_recipes
+from tests.helpers import sampling_recipes
+from tests.helpers.small_model import ROOT, run_recipe
 
 REWARD = """
 import sys

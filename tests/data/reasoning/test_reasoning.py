@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from datasets import load_dataset
-from small_model import ROOT
 
 from pipeline.data.reasoning.build import ReasoningArguments, build
 from pipeline.data.reasoning.tasks import POOLS, Grade, read_tasks, to_row
 from pipeline.data.reasoning.worked import WORKED
 from pipeline.errors import UserError
 from pipeline.rewards.functions import reasoning_gym
+from tests.helpers.small_model import ROOT
 
 pytest.importorskip("reasoning_gym")
 

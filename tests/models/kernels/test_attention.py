@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import tokenizer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -25,6 +24,7 @@ from pipeline.models.kernels.attention import (
     choose_attention,
 )
 from pipeline.models.scratch import ScratchArguments, build_model
+from tests.helpers.small_model import tokenizer
 
 VARLEN_ATTN = "torch.nn.attention.varlen.varlen_attn"
 # Attention gets two whole blocks and a part of one.

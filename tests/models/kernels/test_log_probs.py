@@ -16,7 +16,7 @@ from pipeline.models.kernels.log_probs import token_log_probs
 from pipeline.models.kernels.token_trees import shares_beginnings
 from pipeline.rl.critic import token_values
 from pipeline.rl.value_model import value_model_from
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 SIZES: dict[str, Any] = {"vocab_size": 15, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}

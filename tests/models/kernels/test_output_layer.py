@@ -6,11 +6,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from small_model import conversation, save_model, tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.kernels import output_layer
 from pipeline.models.kernels.output_layer import project_labelled_positions
+from tests.helpers.small_model import conversation, save_model, tokenizer
 
 
 @pytest.fixture(scope="module")

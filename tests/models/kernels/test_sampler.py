@@ -4,7 +4,6 @@ import math
 from contextlib import contextmanager
 
 import pytest
-import small_model
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -13,6 +12,7 @@ from pipeline.evaluation import likelihood
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.kernels.sampler import GrowingLayer, overrides_generate, sample
 from pipeline.models.scratch import ScratchArguments, build_model
+from tests.helpers import small_model
 
 PROMPTS = [
     [{"role": "user", "content": content}]

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pipeline.models.kernels.sampler import sample, unsupported_settings
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 ROWS, LENGTH, END = 6000, 3, 2
 PROMPTS = [[5, 6, 7, 8, 5], [9], [10, 11]]

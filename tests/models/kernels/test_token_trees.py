@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from pipeline.models.kernels.token_trees import share_beginnings
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 LENGTHS = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
 MASK = (torch.arange(30) < LENGTHS[:, None]).long()

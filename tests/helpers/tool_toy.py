@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.models.tokenizer import RESPONSE_TEMPLATE, SPECIAL_TOKENS, TOOL_TOKENS
-from tests.small_model import tokenizer as small_tokenizer
+from tests.helpers.small_model import tokenizer as small_tokenizer
 
 WORDS = ["double", "nothing", "n=1", "n=2", "n=x", "1", "2", "4", "x", "yes", "no", "error"]
 VOCABULARY = [*SPECIAL_TOKENS, *TOOL_TOKENS, *WORDS]

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from small_model import save_tokenizer, tokenizer
 from transformers import AutoModelForCausalLM
+
+from tests.helpers.small_model import save_tokenizer, tokenizer
 
 
 def adapted(folder: Path) -> None:

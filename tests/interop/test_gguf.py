@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from small_model import TEXT, save_model, tokenizer, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from pipeline.models.gguf import is_own
 from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
+from tests.helpers.small_model import TEXT, save_model, tokenizer, weights
 
 HEADS, WIDTH = 2, 32
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceCla
 from pipeline.models.kernels.log_probs import token_log_probs
 from pipeline.models.kernels.sampler import sample
 from pipeline.rl.rewards import RewardModel
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 TOKENIZER = toy.tokenizer()
 END = TOKENIZER.eos_token_id

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from small_model import conversation, save_model, save_tokenizer, write_data
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pipeline.__main__ import main
-from tests.report.fake_run import write_run
+from tests.helpers.fake_run import write_run
+from tests.helpers.small_model import conversation, save_model, save_tokenizer, write_data
 
 TOKEN = "hf_aSecretOfTheUser"
 MODELS = ("0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo")

@@ -1,6 +1,6 @@
 """What `accelerate launch` does on several processes, in forks of one process, which has imported the libraries.
 
-`python -m tests.ranks` takes the arguments of `accelerate launch`, each of whose processes would import for seconds.
+`python -m tests.helpers.ranks` takes the arguments of `accelerate launch`; importing takes seconds a process.
 `tests/runner/test_warm.py` holds that these forks get the environment of those processes.
 """
 

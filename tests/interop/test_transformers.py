@@ -18,12 +18,12 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
-from small_model import conversation, run_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline.models.generation import encode_prompts, generate
 from pipeline.models.loading import load_model
 from pipeline.preferences.judges import score
+from tests.helpers.small_model import conversation, run_recipe
 
 TRANSFORMERS = (sys.executable, "-m", "transformers.cli.transformers")
 QUESTION = conversation("What is 3?", "")[:1]

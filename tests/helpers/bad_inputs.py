@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from small_model import conversation
+from tests.helpers.small_model import conversation
 
 
 @dataclass

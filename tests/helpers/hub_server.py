@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub.hub_routes import LARGE, ROUTES, Answer, Call, Commit, Refusal, Repo, Token, refuse
+from tests.helpers.hub_routes import LARGE, ROUTES, Answer, Call, Commit, Refusal, Repo, Token, refuse
 
 HANGS = 8.0
 """Seconds for which a request hangs."""

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_model import ROOT, recipe_command
 from transformers.integrations.integration_utils import rewrite_logs
 
-from tests import sampling_recipes
+from tests.helpers import sampling_recipes
+from tests.helpers.small_model import ROOT, recipe_command
 
 Curves = dict[str, dict[int, float]]
 """Name of a curve -> step -> value."""

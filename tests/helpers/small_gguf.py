@@ -20,7 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from pipeline.__main__ import main
 from pipeline.models import gguf
 from pipeline.models.tokenizer import pre_tokenizer
-from tests.small_model import TEXT
+from tests.helpers.small_model import TEXT
 
 SIZES = {
     "hidden_size": 64,

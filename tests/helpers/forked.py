@@ -20,8 +20,8 @@ import psutil
 from pipeline import safe_path
 from pipeline.runner.processes import DEFAULTS, WarmProcess, run
 
-ROOT = Path(__file__).parents[1]
-RANKS = ["-m", "tests.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
+ROOT = Path(__file__).parents[2]
+RANKS = ["-m", "tests.helpers.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
 """How a command begins that runs on several processes; their number comes next."""
 BEFORE = {**os.environ, "PYTHONPATH": str(ROOT)}
 """The environment as it is before any test changes it: libraries read it when they are imported."""
@@ -33,7 +33,7 @@ class _Shared(WarmProcess):
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
     ) -> bool:
-        elsewhere = [*command[:2], "tests.elsewhere", os.getcwd(), *command[2:]]
+        elsewhere = [*command[:2], "tests.helpers.elsewhere", os.getcwd(), *command[2:]]
         return super().fork(elsewhere, environment, descriptors, output)
 
 

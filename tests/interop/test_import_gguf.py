@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_gguf import DECODERS, import_gguf, train, write_gguf
-from small_model import TEXT, tokenizer, weights
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,6 +14,8 @@ from transformers import (
 from pipeline.__main__ import main
 from pipeline.models.import_gguf import ROPE_DIVISORS
 from pipeline.models.loading import load_model
+from tests.helpers.small_gguf import DECODERS, import_gguf, train, write_gguf
+from tests.helpers.small_model import TEXT, tokenizer, weights
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_cpp import TEXTS, llama_cpp
-from small_gguf import DECODERS, import_gguf, train, write_gguf
-from small_model import tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.models.import_gguf import PRE_TOKENIZERS
+from tests.helpers.llama_cpp import TEXTS, llama_cpp
+from tests.helpers.small_gguf import DECODERS, import_gguf, train, write_gguf
+from tests.helpers.small_model import tokenizer
 
 pytest.importorskip("xllamacpp")
 LENGTH = 16

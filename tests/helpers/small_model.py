@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import train_tokenizer
-from tests.forked import run_forked
+from tests.helpers.forked import run_forked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = "The cat sat on the mat. A dog is not a cat, and 12 is not 21. A token is a piece of text.\n"
 
 CHATML = (

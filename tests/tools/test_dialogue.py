@@ -24,7 +24,7 @@ from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.dialogue import Dialogue, converse, read_turn, result_tokens
 from pipeline.tools.functions import python
 from pipeline.tools.loading import Toolbox
-from tests import tool_toy as toy
+from tests.helpers import tool_toy as toy
 
 TOKENIZER = toy.tokenizer()
 END = TOKENIZER.eos_token_id

@@ -1,4 +1,7 @@
-"""Run a module in a directory: `python -m tests.elsewhere DIRECTORY MODULE ...`, in a fork of a warm process."""
+"""Run a module in a directory, in a fork of a warm process: `python -m tests.helpers.elsewhere DIRECTORY MODULE ...`.
+
+The libraries are imported once, before the fork.
+"""
 
 import os
 import runpy

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import ppo_toy as toy
-from tests.forked import RANKS, run_forked
+from tests.helpers import ppo_toy as toy
+from tests.helpers.forked import RANKS, run_forked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
@@ -47,7 +47,7 @@ def write_config(recipe: str, folder: Path, experts: bool = False, **changes: An
         "model_name_or_path": str(folder / "policy"),
         "dataset_name": str(folder / "prompts.jsonl"),
         "validation_share": 0.25,
-        "reward_funcs": ["tests.ppo_toy:share_of_red"],
+        "reward_funcs": ["tests.helpers.ppo_toy:share_of_red"],
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 2,

@@ -16,7 +16,7 @@ from transformers import (
 
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.rl.ppo import PPOConfig
-from tests.word_model import word_model_config, word_tokenizer
+from tests.helpers.word_model import word_model_config, word_tokenizer
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "yes", "no", "hello", "why"]
 

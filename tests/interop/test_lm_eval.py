@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_model
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
+from tests.helpers import small_model
 
 pytest.importorskip("lm_eval")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_model import tokenizer, weights
 from transformers import AutoConfig
 
 from pipeline.models.scratch import ScratchArguments, build_model
+from tests.helpers.small_model import tokenizer, weights
 
 ATTENTION = {"llama": r"[qkvo]_proj\.(weight|bias)", "qwen3": r"[qkvo]_proj\.weight|[qk]_norm\.weight"}
 WEIGHTS = {

@@ -11,8 +11,8 @@ from pipeline.config.untrusted import check_untrusted
 from pipeline.errors import Problem, UserError
 from pipeline.rl.arguments import GRPORewardArguments, PPORewardArguments
 from pipeline.tools.loading import ToolArguments, load_environment, load_tools
-from tests import small_model
-from tests import tool_toy as toy
+from tests.helpers import small_model
+from tests.helpers import tool_toy as toy
 
 OWN = '''
 def undocumented(x):

@@ -1,6 +1,6 @@
 """A stand-in for a training step in the tests of the runner, which does at once what its YAML file says.
 
-`python -m stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output folder.
+`python -m tests.helpers.stand_in_step --config FILE [--output_dir DIR] …` appends a line to `ran.txt` in its output.
 `fails: N` makes it exit with code N the first time; `waits: true` makes it wait for a signal, save for half a second,
 or for `saves` seconds, and end;
 `vanishes: true` makes it delete its output folder and end with code 0. `prints: N` makes it print N lines, and

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs
 import yaml
 
 if TYPE_CHECKING:
-    from tests.hub.hub_server import Hub
+    from tests.helpers.hub_server import Hub
 
 DATE = "2026-01-02T03:04:05.000Z"
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".parquet", ".model", ".gguf", ".msgpack", ".zip")

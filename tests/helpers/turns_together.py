@@ -1,7 +1,7 @@
 """Two processes that sample together, of which one calls tools more often: neither may wait for a turn of the other.
 
-`python -m tests.ranks ... -m tests.turns_together OUTPUT sharded` shards the weights by FSDP 2, which the recipes do on
-GPUs only; `asked` has all processes ask for each turn at once, as TRL does with a server of vLLM.
+`python -m tests.helpers.ranks ... -m tests.helpers.turns_together OUTPUT sharded` shards the weights by FSDP 2, which
+the recipes do on GPUs only; `asked` has all processes ask for each turn at once, as TRL does with a server of vLLM.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from trl import GRPOConfig
 
 from pipeline.rl.grpo import GRPOTrainer
-from tests import tool_toy as toy
+from tests.helpers import tool_toy as toy
 
 
 def main(output: str, how: str) -> None:

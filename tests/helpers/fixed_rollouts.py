@@ -1,4 +1,4 @@
-"""Run by `tests/recipes/test_sampling_recipes.py`: `python -m tests.fixed_rollouts RECIPE OPTIONS...`.
+"""Run by `tests/recipes/test_sampling_recipes.py`: `python -m tests.helpers.fixed_rollouts RECIPE OPTIONS...`.
 
 Runs a recipe, but with completions that depend only on the prompt and the step, and not on the process that samples
 them. With tools, that is true of each turn of a dialogue. The gradients of every step, before clipping, are saved as
@@ -16,7 +16,7 @@ import torch
 from pipeline.config.parser import parse
 from pipeline.models.kernels import token_trees
 from pipeline.rl import grpo, ppo
-from tests import ppo_toy as toy
+from tests.helpers import ppo_toy as toy
 
 TURNS = [
     "<|call|>double<|argument|>n=2<|end|>",
@@ -26,7 +26,7 @@ TURNS = [
     "yes<|end|>",
     "no<|end|>",
 ]
-"""What a policy that can call `tests.tool_toy.double` says: one call, two, one that fails, one cut off, two answers."""
+"""What a policy that can call `tool_toy.double` says: one call, two, one that fails, one cut off, two answers."""
 
 
 def fixed_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
