@@ -21,6 +21,15 @@ def argument_types(main: Callable[..., Any]) -> list[type]:
     return [hint for name, hint in get_type_hints(main).items() if name != "return" and isinstance(hint, type)]
 
 
+def samples_completions(config: object) -> bool:
+    """Return whether a trainer with this configuration samples completions, as GRPO, PPO and RLOO do.
+
+    `config` is an argument dataclass or an instance of one. TRL's configurations for sampling say how many completions
+    each prompt gets.
+    """
+    return hasattr(config, "num_generations")
+
+
 @cache
 def field_types(*dataclass_types: Any) -> Mapping[str, Any]:
     """Return the type of every field of argument dataclasses, by name."""

@@ -12,16 +12,6 @@ from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
 
-PHRASES = {
-    "bits_per_byte": "bits for each byte of unseen text",
-    "instruction_accuracy": "of unseen questions answered rightly",
-    "reward_accuracy": "of unseen choices predicted",
-    "environment_reward": "mean reward of the environment",
-    "win_rate": "of comparisons with {against} won",
-    "pass@1": "of unseen problems{lengths} solved",
-}
-"""Words that follow a figure to say what it is; other figures use their label."""
-
 
 def title(run: Run) -> str:
     """Return the report's name for the run: the recipe with the seed or, if unknown, the directory."""
@@ -94,7 +84,7 @@ def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[st
         "now": show(stage),
         # The previous stage's win rate is often its win rate against itself.
         "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
-        "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
+        "what": (info.phrase or info.label.lower()).format(against=run.against, lengths=measured),
         "lower": info.better == "down",
         "baselines": [f"{show(it)} ({run.baseline_title(it)})" for it in run.bars if aim in it.metrics],
     }

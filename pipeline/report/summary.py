@@ -42,7 +42,9 @@ def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) 
         "stages": stages,
         "baselines": {name: _to_json(one.metrics) | one.texts.get(name, {}) for name, one in run.baselines.items()},
         "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
-        "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
+        "metrics": {
+            name: {"label": info.label, "better": info.better, "data": info.data} for name, info in infos.items()
+        },
         "judge": run.judge,
         "left_out": {name: stage.left_out for name, stage in run.stages.items() if stage.left_out},
         "cut_off": {name: stage.cut_off for name, stage in run.stages.items() if stage.cut_off},

@@ -11,7 +11,7 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult, copies_in
 from pipeline.report.curves import logged
 from pipeline.report.differences import judge, paired
-from pipeline.report.load import EVALUATE, Run, main_aim, stage_info, stage_kind, stage_order
+from pipeline.report.load import EVALUATE, Run, main_aim, stage_info, stage_order
 from pipeline.report.text import counted, interval, number, signed
 from pipeline.stages import HELD_OUT, SMOKE
 
@@ -19,15 +19,6 @@ MAX_LOST = 0.1
 """Share of a data set's rows that may be cut, dropped or copies of training rows."""
 CHANCE = 0.5
 """Accuracy and win rate of a random guess."""
-REMEDIES = {
-    "pretrain": "train longer (max_steps), on more text, or raise learning_rate",
-    "sft": "train longer (max_steps, num_train_epochs), on more conversations, or raise learning_rate",
-    "ppo": "PPO is as good as its reward model: check that one first, then train longer (max_steps), raise "
-    "learning_rate or lower kl_coef",
-    "grpo": "train longer (max_steps), raise learning_rate or num_generations, or start from a stage that already "
-    "solves some of these problems",
-}
-"""What to do about a stage that misses its aim, by its kind."""
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -208,12 +199,9 @@ def _chance(stage: StageResult) -> Iterator[Finding]:
     accuracy = stage.metrics.get("reward_accuracy")
     if accuracy is None or accuracy.low is None or accuracy.low > CHANCE:
         return
-    what, remedy = "which chance alone may reach", "PPO would optimise noise: give it more pairs, or train it longer "
-    remedy += "(num_train_epochs, learning_rate)"
+    what, remedy = "which chance alone may reach", stage_info(stage).remedy
     if accuracy.high is not None and accuracy.high < CHANCE:
         what, remedy = "below chance", "chosen and rejected may be swapped"
-    elif stage_kind(stage) == "judge":
-        remedy = "the win rates that it judges are noise: give it more pairs, or train it longer (num_train_epochs)"
     shown = f"reward accuracy is {_shown('reward_accuracy', accuracy)}, {what}"
     yield Finding(stage.name, shown, accuracy.value, remedy)
 
@@ -248,7 +236,7 @@ def _training(run: Run, stage: StageResult) -> Iterator[Finding]:
         return
     info, now = metric_info(aim), stage.metrics[aim]
     label = info.label[:1].lower() + info.label[1:]
-    remedy = REMEDIES.get(stage_kind(stage), "train longer")
+    remedy = stage_info(stage).remedy
     gained, what = judgement.gained, judgement.what
     is_share_to_raise = info.share and info.better == "up"
     # An accuracy of 0 needs no comparison.
