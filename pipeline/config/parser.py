@@ -98,7 +98,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         set_seed(training.seed)
         setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
         settings = json.loads(json.dumps(requested, default=str))
-        setattr(training, output_directory.ASKED, {"settings": settings, "command": words})
+        setattr(training, output_directory.REQUESTED, {"settings": settings, "command": words})
     for item in built:
         targets = getattr(item, "lora_target_modules", None)
         # TRL turns a list of one name into a string, which PEFT reads as a pattern that must match whole names.
