@@ -118,7 +118,7 @@ STAGES: dict[str, StageKind] = {
             goes_in="nothing",
             trains="nothing yet",
             drawing="noise",
-            others=("base",),
+            other_kinds=("base",),
         ),
         card=Card(
             summary="A model that has learned nothing yet. It is what pretraining starts from, and what the other "
@@ -277,7 +277,7 @@ STAGES: dict[str, StageKind] = {
             drawing="score",
             section="prefer",
             place="gains",
-            others=("dpo", "kto"),
+            other_kinds=("dpo", "kto"),
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "

@@ -32,7 +32,7 @@ class Box:
         drawing: Name of the drawing in path.html.jinja, "" for none.
         section: Section of the page that it links to.
         place: Part of the report that it links to.
-        others: Other kinds that the box stands for if the run has no stage of its own kind.
+        other_kinds: Kinds that the box stands for if the run has no stage of its own kind.
     """
 
     about: str
@@ -42,7 +42,7 @@ class Box:
     drawing: str = ""
     section: str = "compare"
     place: str = "answers"
-    others: tuple[str, ...] = ()
+    other_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
