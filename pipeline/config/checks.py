@@ -46,14 +46,14 @@ def for_each_name(table: Mapping[str, Any]) -> dict[str, Any]:
 RANGES: dict[str, Range] = for_each_name(
     {
         "max_train_samples max_eval_samples max_prompts max_eval_prompts max_validation_prompts limit samples lora_r "
-        "pairs_per_prompt save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb "
+        "pairs_per_prompt save_total_limit eval_accumulation_steps ddp_bucket_cap_mb "
         "max_completion_length max_new_tokens ref_model_sync_steps vllm_tensor_parallel_size vllm_max_model_length "
         "intermediate_size_mlp interleave_moe_layer_step no_rope_layer_interval attention_chunk_size": _at_least(1),
         "block_size max_length samples_per_prompt": _at_least(2),
         "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
         "local_rank": _at_least(-1),
         "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
-        "rope_theta initializer_range lora_alpha num_train_epochs logging_steps eval_steps save_steps epsilon delta "
+        "rope_theta initializer_range lora_alpha num_train_epochs eval_steps save_steps epsilon delta "
         "neftune_noise_alpha epsilon_high cliprange cliprange_value sapo_temperature_neg sapo_temperature_pos "
         "vllm_server_timeout": _above(0),
         "adam_epsilon top_p top_entropy_quantile vllm_gpu_memory_utilization": _above(0, 1),
