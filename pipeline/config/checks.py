@@ -194,9 +194,9 @@ def check_text(values: Mapping[str, Any], hints: Mapping[str, Any], samples: boo
 def check_supported(values: Mapping[str, Any]) -> list[Problem]:
     """Return the options that this machine, the recipes, accelerate or torch do not support."""
     problems = _check_precision(values)
-    for name, value in (("use_cpu", False), ("activation_offloading", True)):
-        if values.get(name) is value and hardware.accelerator() is None:
-            problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
+    for name, setting in (("use_cpu", False), ("activation_offloading", True)):
+        if values.get(name) is setting and hardware.accelerator() is None:
+            problems.append(Problem(name, setting, "needs an accelerator, and this machine has only a CPU; omit it"))
     for name, reason in UNSUPPORTED.items():
         if values.get(name):
             problems.append(Problem(name, values[name], f"{reason}; omit it"))
@@ -205,7 +205,12 @@ def check_supported(values: Mapping[str, Any]) -> list[Problem]:
     if backend.lower() not in backends:
         problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(backends)}"))
 
-    # Try the options that would otherwise be rejected without naming a field, or only in training.
+    return problems + _try_options(values)
+
+
+def _try_options(values: Mapping[str, Any]) -> list[Problem]:
+    """Try the options that would otherwise be rejected without naming a field, or only in training."""
+    problems = []
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
         value = values.get(name)
         try:

@@ -231,13 +231,13 @@ def lengths(run: Run) -> dict[str, Any]:
     estimates = {name: by_length(stage) for name, stage in run.stages.items()}
     names = [name for name in estimates if estimates[name]][-2:]
     columns = sorted({length for name in names for length in estimates[name]}, key=int)
-    rows = [{"stage": name, "estimates": [estimates[name].get(length) for length in columns]} for name in names]
-    longer = [run.stages[name].metrics.get("pass@1_longer") for name in names]
-    if any(longer):
+    cells = {name: [estimates[name].get(length) for length in columns] for name in names}
+    longer = {name: run.stages[name].metrics.get("pass@1_longer") for name in names}
+    if any(longer.values()):
         columns.append("longer")
-        for row, estimate in zip(rows, longer, strict=True):
-            row["estimates"].append(estimate)
-    return {"columns": columns, "rows": rows}
+        for name in names:
+            cells[name].append(longer[name])
+    return {"columns": columns, "rows": [{"stage": name, "estimates": cells[name]} for name in names]}
 
 
 def experts(run: Run) -> dict[str, Any]:
