@@ -345,7 +345,7 @@ def test_only_settings_that_affect_the_weights_must_stay_the_same(tmp_path: Path
         setattr(args, output_directory.RESOLVED, output_directory.to_record([args]))
         return args
 
-    output_directory.claim(arguments(hub_token="hf_secret"))
+    output_directory.record_arguments(arguments(hub_token="hf_secret"))
     assert "hf_secret" not in (tmp_path / output_directory.RECORD).read_text()
     assert output_directory.check_output_directory([arguments()]) == []
     assert (

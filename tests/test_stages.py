@@ -1,19 +1,25 @@
 """A stage in one place: an invented kind is one entry of the table and one recipe, and all who need it find it."""
 
+import ast
 import json
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from pipeline.__main__ import main
 from pipeline.evaluation.evaluate_yaml import recorded
+from pipeline.evaluation.metric_info import METRICS, MetricInfo
 from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
 from pipeline.report.page import render
-from pipeline.report.path_picture import path_boxes
+from pipeline.report.path_picture import headline, path_boxes
 from pipeline.runner.recipe import read_plan
 from pipeline.stages import STAGES
 from pipeline.stages.kinds import Box, Card, LoggedChart, StageKind
@@ -119,6 +125,54 @@ def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:
 
     card = model_card(Trained(run / "5_distil", "distil", "me/distil"))
     assert "**Stage 5, distillation.** A small chat model." in card and "- distil" in card
+
+
+def test_an_invented_metric_is_one_entry_of_a_table(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = MetricInfo(
+        "Politeness", "held-out instructions, answered politely", "instructions", phrase="of answers polite"
+    )
+    monkeypatch.setitem(METRICS, "politeness", info)
+    monkeypatch.setitem(STAGES, "distil", replace(DISTIL, aims=("politeness",)))
+    run = write_run(recipe.parent / "runs/r")
+    for path in (run / "evaluations").glob("4_grpo.*"):
+        text = path.read_text().replace("4_grpo", "5_distil").replace('"stop_rate"', '"politeness"')
+        path.with_stem("5_distil").write_text(text)
+    assert main(["report", str(run)]) == 0
+
+    text = (run / "report" / "report.md").read_text()
+    assert "| Politeness " in text and "held-out instructions, answered politely" in text
+    assert headline(load_run(run)).endswith("100% of answers polite.")
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    data = {"instructions": {"dataset_name": "me/questions"}}
+    card = model_card(Trained(run / "5_distil", "distil", "me/distil", metrics=metrics, measured_on=data))
+    (result,) = [result for result in ModelCard(card).data.eval_results if result.metric_type == "politeness"]
+    assert (result.metric_name, result.dataset_type) == ("Politeness", "me/questions")
+
+
+def tables(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Return the line and the keys of each dictionary that a file writes down with two or more texts as keys."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        keys: list[Any] = []
+        if isinstance(node, ast.Dict):
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "dict":
+            keys = [keyword.arg for keyword in node.keywords]
+        if len(keys) > 1:
+            yield node.lineno, keys
+
+
+def test_no_other_table_has_kinds_of_stages_or_metrics_as_keys() -> None:
+    """Words about a kind of stage are fields of `StageKind`, and words about a metric are fields of `MetricInfo`."""
+    found = []
+    for path in (ROOT / "pipeline").rglob("*.py"):
+        package = path.relative_to(ROOT / "pipeline").parts[0]
+        for line, keys in tables(path):
+            # What measures metrics may return them by name.
+            if (package != "stages" and set(keys) <= set(STAGES)) or (
+                package != "evaluation" and set(keys) <= set(METRICS)
+            ):
+                found.append(f"{path}:{line}: {keys}")
+    assert not found
 
 
 def test_one_file_names_the_title_of_a_stage() -> None:

@@ -26,11 +26,12 @@ from pipeline.app.prompts import things_to_ask, what_may_be_asked
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.differences import differences
 from pipeline.report.load import load_run
-from pipeline.report.page import contents, render
+from pipeline.report.page import page_content, render
 from pipeline.report.path_picture import headline, path_boxes, title
+from pipeline.report.summary import summarise
 from pipeline.report.targets import is_pocket, load_targets
 from pipeline.report.text import visible
-from pipeline.report.verdict import shown
+from pipeline.report.verdict import find_failures, verdict_content
 from pipeline.stages import STAGES
 
 LARGEST_REQUEST = 1 << 20
@@ -155,7 +156,7 @@ def build_app(site: Site) -> ASGIApp:
         page = TEMPLATES.get_template("page.html.jinja").render(
             title=visible(title(run)),
             headline=visible(headline(run)),
-            verdict=Markup(render("verdict.html.jinja", shown(run))),
+            verdict=Markup(render("verdict.html.jinja", verdict_content(run, find_failures(run)))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
             about=visible(what_may_be_asked(site.run), limit=2000),
             things=things_to_ask(site.run),
@@ -169,7 +170,9 @@ def build_app(site: Site) -> ASGIApp:
     @app.get("/report")
     def report() -> HTMLResponse:
         run = load_run(site.run)
-        _, content = contents(run, differences(run), load_targets() if is_pocket(run) else [])
+        changes = differences(run)
+        summary = summarise(run, changes, load_targets() if is_pocket(run) else [])
+        content = page_content(run, summary, changes)
         return HTMLResponse(render("report.html.jinja", content), headers={"Content-Security-Policy": REPORT_POLICY})
 
     @app.post("/prompts")

@@ -46,14 +46,14 @@ def for_each_name(table: Mapping[str, Any]) -> dict[str, Any]:
 RANGES: dict[str, Range] = for_each_name(
     {
         "max_train_samples max_eval_samples max_prompts max_eval_prompts max_validation_prompts limit samples lora_r "
-        "pairs_per_prompt save_total_limit eval_accumulation_steps torch_empty_cache_steps ddp_bucket_cap_mb "
+        "pairs_per_prompt save_total_limit eval_accumulation_steps ddp_bucket_cap_mb "
         "max_completion_length max_new_tokens ref_model_sync_steps vllm_tensor_parallel_size vllm_max_model_length "
         "intermediate_size_mlp interleave_moe_layer_step no_rope_layer_interval attention_chunk_size": _at_least(1),
         "block_size max_length samples_per_prompt": _at_least(2),
         "adam_beta1 adam_beta2 label_smoothing_factor lora_dropout min_p": _at_least(0, 1),
         "local_rank": _at_least(-1),
         "max_steps": (lambda value: value == -1 or 1 <= value < LARGEST, "must be at least 1, or -1 for no limit"),
-        "rope_theta initializer_range lora_alpha num_train_epochs logging_steps eval_steps save_steps epsilon delta "
+        "rope_theta initializer_range lora_alpha num_train_epochs eval_steps save_steps epsilon delta "
         "neftune_noise_alpha epsilon_high cliprange cliprange_value sapo_temperature_neg sapo_temperature_pos "
         "vllm_server_timeout": _above(0),
         "adam_epsilon top_p top_entropy_quantile vllm_gpu_memory_utilization": _above(0, 1),
@@ -150,7 +150,7 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     """Return the numbers that are out of range. Other types, and most values of None, are left to the dataclass."""
     problems = []
     # The field's type allows null, but TRL fails with it.
-    if values.get("num_generations", "") is None:
+    if "num_generations" in values and values["num_generations"] is None:
         problems.append(Problem("num_generations", "null", "must be set"))
     for name, value in values.items():
         numbers = [item for item in as_list(value) if isinstance(item, int | float) and not isinstance(item, bool)]
@@ -160,22 +160,28 @@ def check_ranges(values: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: bool) -> list[Problem]:
-    """Return strings that are empty, not among the choices, or given for a mapping; `hints` has the field types."""
+def check_text(values: Mapping[str, Any], hints: Mapping[str, Any], samples: bool) -> list[Problem]:
+    """Return strings that are empty, not among the choices, or no mapping where one is needed.
+
+    Args:
+        values: Values of fields.
+        hints: Types of these fields.
+        samples: Whether the fields are those of a trainer that samples, whose choices differ.
+    """
     problems = []
-    choices = {**CHOICES, **(ROLLOUT_CHOICES if rollouts else {})}
-    for name, value in asked.items():
+    choices = CHOICES | ROLLOUT_CHOICES if samples else CHOICES
+    for name, value in values.items():
         texts = [item for item in as_list(value) if isinstance(item, str)]
         if any("\0" in text for text in texts):
             problems.append(Problem(name, repr(value), "contains a NUL character; remove it"))
         elif "" in texts and name not in ("debug", "system_prompt"):
             problems.append(Problem(name, repr(value), "is empty; give a value, or null for none"))
-        elif rollouts and name == "loss_type" and "gspo" in texts:
+        elif samples and name == "loss_type" and "gspo" in texts:
             remedy = "is no loss of its own: set importance_sampling_level: sequence, with loss_type: grpo"
             problems.append(Problem(name, value, remedy))
         elif name in choices and any(text not in choices[name] for text in texts):
             problems.append(Problem(name, value, f"must be one of {', '.join(choices[name])}"))
-        # The libraries take the path of a JSON file for some mappings, but not for keyword arguments.
+        # The libraries accept the path of a JSON file for some mappings, but not for keyword arguments.
         elif texts and "dict" in str(hints[name]) and (name.endswith("_kwargs") or value.startswith("{")):
             try:
                 if not isinstance(json.loads(value), dict):
@@ -185,31 +191,28 @@ def check_text(asked: Mapping[str, Any], hints: Mapping[str, Any], rollouts: boo
     return problems
 
 
-def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
-    """Return the given options that this machine, the recipes, accelerate or torch do not support."""
-    problems = []
-    best = hardware.precision()
-    for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "dtype", "frozen_dtype"):
-        value = asked.get(name)
-        dtype = {"bfloat16": "bf16", "float16": "fp16"}.get(str(value)) if "dtype" in name else value and name[:4]
-        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
-        cast = name == "frozen_dtype" and asked.get("fp16", best.value == "fp16")
-        if dtype and not cast and not hardware.supports(dtype):
-            remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
-            problems.append(Problem(name, value, remedy))
-    if asked.get("bf16") and asked.get("fp16"):
-        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
-    for name, value in (("use_cpu", False), ("activation_offloading", True)):
-        if asked.get(name) is value and hardware.accelerator() is None:
-            problems.append(Problem(name, value, "needs an accelerator, and this machine has only a CPU; omit it"))
-    problems += [Problem(name, asked[name], f"{why}; omit it") for name, why in UNSUPPORTED.items() if asked.get(name)]
-    backend, known = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), CHOICES["torch_compile_backend"]
-    if backend.lower() not in known:
-        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(known)}"))
+def check_supported(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the options that this machine, the recipes, accelerate or torch do not support."""
+    problems = _check_precision(values)
+    for name, setting in (("use_cpu", False), ("activation_offloading", True)):
+        if values.get(name) is setting and hardware.accelerator() is None:
+            problems.append(Problem(name, setting, "needs an accelerator, and this machine has only a CPU; omit it"))
+    for name, reason in UNSUPPORTED.items():
+        if values.get(name):
+            problems.append(Problem(name, values[name], f"{reason}; omit it"))
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    backends = CHOICES["torch_compile_backend"]
+    if backend.lower() not in backends:
+        problems.append(Problem("ACCELERATE_DYNAMO_BACKEND", backend, f"must be one of {', '.join(backends)}"))
 
-    # Try the options that would otherwise be refused without naming a field, or only in training.
+    return problems + _try_options(values)
+
+
+def _try_options(values: Mapping[str, Any]) -> list[Problem]:
+    """Try the options that would otherwise be rejected without naming a field, or only in training."""
+    problems = []
     for name in ("accelerator_config", "gradient_checkpointing_kwargs"):
-        value = asked.get(name)
+        value = values.get(name)
         try:
             # transformers itself reads the path of a file, and says what is wrong.
             options = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
@@ -222,83 +225,165 @@ def check_supported(asked: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def check_unused(given: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
+def _check_precision(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the fields that ask for half precision which this machine lacks, or for two kinds of it."""
+    problems = []
+    best = hardware.precision()
+    for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "dtype", "frozen_dtype"):
+        value = values.get(name)
+        if name.endswith("dtype"):
+            precision = {"bfloat16": "bf16", "float16": "fp16"}.get(str(value))
+        else:
+            precision = name[:4] if value else None
+        # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
+        is_cast = name == "frozen_dtype" and values.get("fp16", best.value == "fp16")
+        if precision is not None and not is_cast and not hardware.supports(precision):
+            remedy = f"not supported on this machine; omit it to use {best.value} ({best.reason})"
+            problems.append(Problem(name, value, remedy))
+    if values.get("bf16") and values.get("fp16"):
+        problems.append(Problem("bf16", True, "excludes fp16; choose one"))
+    return problems
+
+
+def check_unused(values: Mapping[str, Any], kind: type, unused: Mapping[str, str]) -> list[Problem]:
     """Return the fields of a dataclass with a non-default value that has no effect, and the reason from `unused`."""
     problems = []
     for item in dataclasses.fields(kind):
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        if item.name in unused and given.get(item.name, default) != default:
-            problems.append(Problem(item.name, given[item.name], f"has no effect: {unused[item.name]}; omit it"))
+        if item.name in unused and values.get(item.name, default) != default:
+            problems.append(Problem(item.name, values[item.name], f"has no effect: {unused[item.name]}; omit it"))
     return problems
 
 
 def check_together(
-    arguments: Iterable[Any], reported: Collection[str], on_command_line: Collection[str]
+    arguments: Iterable[Any], rejected: Collection[str], on_command_line: Collection[str]
 ) -> list[Problem]:
-    """Return fields that contradict each other or the files that they name; `reported` ones were omitted as invalid."""
-    # No default may be reported: the defaults of every recipe pass these checks, and fields that it lacks are None.
-    arguments = list(arguments)
-    values = {name: getattr(item, name) for item in arguments for name in vars(item)}
-    get = values.get
-    problems: list[Problem] = []
+    """Return fields that contradict each other or the files that they name.
 
-    def refuse(field: str, remedy: str) -> None:
-        if field not in reported:
-            problems.append(Problem(field, getattr(get(field), "value", get(field)), remedy))
+    Args:
+        arguments: The argument dataclasses of a recipe. Their defaults pass these checks.
+        rejected: Fields that were omitted as invalid, and are not reported again.
+        on_command_line: Fields that the user gave on the command line. A file's fields are not reported only because
+            the command line turns off what they belong to.
+    """
+    fields = _Fields(list(arguments), rejected, on_command_line)
+    _check_steps(fields)
+    _check_switches(fields)
+    _check_optimizer(fields)
+    _check_evaluation(fields)
+    _check_rows(fields)
+    _check_checkpoint(fields)
+    return fields.problems
 
-    steps = get("max_steps", 0)
-    if get("dataset_streaming") and get("max_steps", 1) <= 0:
-        refuse("max_steps", "must be given: a stream has no length")
-    never = {
+
+class _Fields:
+    """All fields of a recipe's argument dataclasses, and what is wrong with them together."""
+
+    def __init__(self, arguments: list[Any], rejected: Collection[str], on_command_line: Collection[str]) -> None:
+        self.values = {name: getattr(item, name) for item in arguments for name in vars(item)}
+        self.defaults = {name: getattr(type(item), name, None) for item in arguments for name in vars(item)}
+        self.rejected = rejected
+        self.on_command_line = on_command_line
+        self.problems: list[Problem] = []
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a field, or the default if the recipe does not have the field."""
+        return self.values.get(name, default)
+
+    def reject(self, name: str, remedy: str) -> None:
+        """Report a field, unless it was reported before."""
+        if name not in self.rejected:
+            value = self.get(name)
+            # Members of an enumeration are shown as users write them.
+            self.problems.append(Problem(name, getattr(value, "value", value), remedy))
+
+
+def _check_steps(fields: _Fields) -> None:
+    """Report a stream without a number of steps, and warm-ups that are longer than training."""
+    steps = fields.get("max_steps", 0)
+    if fields.get("dataset_streaming") and fields.get("max_steps", 1) <= 0:
+        fields.reject("max_steps", "must be given: a stream has no length")
+    results = {
         "warmup_steps": "the learning rate would never be reached",
         "value_warmup_steps": "the policy would never be trained",
     }
-    for field, result in never.items():
+    for name, result in results.items():
         # For a trial run with `--max_steps 2`, the file's warm-up need not be lowered as well.
-        is_trial = "max_steps" in on_command_line and field not in on_command_line
-        if get(field, 0) > steps > 0 and not is_trial:
-            refuse(field, f"is more than max_steps ({steps}), and {result}; lower it")
-    defaults = {name: getattr(type(item), name, None) for item in arguments for name in vars(item)}
-    for field, (switch, on) in SWITCHES.items():
+        is_trial = "max_steps" in fields.on_command_line and name not in fields.on_command_line
+        if fields.get(name, 0) > steps > 0 and not is_trial:
+            fields.reject(name, f"is more than max_steps ({steps}), and {result}; lower it")
+
+
+def _check_switches(fields: _Fields) -> None:
+    """Report fields that have no effect, because the field that turns them on does not."""
+    for name, (switch, on) in SWITCHES.items():
+        is_set = fields.get(name) != fields.defaults.get(name)
         # With `--use_peft false`, the file's LoRA options need not be removed as well.
-        excused = (switch in on_command_line and field not in on_command_line) or switch in reported
-        if get(field) != defaults.get(field) and get(switch) != on and not excused:
-            refuse(field, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")
+        is_excused = switch in fields.on_command_line and name not in fields.on_command_line
+        if is_set and fields.get(switch) != on and not is_excused and switch not in fields.rejected:
+            fields.reject(name, f"has no effect unless {switch} is {str(on).lower()}; set that, or omit it")
 
-    # Muon updates the matrices inside the blocks and AdamW everything else, each with its own rate.
-    if own := [name for name in ("use_muon", "embedding_learning_rate") if get(name)]:
-        for field in ("optim", "optim_args", "optim_target_modules"):
-            if get(field) and get(field) not in ("adamw_torch", "adamw_torch_fused"):
-                refuse(field, f"has no effect with {' and '.join(own)}, which come with AdamW; omit one of them")
-    if get("use_muon") and (get("deepspeed") or launch.is_asked("DeepSpeed")):
-        refuse("use_muon", "needs matrices, and DeepSpeed's optimizers get flat tensors; omit it, or use fsdp2.yaml")
-    layers = f"{get('lora_target_modules')} {get('lora_modules_to_save')}"
-    if get("use_peft") and "embed" not in layers and "lm_head" not in layers:
-        for field in own:
-            unset = "false" if get(field) is True else "null"
-            refuse(field, f"LoRA does not train embeddings; omit it, or set it to {unset}")
 
-    if get("label_names") not in (None, ["labels"]):
-        refuse("label_names", "rows have their labels in `labels`; omit it")
-    for field in ("eval_on_start", "do_eval"):
-        if get(field) and get("eval_strategy") == "no":
-            refuse(field, "needs an eval_strategy other than no; omit it")
-    if get("save_strategy") == "best" and not get("metric_for_best_model"):
-        refuse("save_strategy", "needs metric_for_best_model to compare checkpoints; set that, or choose another one")
-    if get("packing") and get("max_length", 0) is None:
-        refuse("max_length", "must be given with packing, whose rows are of that length")
-    if get("padding_free") and not get("packing") and get("max_length") is not None:
-        refuse("padding_free", "does not cut rows at max_length; set packing to true, or max_length to null")
+def _check_optimizer(fields: _Fields) -> None:
+    """Report what does not fit Muon, which updates the matrices inside the blocks, and AdamW for everything else."""
+    options = [name for name in ("use_muon", "embedding_learning_rate") if fields.get(name)]
+    if options:
+        for name in ("optim", "optim_args", "optim_target_modules"):
+            if fields.get(name) and fields.get(name) not in ("adamw_torch", "adamw_torch_fused"):
+                remedy = f"has no effect with {' and '.join(options)}, which come with AdamW; omit one of them"
+                fields.reject(name, remedy)
+    if fields.get("use_muon") and (fields.get("deepspeed") or launch.is_asked("DeepSpeed")):
+        fields.reject(
+            "use_muon", "needs matrices, and DeepSpeed's optimizers get flat tensors; omit it, or use fsdp2.yaml"
+        )
+    layers = f"{fields.get('lora_target_modules')} {fields.get('lora_modules_to_save')}"
+    if fields.get("use_peft") and "embed" not in layers and "lm_head" not in layers:
+        for name in options:
+            unset = "false" if fields.get(name) is True else "null"
+            fields.reject(name, f"LoRA does not train embeddings; omit it, or set it to {unset}")
+
+
+def _check_evaluation(fields: _Fields) -> None:
+    """Report options of evaluations and of the choice of a checkpoint that would never be used."""
+    if fields.get("label_names") not in (None, ["labels"]):
+        fields.reject("label_names", "rows have their labels in `labels`; omit it")
+    for name in ("eval_on_start", "do_eval"):
+        if fields.get(name) and fields.get("eval_strategy") == "no":
+            fields.reject(name, "needs an eval_strategy other than no; omit it")
+    if fields.get("save_strategy") == "best" and not fields.get("metric_for_best_model"):
+        fields.reject(
+            "save_strategy", "needs metric_for_best_model to compare checkpoints; set that, or choose another one"
+        )
+
+
+def _check_rows(fields: _Fields) -> None:
+    """Report options of the rows, their batches and their loss that contradict each other."""
+    if fields.get("packing") and fields.get("max_length", 0) is None:
+        fields.reject("max_length", "must be given with packing, whose rows are of that length")
+    if fields.get("padding_free") and not fields.get("packing") and fields.get("max_length") is not None:
+        fields.reject("padding_free", "does not cut rows at max_length; set packing to true, or max_length to null")
     # Some losses ignore the trainer's smoothing: all of reward models and preferences, and some of TRL's SFT.
-    if get("label_smoothing_factor") and ("center_rewards_coefficient" in values or get("loss_type", "nll") != "nll"):
-        refuse("label_smoothing_factor", "has no effect on this loss (DPO has label_smoothing); omit it")
-    if get("dataloader_persistent_workers") and not get("dataloader_num_workers"):
-        refuse("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
+    ignores_smoothing = "center_rewards_coefficient" in fields.values or fields.get("loss_type", "nll") != "nll"
+    if fields.get("label_smoothing_factor") and ignores_smoothing:
+        fields.reject("label_smoothing_factor", "has no effect on this loss (DPO has label_smoothing); omit it")
+    if fields.get("dataloader_persistent_workers") and not fields.get("dataloader_num_workers"):
+        fields.reject("dataloader_persistent_workers", "needs dataloader_num_workers; omit it")
 
-    path = Path(name := str(get("resume_from_checkpoint") or ""))
-    on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
-    if name and not on_hub and "global_step" not in read_json(path / STATE):
-        fault = "is not a directory" if not path.is_dir() else "is not a checkpoint"
-        fault = "is damaged" if (path / STATE).is_file() else fault
-        refuse("resume_from_checkpoint", f"{fault}; omit it to resume from the latest complete checkpoint")
-    return problems
+
+def _check_checkpoint(fields: _Fields) -> None:
+    """Report a checkpoint to resume from that is missing or damaged; one on the Hub is left to the trainer."""
+    name = str(fields.get("resume_from_checkpoint") or "")
+    if not name:
+        return
+    path = Path(name)
+    is_on_hub = "/" in name and not path.exists() and not is_missing_path(split_revision(name)[0])
+    if is_on_hub or "global_step" in read_json(path / STATE):
+        return
+    if (path / STATE).is_file():
+        fault = "is damaged"
+    elif path.is_dir():
+        fault = "is not a checkpoint"
+    else:
+        fault = "is not a directory"
+    remedy = f"{fault}; omit it to resume from the latest complete checkpoint"
+    fields.reject("resume_from_checkpoint", remedy)

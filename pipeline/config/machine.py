@@ -21,12 +21,11 @@ def describe_machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
     # The driver names the GPUs, such as "2 x NVIDIA H100"; importing torch would take seconds.
     texts = [file.read_text("utf-8") for file in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    if names := Counter(re.findall(r"^Model:\s*(.*\S)", "\n".join(texts), re.MULTILINE)):
-        facts["gpu"] = ", ".join(f"{count} x {name}" for name, count in sorted(names.items()))
+    gpus = Counter(re.findall(r"^Model:\s*(.*\S)", "\n".join(texts), re.MULTILINE))
+    if gpus:
+        facts["gpu"] = ", ".join(f"{count} x {name}" for name, count in sorted(gpus.items()))
     facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = Path("/proc/cpuinfo")
-    models = re.search(r"^model name\s*: *(.*)", cpu.read_text("utf-8") if cpu.exists() else "", re.MULTILINE)
-    facts["processor"] = models[1] if models else platform.processor()
+    facts["processor"] = _processor()
     facts["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
 
     versions = {"python": platform.python_version()}
@@ -37,6 +36,16 @@ def describe_machine() -> dict[str, Any]:
     is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if is_tracked else None
     return {"hardware": facts, "versions": versions, "commit": commit}
+
+
+def _processor() -> str:
+    """Return the name of the processor, such as "AMD EPYC 7B13"; outside of Linux, what Python knows about it."""
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        match = re.search(r"^model name\s*: *(.*)", file.read_text("utf-8"), re.MULTILINE)
+        if match:
+            return match[1]
+    return platform.processor()
 
 
 def _git(*arguments: str) -> str | None:

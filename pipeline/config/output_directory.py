@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ RECORD = "arguments.json"
 RESOLVED = "resolved_arguments"
 """Attribute of the training arguments that keeps the record until training starts: trainers change their arguments."""
 
-ASKED = "asked_arguments"
+REQUESTED = "requested_arguments"
 """Attribute of the training arguments that keeps what the user gave, `settings` by field and the `command` line."""
 
 WRITTEN = (
@@ -34,53 +34,81 @@ WRITTEN = (
 def recorded_template(model: str) -> dict[str, Any]:
     """Return the `chat_template_kwargs` that the model in a folder was trained with, or {}."""
     folder = Path(model).absolute()
-    # A checkpoint shares the record of its run.
-    folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
-    given = read_json(folder / RECORD).get("chat_template_kwargs")
-    return given if isinstance(given, dict) else {}
+    if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        # A checkpoint shares the record of its run.
+        folder = folder.parent
+    options = read_json(folder / RECORD).get("chat_template_kwargs")
+    return options if isinstance(options, dict) else {}
 
 
 def check_output_directory(arguments: Iterable[Any], machine: Collection[str] = ()) -> list[Problem]:
     """Check, before anything is written, that the run may write to its output directory.
 
-    The directory must be writable, not be read by the run, and not belong to another run. Nothing is checked without
-    `TrainingArguments`. A run may be resumed on another machine, so the fields `machine` may differ.
+    The directory must be writable, not be read by the run, and not belong to another run.
+
+    Args:
+        arguments: The run's argument dataclasses. Without `TrainingArguments` among them, nothing is checked.
+        machine: Fields that the machine decided, which may differ: a run may be resumed on another machine.
+
+    Returns:
+        A list of the problem, or an empty one.
     """
     items = list(arguments)
     output_dir = next((item.output_dir for item in items if isinstance(item, TrainingArguments)), None)
     if output_dir is None:
         return []
-    path, present = Path(output_dir), to_record(items)
-    if problem := check_directory(path):
+    path = Path(output_dir)
+    problem = check_directory(path)
+    if problem:
         return [problem]
-    real, record, remedy = path.resolve(), path / RECORD, None
-    if real == Path(real.anchor):
-        remedy = "is the root of the file system; choose another directory"
+    values = to_record(items)
+    remedy = _conflict_with_inputs(path.resolve(), values)
+    if remedy is None:
+        remedy = _conflict_with_content(path, values, machine)
+    if remedy is None:
+        return []
+    return [Problem("output_dir", output_dir, remedy)]
+
+
+def _conflict_with_inputs(path: Path, values: Mapping[str, Any]) -> str | None:
+    """Return why a run with the arguments `values` must not write to a resolved path, or None."""
+    if path == Path(path.anchor):
+        return "is the root of the file system; choose another directory"
     for name in READ:
-        for other in map(Path, map(str, filter(None, as_list(present.get(name))))):
-            if os.path.exists(other) and other.resolve() == real:
-                remedy = f"is the value of {name} too, and would be overwritten; choose another directory"
-            elif name == "dataset_name" and os.path.isdir(other) and real.is_relative_to(other.resolve()):
-                remedy = "lies inside dataset_name, and would be read as data; choose another directory"
-    if remedy is None and record.exists():
-        try:
-            earlier = dict(json.loads(record.read_text()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            return [Problem("output_dir", output_dir, f"{record} cannot be read ({error}); choose another directory")]
-        # The record is compared, not the YAML file, because releases differ in their defaults and fields.
-        known = sorted(set(earlier) & set(present) - {"output_dir", *machine})
-        changed = [name for name in known if earlier[name] != present[name] and has_effect(name, present)]
-        if changed and not continues(path, changed, present):
-            differences = "; ".join(f"{name} was {earlier[name]!r} and is {present[name]!r}" for name in changed)
-            remedy = f"contains a run with other settings ({differences}); choose another directory or delete it"
-    elif remedy is None and (found := next((file for file in WRITTEN if (path / file).exists()), None)):
-        remedy = f"contains {found}, which was not written by a recipe; choose another directory"
-    return [Problem("output_dir", output_dir, remedy)] if remedy else []
+        for value in filter(None, as_list(values.get(name))):
+            source = Path(str(value))
+            if os.path.exists(source) and source.resolve() == path:
+                return f"is the value of {name} too, and would be overwritten; choose another directory"
+            if name == "dataset_name" and os.path.isdir(source) and path.is_relative_to(source.resolve()):
+                return "lies inside dataset_name, and would be read as data; choose another directory"
+    return None
 
 
-def claim(args: TrainingArguments) -> None:
+def _conflict_with_content(path: Path, values: Mapping[str, Any], machine: Collection[str]) -> str | None:
+    """Return why a run with the arguments `values` can neither start, resume nor continue in `path`, or None."""
+    record = path / RECORD
+    if not record.exists():
+        foreign = next((file for file in WRITTEN if (path / file).exists()), None)
+        if foreign is None:
+            return None
+        return f"contains {foreign}, which was not written by a recipe; choose another directory"
+    try:
+        earlier = dict(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return f"{record} cannot be read ({error}); choose another directory"
+    # The record is compared, not the YAML file, because releases differ in their defaults and fields.
+    shared = sorted(set(earlier) & set(values) - {"output_dir", *machine})
+    changed = [name for name in shared if earlier[name] != values[name] and has_effect(name, values)]
+    if not changed or continues(path, changed, values):
+        return None
+    differences = "; ".join(f"{name} was {earlier[name]!r} and is {values[name]!r}" for name in changed)
+    return f"contains a run with other settings ({differences}); choose another directory or delete it"
+
+
+def record_arguments(args: TrainingArguments) -> None:
     """Record in the output directory which run it belongs to, if `parser.parse` has built the arguments."""
-    if (resolved := getattr(args, RESOLVED, None)) is not None:
+    resolved = getattr(args, RESOLVED, None)
+    if resolved is not None:
         write_text(Path(args.output_dir) / RECORD, json.dumps(resolved, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Which settings of a training run have an effect on its weights, and whether it can go on with more steps."""
+"""Which settings of a training run have an effect on its weights, and whether it can continue with more steps."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -25,35 +25,50 @@ BY_EVALUATION = re.compile(
 
 
 def has_effect(name: str, values: Mapping[str, Any]) -> bool:
-    """Return whether the field `name` of a training run has an effect on the weights, given all its `values`."""
+    """Return whether the field `name` of a training run has an effect on the weights, given all its `values`.
+
+    If in doubt, it has one: then a changed field starts a new run instead of resuming the old one.
+    """
     if name == "num_train_epochs":
         return number_of(values, "max_steps") <= 0
-    pretrains, streams = "model_name_or_path" not in values, values.get("dataset_streaming")
+    pretrains = "model_name_or_path" not in values
+    streams = values.get("dataset_streaming")
     # The workers of a stream take turns, so their number changes the order of the rows.
     if name == "dataloader_num_workers" and streams and not pretrains:
         return True
     # Each process packs a part of the data, in pretraining and in SFT, so their number changes the rows.
     if name == "dataset_num_proc" and not streams and (values.get("packing") or pretrains):
         return True
-    # Evaluations choose the weights, or these schedules follow them.
-    follows = values.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
-    chosen = values.get("load_best_model_at_end") or follows
-    return not WITHOUT_EFFECT.fullmatch(name) or bool(chosen and BY_EVALUATION.fullmatch(name))
+    if not WITHOUT_EFFECT.fullmatch(name):
+        return True
+    # Evaluations may choose the weights, and these schedules follow them.
+    follows_evaluations = values.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    if values.get("load_best_model_at_end") or follows_evaluations:
+        return BY_EVALUATION.fullmatch(name) is not None
+    return False
 
 
 def continues(output_dir: Path, changed: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Return whether a run can continue with `changed` fields: only its length may differ, if no less than is saved."""
-    if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed) or values.get("save_only_model"):
+    """Return whether the run in `output_dir` can continue although some fields have `changed`.
+
+    Only its length may differ, and it must not be shorter than the run that its checkpoints belong to.
+    """
+    if not changed or not {"max_steps", "num_train_epochs"}.issuperset(changed):
+        return False
+    if values.get("save_only_model"):
+        # Its checkpoints have no optimizer.
         return False
     state = newest_state(output_dir)
-    if (steps := number_of(values, "max_steps")) > 0:
+    steps = number_of(values, "max_steps")
+    if steps > 0:
         return 0 < number_of(state, "max_steps") <= steps
     return 0 < number_of(state, "num_train_epochs") < number_of(values, "num_train_epochs")
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
     """Return a number from settings, or 0 if it is missing or not a number, which the step will report."""
-    return value if isinstance(value := values.get(name), int | float) else 0
+    value = values.get(name)
+    return value if isinstance(value, int | float) else 0
 
 
 def newest_state(output_dir: Path) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def write_text(path: Path, text: str) -> None:
         return
     # Without `fsync`, some file systems rename the file before its content is on the disk.
     tmp_file = path.with_name(f".{path.name}.tmp")
+    # In a folder from a stranger, it may be a link to any file.
+    tmp_file.unlink(missing_ok=True)
     tmp_file.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     fsync(tmp_file)
     os.replace(tmp_file, path)

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pipeline.errors import Problem, UserError
 from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
 from pipeline.hub.published_files import places, public_settings, rename, without_paths
-from pipeline.stages import HELD_OUT, STAGES, find_baseline
+from pipeline.stages import STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
 Values = Mapping[str, Any]
@@ -146,8 +146,9 @@ def model_card(trained: Trained) -> str:
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
     """Return a metric for the Hub. It has no field for intervals, so they are among the arguments."""
-    key = next((key for key, held_out in HELD_OUT.items() if metric.startswith(held_out.metrics)), "")
-    source = trained.measured_on.get(key) or {}
+    # Reports of earlier releases do not say on which data a metric was measured.
+    about = trained.metrics.get("metrics", {}).get(metric, {})
+    source = trained.measured_on.get(about.get("data")) or {}
     name = ", ".join(as_list(source.get("dataset_name") or []))
     shown = trained.on_hub(name) or Path(name or "held-out data").name
     # A metric of lm-eval is named `task:metric`.
@@ -159,7 +160,7 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
         dataset_config=source.get("dataset_config"),
         dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
         metric_type=own or metric,
-        metric_name=str(trained.metrics.get("metrics", {}).get(metric, {}).get("label", metric.replace("_", " "))),
+        metric_name=str(about.get("label", metric.replace("_", " "))),
         metric_value=entry["value"],
         metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
     )

@@ -8,8 +8,12 @@ Needs neither a model nor an accelerator: it reads what training and evaluation 
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline.errors import Problem, refuse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,35 +28,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the report of every run in `args.runs` and, for several, a report over all of them. Return 0."""
-    from pipeline.errors import refuse
     from pipeline.files import check_directory
     from pipeline.report.differences import differences
     from pipeline.report.load import load_runs
-    from pipeline.report.page import contents, write_files
-    from pipeline.report.seeds import find_seeds, write_seeds
+    from pipeline.report.page import page_content, write_files
+    from pipeline.report.seeds import write_seeds
+    from pipeline.report.summary import summarise
     from pipeline.report.targets import is_pocket, load_targets
 
-    named = list(map(Path, args.runs))
-    paths = [path / f"seed{seed}" for path in named for seed in args.seeds or ()]
-    paths = paths or [run for path in named for run in find_seeds(path)]
-    several = paths != named or len(paths) > 1
+    folders = list(map(Path, args.runs))
+    paths = _find_runs(folders, args.seeds)
+    is_several = paths != folders or len(paths) > 1
     directories = [path / "report" for path in paths]
-    if several:
-        directories.append(named[0] / "report" if paths[0] != named[0] else directories[0] / "seeds")
+    homes = list(paths)
+    if is_several:
+        directories.append(folders[0] / "report" if paths[0] != folders[0] else directories[0] / "seeds")
+        homes.append(folders[0])
     if args.output_dir:
         directories[-1] = Path(args.output_dir)
+        homes[-1] = directories[-1]
     # Everything is read, and every output path tested, before anything is written.
     targets = load_targets(args.targets)
     runs = load_runs(paths)
+    refuse(*_find_links(directories, homes))
     for directory in directories:
         refuse(check_directory(directory, "--output_dir" if args.output_dir else "RUN"))
-    for note in (note for run in runs for note in run.notes):
-        print(note, file=sys.stderr)
+    for run in runs:
+        for note in run.notes:
+            print(note, file=sys.stderr)
     changes = [differences(run) for run in runs]
     # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
-    held = [targets if args.targets or is_pocket(run) else [] for run in runs]
-    for run, found, of_run, directory in zip(runs, changes, held, directories, strict=False):
-        print(write_files(directory, "report", *contents(run, found, of_run)))
-    if several:
-        print(write_seeds(runs, changes, targets if all(held) else [], directories[-1]))
+    apply = [bool(args.targets) or is_pocket(run) for run in runs]
+    # If there are several runs, the last directory is that of the report over all of them.
+    for run, run_changes, applies, directory in zip(runs, changes, apply, directories, strict=False):
+        summary = summarise(run, run_changes, targets if applies else [])
+        print(write_files(directory, "report", summary, page_content(run, summary, run_changes)))
+    if is_several:
+        print(write_seeds(runs, changes, targets if all(apply) else [], directories[-1]))
     return 0
+
+
+def _find_runs(folders: Sequence[Path], seeds: Sequence[str] | None) -> list[Path]:
+    """Return the runs in the folders that the user names: those of the `seeds`, or else all."""
+    from pipeline.report.seeds import find_seeds
+
+    if seeds:
+        return [folder / f"seed{seed}" for folder in folders for seed in seeds]
+    return [run for folder in folders for run in find_seeds(folder)]
+
+
+def _find_links(directories: Sequence[Path], homes: Sequence[Path]) -> list[Problem]:
+    """Return the directories that a link leads out of their home: a run may come from a stranger."""
+    problems = []
+    for directory, home in zip(directories, homes, strict=True):
+        target = Path(os.path.realpath(directory))
+        if not target.is_relative_to(os.path.realpath(home)):
+            remedy = f"is a link to {target}, outside of the run; delete it, or name another place with --output_dir"
+            problems.append(Problem("RUN", directory, remedy))
+    return problems

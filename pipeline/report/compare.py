@@ -10,12 +10,19 @@ A) or baseline and metric to A minus B, as `{"value", "ci95", "n"}`: an interval
 seeds, Student's over the `n` seeds, which is at least as wide as the widest interval over rows.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import Problem, collect, refuse
+
+if TYPE_CHECKING:
+    from pipeline.report.load import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,40 +35,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Compare the runs, write the differences as JSON and print them as a table. Return 0."""
     from pipeline.files import check_directory, write_text
-    from pipeline.report.differences import check_rows, compare, format_table, other_settings, pair_by_seed
-    from pipeline.report.load import is_stage, load_runs, only_stage
+    from pipeline.report.differences import check_rows, compare, format_table, note_other_settings, pair_by_seed
+    from pipeline.report.load import is_stage
     from pipeline.report.seeds import find_seeds
 
-    problems = []
-    named, against = list(map(Path, args.runs)), list(map(Path, args.against or ()))
-    if not against and len(named) == 2 and all(map(is_stage, named)):
-        named, against = named[:1], named[1:]
-    if not against:
+    ours = list(map(Path, args.runs))
+    theirs = list(map(Path, args.against or ()))
+    if not theirs and len(ours) == 2 and all(map(is_stage, ours)):
+        ours, theirs = ours[:1], ours[1:]
+    if not theirs:
         remedy = "the following arguments are required: --against (unless A are two folders of stages)"
         refuse(Problem("compare", " ".join(args.runs), remedy))
+    problems = []
     if args.output and Path(args.output).is_dir():
         problems.append(Problem("--output", args.output, "is a directory; name a file in it"))
-    elif args.output and (problem := check_directory(Path(args.output).parent, "--output")):
-        problems.append(problem)
-    sides = [[run for path in side for run in find_seeds(path)] for side in (named, against)]
-    runs = []
+    elif args.output:
+        problem = check_directory(Path(args.output).parent, "--output")
+        if problem:
+            problems.append(problem)
+    our_paths = [run for path in ours for run in find_seeds(path)]
+    their_paths = [run for path in theirs for run in find_seeds(path)]
+    runs: list[Run] = []
     with collect(problems):
-        paths = [path for side in sides for path in side]
-        runs = load_runs([path.resolve().parent if is_stage(path) else path for path in paths])
-        # Two stages are compared as if they were the same stage of two runs.
-        label = next((path.resolve().name for path in paths if is_stage(path)), "")
-        runs = [only_stage(run, path, label) if is_stage(path) else run for run, path in zip(runs, paths, strict=True)]
-    pairs, unpaired = pair_by_seed(runs[: len(sides[0])], runs[len(sides[0]) :])
+        runs = _load(our_paths + their_paths)
+    pairs, unpaired = pair_by_seed(runs[: len(our_paths)], runs[len(our_paths) :])
     problems += [*unpaired, *check_rows(pairs)]
     refuse(*problems)
-    for note in dict.fromkeys([*(note for run in runs for note in run.notes), *other_settings(pairs)]):
+
+    notes = [note for run in runs for note in run.notes]
+    for note in dict.fromkeys([*notes, *note_other_settings(pairs)]):
         print(note, file=sys.stderr)
     changes = compare(pairs)
-    entries = {stage: {name: change.to_json() for name, change in of.items()} for stage, of in changes.items()}
+    entries = {}
+    for stage, by_metric in changes.items():
+        entries[stage] = {metric: change.to_json() for metric, change in by_metric.items()}
     text = json.dumps(entries, indent=1, allow_nan=False) + "\n"
+    table = format_table(pairs, changes)
     if args.output:
         write_text(Path(args.output), text)
+        print(table)
     else:
         print(text, end="")
-    print(format_table(pairs, changes), file=sys.stdout if args.output else sys.stderr)
+        print(table, file=sys.stderr)
     return 0
+
+
+def _load(paths: Sequence[Path]) -> list[Run]:
+    """Load each run, or the run of each stage with that stage alone."""
+    from pipeline.report.load import is_stage, load_runs, with_only_stage
+
+    runs = load_runs([path.resolve().parent if is_stage(path) else path for path in paths])
+    # Two stages are compared as if they were the same stage of two runs.
+    label = next((path.resolve().name for path in paths if is_stage(path)), "")
+    loaded = []
+    for run, path in zip(runs, paths, strict=True):
+        loaded.append(with_only_stage(run, path, label) if is_stage(path) else run)
+    return loaded

@@ -21,10 +21,21 @@ MEASURED = ("max_new_tokens", "samples", "elicit", "shots", "best_of", "seed")
 
 @dataclass(frozen=True)
 class Difference:
-    """The change of a metric of `stage`, perhaps an aim, from `before` (a stage or baseline) on shared examples."""
+    """The change of a metric from one stage or baseline to another stage, on the examples that both answered.
+
+    Attributes:
+        stage: Name of the later stage.
+        reference: Name of the stage or baseline that it is compared with.
+        metric: Name of the metric.
+        change: The mean difference with its interval.
+        was: Value of the metric in `reference`, on all of its examples.
+        now: The same in `stage`.
+        aim: Whether `stage` is trained to improve the metric.
+        verdict: What `judge` says about the change.
+    """
 
     stage: str
-    before: str
+    reference: str
     metric: str
     change: Estimate
     was: float
@@ -38,47 +49,67 @@ def differences(run: Run) -> list[Difference]:
 
     Of several stages of one kind that started from the same model, the later ones are also compared with the first.
     """
-    others = run.twins
-    found: list[Difference] = []
+    changes: list[Difference] = []
     for stage in run.stages.values():
         if not stage_info(stage).generates or not stage.metrics:
             continue
-        before = run.origin(stage)
-        # A second pretraining, which no stage starts from, is compared the other way: it is the first one's baseline.
-        if before is not None:
-            found.extend(_between(stage, before) if stage.name in others else _between(before, stage))
-        if variant := run.first_variant(stage):
-            found.extend(_between(variant, stage))
-        # Baselines only matter for the metrics that their stage is trained for.
-        for baseline in run.baselines.values() if stage.name not in others else ():
-            found.extend(item for item in _between(baseline, stage) if item.aim)
-    return found
+        is_other_architecture = stage.name in run.other_architectures
+        parent = run.parent_stage(stage)
+        if parent is not None and is_other_architecture:
+            # No stage starts from a second pretraining, so it is compared the other way: as the first one's baseline.
+            changes += _between(stage, parent)
+        elif parent is not None:
+            changes += _between(parent, stage)
+        variant = run.first_variant(stage)
+        if variant is not None:
+            changes += _between(variant, stage)
+        if not is_other_architecture:
+            # Baselines only matter for the metrics that their stage is trained for.
+            for baseline in run.baselines.values():
+                changes += [change for change in _between(baseline, stage) if change.aim]
+    return changes
 
 
-def _between(before: StageResult, stage: StageResult) -> list[Difference]:
-    aims, rows = stage_info(stage).aims, []
-    shared = [name for name in stage.metrics if name in before.metrics]
+def _between(reference: StageResult, stage: StageResult) -> list[Difference]:
+    """Return the differences in every metric that both stages have, those that `stage` is trained for first."""
+    aims = stage_info(stage).aims
+    shared = [name for name in stage.metrics if name in reference.metrics]
+    changes = []
     for metric in sorted(shared, key=lambda name: (name not in aims, metric_order(name))):
-        was, now = before.metrics[metric], stage.metrics[metric]
-        if change := paired(before.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind)):
-            aim, verdict = metric in aims, judge(metric, change)
-            rows.append(Difference(stage.name, before.name, metric, change, was.value, now.value, aim, verdict))
-    return rows
+        was = reference.metrics[metric]
+        now = stage.metrics[metric]
+        change = paired(reference.outcomes(metric), stage.outcomes(metric), metric, by_kind=bool(now.by_kind))
+        if change is not None:
+            verdict = judge(metric, change)
+            is_aim = metric in aims
+            changes.append(
+                Difference(stage.name, reference.name, metric, change, was.value, now.value, is_aim, verdict)
+            )
+    return changes
 
 
-def paired(before: Outcomes, after: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
-    """Return the mean difference on shared examples (also for each kind of them), None if there are none."""
-    shared = [key for key in before if key in after]
-    weights = [after[key][1] for key in shared]
+def paired(earlier: Outcomes, later: Outcomes, metric: str = "", by_kind: bool = False) -> Estimate | None:
+    """Return the mean difference on shared examples, None if there are none or none has a weight.
+
+    Args:
+        earlier: The outcomes that are subtracted, by example.
+        later: The outcomes that they are subtracted from.
+        metric: The metric, whose range bounds the interval.
+        by_kind: Whether to return the difference for each kind of example as well.
+    """
+    shared = [key for key in earlier if key in later]
+    weights = [later[key][1] for key in shared]
     # Without any weight, such as for documents without bytes, there is no mean.
     if sum(weights) <= 0:
         return None
     # Both sides answered the same examples, so the interval of the difference is narrower than both intervals.
-    whole = mean_difference([after[key][0] - before[key][0] for key in shared], weights, metric_info(metric).share)
+    whole = mean_difference([later[key][0] - earlier[key][0] for key in shared], weights, metric_info(metric).share)
     parts = {}
-    for kind in sorted({kind for _, _, kind in after.values()} - {""}) if by_kind else []:
-        if part := paired(before, {key: entry for key, entry in after.items() if entry[2] == kind}, metric):
-            parts[kind] = part
+    if by_kind:
+        for kind in sorted({kind for _, _, kind in later.values()} - {""}):
+            part = paired(earlier, {key: entry for key, entry in later.items() if entry[2] == kind}, metric)
+            if part is not None:
+                parts[kind] = part
     return replace(whole, by_kind=parts)
 
 
@@ -87,7 +118,8 @@ def judge(metric: str, change: Estimate) -> Literal["better", "worse", "same"]:
     better = metric_info(metric).better
     if not better or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "same"
-    return "better" if (change.value > 0) == (better == "up") else "worse"
+    has_risen = change.value > 0
+    return "better" if has_risen == (better == "up") else "worse"
 
 
 def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, list[Problem]]:
@@ -95,80 +127,95 @@ def pair_by_seed(runs: Sequence[Run], against: Sequence[Run]) -> tuple[Pairs, li
     problems = []
     ours: dict[str, Run] = {}
     theirs: dict[str, Run] = {}
-    for side, its_runs, found in (("A", runs, ours), ("--against", against, theirs)):
-        for run in its_runs:
+    for side, side_runs, by_seed in (("A", runs, ours), ("--against", against, theirs)):
+        for run in side_runs:
             seed = str(run.record.get("seed"))
-            if seed in found:
-                remedy = f"has seed {seed}, like {found[seed].path}; give one run for each seed"
+            if seed in by_seed:
+                remedy = f"has seed {seed}, like {by_seed[seed].path}; give one run for each seed"
                 problems.append(Problem(side, run.path, remedy))
-            found[seed] = run
+            by_seed[seed] = run
     # A run without a partner could not be compared, so it is reported instead of ignored.
-    for side, found in (("A", ours), ("--against", theirs)):
-        for seed in [seed for seed in found if seed not in ours or seed not in theirs]:
-            remedy = f"has seed {seed}, but no run on the other side does; make that run, or omit this one"
-            problems.append(Problem(side, found[seed].path, remedy))
+    for side, by_seed in (("A", ours), ("--against", theirs)):
+        for seed, run in by_seed.items():
+            if seed not in ours or seed not in theirs:
+                remedy = f"has seed {seed}, but no run on the other side does; make that run, or omit this one"
+                problems.append(Problem(side, run.path, remedy))
     return [(run, theirs[seed]) for seed, run in ours.items() if seed in theirs], problems
 
 
 def check_rows(pairs: Pairs) -> list[Problem]:
-    """Report pairs without a common figure, or measured on different test rows."""
+    """Report pairs without a common metric, or measured on different test rows."""
     problems = []
     for run, other in pairs:
-        ours, theirs = _figures(run), _figures(other)
+        ours = _metrics_of(run)
+        theirs = _metrics_of(other)
         shared = [name for name in ours if name in theirs]
         unequal = []
         for stage, metric in shared:
             # Rows are compared by their content, whatever the file. Each run has its own reward models and pairs.
-            rows, other_rows = (side[stage, metric].outcomes(metric).keys() for side in (ours, theirs))
-            if stage_info(ours[stage, metric]).generates and rows != other_rows:
+            our_rows = ours[stage, metric].outcomes(metric).keys()
+            their_rows = theirs[stage, metric].outcomes(metric).keys()
+            if stage_info(ours[stage, metric]).generates and our_rows != their_rows:
                 unequal.append(f"{metric} of {stage}")
-        remedy = f"has no figure in common with {run.path}; evaluate the same stages"
         if unequal:
             remedy = f"was measured on different test rows than {run.path} ({unequal[0]}); use the same data for both"
-        if unequal or not shared:
+            problems.append(Problem("--against", other.path, remedy))
+        elif not shared:
+            remedy = f"has no figure in common with {run.path}; evaluate the same stages"
             problems.append(Problem("--against", other.path, remedy))
     return problems
 
 
-def other_settings(pairs: Pairs) -> list[str]:
+def note_other_settings(pairs: Pairs) -> list[str]:
     """Return a note for each stage that two runs measured differently, which may explain a difference."""
     notes = []
     for run, other in pairs:
         for name in sorted(run.stages.keys() & other.stages.keys()):
-            mine, theirs = run.stages[name].settings, other.stages[name].settings
-            if changed := [key for key in MEASURED if mine.get(key) != theirs.get(key)]:
+            ours = run.stages[name].settings
+            theirs = other.stages[name].settings
+            changed = [key for key in MEASURED if ours.get(key) != theirs.get(key)]
+            if changed:
                 notes.append(f"{other.path}: {name} measured with a different {' and '.join(changed)} than {run.path}")
     return notes
 
 
 def compare(pairs: Pairs) -> Changes:
-    """Return the difference of every figure that all runs have, as stage -> metric -> estimate."""
-    figures = [(_figures(run), _figures(other)) for run, other in pairs]
+    """Return the difference of every metric that all runs have, as stage -> metric -> estimate."""
+    results = [(_metrics_of(run), _metrics_of(other)) for run, other in pairs]
     changes: Changes = {}
-    for stage, metric in figures[0][0]:
-        if all((stage, metric) in side for pair in figures for side in pair):
-            found = []
-            for own, other in figures:
-                ours, theirs = own[stage, metric], other[stage, metric]
-                a, b = ours.metrics[metric], theirs.metrics[metric]
-                change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
-                # Without shared rows, the estimates are independent, and the interval combines both (Newcombe 1998,
-                # "Interval estimation for the difference between independent proportions", method 10).
-                if change is None or not stage_info(ours).generates:
-                    change = Estimate(a.value - b.value)
-                    if a.low is not None and a.high is not None and b.low is not None and b.high is not None:
-                        low = change.value - math.hypot(a.value - a.low, b.high - b.value)
-                        high = change.value + math.hypot(a.high - a.value, b.value - b.low)
-                        change = Estimate(change.value, low, high, a.n)
-                found.append(change)
-            bounds = (-1.0, 1.0) if metric_info(metric).share else ()
-            changes.setdefault(stage, {})[metric] = over_seeds(found, *bounds)
+    for stage, metric in results[0][0]:
+        if not all((stage, metric) in side for pair in results for side in pair):
+            continue
+        by_seed = [_difference(ours[stage, metric], theirs[stage, metric], metric) for ours, theirs in results]
+        bounds = (-1.0, 1.0) if metric_info(metric).share else ()
+        changes.setdefault(stage, {})[metric] = over_seeds(by_seed, *bounds)
     return changes
 
 
-def _figures(run: Run) -> dict[tuple[str, str], StageResult]:
-    stages = (run.stages | run.baselines).items()
-    return {(name, metric): stage for name, stage in stages for metric in sorted(stage.metrics, key=metric_order)}
+def _difference(ours: StageResult, theirs: StageResult, metric: str) -> Estimate:
+    """Return our metric minus theirs, on shared rows if there are any and the rows do not depend on the run."""
+    change = paired(theirs.outcomes(metric), ours.outcomes(metric), metric)
+    if change is not None and stage_info(ours).generates:
+        return change
+    # Without shared rows, the estimates are independent, and the interval combines both (Newcombe 1998, "Interval
+    # estimation for the difference between independent proportions", method 10).
+    a = ours.metrics[metric]
+    b = theirs.metrics[metric]
+    value = a.value - b.value
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Estimate(value)
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    high = value + math.hypot(a.high - a.value, b.value - b.low)
+    return Estimate(value, low, high, a.n)
+
+
+def _metrics_of(run: Run) -> dict[tuple[str, str], StageResult]:
+    """Return the result of each stage or baseline for each of its metrics, in the order of the report."""
+    results = {}
+    for name, stage in (run.stages | run.baselines).items():
+        for metric in sorted(stage.metrics, key=metric_order):
+            results[name, metric] = stage
+    return results
 
 
 def format_table(pairs: Pairs, changes: Changes) -> str:
@@ -176,17 +223,25 @@ def format_table(pairs: Pairs, changes: Changes) -> str:
     row = "  {:<32} {:>9} {:>9} {:>9}  {:<18} {}"
     lines = [f"{name}: {', '.join(str(pair[side].path) for pair in pairs)}" for side, name in enumerate("AB")]
     lines.append(row.format("", "A", "B", "A - B", "95% interval", "").rstrip())
-    for stage, found in changes.items():
+    for stage, by_metric in changes.items():
         lines.append(stage)
-        for metric, change in found.items():
-            info, mark = metric_info(metric), judge(metric, change).replace("same", "")
-            a, b = (fmean(_figures(pair[i])[stage, metric].metrics[metric].value for pair in pairs) for i in (0, 1))
-            shown = (number(a, info.digits), number(b, info.digits), signed(change.value, info.digits))
-            lines.append(row.format(info.label, *shown, interval(change, info.digits, sign=True), mark).rstrip())
+        for metric, change in by_metric.items():
+            info = metric_info(metric)
+            means = []
+            for side in (0, 1):
+                mean = fmean(_metrics_of(pair[side])[stage, metric].metrics[metric].value for pair in pairs)
+                means.append(number(mean, info.digits))
+            difference = signed(change.value, info.digits)
+            ends = interval(change, info.digits, sign=True)
+            verdict = judge(metric, change).replace("same", "")
+            lines.append(row.format(info.label, *means, difference, ends, verdict).rstrip())
     # One in twenty 95% intervals misses the truth.
     total = sum(map(len, changes.values()))
     lines.append(f"Without any true difference, about {total / 20:.0f} of {total} would be better or worse by chance.")
-    everything = dict.fromkeys(name for pair in pairs for run in pair for name in _figures(run))
-    if missing := [f"{metric} of {stage}" for stage, metric in everything if metric not in changes.get(stage, {})]:
+    missing = []
+    for stage, metric in dict.fromkeys(name for pair in pairs for run in pair for name in _metrics_of(run)):
+        if metric not in changes.get(stage, {}):
+            missing.append(f"{metric} of {stage}")
+    if missing:
         lines.append(f"Omitted, because not every run has them: {', '.join(missing)}.")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.evaluation.results import StageResult
 from pipeline.report.load import Run, main_aim, stage_info, stage_kind
@@ -12,132 +13,185 @@ from pipeline.report.summary import by_length, seconds, training_cost
 from pipeline.report.text import counted, duration, magnitude, number
 from pipeline.stages import STAGES
 
-PHRASES = {
-    "bits_per_byte": "bits for each byte of unseen text",
-    "instruction_accuracy": "of unseen questions answered rightly",
-    "reward_accuracy": "of unseen choices predicted",
-    "environment_reward": "mean reward of the environment",
-    "win_rate": "of comparisons with {against} won",
-    "pass@1": "of unseen problems{lengths} solved",
-}
-"""Words that follow a figure to say what it is; other figures use their label."""
-
 
 def title(run: Run) -> str:
     """Return the report's name for the run: the recipe with the seed or, if unknown, the directory."""
-    recipe, seed = run.record.get("recipe"), run.record.get("seed")
+    recipe = run.record.get("recipe")
+    seed = run.record.get("seed")
     name = Path(recipe).name if isinstance(recipe, str) else run.name
-    return name + (f", seed {seed}" if seed is not None else "") + (", smoke run" if run.is_smoke else "")
+    if seed is not None:
+        name += f", seed {seed}"
+    if run.is_smoke:
+        name += ", smoke run"
+    return name
 
 
 def headline(run: Run) -> str:
-    """Return a one-sentence summary: from what to what, in what time, on which hardware, with which figures."""
+    """Return a one-sentence summary: from what to what, in what time, on which hardware, with which metrics."""
     names = [stage_info(stage).name.lower() for stage in run.stages.values() if stage.metrics or stage.history]
-    said = f"From {names[0]} to {names[-1]}" if names[1:] else "".join(names).capitalize() or "Nothing yet"
-    if taken := sum(seconds(run).values()):
-        said += f" in {duration(taken)}"
-    if gpu := run.hardware.get("gpu"):
-        said += f" on {gpu}"
-    elif cores := run.hardware.get("cores"):
-        said += f" on {counted(cores, 'core')}"
+    if len(names) > 1:
+        sentence = f"From {names[0]} to {names[-1]}"
+    elif names and names[0]:
+        sentence = names[0].capitalize()
+    else:
+        sentence = "Nothing yet"
+    total = sum(seconds(run).values())
+    if total:
+        sentence += f" in {duration(total)}"
+    if run.hardware.get("gpu"):
+        sentence += f" on {run.hardware['gpu']}"
+    elif run.hardware.get("cores"):
+        sentence += f" on {counted(run.hardware['cores'], 'core')}"
+    results = []
     # The first box is the starting point.
-    figures = [box["figure"] for box in path_boxes(run, {})[1:] if box["figure"]]
-    reached = [f"{it['now']} {it['what']}" + (f" ({it['was']} before)" if it["was"] else "") for it in figures]
-    return f"{said}: {', '.join(reached)}." if reached else f"{said}."
+    for box in path_boxes(run, {})[1:]:
+        figure = box["figure"]
+        if figure and figure["was"]:
+            results.append(f"{figure['now']} {figure['what']} ({figure['was']} before)")
+        elif figure:
+            results.append(f"{figure['now']} {figure['what']}")
+    if results:
+        sentence += f": {', '.join(results)}"
+    return f"{sentence}."
 
 
 def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the boxes of the picture, for path.html.jinja. `links` has the target of each kind's box."""
-    # The figure and the sample come from the last stage of each kind, or the first of several variants.
-    shown_stages = [stage for name, stage in run.stages.items() if name not in run.twins]
-    last = {stage_kind(stage): stage for stage in shown_stages if run.first_variant(stage) is None}
+    # The metric and the sample come from the last stage of each kind, or the first of several variants.
+    stages = [stage for name, stage in run.stages.items() if name not in run.other_architectures]
+    last = {stage_kind(stage): stage for stage in stages if run.first_variant(stage) is None}
     boxes: list[dict[str, Any]] = []
-    before: StageResult | None = None
+    earlier: StageResult | None = None
     for kind, info in STAGES.items():
-        if (box := info.box) is None:
+        box = info.box
+        if box is None:
             continue
-        stage = next((last[one] for one in (kind, *box.others) if one in last), None)
-        tokens = training_cost(stage)[0] if stage else 0
+        stage = next((last[name] for name in (kind, *box.other_kinds) if name in last), None)
         parts = []
         for name, what in box.parts:
-            figure = _figure(run, last[name], None) if name in last else None
-            parts.append({"title": STAGES[name].name if name in STAGES else name, "what": what, "figure": figure})
-        shown = {
+            if name in STAGES:
+                figure = _figure(run, last[name], None) if name in last else None
+                parts.append({"title": STAGES[name].name, "what": what, "figure": figure})
+            else:
+                parts.append({"title": name, "what": what, "figure": None})
+        content = {
             "number": len(boxes),
-            "title": STAGES[stage_kind(stage)].name if stage else info.name,
-            "stage": stage.name if stage else "",
-            "goes_in": (f"{magnitude(tokens)} tokens of " if tokens else "") + box.goes_in,
+            "title": info.name,
+            "stage": "",
+            "goes_in": box.goes_in,
             "parts": parts,
-            "figure": _figure(run, stage, run.origin(stage) or before) if stage else None,
-            "sample": _sample(run, stage) if stage else None,
+            "figure": None,
+            "sample": None,
             "link": links.get(kind, ""),
         }
-        boxes.append({**vars(box), **shown})
-        # If it is not known what the stage of the next box started from, its figure is compared with this one.
-        before = stage or before
+        if stage is not None:
+            content["title"] = STAGES[stage_kind(stage)].name
+            content["stage"] = stage.name
+            tokens, _ = training_cost(stage)
+            if tokens:
+                content["goes_in"] = f"{magnitude(tokens)} tokens of {box.goes_in}"
+            # If it is not known what the stage started from, it is compared with the one of the box before.
+            content["figure"] = _figure(run, stage, run.parent_stage(stage) or earlier)
+            content["sample"] = _sample(run, stage)
+            earlier = stage
+        boxes.append({**vars(box), **content})
     return boxes
 
 
-def _figure(run: Run, stage: StageResult, before: StageResult | None) -> dict[str, Any] | None:
-    """Return the main figure of a stage with its name in words, the previous stage's, and the baselines'."""
+def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str, Any] | None:
+    """Return the main metric of a stage with its name in words, the value of `start`, and those of the baselines.
+
+    None if the metric was not measured.
+    """
     aim = main_aim(stage) if stage_info(stage).aims else "bits_per_byte"
     if aim not in stage.metrics:
         return None
-    info, lengths = metric_info(aim), [int(length) for length in by_length(stage)]
+    info = metric_info(aim)
 
     def show(result: StageResult) -> str:
         value = result.metrics[aim].value
         return f"{number(100 * value, 0)}%" if info.share else number(value, 2)
 
-    measured = f" of {min(lengths)} to {max(lengths)} steps" if len(lengths) > 1 else ""
+    lengths = [int(length) for length in by_length(stage)]
+    range_of_lengths = f" of {min(lengths)} to {max(lengths)} steps" if len(lengths) > 1 else ""
+    phrase = info.phrase or info.label.lower()
+    was = ""
+    # The previous stage's win rate is often its win rate against itself.
+    if start is not None and aim in start.metrics and aim != "win_rate":
+        was = show(start)
     return {
         "now": show(stage),
-        # The previous stage's win rate is often its win rate against itself.
-        "was": show(before) if before and aim in before.metrics and aim != "win_rate" else "",
-        "what": PHRASES.get(aim, info.label.lower()).format(against=run.against, lengths=measured),
+        "was": was,
+        "what": phrase.format(against=run.against, lengths=range_of_lengths),
         "lower": info.better == "down",
-        "baselines": [f"{show(it)} ({run.baseline_title(it)})" for it in run.bars if aim in it.metrics],
+        "baselines": [
+            f"{show(baseline)} ({run.baseline_title(baseline)})"
+            for baseline in run.baselines_to_beat
+            if aim in baseline.metrics
+        ],
     }
 
 
 def showcase(run: Run, last: str = "") -> list[dict[str, Any]]:
-    """Return the first held-out problem of each kind, and the answers of the stage `last` and of its start."""
-    traced = [stage for stage in run.stages.values() if stage.traces]
-    names = [stage.name for stage in traced]
-    stages = traced[: names.index(last) + 1 if last else None][-2:]
-    origin = run.origin(stages[-1]) if stages else None
-    if origin and origin.traces:
-        stages = [origin, stages[-1]]
+    """Return the first held-out problem of each kind, and the answers of two stages to it.
+
+    These are the stage `last`, or the last one with answers, and the stage that it started from.
+    """
+    stages = [stage for stage in run.stages.values() if stage.traces]
+    if last:
+        names = [stage.name for stage in stages]
+        stages = stages[: names.index(last) + 1]
+    if not stages:
+        return []
+    compared = stages[-2:]
+    parent = run.parent_stage(stages[-1])
+    if parent is not None and parent.traces:
+        compared = [parent, stages[-1]]
     problems = []
-    for shown in stages[-1].traces if stages else ():
-        sides = []
-        for stage in stages:
-            # How many held-out problems the greedy answers solve. If there is only one kind, it is not broken down.
-            of_all = stage.metrics.get("pass@1")
-            of_kind = of_all.by_kind.get(str(shown["kind"])) if of_all and of_all.by_kind else of_all
-            solved, alike = (f"{it.value * it.n:.0f} of {it.n}" if it and it.n else "" for it in (of_all, of_kind))
-            for trace in [trace for trace in stage.traces if trace["problem"] == shown["problem"]]:
-                side = {"stage": stage.name, "text": str(trace["answer"]), "correct": trace.get("correct")}
-                sides.append({**side, "of_kind": alike, "of_all": solved})
-        problem = {"kind": str(shown["kind"]), "problem": str(shown["problem"]), "sides": sides}
-        problems.append({**problem, "reference": str(shown.get("reference") or "")})
+    for first in stages[-1].traces:
+        sides = [side for stage in compared for side in _sides(stage, first)]
+        problem = {"kind": str(first["kind"]), "problem": str(first["problem"]), "sides": sides}
+        problem["reference"] = str(first.get("reference") or "")
+        problems.append(problem)
     return problems
+
+
+def _sides(stage: StageResult, first: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the answers of a stage to a problem, with how many held-out problems its greedy answers solve."""
+    estimate = stage.metrics.get("pass@1")
+    of_kind = estimate
+    # If there is only one kind, it is not broken down.
+    if estimate is not None and estimate.by_kind:
+        of_kind = estimate.by_kind.get(str(first["kind"]))
+    sides = []
+    for trace in stage.traces:
+        if trace["problem"] == first["problem"]:
+            side = {"stage": stage.name, "text": str(trace["answer"]), "correct": trace.get("correct")}
+            sides.append({**side, "of_kind": _solved(of_kind), "of_all": _solved(estimate)})
+    return sides
+
+
+def _solved(estimate: Estimate | None) -> str:
+    """Return "47 of 60", "" if the number is not known."""
+    if estimate is None or not estimate.n:
+        return ""
+    return f"{estimate.value * estimate.n:.0f} of {estimate.n}"
 
 
 def _sample(run: Run, stage: StageResult) -> dict[str, Any] | None:
     """Return an answer of a stage: to the first problem, next to the previous stage's, or else to the first prompt."""
     if stage_info(stage).held_out == "problems" and stage.traces:
-        shown = showcase(run, stage.name)[0]
+        sample = showcase(run, stage.name)[0]
     elif stage.answers:
         side = {"stage": "", "text": stage.answers[0]["answer"], "correct": None}
-        shown = {"problem": stage.answers[0]["prompt"], "reference": "", "sides": [side]}
+        sample = {"problem": stage.answers[0]["prompt"], "reference": "", "sides": [side]}
     else:
         return None
+    sides = [{**side, "text": _cut(side["text"])} for side in sample["sides"]]
+    return {**sample, "problem": _cut(sample["problem"]), "sides": sides}
 
-    def cut(text: object) -> str:
-        # Blank lines, or more than 160 characters, would stretch the box.
-        line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
-        return line if len(line) <= 160 else f"{line[:160].rstrip()} …"
 
-    sides = [{**side, "text": cut(side["text"])} for side in shown["sides"]]
-    return {**shown, "problem": cut(shown["problem"]), "sides": sides}
+def _cut(text: object) -> str:
+    """Return a text without what would stretch the box: blank lines, and what follows the first 160 characters."""
+    line = re.sub(r"\s*\n\s*\n\s*", " ⏎\n", str(text).strip())
+    return line if len(line) <= 160 else f"{line[:160].rstrip()} …"

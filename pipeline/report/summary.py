@@ -1,4 +1,4 @@
-"""metrics.json: every figure of a run, for scripts."""
+"""metrics.json: every metric of a run, for scripts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,45 +15,43 @@ from pipeline.report.targets import Target, check_targets
 from pipeline.report.verdict import conclude, find_failures, find_unjudged
 
 
-def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {metric: estimate.to_json() for metric, estimate in metrics.items()}
-
-
-def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> dict[str, Any]:
+def summarise(run: Run, changes: Sequence[Difference], targets: Sequence[Target]) -> dict[str, Any]:
     """Return the content of metrics.json.
 
-    A figure is `{"value", "ci95", "n"}`, and `by_kind` where there are kinds of examples. `stages` and `baselines` have
-    them by metric; `expert_load` has `layers`, the load of each expert, and `pass@1_by_length` an estimate for each
-    length of a problem. `other` are evaluations with a name. Memory is in bytes of a step's largest process.
+    An estimate is `{"value", "ci95", "n"}`, and `by_kind` where there are kinds of examples. `stages` and `baselines`
+    have one for each metric. `expert_load` has `layers` as well, the load of each expert, and `pass@1_by_length` an
+    estimate for each length of a problem. `other` are evaluations with a name. `metrics` says what each metric is
+    called, which direction is better and on which data it was measured. Memory is in bytes of a step's largest process.
+
+    Args:
+        run: The run.
+        changes: Its differences between stages.
+        targets: What the recipe promises.
     """
-    stages = {name: _to_json(stage.metrics) for name, stage in run.stages.items() if stage.metrics}
-    for name, figures in stages.items():
-        if lengths := by_length(run.stages[name]):
-            figures["pass@1_by_length"] = _to_json(lengths)
-        if "expert_load" in figures:
-            figures["expert_load"]["layers"] = run.stages[name].experts.get("layers", [])
-    costs = {name: training_cost(stage) for name, stage in run.stages.items()}
-    infos = {name: metric_info(name) for stage in run.stages.values() for name in stage.metrics}
     failures = find_failures(run)
-    promises = check_targets(run, found, targets)
+    promises = check_targets(run, changes, targets)
     checked = [promise["promise"] for promise in promises]
+    tokens = {}
+    flops = {}
+    for name, stage in run.stages.items():
+        stage_tokens, stage_flops = training_cost(stage)
+        if stage_tokens:
+            tokens[name] = round(stage_tokens)
+        if stage_flops:
+            flops[name] = stage_flops
     return {
         "run": run.name,
-        "stages": stages,
-        "baselines": {name: _to_json(one.metrics) | one.texts.get(name, {}) for name, one in run.baselines.items()},
-        "other": {name: {stage: _to_json(of) for stage, of in stages.items()} for name, stages in run.others.items()},
-        "metrics": {name: {"label": info.label, "better": info.better} for name, info in infos.items()},
+        "stages": _stages(run),
+        "baselines": {
+            name: _to_json(baseline.metrics) | baseline.texts.get(name, {}) for name, baseline in run.baselines.items()
+        },
+        "other": _named_evaluations(run),
+        "metrics": _descriptions(run),
         "judge": run.judge,
         "left_out": {name: stage.left_out for name, stage in run.stages.items() if stage.left_out},
         "cut_off": {name: stage.cut_off for name, stage in run.stages.items() if stage.cut_off},
         "overlap": {name: stage.overlap for name, stage in run.stages.items() if stage.overlap},
-        # Trainers log an alarm as `alarm/<what>`.
-        "alarms": [
-            {"stage": stage.name, "step": int(step), "what": key.removeprefix("alarm/"), "value": value}
-            for stage in run.stages.values()
-            for key in dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
-            for step, value in logged(stage, key)
-        ],
+        "alarms": _alarms(run),
         "seconds": seconds(run),
         "peak_memory": {name: int(peak) for name, peak in recorded(run, "peak_memory").items() if peak},
         "hardware": run.hardware,
@@ -61,19 +59,76 @@ def summarise(run: Run, found: Sequence[Difference], targets: Sequence[Target]) 
         "seed": run.record.get("seed"),
         "commit": run.commit,
         "parameters": {name: stage.parameters for name, stage in run.stages.items() if stage.parameters},
-        "tokens": {name: round(tokens) for name, (tokens, _) in costs.items() if tokens},
-        "flops": {name: flops for name, (_, flops) in costs.items() if flops},
-        "differences": [
-            {name: getattr(item, name) for name in ("stage", "before", "metric", "aim", "verdict")}
-            | item.change.to_json()
-            for item in found
-        ],
+        "tokens": tokens,
+        "flops": flops,
+        "differences": list(map(_change_to_json, changes)),
         "promises": promises,
         "promises_not_measured": [str(target) for target in targets if str(target) not in checked],
         "verdict": list(map(asdict, failures)),
         "not_judged": find_unjudged(run),
         "conclusion": conclude(run, failures),
         "notes": list(run.notes),
+    }
+
+
+def _to_json(metrics: Mapping[str, Estimate]) -> dict[str, Any]:
+    return {metric: estimate.to_json() for metric, estimate in metrics.items()}
+
+
+def _stages(run: Run) -> dict[str, dict[str, Any]]:
+    """Return the estimates of each stage that was measured, by metric."""
+    entries = {}
+    for name, stage in run.stages.items():
+        if not stage.metrics:
+            continue
+        entry = _to_json(stage.metrics)
+        lengths = by_length(stage)
+        if lengths:
+            entry["pass@1_by_length"] = _to_json(lengths)
+        if "expert_load" in entry:
+            entry["expert_load"]["layers"] = stage.experts.get("layers", [])
+        entries[name] = entry
+    return entries
+
+
+def _named_evaluations(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the estimates of the evaluations with a name, by that name, stage and metric."""
+    entries: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, stages in run.named_evaluations.items():
+        entries[name] = {stage: _to_json(metrics) for stage, metrics in stages.items()}
+    return entries
+
+
+def _descriptions(run: Run) -> dict[str, dict[str, str]]:
+    """Return what a reader of metrics.json has to know about each metric of the stages."""
+    entries = {}
+    for stage in run.stages.values():
+        for name in stage.metrics:
+            info = metric_info(name)
+            entries[name] = {"label": info.label, "better": info.better, "data": info.data}
+    return entries
+
+
+def _alarms(run: Run) -> list[dict[str, Any]]:
+    """Return the alarms of training, which trainers log as `alarm/<what>`."""
+    alarms = []
+    for stage in run.stages.values():
+        keys = dict.fromkeys(key for record in stage.history for key in record if key.startswith("alarm/"))
+        for key in keys:
+            for step, value in logged(stage, key):
+                what = key.removeprefix("alarm/")
+                alarms.append({"stage": stage.name, "step": int(step), "what": what, "value": value})
+    return alarms
+
+
+def _change_to_json(change: Difference) -> dict[str, Any]:
+    return {
+        "stage": change.stage,
+        "before": change.reference,
+        "metric": change.metric,
+        "aim": change.aim,
+        "verdict": change.verdict,
+        **change.change.to_json(),
     }
 
 
@@ -88,23 +143,24 @@ def by_length(stage: StageResult) -> dict[str, Estimate]:
 
 def seconds(run: Run) -> dict[str, float]:
     """Return the seconds of each step from the record, or of training from the log of the stage."""
-    taken = recorded(run, "seconds")
+    durations = recorded(run, "seconds")
     for name, stage in run.stages.items():
-        if (runtime := last_logged(stage, "train_runtime")) is not None:
-            taken.setdefault(name, runtime)
-    return taken
+        runtime = last_logged(stage, "train_runtime")
+        if runtime is not None:
+            durations.setdefault(name, runtime)
+    return durations
 
 
 def recorded(run: Run, key: str) -> dict[str, float]:
-    """Return a figure from each step's record that has it, by the name of the stage's directory or of the step."""
-    found: dict[str, float] = {}
+    """Return a number from each step's record that has it, by the name of the stage's directory or of the step."""
+    numbers: dict[str, float] = {}
     for name, step in run.steps.items():
         # The report cannot measure itself.
         if name != "report" and step.get(key) is not None:
             # A stage's directory may be named differently from its step.
-            written = Path(str(step.get("values", {}).get("output_dir"))).name
-            found[written if written in run.stages else name] = float(step[key])
-    return found
+            directory = Path(str(step.get("values", {}).get("output_dir"))).name
+            numbers[directory if directory in run.stages else name] = float(step[key])
+    return numbers
 
 
 def training_cost(stage: StageResult) -> tuple[float | None, float | None]:

@@ -43,10 +43,15 @@ class Target:
         bounds = (("at least", self.at_least), ("at most", self.at_most))
         bound = " and ".join(f"{name} {number(value, 2)}" for name, value in bounds if value is not None)
         label = f"{metric_info(self.metric).label} of {self.stage}"
+        if self.against is None and self.lower_end:
+            return f"{label}, lower end of the interval, {bound}"
         if self.against is None:
-            return f"{label}{', lower end of the interval,' if self.lower_end else ''} {bound}"
-        lower = ", lower end of the interval" if self.how == "interval" else ""
-        return f"{label} {'over' if self.how == 'ratio' else 'minus'} {self.against}{lower}: {bound}"
+            return f"{label} {bound}"
+        if self.how == "ratio":
+            return f"{label} over {self.against}: {bound}"
+        if self.how == "interval":
+            return f"{label} minus {self.against}, lower end of the interval: {bound}"
+        return f"{label} minus {self.against}: {bound}"
 
 
 def load_targets(path: str | Path | None = None) -> list[Target]:
@@ -58,7 +63,8 @@ def load_targets(path: str | Path | None = None) -> list[Target]:
         raise UserError(Problem("--targets", file, f"cannot be read: {error}")) from None
     if not isinstance(content, list):
         raise UserError(Problem("--targets", file, "must be a list of {stage, metric, at_least or at_most}"))
-    targets, problems = [], []
+    targets = []
+    problems = []
     for index, entry in enumerate(content, 1):
         try:
             targets.append(Target(**entry))
@@ -75,27 +81,39 @@ def is_pocket(run: Run) -> bool:
     return not run.is_smoke and (not isinstance(recipe, str) or Path(recipe).name == "pocket")
 
 
-def check_targets(run: Run, found: Sequence[Difference], targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """Return `{"promise", "measured", "kept"}` of each target, in order, except for what the run did not measure."""
-    sources = {**run.baselines, **run.stages}
+def check_targets(run: Run, changes: Sequence[Difference], targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Return `{"promise", "measured", "kept"}` of each target, in order, except for what the run did not measure.
+
+    `changes` are the differences of the run.
+    """
     results = []
     for target in targets:
-        named = [sources[name] for name in (target.stage, target.against or target.stage) if name in sources]
-        figures = [source.metrics[target.metric] for source in named if target.metric in source.metrics]
-        if len(figures) < 2:
-            continue
-        figure, other = figures
-        measured = figure.low if target.lower_end else figure.value
-        if target.against and target.how == "ratio":
-            measured = figure.value / other.value if other.value else None
-        elif target.against and target.how == "difference":
-            measured = figure.value - other.value
-        elif target.against:
-            # The lower end of the interval of the paired difference.
-            wanted = (target.stage, target.against, target.metric)
-            measured = next((one.change.low for one in found if (one.stage, one.before, one.metric) == wanted), None)
+        measured = _measure(run, changes, target)
         if measured is not None:
             low = -math.inf if target.at_least is None else target.at_least - ROUNDING
             high = math.inf if target.at_most is None else target.at_most + ROUNDING
             results.append({"promise": str(target), "measured": measured, "kept": low <= measured <= high})
     return results
+
+
+def _measure(run: Run, changes: Sequence[Difference], target: Target) -> float | None:
+    """Return the value that a target bounds, None if the run did not measure it."""
+    results = {**run.baselines, **run.stages}
+    estimates = []
+    for name in (target.stage, target.against or target.stage):
+        if name not in results or target.metric not in results[name].metrics:
+            return None
+        estimates.append(results[name].metrics[target.metric])
+    estimate, other = estimates
+    if target.against and target.how == "ratio":
+        return estimate.value / other.value if other.value else None
+    if target.against and target.how == "difference":
+        return estimate.value - other.value
+    if target.against:
+        # The lower end of the interval of the paired difference.
+        pair = (target.stage, target.against, target.metric)
+        for change in changes:
+            if (change.stage, change.reference, change.metric) == pair:
+                return change.change.low
+        return None
+    return estimate.low if target.lower_end else estimate.value

@@ -25,11 +25,14 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     Control characters become their pictures (U+2400), other invisible ones their number. Line breaks and tabs stay.
     """
     text = text.replace("\r\n", "\n")
-    shown = []
+    characters = []
     marks = 0
     for character in text[:limit]:
         code = ord(character)
-        marks = marks + 1 if unicodedata.combining(character) else 0
+        if unicodedata.combining(character):
+            marks += 1
+        else:
+            marks = 0
         # Many combining marks would cover the lines around them.
         if marks > 3:
             continue
@@ -39,10 +42,10 @@ def visible(text: str, limit: int = SHOWN_CHARACTERS) -> str:
         # code points; the others separate lines and paragraphs.
         elif character not in "\n\t" and unicodedata.category(character).startswith(("C", "Zl", "Zp")):
             character = f"⟨U+{code:04X}⟩"
-        shown.append(character)
+        characters.append(character)
     if len(text) > limit:
-        shown.append(f" … (+{len(text) - limit} characters)")
-    return "".join(shown)
+        characters.append(f" … (+{len(text) - limit} characters)")
+    return "".join(characters)
 
 
 def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
@@ -59,24 +62,31 @@ def markdown(text: str, limit: int = SHOWN_CHARACTERS) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Format `value` with a true minus sign, and without a sign before 0; None is an en dash."""
+    if value is None:
+        return "–"
     # Halves are rounded away from 0, even if floating point makes them slightly smaller.
-    return "–" if value is None else f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
+    return f"{value + math.copysign(1e-9, value):z.{digits}f}".replace("-", "−")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
     """Format `value` with its sign, "+0.012" or "−0.012", and 0 without."""
-    shown = number(value, digits)
-    return f"+{shown}" if value is not None and value > 0 and shown.strip("0.") else shown
+    text = number(value, digits)
+    is_zero = not text.strip("0.")
+    if value is not None and value > 0 and not is_zero:
+        return f"+{text}"
+    return text
 
 
 def counted(number: int, name: str) -> str:
     """Return "1 core", "2 cores"."""
-    return f"{number} {name}" + ("" if number == 1 else "s")
+    return f"1 {name}" if number == 1 else f"{number} {name}s"
 
 
 def duration(seconds: float | None) -> str:
     """Format seconds for people: "9.4 s", "1 min 38 s", "2 h 5 min"."""
-    return "–" if seconds is None else time_in_words(seconds)
+    if seconds is None:
+        return "–"
+    return time_in_words(seconds)
 
 
 def magnitude(value: float | None) -> str:
@@ -95,4 +105,5 @@ def interval(estimate: Estimate, digits: int, sign: bool = False) -> str:
     """Format the interval, "0.94 to 0.98", signed if `sign`; "" if there is none."""
     if estimate.low is None or estimate.high is None:
         return ""
-    return " to ".join((signed if sign else number)(end, digits) for end in (estimate.low, estimate.high))
+    show = signed if sign else number
+    return f"{show(estimate.low, digits)} to {show(estimate.high, digits)}"

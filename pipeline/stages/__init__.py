@@ -18,17 +18,13 @@ OPPONENT = "sft"
 """The kind of stage that others are compared with."""
 
 HELD_OUT = {
-    "text": HeldOutData("text", ("bits_per_byte",), "pretrain"),
-    "instructions": HeldOutData(
-        "conversation", ("instruction_", "answer_", "stop_rate", "mean_length"), "sft", length="max_length"
-    ),
-    "problems": HeldOutData(
-        "prompt", ("pass@", "maj@", "step_", "tool_", "reasoning_", "env"), "reasoning", length="max_completion_length"
-    ),
-    "prompts": HeldOutData("prompt", ("win_", "last_", "kl", "entropy"), "preferences", length="max_completion_length"),
-    "pairs": HeldOutData("preference", ("reward_",)),
+    "text": HeldOutData("text", "pretrain"),
+    "instructions": HeldOutData("conversation", "sft", length="max_length"),
+    "problems": HeldOutData("prompt", "reasoning", length="max_completion_length"),
+    "prompts": HeldOutData("prompt", "preferences", length="max_completion_length"),
+    "pairs": HeldOutData("preference"),
 }
-"""By the keys of `evaluate.yaml`."""
+"""The data that stages are measured on, by the keys of `evaluate.yaml`."""
 
 BASELINES = {
     "elicited": Baseline("{against}, prompted with", "`{against}`, its answer begun with “{text}”"),
@@ -122,7 +118,7 @@ STAGES: dict[str, StageKind] = {
             goes_in="nothing",
             trains="nothing yet",
             drawing="noise",
-            others=("base",),
+            other_kinds=("base",),
         ),
         card=Card(
             summary="A model that has learned nothing yet. It is what pretraining starts from, and what the other "
@@ -142,6 +138,7 @@ STAGES: dict[str, StageKind] = {
         data="text",
         held_out="text",
         aims=("bits_per_byte",),
+        remedy="train longer (max_steps), on more text, or raise learning_rate",
         # With fewer rows, the held-out texts would not fill a block.
         smoke={**SMOKE_MODEL, **SMOKE_TRAINING, "max_train_samples": 512, "block_size": 256},
         charts=(
@@ -169,6 +166,7 @@ STAGES: dict[str, StageKind] = {
         data="conversation",
         held_out="instructions",
         aims=("instruction_accuracy", "answer_bits_per_byte", "stop_rate"),
+        remedy="train longer (max_steps, num_train_epochs), on more conversations, or raise learning_rate",
         charts=(
             LoggedChart("Loss, nats per token", LOSS, note="Answers only."),
             LoggedChart(
@@ -219,6 +217,7 @@ STAGES: dict[str, StageKind] = {
         data="preference",
         held_out="pairs",
         aims=("reward_accuracy", "reward_accuracy_noise_free"),
+        remedy="PPO would optimise noise: give it more pairs, or train it longer (num_train_epochs, learning_rate)",
         charts=(
             LoggedChart(
                 "Reward-model accuracy",
@@ -237,11 +236,18 @@ STAGES: dict[str, StageKind] = {
         ),
     ),
     # Not a step: a reward model whose directory is called N_judge.
-    "judge": StageKind(name="Reward model that judges", generates=False, aims=("reward_accuracy",)),
+    "judge": StageKind(
+        name="Reward model that judges",
+        generates=False,
+        aims=("reward_accuracy",),
+        remedy="the win rates that it judges are noise: give it more pairs, or train it longer (num_train_epochs)",
+    ),
     "ppo": _preference_tuning(
         "PPO",
         how="By PPO against a reward model, with a critic, on TRL's `GRPOTrainer`.",
         limit="It was tuned to please a reward model, which is not the same as being right.",
+        remedy="PPO is as good as its reward model: check that one first, then train longer (max_steps), raise "
+        "learning_rate or lower kl_coef",
         seconds=53,
         samples=True,
         has_critic=True,
@@ -271,7 +277,7 @@ STAGES: dict[str, StageKind] = {
             drawing="score",
             section="prefer",
             place="gains",
-            others=("dpo", "kto"),
+            other_kinds=("dpo", "kto"),
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
@@ -282,6 +288,8 @@ STAGES: dict[str, StageKind] = {
         how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
         limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
         "right, and says little about answers that are unlike them.",
+        remedy="DPO is as good as its pairs: sample more of them from the model that it starts from, then train longer "
+        "(max_steps, num_train_epochs), raise learning_rate or lower beta",
         seconds=80,
         data="preference",
         held_out="pairs",
@@ -305,6 +313,9 @@ STAGES: dict[str, StageKind] = {
         how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
         limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
         "right, and says little about answers that are unlike them.",
+        remedy="KTO is as good as its labels: give it more answers, both wanted and unwanted (or weight the rarer ones "
+        "with desirable_weight or undesirable_weight), then train longer (max_steps, num_train_epochs), raise "
+        "learning_rate or lower beta",
         seconds=150,
         data="unpaired",
         charts=(
@@ -327,6 +338,8 @@ STAGES: dict[str, StageKind] = {
         data="prompt",
         held_out="problems",
         aims=("pass@1", "pass@1_sampled", "pass@8", "environment_reward", "step_rate"),
+        remedy="train longer (max_steps), raise learning_rate or num_generations, or start from a stage that already "
+        "solves some of these problems",
         smoke={**SMOKE_ROLLOUTS, "num_generations": 4},
         charts=(
             LoggedChart("Reward", (("training", "reward"), ("validation", "eval_reward")), note="Correctness only."),

@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class LoggedChart:
-    """A chart of what a stage logs: its title, the name and logged key of each line, and how to read it."""
+    """A chart of what a stage logs.
+
+    Attributes:
+        title: What it shows, with the unit.
+        lines: The name of each line and the key under which the trainer logs it, such as ("validation", "eval_loss").
+        note: How to read it, "" if that is clear.
+    """
 
     title: str
     lines: tuple[tuple[str, str], ...]
@@ -16,21 +22,27 @@ class LoggedChart:
 
 @dataclass(frozen=True)
 class Box:
-    """A box in the picture of the path from random weights to reasoning."""
+    """A box in the picture of the path from random weights to reasoning.
 
-    # One sentence on what happens; the model's input; what changes its weights.
+    Attributes:
+        about: One sentence on what happens.
+        goes_in: What the model reads.
+        trains: What changes its weights.
+        parts: The steps within the box, as (name, what happens). If the name is a kind of stage, its metric is shown.
+        drawing: Name of the drawing in path.html.jinja, "" for none.
+        section: Section of the page that it links to.
+        place: Part of the report that it links to.
+        other_kinds: Kinds that the box stands for if the run has no stage of its own kind.
+    """
+
     about: str
     goes_in: str
     trains: str
-    # The steps within it, as (name, what happens). A stage's kind as the name adds its figure.
     parts: tuple[tuple[str, str], ...] = ()
-    # Name of its drawing in path.html.jinja, "" for none.
     drawing: str = ""
-    # Section of the page, and part of the report, that it links to.
     section: str = "compare"
     place: str = "answers"
-    # Other kinds that it represents.
-    others: tuple[str, ...] = ()
+    other_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,76 +57,102 @@ class Card:
 
 @dataclass(frozen=True)
 class StageKind:
-    """A kind of step."""
+    """A kind of step: all that differs from one kind to another outside of its recipe.
 
-    # Its display name, "" if the report does not mention it, and the algorithm, which follows the name in titles.
+    Attributes:
+        name: Display name, "" if the report does not mention it.
+        method: The algorithm, which follows the name in titles; "" if the name says it.
+        module: Module of the recipe, run with `python -m`; "" for a kind that is only measured.
+        seconds: Duration in recipes/pocket, for estimates of the time left until a run has its own.
+        launched: Whether it runs under `accelerate launch`, with the requested number of processes.
+        measured: Whether it writes a model, which is then evaluated.
+        seeded: Whether it has a seed.
+        editable: Whether it writes data that people may correct by hand.
+        trained: Whether its model is trained.
+        generates: Whether its model writes text, unlike a reward model.
+        chats: Whether its model answers questions, unlike a base model.
+        from_scratch: Whether it may start from random weights.
+        samples: Whether it samples answers.
+        has_critic: Whether it trains a critic.
+        by_people: Whether it waits for people's votes.
+        file_of: Kind whose YAML file it uses if it has none of its own; "" for none.
+        directory: Fixed name of its output directory; "" if the file chooses one.
+        check: Function that checks its settings beyond their types, as "module:function". It gets the settings and
+            returns a list of problems. "" for none.
+        data: Content of the rows that it reads; "" if it reads none.
+        held_out: Key of `HELD_OUT` that its own data are used for; "" for none.
+        length: Field that limits the length of its texts or answers, in tokens; "" for none.
+        aims: Metrics that it is trained to improve, the main one first.
+        remedy: What the verdict proposes if it missed its aims, in the imperative, without a full stop.
+        smoke: Settings that `--smoke` overrides.
+        charts: Charts of what it logs, in the order in which they are shown.
+        box: Its box in the picture of the path, None if another kind's box stands for it.
+        watch: Text of the page about its rollouts; "" if they cannot be watched.
+        card: What its model card says.
+    """
+
     name: str = ""
     method: str = ""
-    # Module of the recipe, run with `python -m`. A kind without a recipe is only measured.
     module: str = ""
-    # Seconds that it takes in recipes/pocket, for estimates of the time left until a run has its own.
     seconds: float = 6.0
-    # Whether it runs under `accelerate launch`, with the requested number of processes; writes a model, which is then
-    # evaluated; takes a seed; and writes data, which people may correct by hand.
     launched: bool = False
     measured: bool = False
     seeded: bool = True
     editable: bool = False
-    # Whether its model is trained; writes text (unlike a reward model); and answers questions (unlike a base model).
     trained: bool = True
     generates: bool = True
     chats: bool = True
-    # Whether it may start from random weights; samples answers; trains a critic; and waits for people's votes.
     from_scratch: bool = False
     samples: bool = False
     has_critic: bool = False
     by_people: bool = False
-    # Kind whose YAML file it uses if it has none of its own; fixed name of its output directory, or "".
     file_of: str = ""
     directory: str = ""
-    # Function that checks its settings beyond their types, `(settings) -> list of problems`.
     check: str = ""
-    # Content of the rows that it reads, and the key of `HELD_OUT` that its own data are used for.
     data: Literal["text", "conversation", "preference", "unpaired", "prompt", ""] = ""
     held_out: Literal["text", "instructions", "problems", "prompts", "pairs", ""] = ""
-    # Field that limits the length of its texts or answers, in tokens.
     length: str = ""
-    # Metrics that it is trained to improve, the main one first.
     aims: tuple[str, ...] = ()
-    # Settings that `--smoke` overrides.
+    remedy: str = "train longer"
     smoke: Mapping[str, Any] = field(default_factory=dict)
     charts: tuple[LoggedChart, ...] = ()
     box: Box | None = None
-    # Text of the page about its rollouts, "" if they cannot be watched.
     watch: str = ""
     card: Card = Card()
 
     @property
     def title(self) -> str:
         """The name with the algorithm, such as "Reasoning (GRPO)"."""
-        return f"{self.name} ({self.method})" if self.method else self.name
+        if not self.method:
+            return self.name
+        return f"{self.name} ({self.method})"
 
 
 @dataclass(frozen=True)
 class HeldOutData:
-    """Data that stages are measured on."""
+    """Data that stages are measured on.
 
-    # Content of the rows, as in `StageKind.data`, and prefixes of the metrics that are measured on it.
+    Attributes:
+        data: Content of the rows, as in `StageKind.data`.
+        config: Configuration of the data set that `recipes.data` writes; "" for none.
+        length: Field of the stages that limits the length of an answer; "" if models do not answer these rows.
+    """
+
     data: Literal["text", "conversation", "preference", "prompt"]
-    metrics: tuple[str, ...]
-    # Configuration of the data set that `recipes.data` writes, "" for none.
     config: str = ""
-    # Field of the stages that limits the length of an answer, "" if models do not answer these rows.
     length: str = ""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline: what the opponent reaches by a trick without training, see `pipeline.evaluation.baselines`."""
+    """What the opponent reaches by a trick without training, see `pipeline.evaluation.baselines`.
 
-    # Its title in the report, which is followed by its texts. `{against}` is the opponent.
+    Attributes:
+        title: Title in the report, which is followed by the texts of the trick. `{against}` is the opponent.
+        card: Description in a model card, with `{against}` and `{text}`.
+        is_bar: Whether the verdict names a stage that does not beat it.
+    """
+
     title: str
-    # Its description in a model card, with `{against}` and `{text}`.
     card: str
-    # Whether the verdict names a stage that does not beat it.
     is_bar: bool = True

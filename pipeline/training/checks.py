@@ -6,6 +6,7 @@ import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
@@ -18,8 +19,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from transformers.optimization import get_scheduler
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_liger_kernel_available
-from trl import GRPOConfig, ModelConfig, RewardConfig, get_peft_config
+from trl import ModelConfig, RewardConfig, get_peft_config
 
+from pipeline.config.fields import samples_completions
 from pipeline.errors import LIBRARY_ERRORS, Problem
 from pipeline.files import nearest
 from pipeline.hub.access import check_access
@@ -116,7 +118,7 @@ def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
     """Check that a data set of `rows` rows fills at least one batch."""
     whole = args.per_device_train_batch_size * args.world_size
     field, needed = "per_device_train_batch_size", whole if args.dataloader_drop_last else 1
-    if isinstance(args, GRPOConfig) and args.generation_batch_size:
+    if samples_completions(args) and args.generation_batch_size:
         # A generation batch contains each prompt `num_generations` times, and incomplete ones are dropped.
         field, needed = "generation_batch_size", max(1, args.generation_batch_size // (args.num_generations or 1))
     if rows >= needed:
@@ -192,7 +194,7 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
             problems.append(Problem("report_to", name, f"no such tracker; choose from: none, {known}"))
         elif name not in get_available_reporting_integrations():
             problems.append(Problem("report_to", name, "is not installed; install it, or write `none`"))
-    if isinstance(args, GRPOConfig):
+    if samples_completions(args):
         problems += _check_rollouts(args, early)
     if isinstance(args, RewardConfig) and args.train_sampling_strategy == "group_by_length":
         problems.append(Problem("train_sampling_strategy", "group_by_length", "a pair has two lengths; omit it"))
@@ -210,8 +212,13 @@ def preflight(args: TrainingArguments, early: bool = False) -> list[Problem]:
     return problems
 
 
-def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
-    """Check how GRPO and PPO sample. Unless it is `early`, wait for the vLLM server if one is used."""
+def _check_rollouts(args: Any, early: bool) -> list[Problem]:
+    """Check how GRPO, PPO or another trainer that samples does so.
+
+    Unless it is `early`, wait for the vLLM server if one is used.
+    """
+    # RLOO has no such correction.
+    corrects_loss = getattr(args, "vllm_importance_sampling_correction", False)
     problems = check_template_arguments(args.chat_template_kwargs)
     if args.remove_unused_columns:
         problems.append(Problem("remove_unused_columns", True, "would remove the columns that rewards read; omit it"))
@@ -239,12 +246,12 @@ def _check_rollouts(args: GRPOConfig, early: bool) -> list[Problem]:
                 mode, fault = server["model_config"]["logprobs_mode"], ""
             except Exception as error:  # noqa: BLE001 - TRL raises bare exceptions for what a server answers
                 fault = str(error)
-            if not fault and args.vllm_importance_sampling_correction and mode != "processed_logprobs":
+            if not fault and corrects_loss and mode != "processed_logprobs":
                 fault = f"its log-probabilities are {mode}, which cannot correct the loss"
             if fault:
                 problems.append(Problem("vllm_mode", "server", f"{url}: {fault}; start it as {VLLM_SERVER}"))
     # vLLM's probabilities include all filters, and the loss is corrected by them.
-    if args.use_vllm and args.vllm_importance_sampling_correction:
+    if args.use_vllm and corrects_loss:
         return problems
     # Fields that affect sampling, and the values with which they have no effect.
     unfiltered = {"top_p": (1.0,), "top_k": (0,), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}

@@ -75,7 +75,7 @@ def train_and_save(trainer: Reliable) -> None:
     first = trainer.is_world_process_zero()
     with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
         if first:
-            output_directory.claim(args)
+            output_directory.record_arguments(args)
         own = []
         for folder in fetched:
             step = TrainerState.load_from_json(str(folder / files.STATE)).global_step
@@ -217,7 +217,7 @@ def save_final(trainer: Reliable) -> None:
                     os.replace(path, output_dir / path.name)
             folders.save_state(trainer.state, output_dir / files.STATE)
             # This card says what the recipe knows. `fourstage push` writes a more detailed one.
-            asked = getattr(args, output_directory.ASKED, {"settings": {}, "command": []})
+            asked = getattr(args, output_directory.REQUESTED, {"settings": {}, "command": []})
             kind = type(args).__name__.removesuffix("Config").lower()
             command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
             runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]

@@ -242,13 +242,7 @@ def write_run(
     }
     known = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
     known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
-    record = {
-        "steps": {
-            name: {"fingerprint": "f", "command": ["x"], "seconds": value, "peak_memory": 5_000_000 * round(value)}
-            for name, value in known.items()
-        },
-        "seed": seed,
-        "recipe": "recipes/pocket",
+    machine = {
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "hardware": {
             "processor": "Imaginary Xeon 2000 @ 2.0 GHz",
@@ -258,6 +252,10 @@ def write_run(
         },
         "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0"},
     }
+    record: dict[str, Any] = {"steps": {}, "seed": seed, "recipe": "recipes/pocket"}
+    for name, value in known.items():
+        step = {"fingerprint": "f", "command": ["x"], "seconds": value, "peak_memory": 5_000_000 * round(value)}
+        record["steps"][name] = step | machine
     (path / "run.json").write_text(json.dumps(record))
     for stage in stages:
         metrics, lines = _evaluate(stage, rng, examples)

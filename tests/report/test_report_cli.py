@@ -316,11 +316,11 @@ def test_own_targets(short_run: Path, tmp_path: Path, option: str) -> None:
 
 
 def rewrite_steps(run: Path, change: Any) -> None:
-    """Change run.json: no facts about the whole run, and `change(name, entry)` for each step."""
+    """Change run.json: no facts about the machine, and `change(name, entry)` for each step."""
     record = json.loads((run / "run.json").read_text())
-    for key in ("hardware", "versions", "commit"):
-        del record[key]
     for name, entry in record["steps"].items():
+        for key in ("hardware", "versions", "commit"):
+            del entry[key]
         change(name, entry)
     (run / "run.json").write_text(json.dumps(record))
 
@@ -359,6 +359,38 @@ def test_steps_on_one_machine_leave_no_note(short_run: Path, tmp_path: Path) -> 
     report(run)
     summary = read_json(run / "report" / "metrics.json")
     assert summary["hardware"] == {"cores": 8} and summary["commit"] is None and summary["notes"] == []
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_report_does_not_leave_a_run_by_a_link(
+    short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], several: bool
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("report"))
+    (run / "report").symlink_to(tmp_path / "elsewhere")
+    others = [short_run] if several else []
+    with pytest.raises(SystemExit) as stopped:
+        report(run, *others, *(["--output_dir", tmp_path / "seeds"] if several else []))
+    assert stopped.value.code == 2 and not list((tmp_path / "elsewhere").iterdir())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"RUN: {run / 'report'}: is a link to {tmp_path / 'elsewhere'}, outside of the run;")
+    # The user may choose any place, and the run itself may be a link.
+    (tmp_path / "link").symlink_to(run)
+    assert report(tmp_path / "link", "--output_dir", run / "report") == 0
+    assert (tmp_path / "elsewhere" / "index.html").exists()
+
+
+def test_a_report_is_not_written_through_a_link_in_its_folder(short_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("report"))
+    (run / "report").mkdir()
+    for name in ("index.html", "metrics.json", ".index.html.tmp", ".report.md.tmp"):
+        (run / "report" / name).symlink_to(tmp_path / "mine")
+    assert report(run) == 0
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (run / "report" / "index.html").is_symlink()
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -16,7 +16,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.report.curves import Chart, Series, charts_of, layout, overlay, ticks
 from pipeline.report.differences import differences, paired
 from pipeline.report.load import Run, load_run, stage_order, step_order
-from pipeline.report.page import contents, experts, render
+from pipeline.report.page import experts, page_content, render
 from pipeline.report.path_picture import path_boxes
 from pipeline.report.summary import summarise
 from pipeline.report.targets import Target, check_targets, load_targets
@@ -78,7 +78,9 @@ def test_targets_are_met_or_missed(target: Target, measured: float, met: bool) -
 
 def test_a_stage_is_compared_with_the_baselines_of_its_aims(whole_run: Path) -> None:
     run = load_run(whole_run)
-    found = {(item.stage, item.before, item.metric): item for item in differences(run) if item.before in run.baselines}
+    found = {
+        (item.stage, item.reference, item.metric): item for item in differences(run) if item.reference in run.baselines
+    }
     assert set(found) == {
         ("3_ppo", "constant", "win_rate"),
         ("3_ppo", "constant", "win_rate_greedy"),
@@ -283,7 +285,7 @@ def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage(
         )
         for name, bits in (("1_pretrain", 1.0), ("1_pretrain_dense", 1.25), ("2_sft", 1.5))
     }
-    found = [(item.stage, item.before, item.change.value) for item in differences(Run(Path("run"), stages=stages))]
+    found = [(item.stage, item.reference, item.change.value) for item in differences(Run(Path("run"), stages=stages))]
     assert found == [("1_pretrain", "1_pretrain_dense", -0.25), ("2_sft", "1_pretrain", 0.5)]
 
 
@@ -297,7 +299,7 @@ def test_ways_to_tune_one_model_are_compared_with_it_and_not_with_each_other() -
     start = {"3_ppo": "2_sft", "3_dpo": "2_sft", "4_grpo": "3_ppo"}
     steps = {name: {"values": {"model_name_or_path": f"runs/mine/{before}"}} for name, before in start.items()}
     found = differences(Run(Path("run"), stages=stages, steps=steps))
-    assert {item.stage: (item.before, item.change.value) for item in found} == {
+    assert {item.stage: (item.reference, item.change.value) for item in found} == {
         "3_ppo": ("2_sft", 0.25),
         "3_dpo": ("2_sft", 0.125),
         "4_grpo": ("3_ppo", -0.5),
@@ -325,7 +327,7 @@ def variants(start: str = "runs/pocket/3_ppo") -> Run:
 
 def test_variants_are_compared_with_their_start_and_with_the_first_of_them() -> None:
     run = variants()
-    assert [(item.stage, item.before, item.change.value, item.aim) for item in differences(run)] == [
+    assert [(item.stage, item.reference, item.change.value, item.aim) for item in differences(run)] == [
         ("4_grpo", "0_base", 0.25, True),
         ("4_dapo", "0_base", 0.5, True),
         ("4_dapo", "4_grpo", 0.25, True),
@@ -346,7 +348,7 @@ def test_a_stage_is_not_compared_with_a_model_that_it_did_not_start_from() -> No
     """What another run calls `4_grpo` is not the stage of this run, and only the first such model is `0_base`."""
     run = variants()
     run.steps["4_grpo_4_dr"]["values"]["model_name_or_path"] = "runs/pocket/4_grpo"
-    assert ("4_dr", "4_grpo") not in {(item.stage, item.before) for item in differences(run)}
+    assert ("4_dr", "4_grpo") not in {(item.stage, item.reference) for item in differences(run)}
     assert "4_dr was not compared (runs/pocket/4_grpo was not measured)" in find_unjudged(run)
 
 
@@ -356,7 +358,7 @@ def test_what_a_stage_started_from_is_read_from_its_arguments_where_the_run_has_
     settings = {"model_name_or_path": "x/run/2_sft/checkpoint-20", "output_dir": "x/run/4_grpo"}
     (run / "4_grpo" / "arguments.json").write_text(json.dumps(settings))
     found = differences(load_run(run))
-    assert {item.before for item in found if item.stage == "4_grpo"} == {"2_sft", "elicited", "majority"}
+    assert {item.reference for item in found if item.stage == "4_grpo"} == {"2_sft", "elicited", "majority"}
 
 
 def test_a_directory_of_another_name_has_the_kind_of_its_step(tmp_path: Path) -> None:
@@ -368,7 +370,8 @@ def test_a_directory_of_another_name_has_the_kind_of_its_step(tmp_path: Path) ->
     (run / "run.json").write_text(json.dumps({**record, "steps": {**record["steps"], "4_grpo_dapo": step}}))
     loaded = load_run(run)
     assert conclude(loaded, find_failures(loaded)).startswith("All four stages did what they are for: ")
-    summary, content = contents(loaded, differences(loaded), [])
+    summary = summarise(loaded, differences(loaded), [])
+    content = page_content(loaded, summary, differences(loaded))
     assert [chart["title"] for chart in content["charts"]][-1] == "Reasoning (GRPO)"
     assert {item["aim"] for item in summary["differences"] if item["stage"] == "4_dapo"} == {True, False}
     assert "| **" in render("report.md.jinja", content).split("| pass@1 |")[1].split("\n")[0]

@@ -114,12 +114,9 @@ def test_hostile_file_names_and_notes_stay_text(short_run: Path, tmp_path: Path)
     run = tmp_path / "<b>run<img src=x>"
     shutil.copytree(short_run, run)
     record = json.loads((run / "run.json").read_text())
-    record |= {
-        "seed": HOSTILE,
-        "commit": HOSTILE,
-        "hardware": {HOSTILE: HOSTILE},
-        "versions": {"x": HOSTILE},
-    }
+    record["seed"] = HOSTILE
+    for entry in record["steps"].values():
+        entry |= {"commit": HOSTILE, "hardware": {HOSTILE: HOSTILE}, "versions": {"x": HOSTILE}}
     (run / "run.json").write_text(json.dumps(record))
     (run / "evaluations" / "<i>.json").write_text("broken")
     main(["report", str(run)])

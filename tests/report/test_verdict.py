@@ -15,6 +15,7 @@ from pipeline.report.page import remarks
 from pipeline.report.path_picture import headline, path_boxes
 from pipeline.report.verdict import conclude, find_failures, find_unjudged
 from pipeline.stages import STAGES
+from pipeline.stages.kinds import StageKind
 
 LOST = {"rows": 98, "of": 700, "what": "conversations lose their end", "remedy": "raise max_length"}
 
@@ -169,6 +170,14 @@ def test_a_significant_gain_that_leaves_nearly_all_answers_wrong_is_named(right:
     sft = stage("2_sft", instruction_accuracy=[1.0] * right + [0.0] * (400 - right))
     run = run_of(stage("1_pretrain", instruction_accuracy=[0.0] * 400), sft)
     assert (("2_sft", "instruction accuracy") in found(run)) is fails
+
+
+@pytest.mark.parametrize("kind", [kind for kind, info in STAGES.items() if info.aims])
+def test_a_stage_that_missed_its_aim_gets_the_remedy_of_its_kind(kind: str) -> None:
+    outcomes = {STAGES[kind].aims[0].replace("@", "_at_"): [1.0, 0.0] * 12}
+    findings = find_failures(run_of(stage("0_random", **outcomes), stage(f"3_{kind}", **outcomes)))
+    assert [finding.remedy for finding in findings] == [STAGES[kind].remedy]
+    assert STAGES[kind].remedy != StageKind().remedy
 
 
 REWARDS = [0.05, 0.1, 0.15] * 10
