@@ -10,6 +10,7 @@ import pytest
 from pipeline.report.targets import Target
 from tests.benchmarks import contest, turns
 from tests.benchmarks.contest import LOOKS, broken_promises, hold, judge, signed_rank, simulate
+from tests.helpers.files import write_rows
 
 NOISE = 0.02
 TARGETS = [Target("4_grpo", "pass@1", at_least=0.5)]
@@ -76,7 +77,7 @@ def write_side(folder: Path, speed: float, right: float, seeds: int = min(LOOKS)
         (run / "evaluations").mkdir(parents=True)
         values = [float(i < right * 100) for i in range(100)]
         rows = [{"metric": "pass@1", "id": i, "value": value} for i, value in enumerate(values)]
-        (run / "evaluations" / "4_grpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(run / "evaluations" / "4_grpo.jsonl", rows)
         figure = {"value": right, "ci95": [right - 0.1, right + 0.1], "n": 100}
         (run / "evaluations" / "4_grpo.json").write_text(json.dumps({"metrics": {"pass@1": figure}}))
         taken = {name: speed * (1 + NOISE * random.standard_normal()) for name in ("2_sft", "4_grpo")}

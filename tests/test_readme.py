@@ -29,8 +29,9 @@ from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments
 from recipes import grpo
+from tests.helpers.files import write_rows
 from tests.helpers.forked import run_forked
-from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
+from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer
 from tests.test_layers import LAYERS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
@@ -204,7 +205,7 @@ def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: P
     save_tokenizer(tmp_path / "runs/pocket/3_reward")
     data = tmp_path / "runs/pocket/data"
     data.mkdir()
-    write_lines(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
+    write_rows(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
     split = "  - split: train\n    path: prompts.jsonl\n"
     (data / "README.md").write_text(f"---\nconfigs:\n- config_name: preferences\n  data_files:\n{split}---\n")
     (python,) = blocks(ROOT / "docs/ppo.md", "python")

@@ -1,6 +1,5 @@
 """Whether test data inside training data is found, and only that."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline import __main__ as command
 from pipeline.data.overlap import overlap, texts
+from tests.helpers.files import write_rows
 
 FOX = "The quick brown fox jumps over the lazy dog and runs away."
 
@@ -100,17 +100,13 @@ def test_any_text_is_safe_and_more_training_data_never_hides_an_overlap(train: l
     assert with_itself.share in (0.0, 1.0) and with_itself.share >= alone
 
 
-def write(path: Path, *lines: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 def test_the_command_prints_overlap_and_fails_above_the_share(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
-    test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
-    clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
+    train = write_rows(tmp_path / "train.jsonl", rows(FOX, "Another one"))
+    questions = [{"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"}]
+    test = write_rows(tmp_path / "test.jsonl", questions)
+    clean = write_rows(tmp_path / "clean.jsonl", rows("Nothing in common"))
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows (50.00%)" in printed and "test row 0, training row 0: the quick brown fox" in printed
@@ -122,9 +118,10 @@ def test_the_command_prints_overlap_and_fails_above_the_share(
 
 def test_by_default_eight_words_in_a_row_are_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "one two three four five six seven eight nine ten"
-    train = write(tmp_path / "train.jsonl", {"text": words})
+    train = write_rows(tmp_path / "train.jsonl", rows(words))
     for number, code in ((7, 0), (8, 1)):
-        test = write(tmp_path / f"{number}.jsonl", {"text": " ".join(words.split()[:number]) + " and other words"})
+        shortened = " ".join(words.split()[:number])
+        test = write_rows(tmp_path / f"{number}.jsonl", rows(f"{shortened} and other words"))
         assert command.main(["check-overlap", "--train", train, "--test", test]) == code
         assert "share 8 words in a row" in capsys.readouterr().out
 
@@ -143,8 +140,8 @@ def test_wrong_arguments_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {
-        "train": write(tmp_path / "train.jsonl", {"text": FOX}),
-        "numbers": write(tmp_path / "numbers.jsonl", {"x": 3}),
+        "train": write_rows(tmp_path / "train.jsonl", rows(FOX)),
+        "numbers": write_rows(tmp_path / "numbers.jsonl", [{"x": 3}]),
     }
     with pytest.raises(SystemExit) as stopped:
         command.main(["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)])

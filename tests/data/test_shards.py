@@ -25,7 +25,8 @@ from pipeline.models.scratch import ScratchArguments
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.training.inputs import load_inputs
 from pipeline.training.pretraining import PretrainConfig
-from tests.helpers.small_model import save_tokenizer, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import save_tokenizer, tokenizer
 
 FILES = {"0.jsonl": 90, "1.jsonl": 0, "2.jsonl": 60}
 """Documents of each file."""
@@ -39,7 +40,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("documents")
     for name, rows in FILES.items():
         texts = [f"{name} {row}: " + f"The cat <|end|><|bos|> sat. {row} é" * (row % 5) for row in range(rows)]
-        write_lines(folder / name, [{"text": text if row % 7 else ""} for row, text in enumerate(texts)])
+        write_rows(folder / name, [{"text": text if row % 7 else ""} for row, text in enumerate(texts)])
     return folder
 
 
@@ -147,7 +148,7 @@ def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: P
 
 
 def test_documents_that_have_changed_are_others(tmp_path: Path) -> None:
-    file = Path(write_lines(tmp_path / "documents.jsonl", [{"text": "The cat sat."}]))
+    file = Path(write_rows(tmp_path / "documents.jsonl", [{"text": "The cat sat."}]))
     write(file, tmp_path / "shards")
     file.write_text(file.read_text().replace("cat", "dog"))
     os.utime(file, (1, 1))

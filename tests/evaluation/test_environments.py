@@ -14,7 +14,7 @@ from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
 from tests.app.test_tools import SAMPLED
 from tests.helpers import tool_toy as toy
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
 
 COUNTER = "tests.helpers.tool_toy:Counter"
 
@@ -38,7 +38,7 @@ class Asynchronous(toy.Counter):
 def make_run(run: Path, stage: str, environment: str, **columns: Any) -> Path:
     """Return a run of two stages of which the later one, which calls more often, trained in an environment."""
     run.mkdir()
-    write_lines(run / "rows.jsonl", [{**row, **columns} for row in toy.prompts(24).to_list()])
+    write_rows(run / "rows.jsonl", [{**row, **columns} for row in toy.prompts(24).to_list()])
     for name, calls in (("2_sft", 0.05), (stage, 0.9)):
         toy.policy(calls).save_pretrained(run / name)
         toy.tokenizer().save_pretrained(run / name)

@@ -18,6 +18,7 @@ from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
 from pipeline.evaluation.win_rate import SAMPLES
 from pipeline.stages import HELD_OUT
 from tests.helpers import small_model
+from tests.helpers.files import write_rows
 
 
 def user(content):
@@ -149,7 +150,7 @@ def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         line |= {"opponent": "saved"} | ({"opponents": ["saved"] * SAMPLES} if "opponents" in line else {})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
     assert set(opponents()) == {"saved"}
     assert opponents("--seed", "5") == other_seed
     assert "saved" not in opponents("--max_new_tokens", "5")
@@ -239,7 +240,7 @@ def test_a_subsample_contains_every_kind():
 
 def test_the_users_own_data_are_measured(run, tmp_path):
     problems = [{"question": f"{i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(3)]
-    gsm8k = small_model.write_lines(tmp_path / "gsm8k.jsonl", problems)
+    gsm8k = write_rows(tmp_path / "gsm8k.jsonl", problems)
     text = small_model.write_text(tmp_path / "text.txt", lines=130)
     result, _ = evaluate(
         run,

@@ -1,14 +1,11 @@
 """Evaluation on the user's own data: what stages train on, what evaluate.yaml names, and judges of one's own."""
 
-import csv
 import gzip
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,6 +22,7 @@ from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
 from pipeline.models.generation import Completion
 from pipeline.tools import chat_model
 from tests.helpers import small_model, vllm_stub
+from tests.helpers.files import write_rows
 
 OWN = "tests.helpers.own_functions:{}"
 FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
@@ -51,22 +49,6 @@ def write_stage(run: Path, stage: str, seed: int = 0, **arguments: Any) -> None:
     """Write a model, and the arguments that a recipe leaves beside it."""
     small_model.save_model(run / stage, seed)
     (run / stage / "arguments.json").write_text(json.dumps({"dataset_test_split": "validation", **arguments}))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.name.endswith(".jsonl.gz"):
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        small_model.write_lines(path, rows)
-    return str(path)
 
 
 @pytest.mark.parametrize("value", [2024, 1.5, True, [2024], [[2024]], {"a": 1}, [None], [{"a": 1}]])
@@ -429,7 +411,7 @@ def test_people_vote_on_the_answers_that_were_written_down_for_them(
         line["choice"] = "first" if pair in sampled else "second" if pair[::-1] in sampled else None
     last = next(line for line in lines if line["choice"])
     del lines[lines.index(last)]
-    votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(votes, lines)
     result, _ = evaluate(run, "3_ppo", *options)
     assert result["judge"] == "people's votes"
     assert (result["metrics"]["win_rate"]["value"], result["metrics"]["win_rate"]["n"]) == (1.0, 2)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from tests.helpers import small_model
+from tests.helpers.files import write_rows
 
 pytest.importorskip("lm_eval")
 
@@ -23,7 +24,7 @@ METRICS = [{"metric": "acc"}, {"metric": "acc_norm"}]
 
 
 def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **fields: Any) -> str:
-    data = small_model.write_lines(folder / f"{name}.jsonl", documents)
+    data = write_rows(folder / f"{name}.jsonl", documents)
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test"}
     task = folder / f"{name}.yaml"
     task.write_text(yaml.safe_dump({"task": name, **source, **fields, "metadata": {"version": 1}}))

@@ -21,7 +21,8 @@ from pipeline.config.parser import parse
 from pipeline.models import loading
 from pipeline.training.entry import run
 from tests.helpers.bad_inputs import CASES, GOOD, rows
-from tests.helpers.small_model import recipe_command, run_recipe, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import recipe_command, run_recipe, tokenizer
 
 
 def arguments_of(recipe: str) -> tuple[Any, list[type]]:
@@ -249,7 +250,7 @@ def test_a_directory_that_may_not_be_written(inputs: Path, tmp_path: Path, capsy
 def test_a_bad_row_is_reported_with_its_number_streamed_or_not(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: str
 ) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
+    path = write_rows(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
     argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"), "--dataset_name", path)[2:]
     lines = refuse("sft", [*argv, "--eval_strategy", "no", *streaming.split()], capsys)
     assert len(lines) == 1 and "row 5" in lines[0]
