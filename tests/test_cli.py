@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import COMMANDS, main
+from tests.helpers.refusals import refused
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "evaluate", "numpy", "pyarrow"}
@@ -89,17 +90,11 @@ def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_function
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["trian"])
-    assert stop.value.code == 2
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+    assert "invalid choice: 'trian'" in refused(capsys, "trian")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipes/nowhere", "--config_file", str(ROOT / "accelerate_config.yaml")])
-    assert stop.value.code == 2
-    shown = capsys.readouterr().err.splitlines()
+    shown = refused(capsys, "run", "recipes/nowhere", "--config_file", ROOT / "accelerate_config.yaml").splitlines()
     assert shown == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]
 
 
@@ -122,7 +117,5 @@ def test_a_file_that_cannot_be_written_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.runner.cli.main", lambda _: (tmp_path / "a" / "b").write_text(""))
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipes/pocket"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"file: {tmp_path}/a/b: No such file or directory; correct it and try again\n"
+    message = refused(capsys, "run", "recipes/pocket")
+    assert message == f"file: {tmp_path}/a/b: No such file or directory; correct it and try again\n"

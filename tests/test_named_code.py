@@ -19,6 +19,7 @@ from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.rewards.loading import load_function, only_trusted
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, save_tokenizer
 
 CODE = '''
@@ -143,10 +144,7 @@ def test_an_evaluation_calls_nothing_that_only_the_folder_names(
     values = record["steps"]["evaluate_4_grpo"]["values"]
     record["steps"]["evaluate_4_grpo"]["values"] = {key: item for key, item in values.items() if key not in without}
     (downloaded / "run.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", str(downloaded), "--stage", "4_grpo"])
-    assert stop.value.code == 2
-    assert "--trust stranger:act" in capsys.readouterr().err
+    assert "--trust stranger:act" in refused(capsys, "evaluate", downloaded, "--stage", "4_grpo")
     assert not marker.exists()
 
 
@@ -296,9 +294,8 @@ def test_a_converter_that_trusts_code_gets_no_model_that_brings_some(
     hostile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """llama.cpp's converter loads some tokenizers with `trust_remote_code=True`."""
-    with pytest.raises(SystemExit):
-        main(["gguf", str(hostile / "4_grpo"), str(hostile / "model.gguf")])
-    assert "its config.json names code in `auto_map`" in capsys.readouterr().err
+    message = refused(capsys, "gguf", hostile / "4_grpo", hostile / "model.gguf")
+    assert "its config.json names code in `auto_map`" in message
 
 
 @pytest.mark.parametrize(

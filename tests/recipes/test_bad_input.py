@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +23,7 @@ from pipeline.models import loading
 from pipeline.training.entry import run
 from tests.helpers.bad_inputs import CASES, GOOD, rows
 from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import recipe_command, run_recipe, tokenizer
 
 
@@ -118,11 +120,8 @@ def make_adapter(path: Path) -> None:
 
 def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Run a recipe that must refuse its input, and return the lines that it prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exited:
-        run(arguments_of(recipe)[0], argv)
-    assert exited.value.code == 2
-    lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    error = refused(capsys, *argv, main=partial(run, arguments_of(recipe)[0]))
+    lines = error.replace("\r", "\n").strip().split("\n")
     # These words are in progress bars.
     return [line for line in lines if line and "examples" not in line and "Loading weights" not in line]
 

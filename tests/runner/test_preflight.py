@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.__main__ import main
 from pipeline.data import splits
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
 from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import ROOT
 
 LATE = {
@@ -58,10 +58,7 @@ def test_all_that_later_stages_refuse_is_one_list_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_recipe(**LATE)
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "mine", how])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = refused(capsys, "run", "mine", how).splitlines()
     assert len(lines) == len(REFUSED), lines
     assert [line for line, start in zip(lines, REFUSED, strict=True) if not line.startswith(start)] == []
     assert not Path("runs").exists()
@@ -105,10 +102,7 @@ def test_wrong_questions_pairs_and_texts_are_one_list_before_the_first_step(
             "evaluate": {"text": {"dataset_name": write_rows("test.jsonl", [{"story": "A sentence."}])}},
         }
     )
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "mine"])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = refused(capsys, "run", "mine").splitlines()
     assert [line.partition(": there is")[0] for line in lines if "there is no such column" in line] == [
         "1_pretrain: text_column: text",
         "3_reward: chosen_column: chosen",
