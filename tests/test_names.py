@@ -21,7 +21,6 @@ NOT_YET = {
     "evaluation",
     "files",
     "hardware.py",
-    "hub",
     "launch.py",
     "models",
     "preferences",

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from pipeline.__main__ import main
-from pipeline.hub.published_files import places, publishable, to_bytes, without_paths
+from pipeline.hub.published_files import local_paths, publishable, to_bytes, without_paths
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_whatever_characters_are_in_a_path_no_file_names_it(tmp_path: Path, name
     for file in ("a.txt", "b.md", "c.html", "d.jinja"):
         (folder / file).write_text("\n".join([*lines, html.escape(str(made))]))
     (folder / "e.json").write_text(json.dumps({str(made): [*lines, {"at": f"{tmp_path}/{name}/elsewhere/f"}]}))
-    record_text = without_paths(json.dumps(record), places(folder.parent))
+    record_text = without_paths(json.dumps(record), local_paths(folder.parent))
     files = publishable(folder) | {"run.json": to_bytes(record_text)}
     for file, content in files.items():
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
