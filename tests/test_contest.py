@@ -97,11 +97,21 @@ def test_folders_of_runs_are_judged(
     assert "go on to 16 seeds" in capsys.readouterr().out
     assert not hold(record, write_side(tmp_path / "worse", 80, 0.4, noise=3))
     assert "10 (record 0)  <- broken" in capsys.readouterr().out
-    # With fewer seeds, or without a partner, there is no contest.
+
+
+def test_a_run_without_partner_is_no_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "load_targets", lambda: TARGETS)
+    record = write_side(tmp_path / "record", 100, 0.9)
     monkeypatch.setattr("sys.argv", ["contest", "--record", str(record), "--contender", str(record / "seed0")])
     with pytest.raises(SystemExit, match="no run on the other side does"):
         contest.main()
-    # Nor are contests simulated from a few pairs; runs that did not take turns are not compared.
+
+
+def test_runs_that_did_not_take_turns_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are contests simulated from a few pairs."""
+    monkeypatch.setattr(contest, "load_targets", lambda: TARGETS)
+    record = write_side(tmp_path / "record", 100, 0.9)
+    write_side(tmp_path / "fast", 80, 0.9, noise=1)
     (tmp_path / "fast/seed3/turns.json").unlink()
     sides = ["contest", "--record", str(record), "--contender", str(tmp_path / "fast")]
     monkeypatch.setattr("sys.argv", [*sides, "--resample", str(record / "seed0")])

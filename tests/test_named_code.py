@@ -265,7 +265,7 @@ def test_no_command_runs_what_a_strangers_folder_brings(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/example\n/stage 4_grpo\n"))
     model = hostile / "4_grpo"
-    words = {
+    arguments = {
         "chat": ["chat", str(model), "--max_new_tokens", "4"],
         "chat checkpoint": ["chat", str(model / "checkpoint-3"), "--max_new_tokens", "4"],
         "app": ["app", str(hostile)],
@@ -278,16 +278,16 @@ def test_no_command_runs_what_a_strangers_folder_brings(
     if command == "app":
         pytest.importorskip("krippendorff")
         monkeypatch.setattr("uvicorn.run", visit)
-    code = 0
     try:
-        code = main(words)
+        code = main(arguments)
     except SystemExit as stop:
         code = int(str(stop.code))
     assert not marker.exists()
-    # These must get as far as they would with one's own folder.
-    assert code == (
-        0 if command in ("chat", "chat checkpoint", "app", "report") else 2 if command != "status" else code
-    )
+    if command in ("chat", "chat checkpoint", "app", "report"):
+        # They must get as far as they would with one's own folder.
+        assert code == 0
+    elif command != "status":
+        assert code == 2
 
 
 def test_a_converter_that_trusts_code_gets_no_model_that_brings_some(

@@ -40,7 +40,11 @@ def halves_apart(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "character"])
-def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path: Path, algorithm: Any) -> None:
+def test_a_model_is_converted_without_loss(tmp_path: Path, algorithm: Any) -> None:
+    """Weights, configuration, tokenizer and chat template are in the file.
+
+    The model has tied embeddings, and biases in its attention.
+    """
     words = train_tokenizer([f"{TEXT}naïve café 日本語 🦊" * 20], vocab_size=300, algorithm=algorithm)
     sizes = ScratchArguments(
         hidden_size=WIDTH,
@@ -57,18 +61,19 @@ def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
 
-    read = convert(tmp_path / "model", tmp_path / "model.gguf")
-    found = {}
-    for tensor in read.tensors:
+    reader = convert(tmp_path / "model", tmp_path / "model.gguf")
+    converted = {}
+    for tensor in reader.tensors:
         values = torch.from_numpy(tensor.data.copy()).reshape(tuple(reversed(tensor.shape.tolist())))
-        mixed = "attn_q" in tensor.name or "attn_k" in tensor.name
-        own_name = ".".join(WEIGHTS.get(part, part) for part in tensor.name.split("."))
-        found[own_name] = halves_apart(values) if mixed else values
+        if "attn_q" in tensor.name or "attn_k" in tensor.name:
+            values = halves_apart(values)
+        name = ".".join(WEIGHTS.get(part, part) for part in tensor.name.split("."))
+        converted[name] = values
     saved = weights(tmp_path / "model")
-    assert found.keys() == saved.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in saved.items())
+    assert converted.keys() == saved.keys()
+    assert all(torch.equal(converted[name], weight) for name, weight in saved.items())
 
-    field = {name: entry.contents() for name, entry in read.fields.items()}
+    field = {name: entry.contents() for name, entry in reader.fields.items()}
     assert field["general.architecture"] == "llama" and field["llama.rope.freq_base"] == 500.0
     assert field["llama.attention.head_count"] == HEADS and field["llama.context_length"] == 256
     assert field["tokenizer.ggml.model"] == "gpt2" and field["tokenizer.ggml.pre"] == "smollm"
