@@ -35,8 +35,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(command in shown for command in COMMANDS)
+    page = capsys.readouterr().out
+    assert all(command in page for command in COMMANDS)
 
 
 # The others are in pipeline.models, which makes the Auto classes of transformers know its classifiers.

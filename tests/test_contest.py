@@ -17,16 +17,16 @@ TARGETS = [Target("4_grpo", "pass@1", at_least=0.5)]
 
 
 def test_the_same_version_is_refused_and_three_percent_are_accepted() -> None:
-    noise, kept = NOISE * np.random.default_rng(0).standard_normal(12), np.ones((12, 2))
-    won, _ = simulate(noise, kept, gain=0.0, contests=100)
+    noise, margins = NOISE * np.random.default_rng(0).standard_normal(12), np.ones((12, 2))
+    won, _ = simulate(noise, margins, gain=0.0, contests=100)
     # With 1%, more than 4 of 100 are won in one case of 290.
     assert won <= 4 / 100
-    won, early = simulate(noise, kept, gain=0.03, contests=40)
+    won, early = simulate(noise, margins, gain=0.03, contests=40)
     assert won >= 0.8
-    assert simulate(noise, kept, gain=0.02, contests=40)[1] < early
-    assert simulate(noise, kept, gain=-0.03, contests=20)[0] == 0
+    assert simulate(noise, margins, gain=0.02, contests=40)[1] < early
+    assert simulate(noise, margins, gain=-0.03, contests=20)[0] == 0
     # A promise that every run breaks is not kept by the mean.
-    assert simulate(noise, -kept, gain=0.10, contests=20)[0] == 0
+    assert simulate(noise, -margins, gain=0.10, contests=20)[0] == 0
 
 
 def test_signed_ranks() -> None:
@@ -156,7 +156,7 @@ def test_versions_run_in_turns(
     order = (tmp_path / "runs/order.txt").read_text().split()
     assert [order.count(side) for side in ("record", "contender")] == [600, 600]
     # Two that run at the same time would change places hundreds of times.
-    changes = [after for before, after in pairwise(order) if after != before]
+    changes = [side for previous, side in pairwise(order) if side != previous]
     assert 2 <= len(changes) <= 100
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2

@@ -33,16 +33,16 @@ def run(**environment: str) -> tuple[bool, int, str]:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
     )
-    kept, faults, reason = done.stdout.split(maxsplit=2)
-    return kept == "1", int(faults), reason.strip()
+    is_kept, faults, reason = done.stdout.split(maxsplit=2)
+    return is_kept == "1", int(faults), reason.strip()
 
 
 def test_freed_memory_is_reused() -> None:
-    kept, faults, reason = run()
-    assert kept == GLIBC and reason
+    is_kept, faults, reason = run()
+    assert is_kept == GLIBC and reason
     # A setting of the user's own, here glibc's default, is left alone.
-    left, more_faults, why = run(MALLOC_TOP_PAD_="131072")
-    assert not left and ("MALLOC_TOP_PAD_" in why) == GLIBC
+    is_kept, more_faults, why = run(MALLOC_TOP_PAD_="131072")
+    assert not is_kept and ("MALLOC_TOP_PAD_" in why) == GLIBC
     assert faults < more_faults / 4 or not GLIBC
 
 

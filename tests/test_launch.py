@@ -142,12 +142,12 @@ def test_one_process_shards_if_the_launch_file_says_so_or_refuses(tmp_path: Path
             parse(SFTConfig, argv=options)
 
 
-@pytest.mark.parametrize("asked", [{"deepspeed": "zero3.json"}, {}])
+@pytest.mark.parametrize("deepspeed_option", [{"deepspeed": "zero3.json"}, {}])
 def test_muon_is_refused_where_deepspeed_flattens_matrices(
-    asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    deepspeed_option: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [SimpleNamespace(use_muon=True, **asked)]
-    if not asked:
+    arguments = [SimpleNamespace(use_muon=True, **deepspeed_option)]
+    if not deepspeed_option:
         assert check_together(arguments, (), ()) == []
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (problem,) = check_together(arguments, (), ())

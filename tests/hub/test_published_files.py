@@ -137,8 +137,8 @@ def test_a_push_of_a_miniature_says_so(push_warnings: Callable[..., str]) -> Non
 
 
 def test_a_push_says_that_the_report_shows_rows_of_own_data(push_warnings: Callable[..., str]) -> None:
-    shown = "the report shows answers to held-out prompts of customers.csv, in a Space that everybody can read"
-    assert push_warnings(problems="customers.csv") == f"{shown}; --private hides it\n"
+    message = "the report shows answers to held-out prompts of customers.csv, in a Space that everybody can read"
+    assert push_warnings(problems="customers.csv") == f"{message}; --private hides it\n"
     assert push_warnings("--private", problems="customers.csv") == ""
 
 

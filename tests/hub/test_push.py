@@ -23,7 +23,7 @@ from transformers import (
 from pipeline.__main__ import main
 from pipeline.hub.repositories import Outputs
 from tests.helpers.hub_server import Hub, Token
-from tests.helpers.small_model import save_model, tokenizer
+from tests.helpers.small_model import equal, save_model, tokenizer
 from tests.helpers.small_run import TOKEN, write_small_run
 from tests.hub.conftest import use
 
@@ -78,17 +78,16 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def same_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    return equal(first.state_dict(), second.state_dict())
 
 
 def test_what_is_pushed_comes_back_and_nothing_is_pushed_twice(
     hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = snapshot(run)
+    local_files = snapshot(run)
     assert push(run) == 0
-    assert snapshot(run) == before, "nothing local has changed"
+    assert snapshot(run) == local_files, "nothing local has changed"
     assert set(hub.repos) == REPOSITORIES
     assert all(hub.commits(name, kind) == ["Push with Fourstage"] for kind, name in REPOSITORIES)
     assert {request.token for request in hub.requests if request.host == "storage"} == {None}
@@ -157,7 +156,7 @@ def test_after_a_fault_the_same_command_goes_on(
     fault: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = snapshot(run)
+    local_files = snapshot(run)
     kind, path = FAULTS[fault]
     hub.fail(kind, path, headers={"Retry-After": "1"} if kind == 429 else {})
     code = push(run)
@@ -171,7 +170,7 @@ def test_after_a_fault_the_same_command_goes_on(
     for kind_of, name in REPOSITORIES:
         assert len(hub.commits(name, kind_of)) == 1, name
     assert len(hub.collections) == 1
-    assert snapshot(run) == before
+    assert snapshot(run) == local_files
 
 
 def test_a_push_of_a_stage_removes_its_old_files(hub: Hub, run: Path) -> None:

@@ -61,7 +61,7 @@ MODEL = {
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kept"),
+    ("strategy", "folders"),
     [
         ("every_save", set()),
         ("checkpoint", {"last-checkpoint"}),
@@ -69,15 +69,17 @@ MODEL = {
         ("end", set()),
     ],
 )
-def test_what_a_run_pushes(hub: Hub, inputs: Path, whole: Path, tmp_path: Path, strategy: str, kept: set[str]) -> None:
+def test_what_a_run_pushes(
+    hub: Hub, inputs: Path, whole: Path, tmp_path: Path, strategy: str, folders: set[str]
+) -> None:
     """The model goes to the top of the repository, and the checkpoints that `hub_strategy` asks for into folders."""
     output = tmp_path / "2_sft"
     more = ("--hub_strategy", strategy, "--hub_revision", "v1", "--hub_private_repo", "true", "--hub_always_push")
     assert train(inputs, output, *PUSH, *more, "--save_total_limit", "1") == 0
     files = hub.files("alice/chat", revision="v1")
     assert {path for path in files if "/" not in path} == MODEL
-    assert {path.split("/")[0] for path in files if "/" in path} >= kept
-    assert bool(kept) == any("/" in path for path in files), "no checkpoint is left that nobody asked for"
+    assert {path.split("/")[0] for path in files if "/" in path} >= folders
+    assert bool(folders) == any("/" in path for path in files), "no checkpoint is left that nobody asked for"
     assert hub.files("alice/chat") == {} and hub.repos["model", "alice/chat"].private
     commits = hub.commits("alice/chat", revision="v1")
     in_progress = [] if strategy == "end" else [f"Training in progress, step {step}" for step in (8, 6, 4, 2)]

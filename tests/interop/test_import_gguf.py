@@ -25,19 +25,24 @@ def test_a_decoder_comes_back_with_the_same_logits(tmp_path: Path, name: str) ->
     words = train("qwen2", "<|im_end|>", "<|endoftext|>", "<|vision_pad|>") if pre == "qwen2" else tokenizer()
     words.pad_token = "<|vision_pad|>" if pre == "qwen2" else "<|pad|>"
     imported = import_gguf(write_gguf(tmp_path / "model", DECODERS[name], words, pre=pre))
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "model", imported))
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(imported)
     rows = torch.randint(len(words), (2, 100), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(before(rows).logits, after(rows).logits)
-    one, other = (model.config.to_diff_dict() for model in (before, after))
-    assert type(before) is type(after) and {**other, **one} == other
+    assert torch.equal(original(rows).logits, model(rows).logits)
+    config, imported_config = original.config.to_diff_dict(), model.config.to_diff_dict()
+    assert type(original) is type(model) and {**imported_config, **config} == imported_config
 
-    found = AutoTokenizer.from_pretrained(imported)
+    loaded = AutoTokenizer.from_pretrained(imported)
     texts = [TEXT, "\n\n1", "  17", "3.14 ½ naïve 日本語\r\n", f"What is 12?{words.eos_token}", "I'LL 'll"]
-    assert found(texts).input_ids == words(texts).input_ids
-    assert found.get_vocab() == words.get_vocab() and found.model_max_length == one["max_position_embeddings"]
-    assert [found.bos_token, found.eos_token, found.pad_token] == [words.bos_token, words.eos_token, words.pad_token]
+    assert loaded(texts).input_ids == words(texts).input_ids
+    assert loaded.get_vocab() == words.get_vocab() and loaded.model_max_length == config["max_position_embeddings"]
+    assert [loaded.bos_token, loaded.eos_token, loaded.pad_token] == [
+        words.bos_token,
+        words.eos_token,
+        words.pad_token,
+    ]
     turns = [{"role": "user", "content": "What is 12?"}]
-    assert found.apply_chat_template(turns) == words.apply_chat_template(turns)
+    assert loaded.apply_chat_template(turns) == words.apply_chat_template(turns)
     settings = GenerationConfig.from_pretrained(imported)
     assert settings.eos_token_id == [words.eos_token_id] and settings.pad_token_id == words.pad_token_id
 
@@ -49,11 +54,11 @@ def test_weights_of_any_type_become_float32(tmp_path: Path, outtype: str) -> Non
     from gguf import GGUFReader, dequantize
 
     imported = weights(import_gguf(file))
-    there = {part.name: torch.tensor(dequantize(part.data, part.tensor_type)) for part in GGUFReader(file).tensors}
-    for own, name in {"embed_tokens": "token_embd", "layers.1.mlp.down_proj": "blk.1.ffn_down"}.items():
-        found = imported[f"model.{own}.weight"]
-        assert found.dtype == torch.float32 and torch.equal(found, there[f"{name}.weight"])
-        assert not torch.equal(found, weights(tmp_path / "model")[f"model.{own}.weight"])
+    in_file = {part.name: torch.tensor(dequantize(part.data, part.tensor_type)) for part in GGUFReader(file).tensors}
+    for name, name_in_file in {"embed_tokens": "token_embd", "layers.1.mlp.down_proj": "blk.1.ffn_down"}.items():
+        weight = imported[f"model.{name}.weight"]
+        assert weight.dtype == torch.float32 and torch.equal(weight, in_file[f"{name_in_file}.weight"])
+        assert not torch.equal(weight, weights(tmp_path / "model")[f"model.{name}.weight"])
 
 
 @pytest.mark.parametrize(("special", "pad"), [(["<|reserved|>"], "<|reserved|>"), ([], "<|pad|>")])
@@ -61,12 +66,12 @@ def test_what_ends_an_answer_does_not_pad(tmp_path: Path, special: list[str], pa
     words = train("smollm", "<|end|>", *special)
     size = len(words)
     imported = import_gguf(write_gguf(tmp_path / "model", DECODERS["llama"], words))
-    model, found = load_model(str(imported), "model")
-    assert found.pad_token == pad and found.eos_token == "<|end|>" and len(found) == (size if special else size + 1)
-    assert model.config.pad_token_id == model.generation_config.pad_token_id == found.pad_token_id
-    assert model.config.vocab_size == len(found), "the vocabulary grows only where no token is left"
-    before, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(100)[None]
-    assert torch.equal(before(rows).logits, model(rows).logits[..., :size])
+    model, loaded = load_model(str(imported), "model")
+    assert loaded.pad_token == pad and loaded.eos_token == "<|end|>" and len(loaded) == (size if special else size + 1)
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == loaded.pad_token_id
+    assert model.config.vocab_size == len(loaded), "the vocabulary grows only where no token is left"
+    original, rows = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), torch.arange(100)[None]
+    assert torch.equal(original(rows).logits, model(rows).logits[..., :size])
 
 
 def changed(file: Path, key: str, layout: str, value: float) -> Path:

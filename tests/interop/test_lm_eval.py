@@ -87,9 +87,9 @@ def test_a_task_is_measured_with_n_and_interval_and_shown_in_the_report(run: Pat
 
 
 def test_tasks_of_the_command_line_are_measured_beside_the_own_figures(run: Path, tmp_path: Path) -> None:
-    own = run / "evaluations" / "2_sft.json"
-    own.parent.mkdir()
-    own.write_text('{"metrics": {"bits_per_byte": {"value": 2.0, "ci95": [1.0, 3.0], "n": 5}}}')
+    evaluation = run / "evaluations" / "2_sft.json"
+    evaluation.parent.mkdir()
+    evaluation.write_text('{"metrics": {"bits_per_byte": {"value": 2.0, "ci95": [1.0, 3.0], "n": 5}}}')
     figures = measure(run, "--lm_eval_tasks", write_choices(tmp_path))
     assert figures.keys() == {"toy_choice:acc", "toy_choice:acc_norm"}
     assert main(["report", str(run)]) == 0
