@@ -94,7 +94,7 @@ def fenced(code: str, language: str) -> str:
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
-def _figure(entry: Any) -> str:
+def _metric_text(entry: Any) -> str:
     """Return a metric and its interval, such as "0.750 [0.701, 0.794]"; empty if the entry has no number."""
     if not entry or entry.get("value") is None:
         return ""
@@ -110,7 +110,7 @@ _TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blo
 _TEMPLATES.loader = PackageLoader("pipeline.hub")
 _TEMPLATES.filters |= {
     "fenced": fenced,
-    "figure": _figure,
+    "metric_text": _metric_text,
     "json": lambda text: json.dumps(text, ensure_ascii=False),
     "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
 }

@@ -24,7 +24,7 @@ BASE = "base"
 
 REPORT = "report"
 # Directories of a run that are not outputs of stages.
-OTHERS = (REPORT, "evaluations", "logs")
+NOT_OUTPUTS = (REPORT, "evaluations", "logs")
 # Characters that the Hub allows in the name of a repository.
 LONGEST_NAME = 96
 
@@ -94,7 +94,7 @@ class Outputs:
     @cached_property
     def folders(self) -> dict[str, Path]:
         """The output directories with a finished model or data, by name."""
-        paths = [path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != "."]
+        paths = [path for path in sorted(self.path.iterdir()) if path.name not in NOT_OUTPUTS and path.name[0] != "."]
         # Unrelated folders may lie next to a single output directory.
         if self.repo_id and not self.record:
             paths = [path for path in paths if path.name in (self.only or ())]
