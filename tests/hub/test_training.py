@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_from_the_hub_alone(hub: Hub, inputs: Path, whole: 
     assert equal(load(hub.files("alice/chat")["model.safetensors"]), weights(whole))
 
 
-def test_it_goes_on_to_the_best_checkpoint_from_the_hub_alone(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_pushed_and_resumed_with(hub: Hub, inputs: Path, tmp_path: Path) -> None:
     more = ("--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "2", "--greater_is_better", "true")
     # The loss falls, so that step 2 is the best one if a greater loss is better.
     more += ("--hub_strategy", "checkpoint", "--hub_always_push")
