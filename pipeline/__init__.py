@@ -30,10 +30,10 @@ def search_here_last() -> None:
     root = str(Path(__file__).parents[1])
     # The working folder may have been deleted.
     with suppress(FileNotFoundError):
-        here = os.getcwd()
-        others = [place for place in sys.path if place == root or place not in ("", here)]
+        working_folder = os.getcwd()
+        libraries = [folder for folder in sys.path if folder == root or folder not in ("", working_folder)]
         # An editable install is not in `sys.path`, and would be found after the working folder.
-        sys.path[:] = dict.fromkeys([*others, root, here])
+        sys.path[:] = dict.fromkeys([*libraries, root, working_folder])
 
 
 def safe_path() -> dict[str, str]:

@@ -149,11 +149,20 @@ def leave_closed_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def is_network_error(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, says that the Hub cannot be reached."""
-    of_client = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
+def causes(error: BaseException | None, *, context: bool = False) -> Iterator[BaseException]:
+    """Yield an error, the error that caused it (`raise ... from`), and so on.
+
+    With `context`, an error without a cause is also traced to the error that was being handled when it was raised.
+    """
     while error is not None:
-        if type(error).__name__ in of_client:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        yield error
+        if context:
+            error = error.__cause__ or error.__context__
+        else:
+            error = error.__cause__
+
+
+def is_network_error(error: BaseException | None) -> bool:
+    """Return whether an error, or one that led to it, says that the Hub cannot be reached."""
+    names = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ReadTimeout"}
+    return any(type(cause).__name__ in names for cause in causes(error, context=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import COMMANDS, main
+from tests.helpers.refusals import refused
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate", "evaluate", "numpy", "pyarrow"}
@@ -34,8 +35,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(command in shown for command in COMMANDS)
+    page = capsys.readouterr().out
+    assert all(command in page for command in COMMANDS)
 
 
 # The others are in pipeline.models, which makes the Auto classes of transformers know its classifiers.
@@ -65,7 +66,8 @@ def test_names_that_are_not_utf8_are_printed(capsys: pytest.CaptureFixture[str],
     assert "bad\\udcff" in capsys.readouterr().out
 
 
-def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_functions(tmp_path: Path) -> None:
+def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> None:
+    """A `pipeline.py` or `json.py` of the user is not imported in place of the library; functions there are found."""
     for name in ("pipeline.py", "recipes.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit(f'{__file__} was run')")
     (tmp_path / "my_rewards.py").write_text("")
@@ -89,18 +91,12 @@ def test_a_folder_with_a_pipeline_py_of_its_own_gets_ours_and_keeps_its_function
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["trian"])
-    assert stop.value.code == 2
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+    assert "invalid choice: 'trian'" in refused(capsys, "trian")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipes/nowhere", "--config_file", str(ROOT / "accelerate_config.yaml")])
-    assert stop.value.code == 2
-    shown = capsys.readouterr().err.splitlines()
-    assert shown == ["recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml"]
+    message = refused(capsys, "run", "recipes/nowhere", "--config_file", ROOT / "accelerate_config.yaml")
+    assert message == "recipe: recipes/nowhere: does not exist; give a folder with files such as 2_sft.yaml\n"
 
 
 @pytest.mark.parametrize(
@@ -112,17 +108,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     ],
 )
 def test_an_empty_argument_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"{argv[-2]}: {argv[-1]!r}: is empty; give a value, or omit it\n"
+    *_, option, value = argv
+    assert refused(capsys, *argv) == f"{option}: {value!r}: is empty; give a value, or omit it\n"
 
 
 def test_a_file_that_cannot_be_written_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.runner.cli.main", lambda _: (tmp_path / "a" / "b").write_text(""))
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipes/pocket"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"file: {tmp_path}/a/b: No such file or directory; correct it and try again\n"
+    message = refused(capsys, "run", "recipes/pocket")
+    assert message == f"file: {tmp_path}/a/b: No such file or directory; correct it and try again\n"

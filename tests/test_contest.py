@@ -10,22 +10,23 @@ import pytest
 from pipeline.report.targets import Target
 from tests.benchmarks import contest, turns
 from tests.benchmarks.contest import LOOKS, broken_promises, hold, judge, signed_rank, simulate
+from tests.helpers.files import write_rows
 
 NOISE = 0.02
 TARGETS = [Target("4_grpo", "pass@1", at_least=0.5)]
 
 
 def test_the_same_version_is_refused_and_three_percent_are_accepted() -> None:
-    noise, kept = NOISE * np.random.default_rng(0).standard_normal(12), np.ones((12, 2))
-    won, _ = simulate(noise, kept, gain=0.0, contests=100)
+    noise, margins = NOISE * np.random.default_rng(0).standard_normal(12), np.ones((12, 2))
+    won, _ = simulate(noise, margins, gain=0.0, contests=100)
     # With 1%, more than 4 of 100 are won in one case of 290.
     assert won <= 4 / 100
-    won, early = simulate(noise, kept, gain=0.03, contests=40)
+    won, early = simulate(noise, margins, gain=0.03, contests=40)
     assert won >= 0.8
-    assert simulate(noise, kept, gain=0.02, contests=40)[1] < early
-    assert simulate(noise, kept, gain=-0.03, contests=20)[0] == 0
+    assert simulate(noise, margins, gain=0.02, contests=40)[1] < early
+    assert simulate(noise, margins, gain=-0.03, contests=20)[0] == 0
     # A promise that every run breaks is not kept by the mean.
-    assert simulate(noise, -kept, gain=0.10, contests=20)[0] == 0
+    assert simulate(noise, -margins, gain=0.10, contests=20)[0] == 0
 
 
 def test_signed_ranks() -> None:
@@ -76,7 +77,7 @@ def write_side(folder: Path, speed: float, right: float, seeds: int = min(LOOKS)
         (run / "evaluations").mkdir(parents=True)
         values = [float(i < right * 100) for i in range(100)]
         rows = [{"metric": "pass@1", "id": i, "value": value} for i, value in enumerate(values)]
-        (run / "evaluations" / "4_grpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(run / "evaluations" / "4_grpo.jsonl", rows)
         figure = {"value": right, "ci95": [right - 0.1, right + 0.1], "n": 100}
         (run / "evaluations" / "4_grpo.json").write_text(json.dumps({"metrics": {"pass@1": figure}}))
         taken = {name: speed * (1 + NOISE * random.standard_normal()) for name in ("2_sft", "4_grpo")}
@@ -96,11 +97,21 @@ def test_folders_of_runs_are_judged(
     assert "go on to 16 seeds" in capsys.readouterr().out
     assert not hold(record, write_side(tmp_path / "worse", 80, 0.4, noise=3))
     assert "10 (record 0)  <- broken" in capsys.readouterr().out
-    # With fewer seeds, or without a partner, there is no contest.
+
+
+def test_a_run_without_partner_is_no_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "load_targets", lambda: TARGETS)
+    record = write_side(tmp_path / "record", 100, 0.9)
     monkeypatch.setattr("sys.argv", ["contest", "--record", str(record), "--contender", str(record / "seed0")])
     with pytest.raises(SystemExit, match="no run on the other side does"):
         contest.main()
-    # Nor are contests simulated from a few pairs; runs that did not take turns are not compared.
+
+
+def test_runs_that_did_not_take_turns_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are contests simulated from a few pairs."""
+    monkeypatch.setattr(contest, "load_targets", lambda: TARGETS)
+    record = write_side(tmp_path / "record", 100, 0.9)
+    write_side(tmp_path / "fast", 80, 0.9, noise=1)
     (tmp_path / "fast/seed3/turns.json").unlink()
     sides = ["contest", "--record", str(record), "--contender", str(tmp_path / "fast")]
     monkeypatch.setattr("sys.argv", [*sides, "--resample", str(record / "seed0")])
@@ -145,7 +156,7 @@ def test_versions_run_in_turns(
     order = (tmp_path / "runs/order.txt").read_text().split()
     assert [order.count(side) for side in ("record", "contender")] == [600, 600]
     # Two that run at the same time would change places hundreds of times.
-    changes = [after for before, after in pairwise(order) if after != before]
+    changes = [side for previous, side in pairwise(order) if side != previous]
     assert 2 <= len(changes) <= 100
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2

@@ -33,16 +33,16 @@ def run(**environment: str) -> tuple[bool, int, str]:
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
     )
-    kept, faults, reason = done.stdout.split(maxsplit=2)
-    return kept == "1", int(faults), reason.strip()
+    is_kept, faults, reason = done.stdout.split(maxsplit=2)
+    return is_kept == "1", int(faults), reason.strip()
 
 
 def test_freed_memory_is_reused() -> None:
-    kept, faults, reason = run()
-    assert kept == GLIBC and reason
+    is_kept, faults, reason = run()
+    assert is_kept == GLIBC and reason
     # A setting of the user's own, here glibc's default, is left alone.
-    left, more_faults, why = run(MALLOC_TOP_PAD_="131072")
-    assert not left and ("MALLOC_TOP_PAD_" in why) == GLIBC
+    is_kept, more_faults, why = run(MALLOC_TOP_PAD_="131072")
+    assert not is_kept and ("MALLOC_TOP_PAD_" in why) == GLIBC
     assert faults < more_faults / 4 or not GLIBC
 
 
@@ -68,14 +68,26 @@ def test_compilation_is_for_long_runs_with_a_compiler(monkeypatch: pytest.Monkey
     assert not hardware.compilation(1e14).value
 
 
-def test_the_peak_is_that_of_numbers_which_take_no_random_numbers_from_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, multiply = [], torch.mm
+def test_measuring_the_peak_takes_no_random_numbers_from_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "accelerator", lambda: None)
-    monkeypatch.setattr(torch, "mm", lambda a, b: seen.append(a) or multiply(a, b))
-    before = torch.get_rng_state()
+    state = torch.get_rng_state()
     assert hardware.matmul_peak.__wrapped__("fp32") > 1e6
-    assert torch.equal(torch.get_rng_state(), before)
-    assert seen[0].count_nonzero() > seen[0].numel() / 2, "zeros let a GPU clock higher"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_peak_is_not_measured_on_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros let a GPU clock higher."""
+    factors: list[torch.Tensor] = []
+    multiply = torch.mm
+
+    def record(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        factors.append(a)
+        return multiply(a, b)
+
+    monkeypatch.setattr(hardware, "accelerator", lambda: None)
+    monkeypatch.setattr(torch, "mm", record)
+    hardware.matmul_peak.__wrapped__("fp32")
+    assert factors[0].count_nonzero() > factors[0].numel() / 2
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -105,14 +106,15 @@ def test_each_of_several_processes_trains_on_its_own_gpu(tmp_path: Path) -> None
         assert (args.n_gpu, args.world_size, str(args.device)) == (1, 2, "cuda:1")
 
 
-@pytest.mark.parametrize("given", ["--use_cpu", "use_cpu: true"])
-def test_on_a_machine_with_a_gpu_use_cpu_makes_all_choices_those_of_the_cpu(given: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(given if ":" in given else "seed: 1")
-    options = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out")]
+@pytest.mark.parametrize(("option", "line"), [(["--use_cpu"], "seed: 1"), ([], "use_cpu: true")])
+def test_use_cpu_wins_over_a_gpu(option: list[str], line: str, tmp_path: Path) -> None:
+    """All choices, some of which are made before the arguments are read, are then those of a machine without GPU."""
+    (tmp_path / "config.yaml").write_text(line)
+    options = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out"), *option]
     with emulated_gpus(1):
         assert hardware.attention().value == "varlen", "asked before the arguments are read"
         with patch.object(hardware, "keep_freed_memory") as memory, patch("torch.set_num_threads") as threads:
-            (args,) = parse(SFTConfig, argv=[*options, *([] if ":" in given else [given])])
+            (args,) = parse(SFTConfig, argv=options)
         assert (hardware.accelerator(), hardware.attention().value) == (None, "blockwise")
         assert (args.device.type, args.bf16) == ("cpu", hardware.precision().value == "bf16")
         assert args.dataloader_pin_memory is False and memory.called and threads.called
@@ -140,25 +142,30 @@ def test_one_process_shards_if_the_launch_file_says_so_or_refuses(tmp_path: Path
             parse(SFTConfig, argv=options)
 
 
-@pytest.mark.parametrize("asked", [{"deepspeed": "zero3.json"}, {}])
+@pytest.mark.parametrize("deepspeed_option", [{"deepspeed": "zero3.json"}, {}])
 def test_muon_is_refused_where_deepspeed_flattens_matrices(
-    asked: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    deepspeed_option: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [SimpleNamespace(use_muon=True, **asked)]
-    if not asked:
+    arguments = [SimpleNamespace(use_muon=True, **deepspeed_option)]
+    if not deepspeed_option:
         assert check_together(arguments, (), ()) == []
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     (problem,) = check_together(arguments, (), ())
     assert str(problem).startswith("use_muon: True: needs matrices")
 
 
-def test_checks_of_a_machine_stop_at_a_difference_and_go_on_there(
+def test_the_checks_of_a_machine_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--list"]) == 0
+    output = capsys.readouterr().out
+    for check in gpu.CHECKS:
+        assert check.name in output and f"needs {check.needs}" in output
+
+
+def test_checks_of_a_machine_stop_at_a_difference_and_resume_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    assert all(check.name in listed and f"needs {check.needs}" in listed for check in gpu.CHECKS)
-    ran, figure = [], 3.0
+    ran: list[str] = []
+    figure = 3.0
 
     def first(bench: Bench) -> Iterator[Line]:
         ran.append("first")
@@ -177,8 +184,9 @@ def test_checks_of_a_machine_stop_at_a_difference_and_go_on_there(
     bench = Bench(tmp_path, gpus=0, quick=True)
     checks.insert(0, gpu.Check(fails, gpus=2))
     assert gpu.run_checks(bench, checks) == 1 and ran == ["first", "second"]
-    said = capsys.readouterr().out
-    assert "DIFFERS another one\n          expected at most 2, measured 3" in said and "with 2 GPUs" in said
+    output = capsys.readouterr().out
+    assert "DIFFERS another one\n          expected at most 2, measured 3" in output and "with 2 GPUs" in output
+    # With the machine mended, it resumes at the second check.
     figure = 2.0
     assert gpu.run_checks(bench, checks) == 1 and ran == ["first", "second", "second", "beyond it"]
     assert "FAILED exit code 1" in capsys.readouterr().out
@@ -214,11 +222,12 @@ def test_without_a_number_of_threads_the_cores_are_shared(
 
 
 @pytest.mark.parametrize(
-    ("own", "reason"), [({}, "cores for 2 process(es)"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")]
+    ("users_choice", "reason"), [({}, r"\d+ cores for 2 process\(es\)"), ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS")]
 )
 def test_under_a_launcher_only_the_users_number_of_threads_counts(
-    own: dict[str, str], reason: str, tmp_path: Path
+    users_choice: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
+    """The launcher sets OMP_NUM_THREADS to 1, which is not the user's choice."""
     # A single write, because the lines of two processes may mix.
     code = 'import os\nfrom pipeline import hardware\nos.write(1, f"{hardware.threads().reason}\\n".encode())\n'
     (tmp_path / "step.py").write_text(code)
@@ -226,12 +235,13 @@ def test_under_a_launcher_only_the_users_number_of_threads_counts(
     command = ["accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     done = subprocess.run(
         [sys.executable, "-m", *command, str(ROOT / "accelerate_config.yaml"), "-m", "step"],
-        env={**environment, **own, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        env={**environment, **users_choice, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [line.partition(" ")[2] if own == {} else line for line in done.stdout.split("\n")[:2]] == [reason] * 2
+    lines = done.stdout.split("\n")[:2]
+    assert len(lines) == 2 and all(re.fullmatch(reason, line) for line in lines), lines
 
 
 def test_the_runner_does_not_choose_a_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +300,7 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("error", ["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
-def test_where_the_kernel_keeps_no_locks_a_run_goes_on_with_a_warning(
+def test_without_locks_of_the_kernel_a_warning_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: str
 ) -> None:
     def flock(descriptor: object, operation: int) -> None:
@@ -301,9 +311,8 @@ def test_where_the_kernel_keeps_no_locks_a_run_goes_on_with_a_warning(
     assert "make sure that no other run writes there" in caplog.text
 
 
-def test_a_child_that_inherits_the_lock_holds_it_after_its_parent_was_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_child_keeps_the_lock_of_its_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a step whose runner was killed still keeps others from writing to the run."""
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     path = tmp_path / "run.lock"
     start_child = """
@@ -323,7 +332,7 @@ process = subprocess.Popen(child, stdin=0, stdout=subprocess.DEVNULL, pass_fds=d
         take(path, orphans_only=True)
 
 
-def test_the_lock_of_a_living_process_is_refused_at_once_where_only_orphans_are_waited_for(tmp_path: Path) -> None:
+def test_with_orphans_only_a_living_process_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with held_elsewhere(path) as other:
         started = time.monotonic()

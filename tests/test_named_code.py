@@ -19,6 +19,7 @@ from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.rewards.loading import load_function, only_trusted
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, save_tokenizer
 
 CODE = '''
@@ -143,10 +144,7 @@ def test_an_evaluation_calls_nothing_that_only_the_folder_names(
     values = record["steps"]["evaluate_4_grpo"]["values"]
     record["steps"]["evaluate_4_grpo"]["values"] = {key: item for key, item in values.items() if key not in without}
     (downloaded / "run.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", str(downloaded), "--stage", "4_grpo"])
-    assert stop.value.code == 2
-    assert "--trust stranger:act" in capsys.readouterr().err
+    assert "--trust stranger:act" in refused(capsys, "evaluate", downloaded, "--stage", "4_grpo")
     assert not marker.exists()
 
 
@@ -267,7 +265,7 @@ def test_no_command_runs_what_a_strangers_folder_brings(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/example\n/stage 4_grpo\n"))
     model = hostile / "4_grpo"
-    words = {
+    arguments = {
         "chat": ["chat", str(model), "--max_new_tokens", "4"],
         "chat checkpoint": ["chat", str(model / "checkpoint-3"), "--max_new_tokens", "4"],
         "app": ["app", str(hostile)],
@@ -280,25 +278,24 @@ def test_no_command_runs_what_a_strangers_folder_brings(
     if command == "app":
         pytest.importorskip("krippendorff")
         monkeypatch.setattr("uvicorn.run", visit)
-    code = 0
     try:
-        code = main(words)
+        code = main(arguments)
     except SystemExit as stop:
         code = int(str(stop.code))
     assert not marker.exists()
-    # These must get as far as they would with one's own folder.
-    assert code == (
-        0 if command in ("chat", "chat checkpoint", "app", "report") else 2 if command != "status" else code
-    )
+    if command in ("chat", "chat checkpoint", "app", "report"):
+        # They must get as far as they would with one's own folder.
+        assert code == 0
+    elif command != "status":
+        assert code == 2
 
 
 def test_a_converter_that_trusts_code_gets_no_model_that_brings_some(
     hostile: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """llama.cpp's converter loads some tokenizers with `trust_remote_code=True`."""
-    with pytest.raises(SystemExit):
-        main(["gguf", str(hostile / "4_grpo"), str(hostile / "model.gguf")])
-    assert "its config.json names code in `auto_map`" in capsys.readouterr().err
+    message = refused(capsys, "gguf", hostile / "4_grpo", hostile / "model.gguf")
+    assert "its config.json names code in `auto_map`" in message
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ def replaced(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", [*sorted(ROOT.glob("pipeline/**/*.py")), *sorted(ROOT.glob("recipes/*.py"))])
 def test_no_method_is_replaced_from_outside(path: Path) -> None:
-    found = list(replaced(ast.parse(path.read_text(encoding="utf-8"))))
+    replacements = list(replaced(ast.parse(path.read_text(encoding="utf-8"))))
     if path == ROOT / "pipeline" / "models" / "patches.py":
-        assert found
+        assert replacements
     else:
-        assert not found, f"{path}: subclass instead, or add it to pipeline/models/patches.py with the reason"
+        assert not replacements, f"{path}: subclass instead, or add it to pipeline/models/patches.py with the reason"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments
 from recipes import grpo
+from tests.helpers.files import write_rows
 from tests.helpers.forked import run_forked
-from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer, write_lines
+from tests.helpers.small_model import ROOT, conversation, save_model, save_tokenizer
 from tests.test_layers import LAYERS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
@@ -56,24 +57,29 @@ def code_spans(path: Path) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
-def commands() -> list[str]:
+def printed_commands() -> list[str]:
     """Return every command that a page prints, or a module's docstring on a line of its own."""
-    texts = [
-        line for path in PAGES for block in blocks(path, "bash") for line in block.replace("\\\n", " ").split("\n")
-    ]
-    texts += [span for path in PAGES for span in code_spans(path)]
+    lines: list[str] = []
+    for path in PAGES:
+        for block in blocks(path, "bash"):
+            lines += block.replace("\\\n", " ").split("\n")
+        lines += code_spans(path)
     for path in MODULES:
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        texts += docstring.replace("\\\n", " ").split("\n")
-    found = [part.strip() for text in texts for part in text.partition("  #")[0].split("&&")]
+        lines += docstring.replace("\\\n", " ").split("\n")
     # Other spellings of the same command are not tried again: each takes seconds.
-    found = [re.sub(r"^\./fourstage test\b", "pytest", command) for command in found]
-    found = [re.sub(r"^(\./)?fourstage ", "python -m pipeline ", command) for command in found]
-    found = [re.sub(r" run (?=(pocket|gsm8k-shakespeare)( |$))", " run recipes/", command) for command in found]
-    return sorted({command for command in found if CHECKED.match(command) and " " in command})
+    commands = set()
+    for line in lines:
+        for command in line.partition("  #")[0].split("&&"):
+            command = re.sub(r"^\./fourstage test\b", "pytest", command.strip())
+            command = re.sub(r"^(\./)?fourstage ", "python -m pipeline ", command)
+            command = re.sub(r" run (?=(pocket|gsm8k-shakespeare)( |$))", " run recipes/", command)
+            if CHECKED.match(command) and " " in command:
+                commands.add(command)
+    return sorted(commands)
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", printed_commands())
 def test_a_printed_command_is_accepted(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,8 +170,8 @@ def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch:
 def test_contributing_draws_the_house_as_it_is() -> None:
     tree, layers = (block.splitlines() for block in blocks(ROOT / "CONTRIBUTING.md", "")[:2])
     drawn = {line.split()[0] for line in tree if re.match(r"  \S", line)}
-    found = {path.name + "/" * path.is_dir() for path in (ROOT / "pipeline").iterdir()}
-    assert drawn == found - {"__init__.py", "__pycache__/"}
+    entries = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "pipeline").iterdir()}
+    assert drawn == entries - {"__init__.py", "__pycache__/"}
     assert [set(line.split()) for line in layers] == LAYERS
 
 
@@ -204,7 +210,7 @@ def test_the_python_of_the_page_about_ppo_runs_on_a_cpu_without_bf16(tmp_path: P
     save_tokenizer(tmp_path / "runs/pocket/3_reward")
     data = tmp_path / "runs/pocket/data"
     data.mkdir()
-    write_lines(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
+    write_rows(data / "prompts.jsonl", [{"prompt": conversation(f"What is {i}?", "")[:1]} for i in range(8)])
     split = "  - split: train\n    path: prompts.jsonl\n"
     (data / "README.md").write_text(f"---\nconfigs:\n- config_name: preferences\n  data_files:\n{split}---\n")
     (python,) = blocks(ROOT / "docs/ppo.md", "python")

@@ -50,12 +50,12 @@ def figures(text: str) -> Iterator[tuple[str, re.Match[str]]]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")] if block.startswith("|") else []
         if not cells:
             header = []
-            yield from ((line, found) for found in INTERVAL.finditer(line))
+            yield from ((line, match) for match in INTERVAL.finditer(line))
         elif not header:
             header = cells
         for column, cell in enumerate(cells):
             title = header[column] if column < len(header) else ""
-            yield from ((f"{' '.join(cells[:2])} {title}", found) for found in INTERVAL.finditer(cell))
+            yield from ((f"{' '.join(cells[:2])} {title}", match) for match in INTERVAL.finditer(cell))
 
 
 def least_width(value: float, answers: int, decimals: int) -> float:
@@ -70,16 +70,16 @@ def least_width(value: float, answers: int, decimals: int) -> float:
 
 def too_narrow(path: str) -> list[str]:
     narrow = []
-    for words, found in figures((ROOT / path).read_text(encoding="utf-8")):
-        value, low, high = (float(number.replace("−", "-")) for number in found.groups())
+    for words, match in figures((ROOT / path).read_text(encoding="utf-8")):
+        value, low, high = (float(number.replace("−", "-")) for number in match.groups())
         matching = (entry for entry in MEASURED[path] if re.search(entry[0], words))
         _, answers, part = next(matching, ("", 0, SHARE))
-        decimals = len(found[2].partition(".")[2])
+        decimals = len(match[2].partition(".")[2])
         # An interval that ends at the greatest or least value is cut off there.
         is_whole = low not in (-1, 0) and high < 1
         width = high - low if is_whole else 2 * max(high - value, value - low)
         if answers and abs(value) <= 1 and width < part * least_width(value, answers, decimals):
-            narrow.append(f"{found[0]}, {answers} answers: {words[:80]}")
+            narrow.append(f"{match[0]}, {answers} answers: {words[:80]}")
     return narrow
 
 
@@ -94,8 +94,8 @@ def test_every_readme_with_intervals_is_looked_at() -> None:
             assert str(path.relative_to(ROOT)) in MEASURED
 
 
-def test_seeds_that_agree_by_chance_do_not_make_an_interval_narrower_than_over_test_rows() -> None:
-    """Five win rates within 0.007 of each other, each from 200 prompts."""
+def test_an_interval_over_seeds_is_not_narrower_than_over_test_rows() -> None:
+    """Seeds may agree by chance: these five win rates, each from 200 prompts, are within 0.007 of each other."""
     runs = [Estimate(value, value - 0.03, value + 0.028, 200) for value in (0.782, 0.784, 0.785, 0.786, 0.788)]
     assert show(runs, "win rate") == "0.785 (0.755 to 0.813)"
     assert show([Estimate(0.99, 0.97, 1.0, 200), Estimate(0.97, 0.95, 0.99, 200)], "greedy").endswith("to 1.000)")

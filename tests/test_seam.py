@@ -200,10 +200,10 @@ def overrides() -> Iterator[tuple[type, type, str]]:
 
 def moved_overrides() -> Iterator[str]:
     for ours, theirs, name in overrides():
-        own, expected = (inspect.signature(vars(kind)[name]).parameters for kind in (ours, theirs))
-        kinds = {parameter.kind for parameter in own.values()}
+        actual, expected = (inspect.signature(vars(kind)[name]).parameters for kind in (ours, theirs))
+        kinds = {parameter.kind for parameter in actual.values()}
         accepts_any = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds
-        missing = set() if accepts_any or inspect.Parameter.VAR_KEYWORD in kinds else set(expected) - set(own)
+        missing = set() if accepts_any or inspect.Parameter.VAR_KEYWORD in kinds else set(expected) - set(actual)
         if missing:
             yield moved(f"{theirs.__name__}.{name}", f"{ours.__name__}.{name} does not take {sorted(missing)}")
 

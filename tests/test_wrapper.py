@@ -261,7 +261,8 @@ def test_torch_is_that_for_cpus_if_there_is_no_gpu_and_its_index_answers(
     assert ("whl/cpu" in checkout.calls.read_text()) == (index and not gpu)
 
 
-def test_a_folder_that_others_own_is_refused_and_may_be_used_with_an_environment_elsewhere() -> None:
+def test_a_checkout_of_another_user_needs_an_environment_elsewhere() -> None:
+    """Its folder cannot be written to; FOURSTAGE_VENV names a folder of the user's own."""
     # Root may write everywhere, so that another user calls.
     user: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
     if subprocess.run(["sh", "-c", ": >/dev/null"], **user).returncode:

@@ -21,7 +21,7 @@ from pipeline.errors import EXIT_PUSH_FAILED, RunStopped
 from pipeline.files import MANIFEST, STATE, read_json
 from pipeline.hub.access import full_id
 from pipeline.hub.download import LAST
-from pipeline.hub.published_files import Files, places, public_content, publishable
+from pipeline.hub.published_files import Files, local_paths, public_content, publishable
 from pipeline.hub.repositories import Outputs
 from pipeline.hub.upload import explain, is_replaced, push
 
@@ -32,19 +32,28 @@ STAGED = ".pushed"
 
 
 class PushCallback(TrainerCallback):
-    """Pushes checkpoints and the model in place of transformers, and sets `push_to_hub` to false.
+    """Pushes checkpoints and the model instead of transformers, and sets `push_to_hub` to false.
 
-    Every checkpoint is pushed in the background, unless `hub_strategy` is "end" or an earlier push is still running and
-    `hub_always_push` is false: its model, and all of it as `last-checkpoint/` (`checkpoint-N/` for "all_checkpoints").
-    Under "every_save", `last-checkpoint/` is removed at the end. A best checkpoint to load at the end is pushed, too.
+    Each checkpoint is pushed in the background, unless `hub_strategy` is "end", or an earlier push is still running and
+    `hub_always_push` is false. A push of a checkpoint writes
+
+    - its model to the top of the repository,
+    - all of it to `last-checkpoint/`, or to `checkpoint-N/` under "all_checkpoints". Under "every_save",
+      `last-checkpoint/` is removed at the end,
+    - the best checkpoint so far to `checkpoint-N/`, if the run loads it at the end.
+
+    Training continues if a push fails. tests/hub/test_training.py resumes a run from what was pushed.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
-        self._is_asked, args.push_to_hub = args.push_to_hub, False
-        self._args, self._api = args, HfApi(token=args.hub_token)
+        self._is_requested = args.push_to_hub
+        args.push_to_hub = False
+        self._args = args
+        self._api = HfApi(token=args.hub_token)
+        # The push in the background, and a checkpoint that was skipped because of it.
         self._running: Future[None] | None = None
-        self._missed: Path | None = None
-        if not self._is_asked or args.hub_strategy == HubStrategy.END:
+        self._skipped: Path | None = None
+        if not self._is_requested or args.hub_strategy == HubStrategy.END:
             # Then no checkpoint is pushed.
             self.on_save = super().on_save  # type: ignore[method-assign]
 
@@ -59,42 +68,58 @@ class PushCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        is_busy = self._running is not None and not self._running.done() and not args.hub_always_push
-        self._missed = checkpoint if is_busy else None
-        if not is_busy:
+        is_busy = self._running is not None and not self._running.done()
+        if is_busy and not args.hub_always_push:
+            self._skipped = checkpoint
+        else:
+            self._skipped = None
             self._begin(checkpoint)
 
     def finish(self, is_complete: bool) -> None:
-        """Wait for the push that is running, and push the last checkpoint if it was skipped and is still useful.
+        """Push the last checkpoint if it was skipped, and wait for the push that is running.
 
-        If training `is_complete`, the model will be pushed.
+        Args:
+            is_complete: Whether training is complete. The model is then pushed next, which under "every_save" makes the
+                last checkpoint useless.
         """
-        if self._missed is not None and not (is_complete and self._args.hub_strategy == HubStrategy.EVERY_SAVE):
-            self._begin(self._missed)
+        is_useless = is_complete and self._args.hub_strategy == HubStrategy.EVERY_SAVE
+        if self._skipped is not None and not is_useless:
+            self._begin(self._skipped)
         if self._running is not None:
             self._running.result()
 
     def push_model(self) -> None:
-        """Push the finished model if requested. If that fails, `RunStopped` names the command to push it later."""
-        if not self._is_asked or self._args.process_index != 0:
+        """Push the finished model if requested.
+
+        Raises:
+            RunStopped: If that fails. It names the command to push the model later.
+        """
+        if not self._is_requested or self._args.process_index != 0:
             return
         folder = Path(str(self._args.output_dir)).absolute()
         name = self._args.hub_model_id or folder.name
-        replaced = (f"{LAST}/",) if self._args.hub_strategy == HubStrategy.EVERY_SAVE else ()
+        stale = [f"{LAST}/"] if self._args.hub_strategy == HubStrategy.EVERY_SAVE else []
         try:
             name = full_id(self._args.hub_model_id, folder)
-            for item in Outputs(path=folder.parent, repo_id=name, only=[folder.name]).repositories():
-                self._send(item.id, item.files, "End of training", replaced)
+            outputs = Outputs(path=folder.parent, repo_id=name, only=[folder.name])
+            for repository in outputs.repositories():
+                self._send(repository.id, repository.files, "End of training", stale)
         except Exception as error:
-            command = ["python", "-m", "pipeline", "push", str(self._args.output_dir), "--repo_id", name]
-            command += ["--revision", self._args.hub_revision] if self._args.hub_revision else []
-            command += ["--private"] if self._args.hub_private_repo else []
             raise RunStopped(
                 f"The model is complete in {self._args.output_dir}, but it was not pushed to {name}: "
-                f"{explain(error, name)}.\nTo push it: {shlex.join(command)}",
+                f"{explain(error, name)}.\nTo push it: {self._push_command(name)}",
                 EXIT_PUSH_FAILED,
             ) from error
         logger.info("%-11s to %s/%s", "pushed", self._api.endpoint, name)
+
+    def _push_command(self, repo_id: str) -> str:
+        """Return the command that pushes the finished model."""
+        command = ["python", "-m", "pipeline", "push", str(self._args.output_dir), "--repo_id", repo_id]
+        if self._args.hub_revision:
+            command += ["--revision", self._args.hub_revision]
+        if self._args.hub_private_repo:
+            command.append("--private")
+        return shlex.join(command)
 
     def _begin(self, checkpoint: Path) -> None:
         """Link the files of a checkpoint, which the run may delete meanwhile, and push them in the background."""
@@ -104,7 +129,9 @@ class PushCallback(TrainerCallback):
         #     runs/x/2_sft/.pushed-checkpoint-40/checkpoint-40/model.safetensors    deleted here once it is pushed
         staged = checkpoint.with_name(f"{STAGED}-{checkpoint.name}")
         best = Path(str(read_json(checkpoint / STATE).get("best_model_checkpoint") or "")).name
-        names = {checkpoint.name, best} - {""} if self._args.load_best_model_at_end else {checkpoint.name}
+        names = {checkpoint.name}
+        if best and self._args.load_best_model_at_end:
+            names.add(best)
         try:
             shutil.rmtree(staged, ignore_errors=True)
             for name in names:
@@ -120,36 +147,60 @@ class PushCallback(TrainerCallback):
     def _push_checkpoint(self, staged: Path, newest: str) -> None:
         """Push the checkpoint `newest` and any other checkpoint in the folder `staged`, then delete that folder."""
         keeps_all = self._args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-        keeps_best = self._args.load_best_model_at_end and not keeps_all
+        stale = [f"{newest}/" if keeps_all else f"{LAST}/"]
+        if self._args.load_best_model_at_end and not keeps_all:
+            # Checkpoints that were the best ones earlier.
+            stale.append(f"{PREFIX_CHECKPOINT_DIR}-")
         try:
             files = publishable(staged / newest)
             for checkpoint in staged.iterdir():
-                folder = LAST if checkpoint.name == newest and not keeps_all else checkpoint.name
-                files[f"{folder}/{STATE}"] = checkpoint / STATE
-                manifest, known = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")), places(checkpoint)
-                for name, entry in manifest["files"].items():
-                    # Paths of this machine are replaced: an adapter, for instance, names its base model.
-                    content = files[f"{folder}/{name}"] = public_content(checkpoint / name, known)
-                    if isinstance(content, bytes):
-                        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-                files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode() + b"\n"
-            replaced = (f"{newest}/" if keeps_all else f"{LAST}/", *[f"{PREFIX_CHECKPOINT_DIR}-"] * keeps_best)
-            message = f"Training in progress, step {newest.rpartition('-')[2]}"
+                is_last = checkpoint.name == newest and not keeps_all
+                files |= _checkpoint_files(checkpoint, LAST if is_last else checkpoint.name)
             repo_id = full_id(self._args.hub_model_id, str(self._args.output_dir))
-            self._send(repo_id, files, message, replaced)
+            step = newest.rpartition("-")[2]
+            self._send(repo_id, files, f"Training in progress, step {step}", stale)
             logger.info("%-11s %s to %s/%s", "pushed", newest, self._api.endpoint, repo_id)
         except Exception as error:  # noqa: BLE001 - training continues if a push fails
             self._warn(newest, error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _send(self, name: str, files: Files, message: str, replaced: tuple[str, ...]) -> None:
-        """Push files to the repository `name`. Replace its weights, and paths that begin with one of `replaced`."""
-        options = {"private": bool(self._args.hub_private_repo), "revision": self._args.hub_revision}
-        weights = (".safetensors", ".safetensors.index.json")
+    def _send(self, repo_id: str, files: Files, message: str, stale: list[str]) -> None:
+        """Push files to a repository.
+
+        Weights, and paths that begin with one of `stale`, are deleted from it if they are not in `files`.
+        """
+
+        def replaces(path: str) -> bool:
+            is_weights = path.endswith((".safetensors", ".safetensors.index.json"))
+            return path.startswith(tuple(stale)) or (is_weights and is_replaced(path))
+
         with suppress_progress_bars():
             push(
-                *(self._api, name, files, message),
-                replaces=lambda path: path.startswith(replaced) or (path.endswith(weights) and is_replaced(path)),
-                **options,
+                self._api,
+                repo_id,
+                files,
+                message,
+                private=bool(self._args.hub_private_repo),
+                revision=self._args.hub_revision,
+                replaces=replaces,
             )
+
+
+def _checkpoint_files(checkpoint: Path, folder: str) -> Files:
+    """Return all files of a checkpoint, to be pushed into a folder of the repository.
+
+    Paths of this machine are replaced: an adapter, for instance, names its base model. The manifest, by which a run
+    checks the files of a checkpoint before it resumes, gets the sizes and hashes of what is pushed.
+    """
+    files: Files = {f"{folder}/{STATE}": checkpoint / STATE}
+    paths = local_paths(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    for name, entry in manifest["files"].items():
+        content = public_content(checkpoint / name, paths)
+        if isinstance(content, bytes):
+            entry["size"] = len(content)
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+        files[f"{folder}/{name}"] = content
+    files[f"{folder}/{MANIFEST}"] = json.dumps(manifest, indent=1).encode() + b"\n"
+    return files

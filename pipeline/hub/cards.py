@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.errors import Problem, UserError
 from pipeline.files import STATE, as_list, read_json, read_shapes, split_revision
-from pipeline.hub.published_files import places, public_settings, rename, without_paths
+from pipeline.hub.published_files import local_paths, public_settings, with_hub_ids, without_paths
 from pipeline.stages import STAGES, find_baseline
 from pipeline.stages.kinds import StageKind
 
@@ -26,9 +26,21 @@ CRITIC = "value_model"
 
 @dataclass
 class Trained:
-    """The information for a model card. The card omits what is missing.
+    """What the card of a model is made from. The card omits what is missing.
 
-    `kind` is a key of `STAGES`, `name` a Hub id or folder, `step` an entry of run.json. `ids` maps folders to Hub ids.
+    Attributes:
+        folder: Its folder.
+        kind: Kind of its stage, a key of `STAGES`.
+        name: Its Hub id, or its folder.
+        settings: What the YAML file and the command line set.
+        step: Its entry in run.json.
+        metrics: Content of the run's metrics.json.
+        evaluation: Content of the stage's evaluation.
+        measured_on: Settings of that evaluation.
+        ids: Hub ids of folders that the settings name, as they name them.
+        report: Address of the run's report.
+        license: Licence of the model.
+        language: Languages of its data.
     """
 
     folder: Path
@@ -50,15 +62,25 @@ class Trained:
         return STAGES.get(self.kind, StageKind(name=self.kind))
 
     def on_hub(self, name: Any) -> str | None:
-        """Return the Hub id for a setting's value: the id of a folder that is pushed, or the value if it is an id."""
+        """Return the Hub id for a setting's value: the id of a folder that is pushed, or the value if it is an id.
+
+        None stands for a folder that is not pushed, and for a setting that is not set.
+        """
         if not isinstance(name, str) or not name:
             return None
         name, _ = split_revision(name)
+        if name in self.ids:
+            return self.ids[name]
         # The run's other directories need not exist on this machine.
         home = Path(str(self.settings.get("output_dir") or ".")).parent
         is_output = home != Path() and Path(name).is_relative_to(home)
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not is_output
-        return self.ids.get(name) or (name if is_id else None)
+        return name if is_id else None
+
+    def all_on_hub(self, field: str) -> list[str]:
+        """Return the Hub ids among the values of a setting."""
+        ids = [self.on_hub(name) for name in as_list(self.settings.get(field))]
+        return [repo_id for repo_id in ids if repo_id]
 
 
 def _render(template: str, data: CardData, **values: Any) -> str:
@@ -72,20 +94,23 @@ def fenced(code: str, language: str) -> str:
     return f"{fence}{language}\n{code.strip()}\n{fence}"
 
 
-def _figure(entry: Any) -> str:
-    """Return a metric and its interval, empty if the entry has no number."""
+def _metric_text(entry: Any) -> str:
+    """Return a metric and its interval, such as "0.750 [0.701, 0.794]"; empty if the entry has no number."""
     if not entry or entry.get("value") is None:
         return ""
-    digits, ends = 3 if abs(entry["value"]) < 10 else 1, entry.get("ci95")
-    interval = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
-    return f"{entry['value']:.{digits}f}{interval}"
+    digits = 3 if abs(entry["value"]) < 10 else 1
+    text = f"{entry['value']:.{digits}f}"
+    if entry.get("ci95"):
+        low, high = entry["ci95"]
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return text
 
 
 _TEMPLATES = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
 _TEMPLATES.loader = PackageLoader("pipeline.hub")
 _TEMPLATES.filters |= {
     "fenced": fenced,
-    "figure": _figure,
+    "metric_text": _metric_text,
     "json": lambda text: json.dumps(text, ensure_ascii=False),
     "link": lambda name, kind="": f"[{name}](https://huggingface.co/{kind}{name})",
 }
@@ -95,53 +120,104 @@ _TEMPLATES.get_template("model.md.jinja")
 
 def model_card(trained: Trained) -> str:
     """Return the README.md of a model."""
-    about, settings, stage = trained.about, trained.settings, trained.folder.name
-    config, adapter = (read_json(trained.folder / name) for name in ("config.json", "adapter_config.json"))
-    measured = (trained.metrics.get("stages", {}), trained.metrics.get("other", {}).get("lm_eval", {}))
-    found = {metric: entry for stages in measured for metric, entry in stages.get(stage, {}).items()}
-    own = {metric: entry for metric, entry in found.items() if entry.get("value") is not None}
-    results = [_result(trained, metric, entry) for metric, entry in own.items()]
-    base = trained.on_hub(settings.get("model_name_or_path"))
-    datasets, judges = (
-        [repo_id for name in as_list(settings.get(field)) if (repo_id := trained.on_hub(name))]
-        for field in ("dataset_name", "reward_model_path")
-    )
-    data = ModelCardData(
-        base_model=base,
-        datasets=datasets or None,
-        eval_results=results or None,
-        language=trained.language,
-        library_name="peft" if adapter else "transformers",
-        license=trained.license,
-        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
-        pipeline_tag="text-generation" if about.generates else "text-classification",
-        tags=["fourstage", *about.card.tags],
-    )
+    stage = trained.folder.name
+    config = read_json(trained.folder / "config.json")
+    adapter = read_json(trained.folder / "adapter_config.json")
+    entries = _entries(trained)
+    baselines = trained.metrics.get("baselines", {})
     # The settings as in the YAML file, with Hub ids for what was pushed.
-    shown = rename(public_settings(settings), trained.ids.get)
-    # The columns of the table: the stage, the stage before it, and the baselines with the same metrics.
-    stages, baselines = trained.metrics.get("stages", {}), trained.metrics.get("baselines", {})
-    before = Path(str(settings.get("model_name_or_path") or "0_random")).name
-    columns = {f"`{stage}`": own} | ({f"`{before}`": stages.get(before, {})} if before != stage else {})
-    columns |= {f"{name} (baseline)": entries for name, entries in baselines.items()}
-    weights = trained.folder.glob("*.safetensors")
-    number = re.match(r"\d+", stage)
+    settings = with_hub_ids(public_settings(trained.settings), trained.ids.get)
     card = _render(
         "model.md.jinja",
-        data,
-        **{"adapter": adapter, "base": base, "config": config, "datasets": datasets, "judges": judges, "entries": own},
-        baselines={name: (find_baseline(name), of) for name, of in baselines.items() if own.keys() & of.keys()},
-        columns={name: found for name, found in columns.items() if own.keys() & found.keys()},
+        _metadata(trained, entries, bool(adapter)),
+        adapter=adapter,
+        base=trained.on_hub(trained.settings.get("model_name_or_path")),
+        baselines={
+            name: (find_baseline(name), metrics)
+            for name, metrics in baselines.items()
+            if entries.keys() & metrics.keys()
+        },
+        columns=_columns(trained, entries),
+        config=config,
         critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
-        imports=next((name for name in config.get("architectures") or () if name not in transformers.__all__), ""),
-        parameters=sum(math.prod(shape) for file in weights for shape in read_shapes(file).values()),
-        stage=f"Stage {number.group()}, {about.name.lower()}." if number else f"{about.name.capitalize()}.",
+        datasets=trained.all_on_hub("dataset_name"),
+        entries=entries,
+        imports=_class_of_fourstage(config),
+        judges=trained.all_on_hub("reward_model_path"),
+        parameters=_count_parameters(trained.folder),
+        stage=_stage_title(stage, trained.about.name),
         steps=read_json(trained.folder / STATE).get("global_step"),
         tokens=trained.metrics.get("tokens", {}).get(stage),
         trained=trained,
-        yaml=yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else "",
+        yaml=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else "",
     )
-    return str(ModelCard(without_paths(card, places(trained.folder))))
+    return str(ModelCard(without_paths(card, local_paths(trained.folder))))
+
+
+def _entries(trained: Trained) -> dict[str, Values]:
+    """Return the metrics of the stage that have a value, by name, those of lm-eval included."""
+    stage = trained.folder.name
+    entries = {
+        **trained.metrics.get("stages", {}).get(stage, {}),
+        **trained.metrics.get("other", {}).get("lm_eval", {}).get(stage, {}),
+    }
+    return {metric: entry for metric, entry in entries.items() if entry.get("value") is not None}
+
+
+def _metadata(trained: Trained, entries: Mapping[str, Values], is_adapter: bool) -> ModelCardData:
+    """Return what the Hub reads of a card, for its search and its pages."""
+    results = [_result(trained, metric, entry) for metric, entry in entries.items()]
+    return ModelCardData(
+        base_model=trained.on_hub(trained.settings.get("model_name_or_path")),
+        datasets=trained.all_on_hub("dataset_name") or None,
+        eval_results=results or None,
+        language=trained.language,
+        library_name="peft" if is_adapter else "transformers",
+        license=trained.license,
+        # The Hub asks for the name with the results.
+        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
+        pipeline_tag="text-generation" if trained.about.generates else "text-classification",
+        tags=["fourstage", *trained.about.card.tags],
+    )
+
+
+def _columns(trained: Trained, entries: Mapping[str, Values]) -> dict[str, Values]:
+    """Return the columns of the table of results, by their titles.
+
+    They are the stage, the stage that it started from, and the baselines; without those that share no metric with it.
+    """
+    stage = trained.folder.name
+    stages = trained.metrics.get("stages", {})
+    parent = Path(str(trained.settings.get("model_name_or_path") or "0_random")).name
+    columns: dict[str, Values] = {f"`{stage}`": entries}
+    if parent != stage:
+        columns[f"`{parent}`"] = stages.get(parent, {})
+    for name, metrics in trained.metrics.get("baselines", {}).items():
+        columns[f"{name} (baseline)"] = metrics
+    return {title: metrics for title, metrics in columns.items() if entries.keys() & metrics.keys()}
+
+
+def _class_of_fourstage(config: Values) -> str:
+    """Return the class of a model that transformers does not have, and `pipeline.models` registers; otherwise empty."""
+    for name in config.get("architectures") or ():
+        if name not in transformers.__all__:
+            return str(name)
+    return ""
+
+
+def _count_parameters(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        total += sum(math.prod(shape) for shape in read_shapes(file).values())
+    return total
+
+
+def _stage_title(stage: str, kind: str) -> str:
+    """Return how a card begins: "Stage 2, instruction tuning." for `2_sft`, or "Instruction tuning." without number."""
+    number = re.match(r"\d+", stage)
+    if number:
+        return f"Stage {number.group()}, {kind.lower()}."
+    return f"{kind.capitalize()}."
 
 
 def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
@@ -150,16 +226,22 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
     about = trained.metrics.get("metrics", {}).get(metric, {})
     source = trained.measured_on.get(about.get("data")) or {}
     name = ", ".join(as_list(source.get("dataset_name") or []))
-    shown = trained.on_hub(name) or Path(name or "held-out data").name
     # A metric of lm-eval is named `task:metric`.
-    task, colon, own = metric.partition(":")
+    task, colon, metric_of_task = metric.partition(":")
+    if colon:
+        dataset = title = task
+        split = None
+    else:
+        dataset = trained.on_hub(name) or Path(name or "held-out data").name
+        title = dataset.rsplit("/", 1)[-1]
+        split = "test_longer" if metric.endswith("_longer") else "test"
     return EvalResult(
         task_type="text-generation" if trained.about.generates else "text-classification",
-        dataset_type=task if colon else shown,
-        dataset_name=task if colon else shown.rsplit("/", 1)[-1],
+        dataset_type=dataset,
+        dataset_name=title,
         dataset_config=source.get("dataset_config"),
-        dataset_split=None if colon else "test_longer" if metric.endswith("_longer") else "test",
-        metric_type=own or metric,
+        dataset_split=split,
+        metric_type=metric_of_task or metric,
         metric_name=str(about.get("label", metric.replace("_", " "))),
         metric_value=entry["value"],
         metric_args={key: entry[key] for key in ("ci95", "n") if entry.get(key) is not None} or None,
@@ -187,18 +269,24 @@ def load_card(folder: Path) -> DatasetCard:
 def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any = None) -> str:
     """Return the README.md of a folder of data: the text of its own card, with a licence, tags and how to load it.
 
-    Other outputs of the run that the text names are replaced by their repositories, which `ids` has by directory.
+    Args:
+        folder: The folder.
+        name: Its repository.
+        ids: Repositories of the run's outputs, by directory. The text names them instead of the directories.
+        license: The licence. None is the one in the folder's card.
     """
     card = load_card(folder)
     card.data.license = license or card.data.license
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), "fourstage"]))
     card.data.task_categories = card.data.task_categories or ["text-generation"]
-    configs = [config["config_name"] for config in card.data.get("configs") or []]
     text = card.text.strip() or f"# {name.rsplit('/', 1)[-1]}"
-    for output, found in ids.items():
-        text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", found, text)
-    chosen = configs[0] if configs and configs != ["default"] else ""
-    return without_paths(_render("data.md.jinja", card.data, text=text, name=name, config=chosen), places(folder))
+    for output, repo_id in ids.items():
+        # A path that ends in the directory, such as `runs/pocket/2_sft`.
+        text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", repo_id, text)
+    configs = [config["config_name"] for config in card.data.get("configs") or []]
+    # The example loads the first configuration.
+    config = configs[0] if configs and configs != ["default"] else ""
+    return without_paths(_render("data.md.jinja", card.data, text=text, name=name, config=config), local_paths(folder))
 
 
 def space_card(title: str, models: Sequence[str], datasets: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import glob
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +27,123 @@ LAST = "last-checkpoint"
 
 
 def download(steps: Iterable[Mapping[str, Any]], home: Path) -> int:
-    """Fetch what the steps' settings name, except what the run makes in `home`; return 0, or raise a `UserError`."""
+    """Fetch the models and data that the settings of steps name, into the caches of the libraries.
 
-    def on_hub(names: object) -> list[str]:
-        """Return the Hub ids among names: those that are neither paths nor functions."""
-        found = [name for name in as_list(names) if isinstance(name, str) and ":" not in name]
-        found = [name for name in found if not (Path(name).is_relative_to(home) or Path(name).exists())]
-        return [name for name in found if not is_missing_path(name)]
+    Args:
+        steps: Settings of each step.
+        home: Directory of the run. What lies in it is made by the run, and is not on the Hub.
 
+    Returns:
+        0, the exit code.
+
+    Raises:
+        UserError: If something does not exist, cannot be fetched, or does not fit on the disk.
+    """
+    # Model -> the field that names it and its revision. Data set and configuration -> whether it is only streamed.
     models: dict[str, tuple[str, str | None]] = {}
-    data: dict[tuple[str, str | None], bool] = {}
+    datasets: dict[tuple[str, str | None], bool] = {}
     for values in steps:
         for field in MODELS:
-            for name in on_hub(values.get(field)):
+            for name in _hub_ids(values.get(field), home):
                 models.setdefault(name, (field, values.get("model_revision")))
         # The settings of an evaluation name data in mappings.
         for source in (values, *(value for value in values.values() if isinstance(value, Mapping))):
-            for name in on_hub(source.get("dataset_name")):
+            for name in _hub_ids(source.get("dataset_name"), home):
                 key = (name, source.get("dataset_config"))
-                data[key] = data.get(key, True) and bool(source.get("dataset_streaming"))
+                datasets[key] = datasets.get(key, True) and bool(source.get("dataset_streaming"))
     for name, (field, revision) in models.items():
         with user_error_for(field, name):
-            repo_id, own = split_revision(name)
-            snapshot_download(repo_id, revision=own or revision, allow_patterns=FILES)
+            repo_id, named_revision = split_revision(name)
+            snapshot_download(repo_id, revision=named_revision or revision, allow_patterns=FILES)
         print(f"fetched the model {name}")
-    for (name, config), streamed in data.items():
-        # Opening it reports a wrong name or configuration.
-        open_source(name, config, streaming=streamed)
-        if streamed:
-            # All splits of the configuration are fetched, because `datasets` does not open a folder that lacks one.
-            repo_id, revision = split_revision(name)
-            files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
-            hub, options = HfFileSystem(), {"repo_type": "dataset", "revision": revision}
-            paths = [glob.escape(hub.resolve_path(url).path_in_repo) for split in files.values() for url in split]
-            planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
-            missing = [file.file_size for file in planned if file.will_download]
-            size = f"{sum(missing) / 1e9:.2f} GB in {len(missing)} files"
-            if sum(missing) > (free := shutil.disk_usage(nearest(Path(constants.HF_HUB_CACHE))).free):
-                remedy = f"takes {size}, and {free / 1e9:.2f} GB are free; make room, or set HF_HOME to a larger disk"
-                raise UserError(Problem("dataset_name", name, remedy))
-            print(f"fetching the stream {name}: {size}", flush=True)
-            with user_error_for("dataset_name", name, "data set"):
-                snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
-        print(f"fetched the {'stream' if streamed else 'data set'} {name}")
+    for (name, config), is_streamed in datasets.items():
+        # Opening it reports a wrong name or configuration, and fetches it unless it is streamed.
+        open_source(name, config, streaming=is_streamed)
+        if is_streamed:
+            _fetch_stream(name, config)
+            print(f"fetched the stream {name}")
+        else:
+            print(f"fetched the data set {name}")
     return 0
 
 
-def fetch_checkpoints(name: str, field: str) -> list[Path]:
-    """Download the newest checkpoint of `NAME/repo` or `NAME/repo@revision`, which the argument `field` named.
+def _hub_ids(names: object, home: Path) -> list[str]:
+    """Return the Hub ids among the names (a string, a list, or None): those that are neither paths nor functions."""
+    ids = []
+    for name in as_list(names):
+        if not isinstance(name, str) or ":" in name:
+            continue
+        is_path = Path(name).is_relative_to(home) or Path(name).exists() or is_missing_path(name)
+        if not is_path:
+            ids.append(name)
+    return ids
 
-    Return its folder, and the folder of the best checkpoint so far if the repository has that, too. Raise a `UserError`
-    if the repository or a checkpoint in it does not exist, or cannot be downloaded.
+
+def _fetch_stream(name: str, config: str | None) -> None:
+    """Fetch the files of a data set that a step streams.
+
+    All splits of the configuration are fetched, because `datasets` does not open a folder that lacks one.
+    """
+    repo_id, revision = split_revision(name)
+    data_files = load_dataset_builder(repo_id, config, revision=revision).config.data_files
+    urls = [url for split in data_files.values() for url in split]
+    hub = HfFileSystem()
+    paths = [glob.escape(hub.resolve_path(url).path_in_repo) for url in urls]
+    options = {"repo_type": "dataset", "revision": revision}
+    planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
+    sizes = [file.file_size for file in planned if file.will_download]
+    size = f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files"
+    free = shutil.disk_usage(nearest(Path(constants.HF_HUB_CACHE))).free
+    if sum(sizes) > free:
+        remedy = f"takes {size}, and {free / 1e9:.2f} GB are free; make room, or set HF_HOME to a larger disk"
+        raise UserError(Problem("dataset_name", name, remedy))
+    print(f"fetching the stream {name}: {size}", flush=True)
+    with user_error_for("dataset_name", name, "data set"):
+        snapshot_download(repo_id, allow_patterns=["README.md", *paths], **options)
+
+
+def fetch_checkpoints(name: str, field: str) -> list[Path]:
+    """Download the newest checkpoint of a repository into the cache of the Hub's client.
+
+    Args:
+        name: `NAME/repo` or `NAME/repo@revision`.
+        field: Argument that named it, for messages.
+
+    Returns:
+        The folder of the checkpoint, followed by that of the best checkpoint so far if the repository has it, too.
+
+    Raises:
+        UserError: If the repository or a checkpoint in it does not exist, or cannot be downloaded.
     """
     repo_id, revision = split_revision(name)
 
     def fetch(folder: str) -> Path:
-        return Path(retry(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=f"{folder}/*")), folder)
+        snapshot = retry(lambda: snapshot_download(repo_id, revision=revision, allow_patterns=f"{folder}/*"))
+        return Path(snapshot, folder)
 
     try:
         validate_repo_id(repo_id)
         paths = retry(lambda: [item.path for item in HfApi().list_repo_tree(repo_id, revision=revision)])
-        numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path)]
-        newest = LAST if LAST in paths else max(numbered, key=lambda path: int(path.partition("-")[2]), default=None)
+        newest = _newest_checkpoint(paths)
         if newest is None:
             remedy = "is neither a folder nor a repository with a checkpoint; push one with hub_strategy checkpoint"
             raise UserError(Problem(field, name, remedy))
-        found = fetch(newest)
+        checkpoint = fetch(newest)
         # Resuming validates the state, so it may be damaged here.
-        best = Path(str(read_json(found / STATE).get("best_model_checkpoint") or "")).name
-        return [found, fetch(best)] if best in paths and best != newest else [found]
+        best = Path(str(read_json(checkpoint / STATE).get("best_model_checkpoint") or "")).name
+        if best in paths and best != newest:
+            return [checkpoint, fetch(best)]
+        return [checkpoint]
     except HFValidationError as error:
         raise UserError(Problem(field, name, f"is neither a folder nor an id on the Hub ({error})")) from error
     except PUSH_ERRORS as error:
         remedy = f"is not a folder, and cannot be downloaded: {explain(error, repo_id)}"
         raise UserError(Problem(field, name, remedy)) from error
+
+
+def _newest_checkpoint(paths: Sequence[str]) -> str | None:
+    """Return the folder of the newest checkpoint among the paths at the top of a repository, or None."""
+    if LAST in paths:
+        return LAST
+    numbered = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path)]
+    return max(numbered, key=lambda path: int(path.partition("-")[2]), default=None)

@@ -1,9 +1,14 @@
 """The files of an output directory to publish on the Hub, without this machine's paths and tokens.
 
 A text may contain a path as it is, in JSON, in HTML, in a URL (`al%20ice`) or in a command (`--config=/home/x.yaml`).
-Paths are removed in three passes: the current directory; the home directory and the paths that the settings and records
-of the run name, with any characters (`places`); and anything else that begins with a top-level directory of this
-machine, up to the first space, quote or bracket.
+Paths are replaced in three passes:
+
+1. the current directory, so that `/home/alice/work/runs/x` becomes `runs/x`;
+2. the home directory, and the paths that the settings and records of the run name (`local_paths`), which may contain
+   any characters: `/data/Kunde Müller/run 1/2_sft` becomes `2_sft`;
+3. anything else that begins with a top-level directory of this machine, up to the first space, quote or bracket.
+
+Guarded by tests/hub/test_published_files.py.
 """
 
 import contextlib
@@ -13,7 +18,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -45,41 +50,51 @@ UNPUBLISHED = ("checkpoint-", "completions", "manifest.json", ".")
 def publishable(folder: Path, ids: Mapping[Path, str] | None = None) -> Files:
     """Return the files to push from a folder: a model, a checkpoint, a data set or a report.
 
-    In settings, folders in `ids` (by absolute path) are replaced by their id on the Hub.
+    Args:
+        folder: The folder.
+        ids: Hub ids of other folders, by absolute path. Settings name these folders by their ids.
     """
     files: Files = {}
-    known = places(folder)
+    paths = local_paths(folder)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        unread = any(part.startswith(UNPUBLISHED) for part in name.parts)
-        if unread or path.suffix not in SUFFIXES or not path.is_file():
+        is_internal = any(part.startswith(UNPUBLISHED) for part in name.parts)
+        if is_internal or path.suffix not in SUFFIXES or not path.is_file():
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            logger.warning("%s is not pushed: it links to a file outside of %s.", path, folder)
             continue
         try:
-            if path.resolve().is_relative_to(folder.resolve()):
-                files[name.as_posix()] = public_content(path, known, ids)
-            else:
-                logger.warning("%s is not pushed: it links to a file outside of %s.", path, folder)
+            files[name.as_posix()] = public_content(path, paths, ids)
         except UnicodeDecodeError:
             logger.warning("%s is not pushed: it is not UTF-8 text, and may name paths of this machine.", path)
     return files
 
 
-def public_content(path: Path, known: set[str], ids: Mapping[Path, str] | None = None) -> Path | bytes:
+def public_content(path: Path, paths: set[str], ids: Mapping[Path, str] | None = None) -> Path | bytes:
     """Return a file as it is published: unchanged or, if it contains paths of this machine, as text without them.
 
-    `known` are paths that may occur in it, from `places`. Text that is not UTF-8 raises a `UnicodeDecodeError`.
+    Args:
+        path: The file.
+        paths: Paths that may occur in it, of `local_paths`.
+        ids: Hub ids of other folders, by absolute path.
+
+    Raises:
+        UnicodeDecodeError: If it is a text that is not in UTF-8.
     """
     if path.suffix not in TEXTS or path.name in WORDS:
         return path
-    raw = path.read_bytes()
-    text = raw.decode()
+    content = path.read_bytes()
+    text = content.decode()
     if ids and path.name in SETTINGS:
-        text = json.dumps(rename(json.loads(text), lambda found: ids.get(Path(found).absolute())), indent=1)
+        settings = with_hub_ids(json.loads(text), lambda name: ids.get(Path(name).absolute()))
+        text = json.dumps(settings, indent=1)
     if path.suffix == ".json":
+        # A damaged file is published as a text.
         with contextlib.suppress(ValueError):
-            known = known | _named_paths(json.loads(text))
-    cleaned = to_bytes(without_paths(text, known))
-    return path if cleaned == raw else cleaned
+            paths = paths | _absolute_paths(json.loads(text))
+    public = to_bytes(without_paths(text, paths))
+    return path if public == content else public
 
 
 def to_bytes(text: str) -> bytes:
@@ -92,81 +107,137 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "env" and not name.endswith("_token")}
 
 
-def rename(value: Any, find: Callable[[str], str | None]) -> Any:
-    """Return settings with Hub ids, as `find` returns them, in place of all names but the output folder."""
-    if isinstance(value, dict):
-        return {key: item if key == "output_dir" else rename(item, find) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rename(item, find) for item in value]
-    return (find(value) or value) if isinstance(value, str) and value else value
+def with_hub_ids(settings: Any, find_id: Callable[[str], str | None]) -> Any:
+    """Return settings (any JSON value) in which names are replaced by Hub ids, except for the output folder.
+
+    Example:
+        {"model_name_or_path": "runs/x/1_pretrain"} -> {"model_name_or_path": "alice/x-1_pretrain"}
+
+    Args:
+        settings: The settings.
+        find_id: Returns the Hub id of a name, or None to leave it as it is.
+    """
+    if isinstance(settings, dict):
+        return {key: value if key == "output_dir" else with_hub_ids(value, find_id) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [with_hub_ids(item, find_id) for item in settings]
+    if isinstance(settings, str) and settings:
+        return find_id(settings) or settings
+    return settings
 
 
-def places(folder: Path) -> set[str]:
+def local_paths(folder: Path) -> set[str]:
     """Return the absolute paths of a folder, and those that the settings in and around it name, with any characters."""
-    found = {str(folder.absolute()), str(folder.resolve())}
-    for around in (folder, *folder.absolute().parents[:3]):
+    paths = {str(folder.absolute()), str(folder.resolve())}
+    for directory in (folder, *folder.absolute().parents[:3]):
         for name in ("run.json", *SETTINGS):
-            found |= _named_paths(read_json(around / name))
-    return found
+            paths |= _absolute_paths(read_json(directory / name))
+    return paths
 
 
-def _named_paths(value: Any) -> set[str]:
-    """Return the absolute paths among the strings of a JSON value, and among the words of its commands."""
-    found: set[str] = set()
-    texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', json.dumps(value)))
-    for text in (text for text in texts if os.sep in text):
+def _absolute_paths(value: Any) -> set[str]:
+    """Return the absolute paths among the strings of a JSON value, and among the words of its commands.
+
+    Example:
+        {"command": "python -m recipes.sft --config=/home/alice/2_sft.yaml"} -> {"/home/alice/2_sft.yaml"}
+    """
+    paths: set[str] = set()
+    for text in _strings(value):
+        if os.sep not in text:
+            continue
         words = [text]
         # A text with an open quotation mark is not a command.
         with contextlib.suppress(ValueError):
             words += shlex.split(text)
         for word in words:
-            path = re.sub("/+", "/", re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word))
+            # An option (`--config=/x/y`, `-o/x/y`) or a URL may begin with the path.
+            path = re.sub(r"^(--?[\w-]+=|-[A-Za-z]|file://)(?=/)", "", word)
+            path = re.sub("/+", "/", path)
+            # At least two parts, in one line.
             if re.fullmatch(r"/[^/\n][^\n]*/[^\n]+", path):
-                found.add(path.rstrip("/"))
-    return found
+                paths.add(path.rstrip("/"))
+    return paths
 
 
-def without_paths(text: str, known: Iterable[str] = ()) -> str:
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings of a JSON value, the keys of its objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+
+
+def without_paths(text: str, paths: Iterable[str] = ()) -> str:
     """Replace absolute paths of this machine by the part below the current directory or home, or by a name.
 
-    Hub tokens are replaced as well. `known` are paths that may occur in the text, from `places`.
+    Hub tokens are replaced as well.
+
+    Args:
+        text: The text, which may be Markdown, JSON, HTML or a template.
+        paths: Paths that may occur in the text, of `local_paths`.
     """
+    text = _without_tokens(text)
+    text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
+    current = Path.cwd()
+    # Not if it is the root of all paths.
+    if len(current.parts) > 1:
+        text = _replace(text, {f"{current}/": "", str(current): "."})
+    text = _replace(text, _short_names(paths))
+    top_directories = "|".join(map(re.escape, os.listdir(os.sep)))
+    path = rf"{BEFORE_PATH}/+(?:{top_directories})(?:/+{INNER})+"
+    return re.sub(path, lambda match: match.group().rsplit("/", 1)[-1], text)
+
+
+def _without_tokens(text: str) -> str:
     text = TOKEN.sub("hf_***", text)
     # The user's own tokens may look different. Very short ones would also match ordinary words.
     for token in {get_token() or "", *get_stored_tokens().values()}:
-        text = text.replace(token, "hf_***") if len(token) >= 8 else text
-    text = re.sub(r"\bfile://[\w.-]*(?=/)", "", text)
-    text = _replace(text, {f"{Path.cwd()}/": "", str(Path.cwd()): "."} if len(Path.cwd().parts) > 1 else {})
-    names = {str(root): "~" for root in {Path.home(), Path.home().resolve()} if len(root.parts) > 1}
-    # `/data/team/runs/x` becomes `x`, and `/data/team/other` becomes `other`, because its parent is known as well.
-    for path in map(Path, known):
+        if len(token) >= 8:
+            text = text.replace(token, "hf_***")
+    return text
+
+
+def _short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Return by what to replace the home directory, `paths`, and the directories around these.
+
+    `/data/team/runs/x` becomes `x`, and `/data/team/other` becomes `other`, because its parent is known as well.
+    """
+    names = {str(home): "~" for home in (Path.home(), Path.home().resolve()) if len(home.parts) > 1}
+    for path in map(Path, paths):
         names[str(path)] = path.name
         for parent in path.parents:
             # Top-level directories are the same on most machines.
             if len(parent.parts) > 2:
-                names |= {f"{parent}/": "", str(parent): names.get(str(parent), ".")}
-    text = _replace(text, names)
-    tops = "|".join(map(re.escape, os.listdir(os.sep)))
-    return re.sub(rf"{BEFORE}/+(?:{tops})(?:/+{INNER})+", lambda match: match.group().rsplit("/", 1)[-1], text)
+                names[f"{parent}/"] = ""
+                names.setdefault(str(parent), ".")
+    return names
 
 
 def _replace(text: str, names: Mapping[str, str]) -> str:
     """Replace paths by names, however they are written (text, JSON, HTML or URL), the longest match first."""
-    spelled: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for path, name in names.items():
-        spellings = (path, json.dumps(path)[1:-1], html.escape(path), quote(path))
-        spelled |= {spelling: name for spelling in spellings if spelling in text}
-    if not spelled:
+        for spelling in (path, json.dumps(path)[1:-1], html.escape(path), quote(path)):
+            if spelling in text:
+                spellings[spelling] = name
+    if not spellings:
         return text
-    longest_first = sorted(spelled, key=len, reverse=True)
-    pattern = "|".join(re.escape(path) + ("" if path.endswith("/") else GOES_ON) for path in longest_first)
-    return re.sub(f"{BEFORE}(?:{pattern})", lambda match: spelled[match.group()], text)
+    patterns = []
+    for spelling in sorted(spellings, key=len, reverse=True):
+        end = "" if spelling.endswith("/") else END_OF_NAME
+        patterns.append(re.escape(spelling) + end)
+    return re.sub(f"{BEFORE_PATH}(?:{'|'.join(patterns)})", lambda match: spellings[match.group()], text)
 
 
 # What must not precede a path: part of a URL, of a relative path, or of a closing HTML tag. An escaped line end in JSON
 # and a one-letter option may precede it. Two slashes also begin a path, but after a colon they begin a host.
-BEFORE = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
+BEFORE_PATH = r"(?:(?<![\w/.~<-])|(?<=\\[nrt])|(?<=(?<![\w-])-[A-Za-z]))(?!(?<=:)//(?!/))"
 # What must not follow the name of a file or a folder: the rest of a longer name.
-GOES_ON = r"(?![\w-]|\.\w)"
+END_OF_NAME = r"(?![\w-]|\.\w)"
 # Characters in a component of a path that no setting names.
 INNER = r"[^\s\"'`<>|;:,()\[\]{}\\/]+"

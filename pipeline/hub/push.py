@@ -24,14 +24,17 @@ from pipeline.stages import SMOKE
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from pipeline.hub.repositories import Repository
+    from pipeline.hub.repositories import Outputs, Repository
+
+MESSAGE = "Push with Fourstage"
+"""Message of the commits, and title of the pull requests."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or, with --repo_id, of one step")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--namespace", metavar="NAME", help="user or organization: push the run to NAME/RUN-STAGE")
-    where.add_argument("--repo_id", metavar="NAME/REPO", help="push a single output directory to this repository")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--namespace", metavar="NAME", help="user or organization: push the run to NAME/RUN-STAGE")
+    target.add_argument("--repo_id", metavar="NAME/REPO", help="push a single output directory to this repository")
     meaning = "push only these stages or data sets, by the names of their directories (default: all, and the report)"
     parser.add_argument("--stage", nargs="+", metavar="STAGE", help=meaning)
     parser.add_argument("--private", action="store_true", help="make the repositories private")
@@ -50,8 +53,7 @@ def main(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import disable_progress_bars, logging
 
     from pipeline.hub.access import check_access, full_id
-    from pipeline.hub.repositories import Outputs, is_data, names_of_people
-    from pipeline.hub.upload import push
+    from pipeline.hub.repositories import Outputs
 
     refuse(*_check(args))
     # The client would log two lines for each request that it repeats.
@@ -69,57 +71,98 @@ def main(args: argparse.Namespace) -> int:
         checkpoints=args.checkpoints,
         api=None if args.dry_run else api,
     )
-    for name in run.wanted:
-        if people := names_of_people(run.folders[name]):
-            print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
-    if run.is_smoke:
-        print(f"{args.run}: {SMOKE}", file=sys.stderr)
-    if run.has_report and run.only is None and run.own_data and not args.private:
-        what = f"answers to held-out prompts of {', '.join(run.own_data)}"
-        print(f"the report shows {what}, in a Space that everybody can read; --private hides it", file=sys.stderr)
+    _warn(run, args)
     if args.dry_run:
-        planned = run.repositories()
-        sizes: list[int] = []
-        for item in planned:
-            for branch, files in [("", item.files), *item.checkpoints.items()]:
-                print(f"{item.type} {item.id}{f' (branch {branch})' if branch else ''}")
-                for name, content in sorted(files.items()):
-                    sizes.append(len(content) if isinstance(content, bytes) else content.stat().st_size)
-                    print(f"  {sizes[-1]:>12,}  {name}")
-        print(f"{len(sizes)} files of {sum(sizes):,} bytes in {len(planned)} repositories; nothing was pushed")
+        _print_files(run.repositories())
         return 0
-    for kind in () if args.create_pr else ("dataset", "model"):
-        if ids := [run.id_of(name) for name in run.wanted if is_data(run.folders[name]) == (kind == "dataset")]:
-            refuse(*check_access(ids, "--namespace" if args.namespace else "--repo_id", kind))
+    # Anybody may open a pull request.
+    if not args.create_pr:
+        _check_access(run, args)
     with _stop_if_it_fails(str(args.run), args.namespace or args.repo_id):
         repositories = run.repositories()
-    for name, (base, base_id) in run.bases.items():
-        if name in run.wanted and base_id is None:
-            print(f"{name} is an adapter of {base.name}, which is not on the Hub: push that as well.", file=sys.stderr)
+    for name, base in run.bases.items():
+        if name in run.selected and base.repo_id is None:
+            message = f"{name} is an adapter of {base.folder.name}, which is not on the Hub: push that as well."
+            print(message, file=sys.stderr)
     disable_progress_bars()
-    for item in repositories:
-        where = f"{item.id} ({item.type})" if item.type != "model" else item.id
-        options: dict[str, Any] = {"repo_type": item.type, "private": args.private}
-        with _stop_if_it_fails(where, item.id):
-            for branch, files in [(args.revision, item.files), *item.checkpoints.items()]:
-                is_pull = args.create_pr and files is item.files
-                options |= {"revision": None if is_pull else branch, "create_pr": is_pull}
-                changed = push(api, item.id, files, "Push with Fourstage", **options)
-                to = f"{where}, branch {branch}" if branch else where
-                print(f"{to}: {'pushed' if changed else 'up to date'}", flush=True)
+    for repository in repositories:
+        _push(api, repository, args)
     if args.namespace:
         with _stop_if_it_fails(f"The collection {run.name}", args.namespace):
             _collect(api, run.name, args, repositories)
     return 0
 
 
+def _warn(run: Outputs, args: argparse.Namespace) -> None:
+    """Say on stderr what others will see that the user may not expect."""
+    from pipeline.hub.repositories import names_of_people
+
+    for name in run.selected:
+        if people := names_of_people(run.folders[name]):
+            print(f"{run.id_of(name)} contains the names that people voted under: {', '.join(people)}", file=sys.stderr)
+    if run.is_smoke:
+        print(f"{args.run}: {SMOKE}", file=sys.stderr)
+    if run.has_report and run.only is None and run.own_data and not args.private:
+        rows = f"answers to held-out prompts of {', '.join(run.own_data)}"
+        print(f"the report shows {rows}, in a Space that everybody can read; --private hides it", file=sys.stderr)
+
+
+def _print_files(repositories: list[Repository]) -> None:
+    """Print what would be pushed to each branch of each repository, and the totals."""
+    sizes: list[int] = []
+    for repository in repositories:
+        for branch, files in [("", repository.files), *repository.checkpoints.items()]:
+            print(f"{repository.type} {repository.id}{f' (branch {branch})' if branch else ''}")
+            for name, content in sorted(files.items()):
+                sizes.append(len(content) if isinstance(content, bytes) else content.stat().st_size)
+                print(f"  {sizes[-1]:>12,}  {name}")
+    print(f"{len(sizes)} files of {sum(sizes):,} bytes in {len(repositories)} repositories; nothing was pushed")
+
+
+def _check_access(run: Outputs, args: argparse.Namespace) -> None:
+    """Raise a `UserError` if the token may not write to one of the repositories."""
+    from pipeline.hub.access import check_access
+    from pipeline.hub.repositories import is_data
+
+    option = "--namespace" if args.namespace else "--repo_id"
+    data = [run.id_of(name) for name in run.selected if is_data(run.folders[name])]
+    models = [run.id_of(name) for name in run.selected if not is_data(run.folders[name])]
+    for repo_type, ids in (("dataset", data), ("model", models)):
+        # Without ids, only the token would be checked.
+        if ids:
+            refuse(*check_access(ids, option, repo_type))
+
+
+def _push(api: HfApi, repository: Repository, args: argparse.Namespace) -> None:
+    """Push to a repository and to the branches of its checkpoints, and print a line for each."""
+    from pipeline.hub.upload import push
+
+    is_model = repository.type == "model"
+    label = repository.id if is_model else f"{repository.id} ({repository.type})"
+    options: dict[str, Any] = {"repo_type": repository.type, "private": args.private}
+    with _stop_if_it_fails(label, repository.id):
+        main_options = {"create_pr": True} if args.create_pr else {"revision": args.revision}
+        changed = push(api, repository.id, repository.files, MESSAGE, **options, **main_options)
+        _print_result(label, args.revision, changed)
+        for branch, files in repository.checkpoints.items():
+            changed = push(api, repository.id, files, MESSAGE, **options, revision=branch)
+            _print_result(label, branch, changed)
+
+
+def _print_result(label: str, branch: str | None, changed: bool) -> None:
+    place = f"{label}, branch {branch}" if branch else label
+    print(f"{place}: {'pushed' if changed else 'up to date'}", flush=True)
+
+
 def _check(args: argparse.Namespace) -> list[Problem]:
+    """Return what is wrong with the options, without a request to the Hub."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     from pipeline.files import is_locked
 
     is_run = (args.run / "run.json").exists()
-    seeds, remedy = sorted(path.parent for path in args.run.glob("seed*/run.json")), ""
+    seeds = sorted(path.parent for path in args.run.glob("seed*/run.json"))
+    remedy = ""
     if not args.run.is_dir():
         remedy = f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"
     elif seeds and not is_run:
@@ -143,6 +186,7 @@ def _check(args: argparse.Namespace) -> list[Problem]:
 
 @contextmanager
 def _stop_if_it_fails(what: str, repo_id: str) -> Iterator[None]:
+    """Raise a `RunStopped` that says why `what` was not pushed, if a request about `repo_id` fails in this block."""
     from pipeline.hub.upload import PUSH_ERRORS, explain
 
     try:

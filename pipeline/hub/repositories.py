@@ -15,7 +15,7 @@ from pyarrow.parquet import read_table
 from pipeline.errors import Problem, UserError, as_typed
 from pipeline.files import as_list, holds_model, is_missing_path, read_json, read_run
 from pipeline.hub.cards import CRITIC, Trained, base_card, dataset_card, load_card, model_card, space_card
-from pipeline.hub.published_files import Files, places, public_settings, publishable, to_bytes, without_paths
+from pipeline.hub.published_files import Files, local_paths, public_settings, publishable, to_bytes, without_paths
 from pipeline.hub.upload import retry
 from pipeline.stages import HELD_OUT, STAGES
 
@@ -24,12 +24,21 @@ BASE = "base"
 
 REPORT = "report"
 # Directories of a run that are not outputs of stages.
-OTHERS = (REPORT, "evaluations", "logs")
+NOT_OUTPUTS = (REPORT, "evaluations", "logs")
+# Characters that the Hub allows in the name of a repository.
+LONGEST_NAME = 96
 
 
 @dataclass
 class Repository:
-    """The contents of a repository: a "model", "dataset" or "space". `checkpoints` has the files of each by branch."""
+    """The contents of a repository.
+
+    Attributes:
+        id: Its id, `NAME/repo`.
+        type: "model", "dataset" or "space".
+        files: Its files on the branch that is pushed to.
+        checkpoints: The files of each checkpoint, by branch, such as "step-1000".
+    """
 
     id: str
     type: str
@@ -37,12 +46,33 @@ class Repository:
     checkpoints: dict[str, Files] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter, which the adapter names by a folder.
+
+    Attributes:
+        folder: That folder.
+        repo_id: Its Hub id; None if it is not on the Hub.
+        is_merged: Whether it was itself merged from an adapter. It is then pushed with the new adapter.
+    """
+
+    folder: Path
+    repo_id: str | None
+    is_merged: bool = False
+
+
 @dataclass
 class Outputs:
-    """The output directories of the run in `path`, to be pushed to a `namespace`; or one of them, with a `repo_id`.
+    """The output directories of a run, or one of them, and the repositories that they are pushed to.
 
-    `only` names those that are pushed, by default all. `license` is by default the one in the cards of the data. `api`
-    looks for earlier pushes; None makes no request.
+    Attributes:
+        path: Directory of the run; for a single output directory, the directory around it.
+        namespace: User or organization that the run is pushed to.
+        repo_id: Repository of a single output directory; empty for a run.
+        only: Names of the directories that are pushed. None is all of them, and the report.
+        license: Licence of models and data. None is the one in the cards of the data.
+        checkpoints: Whether checkpoints are pushed, too.
+        api: The client, which looks for earlier pushes. None makes no request.
     """
 
     path: Path
@@ -57,16 +87,18 @@ class Outputs:
     def name(self) -> str:
         """Name of the run's directory, prefixed with the recipe's name if the directory is for a seed."""
         path = self.path.resolve()
-        return f"{path.parent.name}-{path.name}" if re.fullmatch(r"seed\d+", path.name) else path.name
+        if re.fullmatch(r"seed\d+", path.name):
+            return f"{path.parent.name}-{path.name}"
+        return path.name
 
     @cached_property
     def folders(self) -> dict[str, Path]:
         """The output directories with a finished model or data, by name."""
-        found = [path for path in sorted(self.path.iterdir()) if path.name not in OTHERS and path.name[0] != "."]
+        paths = [path for path in sorted(self.path.iterdir()) if path.name not in NOT_OUTPUTS and path.name[0] != "."]
         # Unrelated folders may lie next to a single output directory.
         if self.repo_id and not self.record:
-            found = [path for path in found if path.name in (self.only or ())]
-        return {path.name: path.resolve() for path in found if is_data(path) or holds_model(path)}
+            paths = [path for path in paths if path.name in (self.only or ())]
+        return {path.name: path.resolve() for path in paths if is_data(path) or holds_model(path)}
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
@@ -85,94 +117,87 @@ class Outputs:
         for step in self.record.values():
             values = step.get("values", {})
             # Only the settings of an evaluation have a home, the folder that the run was written to.
-            if home := values.get("home"):
-                sources = [values[key] for key in HELD_OUT if isinstance(values.get(key), Mapping)]
-                named = [str(name) for source in sources for name in as_list(source.get("dataset_name") or [])]
-                names += [name for name in named if not Path(name).is_relative_to(home)]
-        # Others are ids on the Hub.
+            home = values.get("home")
+            if not home:
+                continue
+            for source in [values[key] for key in HELD_OUT if isinstance(values.get(key), Mapping)]:
+                dataset_names = [str(name) for name in as_list(source.get("dataset_name") or [])]
+                names += [name for name in dataset_names if not Path(name).is_relative_to(home)]
+        # The other names are ids on the Hub.
         return [name for name in dict.fromkeys(names) if Path(name).exists() or is_missing_path(name)]
 
     @cached_property
     def ids(self) -> dict[str, str]:
-        """Repositories of the output directories that are pushed now, or were pushed before."""
+        """Repositories of the output directories that are pushed now, or were pushed before, by directory."""
         if self.repo_id:
             return dict.fromkeys(self.only or (), self.repo_id)
-        found = {}
-        for name, path in self.folders.items():
-            repo_id, kind = self.id_of(name), "dataset" if is_data(path) else "model"
-            exists = partial(self.api.repo_exists, repo_id, repo_type=kind) if self.api else bool
-            if self.only is None or name in self.only or retry(exists):
-                found[name] = repo_id
-        return found
+        return {name: self.id_of(name) for name in self.folders if self._is_selected(name) or self._is_on_hub(name)}
+
+    def _is_selected(self, output: str) -> bool:
+        return self.only is None or output in self.only
+
+    def _is_on_hub(self, output: str) -> bool:
+        if self.api is None:
+            return False
+        kind = "dataset" if is_data(self.folders[output]) else "model"
+        return retry(partial(self.api.repo_exists, self.id_of(output), repo_type=kind))
 
     def id_of(self, output: str) -> str:
-        """Return the repository of an output directory or of the report; the Hub allows names of 96 characters."""
-        name = f"{self.name[: max(95 - len(output), 1)]}-{output}"
-        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", name)[:96].strip("-.")
-        return self.repo_id or f"{self.namespace}/{name}"
+        """Return the repository of an output directory or of the report: `NAME/RUN-OUTPUT`."""
+        if self.repo_id:
+            return self.repo_id
+        # The name of the run is shortened to leave room for the output.
+        run_name = self.name[: max(LONGEST_NAME - 1 - len(output), 1)]
+        name = re.sub(r"(?:[^A-Za-z0-9_.]|\.\.)+", "-", f"{run_name}-{output}")
+        return f"{self.namespace}/{name[:LONGEST_NAME].strip('-.')}"
 
     @cached_property
-    def wanted(self) -> list[str]:
-        """Names of the output directories to push. Raise a `UserError` if one is not finished, or there are none."""
-        if missing := [name for name in self.only or () if name not in self.folders]:
+    def selected(self) -> list[str]:
+        """Names of the output directories to push.
+
+        Raises:
+            UserError: If one that `only` names is not finished, or if there are none.
+        """
+        missing = [name for name in self.only or () if name not in self.folders]
+        if missing:
+            option = "RUN" if self.repo_id else "--stage"
             remedy = f"is not a finished model or data set; choose from: {', '.join(self.folders) or 'nothing yet'}"
-            raise UserError(*(Problem("RUN" if self.repo_id else "--stage", name, remedy) for name in missing))
-        wanted = [name for name in self.folders if self.only is None or name in self.only]
-        if not wanted:
+            raise UserError(*(Problem(option, name, remedy) for name in missing))
+        selected = [name for name in self.folders if self._is_selected(name)]
+        if not selected:
             remedy = f"contains neither a finished model nor data; run it first with `{as_typed('run', 'RECIPE')}`"
             raise UserError(Problem("RUN", self.path, remedy))
-        return wanted
+        return selected
 
     @cached_property
-    def bases(self) -> dict[str, tuple[Path, str | None]]:
-        """For each adapter that names a folder as its base model: the folder, and its Hub id or None.
-
-        If that base was itself merged from an adapter, it comes with the new adapter, in the folder `base`.
-        """
-        found: dict[str, tuple[Path, str | None]] = {}
+    def bases(self) -> dict[str, Base]:
+        """The base model of each adapter that names a folder as its base model, by the adapter's directory."""
+        bases: dict[str, Base] = {}
         for name, folder in self.folders.items():
             base = Path(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-            # The base model may lie in the cache of the Hub's client, or be a stage of this run, which may have moved.
-            cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
             if base.name == BASE and holds_model(folder / BASE):
-                found[name] = base, f"{self.id_of(name)}-{BASE}"
+                bases[name] = Base(base, f"{self.id_of(name)}-{BASE}", is_merged=True)
             elif base.is_absolute():
-                found[name] = base, "/".join(cached.groups()) if cached else self.ids.get(base.name)
-        return found
+                # It may lie in the cache of the Hub's client, or be a stage of this run, which may have moved.
+                cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
+                bases[name] = Base(base, "/".join(cached.groups()) if cached else self.ids.get(base.name))
+        return bases
 
     def repositories(self) -> list[Repository]:
         """Return what is pushed: first data sets, which the cards of the models name, then models, then the report."""
-        data: list[Repository] = []
+        datasets: list[Repository] = []
         models: list[Repository] = []
-        for name in self.wanted:
-            folder, repo_id = self.folders[name], self.id_of(name)
-            if is_data(folder):
-                # Data are published unchanged: only models and reports contain paths.
-                rows: Files = {path: folder / path for path in publishable(folder)}
-                rows["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
-                data.append(Repository(repo_id, "dataset", rows))
+        for name in self.selected:
+            if is_data(self.folders[name]):
+                datasets.append(self._dataset(name))
                 continue
-            _, base_id = self.bases.get(name, (Path(), None))
-            # PEFT does not look for the base in a subfolder, so it has its own repository.
-            if base_id == f"{repo_id}-{BASE}":
-                own: Files = {"README.md": to_bytes(base_card(base_id, self._trained(name)))}
-                models.append(Repository(base_id, "model", publishable(folder / BASE) | own))
-            saved = sorted(path for path in folder.glob("checkpoint-*") if self.checkpoints and holds_model(path))
-            branches = {f"step-{path.name.rpartition('-')[2]}": self._model_files(name, path) for path in saved}
-            models.append(Repository(repo_id, "model", self._model_files(name, folder), branches))
-        if not self.has_report or self.only is not None:
-            return data + models
-        steps = {name: step | {"values": public_settings(step.get("values", {}))} for name, step in self.record.items()}
-        for step in steps.values():
-            # It is a row of the training data, which may not be public.
-            step.pop("first_row", None)
-        # The paths in the run's record are among the known ones.
-        record = without_paths(json.dumps(read_run(self.path) | {"steps": steps}, indent=1), places(self.path))
-        data_ids = [repo_id for name, repo_id in self.ids.items() if is_data(self.folders[name])]
-        model_ids = [repo_id for repo_id in self.ids.values() if repo_id not in data_ids]
-        card = space_card(f"{self.name}: the report", model_ids, data_ids)
-        own = {"run.json": to_bytes(record + "\n"), "README.md": to_bytes(card)}
-        return [*data, *models, Repository(self.id_of(REPORT), "space", publishable(self.path / REPORT) | own)]
+            base = self.bases.get(name)
+            if base is not None and base.is_merged:
+                models.append(self._merged_base(name, str(base.repo_id)))
+            models.append(self._model(name))
+        if self.has_report and self.only is None:
+            return [*datasets, *models, self._space()]
+        return datasets + models
 
     @property
     def has_report(self) -> bool:
@@ -183,70 +208,145 @@ class Outputs:
     def _license(self) -> tuple[Any, Any]:
         """Licence that all cards of the data agree on, unless `license` is set, and the first language in a card."""
         cards = [load_card(path).data for path in self.folders.values() if is_data(path)]
+        language = next((card.language for card in cards if card.language), None)
+        if self.license:
+            return self.license, language
         licenses = [card.license for card in cards if card.license]
-        license = licenses[0] if licenses and all(found == licenses[0] for found in licenses) else None
-        return self.license or license, next((card.language for card in cards if card.language), None)
+        if licenses and all(license == licenses[0] for license in licenses):
+            return licenses[0], language
+        return None, language
+
+    def _dataset(self, output: str) -> Repository:
+        folder, repo_id = self.folders[output], self.id_of(output)
+        # Data are published unchanged: only models and reports contain paths.
+        files: Files = {path: folder / path for path in publishable(folder)}
+        files["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
+        return Repository(repo_id, "dataset", files)
+
+    def _merged_base(self, output: str, repo_id: str) -> Repository:
+        """Return the base model that an adapter comes with. PEFT does not look for it in a subfolder of the adapter."""
+        files = publishable(self.folders[output] / BASE)
+        files["README.md"] = to_bytes(base_card(repo_id, self._trained(output)))
+        return Repository(repo_id, "model", files)
+
+    def _model(self, output: str) -> Repository:
+        folder = self.folders[output]
+        branches: dict[str, Files] = {}
+        if self.checkpoints:
+            for checkpoint in sorted(filter(holds_model, folder.glob("checkpoint-*"))):
+                step = checkpoint.name.rpartition("-")[2]
+                branches[f"step-{step}"] = self._model_files(output, checkpoint)
+        return Repository(self.id_of(output), "model", self._model_files(output, folder), branches)
 
     def _model_files(self, output: str, source: Path) -> Files:
-        """Return the files of a model or, if `source` is not its folder, of one of its checkpoints."""
+        """Return the files of a model, whose folder is `source`, or of one of its checkpoints, in `source`."""
         folder, trained = self.folders[output], self._trained(output)
         if source != folder:
-            # The figures belong to the final model.
-            trained = replace(trained, folder=source, metrics={}, evaluation={}, step={**trained.step, "seconds": None})
-        ids = {self.folders[name]: found for name, found in self.ids.items()}
-        ids |= {base: base_id for base, base_id in self.bases.values() if base_id}
-        files = {path: file for path, file in publishable(source, ids).items() if not path.startswith(f"{BASE}/")}
+            # The metrics belong to the final model.
+            step = {**trained.step, "seconds": None}
+            trained = replace(trained, folder=source, metrics={}, evaluation={}, step=step)
+        ids = {self.folders[name]: repo_id for name, repo_id in self.ids.items()}
+        ids |= {base.folder: base.repo_id for base in self.bases.values() if base.repo_id}
+        files = publishable(source, ids)
+        files = {path: content for path, content in files.items() if not path.startswith(f"{BASE}/")}
         # Without a record of the run, use the card that the recipe wrote.
         if "README.md" in files and not trained.step:
-            own = files["README.md"]
-            text = own.decode() if isinstance(own, bytes) else own.read_text(encoding="utf-8")
-            named = r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+'
-            card = re.sub(named, rf"\1{trained.name}", text)
+            card = _with_name(files["README.md"], trained.name)
         else:
             card = model_card(trained)
         return files | {"README.md": to_bytes(card)}
 
+    def _space(self) -> Repository:
+        """Return the Space that shows the report, with the record of the run."""
+        steps = {}
+        for name, step in self.record.items():
+            steps[name] = step | {"values": public_settings(step.get("values", {}))}
+            # It is a row of the training data, which may not be public.
+            steps[name].pop("first_row", None)
+        record = json.dumps(read_run(self.path) | {"steps": steps}, indent=1)
+        datasets = [repo_id for name, repo_id in self.ids.items() if is_data(self.folders[name])]
+        models = [repo_id for repo_id in self.ids.values() if repo_id not in datasets]
+        files = publishable(self.path / REPORT)
+        # The paths in the run's record are among the local ones.
+        files["run.json"] = to_bytes(without_paths(record, local_paths(self.path)) + "\n")
+        files["README.md"] = to_bytes(space_card(f"{self.name}: the report", models, datasets))
+        return Repository(self.id_of(REPORT), "space", files)
+
     def _trained(self, output: str) -> Trained:
-        step_name, step = output, {}
-        for name, entry in self.record.items():
-            written = Path(entry.get("values", {}).get("output_dir") or "")
-            if written.name == output and not name.startswith("evaluate_"):
-                step_name, step = name, entry
+        """Return what the card of a stage is made from."""
+        step_name, step = self._step_of(output)
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values", {})
+        # A stage without a file of its own has the settings of another stage, which its card does not show.
+        is_shared = kind in STAGES and bool(STAGES[kind].file_of)
         measured_on = self.record.get(f"evaluate_{output}", {}).get("values", {})
-        # A card names repositories instead of folders, so that readers can follow its links and run its YAML anywhere:
-        #
-        #     model_name_or_path: runs/pocket/1_pretrain   ->   alice/pocket-1_pretrain
-        #
         # Settings name directories as the YAML files do, even if the run is elsewhere.
-        home = str(measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent)
-        ids = {f"{home}/{name}{inner}": found for name, found in self.ids.items() for inner in ("", f"/{CRITIC}")}
-        # Every model's repository contains the tokenizer.
-        ids[f"{home}/tokenizer"] = next(self.ids[name] for name in self.ids if not is_data(self.folders[name]))
+        home = measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent
         license, language = self._license
         return Trained(
-            *(self.folders[output], kind, self.id_of(output)),
-            # A stage without its own file shares the settings of another stage.
-            settings={} if kind in STAGES and STAGES[kind].file_of else settings,
+            folder=self.folders[output],
+            kind=kind,
+            name=self.id_of(output),
+            settings={} if is_shared else settings,
             step=step,
             metrics=_read_newer(self.path / REPORT / "metrics.json", step),
             evaluation=_read_newer(self.path / "evaluations" / f"{output}.json", step),
             measured_on=measured_on,
-            ids=ids,
+            ids=self._ids_in_settings(str(home)),
             report=f"https://huggingface.co/spaces/{self.id_of(REPORT)}" if self.has_report else "",
             license=license,
             language=language,
         )
 
+    def _step_of(self, output: str) -> tuple[str, Mapping[str, Any]]:
+        """Return the name and the entry in run.json of the step that wrote an output directory.
+
+        Without an entry, the name is that of the directory, and the entry is empty.
+        """
+        step_name: str = output
+        step: Mapping[str, Any] = {}
+        for name, entry in self.record.items():
+            output_dir = Path(entry.get("values", {}).get("output_dir") or "")
+            if output_dir.name == output and not name.startswith("evaluate_"):
+                step_name, step = name, entry
+        return step_name, step
+
+    def _ids_in_settings(self, home: str) -> dict[str, str]:
+        """Return the repositories by the names that settings have for them; `home` is the run's directory there.
+
+        A card names repositories instead of folders, so that readers can follow its links and run its YAML anywhere:
+
+            model_name_or_path: runs/pocket/1_pretrain   ->   alice/pocket-1_pretrain
+        """
+        ids: dict[str, str] = {}
+        for name, repo_id in self.ids.items():
+            ids[f"{home}/{name}"] = repo_id
+            ids[f"{home}/{name}/{CRITIC}"] = repo_id
+        # Every model's repository contains the tokenizer.
+        ids[f"{home}/tokenizer"] = next(self.ids[name] for name in self.ids if not is_data(self.folders[name]))
+        return ids
+
+
+def _with_name(card: Path | bytes, name: str) -> str:
+    """Return the text of a model card in which the examples load the model from the Hub, as `name`."""
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    loads = r'((model=|from_pretrained\()"|vllm serve |value_model_path: )[^"`\n]+'
+    return re.sub(loads, rf"\1{name}", text)
+
 
 def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the object in a file written after a step had finished, or {} if the step has run again since."""
-    finished = step.get("finished_at")
-    if not path.exists() or (finished is None and "started_at" in step):
+    """Return the object in a file written after a step had finished, or {} if the step has run again since.
+
+    If the step's entry has no times, as without a record of the run, the file counts as newer.
+    """
+    if not path.exists():
         return {}
-    is_newer = finished is None or path.stat().st_mtime >= datetime.fromisoformat(str(finished)).timestamp()
-    return read_json(path) if is_newer else {}
+    finished = step.get("finished_at")
+    if finished is None:
+        return {} if "started_at" in step else read_json(path)
+    if path.stat().st_mtime < datetime.fromisoformat(str(finished)).timestamp():
+        return {}
+    return read_json(path)
 
 
 def is_data(path: Path) -> bool:
@@ -258,5 +358,8 @@ def names_of_people(path: Path) -> list[str]:
     """Return the names that people entered in a data set of votes; none for other data."""
     if not (path / "votes.jsonl").exists():
         return []
-    columns = (read_table(file, columns=["annotator"])["annotator"] for file in sorted(path.glob("*.parquet")))
-    return sorted({str(name) for column in columns for name in column.unique().to_pylist()})
+    names: set[str] = set()
+    for file in sorted(path.glob("*.parquet")):
+        annotators = read_table(file, columns=["annotator"])["annotator"]
+        names.update(map(str, annotators.unique().to_pylist()))
+    return sorted(names)

@@ -15,7 +15,8 @@ from pipeline.app import cli
 from pipeline.app.models import Models
 from pipeline.app.site import Site
 from tests.helpers.fake_run import write_run
-from tests.helpers.small_model import save_model, save_tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import save_model, save_tokenizer
 
 SAMPLED = {"max_completion_length": 8, "temperature": 1.0, "learning_rate": 1e-3, "epsilon": 0.2, "max_grad_norm": 1.0}
 SAMPLED |= {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "per_device_train_batch_size": 4}
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hostile run, moved from where it was trained."""
     run = write_run(tmp_path_factory.mktemp("runs") / "hostile", hostile=True)
     rows = [{"prompt": [{"role": "user", "content": f"What is {i} and {i}?"}], "answer": str(2 * i)} for i in range(9)]
-    write_lines(run / "rows.jsonl", rows)
+    write_rows(run / "rows.jsonl", rows)
     for seed, stage in enumerate(("0_random", "1_pretrain", "2_sft", "3_ppo", "4_grpo")):
         save_model(run / stage, seed)
     for stage, values in ARGUMENTS.items():

@@ -92,7 +92,7 @@ def wait_for_answers(browser: Any) -> dict[str, str]:
     return columns(browser)
 
 
-def write(browser: Any, prompt: str) -> None:
+def type_prompt(browser: Any, prompt: str) -> None:
     field = browser.find_element(By.ID, "prompt")
     field.clear()
     field.send_keys(prompt)
@@ -100,7 +100,7 @@ def write(browser: Any, prompt: str) -> None:
 
 def ask(browser: Any, prompt: str) -> dict[str, str]:
     """Compare the answers to a prompt. Returns the columns when all have ended."""
-    write(browser, prompt)
+    type_prompt(browser, prompt)
     browser.find_element(By.ID, "send").click()
     return wait_for_answers(browser)
 
@@ -198,11 +198,11 @@ def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> Non
 def test_an_answer_never_stands_below_another_prompt(browser: Any, page: str) -> None:
     visit(browser, page)
     alone = ask(browser, "What is 12?")
-    write(browser, "cat " * 90)
+    type_prompt(browser, "cat " * 90)
     send = browser.find_element(By.ID, "send")
     send.click()
     until(browser, lambda: "tokens" in columns(browser)["0_random"])
-    write(browser, "What is 12?")
+    type_prompt(browser, "What is 12?")
     ActionChains(browser).double_click(send).perform()
     asked = browser.find_element(By.CSS_SELECTOR, "#compare-status q")
     assert asked.text.strip("“”") == "What is 12?"

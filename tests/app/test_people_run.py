@@ -22,7 +22,8 @@ from pipeline.runner.due import decide
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.records import RunRecord
 from tests.helpers import ppo_toy as toy
-from tests.helpers.small_model import ROOT, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import ROOT
 
 VOTES = 120
 TRAINING = {"bf16": False, "report_to": "none", "logging_steps": 10, "save_strategy": "no", "eval_strategy": "no"}
@@ -76,7 +77,7 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     monkeypatch.chdir(tmp_path)
     toy.policy().save_pretrained("policy")
     toy.tokenizer().save_pretrained("policy")
-    write_lines(Path("prompts.jsonl"), [{"prompt": f"{one} {other}"} for one in toy.WORDS for other in toy.WORDS])
+    write_rows(Path("prompts.jsonl"), [{"prompt": f"{one} {other}"} for one in toy.WORDS for other in toy.WORDS])
     Path("accelerate_config.yaml").symlink_to(ROOT / "accelerate_config.yaml")
     Path("recipe").mkdir()
     for name, values in RECIPE.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.app.prompts import GENERAL, held_out_prompts, things_to_ask, what_may_be_asked
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
 
 CARD = "# Mine\n\n## What may I ask?\n\nAbout 3 cats,\nand sums.\n\n## Splits\n\nAll.\n"
 
@@ -49,7 +49,7 @@ def test_a_conversation_of_several_turns_is_no_prompt_for_a_box(tmp_path: Path) 
     turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user", "assistant")]
     rows = [{"messages": turns}] + [{"messages": turns[:2]}] * 30
     (tmp_path / "run" / "2_sft").mkdir(parents=True)
-    path = write_lines(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     trained = {"dataset_name": path, "output_dir": str(tmp_path / "run" / "2_sft")}
     (tmp_path / "run" / "2_sft" / "arguments.json").write_text(json.dumps(trained))
     found = held_out_prompts(tmp_path / "run")

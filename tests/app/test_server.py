@@ -18,10 +18,10 @@ from httpx2 import ASGITransport, AsyncClient
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from pipeline.__main__ import main
 from pipeline.app import server
 from pipeline.app.server import build_app
 from pipeline.app.site import Site, stream
+from tests.helpers.refusals import refused
 
 PASSWORD = "to be or not to be"
 
@@ -233,10 +233,7 @@ def test_an_address_that_cannot_be_used_is_refused(
     run: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("getpass.getpass", lambda prompt: "")
-    with pytest.raises(SystemExit) as stop:
-        main(["app", str(run), *options])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [message]
+    assert refused(capsys, "app", run, *options).splitlines() == [message]
 
 
 def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_together(
@@ -244,12 +241,10 @@ def test_a_port_in_use_and_a_folder_that_is_no_run_are_refused_together(
 ) -> None:
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "run.json").write_text(json.dumps({}))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(SystemExit) as stop:
-            main(["app", str(tmp_path), "--port", str(port)])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines() == [
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        message = refused(capsys, "app", tmp_path, "--port", port)
+    assert message.splitlines() == [
         f"RUN: {tmp_path}: holds several runs; name one, such as {tmp_path / 'seed0'}",
         f"--port: {port}: cannot be used (Address already in use); choose another",
     ]

@@ -27,7 +27,7 @@ from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
 from tests.helpers import tool_toy as toy
 from tests.helpers.chromium import open_browser
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
 
 HOSTILE = "<img src=x onerror=document.title='owned'>\n-> fake() \u202e"
 TOOLS = {"tools": [f"{__name__}:double"]}
@@ -53,7 +53,7 @@ def double(n: int) -> str:
 
 def make_run(run: Path, called: dict[str, Any]) -> Path:
     """Return a run whose policy calls tools, and whose reference does so less often."""
-    write_lines(run / "rows.jsonl", [{**row, "answer": "yes"} for row in toy.prompts(9).to_list()])
+    write_rows(run / "rows.jsonl", [{**row, "answer": "yes"} for row in toy.prompts(9).to_list()])
     for stage, calls in (("2_sft", 0.4), ("3_ppo", 0.6), ("4_grpo", 0.6)):
         toy.policy(calls).save_pretrained(run / stage)
         toy.tokenizer().save_pretrained(run / stage)

@@ -24,7 +24,8 @@ from pipeline.app.voting import agreement, content, routes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.data.votes import read_votes
-from tests.helpers.small_model import save_model, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import save_model, tokenizer
 
 HOSTILE = "<script>alert(1)</script> ![x](https://example.com/x.png) \x1b[31mred \u202egnp.exe"
 TURNS = [
@@ -43,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(run / stage, seed)
     prompts = [{"prompt": TURNS, **RULE}, {"prompt": [{"role": "user", "content": HOSTILE}], **RULE}]
     prompts += [{"prompt": [{"role": "user", "content": f"What is {i}?"}], **RULE} for i in range(20)]
-    write_lines(run / "prompts.jsonl", prompts)
+    write_rows(run / "prompts.jsonl", prompts)
     return run
 
 

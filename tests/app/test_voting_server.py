@@ -22,7 +22,8 @@ import pytest
 
 from pipeline.data.votes import read_votes, standing
 from pipeline.report.text import visible
-from tests.helpers.small_model import ROOT, save_model, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import ROOT, save_model
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOTES = 50
@@ -70,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("people")
     save_model(folder / "2_sft")
     texts = [HOSTILE, *(f"What is {i}?" for i in range(30))]
-    write_lines(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": text}]} for text in texts])
+    write_rows(folder / "prompts.jsonl", [{"prompt": [{"role": "user", "content": text}]} for text in texts])
     return folder
 
 

@@ -1,5 +1,6 @@
 """A step that is started by hand before those that it needs names the command to run first."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,7 @@ from pipeline.config.recipe_folder import SHIPPED
 from pipeline.config.untrusted import check_untrusted
 from pipeline.training.entry import run
 from recipes import grpo, sft
-
-
-def refusal(capsys: pytest.CaptureFixture[str], main: object, *argv: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(main, argv)  # type: ignore[arg-type]
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+from tests.helpers.refusals import refused
 
 
 def test_one_line_names_the_command_to_run_first(
@@ -24,11 +19,19 @@ def test_one_line_names_the_command_to_run_first(
     command = "does not exist yet; first run `fourstage run recipes/pocket --until"
     # The file comes with the package, not from the current directory.
     config = ("--config", "recipes/pocket/2_sft.yaml")
-    assert refusal(capsys, sft.main, *config) == f"model_name_or_path: runs/pocket/1_pretrain: {command} 1_pretrain`\n"
+    assert (
+        refused(capsys, *config, main=partial(run, sft.main))
+        == f"model_name_or_path: runs/pocket/1_pretrain: {command} 1_pretrain`\n"
+    )
     Path("runs/pocket/1_pretrain").mkdir(parents=True)
-    assert refusal(capsys, sft.main, *config) == f"dataset_name: runs/pocket/data: {command} 0_data`\n"
+    assert (
+        refused(capsys, *config, main=partial(run, sft.main)) == f"dataset_name: runs/pocket/data: {command} 0_data`\n"
+    )
     config = ("--config", "recipes/pocket/4_grpo.yaml")
-    assert refusal(capsys, grpo.main, *config) == f"model_name_or_path: runs/pocket/3_ppo: {command} 3_ppo`\n"
+    assert (
+        refused(capsys, *config, main=partial(run, grpo.main))
+        == f"model_name_or_path: runs/pocket/3_ppo: {command} 3_ppo`\n"
+    )
     assert sorted(path.name for path in Path("runs/pocket").iterdir()) == ["1_pretrain"]
 
 
@@ -37,8 +40,9 @@ def test_a_path_that_no_step_writes_is_a_mistake_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("runs/pocket/data").mkdir(parents=True)
-    err = refusal(capsys, sft.main, "--config", "recipes/pocket/2_sft.yaml", "--model_name_or_path", "./elsewhere")
-    assert "first run" not in err and "elsewhere" in err
+    options = ["--config", "recipes/pocket/2_sft.yaml", "--model_name_or_path", "./elsewhere"]
+    error = refused(capsys, *options, main=partial(run, sft.main))
+    assert "first run" not in error and "elsewhere" in error
 
 
 @pytest.mark.parametrize(

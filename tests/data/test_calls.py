@@ -19,7 +19,8 @@ from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.training.inputs import load_inputs
-from tests.helpers.small_model import CHATML, conversation, save_model, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import CHATML, conversation, save_model, tokenizer
 
 LOOK = {"name": "look", "arguments": {"place": "a box", "seconds": 7}}
 WAIT = {"name": "wait", "arguments": {}}
@@ -89,7 +90,7 @@ def test_calls_are_read_in_the_shapes_that_data_have(tmp_path: Path, name: str, 
         rows[1:] = [{"messages": [HUMAN, GPT]}, {"messages": [HUMAN, called(WAIT), SEEN, GPT]}]
     if name in ("OpenAI's first", "calls as text"):
         rows = rows[:2]
-    path = write_lines(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     table = str(tmp_path / "a.parquet")
     if name == "OpenAI's":
         # A column has one type, so that all arguments are text.
@@ -184,13 +185,13 @@ def test_all_forms_of_a_call_mean_the_same(arguments: dict[str, Any], name: str)
 
 
 def test_data_without_calls_have_the_type_that_they_had_and_join_those_with_calls(tmp_path: Path) -> None:
-    plain = write_lines(
+    plain = write_rows(
         tmp_path / "plain.jsonl", [{"messages": [{**one, "tool_calls": None} for one in (USER, ANSWER)]}]
     )
     found = load(plain)
     assert found.features == {"messages": MESSAGES} and not has_calls(found)
     assert found[0] == {"messages": [USER, ANSWER]}
-    mixed = write_lines(tmp_path / "mixed.jsonl", [{"messages": WHOLE}])
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{"messages": WHOLE}])
     for streaming in (False, True):
         for paths in ((plain, mixed), (mixed, plain)):
             rows = load(*paths, streaming=streaming)
@@ -201,7 +202,7 @@ def test_data_without_calls_have_the_type_that_they_had_and_join_those_with_call
 def test_rows_with_faults_and_calls_are_dropped_and_kept(tmp_path: Path) -> None:
     function = {"name": "add", "arguments": {"a": 3.141592653589793, "b": "0.1", "c": [None, "\u2028é"]}}
     rows = [[HUMAN], [HUMAN, called(function)], [HUMAN, GPT], [HUMAN, called("?")]]
-    path = write_lines(tmp_path / "a.jsonl", [{"conversations": row} for row in rows])
+    path = write_rows(tmp_path / "a.jsonl", [{"conversations": row} for row in rows])
     with pytest.raises(UserError, match=r"row 0: .* and 1 more of 4 \(3\)"):
         load(path)
     kept = load(path, drop_bad_rows=True)
@@ -231,7 +232,7 @@ def test_calls_are_learned_and_results_are_not(tmp_path: Path, marked: bool) -> 
     if not marked:
         words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
         words.save_pretrained(model)
-    data = write_lines(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": conversation("Why?", "Because.")}] * 9)
+    data = write_rows(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": conversation("Why?", "Because.")}] * 9)
     args = SFTConfig(
         str(tmp_path / "output"), assistant_only_loss=True, max_length=128, use_cpu=True, bf16=False, report_to="none"
     )
@@ -251,8 +252,8 @@ TEXT = json.dumps([LISTED, {"type": "function", "function": WAITING}])
 @pytest.mark.parametrize("form", [[LISTED, WAITING], TEXT, [json.dumps(LISTED), json.dumps(WAITING)]])
 def test_tools_are_read_in_any_form_and_join_rows_without_them(tmp_path: Path, form: Any, streaming: bool) -> None:
     rows = [{"messages": WHOLE, "tools": form}, {"messages": [USER, ANSWER], "tools": None}]
-    own = write_lines(tmp_path / "own.jsonl", rows)
-    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}])
+    own = write_rows(tmp_path / "own.jsonl", rows)
+    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}])
     for paths in ((own,), (own, plain), (plain, own)):
         found = [row.get("tools") for row in load(*paths, streaming=streaming)]
         assert [json.loads(one) for one in found if one is not None] == [json.loads(TEXT)]
@@ -278,7 +279,7 @@ def test_tools_in_a_table_are_without_the_keys_of_other_tools(tmp_path: Path) ->
 )
 def test_tools_that_cannot_be_read_are_refused_by_their_row(tmp_path: Path, tools: Any, said: str) -> None:
     rows = [{"messages": [USER, ANSWER], "tools": one} for one in (None, tools)]
-    args = DataArguments([write_lines(tmp_path / "a.jsonl", rows)], validation_share=0.0)
+    args = DataArguments([write_rows(tmp_path / "a.jsonl", rows)], validation_share=0.0)
     with pytest.raises(UserError, match=f"row 1: {said}") as error:
         load_splits(args, "conversation", evaluation=False, tokens=special_tokens(tokenizer()))
     assert len(error.value.problems) == 1
@@ -303,7 +304,7 @@ def test_the_chat_template_gets_the_tools_of_each_row(
     words.save_pretrained(model)
     rows = [{"messages": WHOLE, "tools": [LISTED]}, {"messages": [USER, ANSWER], "tools": [WAITING]}]
     rows += [{"messages": conversation("Why?", "Because."), "tools": one} for one in (None, [])]
-    data = DataArguments(write_lines(tmp_path / "a.jsonl", rows * 6))
+    data = DataArguments(write_rows(tmp_path / "a.jsonl", rows * 6))
     args = SFTConfig(
         str(tmp_path / "o"),
         assistant_only_loss=answers_only,
@@ -329,8 +330,8 @@ def test_a_stream_mixes_rows_with_tools_and_without_them(tmp_path: Path, marked:
         words.chat_template = words.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     words.chat_template = words.chat_template.replace("{{- bos_token -}}", "{{- bos_token -}}{{- tools | tojson -}}")
     words.save_pretrained(model)
-    own = write_lines(tmp_path / "own.jsonl", [{"messages": WHOLE, "tools": [LISTED]}] * 3)
-    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 3)
+    own = write_rows(tmp_path / "own.jsonl", [{"messages": WHOLE, "tools": [LISTED]}] * 3)
+    plain = write_rows(tmp_path / "plain.jsonl", [{"messages": [USER, ANSWER]}] * 3)
     options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
     for paths in ([own, plain], [plain, own]):
         args = SFTConfig(str(tmp_path / "o"), assistant_only_loss=True, max_length=256, **options)
@@ -347,7 +348,7 @@ def test_the_tools_count_towards_the_longest_prompt(tmp_path: Path) -> None:
     words.chat_template = "{{ tools | tojson }}" + words.chat_template
     words.save_pretrained(model)
     tools = [LISTED | {"function": LISTED["function"] | {"description": "again " * 99}}]
-    data = DataArguments(write_lines(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER], "tools": tools}] * 20))
+    data = DataArguments(write_rows(tmp_path / "a.jsonl", [{"messages": [USER, ANSWER], "tools": tools}] * 20))
     args = SFTConfig(str(tmp_path / "o"), max_length=64, use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(UserError, match="max_length: 64: every prompt is longer"):
         load_inputs("conversation", data, args, ModelConfig(model))
@@ -358,11 +359,11 @@ def test_a_template_without_calls_is_refused_for_data_with_them(tmp_path: Path) 
     words.chat_template = CHATML
     words.save_pretrained(model)
     args = SFTConfig(str(tmp_path / "output"), max_length=128, max_steps=1, use_cpu=True, bf16=False, report_to="none")
-    data = write_lines(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": [USER, ANSWER]}] * 9)
+    data = write_rows(tmp_path / "a.jsonl", [{"messages": WHOLE}, {"messages": [USER, ANSWER]}] * 9)
     for streaming in (False, True):
         with pytest.raises(UserError, match=r"^model_name_or_path: \S+: its chat template .* \(it omits tool calls"):
             load_inputs("conversation", DataArguments(data, dataset_streaming=streaming), args, ModelConfig(model))
-    plain = write_lines(tmp_path / "b.jsonl", [{"messages": [USER, ANSWER]}] * 18)
+    plain = write_rows(tmp_path / "b.jsonl", [{"messages": [USER, ANSWER]}] * 18)
     assert isinstance(load_inputs("conversation", DataArguments(plain), args, ModelConfig(model))[1], Dataset)
 
 
@@ -396,7 +397,7 @@ def test_answers_with_calls_are_read_whatever_their_prompt_is(
 ) -> None:
     caplog.set_level("INFO", "pipeline")
     pair = {"chosen": [*before, *REFUSAL], "rejected": [*before, *REFUSAL]} | {side: [*before, *DIALOGUE]}
-    path = write_lines(tmp_path / "a.jsonl", [pair | ({"prompt": prompt} if prompt else {})] * 2)
+    path = write_rows(tmp_path / "a.jsonl", [pair | ({"prompt": prompt} if prompt else {})] * 2)
     args = DataArguments(path, validation_share=0.0, dataset_streaming=streaming)
     (first, *_) = load_splits(args, "preference", evaluation=False)[0]
     assert first["prompt"] == (before or [USER])

@@ -19,7 +19,8 @@ from pipeline.data.overlap import overlap, words
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from tests.helpers.small_model import ROOT, conversation, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import ROOT, conversation
 
 POEM = "Title\n\n" + "A line of verse.\nAnd another.\n\n" * 10
 ASKED = conversation("Why?", "Because.")
@@ -147,13 +148,13 @@ def test_the_heading_of_a_form_may_have_line_breaks(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pairs_in_columns_of_other_names(tmp_path: Path, streaming: bool) -> None:
     row = {"query": "Why?", "positive": "Because.", "negative": "No."}
-    path = write_lines(tmp_path / "a.jsonl", [row] * 2)
+    path = write_rows(tmp_path / "a.jsonl", [row] * 2)
     columns = {"chosen_column": "Positive", "rejected_column": "negative"}
     for kind in ("preference", "unpaired"):
         assert read(path, kind, streaming, **columns)[0] == PAIR
     assert read(path, "prompt", streaming, **columns)[0]["prompt"] == PAIR["prompt"]
     whole = {"good": [HUMAN, GPT], "bad": [HUMAN, BAD]}
-    path = write_lines(tmp_path / "b.jsonl", [whole] * 2)
+    path = write_rows(tmp_path / "b.jsonl", [whole] * 2)
     for kind in ("preference", "prompt"):
         found = read(path, kind, streaming, chosen_column="good", rejected_column="bad")
         assert found[0]["prompt"] == PAIR["prompt"]
@@ -231,7 +232,7 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
     for number, row in enumerate(rows):
         path = tmp_path / f"{number}.{kind}"
         if kind == "jsonl":
-            write_lines(path, [row] * 2)
+            write_rows(path, [row] * 2)
         else:
             Dataset.from_list([row] * 2).to_parquet(path)
     found = sorted(read(str(tmp_path), "prompt", streaming), key=str)
@@ -257,7 +258,7 @@ def test_conversations_with_and_without_calls_are_joined(tmp_path: Path, streami
     calls += [{"role": "tool", "content": "1"}, ASKED[1]]
     rows = [{"messages": ASKED}, {"messages": calls}]
     for number, row in enumerate(rows if first == "plain" else rows[::-1]):
-        write_lines(tmp_path / f"{number}.jsonl", [row])
+        write_rows(tmp_path / f"{number}.jsonl", [row])
     found = read(str(tmp_path), "conversation", streaming)
     found = sorted((row["messages"] for row in found), key=len)
     assert found[0] == ASKED and found[1][1]["tool_calls"] == [called] and found[1][2:] == calls[2:]
@@ -268,7 +269,7 @@ def test_types_that_do_not_fit_are_refused_with_both_files(tmp_path: Path, strea
     (tmp_path / "alike").mkdir()
     for number, tags in enumerate(("a b", ["a", "b"])):
         Dataset.from_list([{"text": "a", "tags": tags}]).to_parquet(tmp_path / "alike" / f"{number}.parquet")
-    write_lines(Path(lay(tmp_path / "mixed", a__csv="text,tags\na,b\n"), "b.jsonl"), [{"text": "a", "tags": ["b"]}])
+    write_rows(Path(lay(tmp_path / "mixed", a__csv="text,tags\na,b\n"), "b.jsonl"), [{"text": "a", "tags": ["b"]}])
     for folder, one, other in (("alike", "0.parquet", "1.parquet"), ("mixed", "a.csv", "b.jsonl")):
         with pytest.raises(UserError, match=f"{one}: its column tags has a different type in .*{other}; give"):
             open_source(str(tmp_path / folder), streaming=streaming)
@@ -347,7 +348,7 @@ def test_shapes_of_rows_are_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: Kind, row: dict[str, Any], expected: Any, named: str
 ) -> None:
     caplog.set_level("INFO", "pipeline")
-    path = write_lines(tmp_path / "a.jsonl", [row] * 2)
+    path = write_rows(tmp_path / "a.jsonl", [row] * 2)
     for streaming in (False, True):
         found = read(path, kind, streaming)
         assert len(found) == 2 and {name: found[0][name] for name in expected} == expected
@@ -386,24 +387,24 @@ def test_shapes_of_rows_are_found(
 )
 def test_rows_of_other_shapes_are_refused(tmp_path: Path, kind: Kind, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"row 0: .*{message}"):
-        read(write_lines(tmp_path / "a.jsonl", [row] * 2), kind)
+        read(write_rows(tmp_path / "a.jsonl", [row] * 2), kind)
 
 
 def test_numbers_are_a_part_of_the_prompt(tmp_path: Path) -> None:
     rows = [{"instruction": "Double.", "input": number, "output": "?"} for number in (2, 0.5, float("nan"))]
-    found = [row["prompt"][0]["content"] for row in read(write_lines(tmp_path / "a.jsonl", rows), "prompt")]
+    found = [row["prompt"][0]["content"] for row in read(write_rows(tmp_path / "a.jsonl", rows), "prompt")]
     assert found == ["Double.\n\n2", "Double.\n\n0.5", "Double."]
 
 
 def test_the_context_belongs_to_a_prompt_that_is_named(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"task": "Sum.", "input": "1 2", "result": "3"}])
+    path = write_rows(tmp_path / "a.jsonl", [{"task": "Sum.", "input": "1 2", "result": "3"}])
     columns = {"prompt_column": "task", "completion_column": "result"}
     assert read(path, "conversation", **columns)[0]["messages"] == conversation("Sum.\n\n1 2", "3")
 
 
 def test_empty_rows_are_counted_and_dropped_if_that_is_asked_for(tmp_path: Path) -> None:
     rows = [{"question": f"Why {i}?", "answer": None if i % 5 == 3 else "Because."} for i in range(40)]
-    path = write_lines(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     numbers = r"and 7 more of 40 \(8, 13, 18, 23, ...\); rows count"
     with pytest.raises(UserError, match=rf"row 3: answer is empty; .* {numbers}"):
         read(path, "conversation")
@@ -490,7 +491,7 @@ def test_other_columns_are_found_before_a_stream_comes_to_them(tmp_path: Path, k
         for number, row in enumerate(rows):
             path = tmp_path / name / f"{number}.{kind}"
             if kind == "jsonl":
-                write_lines(path, [row])
+                write_rows(path, [row])
             else:
                 Dataset.from_list([row]).to_parquet(path)
         return DataArguments(str(tmp_path / name), dataset_streaming=True, validation_share=0.0)

@@ -1,6 +1,5 @@
 """Whether test data inside training data is found, and only that."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline import __main__ as command
 from pipeline.data.overlap import overlap, texts
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 FOX = "The quick brown fox jumps over the lazy dog and runs away."
 
@@ -100,17 +101,13 @@ def test_any_text_is_safe_and_more_training_data_never_hides_an_overlap(train: l
     assert with_itself.share in (0.0, 1.0) and with_itself.share >= alone
 
 
-def write(path: Path, *lines: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 def test_the_command_prints_overlap_and_fails_above_the_share(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = write(tmp_path / "train.jsonl", {"text": FOX}, {"text": "Another one"})
-    test = write(tmp_path / "test.jsonl", {"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"})
-    clean = write(tmp_path / "clean.jsonl", {"text": "Nothing in common"})
+    train = write_rows(tmp_path / "train.jsonl", rows(FOX, "Another one"))
+    questions = [{"question": FOX, "answer": "x"}, {"question": "Who else?", "answer": "y"}]
+    test = write_rows(tmp_path / "test.jsonl", questions)
+    clean = write_rows(tmp_path / "clean.jsonl", rows("Nothing in common"))
     assert command.main(["check-overlap", "--train", train, "--test", test]) == 1
     printed = capsys.readouterr().out
     assert "1 of 2 rows (50.00%)" in printed and "test row 0, training row 0: the quick brown fox" in printed
@@ -122,9 +119,10 @@ def test_the_command_prints_overlap_and_fails_above_the_share(
 
 def test_by_default_eight_words_in_a_row_are_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "one two three four five six seven eight nine ten"
-    train = write(tmp_path / "train.jsonl", {"text": words})
+    train = write_rows(tmp_path / "train.jsonl", rows(words))
     for number, code in ((7, 0), (8, 1)):
-        test = write(tmp_path / f"{number}.jsonl", {"text": " ".join(words.split()[:number]) + " and other words"})
+        shortened = " ".join(words.split()[:number])
+        test = write_rows(tmp_path / f"{number}.jsonl", rows(f"{shortened} and other words"))
         assert command.main(["check-overlap", "--train", train, "--test", test]) == code
         assert "share 8 words in a row" in capsys.readouterr().out
 
@@ -143,14 +141,14 @@ def test_wrong_arguments_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {
-        "train": write(tmp_path / "train.jsonl", {"text": FOX}),
-        "numbers": write(tmp_path / "numbers.jsonl", {"x": 3}),
+        "train": write_rows(tmp_path / "train.jsonl", rows(FOX)),
+        "numbers": write_rows(tmp_path / "numbers.jsonl", [{"x": 3}]),
     }
-    with pytest.raises(SystemExit) as stopped:
-        command.main(["check-overlap", "--test", names["train"], *(word.format(**names) for word in arguments)])
-    assert stopped.value.code == 2
-    messages = [line for line in capsys.readouterr().err.splitlines() if "examples/s]" not in line]
-    assert len(list(filter(None, messages))) == 1 and message in "".join(messages)
+    words = [word.format(**names) for word in arguments]
+    lines = refused(capsys, "check-overlap", "--test", names["train"], *words).splitlines()
+    # Progress bars show how many examples are read in a second.
+    messages = [line for line in lines if line and "examples/s]" not in line]
+    assert len(messages) == 1 and message in messages[0]
 
 
 def test_documents_of_text_files_and_the_examples_shown_can_be_chosen(

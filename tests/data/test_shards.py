@@ -25,7 +25,8 @@ from pipeline.models.scratch import ScratchArguments
 from pipeline.models.tokenizer import train_tokenizer
 from pipeline.training.inputs import load_inputs
 from pipeline.training.pretraining import PretrainConfig
-from tests.helpers.small_model import save_tokenizer, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import save_tokenizer, tokenizer
 
 FILES = {"0.jsonl": 90, "1.jsonl": 0, "2.jsonl": 60}
 """Documents of each file."""
@@ -39,18 +40,18 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("documents")
     for name, rows in FILES.items():
         texts = [f"{name} {row}: " + f"The cat <|end|><|bos|> sat. {row} é" * (row % 5) for row in range(rows)]
-        write_lines(folder / name, [{"text": text if row % 7 else ""} for row, text in enumerate(texts)])
+        write_rows(folder / name, [{"text": text if row % 7 else ""} for row, text in enumerate(texts)])
     return folder
 
 
-def write(documents: Path, folder: Path, **options: int) -> None:
+def make_shards(documents: Path, folder: Path, **options: int) -> None:
     write_shards(tokenizer(), DataArguments(str(documents), **options), ShardArguments(str(folder), workers=1))
 
 
 @pytest.fixture(scope="module")
 def made(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    write(documents, folder)
+    make_shards(documents, folder)
     return folder
 
 
@@ -132,27 +133,27 @@ def test_the_command_that_made_shards_only_makes_those_that_are_missing(document
     for file in (last, *shards.rglob("completions/00002")):
         file.unlink()
     assert f"{shards / 'train'}: has 2 of 3 shards" in preflight(shards, save_tokenizer(shards.parent / "words"))
-    write(documents, shards)
+    make_shards(documents, shards)
     assert last.read_bytes() == whole and (shards / FIRST).stat().st_mtime_ns == times
 
 
 def test_a_folder_with_other_shards_is_not_written_to(documents: Path, shards: Path) -> None:
     with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
-        write(documents, shards, max_train_samples=5)
+        make_shards(documents, shards, max_train_samples=5)
     with pytest.raises(UserError, match=r"are several data sets; run a command for each"):
         write_shards(tokenizer(), DataArguments([str(documents), "more"]), ShardArguments(str(shards)))
     (shards / "train" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"output_dir.* has shards of another tokenizer"):
-        write(documents, shards)
+        make_shards(documents, shards)
 
 
 def test_documents_that_have_changed_are_others(tmp_path: Path) -> None:
-    file = Path(write_lines(tmp_path / "documents.jsonl", [{"text": "The cat sat."}]))
-    write(file, tmp_path / "shards")
+    file = Path(write_rows(tmp_path / "documents.jsonl", [{"text": "The cat sat."}]))
+    make_shards(file, tmp_path / "shards")
     file.write_text(file.read_text().replace("cat", "dog"))
     os.utime(file, (1, 1))
     with pytest.raises(UserError, match=r"output_dir.* has shards of other documents"):
-        write(file, tmp_path / "shards")
+        make_shards(file, tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_options_are_checked(
 def test_datatrove_is_asked_for(documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     with pytest.raises(UserError, match=r"pip install 'fourstage\[datatrove\]'"):
-        write(documents, tmp_path / "output")
+        make_shards(documents, tmp_path / "output")
     assert not (tmp_path / "output").exists()
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
 
 
 def test_an_unreachable_hub_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,13 +26,13 @@ def test_a_cache_that_is_not_writable_is_not_reported_as_bad_data(
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
     with pytest.raises(UserError, match=r"HF_HOME: .*is not writable; set HF_HOME"):
-        open_source(write_lines(tmp_path / "a.jsonl", [{"text": "a"}]))
+        open_source(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl"])
 def test_file_names_are_not_read_as_patterns(tmp_path: Path, name: str) -> None:
     for file in (name, "a1.jsonl", "ab.jsonl"):
-        write_lines(tmp_path / file, [{"text": file}])
+        write_rows(tmp_path / file, [{"text": file}])
     assert open_source(str(tmp_path / name))["train"]["text"][:] == [name]
 
 

@@ -1,7 +1,5 @@
 """Every kind of source gives the columns that TRL expects; mistakes in data are in test_bad_input."""
 
-import csv
-import gzip
 import json
 import logging
 import re
@@ -16,27 +14,11 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.progress import VARIABLE
-from tests.helpers.small_model import conversation, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import conversation
 
 ROWS = [{"text": f"Document {i}.", "kind": "fact"} for i in range(40)]
 QUESTIONS = [{"question": f"{i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(40)]
-
-
-def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
-    path = folder / f"data.{kind}"
-    if kind == "jsonl":
-        write_lines(path, rows)
-    elif kind == "jsonl.gz":
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    elif kind == "csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif kind == "parquet":
-        Dataset.from_list(rows).to_parquet(path)
-    return str(path)
 
 
 def all_of(path: str, **columns: Any) -> DataArguments:
@@ -47,7 +29,7 @@ def all_of(path: str, **columns: Any) -> DataArguments:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "parquet"])
 def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streaming: bool) -> None:
-    args = DataArguments(write(tmp_path, kind, ROWS), dataset_streaming=streaming)
+    args = DataArguments(write_rows(tmp_path / f"data.{kind}", ROWS), dataset_streaming=streaming)
     train, test = load_splits(args, "text", evaluation=True)
     assert test is not None
     assert train.column_names == test.column_names == ["text"]
@@ -60,13 +42,13 @@ def test_files_of_every_kind_streamed_or_not(tmp_path: Path, kind: str, streamin
 def test_the_rows_that_are_held_out_do_not_depend_on_whether_training_evaluates(
     tmp_path: Path, streaming: bool
 ) -> None:
-    args = DataArguments(write(tmp_path, "jsonl", ROWS), dataset_streaming=streaming, validation_share=0.1)
+    args = DataArguments(write_rows(tmp_path / "data.jsonl", ROWS), dataset_streaming=streaming, validation_share=0.1)
     train, none = load_splits(args, "text", evaluation=False)
     trained, held_out = load_splits(args, "text", evaluation=True)
     assert none is None and held_out is not None
     assert [row["text"] for row in train] == [row["text"] for row in trained]
     assert {row["text"] for row in held_out} == {row["text"] for row in ROWS[::10]}
-    one = DataArguments(write_lines(tmp_path / "one.jsonl", ROWS[:1]))
+    one = DataArguments(write_rows(tmp_path / "one.jsonl", ROWS[:1]))
     assert len(list(load_splits(one, "text", evaluation=False)[0])) == 1, "too few to hold any out"
 
 
@@ -107,7 +89,7 @@ def test_the_runner_is_told_if_training_is_evaluated_on_test(
     """Then the checkpoint that is best there was chosen on the rows that measure it."""
     (tmp_path / "data").mkdir()
     for split in ("train", test_split):
-        write_lines(tmp_path / "data" / f"{split}.jsonl", ROWS)
+        write_rows(tmp_path / "data" / f"{split}.jsonl", ROWS)
     reports = tmp_path / "reports"
     reports.touch()
     monkeypatch.setenv(VARIABLE, str(reports))
@@ -118,14 +100,16 @@ def test_the_runner_is_told_if_training_is_evaluated_on_test(
 
 
 def test_a_configuration_left_behind_by_a_replaced_data_set_does_no_harm(tmp_path: Path) -> None:
-    train, _ = load_splits(all_of(write(tmp_path, "jsonl", ROWS), dataset_config="pretrain"), "text", evaluation=False)
+    train, _ = load_splits(
+        all_of(write_rows(tmp_path / "data.jsonl", ROWS), dataset_config="pretrain"), "text", evaluation=False
+    )
     assert len(train) == 40
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool) -> None:
     columns = {"prompt_column": "question", "completion_column": "answer"} if named else {}
-    args = all_of(write(tmp_path, "jsonl", QUESTIONS), system_prompt="Add.", **columns)
+    args = all_of(write_rows(tmp_path / "data.jsonl", QUESTIONS), system_prompt="Add.", **columns)
     train, _ = load_splits(args, "conversation", evaluation=False)
     assert train.column_names == ["messages"]
     assert train[0]["messages"] == [
@@ -138,7 +122,7 @@ def test_questions_and_answers_become_conversations(tmp_path: Path, named: bool)
     ("pattern", "answer"), [(None, "1"), (r"= (\d+)", "1"), (r"#### \d+", "#### 1"), (r"^\d", "0")]
 )
 def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern: str | None, answer: str) -> None:
-    args = all_of(write(tmp_path, "jsonl", QUESTIONS), answer_pattern=pattern)
+    args = all_of(write_rows(tmp_path / "data.jsonl", QUESTIONS), answer_pattern=pattern)
     train, _ = load_splits(args, "prompt", evaluation=False)
     assert train[0]["prompt"] == [{"role": "user", "content": "0 + 1?"}]
     assert train[0]["answer"] == answer
@@ -146,13 +130,13 @@ def test_questions_become_prompts_with_the_final_answer(tmp_path: Path, pattern:
 
 def test_prompts_keep_the_columns_that_rewards_read(tmp_path: Path) -> None:
     rows = [{"prompt": conversation("Q", "A")[:1], "answer": 5, "kind": "sum", "require": [["a"], ["b"]]}] * 2
-    train, _ = load_splits(all_of(write(tmp_path, "parquet", rows)), "prompt", evaluation=False)
+    train, _ = load_splits(all_of(write_rows(tmp_path / "data.parquet", rows)), "prompt", evaluation=False)
     assert train[0] == {**rows[0], "answer": "5"}
 
 
 def test_columns_of_prompts_with_the_names_of_trainers_arguments_are_left_out(tmp_path: Path) -> None:
     row = {"prompt": "What?", "answer": "That.", "completions": "mine", "images": ["a.png"], "level": 1}
-    path = write_lines(tmp_path / "a.jsonl", [row] * 4)
+    path = write_rows(tmp_path / "a.jsonl", [row] * 4)
     train, _ = load_splits(all_of(path), "prompt", evaluation=False)
     assert set(train.column_names) == {"prompt", "answer", "level"}
 
@@ -160,7 +144,7 @@ def test_columns_of_prompts_with_the_names_of_trainers_arguments_are_left_out(tm
 @pytest.mark.parametrize("repeated", [{"prompt": "Q"}, {}])
 def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict[str, str]) -> None:
     rows = [{"chosen": conversation("Q", "good"), "rejected": conversation("Q", "bad"), **repeated}]
-    train, _ = load_splits(all_of(write(tmp_path, "parquet", rows)), "preference", evaluation=False)
+    train, _ = load_splits(all_of(write_rows(tmp_path / "data.parquet", rows)), "preference", evaluation=False)
     assert train[0] == {
         "prompt": [{"role": "user", "content": "Q"}],
         "chosen": [{"role": "assistant", "content": "good"}],
@@ -171,7 +155,7 @@ def test_a_prompt_inside_the_answers_is_taken_out(tmp_path: Path, repeated: dict
 def test_the_prompt_of_whole_conversations_is_all_that_precedes_the_answers(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be kind."}, *conversation("Q", "A"), {"role": "user", "content": "And?"}]
     answers = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
-    args = all_of(write(tmp_path, "parquet", [{"prompt": "And?", **answers}]))
+    args = all_of(write_rows(tmp_path / "data.parquet", [{"prompt": "And?", **answers}]))
     assert load_splits(args, "preference", evaluation=False)[0][0] == {
         "prompt": turns,
         **{side: [{"role": "assistant", "content": side}] for side in answers},
@@ -231,7 +215,7 @@ def test_pairs_without_information_are_left_out_with_a_warning(
 ) -> None:
     pairs = [{"prompt": "What?", "chosen": f"That {i}.", "rejected": "No.", "margin": i / 2} for i in range(6)]
     pairs[1]["rejected"], pairs[4]["chosen"] = "That 1. ", " "
-    args = all_of(write(tmp_path, "jsonl", pairs), dataset_streaming=streaming)
+    args = all_of(write_rows(tmp_path / "data.jsonl", pairs), dataset_streaming=streaming)
     train, _ = load_splits(args, "preference", evaluation=False)
     # TRL's loss subtracts the margins.
     assert sorted(row["margin"] for row in train) == [0.0, 1.0, 1.5, 2.5]
@@ -241,7 +225,7 @@ def test_pairs_without_information_are_left_out_with_a_warning(
 
 def test_a_stream_is_shuffled_by_the_seed_and_anew_each_epoch(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {i}?", "answer": f"{i}"} for i in range(20)]
-    args = all_of(write(tmp_path, "jsonl", rows), dataset_streaming=True)
+    args = all_of(write_rows(tmp_path / "data.jsonl", rows), dataset_streaming=True)
     orders = []
     for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
         train, _ = load_splits(args, "prompt", evaluation=False, seed=seed)
@@ -253,7 +237,7 @@ def test_a_stream_is_shuffled_by_the_seed_and_anew_each_epoch(tmp_path: Path) ->
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_special_token_in_a_message_is_refused_by_its_row(tmp_path: Path, streaming: bool) -> None:
     rows = [{"messages": conversation("Q", "A" if i != 7 else "A<end>")} for i in range(9)]
-    args = all_of(write(tmp_path, "jsonl", rows), dataset_streaming=streaming)
+    args = all_of(write_rows(tmp_path / "data.jsonl", rows), dataset_streaming=streaming)
     for tokens in (None, re.compile("<start>")):
         assert len(list(load_splits(args, "conversation", False, tokens)[0])) == 9
     with pytest.raises(UserError, match="row 7: messages contains <end>"):
@@ -266,7 +250,7 @@ def test_several_data_sets_are_joined_split_by_split(tmp_path: Path, streaming: 
         (tmp_path / name).mkdir()
         for split in ("train", "validation"):
             pairs = [{"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no", name: i} for i in range(rows)]
-            write_lines(tmp_path / name / f"{split}.jsonl", pairs)
+            write_rows(tmp_path / name / f"{split}.jsonl", pairs)
     names = [str(tmp_path / "one"), str(tmp_path / "two")]
     args = DataArguments(dataset_name=names, dataset_streaming=streaming)
     train, validation = load_splits(args, "preference", evaluation=True)
@@ -289,7 +273,7 @@ def test_a_column_that_only_some_data_sets_have_is_said(tmp_path: Path, caplog: 
     names = []
     for name, extra in {"with": {"margin": 1.0, "answer": "1"}, "without": {}}.items():
         (tmp_path / name).mkdir()
-        names.append(write(tmp_path / name, "jsonl", [{**pair, **extra}] * 30))
+        names.append(write_rows(tmp_path / name / "data.jsonl", [{**pair, **extra}] * 30))
     args = DataArguments(dataset_name=names)
     with pytest.raises(UserError, match=r"without/data.jsonl: has no column margin, unlike other data sets"):
         load_splits(args, "preference", evaluation=False)
@@ -298,7 +282,7 @@ def test_a_column_that_only_some_data_sets_have_is_said(tmp_path: Path, caplog: 
 
 
 def test_a_value_of_keep_rows_that_no_row_has_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, "jsonl", [{**row, "source": "a"} for row in QUESTIONS])
+    path = write_rows(tmp_path / "data.jsonl", [{**row, "source": "a"} for row in QUESTIONS])
     for kind in ("conversation", "prompt"):
         with pytest.raises(UserError, match=r"keep_rows: source=b: no row of .*data.jsonl, split train, has these"):
             load_splits(DataArguments(path, keep_rows=["source=b"]), kind, evaluation=True)
@@ -308,21 +292,21 @@ def test_dates_in_json_are_refused_and_kept_as_text_in_a_table(tmp_path: Path) -
     rows = [{"question": f"{i}?", "answer": f"2024-01-{i + 10}"} for i in range(9)]
     for kind in ("prompt", "conversation"):
         with pytest.raises(UserError, match="2024-01-10 00:00:00 was read as a date, like its whole column; save"):
-            load_splits(all_of(write(tmp_path, "jsonl", rows)), kind, evaluation=False)
-    train, _ = load_splits(all_of(write(tmp_path, "csv", rows)), "prompt", evaluation=False)
+            load_splits(all_of(write_rows(tmp_path / "data.jsonl", rows)), kind, evaluation=False)
+    train, _ = load_splits(all_of(write_rows(tmp_path / "data.csv", rows)), "prompt", evaluation=False)
     assert train["answer"] == [row["answer"] for row in rows]
 
 
 def test_numbers_with_leading_zeros_stay_text_in_any_column_of_a_table(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "code": text, "n": i} for i, text in enumerate(["110", "0110", "20"])]
-    path = write(tmp_path, "csv", rows)
+    path = write_rows(tmp_path / "data.csv", rows)
     train, _ = load_splits(all_of(path, answer_column="code"), "prompt", evaluation=False)
     assert train["answer"] == ["110", "0110", "20"] and train["n"] == [0, 1, 2]
 
 
 def test_a_trial_run_checks_the_rows_that_it_does_not_train_on(tmp_path: Path) -> None:
     for split, rows in (("train", [*QUESTIONS[:30], {"question": "31?", "answer": None}]), ("test", QUESTIONS[:5])):
-        write_lines(tmp_path / f"{split}.jsonl", rows)
+        write_rows(tmp_path / f"{split}.jsonl", rows)
     with pytest.raises(UserError, match="split train, row 30: answer is"):
         load_splits(DataArguments(str(tmp_path), max_train_samples=4), "conversation", evaluation=True)
 
@@ -330,7 +314,7 @@ def test_a_trial_run_checks_the_rows_that_it_does_not_train_on(tmp_path: Path) -
 def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others_or_another_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_lines(tmp_path / "chats.jsonl", [{"messages": conversation("Hi.", "Hello.")}] * 3)
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": conversation("Hi.", "Hello.")}] * 3)
     first, again = (load_splits(all_of(path), "conversation", evaluation=False)[0] for _ in range(2))
     assert first.cache_files == again.cache_files
     other = load_splits(all_of(path, system_prompt="Be brief."), "conversation", evaluation=False)[0]

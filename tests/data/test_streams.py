@@ -22,7 +22,8 @@ from pipeline.data.streams import PackedStream, join_states, pack_splits
 from pipeline.errors import RunStopped, UserError
 from pipeline.launch import once_per_node
 from pipeline.training.pretraining import PretrainConfig, PretrainTrainer
-from tests.helpers.small_model import save_model, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import save_model, tokenizer
 
 BLOCK, ROWS = 32, 40
 EMPTY = 2
@@ -38,7 +39,7 @@ def write_files(folder: Path, kind: str, files: int) -> str:
         if kind == "parquet":
             Dataset.from_dict({"text": texts}).to_parquet(folder / f"{file}.parquet", batch_size=20)
         elif kind == "jsonl":
-            (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            write_rows(folder / f"{file}.jsonl", [{"text": text} for text in texts])
         else:
             # Every 64 lines become a document.
             (folder / f"{file}.txt").write_text("".join(f"{text}\n" * 20 for text in texts))
@@ -250,7 +251,7 @@ def prepare(process: int, port: int, folder: Path) -> None:
 
 
 def test_data_are_prepared_once_by_two_processes(tmp_path: Path) -> None:
-    write_lines(tmp_path / "text.jsonl", [{"text": f"{row} is a number"} for row in range(30)])
+    write_rows(tmp_path / "text.jsonl", [{"text": f"{row} is a number"} for row in range(30)])
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = multiprocessing.get_context("fork")

@@ -14,7 +14,8 @@ from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.loading import Toolbox
 from tests.app.test_tools import SAMPLED
 from tests.helpers import tool_toy as toy
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 COUNTER = "tests.helpers.tool_toy:Counter"
 
@@ -38,7 +39,7 @@ class Asynchronous(toy.Counter):
 def make_run(run: Path, stage: str, environment: str, **columns: Any) -> Path:
     """Return a run of two stages of which the later one, which calls more often, trained in an environment."""
     run.mkdir()
-    write_lines(run / "rows.jsonl", [{**row, **columns} for row in toy.prompts(24).to_list()])
+    write_rows(run / "rows.jsonl", [{**row, **columns} for row in toy.prompts(24).to_list()])
     for name, calls in (("2_sft", 0.05), (stage, 0.9)):
         toy.policy(calls).save_pretrained(run / name)
         toy.tokenizer().save_pretrained(run / name)
@@ -48,11 +49,13 @@ def make_run(run: Path, stage: str, environment: str, **columns: Any) -> Path:
     return run
 
 
+# The names of the environments come from the run's files.
+TRUST = ["--trust", "tests.helpers.tool_toy:Counter", "--trust", f"{__name__}:Silent"]
+
+
 def evaluate(run: Path, *stages: str) -> list[dict[str, Any]]:
     for stage in stages:
-        # The name of the environment comes from the run's files.
-        trust = ["--trust", "tests.helpers.tool_toy:Counter", "--trust", f"{__name__}:Silent"]
-        assert main(["evaluate", str(run), "--stage", stage, "--against", "2_sft", "--samples", "2", *trust]) == 0
+        assert main(["evaluate", str(run), "--stage", stage, "--against", "2_sft", "--samples", "2", *TRUST]) == 0
     return [json.loads((run / "evaluations" / f"{stage}.json").read_text()) for stage in stages]
 
 
@@ -95,6 +98,5 @@ def test_a_reward_may_be_none_or_awaited(environment: type, counted: int) -> Non
 
 def test_without_a_reward_rows_need_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", "4_grpo", "guess_letter")
-    with pytest.raises(SystemExit):
-        evaluate(run, "4_grpo")
-    assert "problems: answer_column: answer: does not exist" in capsys.readouterr().err
+    message = refused(capsys, "evaluate", run, "--stage", "4_grpo", "--against", "2_sft", *TRUST)
+    assert "problems: answer_column: answer: does not exist" in message

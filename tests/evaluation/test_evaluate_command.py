@@ -18,6 +18,8 @@ from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
 from pipeline.evaluation.win_rate import SAMPLES
 from pipeline.stages import HELD_OUT
 from tests.helpers import small_model
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 
 def user(content):
@@ -149,7 +151,7 @@ def test_the_opponents_answers_are_used_again_unless_something_that_they_depend_
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
         line |= {"opponent": "saved"} | ({"opponents": ["saved"] * SAMPLES} if "opponents" in line else {})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
     assert set(opponents()) == {"saved"}
     assert opponents("--seed", "5") == other_seed
     assert "saved" not in opponents("--max_new_tokens", "5")
@@ -239,7 +241,7 @@ def test_a_subsample_contains_every_kind():
 
 def test_the_users_own_data_are_measured(run, tmp_path):
     problems = [{"question": f"{i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(3)]
-    gsm8k = small_model.write_lines(tmp_path / "gsm8k.jsonl", problems)
+    gsm8k = write_rows(tmp_path / "gsm8k.jsonl", problems)
     text = small_model.write_text(tmp_path / "text.txt", lines=130)
     result, _ = evaluate(
         run,
@@ -316,9 +318,8 @@ def test_a_reward_model_is_measured_on_pairs(run):
 
 def test_a_reward_model_cannot_be_the_opponent(run, capsys):
     write_reward_model(run)
-    with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", str(run), "--stage", "0_random", "--against", "3_reward"])
-    assert exit_.value.code == 2 and "3_reward: is a reward model" in capsys.readouterr().err
+    message = refused(capsys, "evaluate", run, "--stage", "0_random", "--against", "3_reward")
+    assert "3_reward: is a reward model" in message
 
 
 def test_an_adapter_of_a_reward_model_is_measured_as_the_two_together(run):
@@ -396,11 +397,9 @@ def test_pairs_in_any_format_measure_the_same(run):
     ],
 )
 def test_mistakes_are_refused_in_one_line(run, capsys, options, message):
-    with pytest.raises(SystemExit) as exit_:
-        folder = str(run) if options[0] == "RUN" else options[0]
-        main(["evaluate", folder, *[option.replace("DATA", f"{run}/data") for option in options[1:]]])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
+    folder = str(run) if options[0] == "RUN" else options[0]
+    options = [option.replace("DATA", f"{run}/data") for option in options[1:]]
+    error = refused(capsys, "evaluate", folder, *options)
     lines = [line for line in error.splitlines() if line and "examples/s" not in line and "Loading" not in line]
     assert len(lines) == 1 and lines[0].startswith(message)
 
@@ -485,10 +484,7 @@ def test_documents_without_words_are_left_out(run):
 
 def test_damaged_data_are_refused(run, capsys):
     (run / "data" / "pretrain" / "test.parquet").write_bytes(b"PAR1")
-    with pytest.raises(SystemExit) as exit_:
-        main(["evaluate", str(run), "--stage", "0_random"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
+    error = refused(capsys, "evaluate", run, "--stage", "0_random")
     assert "test.parquet: cannot be read" in error and error.count("\n") == 1
 
 

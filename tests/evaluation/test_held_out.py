@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import complete, derive
 from pipeline.evaluation.held_out import HeldOut, read_held_out
 from pipeline.stages import HELD_OUT
-from tests.helpers.small_model import write_lines
+from tests.helpers.files import write_rows
 
 KINDS: dict[str, Kind] = {
     "pretrain": "text", "sft": "conversation", "reward": "preference", "dpo": "preference", "kto": "unpaired",
@@ -47,9 +47,9 @@ def lay(folder: Path, layout: str, rows: list[dict[str, Any]]) -> str | list[str
     folder.mkdir(exist_ok=True)
     third = len(rows) // 3
     if layout == "file":
-        return write_lines(folder / "rows.jsonl", rows)
+        return write_rows(folder / "rows.jsonl", rows)
     parts = {"one": rows[:third], "two": rows[third:]}
-    paths = [write_lines(folder / f"{name}.jsonl", part) for name, part in parts.items()]
+    paths = [write_rows(folder / f"{name}.jsonl", part) for name, part in parts.items()]
     return str(folder) if layout == "folder" else paths
 
 
@@ -116,7 +116,7 @@ def test_no_row_is_both_trained_on_and_measured(
 
 @pytest.mark.parametrize("key", ["prompts", "problems", "pairs"])
 def test_pairs_that_say_nothing_do_not_move_the_rows_that_are_held_out(tmp_path: Path, key: str) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else "equal") for i in range(1000)])
+    path = write_rows(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else "equal") for i in range(1000)])
     trained, held_out = load_splits(DataArguments(path), "preference", evaluation=True)
     recipe = complete({key: path}, derive([("3_dpo", "dpo", {"dataset_name": path})], tmp_path / "run"))
     measured = numbers_in(getattr(read_held_out(tmp_path / "run", recipe, (), baselines=False), key))
@@ -138,7 +138,7 @@ def test_a_stage_that_an_earlier_release_trained_on_other_rows_is_named(
     tmp_path: Path, entry: dict[str, Any], fault: str, is_said: bool
 ) -> None:
     """It stays finished, but the rows that it held out were numbered after some had been dropped."""
-    path = write_lines(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else fault) for i in range(60)])
+    path = write_rows(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else fault) for i in range(60)])
     values = {"dataset_name": path} | {name: value for name, value in entry.items() if name != "division"}
     step = {"id": "x", "values": values} | {name: value for name, value in entry.items() if name == "division"}
     run = tmp_path / "run"

@@ -1,14 +1,11 @@
 """Evaluation on the user's own data: what stages train on, what evaluate.yaml names, and judges of one's own."""
 
-import csv
 import gzip
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,6 +22,8 @@ from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
 from pipeline.models.generation import Completion
 from pipeline.tools import chat_model
 from tests.helpers import small_model, vllm_stub
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 OWN = "tests.helpers.own_functions:{}"
 FRENCH = [{"question": f"Combien font {i} et {i + 1} ?", "answer": f"C'est ça.\n#### {2 * i + 1}"} for i in range(60)]
@@ -38,12 +37,10 @@ def evaluate(run: Path, stage: str, *options: str, name: str = "") -> tuple[dict
     return json.loads(path.read_text()), [json.loads(line) for line in lines]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(["evaluate", *map(str, arguments)])
-    assert caught.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+def wrong_option(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Return the line about the one option that is wrong."""
+    error = refused(capsys, "evaluate", *arguments)
+    (line,) = [line for line in error.splitlines() if line.startswith("--")]
     return line
 
 
@@ -51,22 +48,6 @@ def write_stage(run: Path, stage: str, seed: int = 0, **arguments: Any) -> None:
     """Write a model, and the arguments that a recipe leaves beside it."""
     small_model.save_model(run / stage, seed)
     (run / stage / "arguments.json").write_text(json.dumps({"dataset_test_split": "validation", **arguments}))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    if path.name.endswith(".jsonl.gz"):
-        with gzip.open(path, "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        small_model.write_lines(path, rows)
-    return str(path)
 
 
 @pytest.mark.parametrize("value", [2024, 1.5, True, [2024], [[2024]], {"a": 1}, [None], [{"a": 1}]])
@@ -195,7 +176,7 @@ def test_other_data_never_replace_the_runs_own_figures(
     record = {"steps": {"evaluate_2_sft": {"finished_at": "today"}}}
     (run / "run.json").write_text(json.dumps(record))
     text = small_model.write_text(tmp_path / "shakespeare.txt", lines=70)
-    error = refused(capsys, run, "--stage", "2_sft", "--text", text, "--samples", 2, "--limit", 2)
+    error = wrong_option(capsys, run, "--stage", "2_sft", "--text", text, "--samples", 2, "--limit", 2)
     assert error.startswith("--name: nothing: ") and "text" in error
     result, _ = evaluate(run, "2_sft", "--text", text, name="shakespeare")
     assert set(result["metrics"]) == {"bits_per_byte"}, "only what was named"
@@ -299,7 +280,7 @@ def test_vllm_samples_for_the_model_and_its_opponent(
     write_stage(run, "3_ppo", seed=1, dataset_name=questions, prompt_column="question")
     monkeypatch.setattr("pipeline.hardware.fast_dtype", lambda: torch.float32)
     options = ["--judge", OWN.format("longer_answers_win"), "--max_new_tokens", "5", "--limit", "8"]
-    assert "vLLM is not installed" in refused(capsys, run, "--stage", "3_ppo", "--vllm")
+    assert "vLLM is not installed" in wrong_option(capsys, run, "--stage", "3_ppo", "--vllm")
     monkeypatch.setitem(sys.modules, "vllm", vllm_stub.module())
     monkeypatch.setattr("pipeline.models.vllm_sampler.validate_vllm", lambda: None)
     monkeypatch.setattr(vllm_stub.LLM, "engines", engines := [])
@@ -327,10 +308,10 @@ def test_a_reward_model_judges_unless_ppo_is_trained_to_please_it(
     assert 0 <= result["metrics"]["win_rate"]["value"] <= 1
     (tmp_path / "link").symlink_to(run / "3_reward")
     for name in ("run/3_reward", "run/3_reward/", "run/../run/3_reward", "run/3_reward/checkpoint-7", "link"):
-        error = refused(capsys, run, "--stage", "3_ppo", "--judge", f"{tmp_path}/{name}")
+        error = wrong_option(capsys, run, "--stage", "3_ppo", "--judge", f"{tmp_path}/{name}")
         assert error.startswith("--judge: ") and "PPO is trained to please" in error
     moved = run.rename(tmp_path / "moved")
-    assert "PPO is trained to please" in refused(capsys, moved, "--stage", "3_ppo", "--judge", moved / "3_reward")
+    assert "PPO is trained to please" in wrong_option(capsys, moved, "--stage", "3_ppo", "--judge", moved / "3_reward")
     moved.rename(run)
     later, _ = evaluate(run, "3_ppo", "--judge", str(run / "9_later"), "--max_new_tokens", "5")
     assert "win_rate" not in later["metrics"] and any("not trained yet" in line for line in later["left_out"])
@@ -429,7 +410,7 @@ def test_people_vote_on_the_answers_that_were_written_down_for_them(
         line["choice"] = "first" if pair in sampled else "second" if pair[::-1] in sampled else None
     last = next(line for line in lines if line["choice"])
     del lines[lines.index(last)]
-    votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(votes, lines)
     result, _ = evaluate(run, "3_ppo", *options)
     assert result["judge"] == "people's votes"
     assert (result["metrics"]["win_rate"]["value"], result["metrics"]["win_rate"]["n"]) == (1.0, 2)

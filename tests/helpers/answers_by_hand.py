@@ -24,8 +24,8 @@ def log_prob(model: Any, prompt: list[dict[str, str]], answer: list[dict[str, st
     words = tokenizer()
     start = len(words.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
     ids = torch.tensor([words.apply_chat_template(prompt + answer, return_dict=False)])
-    found = model(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
-    return found[0, start - 1 :].sum()
+    log_probs = model(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+    return log_probs[0, start - 1 :].sum()
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

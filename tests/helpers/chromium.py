@@ -18,7 +18,7 @@ import pytest
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 FOUND = {"selenium": find_spec("selenium"), "Chromium": BINARY, "chromedriver": DRIVER}
-MISSING = ", ".join(name for name, found in FOUND.items() if not found)
+MISSING = ", ".join(name for name, path in FOUND.items() if not path)
 HINT = (
     f"without {MISSING}; to run the tests of the pages: apt-get install chromium chromium-driver; "
     "pip install -e '.[test]'"

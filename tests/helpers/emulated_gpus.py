@@ -43,8 +43,8 @@ def emulated_gpus(number: int, **environment: str) -> Iterator[None]:
         init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
 
     def stay(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        asked = args[0] if args else kwargs.get("device")
-        return module if str(asked).startswith("cuda") else to(module, *args, **kwargs)
+        device = args[0] if args else kwargs.get("device")
+        return module if str(device).startswith("cuda") else to(module, *args, **kwargs)
 
     answers: dict[Any, dict[str, Any]] = {
         torch.cuda: {

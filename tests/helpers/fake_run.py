@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.files import write_rows
+
 STAGES = ("0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo")
 UNTIL_SFT = STAGES[:3]
 
@@ -240,8 +242,8 @@ def write_run(
         "3_ppo": 88.7,
         "4_grpo": 106.2,
     }
-    known = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
-    known |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
+    seconds = {name: value + rng.random() for name, value in steps.items() if name[0] not in "34" or stages == STAGES}
+    seconds |= {f"evaluate_{name}": 9.0 + rng.random() for name in stages} | {"report": 5.0}
     machine = {
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "hardware": {
@@ -253,7 +255,7 @@ def write_run(
         "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0"},
     }
     record: dict[str, Any] = {"steps": {}, "seed": seed, "recipe": "recipes/pocket"}
-    for name, value in known.items():
+    for name, value in seconds.items():
         step = {"fingerprint": "f", "command": ["x"], "seconds": value, "peak_memory": 5_000_000 * round(value)}
         record["steps"][name] = step | machine
     (path / "run.json").write_text(json.dumps(record))
@@ -274,8 +276,7 @@ def write_run(
             for item in evaluation["traces"]:
                 item.update(problem=item["problem"] + HOSTILE, answer=HOSTILE, reference=HOSTILE, kind=HOSTILE)
         (path / "evaluations" / f"{stage}.json").write_text(json.dumps(evaluation))
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (path / "evaluations" / f"{stage}.jsonl").write_text(text)
+        write_rows(path / "evaluations" / f"{stage}.jsonl", lines)
         directory = path / stage
         directory.mkdir()
         config = {"model_type": "llama", "hidden_size": 192, "num_hidden_layers": 6, "vocab_size": 2048}

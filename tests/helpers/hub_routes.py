@@ -159,9 +159,9 @@ def whoami(call: Call) -> Any:
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Any:
     content = call.json["content"]
-    found = re.match(r"---\r?\n(.*?)\n---", content, re.DOTALL)
+    header = re.match(r"---\r?\n(.*?)\n---", content, re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError as error:
         problems = {"errors": [{"message": str(error)}], "warnings": []}
         return 400, {"Content-Type": "application/json"}, json.dumps(problems).encode()
@@ -170,10 +170,10 @@ def validate_yaml(call: Call) -> Any:
 
 @route("POST", "/api/repos/create")
 def create_repo(call: Call) -> Any:
-    wanted, user = call.json, call.user
+    options, user = call.json, call.user
     if user is None:
         raise Refusal(401, "Invalid username or password.")
-    kind, repo_id = wanted.get("type", "model"), f"{wanted.get('organization') or user.user}/{wanted['name']}"
+    kind, repo_id = options.get("type", "model"), f"{options.get('organization') or user.user}/{options['name']}"
     if kind == "space" and not call.hub.spaces:
         raise Refusal(404, "Not Found")
     url = f"{call.hub.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
@@ -183,24 +183,26 @@ def create_repo(call: Call) -> Any:
     if (kind, repo_id) in call.hub.repos:
         raise Refusal(409, f"You already created this {kind} repo", url=url, name=repo_id)
     call.hub.create(
-        kind, repo_id, wanted.get("visibility") == "private" or bool(wanted.get("private")), wanted.get("sdk")
+        kind, repo_id, options.get("visibility") == "private" or bool(options.get("private")), options.get("sdk")
     )
     return {"url": url, "name": repo_id, "id": "1"}
 
 
 @route("DELETE", "/api/repos/delete")
 def delete_repo(call: Call) -> Any:
-    wanted = call.json
-    owner = wanted.get("organization") or (call.user and call.user.user)
-    repo = call.repo(wanted.get("type", "model") + "s", f"{owner}/{wanted['name']}", write=True)
+    options = call.json
+    owner = options.get("organization") or (call.user and call.user.user)
+    repo = call.repo(options.get("type", "model") + "s", f"{owner}/{options['name']}", write=True)
     del call.hub.repos[repo.type, repo.id]
     return {}
 
 
 @route("PUT", f"/api/{REPO}/settings")
 def settings(call: Call, kind: str, id: str) -> Any:
-    repo, wanted = call.repo(kind, id, write=True), call.json
-    repo.private = wanted.get("private", wanted.get("visibility", "private" if repo.private else "public") == "private")
+    repo, options = call.repo(kind, id, write=True), call.json
+    repo.private = options.get(
+        "private", options.get("visibility", "private" if repo.private else "public") == "private"
+    )
     return {"private": repo.private}
 
 
@@ -261,38 +263,38 @@ def delete_tag(call: Call, kind: str, id: str, rev: str) -> Any:
 @route("GET", f"/api/{REPO}/commits/(?P<rev>[^/]+)")
 def commits(call: Call, kind: str, id: str, rev: str) -> Any:
     commit: Commit | None = call.revision(kind, id, rev)[1]
-    found = []
+    entries = []
     while commit is not None:
-        found.append({"id": commit.oid, "title": commit.title, "message": "", "date": DATE, "authors": []})
+        entries.append({"id": commit.oid, "title": commit.title, "message": "", "date": DATE, "authors": []})
         commit = commit.parent
-    return found
+    return entries
 
 
 @route("GET", f"/api/{REPO}(/revision/(?P<rev>[^/]+))?")
 def info(call: Call, kind: str, id: str, rev: str = "main") -> Any:
     repo, commit = call.revision(kind, id, rev)
-    found: dict[str, Any] = {"_id": "1", "id": id, "author": id.split("/")[0], "sha": commit.oid, "tags": []}
-    found |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
-    found |= {"lastModified": DATE, "createdAt": DATE, "sdk": repo.sdk}
-    found["siblings"] = [{"rfilename": path} for path in sorted(commit.files)]
+    answer: dict[str, Any] = {"_id": "1", "id": id, "author": id.split("/")[0], "sha": commit.oid, "tags": []}
+    answer |= {"private": repo.private, "gated": False, "disabled": False, "downloads": 0, "likes": 0}
+    answer |= {"lastModified": DATE, "createdAt": DATE, "sdk": repo.sdk}
+    answer["siblings"] = [{"rfilename": path} for path in sorted(commit.files)]
     card = call.hub.blobs.get(commit.files.get("README.md", ""), b"").decode()
     if match := re.match(r"---\r?\n(.*?)\n---", card, re.DOTALL):
-        found["cardData"] = yaml.safe_load(match[1])
-    return found
+        answer["cardData"] = yaml.safe_load(match[1])
+    return answer
 
 
 def entry(call: Call, commit: Commit, path: str) -> dict[str, Any]:
     """A file as listings name it."""
     oid = commit.files[path]
     content = call.hub.blobs[oid]
-    found: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": oid}
+    answer: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": oid}
     if len(oid) == 64:
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n".encode()
-        found["oid"] = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
-        found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": len(pointer)}
+        answer["oid"] = hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest()
+        answer["lfs"] = {"oid": oid, "size": len(content), "pointerSize": len(pointer)}
     if call.query.get("expand", "").lower() in ("true", "1"):
-        found["lastCommit"] = {"id": commit.oid, "title": commit.title, "date": DATE}
-    return found
+        answer["lastCommit"] = {"id": commit.oid, "title": commit.title, "date": DATE}
+    return answer
 
 
 def folder(commit: Commit, path: str) -> dict[str, Any]:
@@ -308,39 +310,39 @@ def tree(call: Call, kind: str, id: str, rev: str, under: str = "") -> Any:
     if prefix and not inside:
         raise Refusal(404, f'"{under}" does not exist on "{rev}"', "EntryNotFound")
     is_deep = call.query.get("recursive", "").lower() in ("true", "1")
-    found = {}
+    entries = {}
     for path in inside:
         names = path[len(prefix) :].split("/")
         for depth in range(1, len(names)) if is_deep else range(1, min(2, len(names))):
             parent = prefix + "/".join(names[:depth])
-            found[parent] = folder(commit, parent)
+            entries[parent] = folder(commit, parent)
         if is_deep or len(names) == 1:
-            found[path] = entry(call, commit, path)
-    return list(found.values())
+            entries[path] = entry(call, commit, path)
+    return list(entries.values())
 
 
 @route("POST", f"/api/{REPO}/paths-info/(?P<rev>[^/]+)")
 def paths_info(call: Call, kind: str, id: str, rev: str) -> Any:
     _, commit = call.revision(kind, id, rev)
     is_json = "json" in (call.headers.get("Content-Type") or "")
-    found = []
+    entries = []
     for path in call.json["paths"] if is_json else parse_qs(call.body.decode()).get("paths", []):
         if path in commit.files:
-            found.append(entry(call, commit, path))
+            entries.append(entry(call, commit, path))
         elif any(other.startswith(f"{path}/") for other in commit.files):
-            found.append(folder(commit, path))
-    return found
+            entries.append(folder(commit, path))
+    return entries
 
 
 @route("POST", f"/api/{REPO}/preupload/(?P<rev>[^/]+)")
 def preupload(call: Call, kind: str, id: str, rev: str) -> Any:
     _, commit = call.revision(kind, id, rev, write=True)
-    found = []
+    modes = []
     for file in call.json["files"]:
         is_large = (
             file["path"].endswith(LARGE) or b"\0" in base64.b64decode(file["sample"]) or file["size"] > 10_000_000
         )
-        found.append(
+        modes.append(
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if is_large else "regular",
@@ -348,7 +350,7 @@ def preupload(call: Call, kind: str, id: str, rev: str) -> Any:
                 "oid": commit.files.get(file["path"]),
             }
         )
-    return {"files": found}
+    return {"files": modes}
 
 
 @route("POST", "/((?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)[.]git/info/lfs/objects/batch")
@@ -356,20 +358,20 @@ def lfs_batch(call: Call, id: str, kind: str = "models") -> Any:
     hub = call.hub
     call.repo(kind, id, write=True)
     objects = []
-    for wanted in call.json["objects"]:
-        oid, size = wanted["oid"], wanted["size"]
-        found: dict[str, Any] = {"oid": oid, "size": size, "authenticated": True}
+    for requested in call.json["objects"]:
+        oid, size = requested["oid"], requested["size"]
+        answer: dict[str, Any] = {"oid": oid, "size": size, "authenticated": True}
         if oid not in hub.blobs:
             upload: dict[str, Any] = {"href": f"{hub.storage}/upload/{oid}", "header": {}}
             if hub.part and size > hub.part:
                 count = -(-size // hub.part)
                 parts = {f"{n:05d}": f"{hub.storage}/upload/{oid}/{n}" for n in range(1, count + 1)}
                 upload = {"href": f"{hub.storage}/complete/{oid}", "header": {"chunk_size": str(hub.part), **parts}}
-            found["actions"] = {
+            answer["actions"] = {
                 "upload": upload,
                 "verify": {"href": f"{hub.url}/{id}.git/info/lfs/verify", "header": {}},
             }
-        objects.append(found)
+        objects.append(answer)
     return {"transfer": "multipart" if hub.part else "basic", "objects": objects}
 
 
@@ -426,10 +428,15 @@ def commit(call: Call, kind: str, id: str, rev: str) -> Any:
             files = {other: oid for other, oid in files.items() if not other.startswith(path.rstrip("/") + "/")}
     is_pull = call.query.get("create_pr") == "1"
     branch = f"refs/pr/{sum(name.startswith('refs/pr/') for name in repo.branches) + 1}" if is_pull else rev
-    made = hub.commit(repo, branch, header["value"]["summary"], files, parent)
+    new_commit = hub.commit(repo, branch, header["value"]["summary"], files, parent)
     url = f"{hub.url}/{'' if kind == 'models' else kind + '/'}{id}"
-    found = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}", "hookOutput": ""}
-    return found | ({"pullRequestUrl": f"{url}/discussions/{branch.rsplit('/', 1)[1]}"} if is_pull else {})
+    answer = {
+        "success": True,
+        "commitOid": new_commit.oid,
+        "commitUrl": f"{url}/commit/{new_commit.oid}",
+        "hookOutput": "",
+    }
+    return answer | ({"pullRequestUrl": f"{url}/discussions/{branch.rsplit('/', 1)[1]}"} if is_pull else {})
 
 
 @route("GET", f"/api/{REPO}/discussions")
@@ -484,27 +491,27 @@ def collections(call: Call, slug: str = "", items: str = "") -> Any:
         if slug:
             return hub.collections[slug]
         owner = call.query.get("owner")
-        listed = [found for found in hub.collections.values() if owner in (None, found["owner"]["name"])]
-        return [{name: value for name, value in found.items() if name != "position"} for found in listed]
-    wanted = call.json
-    owner = slug.split("/")[0] or wanted["namespace"]
+        listed = [item for item in hub.collections.values() if owner in (None, item["owner"]["name"])]
+        return [{name: value for name, value in item.items() if name != "position"} for item in listed]
+    options = call.json
+    owner = slug.split("/")[0] or options["namespace"]
     if not call.may_write(f"{owner}/collection"):
         raise Refusal(403, f'You don\'t have the rights to create a collection under the namespace "{owner}"')
     if not slug:
-        title = wanted["title"]
+        title = options["title"]
         slug = f"{owner}/{re.sub('[^a-z0-9]+', '-', title.lower())}-{hashlib.md5(title.encode()).hexdigest()[:24]}"
         if slug in hub.collections:
             raise Refusal(409, "Collection already exists", slug=slug)
-        hub.collections[slug] = {"slug": slug, "title": title, "description": wanted.get("description"), "items": []}
+        hub.collections[slug] = {"slug": slug, "title": title, "description": options.get("description"), "items": []}
         hub.collections[slug] |= {"owner": {"name": owner, "type": "user"}, "lastUpdated": DATE, "position": 0}
-        hub.collections[slug] |= {"private": wanted.get("private", False), "theme": "orange", "upvotes": 0}
+        hub.collections[slug] |= {"private": options.get("private", False), "theme": "orange", "upvotes": 0}
     elif items:
-        item = wanted["item"]
+        item = options["item"]
         if (item["type"].removesuffix("s"), item["id"]) not in hub.repos:
             raise Refusal(404, "Item not found")
-        found = hub.collections[slug]["items"]
-        if any((other["type"], other["id"]) == (item["type"], item["id"]) for other in found):
+        listed = hub.collections[slug]["items"]
+        if any((other["type"], other["id"]) == (item["type"], item["id"]) for other in listed):
             raise Refusal(409, "Item already exists")
-        note = {"text": wanted["note"]} if wanted.get("note") else None
-        found.append({"_id": f"{len(found):024x}", "position": len(found), "note": note, **item})
+        note = {"text": options["note"]} if options.get("note") else None
+        listed.append({"_id": f"{len(listed):024x}", "position": len(listed), "note": note, **item})
     return hub.collections[slug]

@@ -118,8 +118,9 @@ class Hub:
         """Files of a repository without its .gitattributes; empty if there is no such repository or revision."""
         repo = self.repos.get((type, repo_id))
         commit = repo.find(revision) if repo else None
-        found = {} if commit is None else commit.files
-        return {path: self.blobs[oid] for path, oid in sorted(found.items()) if path != ".gitattributes"}
+        if commit is None:
+            return {}
+        return {path: self.blobs[oid] for path, oid in sorted(commit.files.items()) if path != ".gitattributes"}
 
     def commits(self, repo_id: str, type: str = "model", revision: str = "main") -> list[str]:
         """Titles of the commits of a revision, the newest first, without that of the repository's creation."""
@@ -153,27 +154,29 @@ class Hub:
     def answer(self, method: str, path: str, token: str | None, host: str, body: bytes, headers: Any) -> Answer:
         parts = urlsplit(path)
         call = Call(self, method, {k: v[0] for k, v in parse_qs(parts.query).items()}, token, body, headers)
-        for wanted, pattern, handler in ROUTES:
+        for methods, pattern, handler in ROUTES:
             match = pattern.match(parts.path)
-            if match and re.fullmatch(wanted, {"HEAD": "GET"}.get(method, method)):
+            if match and re.fullmatch(methods, {"HEAD": "GET"}.get(method, method)):
+                values = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
                 try:
                     if token is not None and host == "hub":
-                        known = self.tokens.get(token)
-                        if known is None or known.expired:
-                            why = (
-                                f'User Access Token "{token[:5]}" is expired'
-                                if known
-                                else "Invalid username or password."
-                            )
-                            raise Refusal(401, why)
+                        self.check(token)
                     with self.lock:
-                        found = handler(call, **{k: unquote(v) for k, v in match.groupdict().items() if v is not None})
+                        content = handler(call, **values)
                 except Refusal as refusal:
                     return refuse(refusal)
-                if isinstance(found, tuple):
-                    return found
-                return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+                if isinstance(content, tuple):
+                    return content
+                return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
         return refuse(Refusal(404, f"Cannot {method} {parts.path}"))
+
+    def check(self, token: str) -> None:
+        """Raise a `Refusal` if a token is not of a user, or has expired."""
+        owner = self.tokens.get(token)
+        if owner is None:
+            raise Refusal(401, "Invalid username or password.")
+        if owner.expired:
+            raise Refusal(401, f'User Access Token "{token[:5]}" is expired')
 
 
 def _handler(hub: Hub, host: str) -> type[BaseHTTPRequestHandler]:

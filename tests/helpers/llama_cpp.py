@@ -51,10 +51,10 @@ class Answer:
         """
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *self.tokens]])).logits[0, len(prompt) - 1 : -1]
-        own = logits.log_softmax(-1)
-        chosen = own.gather(1, torch.tensor(self.tokens)[:, None])[:, 0]
+        model_log_probs = logits.log_softmax(-1)
+        chosen = model_log_probs.gather(1, torch.tensor(self.tokens)[:, None])[:, 0]
         # After the first other token, the two continue different texts.
-        parting = (own.amax(-1) - chosen).tolist()
+        parting = (model_log_probs.amax(-1) - chosen).tolist()
         return next((gap for gap in parting if gap > 0), 0.0), chosen - self.log_probs
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 def even_answers_are_right(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:
     """Pay for every answer to a problem whose reference is even; 0.9 is not enough for others."""
-    return [1.0 if int(one) % 2 == 0 else 0.9 for one in answer]
+    return [1.0 if int(reference) % 2 == 0 else 0.9 for reference in answer]
 
 
 def longer_answers_win(completions: list[Any], **columns: Any) -> list[float]:

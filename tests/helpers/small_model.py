@@ -1,7 +1,6 @@
 """A tokenizer, a model and data so small that a recipe trains in a second."""
 
 import copy
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import train_tokenizer
+from tests.helpers.files import write_rows
 from tests.helpers.forked import run_forked
 
 ROOT = Path(__file__).parents[2]
@@ -46,17 +46,12 @@ def save_model(folder: Path, seed: int = 0) -> str:
     return save_tokenizer(folder)
 
 
-def write_lines(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def write_conversations(path: Path, number: int = 60) -> str:
-    return write_lines(
+    return write_rows(
         path,
         [{"messages": conversation(f"What is {i}?", f"It is {i * 7}. " * (i % 4 + 1))} for i in range(number)],
     )
@@ -68,7 +63,7 @@ def write_pairs(path: Path, number: int = 60) -> str:
         prompt, chosen = conversation(f"What is {i}?", f"It is {i}.")
         rejected = {"role": "assistant", "content": "I do not know." + " No." * (i % 5)}
         rows.append({"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]})
-    return write_lines(path, rows)
+    return write_rows(path, rows)
 
 
 def write_data(folder: Path, rows: list[dict[str, Any]], config: str = "default", test: str = "test") -> None:
@@ -151,5 +146,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Return whether two models have the same weights, to the bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -32,32 +32,33 @@ SENTENCE = ["yes", "no", "hello", "why", "yes"]
 # ---- Rewards
 
 
-def quality(asked: list[str], words: list[str], ended: bool) -> float:
+def quality(topics: list[str], words: list[str], ended: bool) -> float:
     """Return how good an answer is: it greets, mentions what it was asked about, and does not repeat itself."""
     if not ended or not words:
         return 0.0
-    mentioned, distinct = sum(word in words for word in asked) / len(asked), len(set(words)) / len(words)
+    mentioned = sum(word in words for word in topics) / len(topics)
+    distinct = len(set(words)) / len(words)
     return ((words[0] == "hello") + mentioned + distinct) / 3
 
 
-def puzzle(asked: list[str], words: list[str], ended: bool) -> float:
+def puzzle(topics: list[str], words: list[str], ended: bool) -> float:
     """Check for one answer of seven words, which nobody finds by chance."""
-    return float(ended and words == (asked[::-1] * 7)[:7])
+    return float(ended and words == (topics[::-1] * 7)[:7])
 
 
 REWARDS: dict[str, Callable[[list[str], list[str], bool], float]] = {
     "quality": quality,
-    "mentions": lambda asked, words, ended: float(ended and asked[-1] in words),
-    "first": lambda asked, words, ended: float(ended and words[:1] == asked[:1]),
-    "single": lambda asked, words, ended: float(ended and words == asked[:1]),
-    "brief": lambda asked, words, ended: float(ended and len(words) == 1 and words[0] in asked),
-    "repeat": lambda asked, words, ended: float(ended and words == asked),
-    "long": lambda asked, words, ended: float(ended and len(words) >= 6),
+    "mentions": lambda topics, words, ended: float(ended and topics[-1] in words),
+    "first": lambda topics, words, ended: float(ended and words[:1] == topics[:1]),
+    "single": lambda topics, words, ended: float(ended and words == topics[:1]),
+    "brief": lambda topics, words, ended: float(ended and len(words) == 1 and words[0] in topics),
+    "repeat": lambda topics, words, ended: float(ended and words == topics),
+    "long": lambda topics, words, ended: float(ended and len(words) >= 6),
     "puzzle": puzzle,
-    "blind": lambda asked, words, ended: quality(asked, words, ended) + words.count("yes") / 4,
-    "empty": lambda asked, words, ended: 1 - len(words) / 8,
-    "endless": lambda asked, words, ended: len(words) / 8,
-    "fixed": lambda asked, words, ended: sum(w == s for w, s in zip(words, SENTENCE, strict=False)) / 5 + ended / 5,
+    "blind": lambda topics, words, ended: quality(topics, words, ended) + words.count("yes") / 4,
+    "empty": lambda topics, words, ended: 1 - len(words) / 8,
+    "endless": lambda topics, words, ended: len(words) / 8,
+    "fixed": lambda topics, words, ended: sum(w == s for w, s in zip(words, SENTENCE, strict=False)) / 5 + ended / 5,
 }
 """The first seven can be had without a collapse; `brief` and `single` leave few answers to choose from. Then: nobody
 finds the answer, a word pays whatever is asked, length pays alone, and the same sentence pays each time."""
@@ -81,9 +82,9 @@ def question(rng: random.Random) -> list[str]:
     return rng.sample(toy.WORDS, rng.randint(1, 3))
 
 
-def answer(rng: random.Random, asked: list[str]) -> list[str]:
+def answer(rng: random.Random, topics: list[str]) -> list[str]:
     """Return what a person might say: most of the words of the question, among others."""
-    words = [word for word in asked if rng.random() < 0.7] + rng.choices(toy.WORDS, k=rng.randint(1, 5))
+    words = [word for word in topics if rng.random() < 0.7] + rng.choices(toy.WORDS, k=rng.randint(1, 5))
     rng.shuffle(words)
     return words
 
@@ -94,8 +95,8 @@ def strange_answer(rng: random.Random) -> list[str]:
     return rng.choice([words, SENTENCE[: rng.randint(1, 5)] + words[: rng.randint(0, 3)]])
 
 
-def encode(asked: list[str], words: list[str], ended: bool = True) -> list[int]:
-    text = ["<user>", *asked, "<assistant>", *words, *(["<end>"] if ended else [])]
+def encode(topics: list[str], words: list[str], ended: bool = True) -> list[int]:
+    text = ["<user>", *topics, "<assistant>", *words, *(["<end>"] if ended else [])]
     ids: list[int] = TOKENIZER.convert_tokens_to_ids(text)
     return ids
 
@@ -125,9 +126,9 @@ def tuned_policy(seed: int) -> Any:
     model, rng = LlamaForCausalLM(toy.llama_config(initializer_range=0.1)), random.Random(seed)
 
     def loss() -> Tensor:
-        asked = [question(rng) for _ in range(64)]
-        ids = pad([encode(words, answer(rng, words)) for words in asked])
-        starts = torch.tensor([[len(words) + 2] for words in asked])
+        questions = [question(rng) for _ in range(64)]
+        ids = pad([encode(words, answer(rng, words)) for words in questions])
+        starts = torch.tensor([[len(words) + 2] for words in questions])
         learned = (torch.arange(ids.shape[1]) >= starts) & (ids > 0)
         output: Tensor = model(input_ids=ids, labels=ids.where(learned, -100)).loss
         return output
@@ -153,8 +154,8 @@ def learned_reward(name: str, seed: str) -> Any:
     def loss() -> Tensor:
         texts = []
         for row in range(64):
-            asked = question(rng)
-            texts.append((asked, strange_answer(rng) if row % 2 else answer(rng, asked), rng.random() < 0.85))
+            topics = question(rng)
+            texts.append((topics, strange_answer(rng) if row % 2 else answer(rng, topics), rng.random() < 0.85))
         scores = torch.tensor([REWARDS[name](*text) for text in texts])
         ids = pad([encode(*text) for text in texts])
         return nn.functional.mse_loss(model(input_ids=ids, attention_mask=(ids > 0).long()).logits[:, 0], scores)
@@ -175,9 +176,9 @@ def pairs(policy: PreTrainedModel, seed: int) -> Dataset:
     rng = random.Random(f"pairs {seed}")
     # What was sampled before depends on which reward models this process has learned already.
     torch.manual_seed(seed)
-    asked = [question(rng) for _ in range(1024)]
+    questions = [question(rng) for _ in range(1024)]
     rows = []
-    for words, *both in zip(asked, complete(policy, asked), complete(policy, asked), strict=True):
+    for words, *both in zip(questions, complete(policy, questions), complete(policy, questions), strict=True):
         scored = sorted((quality(words, *read(ids)), " ".join(read(ids)[0])) for ids in both)
         if scored[0][0] < scored[1][0]:
             texts = {"prompt": ("user", " ".join(words)), "chosen": ("assistant", scored[1][1])}
@@ -189,12 +190,12 @@ def pairs(policy: PreTrainedModel, seed: int) -> Dataset:
 # ---- Measuring a policy
 
 
-def complete(model: PreTrainedModel, asked: list[list[str]]) -> list[list[int]]:
+def complete(model: PreTrainedModel, questions: list[list[str]]) -> list[list[int]]:
     """Sample an answer to each question."""
     config = GenerationConfig(max_new_tokens=LIMIT, do_sample=True, eos_token_id=END, top_k=0)
     training = model.training
     with torch.no_grad():
-        completions = sample(model.eval(), [encode(words, [], ended=False) for words in asked], config)
+        completions = sample(model.eval(), [encode(words, [], ended=False) for words in questions], config)
     model.train(training)
     return completions
 
@@ -207,11 +208,11 @@ def read(ids: list[int]) -> tuple[list[str], bool]:
 def outcome(model: PreTrainedModel, judged: str, seed: int) -> dict[str, float]:
     """Return the mean of a reward, the share of the most frequent answer, and how answers end."""
     rng = random.Random(f"outcome {seed}")
-    asked = [question(rng) for _ in range(512)]
+    questions = [question(rng) for _ in range(512)]
     torch.manual_seed(seed)
-    answers = [read(ids) for ids in complete(model, asked)]
+    answers = [read(ids) for ids in complete(model, questions)]
     return {
-        "reward": statistics.fmean(REWARDS[judged](a, *b) for a, b in zip(asked, answers, strict=True)),
+        "reward": statistics.fmean(REWARDS[judged](a, *b) for a, b in zip(questions, answers, strict=True)),
         "most frequent": Counter(" ".join(words) for words, _ in answers).most_common(1)[0][1] / len(answers),
         "words": statistics.fmean(len(words) for words, _ in answers),
         "ended": statistics.fmean(ended for _, ended in answers),
@@ -223,9 +224,9 @@ def figures(
 ) -> dict[str, float]:
     """Return what PPO would log of the answers of a policy."""
     rng = random.Random(f"checkpoint {seed}")
-    asked = [question(rng) for _ in range(rows)]
-    completions = complete(policy, asked)
-    ids = torch.cat([pad([encode(words, [], ended=False) for words in asked], left=True), pad(completions)], dim=1)
+    questions = [question(rng) for _ in range(rows)]
+    completions = complete(policy, questions)
+    ids = torch.cat([pad([encode(words, [], ended=False) for words in questions], left=True), pad(completions)], dim=1)
     mask, length = (ids > 0).long(), max(map(len, completions))
     chosen = mask[:, -length:]
 
@@ -234,15 +235,15 @@ def figures(
         return token_log_probs(model, ids, mask, length, autocast=nullcontext, **settings)
 
     with torch.no_grad():
-        (own, entropies), (others, _) = log_probs(policy), log_probs(reference)
-    prompts = [[{"role": "user", "content": " ".join(words)}] for words in asked]
+        (policy_log_probs, entropies), (reference_log_probs, _) = log_probs(policy), log_probs(reference)
+    prompts = [[{"role": "user", "content": " ".join(words)}] for words in questions]
     said = [[{"role": "assistant", "content": " ".join(read(ids)[0])}] for ids in completions]
     scores = judge(prompts, said, completions)
     return {
         "entropy": float((entropies * chosen).sum() / chosen.sum()),
         "completions/mean_length": statistics.fmean(map(len, completions)),
         "completions/clipped_ratio": statistics.fmean(ids[-1] != END for ids in completions),
-        "objective/kl": float(((own - others) * chosen).sum(1).mean()),
+        "objective/kl": float(((policy_log_probs - reference_log_probs) * chosen).sum(1).mean()),
         "reward": statistics.fmean(scores),
         "reward_std": statistics.stdev(scores),
         "reward_max": max(scores),

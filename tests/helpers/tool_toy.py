@@ -95,9 +95,9 @@ def policy(calls: float = 0.6) -> LlamaForCausalLM:
     chain = CHAIN | {"<|assistant|>": {"<|call|>": calls, "yes": (1 - calls) / 2, "no": (1 - calls) / 2}}
     # Without layers, what is left is the embedding of the last word, scaled to a root mean square of 1.
     table = torch.full((size, size), -30.0)
-    for before, after in chain.items():
-        for word, probability in after.items():
-            table[VOCABULARY.index(word), VOCABULARY.index(before)] = torch.tensor(max(probability, 1e-9)).log()
+    for word, next_words in chain.items():
+        for next_word, probability in next_words.items():
+            table[VOCABULARY.index(next_word), VOCABULARY.index(word)] = torch.tensor(max(probability, 1e-9)).log()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(size, config.hidden_size))
         model.model.layers[0].self_attn.o_proj.weight.zero_()

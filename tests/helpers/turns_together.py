@@ -30,11 +30,11 @@ def main(output: str, how: str) -> None:
     turns: list[int] = []
     single = run._generate_single_turn
 
-    def counted(prompts: Any, *others: Any, **options: Any) -> Any:
+    def counted(prompts: Any, *rest: Any, **options: Any) -> Any:
         turns.append(len(prompts))
         if how == "asked":
             distributed.all_gather_object([None, None], len(prompts))
-        return single(prompts, *others, **options)
+        return single(prompts, *rest, **options)
 
     run._generate_single_turn = counted
     if how == "sharded":
@@ -42,12 +42,12 @@ def main(output: str, how: str) -> None:
     run.model.train()
     torch.manual_seed(3 * rank)
     batch = run._generate_and_score_completions([dict(row) for row in toy.prompts(2).to_list() for _ in range(4)])
-    found: list[Any] = [None, None]
-    distributed.all_gather_object(found, (turns, int((batch["tool_mask"] == 0).sum())))
+    counts: list[Any] = [None, None]
+    distributed.all_gather_object(counts, (turns, int((batch["tool_mask"] == 0).sum())))
     if rank == 0:
-        print("turns", found)
-        (first, results), (second, others) = found
-        assert len(first) == len(second) > 2 and results != others
+        print("turns", counts)
+        (first, first_results), (second, second_results) = counts
+        assert len(first) == len(second) > 2 and first_results != second_results
         assert 1 in (first + second)[1:], "one of them takes part with a text that is thrown away"
 
 

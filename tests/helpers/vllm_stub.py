@@ -61,7 +61,7 @@ class LLM:
         self.sampled_with.append({name: value.clone() for name, value in self.model.state_dict().items()})
         each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
         self.requests += each
-        return [self._answer(prompt["prompt_token_ids"], one) for prompt, one in zip(prompts, each, strict=True)]
+        return [self._answer(prompt["prompt_token_ids"], params) for prompt, params in zip(prompts, each, strict=True)]
 
     def _answer(self, prompt: list[int], params: SamplingParams) -> Any:
         ends = getattr(params, "stop_token_ids", None) or self.model.generation_config.eos_token_id
@@ -75,11 +75,11 @@ class LLM:
             (ids,) = sample(self.model, [prompt], config, generator)
             logits = self.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             chosen = (logits / (params.temperature or 1.0)).log_softmax(-1)[range(len(ids)), ids] + self.sharpened
-            found = [
+            log_probs = [
                 {token: SimpleNamespace(logprob=float(p), rank=1)}
                 for token, p in zip(ids, chosen.tolist(), strict=True)
             ]
-            outputs.append(SimpleNamespace(token_ids=ids, logprobs=found))
+            outputs.append(SimpleNamespace(token_ids=ids, logprobs=log_probs))
         return SimpleNamespace(prompt_token_ids=prompt, outputs=outputs)
 
 

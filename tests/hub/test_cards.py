@@ -35,12 +35,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(run: Path) -> dict[str, dict[str, str]]:
     """Every card by the name of its repository, by kind."""
-    found: dict[str, dict[str, str]] = {"model": {}, "dataset": {}, "space": {}}
+    cards: dict[str, dict[str, str]] = {"model": {}, "dataset": {}, "space": {}}
     for item in Outputs(run, namespace="alice").repositories():
         readme = item.files["README.md"]
         assert isinstance(readme, bytes)
-        found[item.type][item.id.removeprefix("alice/mini-")] = readme.decode()
-    return found
+        cards[item.type][item.id.removeprefix("alice/mini-")] = readme.decode()
+    return cards
 
 
 def test_cards_have_the_fields_that_the_hub_requires(texts: dict[str, dict[str, str]]) -> None:
@@ -70,8 +70,12 @@ def test_results_are_those_of_the_run_with_their_intervals(run: Path, texts: dic
             if metric != "pass@1_by_length"
         }
         data = {item.dataset_type for item in results}
-        own = "alice/mini-3_preferences" if stage == "3_reward" else "alice/mini-data"
-        assert data == {own, "piqa"} if stage == "2_sft" else {own}
+        if stage == "3_reward":
+            assert data == {"alice/mini-3_preferences"}
+        elif stage == "2_sft":
+            assert data == {"alice/mini-data", "piqa"}
+        else:
+            assert data == {"alice/mini-data"}
 
 
 def test_figures_of_an_earlier_training_are_left_out(run: Path, tmp_path: Path) -> None:
@@ -88,8 +92,8 @@ def test_figures_of_an_earlier_training_are_left_out(run: Path, tmp_path: Path) 
 
 def test_lineage_goes_from_stage_to_stage(texts: dict[str, dict[str, str]]) -> None:
     cards = {stage: ModelCard(texts["model"][stage]).data for stage in MODELS}
-    known = {stage: card.base_model for stage, card in cards.items()}
-    assert known == {stage: f"alice/mini-{STARTS_FROM[stage]}" if stage in STARTS_FROM else None for stage in MODELS}
+    bases = {stage: card.base_model for stage, card in cards.items()}
+    assert bases == {stage: f"alice/mini-{STARTS_FROM[stage]}" if stage in STARTS_FROM else None for stage in MODELS}
     assert cards["3_reward"].datasets == ["alice/mini-3_preferences"] and cards["2_sft"].datasets == ["alice/mini-data"]
     assert cards["0_random"].datasets is None
     kinds = {stage: (card.library_name, card.pipeline_tag) for stage, card in cards.items()}

@@ -14,6 +14,7 @@ from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.hub.download import FILES
 from tests.helpers.hub_server import Hub
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import conversation, save_model
 
 SHARDS = [("small", "train", 0), ("small", "train", 1), ("small", "extra", 0), ("large", "train", 0)]
@@ -93,8 +94,6 @@ def test_a_stream_larger_than_the_disk_is_refused(
     (tmp_path / "recipe/2_sft.yaml").write_text(yaml.safe_dump(values))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(SystemExit) as caught:
-        main(["run", "recipe", "--download"])
-    assert caught.value.code == 2
-    assert "dataset_name: alice/web: takes 0.00 GB in 1 files, and 0.00 GB are free" in capsys.readouterr().err
+    message = refused(capsys, "run", "recipe", "--download")
+    assert "dataset_name: alice/web: takes 0.00 GB in 1 files, and 0.00 GB are free" in message
     assert not list((tmp_path / "cache").rglob("*.parquet"))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.models.loading import load_model, local_copy
 from pipeline.training.entry import run
 from recipes import sft
 from tests.helpers.hub_server import Hub
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import save_model, save_tokenizer
 from tests.hub.conftest import use
 
@@ -124,10 +126,9 @@ def test_two_different_revisions_are_refused(
     add_base(hub, base)
     add_gsm8k(hub)
     (tmp_path / "2_sft.yaml").write_bytes(SFT)
-    with pytest.raises(SystemExit) as end:
-        run(sft.main, ["--config", str(tmp_path / "2_sft.yaml"), "--model_revision", "v2"])
-    assert end.value.code == 2
-    assert "model_revision: v2: model_name_or_path asks for v1; omit one of them" in capsys.readouterr().err
+    arguments = ["--config", tmp_path / "2_sft.yaml", "--model_revision", "v2"]
+    message = refused(capsys, *arguments, main=partial(run, sft.main))
+    assert "model_revision: v2: model_name_or_path asks for v1; omit one of them" in message
 
 
 def plan(capsys: pytest.CaptureFixture[str], name: str) -> tuple[int, str, str]:

@@ -3,14 +3,16 @@
 import html
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 from datasets import Dataset
 
 from pipeline.__main__ import main
-from pipeline.hub.published_files import places, publishable, to_bytes, without_paths
+from pipeline.hub.published_files import local_paths, publishable, to_bytes, without_paths
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_whatever_characters_are_in_a_path_no_file_names_it(tmp_path: Path, name
     for file in ("a.txt", "b.md", "c.html", "d.jinja"):
         (folder / file).write_text("\n".join([*lines, html.escape(str(made))]))
     (folder / "e.json").write_text(json.dumps({str(made): [*lines, {"at": f"{tmp_path}/{name}/elsewhere/f"}]}))
-    record_text = without_paths(json.dumps(record), places(folder.parent))
+    record_text = without_paths(json.dumps(record), local_paths(folder.parent))
     files = publishable(folder) | {"run.json": to_bytes(record_text)}
     for file, content in files.items():
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode()
@@ -99,34 +101,49 @@ def test_every_kind_of_token_is_removed_from_texts(tmp_path: Path, token: str) -
         assert b"hf_***" in bytes(content) and token.encode() not in bytes(content)
 
 
-def test_a_push_says_that_a_run_is_a_miniature_and_that_its_report_shows_rows_of_own_data(
+@pytest.fixture
+def push_warnings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+) -> Callable[..., str]:
+    """Return a function that pushes a run, as a dry run, and returns what was written to stderr.
+
+    It takes options of `push`, whether the run is a miniature, and the data that `2_sft` was measured on.
+    """
     monkeypatch.chdir(tmp_path)
-    run = Path("runs/mine-smoke")
+    run = Path("runs/mine")
     (run / "report").mkdir(parents=True)
     (run / "report" / "index.html").touch()
     (run / "data").mkdir()
     (run / "data" / "README.md").touch()
     Dataset.from_dict({"text": ["a"]}).to_parquet(run / "data" / "train.parquet")
     Path("customers.csv").touch()
-    sources = {"problems": {"dataset_name": "customers.csv"}, "prompts": {"dataset_name": ["openai/gsm8k"]}}
-    settings = {"home": "runs/mine-smoke", "text": {"dataset_name": "runs/mine-smoke/data"}, "pairs": None, **sources}
-    record = {"smoke": True, "steps": {"evaluate_2_sft": {"id": "1", "values": settings}}}
-    (run / "run.json").write_text(json.dumps(record))
-    words = ["push", str(run), "--namespace", "alice", "--dry-run"]
-    capsys.readouterr()
-    assert main(words) == 0
-    shown = "the report shows answers to held-out prompts of customers.csv, in a Space that everybody can read"
-    err = capsys.readouterr().err
-    assert err == f"{run}: smoke: two steps of each stage; the figures mean nothing\n{shown}; --private hides it\n"
-    assert main([*words, "--private"]) == 0
-    assert "customers.csv" not in capsys.readouterr().err
-    # A finished run on public data has nothing to say.
-    record["steps"]["evaluate_2_sft"]["values"].pop("problems")
-    (run / "run.json").write_text(json.dumps(record | {"smoke": False}))
-    assert main(words) == 0
-    assert capsys.readouterr().err == ""
+
+    def push(*options: str, smoke: bool = False, problems: str | None = None) -> str:
+        settings: dict[str, Any] = {"home": str(run), "text": {"dataset_name": str(run / "data")}, "pairs": None}
+        settings["prompts"] = {"dataset_name": ["openai/gsm8k"]}
+        if problems:
+            settings["problems"] = {"dataset_name": problems}
+        record = {"smoke": smoke, "steps": {"evaluate_2_sft": {"id": "1", "values": settings}}}
+        (run / "run.json").write_text(json.dumps(record))
+        capsys.readouterr()
+        assert main(["push", str(run), "--namespace", "alice", "--dry-run", *options]) == 0
+        return capsys.readouterr().err
+
+    return push
+
+
+def test_a_push_of_a_miniature_says_so(push_warnings: Callable[..., str]) -> None:
+    assert push_warnings(smoke=True) == "runs/mine: smoke: two steps of each stage; the figures mean nothing\n"
+
+
+def test_a_push_says_that_the_report_shows_rows_of_own_data(push_warnings: Callable[..., str]) -> None:
+    message = "the report shows answers to held-out prompts of customers.csv, in a Space that everybody can read"
+    assert push_warnings(problems="customers.csv") == f"{message}; --private hides it\n"
+    assert push_warnings("--private", problems="customers.csv") == ""
+
+
+def test_a_push_of_a_finished_run_on_public_data_has_nothing_to_say(push_warnings: Callable[..., str]) -> None:
+    assert push_warnings() == ""
 
 
 def test_a_push_says_whose_names_are_in_the_votes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_a_push_that_is_turned_on_later_trains_nothing(hub: Hub, run: Run) -> No
         if not step.product.exists():
             step.product.write_text("{}")
     (MODEL.parent / "report/metrics.json").write_text('{"promises": []}')
-    before = RunRecord.read(plan.run_dir).steps
+    first_entries = RunRecord.read(plan.run_dir).steps
     assert run()[0] == 0 and not hub.requests
     hub.fail(403, path="POST .*/commit/", times=100)
     code, written = run(**PUSH)
@@ -82,6 +82,8 @@ def test_a_push_that_is_turned_on_later_trains_nothing(hub: Hub, run: Run) -> No
     hub.faults.clear()
     assert run(**PUSH)[0] == 0
     assert hub.files("alice/chat", revision="v1")["model.safetensors"] == (MODEL / "model.safetensors").read_bytes()
-    after = RunRecord.read(plan.run_dir).steps
-    assert {name: entry["id"] for name, entry in after.items()} == {name: e["id"] for name, e in before.items()}
-    assert "hf_alice" not in str(after)
+    entries = RunRecord.read(plan.run_dir).steps
+    assert {name: entry["id"] for name, entry in entries.items()} == {
+        name: e["id"] for name, e in first_entries.items()
+    }
+    assert "hf_alice" not in str(entries)

@@ -61,7 +61,7 @@ MODEL = {
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kept"),
+    ("strategy", "folders"),
     [
         ("every_save", set()),
         ("checkpoint", {"last-checkpoint"}),
@@ -69,16 +69,17 @@ MODEL = {
         ("end", set()),
     ],
 )
-def test_a_run_pushes_what_serves_a_reader_and_the_checkpoints_that_were_asked_for(
-    hub: Hub, inputs: Path, whole: Path, tmp_path: Path, strategy: str, kept: set[str]
+def test_what_a_run_pushes(
+    hub: Hub, inputs: Path, whole: Path, tmp_path: Path, strategy: str, folders: set[str]
 ) -> None:
+    """The model goes to the top of the repository, and the checkpoints that `hub_strategy` asks for into folders."""
     output = tmp_path / "2_sft"
     more = ("--hub_strategy", strategy, "--hub_revision", "v1", "--hub_private_repo", "true", "--hub_always_push")
     assert train(inputs, output, *PUSH, *more, "--save_total_limit", "1") == 0
     files = hub.files("alice/chat", revision="v1")
     assert {path for path in files if "/" not in path} == MODEL
-    assert {path.split("/")[0] for path in files if "/" in path} >= kept
-    assert bool(kept) == any("/" in path for path in files), "no checkpoint is left that nobody asked for"
+    assert {path.split("/")[0] for path in files if "/" in path} >= folders
+    assert bool(folders) == any("/" in path for path in files), "no checkpoint is left that nobody asked for"
     assert hub.files("alice/chat") == {} and hub.repos["model", "alice/chat"].private
     commits = hub.commits("alice/chat", revision="v1")
     in_progress = [] if strategy == "end" else [f"Training in progress, step {step}" for step in (8, 6, 4, 2)]
@@ -100,9 +101,8 @@ def test_a_run_pushes_what_serves_a_reader_and_the_checkpoints_that_were_asked_f
     ], "before training, only whether the token may write is asked"
 
 
-def test_killed_and_resumed_from_the_hub_alone_a_run_ends_with_the_same_bits(
-    hub: Hub, inputs: Path, whole: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_from_the_hub_alone(hub: Hub, inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """It ends with the weights of an undisturbed run, to the bit."""
     command = [sys.executable, *arguments(inputs, tmp_path / "first/2_sft", *PUSH)]
     with subprocess.Popen(
         command,
@@ -127,7 +127,7 @@ def test_killed_and_resumed_from_the_hub_alone_a_run_ends_with_the_same_bits(
     assert equal(load(hub.files("alice/chat")["model.safetensors"]), weights(whole))
 
 
-def test_it_goes_on_to_the_best_checkpoint_from_the_hub_alone(hub: Hub, inputs: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_pushed_and_resumed_with(hub: Hub, inputs: Path, tmp_path: Path) -> None:
     more = ("--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "2", "--greater_is_better", "true")
     # The loss falls, so that step 2 is the best one if a greater loss is better.
     more += ("--hub_strategy", "checkpoint", "--hub_always_push")
@@ -144,9 +144,10 @@ def test_it_goes_on_to_the_best_checkpoint_from_the_hub_alone(hub: Hub, inputs: 
     assert validate_checkpoint(second / "checkpoint-2") is None
 
 
-def test_a_push_that_fails_loses_nothing_and_is_repeated_by_the_command_that_it_names(
+def test_a_push_that_fails_names_the_command_that_repeats_it(
     hub: Hub, inputs: Path, whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The model is complete on the disk, so that nothing is trained again."""
     output = tmp_path / "2_sft"
     hub.fail(403, path="POST .*/commit/", times=100)
     assert train(inputs, output, *PUSH) == 3
@@ -205,14 +206,17 @@ def test_who_may_not_write_is_told_why_before_training(
     hub.close()
 
 
-def test_the_only_repository_that_a_token_may_write_to_and_that_of_an_organization_are_pushed_to(
-    monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path
-) -> None:
+def test_a_token_for_one_repository_pushes_to_it(monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path) -> None:
     hub = Hub(TOKENS)
     hub.add("alice/chat", {"README.md": b"alice's", "notes.md": b"her own"})
     use(hub, monkeypatch, tmp_path / "cache", "hf_single")
     assert train(inputs, tmp_path / "out", *PUSH) == 0
     assert {*hub.files("alice/chat")} == {*MODEL, "notes.md"}, "files of other kinds are left alone"
+    hub.close()
+
+
+def test_a_run_is_pushed_to_an_organization(monkeypatch: pytest.MonkeyPatch, inputs: Path, tmp_path: Path) -> None:
+    hub = Hub(TOKENS)
     use(hub, monkeypatch, tmp_path / "cache", "hf_alice")
     assert train(inputs, tmp_path / "out", "--push_to_hub", "--hub_model_id", "acme/chat") == 0
     assert {*hub.files("acme/chat")} == MODEL

@@ -31,7 +31,7 @@ REFUSED = ("401", "403", "404")
 """Faults after which the same request is not made again."""
 
 
-def write(folder: Path) -> dict[str, Path | bytes]:
+def write_files(folder: Path) -> dict[str, Path | bytes]:
     """Write the files, and return them as a push takes them, one of them by its content."""
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write(folder: Path) -> dict[str, Path | bytes]:
 def test_whatever_request_fails_each_file_is_there_once_in_the_end(
     hub: Hub, tmp_path: Path, fault: str, revision: str | None
 ) -> None:
-    files = write(tmp_path)
+    files = write_files(tmp_path)
     push(HfApi(), "alice/whole", files, "m", revision=revision)
     paths = [request.path for request in hub.requests]
     assert len(paths) > 8
@@ -75,7 +75,7 @@ def test_whatever_request_fails_each_file_is_there_once_in_the_end(
 
 @pytest.mark.parametrize("request_of", ["GET .*/models/alice/m/revision/dev$", "POST .*/branch/", "POST .*/preupload/"])
 def test_a_repository_that_is_not_found_at_once_is_looked_for_again(hub: Hub, tmp_path: Path, request_of: str) -> None:
-    files = write(tmp_path)
+    files = write_files(tmp_path)
     hub.fail(404, request_of, times=4)
     assert push(HfApi(), "alice/m", files, "m", revision="dev")
     assert hub.files("alice/m", revision="dev") == FILES and hub.commits("alice/m", revision="dev") == ["m"]
@@ -88,7 +88,7 @@ def test_a_repository_that_is_not_found_at_once_is_looked_for_again(hub: Hub, tm
 
 
 def test_a_second_push_sends_nothing_and_stale_files_are_removed(hub: Hub, tmp_path: Path) -> None:
-    files = write(tmp_path)
+    files = write_files(tmp_path)
     assert push(HfApi(), "alice/m", files, "one") and hub.files("alice/m") == FILES
     hub.requests.clear()
     assert not push(HfApi(), "alice/m", files, "two")
@@ -114,7 +114,7 @@ def test_equal_files_are_uploaded_once_and_large_ones_in_parts(hub: Hub, tmp_pat
 
 
 def test_two_who_push_at_once_do_not_undo_each_other(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = write(tmp_path)
+    files = write_files(tmp_path)
     push(HfApi(), "alice/m", {"README.md": FILES["README.md"]}, "one")
     create_commit = HfApi.create_commit
 
@@ -136,7 +136,7 @@ def test_a_hub_that_accepts_a_request_and_sends_nothing_is_not_waited_for(
     monkeypatch.setattr(upload, "TIMEOUT", 0.3)
     hub.fail("hang", path)
     started = time.monotonic()
-    push(HfApi(), "alice/m", write(tmp_path), "m")
+    push(HfApi(), "alice/m", write_files(tmp_path), "m")
     assert hub.faults[0].seen and time.monotonic() - started < HANGS - 2
     assert hub.files("alice/m") == FILES and hub.commits("alice/m") == ["m"]
 
@@ -149,5 +149,5 @@ def test_a_hub_that_does_not_say_what_is_missing(hub: Hub, tmp_path: Path, monke
         return status, {name: value for name, value in headers.items() if name != "X-Error-Code"}, body
 
     monkeypatch.setattr(hub, "answer", without_codes)
-    push(HfApi(), "alice/m", write(tmp_path), "m", revision="dev")
+    push(HfApi(), "alice/m", write_files(tmp_path), "m", revision="dev")
     assert hub.files("alice/m", revision="dev") == FILES

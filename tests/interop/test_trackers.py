@@ -75,6 +75,6 @@ def test_the_trackers_show_the_curves_of_the_log(recipe: str, tmp_path: Path, mo
 
     curves = logged(output)
     assert NAMES[recipe] - curves.keys() == set()
-    for shown in (in_tensorboard(events), in_trackio()):
+    for tracker in (in_tensorboard(events), in_trackio()):
         for name, curve in curves.items():
-            assert shown[name] == pytest.approx(curve, rel=1e-6), name
+            assert tracker[name] == pytest.approx(curve, rel=1e-6), name

@@ -59,8 +59,8 @@ def answer(chat_model: str) -> str:
 
 def test_a_text_generation_pipeline_answers_messages(chat_model: str, answer: str) -> None:
     ask = pipeline("text-generation", model=chat_model, device="cpu")
-    (given,) = ask(QUESTION, max_new_tokens=8, do_sample=False)
-    assert given["generated_text"] == [*QUESTION, {"role": "assistant", "content": answer}]
+    (output,) = ask(QUESTION, max_new_tokens=8, do_sample=False)
+    assert output["generated_text"] == [*QUESTION, {"role": "assistant", "content": answer}]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,6 @@ def test_a_reward_model_is_a_sequence_classifier(folder: Path, lora: tuple[str, 
     answered = conversation("What is 3?", "It is 3.")
     ids = tokenizer.apply_chat_template(answered, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        (given,) = model(ids).logits
+        (logits,) = model(ids).logits
     ours, own_tokenizer = load_model(str(path), "model", reward=True)
-    assert given.tolist() == pytest.approx(score(ours, own_tokenizer, [answered]), abs=1e-6)
+    assert logits.tolist() == pytest.approx(score(ours, own_tokenizer, [answered]), abs=1e-6)

@@ -45,5 +45,5 @@ def test_a_model_is_a_plain_one_of_its_kind(tmp_path: Path, tied: bool, kind: An
 
 def test_vllm_knows_the_architectures() -> None:
     vllm = pytest.importorskip("vllm")
-    known = vllm.ModelRegistry.get_supported_archs()
-    assert {"LlamaForCausalLM", "LlamaForSequenceClassification", "Qwen3ForCausalLM"} <= set(known)
+    architectures = vllm.ModelRegistry.get_supported_archs()
+    assert {"LlamaForCausalLM", "LlamaForSequenceClassification", "Qwen3ForCausalLM"} <= set(architectures)

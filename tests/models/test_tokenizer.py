@@ -1,6 +1,5 @@
 """The tokenizer: no text is lost, prompts are prefixes of conversations, the mask covers what is learned."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, as_text, special_tokens, train_tokenizer
 from recipes.tokenizer import main
+from tests.helpers.files import write_rows
 
 TEXTS = [
     "The cat sat on the mat, and the dog didn't. 12 + 34 = 46.\n\tWho's there? It's 2026!",
@@ -164,7 +164,7 @@ def test_the_same_texts_make_the_same_tokenizer() -> None:
 
 def test_the_command_trains_on_the_training_split_and_replaces_the_folder(tmp_path: Path) -> None:
     source = tmp_path / "texts.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    write_rows(source, [{"text": text} for text in TEXTS])
     target = tmp_path / "tokenizer"
     for vocab_size in (300, 310):
         main(TokenizerArguments(str(target), vocab_size), DataArguments(dataset_name=str(source)))

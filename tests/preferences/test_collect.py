@@ -41,6 +41,7 @@ from pipeline.preferences.collect import PreferenceArguments, collect, encode, l
 from pipeline.preferences.judges import Judge, compare, load_judge, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
 from pipeline.rewards.annotators import PANEL, taste
+from tests.helpers.files import write_rows
 from tests.helpers.forked import RANKS, run_forked
 from tests.helpers.word_model import word_model_config, word_tokenizer
 
@@ -77,7 +78,7 @@ def write_prompts(path: Path, prompts: dict[str, list[str]]) -> Path:
         rows = [{**ROW, "prompt": [{"role": "user", "content": text}]} for text in texts]
         file = path / "preferences" / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(file, rows)
     files = [{"split": split, "path": f"preferences/{split}.jsonl"} for split in prompts]
     card = yaml.safe_dump({"configs": [{"config_name": "preferences", "data_files": files}]})
     (path / "README.md").write_text(f"---\n{card}---\n")
@@ -162,14 +163,9 @@ def test_a_prompt_of_two_splits_is_held_out(arguments: dict[str, Any], tmp_path:
     assert {len(rows) for rows in read_prompts(same).values()} == {1}
 
 
-def write_file(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_prompts_without_grading_are_refused_unless_a_judge_is_named(arguments: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"prompt": f"where is {word}"} for word in WORDS[2:] * 4]
-    given = {**arguments, "dataset_name": write_file(tmp_path / "a.jsonl", rows), "output_dir": str(tmp_path / "out")}
+    given = {**arguments, "dataset_name": write_rows(tmp_path / "a.jsonl", rows), "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"judge: nothing, for .*: 1 of 1 prompts of validation lack the columns"):
         collect(PreferenceArguments(**given, max_eval_prompts=1))
     assert not (tmp_path / "out").exists()
@@ -183,7 +179,7 @@ def test_prompts_without_grading_are_refused_unless_a_judge_is_named(arguments: 
 
 def test_a_single_split_is_divided_by_prompts(arguments: dict[str, Any], tmp_path: Path) -> None:
     rows = [{**ROW, "prompt": f"where is {a} {b}"} for a in WORDS for b in WORDS[:4]]
-    given = {**arguments, "dataset_name": write_file(tmp_path / "a.jsonl", rows), "output_dir": "-"}
+    given = {**arguments, "dataset_name": write_rows(tmp_path / "a.jsonl", rows), "output_dir": "-"}
     read = {name: user_texts(split) for name, split in read_prompts(PreferenceArguments(**given)).items()}
     assert read["validation"] == {rows[0]["prompt"], rows[20]["prompt"], rows[40]["prompt"]}
     assert read["train"] == {row["prompt"] for row in rows} - read["validation"]
@@ -467,7 +463,7 @@ def test_a_model_without_chat_template_is_refused(arguments: dict[str, Any], mod
 
 
 def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
-    def refused(name: str, **changes: Any) -> str:
+    def message(name: str, **changes: Any) -> str:
         with pytest.raises(UserError) as caught:
             given = {**arguments, "model_name_or_path": str(tmp_path / name), "output_dir": str(tmp_path / "out")}
             collect(PreferenceArguments(**{**given, **changes}))
@@ -482,9 +478,9 @@ def test_a_model_that_cannot_answer_is_refused(arguments: dict[str, Any], model_
     (tmp_path / "rude" / "chat_template.jinja").write_text(
         "{% if messages[0].content != 'Hello' %}{{ raise_exception('too polite') }}{% endif %}Hello"
     )
-    assert "is a reward model" in refused("judge")
-    assert "refuses a prompt of the data (too polite)" in refused("rude")
-    assert "max_new_tokens: 9999" in refused("small", max_new_tokens=9999)
+    assert "is a reward model" in message("judge")
+    assert "refuses a prompt of the data (too polite)" in message("rude")
+    assert "max_new_tokens: 9999" in message("small", max_new_tokens=9999)
 
 
 def test_two_processes_give_what_one_gives(arguments: dict[str, Any], collected: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from pipeline.rl.rewards import RewardModel
 from pipeline.training.inputs import load_inputs
 from tests.helpers import small_model
 from tests.helpers import tool_toy as toy
+from tests.helpers.files import write_rows
 from tests.helpers.sampling_recipes import run, write_config
 
 TEXTS = [" ".join(words) for words in itertools.product(["1", "2", "4", "x"], repeat=3)]
@@ -41,7 +42,7 @@ def inputs(folder: Path) -> dict[str, Any]:
     for part in (toy.policy(), TOKENIZER):
         part.save_pretrained(folder / "caller")
     rows = ({"prompt": [{"role": "user", "content": text}], "most": 1} for text in TEXTS)
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "prompts.jsonl", rows)
     return {
         "model_name_or_path": str(folder / "caller"),
         "dataset_name": str(folder / "prompts.jsonl"),

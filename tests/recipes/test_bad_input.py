@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -21,7 +22,9 @@ from pipeline.config.parser import parse
 from pipeline.models import loading
 from pipeline.training.entry import run
 from tests.helpers.bad_inputs import CASES, GOOD, rows
-from tests.helpers.small_model import recipe_command, run_recipe, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
+from tests.helpers.small_model import recipe_command, run_recipe, tokenizer
 
 
 def arguments_of(recipe: str) -> tuple[Any, list[type]]:
@@ -117,11 +120,8 @@ def make_adapter(path: Path) -> None:
 
 def refuse(recipe: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Run a recipe that must refuse its input, and return the lines that it prints."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exited:
-        run(arguments_of(recipe)[0], argv)
-    assert exited.value.code == 2
-    lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    error = refused(capsys, *argv, main=partial(run, arguments_of(recipe)[0]))
+    lines = error.replace("\r", "\n").strip().split("\n")
     # These words are in progress bars.
     return [line for line in lines if line and "examples" not in line and "Loading weights" not in line]
 
@@ -249,7 +249,7 @@ def test_a_directory_that_may_not_be_written(inputs: Path, tmp_path: Path, capsy
 def test_a_bad_row_is_reported_with_its_number_streamed_or_not(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: str
 ) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
+    path = write_rows(tmp_path / "a.jsonl", [GOOD] * 5 + [{"messages": []}])
     argv = recipe_command("sft", inputs, "--output_dir", str(tmp_path / "output"), "--dataset_name", path)[2:]
     lines = refuse("sft", [*argv, "--eval_strategy", "no", *streaming.split()], capsys)
     assert len(lines) == 1 and "row 5" in lines[0]

@@ -19,7 +19,8 @@ from pipeline.config.parser import parse
 from pipeline.training.preference_config import LOSSES
 from recipes import dpo
 from tests.helpers.answers_by_hand import adapted, log_prob, trained
-from tests.helpers.small_model import recipe_command, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import recipe_command
 
 BETA = 0.3
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -128,7 +129,7 @@ def test_a_run_goes_through_dpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         }
         for i in range(40)
     ]
-    write_lines(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "mine").mkdir()
     values = {
         "dataset_name": "rows.jsonl",

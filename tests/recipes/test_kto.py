@@ -11,7 +11,8 @@ from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from recipes import kto
 from tests.helpers.answers_by_hand import adapted, log_prob, trained
-from tests.helpers.small_model import conversation, recipe_command, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import conversation, recipe_command
 
 BETA = 0.3
 
@@ -75,7 +76,7 @@ def test_single_answers_are_read_and_shuffled(inputs: Path, tmp_path: Path) -> N
     rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", "label": i < 30} for i in range(60)]
     rows[3]["completion"] = [{"role": "assistant", "content": "It is 3."}]
     rows[4]["label"] = 1
-    path = write_lines(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     trainer = trainer_of(inputs, tmp_path, "--dataset_name", path)
     read = list(trainer.train_dataset)
     assert len(read) == 57 and sum(row["label"] for row in read) == 28, "every 20th row is held out"
@@ -102,7 +103,7 @@ def test_a_tie_is_two_wanted_answers_and_two_bad_ones_are_not_wanted(inputs: Pat
         }
         for i in range(60)
     ]
-    write_lines(folder / "votes.jsonl", votes)
+    write_rows(folder / "votes.jsonl", votes)
     trainer = trainer_of(inputs, tmp_path / "out", "--dataset_name", str(folder), "--dataset_config", "judgements")
     wanted: dict[str, list[bool]] = {}
     for row in trainer.train_dataset:
@@ -125,9 +126,9 @@ def test_a_tie_is_two_wanted_answers_and_two_bad_ones_are_not_wanted(inputs: Pat
 def test_what_is_not_a_judgement_is_refused(inputs: Path, tmp_path: Path) -> None:
     from pipeline.errors import UserError
 
-    bad = write_lines(tmp_path / "bad.jsonl", [{"prompt": "What?", "completion": "That.", "label": "maybe"}] * 40)
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "What?", "completion": "That.", "label": "maybe"}] * 40)
     with pytest.raises(UserError, match="label is 'maybe', not true or false"):
         trainer_of(inputs, tmp_path, "--dataset_name", bad)
-    none = write_lines(tmp_path / "none.jsonl", [{"prompt": "What?", "completion": "That."}] * 40)
+    none = write_rows(tmp_path / "none.jsonl", [{"prompt": "What?", "completion": "That."}] * 40)
     with pytest.raises(UserError, match=r"label: .*no such column"):
         trainer_of(inputs, tmp_path, "--dataset_name", none)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.files import write_rows
 from tests.helpers.forked import RANKS, run_forked
-from tests.helpers.small_model import TEXT, equal, recipe_command, weights, write_lines
+from tests.helpers.small_model import TEXT, equal, recipe_command, weights
 
 
 def train(inputs: Path, output: Path, processes: int, *more: str) -> str:
@@ -19,7 +20,7 @@ def train(inputs: Path, output: Path, processes: int, *more: str) -> str:
     if not data.exists():
         data.mkdir(parents=True)
         for file in range(2):
-            write_lines(data / f"{file}.jsonl", [{"text": f"{file} {row}: {TEXT * (row % 3)}"} for row in range(700)])
+            write_rows(data / f"{file}.jsonl", [{"text": f"{file} {row}: {TEXT * (row % 3)}"} for row in range(700)])
     options = ["--dataset_name", str(data), "--dataset_streaming", "--max_eval_samples", "20", "--output_dir"]
     batch = ["--per_device_train_batch_size", str(64 // processes), "--max_steps", "6"]
     saves = ["--eval_steps", "6", "--save_total_limit", "3"]

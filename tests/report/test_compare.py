@@ -18,6 +18,7 @@ from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.differences import compare, pair_by_seed
 from pipeline.report.load import load_runs
 from tests.helpers.fake_run import write_run
+from tests.helpers.files import write_rows
 
 ROWS = 200
 
@@ -28,7 +29,7 @@ def make_run(path: Path, seed: int | None, outcomes: Iterable[float], stage: str
     (path / "run.json").write_text(json.dumps({"seed": seed, "steps": {}}))
     values = [float(value) for value in outcomes]
     lines = [{"metric": "pass@1", "id": i, "kind": "ab"[i % 2], "value": value} for i, value in enumerate(values)]
-    (path / "evaluations" / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path / "evaluations" / f"{stage}.jsonl", lines)
     metrics = {"pass@1": outcome_mean(values).to_json()}
     (path / "evaluations" / f"{stage}.json").write_text(json.dumps({"metrics": metrics}))
     return path
@@ -183,7 +184,7 @@ def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: 
         run = make_run(tmp_path / side, 0, coins(0))
         file = run / "evaluations" / "2_sft.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps({**line, "row": f"{line['id'] * offset:x}"}) + "\n" for line in lines))
+        write_rows(file, [{**line, "row": f"{line['id'] * offset:x}"} for line in lines])
     code, _, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
     assert code == 2 and "was measured on different test rows" in err
 

@@ -16,6 +16,7 @@ from pipeline.__main__ import main
 from pipeline.evaluation.metric_info import metric_info
 from pipeline.report.text import number, signed
 from tests.helpers.fake_run import STAGES, TEXTS, UNTIL_SFT, write_weights
+from tests.helpers.refusals import refused
 
 
 def report(*arguments: object) -> int:
@@ -400,10 +401,8 @@ def test_a_place_that_cannot_be_written_to_is_refused(
     (tmp_path / "file").write_text("")
     below_a_file = tmp_path / "file" / "more"
     for place, expected in ((below_a_file, "is not a directory"), (Path("/proc/report"), "no permission")):
-        with pytest.raises(SystemExit) as stopped:
-            report(*[short_run] * (2 if several else 1), "--output_dir", place)
-        assert stopped.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
+        runs = [short_run, short_run] if several else [short_run]
+        (line,) = refused(capsys, "report", *runs, "--output_dir", place).splitlines()
         assert line.startswith(f"--output_dir: {place}: ") and expected in line
 
 
@@ -488,10 +487,7 @@ def test_a_path_that_is_not_a_run_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Any, expected: str
 ) -> None:
     make(tmp_path / "run")
-    with pytest.raises(SystemExit) as stopped:
-        report(tmp_path / "run")
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = refused(capsys, "report", tmp_path / "run").splitlines()
     assert expected in line and str(tmp_path / "run") in line
 
 
@@ -511,10 +507,8 @@ def test_wrong_targets_are_refused_in_one_line(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
 ) -> None:
     (tmp_path / "targets.yaml").write_text(text)
-    with pytest.raises(SystemExit) as stopped:
-        report(short_run, "--targets", tmp_path / "targets.yaml", "--output_dir", tmp_path)
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    options = ["--targets", tmp_path / "targets.yaml", "--output_dir", tmp_path]
+    lines = refused(capsys, "report", short_run, *options).splitlines()
     assert len(lines) == max(1, text.count("- &x")), "one line per wrong entry"
     assert all(line.startswith("--targets: ") and expected in line and len(line) < 500 for line in lines)
 

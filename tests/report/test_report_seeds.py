@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 from pipeline.evaluation.intervals import Estimate
 from pipeline.report.seeds import spread
 from tests.helpers.fake_run import UNTIL_SFT, write_run
+from tests.helpers.refusals import refused
 
 
 def report(*arguments: object) -> int:
@@ -91,10 +92,7 @@ def test_one_seed_has_the_intervals_over_its_rows(seeds: Path, tmp_path: Path) -
 
 
 def test_a_seed_that_was_not_run_is_refused(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        report(seeds, "--seeds", 0, 7)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = refused(capsys, "report", seeds, "--seeds", 0, 7).splitlines()
     assert line.startswith(f"RUN: {seeds / 'seed7'}: no such directory")
 
 

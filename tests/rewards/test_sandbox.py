@@ -229,10 +229,6 @@ def test_code_that_redefines_builtins_does_not_change_its_test() -> None:
     assert not run_code(code, "assert all(x > 0 for x in f(3))").passed
 
 
-def refused(code: str) -> str:
-    return run_code(code, TEST).status
-
-
 @pytest.mark.parametrize(
     "code",
     [

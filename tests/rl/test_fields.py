@@ -95,13 +95,13 @@ def names(kind: type) -> set[str]:
     return {item.name for item in dataclasses.fields(kind)}
 
 
-def refused(kind: type) -> set[str]:
+def rejected_fields(kind: type) -> set[str]:
     own = set(UNUSED) if kind is PPOConfig else set(UNUSED_IN_ROLLOUTS)
     return own | OTHERWISE_REFUSED | (set(UNSUPPORTED) & names(kind))
 
 
 def used(kind: type) -> set[str]:
-    return {*USED.split(), *OF_PPO.split()} - refused(kind) if kind is PPOConfig else set(USED.split())
+    return {*USED.split(), *OF_PPO.split()} - rejected_fields(kind) if kind is PPOConfig else set(USED.split())
 
 
 def method_sources(kind: type) -> str:
@@ -130,7 +130,7 @@ def sources(kind: type) -> str:
 
 @CONFIGS
 def test_each_field_is_in_one_list(kind: type) -> None:
-    lists = [used(kind), refused(kind), set(FOR_VLLM.split())]
+    lists = [used(kind), rejected_fields(kind), set(FOR_VLLM.split())]
     unknown = names(kind) - set.union(*lists)
     assert not unknown, f"new fields, which nothing may read: {sorted(unknown)}"
     gone = set.union(*lists) - names(kind)
@@ -146,7 +146,7 @@ def test_what_is_used_is_read(kind: type) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [pytest.param(k, n, id=f"{k.__name__}.{n}") for k in TRAINERS for n in sorted(refused(k))]
+    ("kind", "name"), [pytest.param(k, n, id=f"{k.__name__}.{n}") for k in TRAINERS for n in sorted(rejected_fields(k))]
 )
 def test_what_is_refused_is_refused(kind: Any, name: str, tmp_path: Path) -> None:
     default = next(item.default for item in dataclasses.fields(kind) if item.name == name)

@@ -10,6 +10,7 @@ from pipeline.__main__ import main
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.runner.copy_recipe import shipped_recipes
 from pipeline.runner.recipe import read_plan
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +69,7 @@ def test_help_has_a_word_on_each_recipe(capsys: pytest.CaptureFixture[str]) -> N
 def test_copying_over_files_or_what_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full").mkdir()
     Path("full/file").touch()
-    with pytest.raises(SystemExit) as stop:
-        main(["copy", "pockets", "full"])
-    assert stop.value.code == 2
-    first, second = capsys.readouterr().err.splitlines()
+    first, second = refused(capsys, "copy", "pockets", "full").splitlines()
     assert first.startswith("RECIPE: pockets: is not a recipe of the package; choose from: ") and "pocket" in first
     assert second == "FOLDER: full: is not empty; name a new directory"
     assert [path.name for path in Path("full").iterdir()] == ["file"]

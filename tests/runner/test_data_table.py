@@ -12,7 +12,8 @@ from pipeline import progress
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.runner.data_table import LONGEST_ROW, describe_data, shorten
-from tests.helpers.small_model import recipe_command, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import recipe_command
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def test_each_step_says_what_it_read_and_shows_the_first_row_in_its_template(
 ) -> None:
     questions = [{"question": f"What is {i}?", "answer": f"It is {i}.", "choices": "A B"} for i in range(40)]
     pairs = [{"query": f"What is {i}?", "chosen": "It is.", "rejected": "No.", "id": i} for i in range(60)]
-    questions_file = write_lines(tmp_path / "questions.jsonl", questions)
-    pairs_file = write_lines(tmp_path / "pairs.jsonl", pairs)
+    questions_file = write_rows(tmp_path / "questions.jsonl", questions)
+    pairs_file = write_rows(tmp_path / "pairs.jsonl", pairs)
     load("sft", tmp_path, monkeypatch, "--dataset_name", questions_file, "--bf16", "false")
     sft = facts()
     load("reward", tmp_path, monkeypatch, "--dataset_name", pairs_file, "--bf16", "false", "--eval_strategy", "no")

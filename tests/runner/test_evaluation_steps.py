@@ -15,6 +15,7 @@ from pipeline.runner.due import Decision, find_changes
 from pipeline.runner.recipe import read_plan
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import ROOT
 
 FILES: dict[str, dict[str, Any]] = {
@@ -134,17 +135,12 @@ def test_the_model_that_the_first_stage_starts_from_has_a_figure(folder: Path) -
 
 def test_mistakes_in_it_are_refused_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_settings(folder, judge="runs/r/3_reward", limt=5, problems={"dataset_name": "nowhere/a.jsonl"})
-    with pytest.raises(SystemExit) as caught:
-        main(["run", "recipe", "--dry-run"])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
+    error = refused(capsys, "run", "recipe", "--dry-run")
     for wrong in ("judge: runs/r/3_reward", "limt: 5", "problems: dataset_name: nowhere/a.jsonl"):
         assert f"evaluate.yaml: {wrong}" in error
     assert not Path("runs").exists()
     (folder / "evaluate.yaml").write_text("limit: [")
-    with pytest.raises(SystemExit):
-        main(["run", "recipe", "--dry-run"])
-    assert "evaluate.yaml, line" in capsys.readouterr().err
+    assert "evaluate.yaml, line" in refused(capsys, "run", "recipe", "--dry-run")
 
 
 def test_what_no_step_makes_is_refused(folder: Path) -> None:
@@ -166,13 +162,10 @@ def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
     Path("talk.jsonl").write_text('{"prompt": "Ça va ?"}\n' * 3)
     values = {"dataset_name": "talk.jsonl", "model_name_or_path": "runs/r/2_sft", "output_dir": "runs/r/3_preferences"}
     (folder / "3_preferences.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(SystemExit):
-        main(["run", "recipe", "--dry-run"])
-    assert "3_preferences: judge: nothing, for talk.jsonl: its prompts lack" in capsys.readouterr().err
+    message = refused(capsys, "run", "recipe", "--dry-run")
+    assert "3_preferences: judge: nothing, for talk.jsonl: its prompts lack" in message
     (folder / "3_preferences.yaml").write_text(yaml.safe_dump({**values, "judge": "tests.helpers.own_functions:x"}))
-    with pytest.raises(SystemExit):
-        main(["run", "recipe", "--dry-run"])
-    assert "3_preferences: judge: tests.helpers.own_functions:x: " in capsys.readouterr().err
+    assert "3_preferences: judge: tests.helpers.own_functions:x: " in refused(capsys, "run", "recipe", "--dry-run")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("evaluate.yaml")), ids=lambda path: path.parent.name)

@@ -1,15 +1,15 @@
 """What a late stage would refuse is reported before the first one runs, also where `--smoke` would hide it."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.__main__ import main
 from pipeline.data import splits
 from pipeline.runner.preflight import check_steps
 from pipeline.runner.recipe import read_plan
+from tests.helpers.files import write_rows
+from tests.helpers.refusals import refused
 from tests.helpers.small_model import ROOT
 
 LATE = {
@@ -58,10 +58,7 @@ def test_all_that_later_stages_refuse_is_one_list_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_recipe(**LATE)
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "mine", how])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = refused(capsys, "run", "mine", how).splitlines()
     assert len(lines) == len(REFUSED), lines
     assert [line for line, start in zip(lines, REFUSED, strict=True) if not line.startswith(start)] == []
     assert not Path("runs").exists()
@@ -80,12 +77,6 @@ def test_batches_are_divided_by_the_processes_that_will_run(tmp_path: Path, monk
     assert check_steps(steps, due=["2_sft"]) == [], "what has finished is not checked"
 
 
-def write_rows(path: str, *rows: dict[str, object]) -> str:
-    """Write a file of JSON Lines, and return its name."""
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def refused_data(**data: dict[str, object]) -> list[str]:
     """Return what is refused of a recipe whose steps read these data, each problem as one line."""
     steps = read_plan(write_recipe(**data)).steps
@@ -97,24 +88,21 @@ def test_wrong_questions_pairs_and_texts_are_one_list_before_the_first_step(
 ) -> None:
     """They were refused one after the other, some after a tokenizer had been trained."""
     monkeypatch.chdir(tmp_path)
-    texts = write_rows("texts.jsonl", {"body": "A sentence."})
-    questions = write_rows("questions.jsonl", *[{"frage": "1 + 1?", "antwort": "2"}] * 30)
+    texts = write_rows("texts.jsonl", [{"body": "A sentence."}])
+    questions = write_rows("questions.jsonl", [{"frage": "1 + 1?", "antwort": "2"}] * 30)
     Path("pairs.csv").write_text("query,positive,negative\nWhat?,This,That\n")
     talks = [{"messages": [{"speaker": "user", "utterance": "Hi"}]}] * 3
     write_recipe(
         **{
             "0_tokenizer": {"dataset_name": texts, "dataset_config": None},
             "1_pretrain": {"dataset_name": texts, "dataset_config": None},
-            "2_sft": {"dataset_name": write_rows("talks.jsonl", *talks), "dataset_config": None},
+            "2_sft": {"dataset_name": write_rows("talks.jsonl", talks), "dataset_config": None},
             "3_reward": {"dataset_name": "pairs.csv", "dataset_config": None},
             "4_grpo": {"dataset_name": questions, "dataset_config": None},
-            "evaluate": {"text": {"dataset_name": write_rows("test.jsonl", {"story": "A sentence."})}},
+            "evaluate": {"text": {"dataset_name": write_rows("test.jsonl", [{"story": "A sentence."}])}},
         }
     )
-    with pytest.raises(SystemExit) as ended:
-        main(["run", "mine"])
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = refused(capsys, "run", "mine").splitlines()
     assert [line.partition(": there is")[0] for line in lines if "there is no such column" in line] == [
         "1_pretrain: text_column: text",
         "3_reward: chosen_column: chosen",
@@ -138,10 +126,10 @@ def test_right_data_and_data_that_a_step_drops_are_not_refused(tmp_path: Path, m
     refused = refused_data(
         **{
             "1_pretrain": {"dataset_name": "notes", **none},
-            "2_sft": {"dataset_name": write_rows("bad.jsonl", *bad), "drop_bad_rows": True, **none},
-            "3_reward": {"dataset_name": write_rows("pairs.jsonl", pair, pair), **none},
+            "2_sft": {"dataset_name": write_rows("bad.jsonl", bad), "drop_bad_rows": True, **none},
+            "3_reward": {"dataset_name": write_rows("pairs.jsonl", [pair, pair]), **none},
             "4_grpo": {"dataset_name": "openai/gsm8k", "prompt_column": "question", **none},
-            "evaluate": {"problems": {"dataset_name": write_rows("test.jsonl", bad[0]), "grade": "math"}},
+            "evaluate": {"problems": {"dataset_name": write_rows("test.jsonl", bad[:1]), "grade": "math"}},
         }
     )
     assert refused == []
@@ -151,7 +139,7 @@ def test_large_files_are_read_as_streams(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(splits, "SMALL_BYTES", 10)
     questions = write_rows(
-        "questions.jsonl", *[{"question": "1 + 1?", "answer": "2"}] * 3, {"question": 7, "answer": "2"}
+        "questions.jsonl", [*[{"question": "1 + 1?", "answer": "2"}] * 3, {"question": 7, "answer": "2"}]
     )
     (refused,) = refused_data(**{"2_sft": {"dataset_name": questions, "dataset_config": None}})
     assert refused.startswith("2_sft: dataset_name: questions.jsonl, split train, row 3: ")

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from pipeline.__main__ import main
+from tests.helpers.refusals import refused
 from tests.runner.conftest import ROOT, Runner, configure, status
 
 
@@ -70,11 +70,8 @@ def test_what_is_not_a_recipe_folder_is_refused(
 ) -> None:
     Path("loop").symlink_to("loop")
     Path("empty").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        main(["run", recipe])
-    assert stop.value.code == 2
     expected = f"recipe: {recipe}: {expected}; give a folder with files such as 2_sft.yaml\n"
-    assert capsys.readouterr().err == expected
+    assert refused(capsys, "run", recipe) == expected
 
 
 def test_unreadable_files_of_a_folder_are_refused_and_nested_folders_ignored(folder: Path, run: Runner) -> None:
@@ -99,10 +96,7 @@ def test_a_late_step_that_would_be_refused_is_reported_before_the_first_one_runs
     configure(folder, "0_data", size_mb="big")
     configure(folder, "3_reward", dataset_name="runs/r/data", learning_rat=0.1, max_steps=0)
     configure(folder, "2_sft", seed=-3)
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipe", *dry])
-    assert stop.value.code == 2
-    expected = capfd.readouterr().err.splitlines()
+    expected = refused(capfd, "run", "recipe", *dry).splitlines()
     assert [line.split(":")[:2] for line in expected] == [
         ["0_data", " size_mb"], ["2_sft", " seed"], ["3_reward", " learning_rat"], ["3_reward", " max_steps"],
     ]  # fmt: skip
@@ -131,10 +125,7 @@ def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_o
     values = {"model_name_or_path": None, "dataset_name": "/nowhere/a.jsonl", "env": [1], "report_to": "nobody"}
     configure(folder, "2_sft", warmup_steps=50, max_steps=2, load_best_model_at_end=True, **values)
     (folder / "3_reward.yaml").unlink()
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipe"])
-    assert stop.value.code == 2
-    lines = sorted(capfd.readouterr().err.splitlines())
+    lines = sorted(refused(capfd, "run", "recipe").splitlines())
     for line, expected in zip(
         lines,
         (
@@ -234,10 +225,8 @@ def test_a_file_where_a_step_writes_is_refused_before_the_first_step(
 ) -> None:
     Path("runs/r").mkdir(parents=True)
     Path("runs/r", name).touch()
-    with pytest.raises(SystemExit) as stop:
-        main(["run", "recipe"])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"output_dir: runs/r/{name}: is not a directory; choose another one\n")
+    message = refused(capsys, "run", "recipe")
+    assert message.startswith(f"output_dir: runs/r/{name}: is not a directory; choose another one\n")
 
 
 SECONDS = '{"steps": {"2_sft": {"id": "a", "seconds": %s}}}'

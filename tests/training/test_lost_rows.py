@@ -13,7 +13,8 @@ from pipeline import progress
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.data.tokenized import drop_long_prompts
-from tests.helpers.small_model import conversation, recipe_command, tokenizer, write_lines
+from tests.helpers.files import write_rows
+from tests.helpers.small_model import conversation, recipe_command, tokenizer
 
 ROWS, TOO_LONG = 1500, 500
 LONG = "What is a cat? " * 20
@@ -37,7 +38,7 @@ def question(row: int) -> str:
 def trainer_of(recipe: str, folder: Path, rows: list[dict[str, Any]], *options: str) -> Any:
     """Return the trainer that a recipe would train on the `rows`."""
     made: list[Any] = []
-    data = ["--dataset_name", write_lines(folder / "rows.jsonl", rows), "--validation_share", "0"]
+    data = ["--dataset_name", write_rows(folder / "rows.jsonl", rows), "--validation_share", "0"]
     data += ["--eval_strategy", "no", "--max_length", "40", "--bf16", "false"]
     words = recipe_command(recipe, folder / "inputs", *data, *options)[2:]
     module = importlib.import_module(f"recipes.{recipe}")

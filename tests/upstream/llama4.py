@@ -119,14 +119,14 @@ REPRODUCTIONS: list[Callable[[], None]] = [
 
 
 def main() -> None:
-    found: dict[str, str | None] = {}
+    results: dict[str, str | None] = {}
     for reproduction in REPRODUCTIONS:
         try:
             reproduction()
-            found[reproduction.__name__] = None
+            results[reproduction.__name__] = None
         except Exception as error:  # noqa: BLE001 - whatever the library raises
-            found[reproduction.__name__] = repr(error)
-    print(json.dumps(found))
+            results[reproduction.__name__] = repr(error)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

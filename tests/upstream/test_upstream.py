@@ -21,7 +21,7 @@ WORKED_AROUND = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, str | None]:
+def reproductions() -> dict[str, str | None]:
     """What each reproduction found, in a process that imports nothing of this project."""
     script = Path(__file__).with_name("llama4.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, cwd=script.parent)
@@ -29,16 +29,16 @@ def found() -> dict[str, str | None]:
     return result
 
 
-def test_every_reproduction_is_listed(found: dict[str, str | None]) -> None:
-    assert set(found) == set(WORKED_AROUND)
+def test_every_reproduction_is_listed(reproductions: dict[str, str | None]) -> None:
+    assert set(reproductions) == set(WORKED_AROUND)
 
 
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=why)) for name, why in WORKED_AROUND.items()],
 )
-def test_a_library_is_correct(found: dict[str, str | None], name: str) -> None:
-    assert found[name] is None, found[name]
+def test_a_library_is_correct(reproductions: dict[str, str | None], name: str) -> None:
+    assert reproductions[name] is None, reproductions[name]
 
 
 def test_trl_trains_on_advantages_per_token() -> None:

@@ -29,7 +29,7 @@ def arguments(folder: Path, tasks: Any, **sizes: Any) -> ReasoningArguments:
     return ReasoningArguments(str(folder), tasks=tasks, **{**SIZES, **sizes})
 
 
-def refused(folder: Path, tasks: Any, **sizes: Any) -> dict[str, str]:
+def remedies(folder: Path, tasks: Any, **sizes: Any) -> dict[str, str]:
     with pytest.raises(UserError) as caught:
         build(arguments(folder, tasks, **sizes), reasoning_gym)
     assert not folder.exists()
@@ -178,15 +178,15 @@ def test_all_mistakes_in_the_tasks_are_found_before_anything_is_written(tmp_path
         "spell_backward": 3,
         "count_bits": {"weight": 0},
     }
-    found = refused(tmp_path / "data", tasks, test_rows=0, seed=-1, pair_rows=-2)
+    found = remedies(tmp_path / "data", tasks, test_rows=0, seed=-1, pair_rows=-2)
     assert found.keys() == {*tasks, "0", "-1", "-2"}
     assert "did you mean chain_sum?" in found["chain_sums"] and "argument 'max_valeu'" in found["gcd"]
     assert "max_value must be > min_value" in found["lcm"] and "'level': 'easy'" in found["chain_sum"]
-    assert refused(tmp_path / "data", {}) and refused(tmp_path / "data", ["gcd"])
+    assert remedies(tmp_path / "data", {}) and remedies(tmp_path / "data", ["gcd"])
 
 
 def test_a_task_whose_verifier_refuses_its_own_answers_is_named(tmp_path: Path) -> None:
-    found = refused(tmp_path / "data", {"propositional_logic": {}, "gcd": {}, "rearc": {}, "puzzle24": {}})
+    found = remedies(tmp_path / "data", {"propositional_logic": {}, "gcd": {}, "rearc": {}, "puzzle24": {}})
     assert found.keys() == {"propositional_logic", "rearc", "puzzle24"}
     assert "refuses 50 of 50 of its own answers" in found["propositional_logic"]
 
@@ -204,5 +204,5 @@ def test_a_single_row_that_is_refused_is_left_out(tmp_path: Path, caplog: pytest
 def test_a_task_with_too_few_problems_is_named(tmp_path: Path) -> None:
     assert (
         "too few different problems for validation"
-        in refused(tmp_path / "data", {"count_bits": {"max_n": 5}})["count_bits"]
+        in remedies(tmp_path / "data", {"count_bits": {"max_n": 5}})["count_bits"]
     )
