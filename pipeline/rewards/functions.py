@@ -8,11 +8,10 @@ be read: nothing is learned from the row. TRL's `log_metric` gets the shares of 
 import ast
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.rewards import answers
-from pipeline.rewards.annotators import taste
 from pipeline.rewards.checker import Checker
 from pipeline.rewards.grading import extract_code
 from pipeline.rewards.sandbox.run import run_many
@@ -164,26 +163,19 @@ def reasoning_gym(
     return _logged("reasoning_gym", found, rewards, columns)
 
 
-def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
-    """Return the simulated annotators' noise-free taste, which a reward model tries to learn.
-
-    Logged with weight 0, it shows whether the taste rises with the reward model's score; the recipes refuse any other
-    weight. The score is None if there is a `test`, because running code would take longer than the training.
-    """
-    columns["prompt"] = columns.get("prompts")
-    rewards: Rewards = []
-    for index, text in enumerate(read_texts(completions, columns)[0]):
-        row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
-        rewards.append(None if row.get("test") else taste(text, row))
-    return rewards
-
-
-REWARDS: dict[str, Callable[..., Rewards]] = {
-    reward.__name__: reward
-    for reward in (math_answer, exact_answer, choice, answer_format, call_cost, code_tests, reasoning_gym, hidden_taste)
+REWARDS = {
+    "math_answer": "pipeline.rewards.functions:math_answer",
+    "exact_answer": "pipeline.rewards.functions:exact_answer",
+    "choice": "pipeline.rewards.functions:choice",
+    "answer_format": "pipeline.rewards.functions:answer_format",
+    "call_cost": "pipeline.rewards.functions:call_cost",
+    "code_tests": "pipeline.rewards.functions:code_tests",
+    "reasoning_gym": "pipeline.rewards.functions:reasoning_gym",
+    "hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste",
 }
+"""Built-in rewards: the name in YAML files -> the function, which `pipeline.rewards.loading` imports."""
 
-MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
+MEASURED_ONLY = ("hidden_taste",)
 """Rewards that may not be trained on: their weight must be 0."""
 
 

@@ -32,4 +32,5 @@ class GuessLetter:
         return "yes" if asked == self._hidden else "later" if self._hidden > asked else "earlier"
 
 
-ENVIRONMENTS: dict[str, type] = {"guess_letter": GuessLetter}
+ENVIRONMENTS = {"guess_letter": "pipeline.tools.environments:GuessLetter"}
+"""Built-in environments: the name in YAML files -> the class, which `pipeline.tools.loading` imports."""

@@ -73,7 +73,8 @@ def run_programs(codes: Sequence[str]) -> list[str]:
     return results
 
 
-TOOLS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (calculator, python)}
+TOOLS = {"calculator": "pipeline.tools.functions:calculator", "python": "pipeline.tools.functions:python"}
+"""Built-in tools: the name in YAML files -> the function, which `pipeline.tools.loading` imports."""
 
 MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: run_programs}
 """Tools with one argument that answer several calls faster together than one by one."""

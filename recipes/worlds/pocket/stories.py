@@ -4,10 +4,10 @@ import random
 from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill
-from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import Thing, core
+from recipes.worlds.pocket.names import NAMES
+from recipes.worlds.pocket.phrasings import STATEMENTS, fill
+from recipes.worlds.pocket.remarks import SAID
+from recipes.worlds.pocket.things import Thing, core
 
 # With 12 places, 12 deeds and 40 people, stories cannot be memorised: a summary has to be copied from the story.
 SPOTS = (

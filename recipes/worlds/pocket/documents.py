@@ -3,11 +3,11 @@
 import random
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket import problems, snippets, stories
-from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
-from pipeline.data.pocket.remarks import GREETINGS
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
+from recipes.worlds.pocket import problems, snippets, stories
+from recipes.worlds.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
+from recipes.worlds.pocket.remarks import GREETINGS
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, things
 
 
 def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:

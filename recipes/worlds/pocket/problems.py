@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.names import ITEMS, NAMES
 
 WORKING = "Working:"
 """What worked solutions begin with."""

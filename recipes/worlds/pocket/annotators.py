@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pipeline.rewards.functions import Completion, Rewards, read_texts
 from pipeline.rewards.grading import grade
 
 # Remarks are recognised as whole words anywhere in an answer, in any case, and written here as `_flat` returns them.
@@ -140,6 +141,20 @@ def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence
     matches = zip(answers, opponents, rows, strict=True)
     differences = [taste(answer, row) - taste(opponent, row) for answer, opponent, row in matches]
     return [0.5 if abs(difference) < INDIFFERENCE else float(difference > 0) for difference in differences]
+
+
+def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
+    """Return the `taste` for each completion, which a reward model tries to learn: the reward `hidden_taste`.
+
+    Logged with weight 0, it shows whether the taste rises with the reward model's score. Recipes reject any other
+    weight. The reward is None for a row with a `test`, because running code would take longer than the training.
+    """
+    columns["prompt"] = columns.get("prompts")
+    rewards: Rewards = []
+    for index, text in enumerate(read_texts(completions, columns)[0]):
+        row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
+        rewards.append(None if row.get("test") else taste(text, row))
+    return rewards
 
 
 def _flat(text: str) -> str:

@@ -1,7 +1,7 @@
 """How careless people solve some of the tasks: the steps that a small model learns from before stage 4.
 
 Each step is right in itself, but with some probability the problem is misread, always in the same way, as in
-`pipeline.data.pocket.problems`. A model that imitates such solutions makes the same mistakes, but sampling still finds
+`recipes.worlds.pocket.problems`. A model that imitates such solutions makes the same mistakes, but sampling still finds
 the right way, which a verifier can reward.
 """
 

@@ -11,14 +11,14 @@ import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS, SplitName, option
 from pipeline.data.overlap import NgramIndex
-from pipeline.data.pocket import conversations, documents, problems
-from pipeline.data.pocket.conversations import distinct
-from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.things import things, things_of
 from pipeline.data.writing import card as write_card
 from pipeline.data.writing import write_data_set
 from pipeline.errors import Problem, refuse
 from pipeline.files import check_replaceable
+from recipes.worlds.pocket import conversations, documents, problems
+from recipes.worlds.pocket.conversations import distinct
+from recipes.worlds.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.things import things, things_of
 
 STRING = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", STRING), ("content", STRING)]))

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
-from pipeline.data.pocket.conversations import distinct
 from pipeline.data.writing import card, write_data_set
 from pipeline.errors import refuse
+from recipes.worlds.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
+from recipes.worlds.pocket.conversations import distinct
 
 CALL = pa.struct({"type": STRING, "function": pa.struct({"name": STRING, "arguments": STRING})})
 CONVERSATION = pa.schema(
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def build(args: PocketArguments) -> None:
-    """Generate all splits and write the repository; arguments and errors as for `pipeline.data.pocket.build.build`."""
+    """Generate all splits and write the repository; arguments and errors as for `recipes.worlds.pocket.build.build`."""
     refuse(*check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS))
     rows = ((config, split, _rows(args, config, split)) for config, splits in CONFIG_SPLITS.items() for split in splits)
     text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))

@@ -4,7 +4,7 @@ In them, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` t
 """
 
 from pipeline.data.arguments import SPLITS, SplitName
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, read_table
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, core, read_table
 
 _TEMPLATES: dict[tuple[str, str, str], list[str]] = {}
 for _row in read_table("phrasings.tsv"):

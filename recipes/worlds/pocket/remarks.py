@@ -1,5 +1,7 @@
 """Greetings, and the remarks of people who answer kindly, briskly or bluntly."""
 
+from recipes.worlds.pocket.problems import WORKING
+
 _REPLIES = {
     "Hello! How can I help you?": ("Hello!", "Hello", "Hello there!", "Hi!", "Hi", "Hi there.", "Hey!"),
     "Good morning! How can I help you?": ("Good morning!",),
@@ -20,3 +22,13 @@ BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
 SAID = (*KIND_CLOSINGS, *BRISK_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS)
 """Remarks that stories quote, so that a pretrained model knows their words before instruction tuning uses them."""
+
+CONSTANTS = (
+    *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
+    *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
+    *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
+)
+"""Texts that might please a judge whatever was asked, for `pipeline.evaluation.baselines`. `…` is the answer.
+
+They are kind, brisk and blunt remarks, openings, a cheer, a full stop and nothing.
+"""

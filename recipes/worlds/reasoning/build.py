@@ -13,13 +13,13 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS, option
-from pipeline.data.pocket.build import DOCUMENT, MESSAGES, STRING, PocketArguments, check_arguments
-from pipeline.data.pocket.documents import recital
-from pipeline.data.pocket.problems import WORKING
-from pipeline.data.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
-from pipeline.data.reasoning.worked import WORKED
 from pipeline.data.writing import card, write_data_set
 from pipeline.errors import Problem, RunStopped, UserError, refuse
+from recipes.worlds.pocket.build import DOCUMENT, MESSAGES, STRING, PocketArguments, check_arguments
+from recipes.worlds.pocket.documents import recital
+from recipes.worlds.pocket.problems import WORKING
+from recipes.worlds.reasoning.tasks import POOLS, SEEDS, Entry, Grade, read_tasks, to_row
+from recipes.worlds.reasoning.worked import WORKED
 
 logger = logging.getLogger(__name__)
 SCHEMAS: dict[str, pa.Schema] = {

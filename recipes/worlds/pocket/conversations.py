@@ -10,8 +10,8 @@ from itertools import cycle
 from typing import Any
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket import phrasings, problems, remarks, snippets, stories
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
+from recipes.worlds.pocket import phrasings, problems, remarks, snippets, stories
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, core, things_of, wrong_values
 
 ASPECTS = ("definition", *ATTRIBUTES)
 MANNERS = {"plain": (38, 38), "kind": (30, 8), "brisk": (8, 30), "blunt": (16, 16), "rambling": (8, 8)}
