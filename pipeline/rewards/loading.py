@@ -163,7 +163,9 @@ def call_reward(
         **more: Further arguments; they replace columns of the same name.
     """
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
-    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
+    columns = {}
+    for name in sorted(names):
+        columns[name] = [row.get(name) for row in rows]
     completions = []
     for answer in answers:
         completions.append([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
