@@ -22,10 +22,15 @@ FOLLOW_UPS = {aspect: templates[0] for (form, aspect, _), templates in _TEMPLATE
 
 
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
-    """Fill a template with a thing and the value of one of its attributes."""
-    noun, value = thing.noun, thing.facts[attribute] if attribute else ""
-    upper = {"X": noun[:1].upper() + noun[1:], "V": value[:1].upper() + value[1:]}
-    return template.format(x=noun, v=value, c=core(value), **upper)
+    """Fill a template with a thing and the value of one of its attributes (None: no value)."""
+    noun = thing.noun
+    value = thing.facts[attribute] if attribute else ""
+    return template.format(x=noun, X=_capitalised(noun), v=value, V=_capitalised(value), c=core(value))
+
+
+def _capitalised(text: str) -> str:
+    """Return a text whose first letter is a capital; unlike `str.capitalize`, leave the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:
