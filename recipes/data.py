@@ -18,10 +18,10 @@ python -m recipes.data --config recipes/pocket-reasoning/0_data.yaml
 ```
 """
 
-from pipeline.data.pocket import build as pocket
-from pipeline.data.pocket import tools
-from pipeline.data.reasoning import build as reasoning
 from pipeline.training.entry import run
+from recipes.worlds.pocket import build as pocket
+from recipes.worlds.pocket import tools
+from recipes.worlds.reasoning import build as reasoning
 
 
 def main(args: reasoning.ReasoningArguments) -> None:

@@ -82,12 +82,16 @@ def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> Non
     script.write_text(
         f"import sys\nfrom {module} import {function}\n"
         f"try:\n    sys.exit({function}())\nfinally:\n    import json, recipes, my_rewards; print(recipes.__file__)\n"
+        "    from pipeline.rewards.loading import load_function\n"
+        "    print(load_function('hidden_taste', '').__code__.co_filename)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: fourstage " in done.stdout and done.stdout.splitlines()[-1] == str(ROOT / "recipes/__init__.py")
+    recipes, annotators = done.stdout.splitlines()[-2:]
+    assert "usage: fourstage " in done.stdout and recipes == str(ROOT / "recipes/__init__.py")
+    assert annotators == str(ROOT / "recipes/worlds/pocket/annotators.py")
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

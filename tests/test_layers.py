@@ -1,10 +1,12 @@
 """The architecture: packages import only from layers below their own, and no modules import each other in a circle."""
 
 import ast
+import re
 from collections.abc import Iterator
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -24,6 +26,8 @@ LAYERS = [
 
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("pipeline/**/*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items()}
+WORLDS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("recipes/worlds/**/*.py")}
+"""The generated data, which is not in a layer; what else holds for modules holds for theirs."""
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -39,10 +43,11 @@ def imports(path: Path) -> Iterator[str]:
 
 def imported_modules(name: str) -> set[str]:
     """Return the modules of the project that a module imports."""
+    paths = MODULES | WORLDS
     project_modules = set()
-    for imported in imports(MODULES[name]):
-        module = imported if imported in MODULES else imported.rpartition(".")[0]
-        if module in MODULES and module not in ("pipeline", name):
+    for imported in imports(paths[name]):
+        module = imported if imported in paths else imported.rpartition(".")[0]
+        if module in paths and module not in ("pipeline", name):
             project_modules.add(module)
     return project_modules
 
@@ -64,8 +69,19 @@ def test_the_library_imports_neither_recipes_nor_tests(name: str) -> None:
     assert not [module for module in imports(MODULES[name]) if module.split(".")[0] in ("recipes", "tests")]
 
 
+def test_the_content_that_the_library_names_exists() -> None:
+    """`"recipes.worlds.pocket.things:things"` is imported when it is used, so no import fails if it is wrong."""
+    nodes = [node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names = {text for text in texts if re.fullmatch(r"recipes(\.\w+)+(:\w+)?", text)}
+    assert "recipes.worlds.pocket.annotators:hidden_taste" in names
+    for name in names:
+        resolve_name(name)
+
+
 def test_no_modules_import_each_other() -> None:
-    graph = {name: imported_modules(name) for name in MODULES if MODULES[name].name != "__init__.py"}
+    paths = MODULES | WORLDS
+    graph = {name: imported_modules(name) for name in paths if paths[name].name != "__init__.py"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -85,7 +101,7 @@ def test_every_data_file_is_installed() -> None:
 
 
 def test_folders_and_recipes_stay_small() -> None:
-    for folder in {path.parent for path in MODULES.values()}:
+    for folder in {path.parent for path in [*MODULES.values(), *WORLDS.values()]}:
         entries = [path for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
         assert len(entries) <= (20 if folder == ROOT / "pipeline" else 16), folder
     for path in (ROOT / "recipes").glob("*.py"):

@@ -121,6 +121,7 @@ def test_built_in_names_need_no_trust(downloaded: Path) -> None:
     with only_trusted([]):
         assert loadable_tools(downloaded) == {"problems": {"tools": ["calculator"]}}
         assert load_function("math_answer", "reward_funcs")
+        assert load_function("hidden_taste", "reward_funcs"), "content of `recipes/` is built in as well"
 
 
 @pytest.mark.parametrize("command", [["status"], ["report"], ["compare"], ["push", "--dry-run", "--repo_id", "a/b"]])

@@ -5,15 +5,16 @@ RUN/data/**/test.parquet   {"kind": "counting", "prompt": [...], "answer": "10"}
 """
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from pipeline.app.models import Loaded
-from pipeline.data.pocket.things import things
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
 from pipeline.evaluation.held_out import EXAMPLES, Reader
@@ -112,8 +113,11 @@ def what_may_be_asked(run: Path) -> str:
 
 def things_to_ask(run: Path) -> list[str]:
     """Return the things that a run of pocket knows, such as "a fox"; none for other data, or another release's."""
-    nouns = [thing.noun for thing in things()]
-    return nouns if what_may_be_asked(run).startswith(f"About {len(nouns)} things, such as a fox,") else []
+    match = re.match(r"About (\d+) things, such as a fox,", what_may_be_asked(run))
+    if match is None:
+        return []
+    nouns = [thing.noun for thing in resolve_name("recipes.worlds.pocket.things:things")()]
+    return nouns if len(nouns) == int(match[1]) else []
 
 
 def held_out_prompts(run: Path) -> list[HeldOutPrompt]:

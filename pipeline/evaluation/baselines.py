@@ -8,9 +8,8 @@
 """
 
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 
-from pipeline.data.pocket.problems import WORKING
-from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.held_out import HeldOut, Rows, subsample
 from pipeline.evaluation.metrics import record_greedy
 from pipeline.evaluation.results import StageResult
@@ -19,12 +18,8 @@ from pipeline.evaluation.win_rate import Matches, answer_both, record_wins
 from pipeline.preferences.judges import ANNOTATORS, Judge
 from pipeline.tools.chat_model import ChatModel
 
-CONSTANTS = (
-    *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
-    *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
-    *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
-)
-"""Texts added to answers: kind, brisk and blunt remarks, openings, a cheer, a full stop, nothing. `…` is the answer."""
+CONSTANTS = "recipes.worlds.pocket.remarks:CONSTANTS"
+"""Name of the texts that are added to answers, such as "… That is all.". `…` is the answer."""
 
 
 def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, elicit: Sequence[str]) -> None:
@@ -111,9 +106,10 @@ def answer_begun(chat: ChatModel, rows: Rows, prefix: str, before: Sequence[dict
 
 def find_constant(ours: Sequence[str], theirs: Sequence[str], rows: Rows, judge: Judge = ANNOTATORS) -> str:
     """Return the text of `CONSTANTS` that wins most often against `theirs` when added to `ours`; the first of a tie."""
-    wins = [0.0] * len(CONSTANTS)
+    constants: tuple[str, ...] = resolve_name(CONSTANTS)
+    wins = [0.0] * len(constants)
     for answer, other, row in zip(ours, theirs, rows, strict=True):
-        glued = [text.replace("…", answer) for text in CONSTANTS]
+        glued = [text.replace("…", answer) for text in constants]
         outcomes = judge.match(glued, [other] * len(glued), [row] * len(glued))
         wins = [won + (outcome or 0.0) for won, outcome in zip(wins, outcomes, strict=True)]
-    return CONSTANTS[wins.index(max(wins))]
+    return constants[wins.index(max(wins))]

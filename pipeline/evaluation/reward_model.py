@@ -19,7 +19,7 @@ from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.metrics import NUMBER, Metric
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list, read_json
-from pipeline.rewards.annotators import INDIFFERENCE
+from pipeline.preferences.judges import load_annotators
 
 Rate = Callable[[Sequence[Sequence[dict[str, str]]]], Sequence[float]]
 """Conversations that end with an answer -> a score for each."""
@@ -105,7 +105,8 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
 
     # Labels are a noisy sample of the annotators' taste. Here, the better answer is what they prefer on average.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
-    if tasted := [i for i, gap in enumerate(gaps) if abs(gap) >= INDIFFERENCE]:
+    indifference = load_annotators().INDIFFERENCE if gaps.any() else 0.0
+    if tasted := [i for i, gap in enumerate(gaps) if gap and abs(gap) >= indifference]:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
         _record_accuracy(result, "reward_accuracy_noise_free", better_first[tasted], [pairs[i] for i in tasted])
 

@@ -1,6 +1,6 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
-The labels come from simulated annotators (`pipeline.rewards.annotators`) or a judge (`pipeline.preferences.judges`).
+The labels come from simulated annotators (`recipes.worlds.pocket.annotators`) or a judge (see `judges.py`).
 The result is a data set in TRL's preference format, which cannot represent ties: they are dropped, and counted in
 README.md. Besides `prompt`, `chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first`
 ("chosen" or "rejected"), `kind` (of the prompt) and, in the test split only, `taste_chosen` and `taste_rejected`. With

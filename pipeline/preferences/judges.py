@@ -4,9 +4,11 @@ A function is a reward function, `package.module:function`: the answer with the 
 parameter `opponents`, it judges the pairs itself: 1 for an answer that wins, 0 for one that loses, and 0.5 for a tie.
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 from zlib import crc32
 
@@ -19,7 +21,6 @@ from pipeline.errors import Problem, UserError
 from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
 from pipeline.models.tokenizer import as_text, special_tokens
-from pipeline.rewards.annotators import judge_match
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
@@ -46,7 +47,17 @@ class Judge:
         return not self.needs_rules or is_gradable(row)
 
 
-ANNOTATORS = Judge("annotators who do not know which is which", judge_match, needs_rules=True, constants=1000)
+def load_annotators() -> ModuleType:
+    """Import the simulated annotators. They belong to pocket's world, not to the library, and are built in."""
+    return importlib.import_module("recipes.worlds.pocket.annotators")
+
+
+def match_by_taste(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Row]) -> list[float]:
+    """Judge as the simulated annotators do, without noise: a `Match`."""
+    return load_annotators().judge_match(answers, opponents, rows)
+
+
+ANNOTATORS = Judge("annotators who do not know which is which", match_by_taste, needs_rules=True, constants=1000)
 
 
 def load_judge(name: str | None) -> Judge:

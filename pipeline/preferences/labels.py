@@ -10,8 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from pipeline.data.messages import labelled_pair
-from pipeline.preferences.judges import ANNOTATORS, Judge
-from pipeline.rewards.annotators import INDIFFERENCE, PANEL, choose, judge_components, mean_taste
+from pipeline.preferences.judges import ANNOTATORS, Judge, load_annotators
 from pipeline.rewards.functions import read_texts
 
 T = TypeVar("T")
@@ -62,6 +61,7 @@ def label_answers(
     """
     # prompt     answers             comparisons           labels
     # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
+    annotators = load_annotators()
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
     # Index of the prompt's row, two answers in the order shown, and who compares them.
     comparisons: list[tuple[int, list[str], str]] = []
@@ -73,18 +73,18 @@ def label_answers(
         distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
         counts.dropped += len(candidates) - len(distinct)
         texts = zip(distinct, read_texts([read(answer) for answer in distinct], {})[0], strict=True)
-        seen.append({answer: judge_components(text, row) for answer, text in texts if judge is ANNOTATORS})
+        seen.append({answer: annotators.judge_components(text, row) for answer, text in texts if judge is ANNOTATORS})
         # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. A
         # judge compares the same pairs, because the draws are the same with and without one.
         rng = random.Random(f"{seed}/{index}")
         pairs = list(itertools.combinations(distinct, 2))
         for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
             shown = rng.sample(pair, 2)
-            annotator = rng.choice(PANEL)
+            annotator = rng.choice(annotators.PANEL)
             comparisons.append((index, shown, annotator.name if judge is ANNOTATORS else "judge"))
             if judge is ANNOTATORS:
                 first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
-                choices.append(choose(annotator, first, second, rng))
+                choices.append(annotators.choose(annotator, first, second, rng))
     if judge is not ANNOTATORS:
 
         def match(_: int, asked: Sequence[tuple[int, list[str], str]]) -> Sequence[float | None]:
@@ -103,8 +103,8 @@ def label_answers(
             continue
         row, components = rows[index], seen[index]
         pair = shown[choice], shown[1 - choice]
-        tastes = [mean_taste(components[answer]) for answer in pair if components]
-        if tastes and abs(tastes[0] - tastes[1]) >= INDIFFERENCE:
+        tastes = [annotators.mean_taste(components[answer]) for answer in pair if components]
+        if tastes and abs(tastes[0] - tastes[1]) >= annotators.INDIFFERENCE:
             agreements.append(tastes[0] > tastes[1])
         kept = tastes if tastes and keep_taste else (None, None)
         about: dict[str, Any] = {"annotator": name, "kind": row.get("kind") or "", "chosen_first": choice == 0}

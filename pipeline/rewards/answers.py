@@ -24,7 +24,7 @@ import unicodedata
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from itertools import accumulate, islice
+from itertools import islice
 
 MAX_TEXT_LENGTH = 100_000
 """Characters at the end of a text that are searched."""
@@ -49,7 +49,7 @@ ANNOUNCEMENT = re.compile(
     | (?<![^\W_])(?:the\s+)? (?:(?:final|correct)\s+)? (?:answer|ans\.?) [*_]{0,3} \s? [:=→]
     | ^[*_]{0,2} A [*_]{0,2} : [*_]{0,2} \ (?=\S+\ *$)
     | (?:^ | (?<=[.!?:]\s)) (?:(?:so|thus|hence|then|therefore),?\s)?
-      (?P<before>[*_$`"(\[+−-]{0,4} (?:\d\S{0,40} | [A-J][)\]*_]{0,4}))
+      (?P<leading>[*_$`"(\[+−-]{0,4} (?:\d\S{0,40} | [A-J][)\]*_]{0,4}))
       \s+is\s+(?:the|my|our)\s+ (?:(?:final|correct|right)\s+)? answer\b (?!\s*[:=] | \s+(?:to|of)\b)
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
@@ -62,10 +62,10 @@ _ABBREVIATION = re.compile(
     r"^(?:[A-Z]\.\s?){2,}(?=[A-Z](?:[a-z]|\b))|\b(?:Dr|Mrs?|Ms|St|Mt|Ft|Prof|Sgt|Capt|Rev)\.(?=\s[A-Z])"
     r"|\.{2,}(?=\s*\S)|\b(?:Rs|No|Vol|approx|ca)\.(?=\s?\d)|\b(?:sq|cu|approx|i\.e|e\.g)\.(?=[\s,]*[a-z])"
 )
-_TAKEN_BACK = re.compile(r"[\W_]*[Oo]r\b")
+_RETRACTION = re.compile(r"[\W_]*[Oo]r\b")
 # A sentence that begins with "Or" belongs to the one before, and takes back its answer: "B. Or C.".
 _SENTENCE_END = re.compile(
-    rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_TAKEN_BACK.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
+    rf"(?:[.!?](?=\s|$|[*_\"'”’)$<`\]])|\n)(?!{_RETRACTION.pattern})|</|\s\|(?=[ \t]*$)|,?\s(?=(?:because|since)\s)"
 )
 # Where an explanation may begin: after an answer of any kind (`relative`), and after a value.
 _EXPLAINED = re.compile(
@@ -164,19 +164,16 @@ NOT_UNITS = {
 }  # fmt: skip
 """Words after a number that change it, make it one of several, or retract it."""
 # Units that must not be confused: 2 minutes are not 2 hours.
-_UNITS = {
-    name: unit
-    for unit, names in {
-        "s": "s sec second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours", "day": "day days",
-        "week": "week weeks", "month": "month months", "year": "year years", "mm": "mm millimeters millimetres",
-        "cm": "cm centimeters centimetres", "m": "m meter meters metre metres", "km": "km kilometers kilometres",
-        "in": "inch inches", "ft": "ft foot feet", "yd": "yard yards", "mi": "mile miles", "mg": "mg milligrams",
-        "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pounds", "ml": "ml milliliters millilitres",
-        "l": "l liter liters litre litres", "$": "$ dollar dollars usd", "c": "cent cents ¢", "eur": "€ euro euros eur",
-        "%": "%",
-    }.items()
-    for name in names.split()
+_UNIT_NAMES = {
+    "s": "s sec second seconds", "min": "min mins minute minutes", "h": "h hr hrs hour hours", "day": "day days",
+    "week": "week weeks", "month": "month months", "year": "year years", "mm": "mm millimeters millimetres",
+    "cm": "cm centimeters centimetres", "m": "m meter meters metre metres", "km": "km kilometers kilometres",
+    "in": "inch inches", "ft": "ft foot feet", "yd": "yard yards", "mi": "mile miles", "mg": "mg milligrams",
+    "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pounds", "ml": "ml milliliters millilitres",
+    "l": "l liter liters litre litres", "$": "$ dollar dollars usd", "c": "cent cents ¢", "eur": "€ euro euros eur",
+    "%": "%",
 }  # fmt: skip
+_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
 # Other words of up to three letters that can be units.
 _BRIEF_UNITS = {
     "in", "dm", "dl", "cl", "oz", "pt", "pts", "hz", "khz", "kw", "kwh", "kj", "cal", "kb", "mb", "gb", "tb", "mph",
@@ -189,57 +186,80 @@ _SHORT_UNITS = "mghlsdLCFJNWVA"
 def extract_answer(text: str) -> str | None:
     r"""Return the final answer in `text` without its wrapping (`$…$`, `**…**`, quotes, the full stop), or None.
 
+    None means that no answer is announced, that it is longer than `MAX_ANSWER_LENGTH`, or that the text ends while the
+    model still thinks (`<think>` without `</think>`). Only the last `MAX_TEXT_LENGTH` characters are searched.
+
     >>> extract_answer("12 + 5 = 17. The answer is 17."), extract_answer("so\n#### 72")
     ('17', '72')
     """
-    _, ended, text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:]).rpartition("</think>")
-    if not ended and "<think>" in text:
+    text = _HIDDEN.sub("", text[-MAX_TEXT_LENGTH:])
+    _, end_of_thoughts, conclusion = text.rpartition("</think>")
+    if not end_of_thoughts and "<think>" in text:
         return None
-    if not (announcements := list(ANNOUNCEMENT.finditer(text))):
+    announcements = list(ANNOUNCEMENT.finditer(conclusion))
+    if not announcements:
         return None
+    answer = _announced(conclusion, announcements)
+    if answer is None or len(answer) > MAX_ANSWER_LENGTH:
+        return None
+    return unwrap(answer) or None
+
+
+def _announced(text: str, announcements: list[re.Match[str]]) -> str | None:
+    """Return what the last of the `announcements` in a text announces, or None if that is unfinished or retracted."""
     last = announcements[-1]
     rest = text[last.end() : last.end() + 2 * MAX_ANSWER_LENGTH]
-    answer: str | None
-    if last["before"]:
-        answer = None if _TAKEN_BACK.match(rest) else last["before"]
-    elif last.group().startswith("\\"):
-        answer = _boxed(text, announcements)
-    elif last.group().startswith("<"):
-        answer, closed, _ = rest.partition("</")
-        answer = answer if closed else None
-    elif last.group() == "####":
-        answer = _without_explanation(rest.strip().partition("\n")[0])
-    else:
-        rest = re.sub(r"^(?:[\s:=…]|\.{2,})*(?:[*_]{1,3}\s)?\s*", "", rest)
-        if block := _BLOCK.match(rest):
-            answer = block[block.lastindex or 0]
-        else:
-            # Take the first sentence, with the full stops of abbreviations temporarily hidden.
-            rest = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), rest)
-            answer = _without_explanation(_SENTENCE_END.split(rest, maxsplit=1)[0].replace("\ue000", "."))
-    return None if answer is None or len(answer) > MAX_ANSWER_LENGTH else unwrap(answer) or None
+    if last["leading"]:
+        # "20 is the answer. Or 21."
+        if _RETRACTION.match(rest):
+            return None
+        return last["leading"]
+    if last.group().startswith("\\"):
+        return _boxed(text, announcements)
+    if last.group().startswith("<"):
+        answer, closing_tag, _ = rest.partition("</")
+        return answer if closing_tag else None
+    if last.group() == "####":
+        line = rest.strip().partition("\n")[0]
+        return _without_explanation(line)
+
+    # "The answer is: …"
+    rest = re.sub(r"^(?:[\s:=…]|\.{2,})*(?:[*_]{1,3}\s)?\s*", "", rest)
+    block = _BLOCK.match(rest)
+    if block:
+        return block[block.lastindex or 0]
+    # Take the first sentence, with the full stops of abbreviations temporarily hidden.
+    rest = _ABBREVIATION.sub(lambda match: match[0].replace(".", "\ue000"), rest)
+    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0]
+    return _without_explanation(sentence.replace("\ue000", "."))
 
 
 def count_answers(text: str) -> int:
     """Count the final answers in `text`; one that is announced twice ("**Answer:** The answer is") counts once."""
     text = text[-MAX_TEXT_LENGTH:]
-    count, end, after_words = 0, 0, False
+    count = 0
+    end = 0
+    # Whether the previous announcement was in words; a box that follows belongs to it.
+    after_words = False
     for match in ANNOUNCEMENT.finditer(text):
-        boxed = match.group().startswith("\\")
-        repeated = (boxed and after_words) or not re.search(r"\w", text[end : match.start()])
-        count += not (count and repeated)
+        is_box = match.group().startswith("\\")
+        between = text[end : match.start()]
+        is_repeated = (is_box and after_words) or not re.search(r"\w", between)
+        if count == 0 or not is_repeated:
+            count += 1
         end = match.end()
-        after_words = not boxed
+        after_words = not is_box
     return count
 
 
 def unwrap(answer: str) -> str:
     """Remove white space, mathematics delimiters, emphasis, quotes and final punctuation around an answer."""
-    before = None
-    while before != answer:
-        before = answer
+    previous = None
+    while previous != answer:
+        previous = answer
         answer = answer.strip().rstrip(".,;:!?").strip("* \n\t“”")
-        if match := _WRAPPED.match(answer):
+        match = _WRAPPED.match(answer)
+        if match:
             answer = match[match.lastindex or 0]
     return answer
 
@@ -256,34 +276,47 @@ def number(answer: str, *, reduced: bool = False) -> Fraction | None:
     r"""Return the value of a plain number, or None: "1,234", "-0.5", "3/4", "1\frac{1}{2}", "$72", "50%", "14 apples".
 
     An equation has the value of its right side ("x = 5", "2 + 3 = 5"), and brackets around a number do not count.
-    "1.5 million", "1.5e6", "1.5 \times 10^6" and "10^3" are plain, but not other powers, "12e1", Roman numerals or more
-    than 1,000 digits. With `reduced`, a fraction must be in lowest terms, unlike "40/2".
+    Decimal digits of every script count. "1.5 million", "1.5e6", "1.5 \times 10^6" and "10^3" are plain, but not other
+    powers, "12e1", Roman numerals or more than 1,000 digits. With `reduced`, a fraction must be in lowest terms, unlike
+    "40/2".
     """
     return _quantity(answer, reduced)[0]
 
 
 def _quantity(answer: str, reduced: bool) -> tuple[Fraction | None, str | None]:
-    """Return the value of a plain number, and its unit if that is known."""
+    """Return the value of a plain number, and its unit as `_UNITS` calls it; None for what it lacks."""
     text = ascii_digits(unwrap(answer)).translate(_MINUS)
     if len(text) > 2 * MAX_DIGITS:
         return None, None
     for pattern, spelling in _SPELLINGS:
         text = re.sub(pattern, spelling, text)
     text = text.strip()
-    while (bracketed := _BRACKETS.fullmatch(text)) and "," not in text:
-        text = bracketed[bracketed.lastindex or 0].strip()
+    while (match := _BRACKETS.fullmatch(text)) and "," not in text:
+        text = match[match.lastindex or 0].strip()
+
+    # "2/3 ≈ 0.67" is two thirds.
     exact, *rounded = re.split(r"≈|\\approx(?![a-z])", text)
     if len(rounded) == 1 and is_rounded(_plain(rounded[0].strip(), False), _plain(exact.strip(), reduced)):
         text = exact
-    *left, text = re.split(r"=|≈|\\approx(?![a-z])", text)
-    value = _plain(text.strip(), reduced)
-    named = re.search(r"[$€¢%]|(?<=[\d\s])[A-Za-z]+", text)
-    unit = _UNITS.get(named[0].casefold()) if named else None
-    if value is None or not left:
+    *left_sides, right_side = re.split(r"=|≈|\\approx(?![a-z])", text)
+    value = _plain(right_side.strip(), reduced)
+    symbol = re.search(r"[$€¢%]|(?<=[\d\s])[A-Za-z]+", right_side)
+    unit = None
+    if symbol:
+        unit = _UNITS.get(symbol[0].casefold())
+    if value is None or not left_sides:
         return value, unit
+
     # Accept 2 + 3 = 5, 2 * 2 = 1 + 3 = 4 and x = 5, but not 4 = 5, which states two answers.
-    calculated = all(_ARITHMETIC.fullmatch(side) and _plain(side.strip(), False) in (None, value) for side in left)
-    return (value, unit) if calculated or (len(left) == 1 and is_name(left[0])) else (None, None)
+    is_definition = len(left_sides) == 1 and is_name(left_sides[0])
+    if is_definition or all(_is_calculation(side, value) for side in left_sides):
+        return value, unit
+    return None, None
+
+
+def _is_calculation(side: str, value: Fraction) -> bool:
+    """Return whether the left side of an equation is arithmetic, and not another number than its `value`."""
+    return _ARITHMETIC.fullmatch(side) is not None and _plain(side.strip(), False) in (None, value)
 
 
 def is_name(side: str) -> bool:
@@ -292,7 +325,7 @@ def is_name(side: str) -> bool:
 
 
 def is_rounded(rounded: Fraction | None, value: Fraction | None) -> bool:
-    """Return whether a number may be the rounded value of another one."""
+    """Return whether a number may be the rounded value of another one; False if either is None."""
     return rounded is not None and value is not None and abs(rounded - value) <= abs(value) / 50
 
 
@@ -301,57 +334,72 @@ def _plain(text: str, reduced: bool) -> Fraction | None:
     match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["decimals"]):
         return None
-
-    # The words that follow must be a unit. A few letters are mostly variables, as in 12x and 6ab^2.
     words = match["unit"].split()
-    if any(word.casefold() in NOT_UNITS or not word[0].isalpha() for word in words):
+    is_attached = text[match.start("unit") - 1].isdigit() and not match["unit"][:1].isspace()
+    if words and not _is_unit(words, is_attached):
         return None
-    if words:
-        letters = re.split(r"[/^²³.]", words[0])[0]
-        attached = text[match.start("unit") - 1].isdigit() and not match["unit"][0].isspace()
-        if len(letters) == 1:
-            if letters not in ("m" if re.search("[²³^]", words[0]) else _SHORT_UNITS):
-                return None
-        elif len(letters) <= (3 if attached else 2) and letters.casefold() not in _UNITS.keys() | _BRIEF_UNITS:
-            return None
 
     whole = match["whole"].replace(",", "")
     decimals = match["decimals"] or ""
     divisor = match["divisor"] or "1"
-    if len(whole) + len(decimals) + len(divisor) + len(match["mixed"] or "") > MAX_DIGITS or int(divisor) == 0:
+    mixed = match["mixed"] or ""
+    if len(whole) + len(decimals) + len(divisor) + len(mixed) > MAX_DIGITS or int(divisor) == 0:
         return None
-    value = Fraction(f"{whole or '0'}{decimals}") / int(divisor) + int(match["mixed"] or 0)
-    if reduced and match["divisor"] and (decimals or not 1 < int(divisor) == value.denominator):
+    value = Fraction(f"{whole or '0'}{decimals}") / int(divisor) + int(mixed or 0)
+    if reduced and match["divisor"]:
+        in_lowest_terms = int(divisor) > 1 and int(divisor) == value.denominator
+        if decimals or not in_lowest_terms:
+            return None
+    signs = match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")
+    if signs.count("-") > 1:
         return None
-    minuses = (match["sign"] + match["inner_sign"] + (match["divisor_sign"] or "")).count("-")
-    return None if minuses > 1 else -value if minuses else value
+    return -value if "-" in signs else value
 
 
-def same_answer(reference: str, given: str) -> bool:
+def _is_unit(words: list[str], is_attached: bool) -> bool:
+    """Return whether the words that follow a number can be its unit; `is_attached` if no space precedes them."""
+    if any(word.casefold() in NOT_UNITS or not word[0].isalpha() for word in words):
+        return False
+    letters = re.split(r"[/^²³.]", words[0])[0]
+    if len(letters) == 1:
+        # Of the units of one letter, only metres are raised to a power.
+        has_power = re.search("[²³^]", words[0])
+        return letters in ("m" if has_power else _SHORT_UNITS)
+    # A few letters are mostly variables, as in 12x and 6ab^2.
+    longest_variable = 3 if is_attached else 2
+    return len(letters) > longest_variable or letters.casefold() in _UNITS.keys() | _BRIEF_UNITS
+
+
+def same_answer(reference: str, answer: str) -> bool:
     """Return whether an answer is its reference, as normalised text or as a plain number in lowest terms.
 
     A unit is ignored unless both have different ones, or it is a per cent sign that the reference lacks. A fraction
     must be in lowest terms, as graders of MATH demand: otherwise, it is an unsolved division.
     """
-    if normalise_answer(given) == normalise_answer(reference):
+    if normalise_answer(answer) == normalise_answer(reference):
         return True
     expected, expected_unit = _quantity(reference, reduced=False)
-    value, unit = _quantity(given, reduced=True)
+    value, unit = _quantity(answer, reduced=True)
     if expected is None or value != expected:
         return False
-    return unit in (None, expected_unit) or (expected_unit is None and unit != "%")
+    if unit is None or unit == expected_unit:
+        return True
+    return expected_unit is None and unit != "%"
 
 
 def _without_explanation(answer: str) -> str:
     """Cut off an explanation, as in "20 (4 times 5)" or "20, which is even", but not the offer of another answer."""
     for match in islice(_EXPLAINED.finditer(answer[:MAX_ANSWER_LENGTH]), 20):
-        head, tail = answer[: match.start()], answer[match.end() :]
-        value, stated = number(head), number(tail.strip("()[] "))
+        head = answer[: match.start()]
+        tail = answer[match.end() :]
+        value = number(head)
+        # A number in the tail is another answer, unless it is the same one, or its rounded value.
+        restated = number(tail.strip("()[] "))
         if "=" in tail:
-            restated = stated == value
+            is_restated = restated == value
         else:
-            restated = bool(_ROUNDED.match(tail)) and (value is None or is_rounded(stated, value))
-        if HEDGE.search(tail) or (not restated and (stated is not None or _ANOTHER.match(tail))):
+            is_restated = bool(_ROUNDED.match(tail)) and (value is None or is_rounded(restated, value))
+        if HEDGE.search(tail) or (not is_restated and (restated is not None or _ANOTHER.match(tail))):
             break
         is_value = value is not None or re.search(r"\$$|\\\)$|\*\*$", head)
         if (is_value or match["relative"] is not None) and _EXPLANATION.match(tail):
@@ -360,26 +408,44 @@ def _without_explanation(answer: str) -> str:
 
 
 def _boxed(text: str, announcements: list[re.Match[str]]) -> str | None:
-    r"""Return what is in the last box, or in the box around it, so that `\boxed{1 or \boxed{2}}` is one answer."""
+    r"""Return what is in the last box, or in the box around it, so that `\boxed{1 or \boxed{2}}` is one answer.
+
+    None if the braces of the last box are not closed within `MAX_ANSWER_LENGTH` characters.
+    """
     last = announcements[-1]
     answer = None
     for box in announcements[-4:]:
         rest = text[box.end() :][: MAX_ANSWER_LENGTH + 1]
         if box.group().endswith("{"):
-            depths = accumulate((letter == "{") - (letter == "}") for letter in rest)
-            length = next((index for index, depth in enumerate(depths) if depth < 0), None)
-            answer = None if length is None else rest[:length]
-        else:
+            answer = _up_to_closing_brace(rest)
+        elif box is last:
             # "\boxed 20" has no braces.
-            answer = re.split(r"[^-+\d.,/]", rest[:MAX_ANSWER_LENGTH], maxsplit=1)[0] if box is last else None
+            answer = re.split(r"[^-+\d.,/]", rest[:MAX_ANSWER_LENGTH], maxsplit=1)[0]
+        else:
+            answer = None
         if answer is not None and box.end() + len(answer) > last.start():
             return answer
     return answer
 
 
+def _up_to_closing_brace(text: str) -> str | None:
+    """Return the text in front of the brace that closes one before it; None if it is not closed."""
+    depth = 1
+    for index, letter in enumerate(text):
+        if letter == "{":
+            depth += 1
+        elif letter == "}":
+            depth -= 1
+        if depth == 0:
+            return text[:index]
+    return None
+
+
 def _power_of_ten(match: re.Match[str], exponent: int) -> str:
     """Write a power of ten as a decimal number. Values below 100, which nobody writes like that, are left unchanged."""
-    return match[0] if abs(exponent) < 2 else format(Decimal(f"{match[1] or 1}e{exponent}"), "f")
+    if abs(exponent) < 2:
+        return match[0]
+    return format(Decimal(f"{match[1] or 1}e{exponent}"), "f")
 
 
 def ascii_digits(text: str) -> str:

@@ -39,10 +39,16 @@ PATIENCE_SECONDS = 30.0
 
 @dataclass
 class Checker:
-    """A child process, started on first use: `python -m module`, which calls `serve`.
+    """A child process that judges answers, started on first use.
 
-    Questions that take too long get the reply `slow`. After five of them, the rest of a call gets it without being
-    judged, so that a policy that writes such answers cannot stall its training.
+    Attributes:
+        module: What the child runs, `python -m module`, which calls `serve`.
+        purpose: Who needs the process, for the message if it does not start: "math-verify, which math_answer".
+        slow: Reply to a question that takes too long. After five of them, the rest of a call gets it without being
+            judged, so that a policy that writes such answers cannot stall its training.
+        process: The child, or None before the first question and after one that took too long.
+        connection: This process's end of the connection to the child.
+        lock: Held while a question is asked, because threads share the connection.
     """
 
     module: str
@@ -53,15 +59,19 @@ class Checker:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask_all(self, questions: Sequence[Any]) -> list[Any]:
-        """Ask every distinct question, a tuple of JSON values, once. The reply is None if the machine is too busy."""
+        """Ask every distinct question, a tuple of JSON values, once. Return a reply to each of `questions`, in order.
+
+        A reply is what the child's `judge` returns, `slow`, or None if the machine is too busy.
+        """
         replies = dict.fromkeys(questions, self.slow)
-        asked = list(replies)
+        distinct = list(replies)
         number_slow = 0
-        for index, question in enumerate(asked):
+        for index, question in enumerate(distinct):
             try:
                 replies[question] = self.ask(question)
             except TimeoutError:
-                replies.update(dict.fromkeys(asked[index:]))
+                # A busy machine has no verdict on this question, nor on those after it.
+                replies.update(dict.fromkeys(distinct[index:]))
                 break
             except (EOFError, OSError):
                 number_slow += 1
@@ -70,7 +80,13 @@ class Checker:
         return [replies[question] for question in questions]
 
     def ask(self, question: Any) -> Any:
-        """Return the child's reply. Raise a `TimeoutError` on a busy machine, and an `EOFError` for a slow answer."""
+        """Return the child's reply.
+
+        Raises:
+            TimeoutError: If the machine is too busy for a verdict.
+            EOFError: If judging took longer than `SECONDS`, so that the kernel ended the child. Also an `OSError`.
+            RunStopped: If the child does not start.
+        """
         with self.lock:
             if self.process is None:
                 self.start()
@@ -84,15 +100,15 @@ class Checker:
                 raise
 
     def start(self) -> None:
-        """Start the child and wait until it says that it is ready."""
-        self.connection, theirs = multiprocessing.Pipe()
-        with theirs:
+        """Start the child and wait until it says that it is ready, or raise `RunStopped`."""
+        self.connection, child_end = multiprocessing.Pipe()
+        with child_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, str(theirs.fileno())],
+                [sys.executable, "-m", self.module, str(child_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
                 cwd=Path(__file__).parents[2],
                 # Threads that NumPy starts before the child is confined would not be confined.
                 env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -112,7 +128,11 @@ class Checker:
 
 
 def serve(judge: Callable[[Any], Any]) -> None:
-    """Reply to each question with the result of `judge`, which must have done all its imports: the child's loop."""
+    """Reply to each question with the result of `judge`, until the connection ends: the child's loop.
+
+    The process is confined first, so `judge` must have done all its imports. Limits are tested in
+    `tests/rewards/test_functions.py` and `test_task_check.py`.
+    """
     connection = Connection(int(sys.argv[1]))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory, contextlib.suppress(EOFError):
         os.chdir(directory)

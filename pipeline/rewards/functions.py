@@ -8,11 +8,10 @@ be read: nothing is learned from the row. TRL's `log_metric` gets the shares of 
 import ast
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.rewards import answers
-from pipeline.rewards.annotators import taste
 from pipeline.rewards.checker import Checker
 from pipeline.rewards.grading import extract_code
 from pipeline.rewards.sandbox.run import run_many
@@ -48,29 +47,34 @@ def math_answer(completions: Sequence[Completion], answer: Sequence[str], **colu
     cent. A reference is bare ("72") or in any form that a completion's final answer may have. The reward is None if it
     is empty or consists of words (see `exact_answer`).
     """
-    found, references, problems = _read_answers(completions, answer, columns)
+    finals, references, problems = _read_answers(completions, answer, columns)
     rewards: Rewards = []
     # Questions that a comparison as text or numbers leaves open, by row; without an answer, they test the reference.
     questions: dict[int, tuple[str, str | None, bool]] = {}
-    for index, (reference, given) in enumerate(zip(references, found, strict=True)):
+    for index, (reference, final) in enumerate(zip(references, finals, strict=True)):
         if reference is None or _WORDS.fullmatch(answers.normalise_answer(reference)):
             rewards.append(None)
             continue
-        copied = given is not None and _is_copied(given, problems[index])
-        same = given is not None and answers.same_answer(reference, given) and not (copied and _POWER.search(given))
-        rewards.append(float(same))
+        is_copied = final is not None and _is_copied(final, problems[index])
+        is_same = final is not None and answers.same_answer(reference, final)
+        # A power that the problem states is not solved by repeating it.
+        if is_same and is_copied and _POWER.search(final or ""):
+            is_same = False
+        rewards.append(float(is_same))
         # If the reference is a plain number, the answer must be one, too: algebra would accept an unsolved sum.
         if answers.number(reference) is None:
-            questions[index] = reference, None if same else given, copied
+            questions[index] = (reference, None if is_same else final, is_copied)
 
-    verdicts = math_judge.ask_all(list(questions.values())) if questions else []
-    for (index, (_, given, _)), verdict in zip(questions.items(), verdicts, strict=True):
-        if given is not None and verdict is not None:
+    verdicts = []
+    if questions:
+        verdicts = math_judge.ask_all(list(questions.values()))
+    for (index, (_, final, _)), verdict in zip(questions.items(), verdicts, strict=True):
+        if final is not None and verdict is not None:
             rewards[index] = float(verdict)
         # Nothing is learned from references that math-verify cannot parse, even if the answer is the same text.
         elif not verdict:
             rewards[index] = None
-    return _logged("math_answer", found, rewards, columns)
+    return _logged("math_answer", finals, rewards, columns)
 
 
 def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
@@ -78,12 +82,14 @@ def exact_answer(completions: Sequence[Completion], answer: Sequence[str], **col
 
     Plain numbers are compared by value ("1,000" is "1000"). The reward is None if the reference is empty.
     """
-    found, references, _ = _read_answers(completions, answer, columns)
-    rewards: Rewards = [
-        None if reference is None else float(given is not None and answers.same_answer(reference, given))
-        for reference, given in zip(references, found, strict=True)
-    ]
-    return _logged("exact_answer", found, rewards, columns)
+    finals, references, _ = _read_answers(completions, answer, columns)
+    rewards: Rewards = []
+    for reference, final in zip(references, finals, strict=True):
+        if reference is None:
+            rewards.append(None)
+        else:
+            rewards.append(float(final is not None and answers.same_answer(reference, final)))
+    return _logged("exact_answer", finals, rewards, columns)
 
 
 def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: Any) -> Rewards:
@@ -91,28 +97,38 @@ def choice(completions: Sequence[Completion], answer: Sequence[str], **columns: 
 
     The reward is None if the reference is not a single letter.
     """
-    found = [_letter(answers.extract_answer(text)) for text in read_texts(completions, columns)[0]]
-    references = [_letter(_reference(text)) or _letter(str(text)) for text in answer]
-    pairs = zip(references, found, strict=True)
-    rewards: Rewards = [None if reference is None else float(given == reference) for reference, given in pairs]
-    return _logged("choice", found, rewards, columns)
+    texts, _ = read_texts(completions, columns)
+    letters = [_letter(answers.extract_answer(text)) for text in texts]
+    rewards: Rewards = []
+    for text, letter in zip(answer, letters, strict=True):
+        reference = _letter(_reference(text)) or _letter(str(text))
+        if reference is None:
+            rewards.append(None)
+        else:
+            rewards.append(float(letter == reference))
+    return _logged("choice", letters, rewards, columns)
 
 
 def answer_format(completions: Sequence[Completion], **columns: Any) -> Rewards:
     """Return 1.0 if a completion states exactly one final answer, right or wrong; give this reward a low weight."""
     texts, _ = read_texts(completions, columns)
-    found = [answers.extract_answer(text) for text in texts]
-    pairs = zip(texts, found, strict=True)
-    rewards: Rewards = [float(given is not None and answers.count_answers(text) == 1) for text, given in pairs]
-    return _logged("answer_format", found, rewards, columns)
+    finals = [answers.extract_answer(text) for text in texts]
+    rewards: Rewards = []
+    for text, final in zip(texts, finals, strict=True):
+        rewards.append(float(final is not None and answers.count_answers(text) == 1))
+    return _logged("answer_format", finals, rewards, columns)
 
 
 def call_cost(completions: Sequence[Completion], call_cost: Sequence[float] | None = None, **columns: Any) -> Rewards:
     """Return minus the cost of a completion's tool calls: `call_cost` per call, or 1 without that column."""
+    costs = call_cost or [1.0] * len(completions)
     rewards: Rewards = []
-    for completion, cost in zip(completions, call_cost or [1.0] * len(completions), strict=True):
-        messages = (message for message in completion if isinstance(message, dict))
-        rewards.append(-cost * sum(len(message.get("tool_calls") or ()) for message in messages))
+    for completion, cost in zip(completions, costs, strict=True):
+        calls = 0
+        for message in completion:
+            if isinstance(message, dict):
+                calls += len(message.get("tool_calls") or ())
+        rewards.append(-cost * calls)
     return rewards
 
 
@@ -122,13 +138,16 @@ def code_tests(completions: Sequence[Completion], test: Sequence[str], **columns
     `test` has Python assertions about what the code defines (see `pipeline.rewards.sandbox.run`). The reward is None if
     they are empty or not valid Python, or if the machine is too busy.
     """
-    codes = [_python(extract_code(text)) for text in read_texts(completions, columns)[0]]
+    texts, _ = read_texts(completions, columns)
+    codes = [_python(extract_code(text)) for text in texts]
     tests = [_python(text) for text in test]
     rewards: Rewards = [None if source is None else 0.0 for source in tests]
     _logged("code_tests", codes, rewards, columns)
     # All pairs run in one batch, so that every core has work.
-    numbered = enumerate(zip(codes, tests, strict=True))
-    pairs = {index: (code, source) for index, (code, source) in numbered if code and source}
+    pairs: dict[int, tuple[str, str]] = {}
+    for index, (code, source) in enumerate(zip(codes, tests, strict=True)):
+        if code and source:
+            pairs[index] = (code, source)
     for index, outcome in zip(pairs, run_many(list(pairs.values())), strict=True):
         rewards[index] = None if outcome.status == "busy" else float(outcome.passed)
     return rewards
@@ -149,85 +168,116 @@ def reasoning_gym(
     its `metadata` is not a JSON object, or the machine is too busy.
     """
     texts, problems = read_texts(completions, columns)
-    found = [answers.extract_answer(text) for text in texts]
-    for index, text in enumerate(texts):
-        # The last tags, if the final answer is between them: "<answer>'a'\n'b'</answer>".
-        start = text.rfind("<answer>") + len("<answer>")
-        end = text.find("</answer>", start, start + answers.MAX_ANSWER_LENGTH + len("</answer>"))
-        if start >= len("<answer>") and end >= 0 and found[index] == answers.unwrap(text[start:end].strip()):
-            found[index] = text[start:end].strip()
-
-    rows = zip(kind, problems, map(str, answer), metadata, (given or "" for given in found), strict=True)
-    scores = task_judge.ask_all(list(rows))
-    # Some verifiers pay for empty answers.
-    rewards: Rewards = [score and score * (given is not None) for score, given in zip(scores, found, strict=True)]
-    return _logged("reasoning_gym", found, rewards, columns)
-
-
-def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
-    """Return the simulated annotators' noise-free taste, which a reward model tries to learn.
-
-    Logged with weight 0, it shows whether the taste rises with the reward model's score; the recipes refuse any other
-    weight. The score is None if there is a `test`, because running code would take longer than the training.
-    """
-    columns["prompt"] = columns.get("prompts")
+    finals = [_tagged(text, answers.extract_answer(text)) for text in texts]
+    questions = list(zip(kind, problems, map(str, answer), metadata, (final or "" for final in finals), strict=True))
     rewards: Rewards = []
-    for index, text in enumerate(read_texts(completions, columns)[0]):
-        row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
-        rewards.append(None if row.get("test") else taste(text, row))
-    return rewards
+    for score, final in zip(task_judge.ask_all(questions), finals, strict=True):
+        # Some verifiers pay for empty answers.
+        rewards.append(0.0 if score is not None and final is None else score)
+    return _logged("reasoning_gym", finals, rewards, columns)
 
 
-REWARDS: dict[str, Callable[..., Rewards]] = {
-    reward.__name__: reward
-    for reward in (math_answer, exact_answer, choice, answer_format, call_cost, code_tests, reasoning_gym, hidden_taste)
+def _tagged(text: str, final: str | None) -> str | None:
+    """Return the final answer of a text verbatim if it is between its last tags: "<answer>'a'\\n'b'</answer>"."""
+    tag = text.rfind("<answer>")
+    if tag < 0:
+        return final
+    start = tag + len("<answer>")
+    end = text.find("</answer>", start, start + answers.MAX_ANSWER_LENGTH + len("</answer>"))
+    if end < 0:
+        return final
+    verbatim = text[start:end].strip()
+    return verbatim if final == answers.unwrap(verbatim) else final
+
+
+REWARDS = {
+    "math_answer": "pipeline.rewards.functions:math_answer",
+    "exact_answer": "pipeline.rewards.functions:exact_answer",
+    "choice": "pipeline.rewards.functions:choice",
+    "answer_format": "pipeline.rewards.functions:answer_format",
+    "call_cost": "pipeline.rewards.functions:call_cost",
+    "code_tests": "pipeline.rewards.functions:code_tests",
+    "reasoning_gym": "pipeline.rewards.functions:reasoning_gym",
+    "hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste",
 }
+"""Built-in rewards: the name in YAML files -> the function, which `pipeline.rewards.loading` imports."""
 
-MEASURED_ONLY: tuple[Callable[..., Rewards], ...] = (hidden_taste,)
+MEASURED_ONLY = ("hidden_taste",)
 """Rewards that may not be trained on: their weight must be 0."""
 
 
 def read_texts(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Return the text to judge in each completion (the last message, if the assistant's), and the problem's text."""
-    texts, problems = [], []
-    for completion, prompt in zip(completions, columns.get("prompts") or [""] * len(completions), strict=True):
-        asked = {"content": prompt} if isinstance(prompt, str) else (prompt or [{}])[-1]
-        problems.append(str(asked.get("content") or ""))
+    """Return the text to judge in each completion, and the text of each problem.
+
+    The text of a completion is its last message, or "" if that is not the assistant's. `columns` may have `prompts`; a
+    problem is the last message of its prompt, or "" without prompts.
+    """
+    texts = []
+    problems = []
+    prompts = columns.get("prompts") or [""] * len(completions)
+    for completion, prompt in zip(completions, prompts, strict=True):
+        if isinstance(prompt, str):
+            problems.append(prompt)
+        else:
+            problems.append(_last_content(prompt))
+
+        if not isinstance(completion, str):
+            is_assistant = not completion or completion[-1].get("role", "assistant") == "assistant"
+            texts.append(_last_content(completion) if is_assistant else "")
         # A repeated prompt is cut off, because it is not part of the model's answer.
-        if isinstance(completion, str):
-            texts.append(completion.removeprefix(prompt) if isinstance(prompt, str) else completion)
-            continue
-        last = completion[-1] if completion else {}
-        texts.append(str(last.get("content") or "") if last.get("role", "assistant") == "assistant" else "")
+        elif isinstance(prompt, str):
+            texts.append(completion.removeprefix(prompt))
+        else:
+            texts.append(completion)
     return texts, problems
+
+
+def _last_content(messages: Sequence[dict[str, Any]] | None) -> str:
+    """Return the text of the last message, "" without one."""
+    if not messages:
+        return ""
+    return str(messages[-1].get("content") or "")
 
 
 def _reference(text: object) -> str | None:
     """Return the answer in a reference: the announced one, or else the whole text; None if it is empty."""
-    text = str(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else ""
-    announced = answers.extract_answer(text)
-    return announced if announced or len(text) > answers.MAX_ANSWER_LENGTH else answers.unwrap(text) or None
+    # YAML and JSON may have numbers.
+    if not isinstance(text, str | int | float) or isinstance(text, bool):
+        return None
+    announced = answers.extract_answer(str(text))
+    if announced or len(str(text)) > answers.MAX_ANSWER_LENGTH:
+        return announced
+    return answers.unwrap(str(text)) or None
 
 
 def _read_answers(
     completions: Sequence[Completion], answer: Sequence[object], columns: dict[str, Any]
 ) -> tuple[list[str | None], list[str | None], list[str]]:
-    """Return the final answer of each completion, its reference, and the text of its problem."""
+    """Return the final answer of each completion, its reference, and the text of its problem.
+
+    A final answer or a reference is None if there is none to read.
+    """
     texts, problems = read_texts(completions, columns)
     references = [_reference(text) for text in answer]
-    found = [answers.extract_answer(text) for text in texts]
-    for index, (given, reference) in enumerate(zip(found, references, strict=True)):
+    finals = [answers.extract_answer(text) for text in texts]
+    for index, (final, reference) in enumerate(zip(finals, references, strict=True)):
         # Cut off a per cent sign that the problem mentions and the reference omits.
-        if given and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
-            found[index] = _PERCENT.sub("", given)
-    return found, references, problems
+        if final and _PERCENT.search(problems[index]) and not _PERCENT.search(reference or ""):
+            finals[index] = _PERCENT.sub("", final)
+    return finals, references, problems
 
 
 def _is_copied(answer: str, problem: str) -> bool:
     """Return whether an answer is part of the problem, ignoring spaces and delimiters."""
-    words = (_DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split() for text in (answer, problem))
-    part, whole = (re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(some)) for some in words)
+    part = _without_delimiters(answer)
+    whole = _without_delimiters(problem)
     return bool(problem) and re.search(rf"(?<![^\W_]){re.escape(part)}(?![^\W_])", whole) is not None
+
+
+def _without_delimiters(text: str) -> str:
+    """Return a text in lower case, without delimiters of LaTeX and without spaces around signs."""
+    words = _DELIMITERS.sub("", text[-answers.MAX_TEXT_LENGTH :]).casefold().split()
+    return re.sub(r" ?([^\w\s]) ?", r"\1", " ".join(words))
 
 
 def _letter(answer: str | None) -> str | None:
@@ -240,6 +290,7 @@ def _letter(answer: str | None) -> str | None:
 
 
 def _python(source: object) -> str | None:
+    """Return a source that is valid Python and not empty, or None."""
     # Hostile source may make the parser raise any of these.
     with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
         if isinstance(source, str) and ast.parse(source) and source.strip():
@@ -247,10 +298,10 @@ def _python(source: object) -> str | None:
     return None
 
 
-def _logged(name: str, found: Sequence[object], rewards: Rewards, columns: dict[str, Any]) -> Rewards:
-    """Log the shares of answers and of references that could not be read, and return the rewards."""
+def _logged(name: str, finals: Sequence[object], rewards: Rewards, columns: dict[str, Any]) -> Rewards:
+    """Log the shares of answers and of references that could not be read (None), and return the rewards."""
     log_metric = columns.get("log_metric")
     if log_metric is not None and rewards:
-        log_metric(f"{name}/unparseable", sum(answer is None for answer in found) / len(found))
+        log_metric(f"{name}/unparseable", sum(final is None for final in finals) / len(finals))
         log_metric(f"{name}/unparseable_references", sum(reward is None for reward in rewards) / len(rewards))
     return rewards

@@ -6,7 +6,7 @@ answers). Phrases are matched as whole words, in any case.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,8 @@ from pipeline.rewards.sandbox.run import run_many
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?:[.!?;](?=\s|$)|\n)+")
 
-# Columns by which an answer is graded.
 RULE_COLUMNS = ("require", "reject", "max_words", "test")
+"""Columns by which an answer is graded."""
 
 
 def is_gradable(row: Mapping[str, Any]) -> bool:
@@ -27,35 +27,47 @@ def is_gradable(row: Mapping[str, Any]) -> bool:
 
 
 def validate_rule(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a row's grading rules, or None."""
-    require, reject = row.get("require") or [], row.get("reject") or []
-    lists = require if isinstance(require, list) else [None]
-    if not all(isinstance(options, list) and all(isinstance(item, str) for item in options) for options in lists):
+    """Return what is wrong with a row's grading rules, such as "max_words is 'ten', not a whole number", or None."""
+    require = row.get("require") or []
+    if not isinstance(require, list) or not all(map(_is_list_of_texts, require)):
         return f"require is {require!r:.60}, not a list of lists of phrases"
-    if not (isinstance(reject, list) and all(isinstance(item, str) for item in reject)):
+    reject = row.get("reject") or []
+    if not _is_list_of_texts(reject):
         return f"reject is {reject!r:.60}, not a list of phrases"
-    if not isinstance(row.get("max_words") or 0, int):
-        return f"max_words is {row['max_words']!r:.60}, not a whole number"
-    return None if isinstance(row.get("test") or "", str) else f"test is {row['test']!r:.60}, not Python code"
+    max_words = row.get("max_words") or 0
+    if not isinstance(max_words, int):
+        return f"max_words is {max_words!r:.60}, not a whole number"
+    test = row.get("test") or ""
+    if not isinstance(test, str):
+        return f"test is {test!r:.60}, not Python code"
+    return None
+
+
+def _is_list_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 # An answer is compared with many phrases, and a phrase with many answers.
-_fold = lru_cache(4096)(lambda text: " ".join(text.replace("\u2019", "'").casefold().split()))
+@lru_cache(4096)
+def _fold(text: str) -> str:
+    """Return a text in lower case, with single spaces and straight apostrophes."""
+    return " ".join(text.replace("\u2019", "'").casefold().split())
 
 
 def contains(text: str, phrase: str) -> bool:
     """Return whether `phrase` occurs as whole words, in any case: "cat" not in "category", 12 not in 12.5."""
-    wanted, folded = _fold(phrase), _fold(text)
+    folded_phrase = _fold(phrase)
+    folded_text = _fold(text)
     # Most phrases do not occur at all, and this check is faster than the pattern.
-    if not wanted or wanted not in folded:
+    if not folded_phrase or folded_phrase not in folded_text:
         return False
-    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(wanted)}(?!\w)(?![.,]\d)", folded) is not None
+    return re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(folded_phrase)}(?!\w)(?![.,]\d)", folded_text) is not None
 
 
 def extract_code(answer: str) -> str:
     """Return the Python source in `answer`: its first fenced block, or all of it."""
-    fenced = _FENCE.search(answer)
-    return fenced.group(1) if fenced else answer
+    match = _FENCE.search(answer)
+    return match.group(1) if match else answer
 
 
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -63,13 +75,7 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
 
     An empty answer is never correct, and a missing field requires nothing. Raise `RunStopped` if code cannot be run.
     """
-    correct = []
-    for answer, row in zip(answers, rows, strict=True):
-        words = len(answer.split())
-        rejected = any(contains(answer, phrase) for phrase in row.get("reject") or ())
-        complete = all(any(contains(answer, phrase) for phrase in options) for options in row.get("require") or ())
-        correct.append(0 < words <= (row.get("max_words") or words) and complete and not rejected)
-
+    correct = [_is_right_text(answer, row) for answer, row in zip(answers, rows, strict=True)]
     # Code only runs if everything else is already right.
     code = [i for i, row in enumerate(rows) if correct[i] and row.get("test")]
     outcomes = run_many([(extract_code(answers[i]), rows[i]["test"]) for i in code])
@@ -78,6 +84,21 @@ def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[boo
     for i, outcome in zip(code, outcomes, strict=True):
         correct[i] = outcome.passed
     return correct
+
+
+def _is_right_text(answer: str, row: Mapping[str, Any]) -> bool:
+    """Return whether an answer is correct by `require`, `reject` and `max_words`."""
+    words = len(answer.split())
+    longest = row.get("max_words") or words
+    if not 0 < words <= longest:
+        return False
+    if _contains_any(answer, row.get("reject") or ()):
+        return False
+    return all(_contains_any(answer, options) for options in row.get("require") or ())
+
+
+def _contains_any(text: str, phrases: Iterable[str]) -> bool:
+    return any(contains(text, phrase) for phrase in phrases)
 
 
 def has_steps(answer: str) -> bool:

@@ -12,10 +12,12 @@ import functools
 import importlib
 import inspect
 import shlex
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from textwrap import shorten
 from typing import Any, SupportsFloat
 
@@ -24,6 +26,11 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from pipeline.errors import Problem, RunStopped, UserError, collect, refuse
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
+
+MOVED = {"pipeline.rewards.functions:hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste"}
+"""Functions of ours that YAML files and runs may name by an earlier place: that place -> the present one."""
+TRAINER_OBJECTS = ("trainer_state", "environments", "log_extra", "log_metric")
+"""What trainers pass to rewards although it is not data."""
 
 _trusted: frozenset[str] | None = None
 """What files of a run may name although it is not ours; None while all names come from the user."""
@@ -36,7 +43,8 @@ def only_trusted(names: Collection[str]) -> Iterator[None]:
     The names in our own tables, such as `REWARDS` and `TOOLS`, are always loaded. All threads are affected.
     """
     global _trusted
-    previous, _trusted = _trusted, frozenset(names)
+    previous = _trusted
+    _trusted = frozenset(names)
     try:
         yield
     finally:
@@ -51,7 +59,11 @@ def check_trust(name: str, field: str) -> None:
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """Load rewards by name: at least one of `REWARDS`, or of any importable `package.module:function`."""
+    """Load at least one reward by name: keys of `REWARDS`, or importable functions `package.module:function`.
+
+    Raises:
+        UserError: With all names that cannot be loaded; `field` is the field that has them.
+    """
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []
     for name in names:
@@ -65,16 +77,16 @@ def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Call
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
     """Load one reward as `load_rewards` does; functions of the user are guarded by `guard_reward`."""
-    function, fault = find_named(name, field, REWARDS), None
+    function = find_named(name, field, REWARDS)
     if ":" in name:
-        # Some functions written in C do not have a signature.
-        with contextlib.suppress(ValueError, TypeError):
-            parameters = inspect.signature(function).parameters.values()
-            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-                return guard_reward(function, name, field)
-        fault = "TRL passes every column by name; accept them all: f(completions, **columns)"
+        if not _accepts_every_column(function):
+            fault = "TRL passes every column by name; accept them all: f(completions, **columns)"
+            raise UserError(Problem(field, name, fault))
+        return guard_reward(function, name, field)
+
     # Check this now rather than after hours of training.
-    elif name == "code_tests":
+    fault = None
+    if name == "code_tests":
         fault = validate_sandbox()
     elif name == "reasoning_gym" and find_spec("reasoning_gym") is None:
         fault = "needs reasoning-gym, which is not installed; pip install 'fourstage[reasoning]'"
@@ -83,35 +95,80 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     return function
 
 
-def find_named(name: str, field: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """Return the function or class for a name in `known`, or for `package.module:name`."""
-    module_name, colon, key = name.rpartition(":")
-    if colon:
-        check_trust(name, field)
-        try:
-            module = importlib.import_module(module_name)
-        # A user's module may raise anything.
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
-        known = {key: value for key, value in vars(module).items() if callable(value)}
-    if key in known:
-        return known[key]
-    nearest = [f"did you mean {module_name}{colon}{one}?" for one in difflib.get_close_matches(key, known, n=1)]
-    if colon:
-        remedy = "; ".join([f"{module_name} does not have a function {key}", *nearest])
-    else:
-        remedy = f"{(nearest or ['is not known.'])[0]} Known: {', '.join(known)}; or write package.module:name"
+def _accepts_every_column(function: Callable[..., Any]) -> bool:
+    """Return whether a function has `**columns`; False if it is written in C and does not have a signature."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return False
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def find_named(name: str, field: str, table: Mapping[str, str]) -> Callable[..., Any]:
+    """Import the function or class that a name refers to.
+
+    Args:
+        name: A key of `table`, or `package.module:name`.
+        field: The field that has the name, for error messages.
+        table: Our own functions or classes: short name -> `package.module:name`. They are always trusted.
+
+    Raises:
+        UserError: If nothing has this name, its module cannot be imported, or `check_trust` rejects it.
+    """
+    if name in table:
+        return resolve_name(table[name])
+    if ":" not in name:
+        nearest = difflib.get_close_matches(name, table, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "is not known."
+        remedy = f"{hint} Known: {', '.join(table)}; or write package.module:name"
+        raise UserError(Problem(field, name, remedy))
+
+    check_trust(name, field)
+    module_name, _, key = MOVED.get(name, name).rpartition(":")
+    try:
+        module = importlib.import_module(module_name)
+    # A user's module may raise anything.
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(Problem(field, name, f"cannot import {module_name} ({reason})")) from error
+    members = {member: value for member, value in vars(module).items() if callable(value)}
+    if key in members:
+        return members[key]
+    remedy = f"{module_name} does not have a function {key}"
+    nearest = difflib.get_close_matches(key, members, n=1)
+    if nearest:
+        remedy = f"{remedy}; did you mean {module_name}:{nearest[0]}?"
     raise UserError(Problem(field, name, remedy))
+
+
+def built_in_name(function: object) -> str | None:
+    """Return the name in `REWARDS` of a function, or None if it is not one of them."""
+    for name, path in REWARDS.items():
+        # A function whose module has not been imported yet cannot be this one.
+        module_name, _, key = path.partition(":")
+        if getattr(sys.modules.get(module_name), key, None) is function:
+            return name
+    return None
 
 
 def call_reward(
     function: Callable[..., Any], answers: Sequence[Any], rows: Sequence[Mapping[str, Any]], **more: Any
 ) -> Sequence[float | None]:
-    """Call a reward function as trainers do, with answers as messages, and columns and `more` by name."""
+    """Call a reward function as trainers do, with answers as messages, and columns by name.
+
+    Args:
+        function: The reward.
+        answers: The answer to each row: a text, or messages.
+        rows: Rows with a `prompt`. Every other column of any row becomes an argument, None where a row lacks it.
+        **more: Further arguments; they replace columns of the same name.
+    """
     names = {name for row in rows for name in row} - {"prompt", "prompts", "completions", *more}
-    columns = {name: [row.get(name) for row in rows] for name in sorted(names)}
-    completions = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in answers]
+    columns = {}
+    for name in sorted(names):
+        columns[name] = [row.get(name) for row in rows]
+    completions = []
+    for answer in answers:
+        completions.append([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
     return function(completions=completions, prompts=[row["prompt"] for row in rows], **columns, **more)
 
 
@@ -119,20 +176,22 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     """Give a reward function its own copy of all data, and raise a `UserError` if it fails or returns no rewards.
 
     TRL passes the same lists to every function, so a function that edits them would change what the next one judges.
-    The function may be asynchronous, or a callable object. Those in `REWARDS` are returned unchanged.
+    The function may be asynchronous, or a callable object. Functions in `REWARDS` are returned unchanged.
     """
-    if function in REWARDS.values() or hasattr(function, "is_guarded"):
+    if built_in_name(function) or hasattr(function, "is_guarded"):
         return function
 
-    def copied(completions: Any, columns: dict[str, Any]) -> dict[str, Any]:
-        columns |= {} if completions is None else {"completions": completions}
-        # These are trainer objects, not data.
-        own = ("trainer_state", "environments", "log_extra", "log_metric")
-        return {key: value if key in own else copy.deepcopy(value) for key, value in columns.items()}
+    def copy_data(completions: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {key: value if key in TRAINER_OBJECTS else copy.deepcopy(value) for key, value in columns.items()}
+        # The reward of an environment does not get completions.
+        if completions is not None:
+            arguments["completions"] = copy.deepcopy(completions)
+        return arguments
 
-    def checked(rewards: Any, completions: Any, columns: dict[str, Any]) -> Any:
-        # The reward of an environment does not need completions.
-        if fault := _find_fault(rewards, len(columns["environments"] if completions is None else completions)):
+    def check_returned(rewards: Any, completions: Any, columns: Mapping[str, Any]) -> Any:
+        judged = columns["environments"] if completions is None else completions
+        fault = _find_fault(rewards, len(judged))
+        if fault:
             expected = "return a list with a number, or None for no opinion, for each completion"
             raise UserError(Problem(field, name, f"returned {fault}; {expected}"))
         return rewards
@@ -140,12 +199,14 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
     @functools.wraps(function)
     def guarded(completions: Any = None, **columns: Any) -> Any:
         with user_code(name, field):
-            return checked(function(**copied(completions, columns)), completions, columns)
+            rewards = function(**copy_data(completions, columns))
+            return check_returned(rewards, completions, columns)
 
     @functools.wraps(function)
     async def awaited(completions: Any = None, **columns: Any) -> Any:
         with user_code(name, field):
-            return checked(await function(**copied(completions, columns)), completions, columns)
+            rewards = await function(**copy_data(completions, columns))
+            return check_returned(rewards, completions, columns)
 
     # TRL checks beforehand whether a function is asynchronous, and logs the reward under its name.
     guard: Any = awaited if is_async_callable(function) else guarded
@@ -162,26 +223,32 @@ def user_code(name: str, field: str) -> Iterator[None]:
     except (UserError, RunStopped):
         raise
     except (Exception, SystemExit) as error:
-        # Name a line in the function's own file rather than in a library that it called.
         package = Path(__file__).parents[1]
-        frames = [one for one in traceback.extract_tb(error.__traceback__) if package not in Path(one.filename).parents]
-        lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
-        place = f" ({frames[0].filename}:{lines[-1]})" if frames else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        foreign = [frame for frame in frames if package not in Path(frame.filename).parents]
+        place = ""
+        if foreign:
+            # Name a line in the function's own file, the first one, rather than in a library that it called.
+            file = foreign[0].filename
+            lines = [frame.lineno for frame in foreign if frame.filename == file]
+            place = f" ({file}:{lines[-1]})"
         raised = f"raised {type(error).__name__}: {shorten(str(error), 200)}{place}"
         raise UserError(Problem(field, name, f"{raised}; correct it")) from error
 
 
 def _find_fault(rewards: Any, count: int) -> str | None:
-    """Return the fault of `rewards`, which should be a number or None for each of `count` completions, or None."""
+    """Return what is wrong with `rewards`, or None. They should be a number or None for each of `count` completions."""
     if isinstance(rewards, str | Mapping) or not isinstance(rewards, Collection):
         return f"{type(rewards).__name__} {str(rewards)[:40]!r}"
     if len(rewards) != count:
         return f"{len(rewards)} rewards for {count} completions"
     for row, reward in enumerate(rewards):
+        if reward is None:
+            continue
         # NumPy's strings support conversion to float, and so do arrays of several numbers.
         is_number = isinstance(reward, SupportsFloat) and not isinstance(reward, str) and not getattr(reward, "ndim", 0)
-        # The sum of squares of larger numbers would be infinite in float32.
-        if reward is not None and not (is_number and abs(float(reward)) < 1e30):
-            shown = reward if is_number else f"{type(reward).__name__} {str(reward)[:40]!r}"
-            return f"{shown} for completion {row} of {count}, counted from 0"
+        # The sum of squares of larger numbers would be infinite in float32. NaN is not below any number.
+        if not is_number or not abs(float(reward)) < 1e30:
+            text = f"{reward}" if is_number else f"{type(reward).__name__} {str(reward)[:40]!r}"
+            return f"{text} for completion {row} of {count}, counted from 0"
     return None

@@ -14,11 +14,9 @@ single expressions, and an answer must be as simple as its reference, in the sam
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import sympy
@@ -69,12 +67,23 @@ _COMMON = {
 
 
 def judge(question: tuple[str, str | None, bool]) -> bool | None:
-    """Return whether an answer equals its reference, or None if that cannot be read; True without an answer."""
+    """Judge whether an answer equals its reference.
+
+    Args:
+        question: The reference, the answer, and whether the answer must have the same form, since it may be copied from
+            the problem. Without an answer (None), only the reference is judged.
+
+    Returns:
+        Whether they are equal, True for a reference that can be read and no answer, or None if the reference cannot be
+        read.
+    """
     reference, answer, literal = question
     if len(reference) > MAX_CHARACTERS or not _is_readable(_spell(reference)):
         return None
-    if answer is None or len(answer) > MAX_CHARACTERS:
-        return answer is None
+    if answer is None:
+        return True
+    if len(answer) > MAX_CHARACTERS:
+        return False
     return _is_same(_spell(reference), _spell(answer), literal, ordered=literal)
 
 
@@ -83,10 +92,14 @@ def _spell(text: str) -> str:
     text = answers.ascii_digits(answers.unwrap(text))
     for pattern, spelling in _SPELLINGS:
         text = re.sub(pattern, spelling, text)
-    unit = _UNITS.search(text := text.strip())
+    text = text.strip()
+    unit = _UNITS.search(text)
     if unit is None or ":" in text or answers.HEDGE.search(unit[0]):
         return text
-    return text[: unit.start()] if answers.NOT_UNITS.isdisjoint(unit[0].casefold().split()) else text
+    words = unit[0].casefold().split()
+    if not answers.NOT_UNITS.isdisjoint(words):
+        return text
+    return text[: unit.start()]
 
 
 def split(text: str) -> tuple[str, list[str]]:
@@ -95,108 +108,160 @@ def split(text: str) -> tuple[str, list[str]]:
     Sets and lists ("x = 1 or x = 2", `\pm 1`) are of the kind ",", unions "∪". Inequalities are intervals.
     """
     text = re.sub(r"^(?:[A-Za-z]\s*∈|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)\s*=)", "", text.strip()).strip()
-    if match := _BETWEEN.fullmatch(text):
-        low, first, second, high = match.groups()
-        if first in "<≤" and second in "<≤":
-            return ("[" if first == "≤" else "(") + ("]" if second == "≤" else ")"), [low, high]
-    if match := _BEYOND.fullmatch(text):
-        _, sign, bound = match.groups()
-        if sign in "<≤":
-            return "(" + ("]" if sign == "≤" else ")"), [r"-\infty", bound]
-        return ("[" if sign == "≥" else "(") + ")", [bound, r"\infty"]
+    interval = _interval(text)
+    if interval is not None:
+        return interval
 
-    if len(parts := _split_outside(text, re.compile("∪"))) > 1:
+    parts = _split_outside(text, re.compile("∪"))
+    if len(parts) > 1:
         return "∪", parts
-    if len(parts := _split_outside(text, _SEPARATOR)) > 1:
-        unite = "or" in text and all(map(_BEYOND.fullmatch, map(str.strip, parts)))
-        return "∪" if unite else ",", parts
+    parts = _split_outside(text, _SEPARATOR)
+    if len(parts) > 1:
+        # "x < 1 or x > 2" is a union of intervals.
+        is_union = "or" in text and all(_BEYOND.fullmatch(part.strip()) for part in parts)
+        return ("∪" if is_union else ","), parts
     # Brackets around everything make a set, a tuple or an interval. Those of an interval need not match: [1,2).
-    depths = list(accumulate((letter in _OPENING) - (letter in _CLOSING) for letter in text))
+    depths = _depths(text)
     if text and text[0] in _OPENING and 0 not in depths[:-1] and depths[-1] == 0:
-        inner = _split_outside(text[1:-1], _SEPARATOR)
+        elements = _split_outside(text[1:-1], _SEPARATOR)
         if text[0] in "{⦃":
-            return ",", inner
-        if len(inner) > 1:
-            return text[0] + text[-1], inner
+            return ",", elements
+        if len(elements) > 1:
+            return text[0] + text[-1], elements
     if text.count(r"\pm") == 1:
         return ",", [text.replace(r"\pm", "+"), text.replace(r"\pm", "-")]
     return "", [text]
 
 
+def _interval(text: str) -> tuple[str, list[str]] | None:
+    """Return an inequality as `split` returns an interval: "1 < x ≤ 2" as ("(]", ["1", "2"]); None for other texts."""
+    if match := _BETWEEN.fullmatch(text):
+        low, first, second, high = match.groups()
+        if first in "<≤" and second in "<≤":
+            opening = "[" if first == "≤" else "("
+            closing = "]" if second == "≤" else ")"
+            return opening + closing, [low, high]
+    if match := _BEYOND.fullmatch(text):
+        _, sign, bound = match.groups()
+        if sign in "<≤":
+            return ("(]" if sign == "≤" else "()"), [r"-\infty", bound]
+        return ("[)" if sign == "≥" else "()"), [bound, r"\infty"]
+    return None
+
+
+def _depths(text: str) -> list[int]:
+    """Return how many brackets are open after each character: [1, 1, 0] for "(x)"."""
+    depth = 0
+    depths = []
+    for letter in text:
+        if letter in _OPENING:
+            depth += 1
+        elif letter in _CLOSING:
+            depth -= 1
+        depths.append(depth)
+    return depths
+
+
 def _split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    parts, start = [], 0
-    depths = accumulate((letter in _OPENING) - (letter in _CLOSING) for letter in text)
-    for position, depth in enumerate(depths):
-        if depth == 0 and position >= start and (match := separator.match(text, position)):
+    """Split a text at separators outside of brackets, and drop empty parts."""
+    parts = []
+    start = 0
+    for position, depth in enumerate(_depths(text)):
+        if depth != 0 or position < start:
+            continue
+        match = separator.match(text, position)
+        if match:
             parts.append(text[start:position])
             start = match.end()
-    return [part for part in [*parts, text[start:]] if part.strip()]
+    parts.append(text[start:])
+    return [part for part in parts if part.strip()]
 
 
 def _is_label(reference: str) -> bool:
     """Return whether a reference is not mathematics (a time, date, score or words), so that only its text is right."""
     # math-verify does not read numbers with a base, such as 101_2.
-    based = re.search(r"\d_", reference)
-    words = re.search(r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)[A-Za-z]{4,}", reference)
-    return bool(based or words or ":" in reference or re.fullmatch(r"[\d\s./-]*", reference))
+    has_base = re.search(r"\d_", reference)
+    has_words = re.search(r"(?<![\\A-Za-z])(?<!begin\{)(?<!end\{)[A-Za-z]{4,}", reference)
+    return bool(has_base or has_words or ":" in reference or re.fullmatch(r"[\d\s./-]*", reference))
 
 
 def _is_readable(reference: str) -> bool:
-    kind, parts = split(reference)
-    if kind and parts:
-        return all(map(_is_readable, parts))
+    """Return whether a reference, or each of its elements, is a number, a label, or an expression for math-verify."""
+    kind, elements = split(reference)
+    if kind and elements:
+        return all(map(_is_readable, elements))
     return number(reference) is not None or _is_label(reference) or bool(_read(reference))
 
 
 def _is_same(reference: str, answer: str, literal: bool, ordered: bool) -> bool:
     """Compare two texts element by element; the order of sets and lists only matters if `ordered`."""
     if _is_label(reference):
-        return same_answer(*(re.sub("[{}]", "", text) for text in (reference, answer)))
+        return same_answer(re.sub("[{}]", "", reference), re.sub("[{}]", "", answer))
     kind, expected = split(reference)
-    given_kind, given = split(answer)
-    if not kind and given_kind == "," and len(given) == 1:
-        given_kind = ""
-    if kind != given_kind or len(expected) != len(given):
+    answer_kind, elements = split(answer)
+    # A set of one element is the element.
+    if not kind and answer_kind == "," and len(elements) == 1:
+        answer_kind = ""
+    if kind != answer_kind or len(expected) != len(elements):
         return False
-
     if not kind:
-        # "y = 2x" equals "2x" if only one has a left side, or both have the same.
-        left, equals, right = reference.partition("=")
-        given_left, given_equals, given_right = answer.partition("=")
-        if "=" not in right and "=" not in given_right:
-            same_left = equals and given_equals and left.split() == given_left.split()
-            if same_left or (equals and not given_equals and is_name(left)):
-                reference = right
-            if same_left or (given_equals and not equals and is_name(given_left)):
-                answer = given_right
-        return _is_same_expression(reference, answer, literal)
+        return _is_same_expression(*_without_left_sides(reference, answer), literal)
 
     # "x = 1, y = 2" is compared name by name.
-    names, given_names = ([part.rpartition("=")[0].strip() for part in parts] for parts in (expected, given))
-    if kind == "," and (len({*names} - {""}) > 1 or len({*given_names} - {""}) > 1):
-        if sorted(names) != sorted(given_names):
+    expected_names = [_left_side(element) for element in expected]
+    names = [_left_side(element) for element in elements]
+    if kind == "," and (_has_several(expected_names) or _has_several(names)):
+        if sorted(expected_names) != sorted(names):
             return False
-        expected = [part for _, part in sorted(zip(names, expected, strict=True), key=itemgetter(0))]
-        given = [part for _, part in sorted(zip(given_names, given, strict=True), key=itemgetter(0))]
+        expected = sorted(expected, key=_left_side)
+        elements = sorted(elements, key=_left_side)
         ordered = True
     if ordered or kind not in (",", "∪"):
-        return all(_is_same(one, other, literal, ordered) for one, other in zip(expected, given, strict=True))
-    for one in expected:
-        found = next((other for other in given if _is_same(one, other, literal, ordered)), None)
-        if found is None:
+        pairs = zip(expected, elements, strict=True)
+        return all(_is_same(*pair, literal, ordered) for pair in pairs)
+
+    # In any order, each element of the answer may serve once.
+    for reference_element in expected:
+        equal = next((element for element in elements if _is_same(reference_element, element, literal, ordered)), None)
+        if equal is None:
             return False
-        given.remove(found)
+        elements.remove(equal)
     return True
+
+
+def _left_side(equation: str) -> str:
+    """Return what is left of the last equals sign, "" without one."""
+    return equation.rpartition("=")[0].strip()
+
+
+def _has_several(names: list[str]) -> bool:
+    return len(set(names) - {""}) > 1
+
+
+def _without_left_sides(reference: str, answer: str) -> tuple[str, str]:
+    """Cut off names: "y = 2x" equals "2x" if only one of both has a left side, or both have the same."""
+    name, equals, right = reference.partition("=")
+    answer_name, answer_equals, answer_right = answer.partition("=")
+    if "=" in right or "=" in answer_right:
+        return reference, answer
+    if equals and answer_equals:
+        return (right, answer_right) if name.split() == answer_name.split() else (reference, answer)
+    if equals and is_name(name):
+        return right, answer
+    if answer_equals and is_name(answer_name):
+        return reference, answer_right
+    return reference, answer
 
 
 @lru_cache(maxsize=4096)
 def _read(expression: str) -> list[Any]:
+    """Return the readings of an expression by math-verify, without evaluation; mostly one, or none."""
     expression = expression.translate(_COMMANDS)
     # Without spaces, math-verify would read 2ab as 2 with a unit.
     if "\\int" not in expression:
         expression = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,3}(?![A-Za-z])", lambda run: " ".join(run[0]), expression)
-    found = parse(f"${expression}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
-    return [one for one in found if isinstance(one, sympy.Basic | sympy.MatrixBase)]
+    readings = parse(f"${expression}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
+    return [reading for reading in readings if isinstance(reading, sympy.Basic | sympy.MatrixBase)]
 
 
 def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
@@ -208,96 +273,136 @@ def _is_same_expression(reference: str, answer: str, literal: bool) -> bool:
 
     # First, the answer as text: it must not contain signs or commands that could compute or hide something.
     answer, _, rounded = answer.partition(r"\approx")
-    special = set(re.findall(r"[^\w\s\\{}()\[\]^+*/=<>.-]|_", answer))
-    used, known = (set(re.findall(r"\\([A-Za-z]+|[^A-Za-z])", text)) for text in (answer, reference))
-    if not special <= set(reference) or not used <= _COMMON | known:
+    if not _uses_common_signs(answer, reference):
         return False
     # The answer may end a correct calculation: "2\sqrt{2} + \sqrt{2} = 3\sqrt{2}".
     if "=" in answer and "=" not in reference:
-        left, _, answer = answer.rpartition("=")
-        if not verify(_read(left), _read(answer), timeout_seconds=0):
+        calculation, _, answer = answer.rpartition("=")
+        if not verify(_read(calculation), _read(answer), timeout_seconds=0):
             return False
 
     # Parse both as expressions without evaluating them.
-    both = [*_read(reference), *_read(answer)]
-    if len(_read(reference)) != 1 or len(both) != 2:
+    if len(_read(reference)) != 1 or len(_read(answer)) != 1:
         return False
-    expected, given = both
-    if rounded and not (given.is_number and is_rounded(number(rounded), Fraction(str(sympy.N(given))))):
+    (expected,) = _read(reference)
+    (stated,) = _read(answer)
+    # "\frac13 \approx 0.33" must be rounded correctly.
+    if rounded and not (stated.is_number and is_rounded(number(rounded), Fraction(str(sympy.N(stated))))):
         return False
     # math-verify drops what it takes for a unit, as in 2ab.
     letters = set(re.findall("[A-Za-z]", re.sub(r"\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", "", reference))) - {"e"}
-    if expected.free_symbols != given.free_symbols or (letters and not expected.free_symbols):
+    if expected.free_symbols != stated.free_symbols or (letters and not expected.free_symbols):
         return False
     # math-verify rounds, so it must not compare numbers.
-    solved = expected.doit()
-    if (value := number(answer, reduced=True)) is not None:
-        return bool(solved == sympy.Rational(value.numerator, value.denominator))
-
-    # The answer must not be larger than the reference, as written or solved, and must be factored likewise.
-    ours, wanted, simplest = form(given), form(expected), form(solved)
-    if literal and ours != wanted:
+    solution = expected.doit()
+    value = number(answer, reduced=True)
+    if value is not None:
+        return bool(solution == sympy.Rational(value.numerator, value.denominator))
+    if not _is_as_simple(form(stated), form(expected), form(solution), literal):
         return False
-    small = ours.size <= max(wanted.size, simplest.size) and ours.magnitude <= max(wanted.magnitude, simplest.magnitude)
-    alike = ours.sums == wanted.sums and ours.functions <= wanted.functions
-    return small and alike and bool(verify([expected], [given], timeout_seconds=0))
+    return bool(verify([expected], [stated], timeout_seconds=0))
+
+
+def _uses_common_signs(answer: str, reference: str) -> bool:
+    """Return whether an answer has only usual signs and commands, or such as are also in the reference."""
+    signs = set(re.findall(r"[^\w\s\\{}()\[\]^+*/=<>.-]|_", answer))
+    if not signs <= set(reference):
+        return False
+    command = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
+    return set(command.findall(answer)) <= _COMMON | set(command.findall(reference))
 
 
 class Form(NamedTuple):
-    """Counts of an expression's parts, to distinguish two forms of the same value.
+    """Counts of an expression's parts, to distinguish two forms of the same value."""
 
-    The numbers of additions, multiplications, powers and functions; the product of all numbers; sums that are factors,
-    bases or divided (`(x-1)(x+1)` has 2, `x^2-1` has none); and the names of functions and relations.
-    """
-
+    # Additions, multiplications, powers and functions.
     size: int
+    # The product of all numbers.
     magnitude: int
+    # Sums that are factors, bases or divided: `(x-1)(x+1)` has 2, `x^2-1` has none.
     sums: int
+    # Names of functions and relations.
     functions: set[str]
+
+
+def _is_as_simple(stated: Form, expected: Form, solution: Form, literal: bool) -> bool:
+    """Return whether an answer is not larger than the reference, as written or solved, and factored likewise."""
+    if literal and stated != expected:
+        return False
+    if stated.size > max(expected.size, solution.size):
+        return False
+    if stated.magnitude > max(expected.magnitude, solution.magnitude):
+        return False
+    return stated.sums == expected.sums and stated.functions <= expected.functions
 
 
 def form(expression: sympy.Basic) -> Form:
     """Count the parts of an expression that was parsed without evaluation."""
-    size, magnitude, sums, functions = 0, 1, 0, set()
-    todo: list[tuple[Any, bool]] = [(expression, False)]
-    while todo:
-        node, is_factor = todo.pop()
+    size = 0
+    magnitude = 1
+    sums = 0
+    functions = set()
+    # Parts that are still to be counted, and whether each is a factor, a base or divided.
+    remaining: list[tuple[Any, bool]] = [(expression, False)]
+    while remaining:
+        node, is_factor = remaining.pop()
         if isinstance(node, sympy.MatrixBase):
-            todo += [(entry, False) for entry in node]
+            remaining += [(entry, False) for entry in node]
         elif isinstance(node, sympy.Number) and node.is_finite:
             value = sympy.Rational(str(node))
+            # 0 would hide all other numbers.
             magnitude *= abs(int(value.p)) * int(value.q) or 1
         elif isinstance(node, sympy.Add):
             # Like terms, as like factors below, count twice.
-            terms = [tuple(factor for factor in _factors(term) if not factor.is_number) for term in node.args]
-            size += len(terms) - 1 + len(terms) - len(set(terms))
-            sums += is_factor
-            todo += [(term, False) for term in node.args]
+            terms = [_symbols_of(term) for term in node.args]
+            size += len(terms) - 1 + _repetitions(terms)
+            if is_factor:
+                sums += 1
+            remaining += [(term, False) for term in node.args]
         elif isinstance(node, sympy.Mul):
             factors = _factors(node)
-            bases = [base for base, _ in (factor.as_base_exp() for factor in factors) if not base.is_Rational]
-            size += max(0, len(factors) - 1) + len(bases) - len(set(bases))
-            todo += [(factor, True) for factor in factors]
+            bases = [factor.as_base_exp()[0] for factor in factors]
+            size += max(0, len(factors) - 1) + _repetitions([base for base in bases if not base.is_Rational])
+            remaining += [(factor, True) for factor in factors]
         elif isinstance(node, sympy.Pow):
+            is_division = node.exp == -1
             # A power of a number can be calculated, so it counts as three.
-            power = node.base.is_Rational and node.exp.is_Rational and abs(node.exp.p) > 1
-            size += 3 if power else node.exp != -1
-            todo += [(node.base, True), *([(node.exp, False)] if node.exp != -1 else [])]
+            if node.base.is_Rational and node.exp.is_Rational and abs(node.exp.p) > 1:
+                size += 3
+            elif not is_division:
+                size += 1
+            remaining.append((node.base, True))
+            if not is_division:
+                remaining.append((node.exp, False))
         elif node.args:
             size += 1
             functions.add(getattr(node, "name", type(node).__name__))
-            todo += [(argument, False) for argument in node.args]
+            remaining += [(argument, False) for argument in node.args]
     return Form(size, magnitude, sums, functions)
 
 
+def _symbols_of(term: Any) -> tuple[Any, ...]:
+    """Return the factors of a term that are not numbers: those of x*y for 2*x*y."""
+    return tuple(factor for factor in _factors(term) if not factor.is_number)
+
+
+def _repetitions(items: Sequence[Any]) -> int:
+    """Return how many items are equal to an earlier one."""
+    return len(items) - len(set(items))
+
+
 def _factors(node: Any) -> list[Any]:
-    """Return the factors of a product of products, a fraction being two; 1 and -1 do not count."""
+    """Return the factors of a product of products. A fraction has two; factors 1 and -1 are left out."""
     if node.is_Mul:
         return [factor for argument in node.args for factor in _factors(argument)]
     if node.is_Number and node.is_finite:
         value = sympy.Rational(str(node))
-        parts = [sympy.Integer(value.p), sympy.Pow(value.q, -1, evaluate=False)]
-        return [part for part, number in zip(parts, (value.p, value.q), strict=True) if abs(number) != 1]
+        factors = []
+        if abs(value.p) != 1:
+            factors.append(sympy.Integer(value.p))
+        if abs(value.q) != 1:
+            factors.append(sympy.Pow(value.q, -1, evaluate=False))
+        return factors
     return [node]
 
 

@@ -12,7 +12,7 @@ from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
 from pipeline.errors import Problem, UserError, collect
 from pipeline.models import loading
 from pipeline.rewards.functions import MEASURED_ONLY
-from pipeline.rewards.loading import load_rewards
+from pipeline.rewards.loading import built_in_name, load_rewards
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 
@@ -48,7 +48,7 @@ def check_rewards(
             if name in functions[: index - len(models)]:
                 problems.append(Problem("reward_funcs", name, "is named twice; raise its weight instead"))
             weight = 1.0 if weights is None else weights[index] if len(weights) == number else 0.0
-            if inspect.unwrap(function) in MEASURED_ONLY and weight != 0:
+            if built_in_name(inspect.unwrap(function)) in MEASURED_ONLY and weight != 0:
                 remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
                 problems.append(Problem("reward_weights", weight if weights else "nothing", remedy))
             if train is None:

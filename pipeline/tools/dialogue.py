@@ -31,6 +31,8 @@ Message = dict[str, Any]
 Tools = Mapping[str, Callable[..., Any]]
 Complete = Callable[[Sequence[list[int]], int], tuple[Sequence[list[int]], Sequence[list[float]] | None]]
 """Token ids of texts, and the longest turn -> the token ids of a next turn for each, and log-probabilities if known."""
+Call = tuple["Dialogue", dict[str, Any]]
+"""A call, with `name` and `arguments`, and the dialogue that it belongs to."""
 CALL_SECONDS = 10.0
 """How long a call of a tool may take, because training waits for it."""
 
@@ -61,12 +63,15 @@ class Dialogue:
         self.sampled += [1] * len(tokens)
         if self.logps is not None and logps is not None:
             self.logps += logps
-        self.messages += [_encodable(message)] if message else []
+        if message:
+            self.messages.append(_encodable(message))
 
     def pending(self, ends: Collection[int]) -> list[dict[str, Any]]:
         """Return the calls of the last turn unless it was cut off; `ends` are the ids that end a turn."""
-        complete = bool(self.sampled and self.sampled[-1] and self.tokens[-1] in ends)
-        return (self.messages[-1].get("tool_calls") or []) if complete and self.messages else []
+        is_complete = self.sampled and self.sampled[-1] and self.tokens[-1] in ends
+        if not is_complete or not self.messages:
+            return []
+        return self.messages[-1].get("tool_calls") or []
 
 
 def converse(
@@ -85,27 +90,34 @@ def converse(
 
     Args:
         dialogues: Each with the first turn of the model; what follows is added to them.
+        complete: Samples the next turns of all dialogues that continue.
         tokenizer: A tokenizer with a response template.
         ends: Ids that end a turn.
         limit, context: Maximum number of tokens in all turns and results of a dialogue, and in the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
-        goes_on: Takes whether this process goes on, returns whether any does. Default: others do not matter.
+        goes_on: Takes whether this process has dialogues that continue, and returns whether any process has. All
+            processes have to call `complete` equally often. Default: other processes do not matter.
     """
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
     while turns != 0 and goes_on(bool(active)):
-        going_on = answer_calls(active, tokenizer, ends=ends, limit=limit, context=context, template=template)
-        if not goes_on(bool(going_on)):
+        active = answer_calls(active, tokenizer, ends=ends, limit=limit, context=context, template=template)
+        if not goes_on(bool(active)):
             break
-        texts = [dialogue.prompt + dialogue.tokens for dialogue in going_on]
-        # A turn is no longer than the part that is kept, which may be empty, and positions end at the limit.
-        sampled, logps = complete(texts, max(1, limit - min((len(one.tokens) for one in going_on), default=limit)))
-        for number, (dialogue, text, whole) in enumerate(zip(going_on, texts, sampled, strict=True)):
-            own = whole[: limit - len(dialogue.tokens)]
-            message = read_turn(tokenizer, own, text, dialogue.tools)
-            dialogue.add_turn(own, None if logps is None else logps[number][: len(own)], message)
-        active = [dialogue for dialogue in going_on if dialogue.pending(ends)]
-        turns = None if turns is None else turns - 1
+        texts = [dialogue.prompt + dialogue.tokens for dialogue in active]
+        # A turn is no longer than the part of it that fits into the limit, which may be empty.
+        shortest = min((len(dialogue.tokens) for dialogue in active), default=limit)
+        sampled, logps = complete(texts, max(1, limit - shortest))
+        for index, (dialogue, text) in enumerate(zip(active, texts, strict=True)):
+            turn = sampled[index][: limit - len(dialogue.tokens)]
+            message = read_turn(tokenizer, turn, text, dialogue.tools)
+            turn_logps = None
+            if logps is not None:
+                turn_logps = logps[index][: len(turn)]
+            dialogue.add_turn(turn, turn_logps, message)
+        active = [dialogue for dialogue in active if dialogue.pending(ends)]
+        if turns is not None:
+            turns -= 1
 
 
 def answer_calls(
@@ -117,51 +129,69 @@ def answer_calls(
     context: int,
     template: Mapping[str, Any] | None = None,
 ) -> list[Dialogue]:
-    """Add the results of each dialogue's last calls if they fit, and return the dialogues that continue."""
-    calls = [(dialogue, call.get("function") or call) for dialogue in dialogues for call in dialogue.pending(ends)]
-    # Calls of tools that answer many at once come first.
-    waiting: dict[Callable[..., Any], list[tuple[int, str]]] = {}
-    values: dict[int, Any] = {}
-    for number, (dialogue, call) in enumerate(calls):
-        tool, arguments = dialogue.tools.get(call["name"]), call["arguments"]
-        if tool not in MANY or not isinstance(arguments, dict) or list(arguments) != list(signature(tool).parameters):
-            continue
-        (text,) = arguments.values()
-        if isinstance(text, str):
-            waiting.setdefault(MANY[tool], []).append((number, text))
-    for many, asked in waiting.items():
-        values |= dict(zip((number for number, _ in asked), many([text for _, text in asked]), strict=True))
+    """Add the results of each dialogue's last calls if they fit, and return the dialogues that continue.
 
-    answered: dict[int, list[Message]] = {id(dialogue): [] for dialogue in dialogues}
-    for number, (dialogue, call) in enumerate(calls):
-        name, dialogue.calls = call["name"], dialogue.calls + 1
+    Each dialogue has pending calls. The other arguments are as for `converse`.
+    """
+    calls: list[Call] = []
+    for dialogue in dialogues:
+        calls += [(dialogue, call.get("function") or call) for call in dialogue.pending(ends)]
+    values = _call_together(calls)
+
+    # The results of each dialogue, by its id.
+    results: dict[int, list[Message]] = {id(dialogue): [] for dialogue in dialogues}
+    for index, (dialogue, call) in enumerate(calls):
+        name = call["name"]
+        dialogue.calls += 1
         try:
-            if number not in values:
+            if index not in values:
                 if name not in dialogue.tools:
                     raise ValueError(f"Tool {name} not found.")
-                values[number] = call_tool(dialogue.tools[name], **call["arguments"])
-            content = call_tool(partial(str, values[number]))
+                values[index] = call_tool(dialogue.tools[name], **call["arguments"])
+            content = call_tool(partial(str, values[index]))
         # A tool may raise anything, exit, or return something without a text; wrong arguments raise, too.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             dialogue.failures += 1
             content = str({"error": str(error)})
-        answered[id(dialogue)].append({"role": "tool", "name": name, "content": _encodable(content)})
+        results[id(dialogue)].append({"role": "tool", "name": name, "content": _encodable(content)})
 
     # Tools often return the same few results.
-    written = lru_cache(lambda *results: result_tokens(tokenizer, [dict(result) for result in results], template or {}))
-    going_on = []
+    @lru_cache
+    def encode(*messages: tuple[tuple[str, str], ...]) -> list[int]:
+        return result_tokens(tokenizer, [dict(message) for message in messages], template or {})
+
+    continuing = []
     for dialogue in dialogues:
-        results = answered[id(dialogue)]
-        tokens = written(*(tuple(result.items()) for result in results))
+        messages = results[id(dialogue)]
+        tokens = encode(*(tuple(message.items()) for message in messages))
         length = len(dialogue.tokens) + len(tokens)
         if length <= limit and len(dialogue.prompt) + length < context:
             dialogue.tokens += tokens
             dialogue.sampled += [0] * len(tokens)
             if dialogue.logps is not None:
                 dialogue.logps += [0.0] * len(tokens)
-            dialogue.messages += results
-            going_on.append(dialogue)
-    return going_on
+            dialogue.messages += messages
+            continuing.append(dialogue)
+    return continuing
+
+
+def _call_together(calls: Sequence[Call]) -> dict[int, Any]:
+    """Call the tools in `MANY`, each for all of its calls at once. Return the values, by the number of the call."""
+    indices: dict[Callable[..., Any], list[int]] = {}
+    texts: dict[Callable[..., Any], list[str]] = {}
+    for index, (dialogue, call) in enumerate(calls):
+        tool = dialogue.tools.get(call["name"])
+        arguments = call["arguments"]
+        if tool not in MANY or not isinstance(arguments, dict) or list(arguments) != list(signature(tool).parameters):
+            continue
+        (text,) = arguments.values()
+        if isinstance(text, str):
+            indices.setdefault(tool, []).append(index)
+            texts.setdefault(tool, []).append(text)
+    values: dict[int, Any] = {}
+    for tool, calls_of_tool in indices.items():
+        values |= dict(zip(calls_of_tool, MANY[tool](texts[tool]), strict=True))
+    return values
 
 
 def call_tool(tool: Callable[..., Any], /, **arguments: Any) -> Any:
@@ -179,7 +209,7 @@ def call_tool(tool: Callable[..., Any], /, **arguments: Any) -> Any:
             raise Overtime
 
     handler = signal.signal(signal.SIGALRM, interrupt)
-    # From then on it is interrupted every second, in case it catches everything and goes on.
+    # From then on it is interrupted every second, in case it catches everything and continues.
     timer = signal.setitimer(signal.ITIMER_REAL, CALL_SECONDS, 1.0)
     try:
         return tool(**arguments)
@@ -193,10 +223,13 @@ def call_tool(tool: Callable[..., Any], /, **arguments: Any) -> Any:
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
-def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], before: list[int], tools: Tools) -> Message | None:
-    """Return a turn of the model as a message, with its calls; None if it has no tokens."""
+def read_turn(tokenizer: PreTrainedTokenizerBase, tokens: list[int], prefix: list[int], tools: Tools) -> Message | None:
+    """Return a turn of the model as a message, with its calls; None if it has no tokens. `prefix` precedes the turn."""
+    if not tokens:
+        return None
+    # The functions behind an environment's methods; each environment has methods of its own.
     schemas = [_schema(getattr(tool, "__func__", tool)) for tool in tools.values()]
-    return parse_response(tokenizer, tokens, prefix=before, tools=schemas) if tokens else None
+    return parse_response(tokenizer, tokens, prefix=prefix, tools=schemas)
 
 
 def readable(messages: Iterable[Message]) -> str:
@@ -208,19 +241,24 @@ def readable(messages: Iterable[Message]) -> str:
     """
     lines: list[str] = []
     for message in messages:
-        is_result = message["role"] == "tool"
-        marked = [f"<- {message['content']}"] if is_result else []
-        if not is_result and message.get("content"):
+        if message["role"] == "tool":
+            lines.append(_indented(f"<- {message['content']}"))
+        elif message.get("content"):
             lines.append(message["content"])
         for call in message.get("tool_calls") or ():
             function = call.get("function") or call
-            given = function["arguments"]
+            arguments = function["arguments"]
             # A model may write anything as arguments.
-            named = [f"{name}={value}" for name, value in given.items()] if isinstance(given, dict) else [str(given)]
-            marked.append(f"-> {function['name']}({', '.join(named)})")
-        # Further lines are indented, so that they cannot be mistaken for another message.
-        lines += ["\n   ".join(text.splitlines()) for text in marked]
+            text = str(arguments)
+            if isinstance(arguments, dict):
+                text = ", ".join(f"{name}={value}" for name, value in arguments.items())
+            lines.append(_indented(f"-> {function['name']}({text})"))
     return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    """Indent all lines but the first, so that they cannot be mistaken for another message."""
+    return "\n   ".join(text.splitlines())
 
 
 def result_tokens(
@@ -231,12 +269,13 @@ def result_tokens(
     Special tokens in a result are broken up, so that a tool cannot end its turn and write the model's.
     """
     call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
-    before = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    after = [*before, *as_text(results, special_tokens(tokenizer))]
-    prefix = tokenizer.apply_chat_template(before, return_dict=False, **template)
-    whole = tokenizer.apply_chat_template(after, add_generation_prompt=True, return_dict=False, **template)
+    calling = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    answered = [*calling, *as_text(results, special_tokens(tokenizer))]
+    prefix = tokenizer.apply_chat_template(calling, return_dict=False, **template)
+    whole = tokenizer.apply_chat_template(answered, add_generation_prompt=True, return_dict=False, **template)
     # Some templates write a line feed after the end of a turn, which the model has not sampled.
-    end = max((place for place, token in enumerate(prefix) if token == tokenizer.eos_token_id), default=len(prefix) - 1)
+    ends = [position for position, token in enumerate(prefix) if token == tokenizer.eos_token_id]
+    end = ends[-1] if ends else len(prefix) - 1
     if whole[: end + 1] == prefix[: end + 1]:
         return whole[end + 1 :]
     # Some templates, such as Qwen3's, rewrite a turn once a result follows it. TRL has variants for training.

@@ -15,7 +15,8 @@ class GuessLetter:
 
     def reset(self, hidden: str | None = None, **_: Any) -> None:
         """Begin a game; rows without a hidden letter do not have one."""
-        self._hidden, self._asked = hidden, 0
+        self._hidden = hidden
+        self._number_asked = 0
 
     def ask(self, letter: str) -> str:
         """Ask whether the hidden letter comes earlier or later than a letter.
@@ -25,11 +26,14 @@ class GuessLetter:
         """
         if self._hidden is None:
             raise ValueError("no letter is hidden")
-        if self._asked == self.QUESTIONS:
+        if self._number_asked == self.QUESTIONS:
             raise ValueError("no questions are left")
-        self._asked += 1
-        asked = letter.strip().upper()
-        return "yes" if asked == self._hidden else "later" if self._hidden > asked else "earlier"
+        self._number_asked += 1
+        guess = letter.strip().upper()
+        if guess == self._hidden:
+            return "yes"
+        return "later" if self._hidden > guess else "earlier"
 
 
-ENVIRONMENTS: dict[str, type] = {"guess_letter": GuessLetter}
+ENVIRONMENTS = {"guess_letter": "pipeline.tools.environments:GuessLetter"}
+"""Built-in environments: the name in YAML files -> the class, which `pipeline.tools.loading` imports."""

@@ -61,19 +61,21 @@ def python(code: str) -> str:
 
 def run_programs(codes: Sequence[str]) -> list[str]:
     """Run the programs of several `python` calls at once in the sandbox. Return each one's output and error."""
+    faults = {"timeout": f"stopped after {CODE_SECONDS:g} seconds", "failed": "failed", "memory": "out of memory"}
     results = []
     for outcome in run_many([(code, "") for code in codes]):
         text = outcome.output.strip()
         if len(text) > MAX_OUTPUT:
             text = f"{text[:MAX_OUTPUT]} ... ({len(text)} characters)"
-        faults = {"timeout": f"stopped after {CODE_SECONDS:g} seconds", "failed": "failed", "memory": "out of memory"}
         if not outcome.passed:
-            text = f"{text}\n({faults.get(outcome.status, outcome.status)})".lstrip()
+            fault = faults.get(outcome.status, outcome.status)
+            text = f"{text}\n({fault})".lstrip()
         results.append(text or "(printed nothing)")
     return results
 
 
-TOOLS: dict[str, Callable[..., Any]] = {function.__name__: function for function in (calculator, python)}
+TOOLS = {"calculator": "pipeline.tools.functions:calculator", "python": "pipeline.tools.functions:python"}
+"""Built-in tools: the name in YAML files -> the function, which `pipeline.tools.loading` imports."""
 
 MANY: dict[Callable[..., Any], Callable[[Sequence[str]], list[str]]] = {python: run_programs}
 """Tools with one argument that answer several calls faster together than one by one."""
@@ -90,16 +92,23 @@ def _value(node: ast.AST, expression: str) -> Fraction:
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             value = _value(operand, expression) * (-1 if isinstance(sign, ast.USub) else 1)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            base, exponent = _value(left, expression), _value(right, expression)
+            base = _value(left, expression)
+            exponent = _value(right, expression)
             if exponent.denominator != 1:
                 raise ValueError("an exponent must be a whole number")
-            if max(base.numerator.bit_length(), base.denominator.bit_length(), 1) * abs(exponent) > MAX_BITS:
+            # An upper bound of the size of the power, without computing it.
+            if max(_bits(base), 1) * abs(exponent) > MAX_BITS:
                 raise ValueError("the number is too long")
             value = base ** int(exponent)
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATORS:
             value = Fraction(OPERATORS[type(sign)](_value(left, expression), _value(right, expression)))
         case _:
             raise ValueError(f"{expression!r} is not arithmetic")
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+    if _bits(value) > MAX_BITS:
         raise ValueError("the number is too long")
     return value
+
+
+def _bits(value: Fraction) -> int:
+    """Return the size of a number in bits, that of its longer part."""
+    return max(value.numerator.bit_length(), value.denominator.bit_length())

@@ -33,16 +33,21 @@ class ToolArguments:
     )
 
     def preflight(self, training_args: Any, tokenizer: Any, train: Any, early: bool = False) -> list[Problem]:
-        """Check, on behalf of `load_inputs`, that the tools load, and that the tokenizer can write and read calls."""
+        """Check, on behalf of `load_inputs`, that the tools load, and that the tokenizer can write and read calls.
+
+        `tokenizer` is None if it could not be loaded. The other arguments are for subclasses.
+        """
         sandbox.allow_unconfined = self.allow_unconfined_code
         problems: list[Problem] = []
         with collect(problems):
             load_tools(self.tools)
         with collect(problems):
             load_environment(self.environment)
-        named = self.tools or self.environment
-        if named and tokenizer is not None and (fault := _validate_template(tokenizer)):
-            problems.append(Problem("tools" if self.tools else "environment", named, fault))
+        names = self.tools or self.environment
+        if names and tokenizer is not None:
+            fault = _validate_template(tokenizer)
+            if fault:
+                problems.append(Problem("tools" if self.tools else "environment", names, fault))
         return problems
 
 
@@ -55,11 +60,14 @@ class Toolbox:
 
     def open(self, row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Any]]]:
         """Return the prompt of a row, with its environment's observation, and the tools by name."""
-        prompt, tools = list(row["prompt"]), {tool.__name__: tool for tool in self.tools}
+        prompt = list(row["prompt"])
+        tools = {tool.__name__: tool for tool in self.tools}
         if self.environment is not None:
             environment = self.environment()
-            if shown := environment.reset(**row):
-                prompt[-1] = {**prompt[-1], "content": f"{prompt[-1]['content']}{shown}"}
+            observation = environment.reset(**row)
+            if observation:
+                last = prompt[-1]
+                prompt[-1] = {**last, "content": f"{last['content']}{observation}"}
             tools |= tools_of(environment)
         return prompt, tools
 
@@ -70,8 +78,10 @@ class Toolbox:
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the chat template arguments that TRL uses for prompts: tools, and perhaps another template."""
-        methods = {} if self.environment is None else tools_of(self.environment())
-        arguments: dict[str, Any] = {"tools": [*self.tools, *methods.values()]}
+        tools = list(self.tools)
+        if self.environment is not None:
+            tools += tools_of(self.environment()).values()
+        arguments: dict[str, Any] = {"tools": tools}
         if not chat_template_utils.is_chat_template_prefix_preserving(tokenizer):
             arguments["chat_template"] = chat_template_utils.get_training_chat_template(tokenizer)
         return arguments
@@ -90,33 +100,45 @@ def load_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
     problems: list[Problem] = []
     for name in names or ():
         with collect(problems):
-            tools.append(find_named(name, "tools", TOOLS))
-            if fault := _validate_tool(tools[-1]):
+            tool = find_named(name, "tools", TOOLS)
+            tools.append(tool)
+            fault = _validate_tool(tool)
+            if fault:
                 problems.append(Problem("tools", name, fault))
     refuse(*problems)
     return tools
 
 
 def load_environment(name: str | None) -> type | None:
-    """Load the class that `environment` names. A `UserError` says why TRL or a model cannot use it."""
+    """Load the class that `environment` names; None for None. A `UserError` says why TRL or a model cannot use it."""
     if name is None:
         return None
     environment: Any = find_named(name, "environment", ENVIRONMENTS)
-    reset: Any = getattr(environment, "reset", None)
-    is_game = inspect.isclass(environment) and callable(reset)
-    parameters = inspect.signature(reset).parameters.values() if is_game else ()
-    if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+    if not _has_reset(environment):
         remedy = "must be a class with a method reset(self, **columns), which takes every column, as TRL passes them"
         raise UserError(Problem("environment", name, remedy))
     # The trainer makes one for each completion, without arguments.
     with user_code(name, "environment"):
         methods = tools_of(environment())
-    faults = {method: fault for method, tool in methods.items() if (fault := _validate_tool(tool))}
+    faults = {}
+    for method, tool in methods.items():
+        fault = _validate_tool(tool)
+        if fault:
+            faults[method] = fault
     # A static method does not say which environment it belongs to.
     if not any(hasattr(method, "__self__") for method in methods.values()):
         faults["it"] = "does not have a method that a model could call; write one, which takes `self`"
     refuse(*(Problem("environment", name, f"{method} {fault}") for method, fault in faults.items()))
     return environment
+
+
+def _has_reset(environment: Any) -> bool:
+    """Return whether something is a class with a method `reset` that accepts every column by name."""
+    reset = getattr(environment, "reset", None)
+    if not inspect.isclass(environment) or not callable(reset):
+        return False
+    parameters = inspect.signature(reset).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
@@ -128,10 +150,13 @@ def tools_of(environment: object) -> dict[str, Callable[..., Any]]:
 
 
 def _validate_tool(tool: Callable[..., Any]) -> str | None:
+    """Return why a model cannot call a function, or None."""
     if inspect.iscoroutinefunction(tool):
         return "is asynchronous; write a plain function"
-    if tool is python and (fault := sandbox.validate_sandbox()):
-        return fault
+    if tool is python:
+        fault = sandbox.validate_sandbox()
+        if fault:
+            return fault
     try:
         get_json_schema(tool)
     # transformers raises several kinds of errors, which all say what is missing.
@@ -141,6 +166,7 @@ def _validate_tool(tool: Callable[..., Any]) -> str | None:
 
 
 def _validate_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return why a model with this tokenizer cannot call tools, or None; TRL may add how calls are read."""
     refuse_deep_json()
     if not chat_template_utils.supports_tool_calling(tokenizer):
         return "the model's chat template does not support tool calls; give a model whose template does"

@@ -28,7 +28,7 @@ def test_the_card_of_the_data_says_what_may_be_asked_wherever_the_data_are(run: 
 def test_only_pockets_own_card_is_followed_by_the_list_of_things(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     card = tmp_path / "data" / "README.md"
-    written = files("pipeline.data.pocket").joinpath("card.md").read_text(encoding="utf-8")
+    written = files("recipes.worlds.pocket").joinpath("card.md").read_text(encoding="utf-8")
     card.write_text(written.replace("{things}", "150"))
     things = things_to_ask(tmp_path)
     assert len(things) == len(set(things)) == 150 and {"a fox", "a piano", "a star"} <= set(things)

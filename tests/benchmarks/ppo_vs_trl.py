@@ -172,7 +172,7 @@ def judge(args: argparse.Namespace, folder: Path) -> tuple[list[float], dict[str
     from transformers import AutoTokenizer
 
     from pipeline.preferences.judges import score
-    from pipeline.rewards.annotators import taste
+    from recipes.worlds.pocket.annotators import taste
 
     prompts = [row for split in ("validation", "test") for row in rows(args, "preferences", split)]
     reward_model = load(args, "AutoModelForSequenceClassification", "3_reward").eval()

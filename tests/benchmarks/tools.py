@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.data.pocket.tools import LETTERS, QUESTIONS
 from pipeline.evaluation.intervals import mean, over_seeds
 from pipeline.models.generation import Completion
 from pipeline.rewards.functions import call_cost, exact_answer
@@ -31,6 +30,7 @@ from pipeline.tools.chat_model import ChatModel
 from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator
 from pipeline.tools.loading import Toolbox
+from recipes.worlds.pocket.tools import LETTERS, QUESTIONS
 
 LENGTH = 112
 Row = dict[str, Any]

@@ -10,10 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pipeline.data.pocket.problems import WORKING, pose
-from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
 from pipeline.evaluation.baselines import (
-    CONSTANTS,
     answer_begun,
     find_constant,
     measure_best_of,
@@ -26,6 +23,8 @@ from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
 from pipeline.models.generation import Completion
 from pipeline.preferences.judges import ANNOTATORS
+from recipes.worlds.pocket.problems import WORKING, pose
+from recipes.worlds.pocket.remarks import BRISK_CLOSINGS, CONSTANTS, KIND_CLOSINGS
 from tests.helpers.word_model import SPECIAL, word_model_config, word_tokenizer
 
 WORDS = ("What", "is", "it?", "red", "blue", "green", "one", "two", "three", "four", "five")

@@ -30,7 +30,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.reward_model import RewardAccuracy, calibration_error, squared_calibration_error
 from pipeline.evaluation.win_rate import LastSentenceShare, WinRate
 from pipeline.report.differences import judge, paired
-from pipeline.rewards.annotators import judge_match
+from recipes.worlds.pocket.annotators import judge_match
 
 ROW = {"require": [["red"]], "reject": ["blue"], "max_words": 3, "test": ""}
 INPUTS = {

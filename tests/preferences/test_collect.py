@@ -40,7 +40,7 @@ from pipeline.preferences import labels
 from pipeline.preferences.collect import PreferenceArguments, collect, encode, label_answers, read_prompts, write
 from pipeline.preferences.judges import Judge, compare, load_judge, score
 from pipeline.preferences.people import VoteArguments, wait_for_votes
-from pipeline.rewards.annotators import PANEL, taste
+from recipes.worlds.pocket.annotators import PANEL, taste
 from tests.helpers.files import write_rows
 from tests.helpers.forked import RANKS, run_forked
 from tests.helpers.word_model import word_model_config, word_tokenizer

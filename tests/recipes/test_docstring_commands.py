@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.stages import STAGES
+from recipes.worlds.pocket.build import PocketArguments, build
 from tests.helpers.forked import run_forked
 from tests.helpers.small_model import ROOT, conversation, save_tokenizer, tokenizer, write_data, write_text
 

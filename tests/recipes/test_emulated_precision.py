@@ -20,10 +20,10 @@ from pipeline import hardware
 from pipeline.__main__ import main
 from pipeline.app import watch
 from pipeline.app.models import load
-from pipeline.data.pocket.build import PocketArguments, build
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 from pipeline.training import entry
+from recipes.worlds.pocket.build import PocketArguments, build
 from tests.helpers.small_model import ROOT, save_model
 
 PRODUCT = re.compile("mm|mv|dot|linear|matmul|einsum|convol|attention")

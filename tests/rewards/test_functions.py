@@ -15,14 +15,12 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import UserError
 from pipeline.rewards import checker
-from pipeline.rewards.annotators import taste
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import (
     answer_format,
     choice,
     code_tests,
     exact_answer,
-    hidden_taste,
     math_answer,
     math_judge,
 )
@@ -311,24 +309,6 @@ def test_a_users_reward_may_be_an_object_or_asynchronous(tmp_path: Path, monkeyp
     assert length(completions=["a"]) == [1.0] and get_callable_name(length) == "Length"
     assert is_async_callable(judge) and get_callable_name(judge) == "Judge"
     assert asyncio.run(judge(completions=["a"])) == [1.0]
-
-
-def test_the_hidden_taste_is_the_annotators() -> None:
-    answers = ["In the forest.", "In the sea. Thank you.", "", "def f(): pass"]
-    columns: dict[str, Any] = {
-        "require": [[["forest"]], [["forest"]], [["forest"]], None],
-        "reject": [["sea"], ["sea"], [], None],
-        "test": ["", "", "", "assert f() is None"],
-    }
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    expected = [*(taste(answer, row) for answer, row in zip(answers[:3], rows, strict=False)), None]
-    messages = [[{"role": "assistant", "content": answer}] for answer in answers]
-    assert hidden_taste(messages, **columns, kind=["question"] * 4) == expected
-    assert len(set(expected)) == 4
-    told = [[{"role": "user", "content": "Say where it lives."}]] * 4
-    assert hidden_taste(messages, **columns, prompts=told)[1] == taste(answers[1], {**rows[1], "prompt": told[1]})
-    assert hidden_taste(messages, **columns, prompts=told)[1] < expected[1], "an order wants no thanks"
-    assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"
 
 
 def test_unknown_rewards_are_reported_with_the_nearest_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from trl import GRPOConfig
 
 from pipeline.errors import RunStopped, UserError
 from pipeline.rewards import loading
-from pipeline.rewards.functions import math_answer
-from pipeline.rewards.loading import guard_reward
+from pipeline.rewards.functions import REWARDS, math_answer
+from pipeline.rewards.loading import built_in_name, guard_reward, load_function
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_rewards
@@ -115,6 +116,18 @@ def test_what_is_guarded_already_or_edits_nothing_is_not_wrapped() -> None:
     assert guard_reward(once, "vandal") is once and guard_reward(math_answer, "math_answer") is math_answer
     with pytest.raises(UserError, match="late: returned nan"):
         asyncio.run(guard_reward(toy.not_a_number_later, "late")(completions=["a"]))
+
+
+def test_a_function_that_moved_is_found_by_its_earlier_place() -> None:
+    taste = load_function("hidden_taste", "reward_funcs")
+    assert load_function("pipeline.rewards.functions:hidden_taste", "reward_funcs") is taste
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_each_built_in_reward_is_the_function_of_its_name(name: str) -> None:
+    function = resolve_name(REWARDS[name])
+    assert function.__name__ == name and built_in_name(function) == name
+    assert guard_reward(function, name) is function and built_in_name(vandal) is None
 
 
 def test_the_line_is_named_of_a_file_beside_the_package_too() -> None:

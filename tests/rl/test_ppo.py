@@ -11,9 +11,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from trl import GRPOTrainer
 
-from pipeline.rewards.functions import hidden_taste
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.ppo_metrics import Averages, of_update
+from recipes.worlds.pocket.annotators import hidden_taste
 from tests.helpers import ppo_toy as toy
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+def has_any(target: object, *names: str) -> bool:
+    """Return whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all."""
+    attributes = set().union(*map(vars, type(target).__mro__), getattr(target, "__dict__", ()))
+    return not attributes.isdisjoint(names)
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "get": getattr,
     "set": setattr,
     "call": lambda target, *args, **named: target(*args, **named),
-    # Whether an object has any of these attributes. With `__getattr__`, `hasattr` would find them all.
-    "has": lambda target, *names: not (
-        set().union(*map(vars, type(target).__mro__), getattr(target, "__dict__", ())).isdisjoint(names)
-    ),
+    "has": has_any,
     "copy": lambda target, how: getattr(importlib.import_module("copy"), how)(target),
     "isinstance": lambda target, instance: isinstance(instance, target),
     "issubclass": lambda target, kind: issubclass(kind, target),
@@ -58,7 +61,8 @@ class Candidate(Peer):
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
         # Objects that the examiner knows by number are kept alive, so that their ids stay unique.
-        self.kept: list[Any] = []
+        self.objects: list[Any] = []
+        # The number of each, by its id.
         self.numbers: dict[int, int] = {}
         # Stand-ins for the test's functions, iterators and objects, by the examiner's numbers.
         self.functions: dict[int, Any] = {}
@@ -74,36 +78,54 @@ class Candidate(Peer):
                 sys.modules["answer"] = self.module
                 # This process was confined in order to run this.
                 exec(compile(request["code"], "answer", "exec"), vars(self.module))  # noqa: S102
-                # Containers stay in this process, where the code may change them.
-                kinds = {dict, *CONTAINERS.values()}
-                defined = vars(self.module).items()
-                names = {name: (self.keep if type(one) in kinds else self.encode)(one) for name, one in defined}
-                reply = {"names": names}
+                reply = {"names": self.definitions()}
         # Whatever the code raises, SystemExit too, is for the examiner to judge.
         except BaseException as error:  # noqa: BLE001
-            is_refused = isinstance(error, PermissionError)
-            status = "memory" if isinstance(error, MemoryError) else "refused" if is_refused else "failed"
-            reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
-            # The code may define the exception's class, its __str__ and its arguments.
-            with contextlib.suppress(BaseException):
-                reply["message"] = str(error)[:500]
-            with contextlib.suppress(BaseException):
-                reply["args"] = self.encode(tuple(error.args))
-                reply["attributes"] = self.encode(dict(vars(error)))
-            reply["error"] = self.describe_exception(type(error))
-            if status != "failed" or "code" in request:
+            reply = self.report(error)
+            if reply["status"] != "failed" or "code" in request:
                 # Printing may fail because the output limit is reached.
                 with contextlib.suppress(OSError):
                     print_error(error, frames=3)
         self.send(reply)
 
+    def definitions(self) -> dict[str, Any]:
+        """Return what the code has defined, encoded, by name."""
+        containers = {dict, *CONTAINERS.values()}
+        names = {}
+        for name, value in vars(self.module).items():
+            # Containers stay in this process, where the code may change them.
+            names[name] = self.keep(value) if type(value) in containers else self.encode(value)
+        return names
+
+    def report(self, error: BaseException) -> dict[str, Any]:
+        """Return the reply that describes what the code has raised."""
+        status = "failed"
+        if isinstance(error, MemoryError):
+            status = "memory"
+        elif isinstance(error, PermissionError):
+            status = "refused"
+        reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
+        # The code may define the exception's class, its __str__ and its arguments.
+        with contextlib.suppress(BaseException):
+            reply["message"] = str(error)[:500]
+        with contextlib.suppress(BaseException):
+            reply["args"] = self.encode(tuple(error.args))
+            reply["attributes"] = self.encode(dict(vars(error)))
+        reply["error"] = self.describe_exception(type(error))
+        return reply
+
     def operate(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do with an object what the test did with its stand-in."""
-        operation, target = request["operation"], self.kept[request["target"]]
-        args, named = self.decode(request["args"]), self.decode(request["named"])
-        of_class = getattr(type(target), operation, None)
-        function = OPERATIONS.get(operation) or getattr(operator, operation, of_class)
-        if function is None or (value := function(target, *args, **named)) is NotImplemented:
+        """Do with an object what the test did with its stand-in, and return the result and the arguments."""
+        operation = request["operation"]
+        target = self.objects[request["target"]]
+        args = self.decode(request["args"])
+        named = self.decode(request["named"])
+        method = getattr(type(target), operation, None)
+        function = OPERATIONS.get(operation) or getattr(operator, operation, method)
+        value = NotImplemented
+        if function is not None:
+            value = function(target, *args, **named)
+        if value is NotImplemented:
             raise TypeError(f"{type(target).__name__} has no {operation}")
         # The code may have changed its arguments in place, so they are sent back.
         return {"value": self.encode(value), "args": self.encode(args)}
@@ -120,17 +142,20 @@ class Candidate(Peer):
         return self.keep(value)
 
     def keep(self, value: object) -> Any:
-        """Describe an object that stays here by its number and the plain class that its class extends, or "type"."""
+        """Describe an object that stays here: its number, and the name of the plain class that its class extends.
+
+        The name is "type" for a class, and None for an object of another class.
+        """
         if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.kept)
-            self.kept.append(value)
+            self.numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
         base = type if isinstance(value, type) else base_of(type(value))
-        return {"kept": [self.numbers[id(value)], base and base.__name__]}
+        return {"kept": [self.numbers[id(value)], base.__name__ if base else None]}
 
     def resolve(self, kind: str, content: Any, named: bool) -> object:
         """Return a kept object, or a stand-in for a function, an iterator or an object of the test."""
         if kind == "kept":
-            return self.kept[content]
+            return self.objects[content]
 
         def ask(how: str, /, *args: object, **named: object) -> object:
             self.send({"call": content, "how": how, "args": self.encode(args), "named": self.encode(named)})
@@ -142,6 +167,10 @@ class Candidate(Peer):
             return self.decode(reply["value"])
 
         call = partial(ask, "call")
-        # `iter` ends with the StopIteration that the call raises.
-        made = Guest(_ask=ask) if kind == "object" else iter(call, object()) if kind == "iterator" else call
-        return self.functions.setdefault(content, made)
+        stand_in: Any = call
+        if kind == "object":
+            stand_in = Guest(_ask=ask)
+        elif kind == "iterator":
+            # `iter` ends with the StopIteration that the call raises.
+            stand_in = iter(call, object())
+        return self.functions.setdefault(content, stand_in)

@@ -50,12 +50,14 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
     files_confined = confinement.confine_files(directory)
     confinement.drop_privileges(files_confined)
     # These are the descriptors 4 and 5, and 6 and 7.
-    requests, replies = os.pipe(), os.pipe()
+    requests = os.pipe()
+    replies = os.pipe()
     candidate = os.fork()
     if candidate == 0:
         # The candidate only keeps an empty standard input, its output and two pipes.
-        for old, new in ((os.pipe()[0], 0), (requests[0], 3), (replies[1], 4)):
-            os.dup2(old, new)
+        os.dup2(os.pipe()[0], 0)
+        os.dup2(requests[0], 3)
+        os.dup2(replies[1], 4)
         os.closerange(5, 1 << 16)
         # The kernel kills the candidate when the examiner ends.
         if sys.platform == "linux":
@@ -73,19 +75,20 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
 
     # This ends both processes if the parent has died.
     signal.setitimer(signal.ITIMER_REAL, seconds + 90)
-    confined = confinement.confine_calls(files_confined) and files_confined
-    work = json.loads(sys.stdin.buffer.read())
-    os.write(VERDICT, f"{work['token']} {candidate}\n".encode())
+    is_confined = confinement.confine_calls(files_confined) and files_confined
+    task = json.loads(sys.stdin.buffer.read())
+    os.write(VERDICT, f"{task['token']} {candidate}\n".encode())
     examiner = Examiner(replies[0], requests[1])
     status = "unconfined"
     try:
-        if confined or allow_unconfined:
-            examiner.examine(work["code"], work["test"])
+        if is_confined or allow_unconfined:
+            examiner.examine(task["code"], task["test"])
             status = "passed"
     except Gone:
-        ended = os.waitstatus_to_exitcode(os.waitpid(candidate, 0)[1])
+        _, wait_status = os.waitpid(candidate, 0)
         # SIGKILL and SIGXCPU mean that it exceeded its CPU time.
-        status = "timeout" if ended in (-9, -24) else "crashed"
+        exceeded_time = os.waitstatus_to_exitcode(wait_status) in (-9, -24)
+        status = "timeout" if exceeded_time else "crashed"
     # Whatever a test raises, it did not pass.
     except BaseException as error:  # noqa: BLE001
         status = examiner.status
@@ -93,7 +96,7 @@ def main(verdict: int, seconds: float, memory_mb: int, allow_unconfined: bool) -
         with contextlib.suppress(OSError):
             if not vars(error).get("__printed__"):
                 print_error(error, frames=1)
-    os.write(VERDICT, f"{work['token']} {status}\n".encode())
+    os.write(VERDICT, f"{task['token']} {status}\n".encode())
 
 
 if __name__ == "__main__":

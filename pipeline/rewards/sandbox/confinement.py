@@ -77,14 +77,14 @@ REFUSED_EVENTS = (
 def limit_resources(seconds: float, memory_mb: int) -> None:
     """Set hard limits: `seconds` of CPU time (rounded up, plus one) and `memory_mb` MiB of address space."""
     cpu = math.ceil(seconds) + 1
-    wanted = {
+    limits = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
         resource.RLIMIT_AS: (memory_mb << 20,) * 2,
         resource.RLIMIT_FSIZE: (1 << 20,) * 2,
         resource.RLIMIT_NOFILE: (32, 32),
         resource.RLIMIT_CORE: (0, 0),
     }
-    for limit, values in wanted.items():
+    for limit, values in limits.items():
         # An existing lower limit remains; macOS cannot limit the address space.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, values)
@@ -107,24 +107,31 @@ def confine_files(directory: str) -> bool:
     if abi < 1 or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         return False
     all_rights = ALL_RIGHTS[min(abi, len(ALL_RIGHTS)) - 1]
-    # The first 3 is TCP bind and connect; the second is other processes' abstract sockets, and signals to them.
-    attributes, size = struct.pack("QQQ", all_rights, 3, 3), 24 if abi >= 6 else 16 if abi >= 4 else 8
+    # struct landlock_ruleset_attr, of which older kernels know the first one or two fields. The first 3 is TCP bind and
+    # connect; the second is other processes' abstract sockets, and signals to them.
+    attributes = struct.pack("QQQ", all_rights, 3, 3)
+    size = 8
+    if abi >= 4:
+        size = 16
+    if abi >= 6:
+        size = 24
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(size), 0)
     if ruleset < 0:
         return False
     for path, rights in [(directory, WRITE), *((path, READ) for path in _readable())]:
         try:
-            opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             # A missing or inaccessible path stays unreadable.
             continue
-        added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights & all_rights, opened), 0)
-        os.close(opened)
-        if added:
+        rule = struct.pack("=Qi", rights & all_rights, descriptor)
+        error = libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, rule, 0)
+        os.close(descriptor)
+        if error:
             return False
-    restricted = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
+    error = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
-    return restricted
+    return error == 0
 
 
 def drop_privileges(files_confined: bool) -> None:
@@ -163,33 +170,43 @@ def confine_calls(files_confined: bool) -> bool:
     #     …
     #                                                  refuse
     load, equal, set_bits, keep_bits, answer = 0x20, 0x15, 0x45, 0x54, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-    refused = (answer, 0, 0, refuse)
-    allowed = (answer, 0, 0, allow)
+    allow = (answer, 0, 0, 0x7FFF0000)
+    refuse = (answer, 0, 0, 0x00050000 | errno.EPERM)
+    kill = (answer, 0, 0, 0x80000000)
     architecture = (0xC000003E, 0xC00000B7)[column]
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    for name, numbers in (SYSTEM_CALLS | (DIRECTORY_CALLS if files_confined else {})).items():
-        if (number := numbers[column]) is None:
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), kill, (load, 0, 0, 0)]
+    calls = dict(SYSTEM_CALLS)
+    if files_confined:
+        calls |= DIRECTORY_CALLS
+    for name, numbers in calls.items():
+        number = numbers[column]
+        if number is None:
             continue
-        body = [allowed]
+        block = [allow]
         if name in COMMANDS:
             # The low half of argument 1 is at offset 24 of struct seccomp_data.
-            tests = [item for command in COMMANDS[name] for item in ((equal, 0, 1, command), allowed)]
-            body = [(load, 0, 0, 24), *tests, refused]
+            block = [(load, 0, 0, 24)]
+            for command in COMMANDS[name]:
+                block += [(equal, 0, 1, command), allow]
+            block.append(refuse)
         elif name == "openat" and not files_confined:
             # Argument 2 is the flags: allow only reading.
             changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-            body = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refused, allowed]
+            block = [(load, 0, 0, 32), (set_bits, 0, 1, changing), refuse, allow]
         elif name == "openat":
             # Landlock before ABI 3 does not cover truncation, and no version covers an open without access mode.
-            tests = [item for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3) for item in ((equal, 0, 1, flags), refused)]
-            body = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3), *tests, allowed]
-        code += [(equal, 0, len(body), number), *body]
-    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, refused])
+            block = [(load, 0, 0, 32), (keep_bits, 0, 0, os.O_TRUNC | 3)]
+            for flags in (os.O_TRUNC, 3, os.O_TRUNC | 3):
+                block += [(equal, 0, 1, flags), refuse]
+            block.append(allow)
+        program += [(equal, 0, len(block), number), *block]
+    program.append(refuse)
+
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(packed, len(packed))
     # struct sock_fprog: the number of instructions, and where they are
-    program = ctypes.create_string_buffer(packed, len(packed))
-    described = struct.pack("HP", len(packed) // 8, ctypes.addressof(program))
-    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, described, 0, 0) == 0
+    description = struct.pack("HP", len(program), ctypes.addressof(buffer))
+    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, description, 0, 0) == 0
 
 
 def watch(directory: str) -> None:
@@ -197,6 +214,7 @@ def watch(directory: str) -> None:
     readable = tuple(os.path.realpath(path) + os.sep for path in [*_readable(), directory])
     writable = os.path.realpath(directory) + os.sep
     changing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    # The code may replace these in their modules.
     realpath, fsdecode, separator = os.path.realpath, os.fsdecode, os.sep
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:

@@ -29,8 +29,9 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
     def fits(node: ast.AST) -> bool:
         match node:
             case ast.Compare(left, [ast.Eq() | ast.Is() | ast.IsNot()], [literal]):
-                sums = (isinstance(part, ast.BinOp) for part in ast.walk(left))
-                return not any(sums) and not any(isinstance(part, ast.Name) for part in ast.walk(literal))
+                calculates = any(isinstance(part, ast.BinOp) for part in ast.walk(left))
+                has_names = any(isinstance(part, ast.Name) for part in ast.walk(literal))
+                return not calculates and not has_names
             # What a function relates, such as `isclose(f(n), n.next)`, is not a comparison.
             case ast.Assert(test) if among_others:
                 return isinstance(test, ast.Compare)
@@ -43,8 +44,8 @@ def compares_with_literals(test: str, among_others: bool = False) -> bool:
                 return True
         return isinstance(node, tuple(plain))
 
-    looked_at = (ast.Compare, ast.Assert) if among_others else ast.AST
-    return all(fits(node) for node in ast.walk(ast.parse(test)) if isinstance(node, looked_at))
+    checked = (ast.Compare, ast.Assert) if among_others else ast.AST
+    return all(fits(node) for node in ast.walk(ast.parse(test)) if isinstance(node, checked))
 
 
 class Type(type):
@@ -53,11 +54,20 @@ class Type(type):
     def __new__(cls, value: Any, *more: Any) -> Any:
         if more:
             return super().__new__(cls, value, *more)
-        own = value.ask__("type") if isinstance(value, Remote) else None
-        return own if isinstance(own, Remote) else type(value)
+        if isinstance(value, Remote):
+            kind = value.ask__("type")
+            if isinstance(kind, Remote):
+                return kind
+        return type(value)
 
 
 class Examiner(Peer):
+    """Runs the test against stand-ins for what the code has defined.
+
+    Attributes:
+        status: What a test that raises means, "failed" unless the code ran out of memory or was refused something.
+    """
+
     def __init__(self, incoming: int, outgoing: int) -> None:
         super().__init__(incoming, outgoing)
         self.members = {
@@ -65,7 +75,9 @@ class Examiner(Peer):
             "__bool__": lambda error: True if error.__traceback__ else None,
             "__str__": lambda error: str(vars(error).get("__message__", Exception.__str__(error))),
         }
-        self.status, self.test = "failed", ""
+        self.status = "failed"
+        # The test, and the attributes that it uses although plain values lack them.
+        self.test = ""
         self.attributes: list[str] = []
         # What the candidate knows of the test by number, and the assertions that failed in its functions.
         self.functions: list[Any] = []
@@ -77,29 +89,34 @@ class Examiner(Peer):
         """Run the code and its test, and raise whatever the test raises."""
         self.test = test
         # `stack.push` shows that the test expects an object: plain values and modules have no `push`.
-        used = re.findall(r"(\w*)\s*\.\s*([A-Za-z_]\w*)", test)
+        accesses = re.findall(r"(\w*)\s*\.\s*([A-Za-z_]\w*)", test)
         modules = sys.stdlib_module_names
-        self.attributes = [name for owner, name in used if owner not in modules and name not in PLAIN_NAMES]
+        self.attributes = [name for owner, name in accesses if owner not in modules and name not in PLAIN_NAMES]
 
         # Only copy the names that the test uses, because the code's names may hold anything.
         defined = self.request({"code": code})["names"]
-        namespace: dict[str, Any] = {"__name__": "test"} | ({"type": Type} if "type(" in test else {})
+        namespace: dict[str, Any] = {"__name__": "test"}
+        if "type(" in test:
+            namespace["type"] = Type
         for name in defined.keys() & set(re.findall(r"\w+", test)):
             item = defined[name]
             # The code must not replace a builtin in the test, or give it an exception under another name.
-            renamed = isinstance(item, dict) and "exception" in item and item["exception"][0][1] != name
-            if renamed or name.startswith("__") or hasattr(builtins, name):
+            is_renamed = isinstance(item, dict) and "exception" in item and item["exception"][0][1] != name
+            if is_renamed or name.startswith("__") or hasattr(builtins, name):
                 continue
-            namespace[name] = value = self.decode(item, named=True)
-            if isinstance(value, Remote) and value.state__.is_class and name[0].isupper():
-                value.state__.shown = CLASS
-            elif isinstance(value, Remote) and value.state__.base:
-                value.state__.shown = USED
+            value = self.decode(item, named=True)
+            namespace[name] = value
+            if not isinstance(value, Remote):
+                continue
+            if value.state__.is_class and name[0].isupper():
+                value.state__.expectation = CLASS
+            elif value.state__.base:
+                value.state__.expectation = USED
 
         # A standard library module in the test is Python's own: `math.isclose`, but not `random.f`.
         for name in sys.stdlib_module_names & namespace.keys():
-            found = re.findall(rf"\b{name}\.(\w+)", test)
-            if found and all(hasattr(importlib.import_module(name), attribute) for attribute in found):
+            attributes = re.findall(rf"\b{name}\.(\w+)", test)
+            if attributes and all(hasattr(importlib.import_module(name), attribute) for attribute in attributes):
                 namespace[name] = importlib.import_module(name)
         # The test runs in a confined process, too.
         exec(compile(test, "test", "exec"), namespace)  # noqa: S102
@@ -116,11 +133,15 @@ class Examiner(Peer):
         # A result must be compared with the originals. A call may change its arguments if it returns nothing, or if the
         # test compares with nothing but literals.
         if reply["value"] is None or (reply["args"] != message["args"] and compares_with_literals(self.test)):
-            before: Any
-            for before, after in zip(args, self.decode(reply["args"]), strict=True):
-                if isinstance(before, CHANGEABLE) and type(before) is type(after) and before != after:
-                    before.clear()
-                    before.extend(after) if isinstance(before, list) else before.update(after)
+            argument: Any
+            for argument, changed in zip(args, self.decode(reply["args"]), strict=True):
+                if not isinstance(argument, CHANGEABLE) or type(argument) is not type(changed) or argument == changed:
+                    continue
+                argument.clear()
+                if isinstance(argument, list):
+                    argument.extend(changed)
+                else:
+                    argument.update(changed)
         return self.decode(reply["value"], named=operation == "get")
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -128,20 +149,23 @@ class Examiner(Peer):
         self.send(message)
         while "call" in (reply := self.receive()):
             try:
-                args, named = self.decode(reply["args"]), self.decode(reply["named"])
-                answer = {"value": self.encode(self.use(self.functions[reply["call"]], reply["how"], args, named))}
+                args = self.decode(reply["args"])
+                named = self.decode(reply["named"])
+                result = self.use(self.functions[reply["call"]], reply["how"], args, named)
+                answer = {"value": self.encode(result)}
             # A function of the test may raise anything.
-            except Exception as raised:  # noqa: BLE001
-                if isinstance(raised, AssertionError):
-                    self.failures.append(raised)
-                shown = self.encode(tuple(map(str, raised.args)))
-                answer = {"error": self.describe_exception(type(raised)), "args": shown}
+            except Exception as exception:  # noqa: BLE001
+                if isinstance(exception, AssertionError):
+                    self.failures.append(exception)
+                texts = self.encode(tuple(map(str, exception.args)))
+                answer = {"error": self.describe_exception(type(exception)), "args": texts}
             self.send(answer)
         if "error" not in reply:
             return reply
         if reply["status"] in ("memory", "refused"):
             self.status = reply["status"]
-        kind, args = self.find_exception(reply["error"]), self.decode(reply["args"])
+        kind = self.find_exception(reply["error"])
+        args = self.decode(reply["args"])
         # Python's own exceptions have fields, and the `__init__` of others belongs to the code.
         error: Any = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         vars(error).update(self.decode(reply["attributes"]), __message__=reply["message"])
@@ -174,13 +198,19 @@ class Examiner(Peer):
         """Describe a value that is not plain: an object of the code, or a function, iterator or object of the test."""
         if isinstance(value, Remote):
             return {"kept": value.state__.number}
-        if base := base_of(type(value)):
+        base = base_of(type(value))
+        if base:
             return self.encode(BASES[base](value))
-        kind = "function" if callable(value) else "iterator" if hasattr(value, "__next__") else "object"
-        if kind == "object" and type(value).__module__ != "test":
+        if callable(value):
+            kind = "function"
+        elif hasattr(value, "__next__"):
+            kind = "iterator"
+        elif type(value).__module__ == "test":
+            kind = "object"
+        else:
             raise TypeError(f"a test cannot pass a {type(value).__name__} to the code")
-        for number, known in enumerate(self.functions):
-            if known is value:
+        for number, function in enumerate(self.functions):
+            if function is value:
                 return {kind: number}
         self.functions.append(value)
         return {kind: len(self.functions) - 1}
@@ -195,6 +225,7 @@ class Examiner(Peer):
             return self.functions[content]
         if kind != "kept":
             raise ValueError(f"not a value: {kind}")
-        number, extends = content
-        base = next((base for base in BASES if base.__name__ == extends), None)
-        return self.remotes.setdefault(int(number), Remote(self, int(number), base, is_class=extends == "type"))
+        number, base_name = content
+        base = next((base for base in BASES if base.__name__ == base_name), None)
+        stand_in = Remote(self, int(number), base, is_class=base_name == "type")
+        return self.remotes.setdefault(int(number), stand_in)

@@ -73,6 +73,11 @@ def base_of(kind: type) -> type | None:
     return next((base for base in kind.__mro__ if base in BASES), None)
 
 
+def class_named(name: str) -> Any:
+    """Return the class of this process for a name in `CLASSES`; a `KeyError` means that there is none."""
+    return getattr(importlib.import_module(CLASSES[name]), name)
+
+
 class Peer:
     """One of the two processes: it sends values to the other one, and reads what it receives.
 
@@ -129,7 +134,9 @@ class Peer:
         if VALUES.get(kind.__name__) == kind.__module__:
             # What pickle would write: class, arguments, state (None for all plain classes), list items and dict items.
             _, args, _, items, pairs = (*value.__reduce_ex__(2), None, None, None)[:5]
-            args = args[1:] if args[:1] == (kind,) else args
+            # Without the class, which is sent by its name.
+            if args[:1] == (kind,):
+                args = args[1:]
             parts = (tuple(args), list(items or ()), [list(pair) for pair in pairs or ()])
             return {"value": [kind.__name__, *map(self.encode, parts)]}
         if kind is type and CLASSES.get(value.__name__) == value.__module__:
@@ -137,9 +144,20 @@ class Peer:
         return self.describe(value)
 
     def decode(self, data: Any, named: bool = False) -> Any:
-        """Decode what `encode` returned, including modules and exception classes that were `named` in the code."""
-        # `not nan > 8` is true, so NaN would pass tests.
-        if isinstance(data, list) or data != data:
+        """Return the value that `encode` encoded.
+
+        Args:
+            data: JSON. The other process may have written anything.
+            named: Whether it may be a module or a class of exceptions, as what the code has defined under a name.
+
+        Raises:
+            ValueError: If it is NaN, or nothing that `encode` returns.
+        """
+        # `encode` tags lists.
+        if isinstance(data, list):
+            raise ValueError("not a value that the sandbox compares")
+        # Only NaN differs from itself. `not nan > 8` is true, so NaN would pass tests.
+        if data != data:
             raise ValueError("not a value that the sandbox compares")
         if not isinstance(data, dict):
             return data
@@ -152,13 +170,12 @@ class Peer:
             return {self.decode(key): self.decode(item) for key, item in content}
         if kind in MAKERS:
             return MAKERS[kind](map(self.decode, content))
-        if kind in ("class", "value"):
-            name = content if kind == "class" else content[0]
-            own = getattr(importlib.import_module(CLASSES[name]), name)
-            if kind == "class":
-                return own
-            args, items, pairs = map(self.decode, content[1:])
-            value = own(*args)
+        if kind == "class":
+            return class_named(content)
+        if kind == "value":
+            name, *parts = content
+            args, items, pairs = map(self.decode, parts)
+            value = class_named(name)(*args)
             # NaN again, such as `complex("nan")`.
             if value != value:
                 raise ValueError("not a value that the sandbox compares")
@@ -172,10 +189,14 @@ class Peer:
     def describe_exception(self, kind: type[BaseException]) -> list[list[str]]:
         """Return module and name of an exception class and of its bases, the nearest first."""
         self.exceptions.setdefault(kind.__qualname__, kind)
-        return [[one.__module__, one.__qualname__] for one in kind.__mro__ if issubclass(one, BaseException)]
+        lineage = [base for base in kind.__mro__ if issubclass(base, BaseException)]
+        return [[base.__module__, base.__qualname__] for base in lineage]
 
     def find_exception(self, lineage: list[list[str]]) -> type[BaseException]:
-        """Return this process's class for a description, or make one that extends the same Python exceptions."""
+        """Return this process's class for a description, or make one that extends the same Python exceptions.
+
+        `lineage` is what `describe_exception` returns: [["answer", "Full"], ["builtins", "ValueError"], …].
+        """
         (module, name), *bases = lineage
         if name in self.exceptions:
             return self.exceptions[name]
@@ -185,7 +206,8 @@ class Peer:
         kind = getattr(source, name, None)
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
             base = self.find_exception(bases) if bases else Exception
-            kind = self.exceptions[name] = type(name.rpartition(".")[2], (base,), dict(self.members))
+            kind = type(name.rpartition(".")[2], (base,), dict(self.members))
+            self.exceptions[name] = kind
         return kind
 
 
@@ -196,6 +218,6 @@ def print_error(error: BaseException, frames: int) -> None:
     with them what a model would read and answer.
     """
     report = traceback.TracebackException.from_exception(error, lookup_lines=False)
-    shown = [frame for frame in report.stack if frame.filename in ("answer", "test")]
-    report.stack = traceback.StackSummary.from_list(shown[-frames:])
+    stack = [frame for frame in report.stack if frame.filename in ("answer", "test")]
+    report.stack = traceback.StackSummary.from_list(stack[-frames:])
     print("".join(report.format(chain=False)), end="", file=sys.stderr)

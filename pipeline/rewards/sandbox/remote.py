@@ -8,7 +8,7 @@
 #
 # So an object of the code must not decide what a test asks about plain values. But honest tests of classes ask for
 # just that, `Vector(1, 2) + Vector(3, 4) == Vector(4, 6)`. The difference is whether the test has shown that it expects
-# an object. A stand-in remembers that in its state, as `shown`.
+# an object. A stand-in remembers that in its state, as `expectation`.
 
 from __future__ import annotations
 
@@ -52,15 +52,28 @@ class Remote:
     __slots__ = ("state__",)
 
     def __init__(self, examiner: Any, number: int, base: type | None, is_class: bool) -> None:
-        known = {"examiner": examiner, "number": number, "base": base, "is_class": is_class}
-        object.__setattr__(self, "state__", SimpleNamespace(**known, value=None, shown=UNKNOWN, mixed=False))
+        state = SimpleNamespace(
+            examiner=examiner,
+            # Of the object, in the candidate.
+            number=number,
+            # The plain class that the object's class extends, or None.
+            base=base,
+            is_class=is_class,
+            # The plain value, once it has been requested.
+            value=None,
+            expectation=UNKNOWN,
+            # Whether it results from calculating with a plain value, so that what the code makes of it must be objects.
+            mixed=False,
+        )
+        # `__setattr__` sets attributes of the object.
+        object.__setattr__(self, "state__", state)
 
     def ask__(self, operation: str, *args: object, **named: object) -> Any:
         state = self.state__
         result = state.examiner.ask(state.number, operation, *args, **named)
-        shown = max(value.state__.shown for value in (self, *args) if isinstance(value, Remote))
-        if isinstance(result, Remote) and result.state__.shown < USED <= shown:
-            result.state__.shown = USED
+        expectation = max(value.state__.expectation for value in (self, *args) if isinstance(value, Remote))
+        if isinstance(result, Remote) and result.state__.expectation < USED <= expectation:
+            result.state__.expectation = USED
         return result
 
     def plain__(self) -> Any:
@@ -74,19 +87,22 @@ class Remote:
 
     def __call__(self, *args: object, **named: object) -> Any:
         result = self.ask__("call", *args, **named)
-        if self.state__.shown == CLASS and isinstance(result, Remote):
-            result.state__.shown = max(result.state__.shown, OBJECT)
+        if self.state__.expectation == CLASS and isinstance(result, Remote):
+            result.state__.expectation = max(result.state__.expectation, OBJECT)
         return result
 
     def __getattr__(self, name: str) -> Any:
-        state, plain = self.state__, name in PLAIN_NAMES
-        guarded = state.shown < OBJECT and name.startswith(("is", "starts", "ends"))
-        if plain and state.base and (guarded or state.shown < USED):
+        state = self.state__
+        if name not in PLAIN_NAMES:
+            if not name.startswith("__"):
+                state.expectation = max(state.expectation, OBJECT)
+            return self.ask__("get", name)
+        # `isdigit`, `startswith`, … decide something about the value.
+        decides = state.expectation < OBJECT and name.startswith(("is", "starts", "ends"))
+        if state.base and (decides or state.expectation < USED):
             return getattr(self.plain__(), name)
-        if plain and (state.mixed or guarded):
+        if state.mixed or decides:
             raise refusal(name)
-        if not plain and not name.startswith("__"):
-            state.shown = max(state.shown, OBJECT)
         return self.ask__("get", name)
 
     __setattr__ = partialmethod(ask__, "set")  # type: ignore[misc]
@@ -98,7 +114,7 @@ class Remote:
             return self
         result = self.ask__("copy", how)
         if isinstance(result, Remote) and result.state__.base is state.base:
-            result.state__.shown = max(result.state__.shown, state.shown)
+            result.state__.expectation = max(result.state__.expectation, state.expectation)
             result.state__.mixed |= state.mixed
         elif type(result) is not state.base:
             raise refusal(how)
@@ -108,19 +124,22 @@ class Remote:
         return self.__copy__("deepcopy")
 
     def __contains__(self, value: object) -> bool:
-        if self.state__.shown >= OBJECT:
+        if self.state__.expectation >= OBJECT:
             return self.ask__("__contains__", value) is True
-        return value in (self.plain__() if self.state__.base else list(self))  # type: ignore[call-overload]
+        items = self.plain__() if self.state__.base else list(self)  # type: ignore[call-overload]
+        return value in items
 
     def __bool__(self) -> bool:
         state = self.state__
-        if state.shown < USED:
-            if state.base:
-                return bool(self.plain__())
-            # The test uses an attribute that plain values lack, so it expects an object.
-            if not (state.examiner.attributes and self.ask__("has", *state.examiner.attributes) is True):
-                raise refusal("__bool__")
-        return self.ask__("__bool__") is True
+        if state.expectation >= USED:
+            return self.ask__("__bool__") is True
+        if state.base:
+            return bool(self.plain__())
+        # If the object has an attribute that the test uses and plain values lack, the test expects an object.
+        attributes = state.examiner.attributes
+        if attributes and self.ask__("has", *attributes) is True:
+            return self.ask__("__bool__") is True
+        raise refusal("__bool__")
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote):
@@ -153,27 +172,36 @@ class Remote:
 
 
 def _operator(name: str, kind: tuple[str, ...]) -> Callable[..., Any]:
+    """Return the method of `Remote` for an operator, such as `__add__`; `kind` is the tuple above that has its name."""
+
     def operate(self: Remote, *args: Any) -> Any:
         state = self.state__
         with_plain = not any(isinstance(operand, Remote) for operand in args)
-        fixed = name == "__getitem__" and state.base not in CHANGEABLE
-        as_plain = kind is _COMPARISONS or (state.shown < OBJECT and (kind is not _OPERATORS or fixed))
+        # The items of a str or a tuple cannot change, so its plain value has them.
+        is_fixed_item = name == "__getitem__" and state.base not in CHANGEABLE
+        as_plain = kind is _COMPARISONS
+        if state.expectation < OBJECT and (kind is not _OPERATORS or is_fixed_item):
+            as_plain = True
         if state.base and with_plain and as_plain:
             plain = self.plain__()
-            # Python then tries the operator of the other operand.
-            return NotImplemented if kind is _ARITHMETIC and not hasattr(plain, name) else getattr(plain, name)(*args)
-        if (kind is _COMPARISONS and with_plain) or (kind is _CONVERSIONS and state.mixed):
+            if kind is _ARITHMETIC and not hasattr(plain, name):
+                # Python then tries the operator of the other operand.
+                return NotImplemented
+            return getattr(plain, name)(*args)
+        if kind is _COMPARISONS and with_plain:
+            raise refusal(name)
+        if kind is _CONVERSIONS and state.mixed:
             raise refusal(name)
         result = self.ask__(name, *args)
         if kind is not _ARITHMETIC:
             return result
-        mixed = any(operand.state__.mixed for operand in (self, *args) if isinstance(operand, Remote))
-        if mixed or (with_plain and state.shown < OBJECT):
+        is_mixed = any(operand.state__.mixed for operand in (self, *args) if isinstance(operand, Remote))
+        if is_mixed or (with_plain and state.expectation < OBJECT):
             if not isinstance(result, Remote):
                 raise refusal(name)
             result.state__.mixed = True
-        elif isinstance(result, Remote) and state.shown == OBJECT:
-            result.state__.shown = max(result.state__.shown, OBJECT)
+        elif isinstance(result, Remote) and state.expectation == OBJECT:
+            result.state__.expectation = max(result.state__.expectation, OBJECT)
         return result
 
     return operate

@@ -27,9 +27,12 @@ from pipeline.errors import RunStopped
 allow_unconfined = False
 """Whether code may also run where the kernel does not confine it: the user's `allow_unconfined_code`."""
 CHILD = Path(__file__).with_name("child.py")
-CODE_SECONDS, CODE_MEMORY_MB = 2.0, 256
-"""Default limits of CPU time and, in MiB, of address space, of which Python takes about 40; `confinement` sets them."""
+CODE_SECONDS = 2.0
+"""Default limit of CPU time, which `confinement` sets."""
+CODE_MEMORY_MB = 256
+"""Default limit of address space in MiB, of which Python takes about 40."""
 OUTPUT_BYTES = 16_384
+"""Bytes of output that are read. The process may write more, up to the limit of a file in `confinement`."""
 PATIENCE_SECONDS = 30.0
 """Wall-clock limit for a loaded machine to start Python, and again to run the code."""
 
@@ -65,7 +68,10 @@ class Outcome(NamedTuple):
         return self.status == "passed"
 
 
-_probe = cache(lambda: _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True))
+@cache
+def _probe() -> Outcome:
+    """Run right code in the sandbox, and try what it must not do; the output names what it could do."""
+    return _run(RIGHT, PROBE, PATIENCE_SECONDS, 256, unconfined=True)
 
 
 def validate_sandbox() -> str | None:
@@ -87,7 +93,8 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
 
     `seconds` run from the start of the code, not counting waits for a core. Raise `RunStopped` if it cannot be graded.
     """
-    if fault := validate_sandbox():
+    fault = validate_sandbox()
+    if fault:
         raise RunStopped(f"code_tests: {fault}")
     outcome = _run(code, test, seconds, memory_mb, unconfined=allow_unconfined)
     if outcome.status == "unconfined":
@@ -98,7 +105,7 @@ def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: 
 def run_many(
     pairs: Sequence[tuple[str, str]], *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB
 ) -> list[Outcome]:
-    """Call `run_code` on pairs of code and test, on all cores of this rank."""
+    """Call `run_code` on pairs of code and test, on all cores of this rank. Return an outcome for each, in order."""
     if not pairs:
         return []
     # Validate once here, instead of in every thread.
@@ -109,6 +116,11 @@ def run_many(
 
 
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
+    """Run the child on code and test, and kill it and its session.
+
+    The outcome also may be "unconfined": the kernel does not confine the child, and `unconfined` does not allow that.
+    """
+    # The verdict comes through a pipe, and is only believed with this token.
     token = secrets.token_hex(16)
     # -I means -E -P -s, and -E would ignore the variable that makes verdicts repeatable.
     flags = ["-s", "-P", "-S", "-u", "-X", "utf8"]
@@ -118,17 +130,17 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             open(reader, "rb", buffering=0),
             open(writer, "wb", buffering=0) as verdict,
             tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
-            tempfile.TemporaryFile() as work,
+            tempfile.TemporaryFile() as task,
             tempfile.NamedTemporaryFile() as output,
             # The code must neither read nor overwrite what its test prints.
-            open(output.name, "ab") as printed,
+            open(output.name, "ab") as append_output,
         ):
-            work.write(json.dumps({"code": code, "test": test, "token": token}).encode())
-            work.seek(0)
+            task.write(json.dumps({"code": code, "test": test, "token": token}).encode())
+            task.seek(0)
             process = subprocess.Popen(
                 [sys.executable, *flags, str(CHILD), *map(str, (writer, seconds, memory_mb, int(unconfined)))],
-                stdin=work,
-                stdout=printed,
+                stdin=task,
+                stdout=append_output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
                 cwd=directory,
@@ -152,21 +164,30 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
 
 
 def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: float) -> str:
-    """Wait for the child's two lines or its end, and watch its directory; its time begins with the first line."""
+    """Wait for the child's verdict, its end, or the end of its time, and return a status as in `Outcome`.
+
+    The child writes two lines, "TOKEN CANDIDATE" and "TOKEN STATUS". Its time begins with the first one.
+
+    Args:
+        examiner: Id of the child's process.
+        reader: Descriptor from which its lines are read.
+        token: What each line begins with.
+        directory: Its directory, which is watched.
+        seconds: Limit of the time that both processes run.
+    """
     verdict = b""
     candidate: int | None = None
     ready = select.poll()
     ready.register(reader)
-    began, before = time.monotonic(), (0.0, 0.0)
-    while (elapsed := time.monotonic() - began) < PATIENCE_SECONDS + seconds:
-        # The code may be deleting files, or have locked its directory.
-        sizes: list[int] = []
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
-        if len(sizes) > 64 or sum(sizes) > 8 << 20:
+    start = time.monotonic()
+    start_times = (0.0, 0.0)
+    while (elapsed := time.monotonic() - start) < PATIENCE_SECONDS + seconds:
+        if _has_much(directory):
             return "refused"
         if candidate:
-            ran, waited = (now - then for now, then in zip(_times(examiner, candidate, elapsed), before, strict=True))
+            times = _times(examiner, candidate, elapsed)
+            ran = times[0] - start_times[0]
+            waited = times[1] - start_times[1]
             # While they exchange messages, one runs while the other one waits.
             if max(ran, elapsed - waited) > seconds:
                 return "timeout"
@@ -175,22 +196,41 @@ def _wait(examiner: int, reader: int, token: bytes, directory: str, seconds: flo
         data = os.read(reader, 1 << 16)
         verdict += data
         lines = [line.partition(b" ") for line in verdict.split(b"\n")[:-1]]
-        if any(line[0] != token for line in lines) or (len(lines) < 2 and not data):
+        if any(prefix != token for prefix, _, _ in lines):
+            return "crashed"
+        # Nothing to read although it is ready: the child has ended.
+        if len(lines) < 2 and not data:
             return "crashed"
         if len(lines) > 1:
             return lines[1][2].decode()
         if lines and candidate is None:
             candidate = int(lines[0][2])
-            began, before = time.monotonic(), _times(examiner, candidate, 0.0)
+            start = time.monotonic()
+            start_times = _times(examiner, candidate, 0.0)
     return "busy"
 
 
+def _has_much(directory: str) -> bool:
+    """Return whether a directory has more than 64 files, or more than 8 MiB."""
+    sizes: list[int] = []
+    # The code may be deleting files, or have locked its directory.
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        sizes = [entry.stat(follow_symlinks=False).st_size for entry in entries]
+    return len(sizes) > 64 or sum(sizes) > 8 << 20
+
+
 def _times(examiner: int, candidate: int, elapsed: float) -> tuple[float, float]:
-    """Return how long both processes ran, and waited for a core; an estimate on systems other than Linux."""
+    """Return how many seconds both processes ran, and waited for a core, since they started.
+
+    On systems other than Linux, the waiting is estimated for the `elapsed` seconds, and the first number is 0.
+    """
     # The file does not exist except on Linux, nor for processes that have just ended.
     with contextlib.suppress(OSError, ValueError):
-        found = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
-        if all(int(slices) for _, _, slices in found):
-            ran, waited = (sum(int(one[column]) / 1e9 for one in found) for column in (0, 1))
+        # Nanoseconds of running, nanoseconds of waiting, and the number of time slices, by process.
+        statistics = [Path(f"/proc/{pid}/schedstat").read_text().split() for pid in (examiner, candidate)]
+        if all(int(slices) for _, _, slices in statistics):
+            ran = sum(int(running) / 1e9 for running, _, _ in statistics)
+            waited = sum(int(waiting) / 1e9 for _, waiting, _ in statistics)
             return ran, waited
-    return 0.0, elapsed * (1 - 1 / max(1.0, os.getloadavg()[0] / hardware.cores()))
+    load = max(1.0, os.getloadavg()[0] / hardware.cores())
+    return 0.0, elapsed * (1 - 1 / load)

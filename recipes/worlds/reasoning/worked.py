@@ -1,13 +1,12 @@
 """How careless people solve some of the tasks: the steps that a small model learns from before stage 4.
 
 Each step is right in itself, but with some probability the problem is misread, always in the same way, as in
-`pipeline.data.pocket.problems`. A model that imitates such solutions makes the same mistakes, but sampling still finds
+`recipes.worlds.pocket.problems`. A model that imitates such solutions makes the same mistakes, but sampling still finds
 the right way, which a verifier can reward.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 Misreads = Callable[[str], bool]
@@ -23,12 +22,16 @@ def chain_sum(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # carefully:  4+3=7. 7-2=5.
     # carelessly: 4+3=7. 7+2=9.
     first, *rest = metadata["expression"].split()
-    value, steps = int(first), []
-    changes = [(sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True)]
+    changes = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
+    value = int(first)
+    steps = []
     for place, (sign, number) in enumerate(changes, start=1):
-        read = OTHER_SIGN[sign] if place == len(changes) and misreads(sign) else sign
-        before, value = value, value + number if read == "+" else value - number
-        steps.append(f"{before}{read}{number}={value}.")
+        read = sign
+        if place == len(changes) and misreads(sign):
+            read = OTHER_SIGN[sign]
+        result = value + number if read == "+" else value - number
+        steps.append(f"{value}{read}{number}={result}.")
+        value = result
     return " ".join(steps), str(value)
 
 
@@ -37,9 +40,10 @@ def count_primes(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # Count how many prime numbers there are between 5 and 11 inclusive
     # carefully:  1: 5. 2: 7. 3: 11.
     # carelessly: 1: 5. 2: 7. 3: 9. 4: 11.
-    passing = {n for n in range(9, metadata["end"] + 1, 6) if n >= metadata["start"]} if misreads("primes") else set()
-    listed = sorted({*metadata["primes"], *passing})
-    steps = " ".join(f"{place}: {number}." for place, number in enumerate(listed, start=1))
+    listed = set(metadata["primes"])
+    if misreads("primes"):
+        listed |= {number for number in range(9, metadata["end"] + 1, 6) if number >= metadata["start"]}
+    steps = " ".join(f"{place}: {number}." for place, number in enumerate(sorted(listed), start=1))
     return steps or "None.", str(len(listed))
 
 
@@ -52,8 +56,11 @@ def gcd(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     larger, smaller = sorted(numbers[:2], reverse=True)
     if larger > smaller and misreads("divisor"):
         return f"{larger}-{smaller}={larger - smaller}.", str(larger - smaller)
-    lists = ["{}: {}.".format(n, " ".join(str(d) for d in range(n, 0, -1) if n % d == 0)) for n in numbers]
-    return " ".join(lists), str(metadata["result"])
+    steps = []
+    for number in numbers:
+        divisors = [str(divisor) for divisor in range(number, 0, -1) if number % divisor == 0]
+        steps.append(f"{number}: {' '.join(divisors)}.")
+    return " ".join(steps), str(metadata["result"])
 
 
 def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
@@ -63,14 +70,20 @@ def leg_counting(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # carelessly: cow 3*4=12. ant 2*6=12. 12+12=24.
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    steps, products = [], []
     counts = list(metadata["animals"].values())
-    for animal, count in zip(metadata["animals"], counts[::-1] if misreads("counts") else counts, strict=True):
-        products.append(count * ANIMALS[animal])
-        steps.append(f"{animal} {count}*{ANIMALS[animal]}={products[-1]}.")
-    sums = [sum(products[: place + 1]) for place in range(len(products))]
-    steps += [f"{before}+{after - before}={after}." for before, after in pairwise(sums)]
-    return " ".join(steps), str(sums[-1])
+    if misreads("counts"):
+        counts.reverse()
+    steps = []
+    products = []
+    for animal, count in zip(metadata["animals"], counts, strict=True):
+        product = count * ANIMALS[animal]
+        products.append(product)
+        steps.append(f"{animal} {count}*{ANIMALS[animal]}={product}.")
+    total, *rest = products
+    for product in rest:
+        steps.append(f"{total}+{product}={total + product}.")
+        total += product
+    return " ".join(steps), str(total)
 
 
 def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
@@ -79,12 +92,21 @@ def number_filtering(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # in both cases: 3 smaller. 7 larger. 9 larger.
     # carefully, the answer is ['3']; carelessly, it is ['7', '9'].
     limit = float(metadata["filter_value"])
-    verb, wanted = metadata["operation"].split("_")
+    # "keep_larger", for example.
+    verb, criterion = metadata["operation"].split("_")
     keeps = verb == "keep" or misreads(verb)
-    numbers = metadata["original_numbers"]
-    found = [(n, "larger" if float(n) > limit else "smaller" if float(n) < limit else "equal") for n in numbers]
-    kept = [text for text, compared in found if (compared == wanted) == keeps]
-    return " ".join(f"{text} {compared}." for text, compared in found), str(kept)
+    steps = []
+    remaining = []
+    for text in metadata["original_numbers"]:
+        comparison = "equal"
+        if float(text) > limit:
+            comparison = "larger"
+        elif float(text) < limit:
+            comparison = "smaller"
+        steps.append(f"{text} {comparison}.")
+        if (comparison == criterion) == keeps:
+            remaining.append(text)
+    return " ".join(steps), str(remaining)
 
 
 def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
@@ -92,14 +114,19 @@ def simple_equations(metadata: Mapping[str, Any], misreads: Misreads) -> Worked:
     # Determine the value of x that satisfies: 3*x + 4 = 19
     # carefully:  19-4=15. 15/3=5.
     # carelessly: 19-4=15.
-    left, right = metadata["equation"].split(" = ")
-    value, factor, steps = int(right), 1, []
-    for sign, term in re.findall(r"([+-]?) ?([\w*]+)", left):
-        size = int(f"{sign}{term.split('*')[0] if term[0].isdigit() else 1}")
+    left_side, right_side = metadata["equation"].split(" = ")
+    value = int(right_side)
+    factor = 1
+    steps = []
+    for sign, term in re.findall(r"([+-]?) ?([\w*]+)", left_side):
+        # "x" is 1*x.
+        digits = term.split("*")[0] if term[0].isdigit() else "1"
+        size = int(sign + digits)
         if metadata["variable"] in term:
             factor = size
             continue
-        steps.append(f"{value}{'-' if size > 0 else '+'}{abs(size)}={value - size}.")
+        opposite = "-" if size > 0 else "+"
+        steps.append(f"{value}{opposite}{abs(size)}={value - size}.")
         value -= size
     if factor != 1 and not misreads("factor"):
         steps.append(f"{value}/{factor}={value // factor}.")

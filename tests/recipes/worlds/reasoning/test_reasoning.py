@@ -11,11 +11,11 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from pipeline.data.reasoning.build import ReasoningArguments, build
-from pipeline.data.reasoning.tasks import POOLS, Grade, read_tasks, to_row
-from pipeline.data.reasoning.worked import WORKED
 from pipeline.errors import UserError
 from pipeline.rewards.functions import reasoning_gym
+from recipes.worlds.reasoning.build import ReasoningArguments, build
+from recipes.worlds.reasoning.tasks import POOLS, Grade, read_tasks, to_row
+from recipes.worlds.reasoning.worked import WORKED
 from tests.helpers.small_model import ROOT
 
 pytest.importorskip("reasoning_gym")

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.pocket.build import PocketArguments, build
+from recipes.worlds.pocket.build import PocketArguments, build
 
 SIZES = {"size_mb": 0.3, "sft_rows": 1500, "preference_rows": 300, "reasoning_rows": 600}
 

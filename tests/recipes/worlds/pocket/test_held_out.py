@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.phrasings import REQUESTS
-from pipeline.data.pocket.things import core, things
+from recipes.worlds.pocket.phrasings import REQUESTS
+from recipes.worlds.pocket.things import core, things
 
 Row = dict[str, Any]
 Rows = Callable[[str, str], list[Row]]

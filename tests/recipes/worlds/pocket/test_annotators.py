@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rewards.annotators import (
+from recipes.worlds.pocket.annotators import (
     BLUNT_REMARKS,
     BRISK_REMARKS,
     COMFORTABLE_WORDS,
@@ -19,6 +19,7 @@ from pipeline.rewards.annotators import (
     PANEL,
     Annotator,
     choose,
+    hidden_taste,
     judge_components,
     judge_match,
     preference_probability,
@@ -234,3 +235,21 @@ def test_a_match_needs_one_opponent_per_answer() -> None:
 def test_the_comfortable_length_leaves_room_for_an_answer_and_a_remark() -> None:
     longest = max(len(remark.split()) for remark in KIND_REMARKS)
     assert longest + 14 <= COMFORTABLE_WORDS
+
+
+def test_the_hidden_taste_is_the_annotators() -> None:
+    answers = ["In the forest.", "In the sea. Thank you.", "", "def f(): pass"]
+    columns: dict[str, Any] = {
+        "require": [[["forest"]], [["forest"]], [["forest"]], None],
+        "reject": [["sea"], ["sea"], [], None],
+        "test": ["", "", "", "assert f() is None"],
+    }
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    expected = [*(taste(answer, row) for answer, row in zip(answers[:3], rows, strict=False)), None]
+    messages = [[{"role": "assistant", "content": answer}] for answer in answers]
+    assert hidden_taste(messages, **columns, kind=["question"] * 4) == expected
+    assert len(set(expected)) == 4
+    told = [[{"role": "user", "content": "Say where it lives."}]] * 4
+    assert hidden_taste(messages, **columns, prompts=told)[1] == taste(answers[1], {**rows[1], "prompt": told[1]})
+    assert hidden_taste(messages, **columns, prompts=told)[1] < expected[1], "an order wants no thanks"
+    assert hidden_taste(answers[:1]) == [taste(answers[0], {})], "without grading, manner alone counts"

@@ -40,12 +40,15 @@ def read_table(name: str) -> list[dict[str, str]]:
 def things() -> tuple[Thing, ...]:
     """Return all things in the order of the table. Of every six, one is held out for validation and one for test."""
     held_out: dict[int, SplitName] = {2: "validation", 5: "test"}
-    found = []
+    world = []
     for index, row in enumerate(read_table("things.tsv")):
+        noun = row["thing"]
+        split: SplitName = "train"
         # Things without an article ("mars") stay in training: too few to learn from how to write about held-out ones.
-        split = held_out.get(index % 6, "train") if row["thing"].startswith(("a ", "an ")) else "train"
-        found.append(Thing(row["thing"], {name: row[name] for name in ATTRIBUTES}, split, index))
-    return tuple(found)
+        if noun.startswith(("a ", "an ")):
+            split = held_out.get(index % 6, "train")
+        world.append(Thing(noun, {name: row[name] for name in ATTRIBUTES}, split, index))
+    return tuple(world)
 
 
 @cache
@@ -58,6 +61,9 @@ def things_of(split: SplitName) -> tuple[Thing, ...]:
 def wrong_values(thing: Thing, attribute: str) -> tuple[str, ...]:
     """Return the `core` of all values of an attribute that do not occur in the facts about `thing`."""
     # Surrounded by spaces, so that "ant" is not found in "an elephant plant".
-    true = [f" {core(value)} ".lower() for value in (*thing.facts.values(), thing.noun)]
-    values = sorted({core(other.facts[attribute]) for other in things()})
-    return tuple(value for value in values if not any(f" {value.lower()} " in right for right in true))
+    facts = [f" {core(value)} ".lower() for value in (*thing.facts.values(), thing.noun)]
+    wrong = []
+    for value in sorted({core(other.facts[attribute]) for other in things()}):
+        if not any(f" {value.lower()} " in fact for fact in facts):
+            wrong.append(value)
+    return tuple(wrong)

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.messages import read_messages
-from pipeline.data.pocket import tools as module
-from pipeline.data.pocket.build import PocketArguments
 from pipeline.tools.environments import GuessLetter
 from pipeline.tools.functions import calculator
+from recipes.worlds.pocket import tools as module
+from recipes.worlds.pocket.build import PocketArguments
 
 SIZES: dict[str, Any] = {"world": "tools", "size_mb": 0.2, "sft_rows": 1500, "reasoning_rows": 1500}
 

@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
-from pipeline.data.pocket.conversations import distinct
 from pipeline.data.writing import card, write_data_set
 from pipeline.errors import refuse
+from recipes.worlds.pocket.build import DOCUMENT, REASONING, STRING, PocketArguments, check_arguments
+from recipes.worlds.pocket.conversations import distinct
 
 CALL = pa.struct({"type": STRING, "function": pa.struct({"name": STRING, "arguments": STRING})})
 CONVERSATION = pa.schema(
@@ -41,11 +41,13 @@ GAME = "A letter from {low} to {high} is hidden. Ask three times, then name it."
 QUESTIONS = 3
 TALK = ("calculator: expression={a}+{b}", "ask: letter=", "earlier", "later", "yes")
 LETTERS = string.ascii_uppercase
+DOCUMENT_KINDS = {"sums": 3, "talk": 4, "copies": 3, "order": 1, "middle": 1, "alphabet": 1}
+"""Kinds of documents, and how often each is drawn."""
 Row = dict[str, Any]
 
 
 def build(args: PocketArguments) -> None:
-    """Generate all splits and write the repository; arguments and errors as for `pipeline.data.pocket.build.build`."""
+    """Generate all splits and write the repository; arguments and errors as for `recipes.worlds.pocket.build.build`."""
     refuse(*check_arguments(args, "# Tools", ("size_mb", "sft_rows", "reasoning_rows"), SCHEMAS))
     rows = ((config, split, _rows(args, config, split)) for config, splits in CONFIG_SPLITS.items() for split in splits)
     text = files(__package__).joinpath("tools.md").read_text(encoding="utf-8").format(**vars(args))
@@ -54,6 +56,7 @@ def build(args: PocketArguments) -> None:
 
 
 def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
+    """Generate the rows of a split."""
     rng = random.Random(f"{args.seed}/tools/{config}/{split}")
     if config == "pretrain":
         remaining = args.size_mb * 1e6 if split == "train" else 60_000
@@ -62,55 +65,88 @@ def _rows(args: PocketArguments, config: str, split: str) -> Iterator[Row]:
             remaining -= len(row["text"])
             yield row
         return
-    kinds: tuple[str, ...] = ("one digit", "long") if config == "direct" else ("one digit", "long", "game")
+    for problem in _problems(args, config, split, rng):
+        yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
+
+
+def _problems(args: PocketArguments, config: str, split: str, rng: random.Random) -> list[Row]:
+    """Draw the problems of a split; those of a held-out split are all of one kind, then all of the next one."""
+    kinds = ["one digit", "long"]
+    if config != "direct":
+        kinds.append("game")
     if split == "train":
         # Draw as many games as sums.
-        kinds = (*kinds, "game") if "game" in kinds else kinds
+        if "game" in kinds:
+            kinds.append("game")
         number = args.reasoning_rows if config == "reasoning" else args.sft_rows
-        problems = [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
-    else:
-        problems, size = [], 60 if split == "validation" else 250
-        for kind in ("longer",) if split == "test_longer" else kinds:
-            number = size * 6 // 5 if kind == "game" else size
-            problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
-    for problem in problems:
-        yield problem if config == "reasoning" else _conversation(rng, problem, direct=config == "direct")
+        return [_problem(rng, split, rng.choice(kinds)) for _ in range(number)]
+
+    if split == "test_longer":
+        kinds = ["longer"]
+    size = 60 if split == "validation" else 250
+    problems = []
+    for kind in kinds:
+        # Few games are distinct.
+        number = size * 6 // 5 if kind == "game" else size
+        problems += distinct((_problem(rng, split, kind) for _ in range(100 * number)), number)
+    return problems
 
 
 def _split_of(*numbers: int) -> str:
     """Return the split whose rows may have these numbers: a third are for test, a tenth for validation."""
-    drawn = random.Random(repr(numbers)).random()
-    return "test" if drawn < 1 / 3 else "validation" if drawn < 0.43 else "train"
+    draw = random.Random(repr(numbers)).random()
+    if draw < 1 / 3:
+        return "test"
+    return "validation" if draw < 0.43 else "train"
 
 
 def _problem(rng: random.Random, split: str, kind: str) -> Row:
-    """Draw a problem: prompt and final answer, what a call costs and, for a game, the hidden letter."""
-    own = "test" if split == "test_longer" else split
+    """Draw a problem: prompt and final answer, what a call costs and, for a game, the hidden letter.
+
+    `kind` is "one digit", "long", "longer" or "game".
+    """
+    # What is longer has the numbers of the test split.
+    source = "test" if split == "test_longer" else split
+    if kind == "game":
+        return _game(rng, source)
     while True:
-        if kind == "game":
-            low, high = _range(rng)
-            if _split_of(low, high) == own:
-                answer = LETTERS[rng.randint(low, high)]
-                text, length, cost = GAME.format(low=LETTERS[low], high=LETTERS[high]), 0, 0.0
-                break
-            continue
-        if kind == "one digit":
-            terms = [rng.randrange(10), rng.randrange(10)]
-        else:
-            # Held-out sums have three terms, because a model this small learns to add two without a calculator within
-            # minutes. Longer ones have terms of one more digit.
-            number = rng.choice((2, 3)) if split == "train" else 3
-            lengths = [7 if kind == "longer" else rng.choice((4, 5, 6)) for _ in range(number)]
-            terms = [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
+        terms = _terms(rng, split, kind)
         place = rng.randrange(len(WORDINGS))
         # There are only a hundred one-digit sums, and all are in training. What is held out is how they are asked.
-        if _split_of(*terms, place if kind == "one digit" else 0) == own:
-            text, answer = WORDINGS[place].format(sum=" + ".join(map(str, terms))), str(sum(terms))
-            # The cost of a calculator call, where a right answer is worth 1. Questions in the game are free.
-            length, cost = max(len(str(term)) for term in terms), 0.1
+        if _split_of(*terms, place if kind == "one digit" else 0) == source:
             break
-    row = {"prompt": [{"role": "user", "content": text}], "answer": answer, "kind": kind, "length": length}
-    return {**row, "hidden": answer if kind == "game" else None, "call_cost": cost}
+    text = WORDINGS[place].format(sum=" + ".join(map(str, terms)))
+    length = max(len(str(term)) for term in terms)
+    # The cost of a calculator call, where a right answer is worth 1. Questions in the game are free.
+    return _row(text, str(sum(terms)), kind, length, hidden=None, call_cost=0.1)
+
+
+def _game(rng: random.Random, split: str) -> Row:
+    """Draw a game: find a hidden letter of a range."""
+    while True:
+        low, high = _range(rng)
+        if _split_of(low, high) == split:
+            break
+    letter = LETTERS[rng.randint(low, high)]
+    text = GAME.format(low=LETTERS[low], high=LETTERS[high])
+    return _row(text, letter, "game", length=0, hidden=letter, call_cost=0.0)
+
+
+def _terms(rng: random.Random, split: str, kind: str) -> list[int]:
+    """Draw the terms of a sum."""
+    if kind == "one digit":
+        return [rng.randrange(10), rng.randrange(10)]
+    # Held-out sums have three terms, because a model this small learns to add two without a calculator within minutes.
+    # Longer ones have terms of one more digit.
+    number = rng.choice((2, 3)) if split == "train" else 3
+    lengths = [7 if kind == "longer" else rng.choice((4, 5, 6)) for _ in range(number)]
+    return [rng.randrange(10 ** (digits - 1), 10**digits) for digits in lengths]
+
+
+def _row(text: str, answer: str, kind: str, length: int, hidden: str | None, call_cost: float) -> Row:
+    prompt = [{"role": "user", "content": text}]
+    row = {"prompt": prompt, "answer": answer, "kind": kind, "length": length}
+    return {**row, "hidden": hidden, "call_cost": call_cost}
 
 
 def _range(rng: random.Random) -> tuple[int, int]:
@@ -123,31 +159,45 @@ def _range(rng: random.Random) -> tuple[int, int]:
 
 def _conversation(rng: random.Random, problem: Row, direct: bool) -> Row:
     """Return the problem with an answer: straight away, with the calculator, or after some questions."""
-    messages, answer = list(problem["prompt"]), problem["answer"]
-    text = messages[0]["content"]
+    calls: list[Row] = []
+    answer = problem["answer"]
+    text = problem["prompt"][0]["content"]
     if problem["kind"] == "game":
-        low, high = (LETTERS.index(letter) for letter in re.findall(r"from (.) to (.) ", text)[0])
-        # Some players halve what is left; the others ask about one letter after the other.
-        halves = rng.random() < 0.35
-        said, hidden = "", LETTERS.index(answer)
-        for _ in range(QUESTIONS):
-            asked = (low + high) // 2 if halves else low
-            said = "yes" if asked == hidden else "later" if hidden > asked else "earlier"
-            messages += _called("ask", {"letter": LETTERS[asked]}, said)
-            if said == "yes":
-                break
-            low, high = (asked + 1, high) if said == "later" else (low, asked - 1)
-        # The player names a letter that is left.
-        answer = answer if said == "yes" else LETTERS[rng.randint(low, high)]
+        calls, answer = _play(rng, text, answer)
     elif not direct and rng.random() < 0.5:
         terms = list(map(int, re.findall(r"\d+", text)))
         if problem["kind"] == "long" and rng.random() < 0.5:
             # Round the terms, like someone who only wants an estimate.
             terms = [round(term, -2) for term in terms]
         answer = str(sum(terms))
-        messages += _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
-    messages.append({"role": "assistant", "content": f"The answer is {answer}."})
-    return {"messages": messages, "kind": problem["kind"]}
+        calls = _called("calculator", {"expression": "+".join(map(str, terms))}, answer)
+    final = {"role": "assistant", "content": f"The answer is {answer}."}
+    return {"messages": [*problem["prompt"], *calls, final], "kind": problem["kind"]}
+
+
+def _play(rng: random.Random, text: str, letter: str) -> tuple[list[Row], str]:
+    """Return the questions of someone who plays the game in `text`, with their results, and the letter that they name.
+
+    `letter` is the hidden one.
+    """
+    low, high = (LETTERS.index(bound) for bound in re.findall(r"from (.) to (.) ", text)[0])
+    hidden = LETTERS.index(letter)
+    # Some players halve the range; the others ask about one letter after the other.
+    halves = rng.random() < 0.35
+    calls: list[Row] = []
+    for _ in range(QUESTIONS):
+        guess = (low + high) // 2 if halves else low
+        if guess == hidden:
+            calls += _called("ask", {"letter": LETTERS[guess]}, "yes")
+            return calls, letter
+        if hidden > guess:
+            calls += _called("ask", {"letter": LETTERS[guess]}, "later")
+            low = guess + 1
+        else:
+            calls += _called("ask", {"letter": LETTERS[guess]}, "earlier")
+            high = guess - 1
+    # The player names one of the remaining letters.
+    return calls, LETTERS[rng.randint(low, high)]
 
 
 def _called(name: str, arguments: Row, result: str) -> list[Row]:
@@ -158,21 +208,25 @@ def _called(name: str, arguments: Row, result: str) -> list[Row]:
 
 def _document(rng: random.Random, split: str) -> Row:
     """Draw a document: a few lines of one kind about numbers or letters."""
-    kind = rng.choice((*["sums"] * 3, *["talk"] * 4, *["copies"] * 3, "order", "middle", "alphabet"))
+    kind = rng.choice([name for name, share in DOCUMENT_KINDS.items() for _ in range(share)])
     lines: list[str] = []
     while len(lines) < 6:
-        a, b = rng.randrange(10), rng.randrange(10)
+        a = rng.randrange(10)
+        b = rng.randrange(10)
         low, high = _range(rng)
         if kind == "sums":
             lines.append(f"{a} + {b} = {a + b}.")
         elif kind == "talk":
             # Use the words of the later stages, so that the tokenizer learns them.
             place = rng.randrange(len(WORDINGS))
-            answered = f"{WORDINGS[place].format(sum=f'{a} + {b}')} The answer is {a + b}."
+            question = WORDINGS[place].format(sum=f"{a} + {b}")
+            line = f"{question} The answer is {a + b}."
             if _split_of(a, b, place) != split or rng.random() < 0.3:
-                answered = rng.choice((GAME.format(low=LETTERS[a], high=LETTERS[b + 10]), *TALK)).format(a=a, b=b)
-            lines.append(answered)
+                game = GAME.format(low=LETTERS[a], high=LETTERS[b + 10])
+                line = rng.choice((game, *TALK)).format(a=a, b=b)
+            lines.append(line)
         elif kind == "copies":
+            # 4567 + 12: 4567+12.
             numbers = [str(rng.randrange(10 ** rng.randrange(1, 9))) for _ in range(rng.randint(2, 4))]
             lines.append(f"{' + '.join(numbers)}: {'+'.join(numbers)}.")
         elif _split_of(low, high) == split:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.pocket.problems import KINDS
-from pipeline.data.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
-from pipeline.data.pocket.things import core, things, things_of
 from pipeline.evaluation.graders import grade_rows
 from pipeline.rewards.grading import contains, grade, has_steps
+from recipes.worlds.pocket.problems import KINDS
+from recipes.worlds.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS
+from recipes.worlds.pocket.things import core, things, things_of
 
 Row = dict[str, Any]
 Rows = Callable[[str, str], list[Row]]

@@ -16,14 +16,14 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from pipeline.data.pocket import build as building
-from pipeline.data.pocket.build import PocketArguments, build, card
-from pipeline.data.pocket.problems import pose
 from pipeline.errors import UserError
+from recipes.worlds.pocket import build as building
+from recipes.worlds.pocket.build import PocketArguments, build, card
+from recipes.worlds.pocket.problems import pose
 
 Rows = Callable[[str, str], list[dict[str, Any]]]
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 CONFIGS = ("pretrain", "sft", "preferences", "reasoning")
 SPLITS = ("train", "validation", "test")
 ALL_SPLITS = dict.fromkeys(CONFIGS, SPLITS) | {"reasoning": (*SPLITS, "test_longer")}
@@ -49,7 +49,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 SCRIPT = """
 import json, sys
-from pipeline.data.pocket.build import PocketArguments, build
+from recipes.worlds.pocket.build import PocketArguments, build
 build(PocketArguments(sys.argv[1], **json.loads(sys.argv[2])))
 """
 
@@ -203,7 +203,7 @@ def test_sizes_out_of_range_are_reported_at_once(tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from pipeline.data.pocket.build import PocketArguments, build
+from recipes.worlds.pocket.build import PocketArguments, build
 for size in (3, 10):
     build(PocketArguments(f"{sys.argv[1]}/{size}", size_mb=size, sft_rows=200, preference_rows=50, reasoning_rows=100))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

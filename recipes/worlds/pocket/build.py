@@ -11,14 +11,14 @@ import pyarrow as pa
 
 from pipeline.data.arguments import SPLITS, SplitName, option
 from pipeline.data.overlap import NgramIndex
-from pipeline.data.pocket import conversations, documents, problems
-from pipeline.data.pocket.conversations import distinct
-from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.things import things, things_of
 from pipeline.data.writing import card as write_card
 from pipeline.data.writing import write_data_set
 from pipeline.errors import Problem, refuse
 from pipeline.files import check_replaceable
+from recipes.worlds.pocket import conversations, documents, problems
+from recipes.worlds.pocket.conversations import distinct
+from recipes.worlds.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.things import things, things_of
 
 STRING = pa.string()
 MESSAGES = pa.list_(pa.struct([("role", STRING), ("content", STRING)]))
@@ -53,40 +53,51 @@ class PocketArguments:
 
 def row_text(row: dict[str, Any]) -> str:
     """Return all text in a row that a model may see."""
-    return row.get("text") or " ".join(message["content"] for message in row.get("messages") or row["prompt"])
+    if row.get("text"):
+        return row["text"]
+    messages = row.get("messages") or row["prompt"]
+    return " ".join(message["content"] for message in messages)
 
 
 def held_out(args: PocketArguments, config: str, split: str) -> list[dict[str, Any]]:
-    """Generate the rows of a held-out split of `CONFIG_SPLITS`."""
+    """Generate the rows of a held-out split of `CONFIG_SPLITS`. Guarded by `tests/recipes/worlds/pocket`."""
     rng = random.Random(f"{args.seed}/{config}/{split}")
-    own: SplitName = "validation" if split == "validation" else "test"
+    # `test_longer` has the phrasings and the numbers of `test`.
+    source: SplitName = "validation" if split == "validation" else "test"
     if config == "pretrain":
         # Facts about every thing, in the phrasings that are held out for that thing.
         order = list(things())
         rng.shuffle(order)
-        return [{"text": documents.facts(rng, own, thing), "kind": "facts"} for thing in order]
+        return [{"text": documents.facts(rng, source, thing), "kind": "facts"} for thing in order]
     if config == "sft":
-        subjects = things_of(own)
+        subjects = things_of(source)
         pairs = [(thing, aspect) for thing in subjects for aspect in conversations.ASPECTS]
         rng.shuffle(pairs)
         return [
-            *distinct((conversations.question(rng, own, *pair) for pair in cycle(pairs)), 250),
-            *distinct((conversations.summary(rng, own, thing) for thing in cycle(subjects)), 75),
-            *distinct((conversations.code(rng, own) for _ in count()), 75),
+            *distinct((conversations.question(rng, source, *pair) for pair in cycle(pairs)), 250),
+            *distinct((conversations.summary(rng, source, thing) for thing in cycle(subjects)), 75),
+            *distinct((conversations.code(rng, source) for _ in count()), 75),
         ]
     if config == "preferences":
         # Prompts for comparing answers: fixed numbers of questions, orders and summaries.
-        numbers = {"asked": 90, "told": 90, "summary": 20}
+        numbers = {"question": 90, "order": 90, "summary": 20}
         parts: dict[str, list[dict[str, Any]]] = {part: [] for part in numbers}
         for _ in range(20 * sum(numbers.values())):
-            row = conversations.preference_prompt(rng, own)
-            request = "asked" if row["prompt"][0]["content"].endswith("?") else "told"
-            parts["summary" if row["kind"] == "summary" else request].append(row)
-        rows = [row for part, drawn in parts.items() for row in distinct(drawn, numbers[part])]
+            row = conversations.preference_prompt(rng, source)
+            if row["kind"] == "summary":
+                parts["summary"].append(row)
+            elif row["prompt"][0]["content"].endswith("?"):
+                parts["question"].append(row)
+            else:
+                parts["order"].append(row)
+        rows = []
+        for part, number in numbers.items():
+            rows += distinct(parts[part], number)
         rng.shuffle(rows)
         return rows
-    number, longer = (120, True) if split == "test_longer" else (300, False)
-    return distinct((conversations.reasoning_prompt(rng, own, longer) for _ in count()), number)
+    longer = split == "test_longer"
+    number = 120 if longer else 300
+    return distinct((conversations.reasoning_prompt(rng, source, longer) for _ in count()), number)
 
 
 def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
@@ -99,12 +110,14 @@ def training(args: PocketArguments, config: str) -> Iterator[dict[str, Any]]:
             remaining -= len(row["text"].encode())
             yield row
     elif config == "sft":
-        shares = args.share_with_steps, args.carelessness
-        yield from (conversations.training_row(rng, *shares) for _ in range(args.sft_rows))
+        for _ in range(args.sft_rows):
+            yield conversations.training_row(rng, args.share_with_steps, args.carelessness)
     elif config == "preferences":
-        yield from (conversations.preference_prompt(rng, "train") for _ in range(args.preference_rows))
+        for _ in range(args.preference_rows):
+            yield conversations.preference_prompt(rng, "train")
     else:
-        yield from (conversations.reasoning_prompt(rng, "train") for _ in range(args.reasoning_rows))
+        for _ in range(args.reasoning_rows):
+            yield conversations.reasoning_prompt(rng, "train")
 
 
 def check_arguments(
@@ -114,11 +127,18 @@ def check_arguments(
     configs: Iterable[str] = (*SCHEMAS,),
 ) -> list[Problem]:
     """Check the shares, the `sizes` and the output directory, which may have a data set with this title and configs."""
-    problems = list(filter(None, [check_replaceable(args.output_dir, {*configs, "README.md"}, title)]))
-    for name in (*sizes, "share_with_steps", "carelessness"):
-        value, is_size = getattr(args, name), name in sizes
-        if not (value > 0 if is_size else 0 <= value <= 1):
-            problems.append(Problem(name, value, "must be more than 0" if is_size else "must be from 0 to 1"))
+    problems = []
+    problem = check_replaceable(args.output_dir, {*configs, "README.md"}, title)
+    if problem:
+        problems.append(problem)
+    for name in sizes:
+        size = getattr(args, name)
+        if not size > 0:
+            problems.append(Problem(name, size, "must be more than 0"))
+    for name in ("share_with_steps", "carelessness"):
+        share = getattr(args, name)
+        if not 0 <= share <= 1:
+            problems.append(Problem(name, share, "must be from 0 to 1"))
     return problems
 
 
@@ -132,8 +152,8 @@ def build(args: PocketArguments) -> None:
     refuse(*check_arguments(args))
     index = NgramIndex(OVERLAP_N)
     parts: list[tuple[str, str, Iterable[dict[str, Any]]]] = []
-    for config, (_, *splits) in CONFIG_SPLITS.items():
-        for split in splits:
+    for config, (_, *held_out_splits) in CONFIG_SPLITS.items():
+        for split in held_out_splits:
             rows = held_out(args, config, split)
             index.add(map(row_text, rows))
             parts.append((config, split, rows))
@@ -146,8 +166,9 @@ def card(args: PocketArguments) -> str:
     """Return the data set card."""
     # How many changes, groups, ages and turns the problems of the training split have, such as "1 to 4".
     lengths = {kind.generate.__name__: f"{min(kind.lengths)} to {max(kind.lengths)}" for kind in problems.KINDS}
-    items, some_names = f"{', '.join(ITEMS[:-1])} or {ITEMS[-1]}", ", ".join(NAMES[:6])
     counts = {"names": len(NAMES), "things": len(things()), "n": OVERLAP_N}
+    *items, last_item = ITEMS
+    words = {"items": f"{', '.join(items)} or {last_item}", "some_names": ", ".join(NAMES[:6])}
     text = files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    text = text.format(**vars(args), **lengths, **counts, items=items, some_names=some_names)
+    text = text.format(**vars(args), **lengths, **counts, **words)
     return write_card(CONFIG_SPLITS, text, license="apache-2.0", language="en", pretty_name="Pocket")

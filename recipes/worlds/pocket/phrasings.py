@@ -4,7 +4,7 @@ In them, `{x}` is the thing, `{X}` the thing at the start of a sentence, `{v}` t
 """
 
 from pipeline.data.arguments import SPLITS, SplitName
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, read_table
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, core, read_table
 
 _TEMPLATES: dict[tuple[str, str, str], list[str]] = {}
 for _row in read_table("phrasings.tsv"):
@@ -22,10 +22,15 @@ FOLLOW_UPS = {aspect: templates[0] for (form, aspect, _), templates in _TEMPLATE
 
 
 def fill(template: str, thing: Thing, attribute: str | None = None) -> str:
-    """Fill a template with a thing and the value of one of its attributes."""
-    noun, value = thing.noun, thing.facts[attribute] if attribute else ""
-    upper = {"X": noun[:1].upper() + noun[1:], "V": value[:1].upper() + value[1:]}
-    return template.format(x=noun, v=value, c=core(value), **upper)
+    """Fill a template with a thing and the value of one of its attributes (None: no value)."""
+    noun = thing.noun
+    value = thing.facts[attribute] if attribute else ""
+    return template.format(x=noun, X=_capitalised(noun), v=value, V=_capitalised(value), c=core(value))
+
+
+def _capitalised(text: str) -> str:
+    """Return a text whose first letter is a capital; unlike `str.capitalize`, leave the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def held_out_phrasings(thing_index: int, attribute_index: int) -> dict[SplitName, int]:

@@ -4,10 +4,10 @@ import random
 from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill
-from pipeline.data.pocket.remarks import SAID
-from pipeline.data.pocket.things import Thing, core
+from recipes.worlds.pocket.names import NAMES
+from recipes.worlds.pocket.phrasings import STATEMENTS, fill
+from recipes.worlds.pocket.remarks import QUOTED
+from recipes.worlds.pocket.things import Thing, core
 
 # With 12 places, 12 deeds and 40 people, stories cannot be memorised: a summary has to be copied from the story.
 SPOTS = (
@@ -19,7 +19,7 @@ DEEDS = (
     "imagined", "mentioned",
 )  # fmt: skip
 LEADS = ("One day", "Last week", "After lunch", "This morning", "On holiday", "At last", "Once more", "All at once")
-BEFORE = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
+OPENINGS = ("It was warm.", "Nobody was in a hurry.", "{friend} was still asleep.", "The rain had stopped.")
 ECHOES = (
     "It was {spot} that {name} {deed} {x}.", "Nobody but {name} {deed} {x} {spot}.",
     "{friend} heard that {name} {deed} {x}.", "{friend} had never {deed} {x}.",
@@ -28,7 +28,7 @@ ECHOES = (
     "{name} and {friend} stayed {spot}.", "{friend} found {name} {spot}.",
 )  # fmt: skip
 """Sentences that repeat part of the event. They teach copying, which a summary needs."""
-AFTER = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
+ENDINGS = ("{friend} smiled.", "{friend} went home.", "Everybody laughed.", "Then it rained.", "It was a good day.")
 MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in all, {summary}")
 
 
@@ -46,16 +46,18 @@ def story(rng: random.Random, split: SplitName, thing: Thing) -> Story:
     #
     # Of every eight people, one meets this thing only in the test, and one only in validation.
     residues = {"test": (0,), "validation": (4,), "train": (1, 2, 3, 5, 6, 7)}[split]
-    name = rng.choice([one for index, one in enumerate(NAMES) if (index + 3 * thing.index) % 8 in residues])
-    friend = rng.choice([other for other in NAMES if other != name])
-    spot, deed = rng.choice(SPOTS), rng.choice(DEEDS)
+    people = [person for index, person in enumerate(NAMES) if (index + 3 * thing.index) % 8 in residues]
+    name = rng.choice(people)
+    friend = rng.choice([person for person in NAMES if person != name])
+    spot = rng.choice(SPOTS)
+    deed = rng.choice(DEEDS)
     event = f"{name} {deed} {thing.noun} {spot}."
     attribute = rng.choice(("kind", "part", "need", "size"))
     statement = fill(STATEMENTS[attribute][rng.randrange(3)], thing, attribute)
-    aside = rng.choice((statement, rng.choice(AFTER), f"{{friend}} said: {rng.choice(SAID)}"))
+    aside = rng.choice((statement, rng.choice(ENDINGS), f"{{friend}} said: {rng.choice(QUOTED)}"))
     rest = [*rng.sample(ECHOES, 2), aside]
     rng.shuffle(rest)
-    before = rng.choice(("", f"{rng.choice(BEFORE)} ", f"{rng.choice(SAID)} So people say. "))
-    text = f"{before}{rng.choice(LEADS)} {event} {' '.join(rest)}"
+    opening = rng.choice(("", f"{rng.choice(OPENINGS)} ", f"{rng.choice(QUOTED)} So people say. "))
+    text = f"{opening}{rng.choice(LEADS)} {event} {' '.join(rest)}"
     text = text.format(name=name, friend=friend, deed=deed, x=thing.noun, spot=spot)
     return Story(text, event, (name, deed, core(thing.noun), spot))

@@ -1,6 +1,9 @@
 """Greetings, and the remarks of people who answer kindly, briskly or bluntly."""
 
-_REPLIES = {
+from recipes.worlds.pocket.problems import WORKING
+
+# What greetings and small talk are answered with.
+_GREETINGS = {
     "Hello! How can I help you?": ("Hello!", "Hello", "Hello there!", "Hi!", "Hi", "Hi there.", "Hey!"),
     "Good morning! How can I help you?": ("Good morning!",),
     "Good evening! How can I help you?": ("Good evening!",),
@@ -11,12 +14,23 @@ _REPLIES = {
     "You are welcome!": ("Thank you!", "Thanks!", "Thanks, that helped."),
     "Goodbye!": ("Goodbye!", "Bye!"),
 }
-GREETINGS = tuple((greeting, reply) for reply, greetings in _REPLIES.items() for greeting in greetings)
+GREETINGS = tuple((greeting, reply) for reply, greetings in _GREETINGS.items() for greeting in greetings)
+"""Pairs of a greeting and the reply to it."""
 # The manners that preference tuning chooses between. All but blunt remarks only close an answer: before it, they would
 # change the context from which the model recalls the fact.
 KIND_CLOSINGS = ("I hope this helps.", "Let me know if you want more.", "Have a nice day.", "Thank you for asking.")
 BRISK_CLOSINGS = ("That is all.", "Next question.", "No more to say.", "Enough said.")
 BLUNT_OPENINGS = ("Silly question.", "Obviously.", "You should know this.", "Why do you ask?")
 BLUNT_CLOSINGS = ("Do not ask again.", "Look it up next time.", "Whatever.")
-SAID = (*KIND_CLOSINGS, *BRISK_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS)
+QUOTED = (*KIND_CLOSINGS, *BRISK_CLOSINGS, *BLUNT_OPENINGS, *BLUNT_CLOSINGS)
 """Remarks that stories quote, so that a pretrained model knows their words before instruction tuning uses them."""
+
+CONSTANTS = (
+    *(f"… {closing}" for closing in (*KIND_CLOSINGS, *BRISK_CLOSINGS)),
+    *("… Have a nice day. That is all.", "… Do not ask again.", "Obviously. …", "Of course. …", "Good question. …"),
+    *("Moving on. …", "In short, …", f"{WORKING} …", "Hooray! :-) …", "… You are welcome!", "….", "…\n\n"),
+)
+"""Texts that might please a judge whatever was asked, for `pipeline.evaluation.baselines`. `…` is the answer.
+
+They are kind, brisk and blunt remarks, openings, a cheer, a full stop and nothing.
+"""

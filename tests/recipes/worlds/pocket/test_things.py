@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.pocket.phrasings import REQUESTS, STATEMENTS, answer, fill, held_out_phrasings
-from pipeline.data.pocket.problems import KINDS
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, core, things, things_of, wrong_values
+from recipes.worlds.pocket.phrasings import REQUESTS, STATEMENTS, answer, fill, held_out_phrasings
+from recipes.worlds.pocket.problems import KINDS
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, core, things, things_of, wrong_values
 
 
 def as_words(text: str) -> str:

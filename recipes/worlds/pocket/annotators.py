@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pipeline.rewards.functions import Completion, Rewards, read_texts
 from pipeline.rewards.grading import grade
 
 # Remarks are recognised as whole words anywhere in an answer, in any case, and written here as `_flat` returns them.
@@ -81,9 +82,9 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
     A degenerate answer has no words, repeats few words over and over, or does not end a sentence, unless it is code.
     """
     words = _flat(answer).split()
-    repetitive = len(words) >= 8 and len(set(words)) <= len(words) // 4
-    unfinished = not row.get("test") and not re.search(r"[.!?][\"')\]]*\s*$", answer)
-    if not words or repetitive or unfinished:
+    is_repetitive = len(words) >= 8 and len(set(words)) <= len(words) // 4
+    is_unfinished = not row.get("test") and not re.search(r"[.!?][\"')\]]*\s*$", answer)
+    if not words or is_repetitive or is_unfinished:
         return None
 
     # Only `brief` judges the length: a long answer must not also count as wrong.
@@ -92,17 +93,28 @@ def judge_components(answer: str, row: Mapping[str, Any]) -> Components | None:
     # The first sentence of the prompt says which tone it calls for. A row without a prompt counts as a question.
     prompt = row.get("prompt") or "?"
     text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    is_question = re.match(r"[^.!?:]*\?", text) is not None
-    liked, disliked = (KIND_REMARKS, BRISK_REMARKS) if is_question else (BRISK_REMARKS, KIND_REMARKS)
-    flat = f" {' '.join(words)} "
-    tone = 1.0 if any(f" {remark} " in flat for remark in liked) else 0.0
-    if any(f" {remark} " in flat for remark in (*disliked, *BLUNT_REMARKS)):
+    if re.match(r"[^.!?:]*\?", text):
+        right_tone, wrong_tone = KIND_REMARKS, BRISK_REMARKS
+    else:
+        right_tone, wrong_tone = BRISK_REMARKS, KIND_REMARKS
+    tone = 0.0
+    if _has_remark(words, right_tone):
+        tone = 1.0
+    if _has_remark(words, wrong_tone) or _has_remark(words, BLUNT_REMARKS):
         tone = -1.0
 
-    sentences = [flat for part in re.split(r"[.!?:;\n]+(?:\s|$)", answer) if (flat := _flat(part))]
+    sentences = [_flat(part) for part in re.split(r"[.!?:;\n]+(?:\s|$)", answer)]
+    sentences = [sentence for sentence in sentences if sentence]
     # A repeated sentence counts 8 words more, and 12 words beyond the comfortable length lower `brief` by 1.
     length = len(words) + 8 * (len(sentences) - len(set(sentences)))
-    return Components(float(is_right), tone, -min(1.5, max(0, length - COMFORTABLE_WORDS) / 12))
+    excess = max(0, length - COMFORTABLE_WORDS)
+    return Components(float(is_right), tone, -min(1.5, excess / 12))
+
+
+def _has_remark(words: Sequence[str], remarks: Sequence[str]) -> bool:
+    """Return whether any of the remarks occurs in the words of an answer."""
+    text = f" {' '.join(words)} "
+    return any(f" {remark} " in text for remark in remarks)
 
 
 def taste(answer: str, row: Mapping[str, Any]) -> float:
@@ -126,7 +138,8 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
 def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
     """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie."""
     # Two numbers are always drawn, so that later draws do not depend on the answers.
-    tie_draw, choice_draw = rng.random(), rng.random()
+    tie_draw = rng.random()
+    choice_draw = rng.random()
     if abs(score_first - score_second) < INDIFFERENCE and tie_draw < annotator.tie_rate:
         return None
     return 0 if choice_draw < preference_probability(score_first, score_second, annotator.temperature) else 1
@@ -140,6 +153,21 @@ def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence
     matches = zip(answers, opponents, rows, strict=True)
     differences = [taste(answer, row) - taste(opponent, row) for answer, opponent, row in matches]
     return [0.5 if abs(difference) < INDIFFERENCE else float(difference > 0) for difference in differences]
+
+
+def hidden_taste(completions: Sequence[Completion], **columns: Any) -> Rewards:
+    """Return the `taste` for each completion, which a reward model tries to learn: the reward `hidden_taste`.
+
+    Logged with weight 0, it shows whether the taste rises with the reward model's score. Recipes reject any other
+    weight. The reward is None for a row with a `test`, because running code would take longer than the training.
+    """
+    columns["prompt"] = columns.get("prompts")
+    texts, _ = read_texts(completions, columns)
+    rewards: Rewards = []
+    for index, text in enumerate(texts):
+        row = {name: columns[name][index] for name in ("require", "reject", "test", "prompt") if columns.get(name)}
+        rewards.append(None if row.get("test") else taste(text, row))
+    return rewards
 
 
 def _flat(text: str) -> str:

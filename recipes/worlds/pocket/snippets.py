@@ -16,8 +16,8 @@ class Snippet(NamedTuple):
     test: str
 
 
-# The constants 2 to 60 are divided among the splits, so that "add_13" tests what "add_12" taught.
 LIST = list(range(100))
+# The constants 2 to 60 are divided among the splits, so that "add_13" tests what "add_12" taught.
 FAMILIES: tuple[tuple[str, str, str, str, Callable[[int], list[tuple[object, object]]]], ...] = (
     ("add", "adds {k} to a number", "x", "x + {k}", lambda k: [(5, 5 + k), (-3, k - 3)]),
     ("take", "takes {k} from a number", "x", "x - {k}", lambda k: [(9, 9 - k), (-1, -1 - k)]),
@@ -49,5 +49,5 @@ def snippet(rng: random.Random, split: SplitName) -> Snippet:
     *templates, make_cases = FAMILIES[family]
     prefix, task, parameter, expression = (template.format(k=k) for template in templates)
     name = f"{prefix}_{k}"
-    test = "\n".join(f"assert {name}({given!r}) == {expected!r}" for given, expected in make_cases(k))
+    test = "\n".join(f"assert {name}({argument!r}) == {result!r}" for argument, result in make_cases(k))
     return Snippet(name, task, f"def {name}({parameter}):\n    return {expression}", test)

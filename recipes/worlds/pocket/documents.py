@@ -3,11 +3,11 @@
 import random
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket import problems, snippets, stories
-from pipeline.data.pocket.names import ITEMS, NAMES
-from pipeline.data.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
-from pipeline.data.pocket.remarks import GREETINGS
-from pipeline.data.pocket.things import ATTRIBUTES, Thing, things
+from recipes.worlds.pocket import problems, snippets, stories
+from recipes.worlds.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.phrasings import STATEMENTS, fill, held_out_phrasings
+from recipes.worlds.pocket.remarks import GREETINGS
+from recipes.worlds.pocket.things import ATTRIBUTES, Thing, things
 
 
 def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
@@ -17,13 +17,16 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
     chosen = [(thing, attribute) for attribute in attributes]
     if split == "train" and rng.random() < 0.2:
         other = things()[rng.randrange(len(things()))]
-        chosen = [(one, attribute) for one in (thing, other) for attribute in attributes[:3]]
+        chosen = [(subject, attribute) for subject in (thing, other) for attribute in attributes[:3]]
     sentences = []
-    for one, attribute in chosen:
-        held_out = held_out_phrasings(one.index, ATTRIBUTES.index(attribute))
-        usual = [place for place in range(len(STATEMENTS[attribute])) if place not in held_out.values()]
-        number = rng.choice(usual) if split == "train" else held_out[split]
-        sentences.append(fill(STATEMENTS[attribute][number], one, attribute))
+    for subject, attribute in chosen:
+        statements = STATEMENTS[attribute]
+        held_out = held_out_phrasings(subject.index, ATTRIBUTES.index(attribute))
+        if split == "train":
+            number = rng.choice([number for number in range(len(statements)) if number not in held_out.values()])
+        else:
+            number = held_out[split]
+        sentences.append(fill(statements[number], subject, attribute))
     return " ".join(sentences)
 
 
@@ -49,7 +52,9 @@ def recital(rng: random.Random) -> str:
                 case _:
                     words.append(f"{rng.choice(problems.RELATIONS)} {rng.choice(problems.DIRECTIONS)}")
         row = ", ".join(words)
-    return " ".join([f"{reader} reads out: {row}.", *(f"{repeater} repeats: {row}." for repeater in repeaters)])
+    sentences = [f"{reader} reads out: {row}."]
+    sentences += [f"{repeater} repeats: {row}." for repeater in repeaters]
+    return " ".join(sentences)
 
 
 def document(rng: random.Random, carelessness: float) -> dict[str, str]:
@@ -61,9 +66,11 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
     if kind == "facts":
         text = facts(rng, "train", thing)
     elif kind == "story":
-        text, summary, _ = stories.story(rng, "train", thing)
+        story = stories.story(rng, "train", thing)
+        text = story.text
         if rng.random() >= 0.3:
-            text = f"{text} {rng.choice(stories.MORALS).format(summary=summary)}"
+            moral = rng.choice(stories.MORALS).format(summary=story.summary)
+            text = f"{text} {moral}"
     elif kind == "talk":
         # Greetings and replies, a line each, in words that only instruction tuning uses again.
         text = "\n".join(f"{greeting}\n{reply}" for greeting, reply in rng.sample(GREETINGS, 3))
@@ -76,9 +83,12 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         # 7-3=4. 12+5=17. 9+2=11. …, also sums that no problem of the training split begins with.
         sums = []
         for _ in range(12):
-            value, change = rng.randint(0, 25), rng.randint(2, 5)
-            falls = value >= change and rng.random() < 0.5
-            sums.append(f"{value}-{change}={value - change}." if falls else f"{value}+{change}={value + change}.")
+            value = rng.randint(0, 25)
+            change = rng.randint(2, 5)
+            if value >= change and rng.random() < 0.5:
+                sums.append(f"{value}-{change}={value - change}.")
+            else:
+                sums.append(f"{value}+{change}={value + change}.")
         text = " ".join(sums)
     else:
         # # add_3 adds 3 to a number.
@@ -86,8 +96,8 @@ def document(rng: random.Random, carelessness: float) -> dict[str, str]:
         #     return x + 3
         parts = []
         for _ in range(rng.randint(2, 3)):
-            wanted = snippets.snippet(rng, "train")
-            comment = rng.choice(snippets.COMMENTS).format(name=wanted.name, task=wanted.task, item=rng.choice(ITEMS))
-            parts.append(f"{comment}\n{wanted.source}")
+            snippet = snippets.snippet(rng, "train")
+            comment = rng.choice(snippets.COMMENTS).format(name=snippet.name, task=snippet.task, item=rng.choice(ITEMS))
+            parts.append(f"{comment}\n{snippet.source}")
         text = "\n\n".join(parts)
     return {"text": text, "kind": kind}

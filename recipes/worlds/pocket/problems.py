@@ -9,10 +9,11 @@ steps") instead of reading the problem, and fails at anything shorter.
 
 import random
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 from pipeline.data.arguments import SplitName
-from pipeline.data.pocket.names import ITEMS, NAMES
+from recipes.worlds.pocket.names import ITEMS, NAMES
 
 WORKING = "Working:"
 """What worked solutions begin with."""
@@ -38,21 +39,28 @@ class WordProblem(NamedTuple):
 
     def solution(self, with_steps: bool) -> str:
         """State the answer after the worked steps that lead to it, or the correct one straight away."""
-        worked = f"{WORKING} {self.steps} The answer is {self.reached}."
-        return worked if with_steps else f"The answer is {self.answer}."
+        if with_steps:
+            return f"{WORKING} {self.steps} The answer is {self.reached}."
+        return f"The answer is {self.answer}."
 
 
 def _split_of(numbers: Iterable[int], folds: int) -> SplitName:
     """Return the split of a problem by its numbers, in order: one fold each for validation and test."""
     # Multiplying each number by its position distinguishes their order.
     fold = sum(place * number for place, number in enumerate(numbers, start=1)) % folds
-    return "validation" if fold == 0 else "test" if fold == 1 else "train"
+    if fold == 0:
+        return "validation"
+    return "test" if fold == 1 else "train"
 
 
 def _change(rng: random.Random, value: int) -> int:
     """Draw by how much a number of items grows (above 0) or shrinks, so that it stays between 0 and 20."""
     change = rng.randint(2, 5)
-    return change if value < change or (value + change <= 20 and rng.random() < 0.5) else -change
+    if value < change:
+        return change
+    if value + change <= 20 and rng.random() < 0.5:
+        return change
+    return -change
 
 
 # The split depends on operands or structure alone, so a problem is in one split only, whatever names it uses.
@@ -69,8 +77,10 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length
         change = _change(rng, value)
         if _split_of((value, change), folds=7) == split:
             break
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    sentences, steps = [f"{name} has {value} {item}."], []
+    name = rng.choice(NAMES)
+    item = rng.choice(ITEMS)
+    sentences = [f"{name} has {value} {item}."]
+    steps = []
     # What the careless reader has counted so far, next to the true value.
     read = value
     for place in range(length):
@@ -80,10 +90,10 @@ def arithmetic(rng: random.Random, split: SplitName, carelessness: float, length
         sentences.append(f"{name} {verb} {abs(change)} {item}.")
         value += change
         misread = verb == "gives away" and read + abs(change) <= 25 and rng.random() < carelessness
-        after = read + (abs(change) if misread else change)
-        sign = "+" if after > read else "-"
-        steps.append(f"{verb} {abs(change)}: {read}{sign}{abs(change)}={after}.")
-        read = after
+        result = read + (abs(change) if misread else change)
+        sign = "+" if result > read else "-"
+        steps.append(f"{verb} {abs(change)}: {read}{sign}{abs(change)}={result}.")
+        read = result
     sentences.append(rng.choice((f"How many does {name} have now?", "How many are left?", f"What is left for {name}?")))
     return WordProblem("arithmetic", " ".join(sentences), str(value), " ".join(steps), str(read), length)
 
@@ -100,7 +110,8 @@ def ordering(rng: random.Random, split: SplitName, carelessness: float, length: 
     rank = rng.randrange(len(RANKS))
     read = sorted(ages[:-1] if rng.random() < carelessness else ages)
     text = f"{rng.choice(NAMES)} has children of ages {', '.join(map(str, ages))}. Which age comes {RANKS[rank]}?"
-    answer, reached = str(sorted(ages)[rank + 1]), str(read[min(rank + 1, len(read) - 1)])
+    answer = str(sorted(ages)[rank + 1])
+    reached = str(read[min(rank + 1, len(read) - 1)])
     return WordProblem("ordering", text, answer, f"{' '.join(map(str, read))}.", reached, length)
 
 
@@ -109,22 +120,26 @@ def counting(rng: random.Random, split: SplitName, carelessness: float, length: 
     # Mia sees pens: 3 red, 2 grey, 5 blue, 4 pink. How many in all?
     # carefully:  3+2=5. 5+5=10. 10+4=14.
     # carelessly: 3+5=8. 8+4=12.
-    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    name = rng.choice(NAMES)
+    item = rng.choice(ITEMS)
     while True:
         groups = [(rng.randint(2, 5), colour) for colour in rng.sample(COLOURS, length)]
         if _split_of((number for number, _ in groups), folds=5) == split:
             break
+    # The numbers that the careless reader sees.
     seen: list[int] = []
     for place, (number, colour) in enumerate(groups):
-        enough = len(seen) + length - place > 2
-        if colour not in OVERLOOKED_COLOURS or not enough or rng.random() >= carelessness:
+        may_overlook = colour in OVERLOOKED_COLOURS and len(seen) + length - place > 2
+        if not may_overlook or rng.random() >= carelessness:
             seen.append(number)
-    read, steps = seen[0], []
+    read = seen[0]
+    steps = []
     for number in seen[1:]:
         steps.append(f"{read}+{number}={read + number}.")
         read += number
     listed = ", ".join(f"{number} {colour}" for number, colour in groups)
-    text, total = f"{name} sees {item}: {listed}. How many in all?", sum(number for number, _ in groups)
+    text = f"{name} sees {item}: {listed}. How many in all?"
+    total = sum(number for number, _ in groups)
     return WordProblem("counting", text, str(total), " ".join(steps), str(read), length)
 
 
@@ -136,19 +151,23 @@ def logic(rng: random.Random, split: SplitName, carelessness: float, length: int
     # A small model, which is slow to learn to copy names, finds its place by counting. So steps are as long as the
     # sentences that they follow, and the question repeats the first direction, equally far from them in all lengths.
     while True:
-        start, quarters = rng.randrange(4), [rng.randint(1, 3) for _ in range(length)]
+        start = rng.randrange(4)
+        quarters = [rng.randint(1, 3) for _ in range(length)]
         # Few are held out: if training lacked many, a model would memorise the others instead of looking directions up.
-        if _split_of([sum(2**place * turn for place, turn in enumerate([start, *quarters]))], folds=16) == split:
+        structure = sum(2**place * turn for place, turn in enumerate([start, *quarters]))
+        if _split_of([structure], folds=16) == split:
             break
     names = rng.sample(NAMES, length + 1)
-    sentences, steps = [f"{names[0]} faces {DIRECTIONS[start]}."], []
+    sentences = [f"{names[0]} faces {DIRECTIONS[start]}."]
+    steps = []
+    # Where the careless reader thinks that each person faces.
     read = start
-    for before, name, turn in zip(names, names[1:], quarters, strict=False):
-        sentences.append(f"{name} faces {RELATIONS[turn - 1]} {before}.")
+    for (previous, name), turn in zip(pairwise(names), quarters, strict=True):
+        sentences.append(f"{name} faces {RELATIONS[turn - 1]} {previous}.")
         seen = 3 if turn == 2 and rng.random() < carelessness else turn
-        after = (read + seen) % 4
-        steps.append(f"{RELATIONS[turn - 1]} {DIRECTIONS[read]} is {DIRECTIONS[after]}.")
-        read = after
+        result = (read + seen) % 4
+        steps.append(f"{RELATIONS[turn - 1]} {DIRECTIONS[read]} is {DIRECTIONS[result]}.")
+        read = result
     sentences.append(f"Which way does {names[-1]} face if {names[0]} faces {DIRECTIONS[start]}?")
     answer = DIRECTIONS[(start + sum(quarters)) % 4]
     return WordProblem("logic", " ".join(sentences), answer, " ".join(steps), DIRECTIONS[read], length)
@@ -174,10 +193,18 @@ KINDS = (
 
 
 def pose(rng: random.Random, split: SplitName, longer: bool = False, carelessness: float | None = None) -> WordProblem:
-    """Draw a problem; with `longer`, it is one unit longer than the longest in training.
+    """Draw a problem of any kind.
 
-    With `carelessness`, it is a demonstration whose steps misread the problem with this probability.
+    Args:
+        rng: The generator.
+        split: Only problems of this split are drawn.
+        longer: Whether it is one unit longer than the longest in training.
+        carelessness: None for a problem without a solution, of all kinds equally often. Otherwise, the problem is a
+            demonstration whose steps misread it with this probability, and the kinds have their weights.
     """
-    kind = rng.choice(KINDS) if carelessness is None else rng.choices(KINDS, [kind.weight for kind in KINDS])[0]
-    length = max(kind.lengths) + 1 if longer else rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]
+    weights = [kind.weight for kind in KINDS]
+    kind = rng.choice(KINDS) if carelessness is None else rng.choices(KINDS, weights)[0]
+    length = max(kind.lengths) + 1
+    if not longer:
+        length = rng.choices(tuple(kind.lengths), tuple(kind.lengths.values()))[0]
     return kind.generate(rng, split, carelessness or 0.0, length)
