@@ -17,8 +17,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-EXIT_USER_ERROR, EXIT_PUSH_FAILED, EXIT_WAITING = 2, 3, 4
-"""Exit codes: invalid input (as in `argparse` and shells), complete but not on the Hub, waiting for people."""
+EXIT_USER_ERROR = 2
+"""Exit code for invalid input, as in `argparse` and shells."""
+EXIT_PUSH_FAILED = 3
+"""Exit code of a step that is complete, but not on the Hub."""
+EXIT_WAITING = 4
+"""Exit code of a step that waits for people."""
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf_jwt_[\w.-]*\w|(?:hf_(?:oauth_+)?|api_org_)[A-Za-z0-9]{6,})")
 """A Hub token, which messages must not contain."""
 LIBRARY_ERRORS = (
@@ -42,10 +46,20 @@ class Problem:
 
     def __str__(self) -> str:
         value = str(self.value)
-        value = value if len(value) <= 300 else f"{value[:300]}..."
-        line = TOKEN.sub("hf_***", " ".join(f"{self.field}: {value}: {self.remedy}".split()))
-        # Otherwise, a recipe from the Hub could send control codes to the terminal, to hide lines or change its title.
-        return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+        if len(value) > 300:
+            value = f"{value[:300]}..."
+        line = " ".join(f"{self.field}: {value}: {self.remedy}".split())
+        return "".join(map(_printable, TOKEN.sub("hf_***", line)))
+
+
+def _printable(character: str) -> str:
+    """Return a character, or an escape for a control code.
+
+    Otherwise, a downloaded recipe could send control codes to the terminal, to hide lines or change its title.
+    """
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class UserError(Exception):
@@ -60,9 +74,10 @@ class UserError(Exception):
 
 
 def refuse(*problems: Problem | None) -> None:
-    """Raise a `UserError` with the problems, if there are any; None stands for a check that found nothing."""
-    if found := [problem for problem in problems if problem is not None]:
-        raise UserError(*found)
+    """Raise a `UserError` with the problems, if there are any; None stands for a check without a problem."""
+    present = [problem for problem in problems if problem is not None]
+    if present:
+        raise UserError(*present)
 
 
 def refuse_values(*problems: Problem) -> None:
@@ -82,9 +97,10 @@ class RunStopped(Exception):
 
 def as_typed(*words: object) -> str:
     """Return a command as the user types it: with `fourstage`, `./fourstage` or `python -m pipeline`."""
-    is_module = Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py")
     # The script `fourstage` of a clone says how it was called.
-    start = ["python", "-m", "pipeline"] if is_module else [os.environ.get("FOURSTAGE_COMMAND", "fourstage")]
+    start = [os.environ.get("FOURSTAGE_COMMAND", "fourstage")]
+    if Path(sys.argv[0]).parts[-2:] == ("pipeline", "__main__.py"):
+        start = ["python", "-m", "pipeline"]
     return shlex.join([*start, *map(str, words)])
 
 
@@ -95,12 +111,15 @@ def exit_on_user_error() -> Iterator[None]:
         yield
         return
     except UserError as error:
-        message, code = str(error), EXIT_USER_ERROR
+        message = str(error)
+        code = EXIT_USER_ERROR
     except RunStopped as stop:
-        message, code = str(stop), stop.exit_code
+        message = str(stop)
+        code = stop.exit_code
     except KeyboardInterrupt:
+        message = "Interrupted."
         # POSIX shells use this convention.
-        message, code = "Interrupted.", 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
     # Several processes of one machine find the same mistakes; one reports them.
     if code == 1 or os.environ.get("LOCAL_RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         print(message, file=sys.stderr)
@@ -115,9 +134,11 @@ def signal_with_parent(number: signal.Signals) -> Callable[[], object]:
 
 def stop_signals() -> list[signal.Signals]:
     """Return the signals after which a run saves and ends: Ctrl-C, a cluster's SIGTERM, a terminal that closes."""
-    # A run under `nohup` ignores the last one, and continues.
-    ignores_closing = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if ignores_closing else [signal.SIGHUP])]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # A run under `nohup` ignores a terminal that closes, and continues.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 @contextmanager
@@ -135,7 +156,8 @@ def problems_of(part: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(*(replace(one, field=f"{part}: {one.field}") for one in error.problems)) from None
+        problems = [replace(problem, field=f"{part}: {problem.field}") for problem in error.problems]
+        raise UserError(*problems) from None
 
 
 def leave_closed_terminal() -> None:

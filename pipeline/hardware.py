@@ -28,7 +28,9 @@ def accelerator() -> str | None:
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return None
     device = torch.accelerator.current_accelerator(check_available=True)
-    return device.type if device is not None else None
+    if device is None:
+        return None
+    return device.type
 
 
 def keep_to_cpu() -> None:
@@ -44,7 +46,9 @@ def unchanged_rng() -> AbstractContextManager[None]:
     `torch.manual_seed` seeds every kind of device. By default, `fork_rng` would initialise all visible devices.
     """
     device = torch.accelerator.current_accelerator(check_available=True)
-    return torch.random.fork_rng([device], device_type=device.type) if device else torch.random.fork_rng([])
+    if device is None:
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 @cache
@@ -70,7 +74,9 @@ def precision() -> Choice:
 
 def supports(dtype: str) -> bool:
     """Return whether the machine trains natively in `dtype`: "bf16", "fp16" or "fp32"."""
-    return accelerator() in ("cuda", "xpu") if dtype == "fp16" else dtype == "fp32" or precision().value == dtype
+    if dtype == "fp16":
+        return accelerator() in ("cuda", "xpu")
+    return dtype == "fp32" or precision().value == dtype
 
 
 def is_emulated(dtype: torch.dtype) -> bool:
@@ -104,18 +110,22 @@ def threads() -> Choice:
     # Launchers set OMP_NUM_THREADS=1 unless the user chose a number, which would leave all cores but one idle.
     value = os.environ.get("OMP_NUM_THREADS", "")
     if value.isdigit() and int(value) > 0:
-        # The environment in which the user started the launcher, where it can be read.
-        user: Mapping[str, str] = {}
-        if is_launched():
-            with suppress(psutil.Error, OSError):
-                parents = (process.environ() for process in psutil.Process().parents())
-                user = next((environment for environment in parents if not is_launched(environment)), user)
-        if not is_launched() or value == user.get("OMP_NUM_THREADS"):
+        if not is_launched() or value == _users_environment().get("OMP_NUM_THREADS"):
             return Choice(int(value), "OMP_NUM_THREADS")
         if int(value) > 1:
             return Choice(int(value), "num_cpu_threads_per_process of the launch file")
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return Choice(max(1, cores() // processes), f"{cores()} cores for {processes} process(es)")
+
+
+def _users_environment() -> Mapping[str, str]:
+    """Return the environment in which the user started the launcher of this process, {} if it cannot be read."""
+    with suppress(psutil.Error, OSError):
+        for process in psutil.Process().parents():
+            environment = process.environ()
+            if not is_launched(environment):
+                return environment
+    return {}
 
 
 def attention() -> Choice:
@@ -137,7 +147,8 @@ def compilation(flops: float) -> Choice:
     if accelerator() == "mps":
         return Choice(False, "not well supported on mps")
     # Training speed with a small model: cores with AMX or AVX512-BF16 reach 6e10 to 9e10 FLOP/s.
-    seconds = flops / (4e13 if accelerator() else 7.5e10 * threads().value)
+    speed = 4e13 if accelerator() else 7.5e10 * threads().value
+    seconds = flops / speed
     # Compilation saves a tenth of the training time, but takes longer to warm up.
     if seconds < 180:
         return Choice(False, f"about {seconds:.0f} s of training would not make up for the compilation")
@@ -162,20 +173,49 @@ class Processor(NamedTuple):
 
     def __str__(self) -> str:
         single = f"{self.single / 1e12:.3g}"
-        peak = f"{self.half / 1e12:.3g} TFLOP/s (float32: {single})" if self.half else f"{single} TFLOP/s"
+        peak = f"{single} TFLOP/s"
+        if self.half:
+            peak = f"{self.half / 1e12:.3g} TFLOP/s (float32: {single})"
         return f"{self.name}: {peak}, {self.memory / 1e9:.0f} GB"
 
 
 def find_processor(gpu: str | None, tflops: float | None, gigabytes: float | None, processes: int) -> Processor | None:
-    """Return a GPU by name or by both figures, by default this machine as measured; None if it is unknown."""
-    if gpu or tflops or gigabytes:
-        known = CARDS.get(re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower()), (0, 0, 0))
-        half, single, memory = tflops or known[0], tflops or known[1], gigabytes or known[2]
-        return Processor((gpu or "GPU").upper(), 1e12 * half, 1e12 * single, 1e9 * memory) if half and memory else None
-    shared = 1 if accelerator() else processes
-    memory = torch.cuda.mem_get_info()[1] if accelerator() == "cuda" else psutil.virtual_memory().total
-    peaks = [matmul_peak(dtype) / shared for dtype in dict.fromkeys((precision().value, "fp32"))]
-    return Processor("this machine", peaks[0] if len(peaks) > 1 else None, peaks[-1], memory / shared)
+    """Return the processor of one process.
+
+    Args:
+        gpu: Name of a GPU, such as "h100" or "RTX 4090".
+        tflops: Its peak in TFLOP/s, for a GPU that is not among `CARDS`.
+        gigabytes: Its memory in GB, likewise.
+        processes: Processes that share this machine's CPU.
+
+    Returns:
+        The GPU or, without the first three, this machine as measured; None if the GPU is unknown.
+    """
+    if not (gpu or tflops or gigabytes):
+        return _measure_processor(processes)
+    name = re.sub("nvidia|geforce|rtx|[^a-z0-9]", "", (gpu or "").lower())
+    half_tflops, single_tflops, card_gigabytes = CARDS.get(name, (0, 0, 0))
+    half = 1e12 * (tflops or half_tflops)
+    single = 1e12 * (tflops or single_tflops)
+    memory = 1e9 * (gigabytes or card_gigabytes)
+    if not half or not memory:
+        return None
+    return Processor((gpu or "GPU").upper(), half, single, memory)
+
+
+def _measure_processor(processes: int) -> Processor:
+    """Return what one of several processes has of this machine: a GPU, or its share of the CPU."""
+    memory = psutil.virtual_memory().total
+    if accelerator() == "cuda":
+        memory = torch.cuda.mem_get_info()[1]
+    # An accelerator is for one process.
+    sharing = 1 if accelerator() else processes
+    single = matmul_peak("fp32") / sharing
+    half = None
+    dtype = precision().value
+    if dtype != "fp32":
+        half = matmul_peak(dtype) / sharing
+    return Processor("this machine", half, single, memory / sharing)
 
 
 @cache
@@ -209,7 +249,7 @@ def training_defaults() -> dict[str, Choice]:
     return defaults
 
 
-OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+ALLOCATOR_VARIABLES = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Variables with which users configure the allocator themselves."""
 
 
@@ -221,11 +261,14 @@ def keep_freed_memory() -> Choice:
     """
     if platform.libc_ver()[0] != "glibc":
         return Choice(False, "not glibc's allocator")
-    if configured := [name for name in OWN_SETTINGS if name in os.environ]:
-        return Choice(False, f"{configured[0]} is set")
+    for name in ALLOCATOR_VARIABLES:
+        if name in os.environ:
+            return Choice(False, f"{name} is set")
     mallopt = ctypes.CDLL(None).mallopt
     # M_TRIM_THRESHOLD of malloc.h: memory at the end of the heap is only returned to the kernel above this size.
-    kept = mallopt(-1, 2**31 - 1)
+    is_set = bool(mallopt(-1, 2**31 - 1))
     # M_MMAP_THRESHOLD: larger blocks are mapped, and returned to the kernel. Some releases reject the first size.
-    kept = kept and any(mallopt(-3, size) for size in (2**30, 2**25))
-    return Choice(bool(kept), "glibc would clear new pages in every step" if kept else "the allocator refused")
+    is_set = is_set and any(mallopt(-3, size) for size in (2**30, 2**25))
+    if not is_set:
+        return Choice(False, "the allocator refused")
+    return Choice(True, "glibc would clear new pages in every step")

@@ -41,19 +41,16 @@ def prepare_process(*, shards: bool = False) -> None:
     Raises:
         UserError: If some variables of a process group are missing, so that it would wait for others forever.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1" and (missing := [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]):
-        remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
-        raise UserError(Problem("WORLD_SIZE", size, remedy))
-
+    _check_group_variables()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants
 
     # The Hub client reads the variable when it is imported, which may have happened earlier.
     constants.HF_HUB_DISABLE_TELEMETRY = os.environ["HF_HUB_DISABLE_TELEMETRY"].upper() in ("1", "ON", "YES", "TRUE")
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    is_first = os.environ.get("RANK", "0") == "0"
     for package in ("pipeline", "recipes"):
-        logging.getLogger(package).setLevel("INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
+        logging.getLogger(package).setLevel("INFO" if is_first else "WARNING")
     quiet_libraries()
     if hardware.accelerator() is None:
         torch.set_num_threads(hardware.threads().value)
@@ -63,10 +60,21 @@ def prepare_process(*, shards: bool = False) -> None:
     if hardware.is_launched() and sys.platform == "linux":
         signal_with_parent(signal.SIGTERM)()
     # The launch file puts even a single process into a group, which would prevent compilation. Only sharding needs it.
-    sharded = hardware.accelerator() is not None and (shards or any(map(is_asked, SHARDING)))
-    if os.environ.get("WORLD_SIZE") == "1" and not sharded:
+    is_sharded = hardware.accelerator() is not None and (shards or any(map(is_sharded_by, SHARDING)))
+    if os.environ.get("WORLD_SIZE") == "1" and not is_sharded:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+
+
+def _check_group_variables() -> None:
+    """Raise a `UserError` if this is one of several processes and variables of their group are missing."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        remedy = f"is set without {' and '.join(missing)}; use `accelerate launch`, or unset it"
+        raise UserError(Problem("WORLD_SIZE", size, remedy))
 
 
 _prepared = itertools.count()
@@ -90,12 +98,15 @@ def once_per_node(args: TrainingArguments) -> Iterator[None]:
     # may share the folder, and launchers of one group may share a node.
     node = f"{socket.gethostname()}-{os.environ.get('GROUP_RANK')}"
     name = f"fourstage-{os.getuid()}-{node}-{os.environ.get('MASTER_PORT')}-{next(_prepared) % 2}.lock"
-    lock, first = FileLock(Path(tempfile.gettempdir()) / name), state.is_local_main_process
-    with lock if first else contextlib.nullcontext():
+    lock = FileLock(Path(tempfile.gettempdir()) / name)
+    if state.is_local_main_process:
+        with lock:
+            state.wait_for_everyone()
+            yield
+    else:
         state.wait_for_everyone()
-        if not first:
-            with lock:
-                pass
+        with lock:
+            pass
         yield
 
 
@@ -114,8 +125,8 @@ def quiet_libraries() -> None:
         enable_progress_bars()
 
 
-def is_asked(sharding: str) -> bool:
-    """Return whether the launch file asks for "FSDP" or "DeepSpeed"."""
+def is_sharded_by(sharding: str) -> bool:
+    """Return whether the launch file splits the model by "FSDP" or "DeepSpeed", keys of `SHARDING`."""
     return os.environ.get(SHARDING[sharding], "false").lower() == "true"
 
 
@@ -134,15 +145,17 @@ def stop_as_one() -> Iterator[None]:
     try:
         yield
     except (RunStopped, RuntimeError) as error:
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise
+        store = torch.distributed.distributed_c10d._get_default_store()
+        if isinstance(error, RunStopped):
+            store.set(key, str(error.exit_code))
+            raise
         code = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            store = torch.distributed.distributed_c10d._get_default_store()
-            if isinstance(error, RunStopped):
-                store.set(key, str(error.exit_code))
-                raise
-            # The process that serves the store may have ended without a reason.
-            with contextlib.suppress(RuntimeError):
-                code = int(store.get(key)) if store.check([key]) else None
+        # The process that serves the store may have ended without a reason.
+        with contextlib.suppress(RuntimeError):
+            if store.check([key]):
+                code = int(store.get(key))
         if code is None:
             raise
         sys.exit(code)
@@ -150,22 +163,12 @@ def stop_as_one() -> Iterator[None]:
 
 def check_launch(args: TrainingArguments) -> list[Problem]:
     """Return settings of the launch file that are not active in the process group."""
-    problems = []
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != args.world_size:
+    problems: list[Problem] = []
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
         remedy = f"only {args.world_size} would train together; on CPUs, omit use_cpu and ddp_backend"
-        problems.append(Problem("num_processes", asked, remedy))
-    # accelerate silently ignores the sharding of a launch file if the process cannot shard.
-    inactive = None
-    if args.device.type == "cpu":
-        inactive = "is never active on CPUs, so the model would not be sharded"
-    elif args.parallel_mode.value != "distributed":
-        inactive = "needs a process group, even for one process; start it by `accelerate launch`"
-    for name in SHARDING if inactive else ():
-        if is_asked(name):
-            problems.append(Problem("distributed_type", name, f"{inactive}; or use accelerate_config.yaml"))
-        elif value := getattr(args, name.lower(), None):
-            problems.append(Problem(name.lower(), value, f"{inactive}; or omit it"))
+        problems.append(Problem("num_processes", launched, remedy))
+    problems += _check_sharding(args)
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision in ("bf16", "fp16") and not hardware.supports(precision):
         best = hardware.precision()
@@ -176,46 +179,100 @@ def check_launch(args: TrainingArguments) -> list[Problem]:
     return problems
 
 
+def _check_sharding(args: TrainingArguments) -> list[Problem]:
+    """Return requests for sharding, of which accelerate silently ignores those of a process that cannot shard."""
+    if args.device.type == "cpu":
+        reason = "is never active on CPUs, so the model would not be sharded"
+    elif args.parallel_mode.value != "distributed":
+        reason = "needs a process group, even for one process; start it by `accelerate launch`"
+    else:
+        return []
+    problems: list[Problem] = []
+    for name in SHARDING:
+        value = getattr(args, name.lower(), None)
+        if is_sharded_by(name):
+            problems.append(Problem("distributed_type", name, f"{reason}; or use accelerate_config.yaml"))
+        elif value:
+            problems.append(Problem(name.lower(), value, f"{reason}; or omit it"))
+    return problems
+
+
 def check_active(trainer: Trainer) -> None:
     """Compare the requested sharding with the trainer's. Raise a `UserError` if it is not active."""
     active = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
-    asked = (name for name in SHARDING if is_asked(name) or getattr(trainer.args, name.lower(), None))
     remedy = "is not active on this machine, so the model would not be sharded; use accelerate_config.yaml"
-    refuse(*(Problem("distributed_type", name, remedy) for name in asked if not active[name]))
+    problems: list[Problem] = []
+    for name in SHARDING:
+        is_requested = is_sharded_by(name) or getattr(trainer.args, name.lower(), None)
+        if is_requested and not active[name]:
+            problems.append(Problem("distributed_type", name, remedy))
+    refuse(*problems)
 
 
 def log_active(trainer: Trainer) -> None:
     """Log what a trainer is about to run on, and its precision and batch size."""
-    args, state, device = trainer.args, trainer.accelerator.state, trainer.args.device.type
-    processes = f"{args.world_size} on {torch.cuda.get_device_name() if device == 'cuda' else device}"
-    visible = torch.cuda.device_count() if device == "cuda" else 1
+    args = trainer.args
+    logger.info("processes   %s", _describe_processes(args))
+    logger.info("sharding    %s", _describe_sharding(trainer))
+    logger.info("precision   %s", _describe_precision(args))
+    log_threads()
+    if args.device.type == "cpu":
+        memory = hardware.keep_freed_memory()
+        logger.info("memory      %s when freed (%s)", "kept" if memory.value else "returned", memory.reason)
+    logger.info("compiled    %s", bool(args.torch_compile))
+    logger.info("batch       %s", _describe_batch(args))
+
+
+def _describe_processes(args: TrainingArguments) -> str:
+    """Return how many processes train on what: "2 on cpu, one group (gloo)"."""
+    if args.device.type != "cuda":
+        text = f"{args.world_size} on {args.device.type}"
+        visible = 1
+    else:
+        text = f"{args.world_size} on {torch.cuda.get_device_name()}"
+        visible = torch.cuda.device_count()
     if args.world_size > 1:
-        processes += f", one group ({torch.distributed.get_backend()})"
-    elif visible > 1:
-        processes += f", one of {visible} GPUs: a process trains on one, `--num_processes {visible}` on all of them"
-    sharding = "none, every process has the whole model"
+        return f"{text}, one group ({torch.distributed.get_backend()})"
+    if visible > 1:
+        return f"{text}, one of {visible} GPUs: a process trains on one, `--num_processes {visible}` on all of them"
+    return text
+
+
+def _describe_sharding(trainer: Trainer) -> str:
+    """Return how the trainer splits the model over the processes."""
+    state = trainer.accelerator.state
     if trainer.is_fsdp_enabled:
-        sharding = f"FSDP {state.fsdp_plugin.fsdp_version}"
-    elif trainer.is_deepspeed_enabled:
-        sharding = f"DeepSpeed ZeRO stage {state.deepspeed_plugin.zero_stage}"
-    dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+        return f"FSDP {state.fsdp_plugin.fsdp_version}"
+    if trainer.is_deepspeed_enabled:
+        return f"DeepSpeed ZeRO stage {state.deepspeed_plugin.zero_stage}"
+    return "none, every process has the whole model"
+
+
+def _describe_precision(args: TrainingArguments) -> str:
+    """Return the precision and its reason: "bf16 mixed (this CPU has AMX)"."""
+    dtype = "fp32"
+    if args.bf16:
+        dtype = "bf16"
+    elif args.fp16:
+        dtype = "fp16"
     best = hardware.precision()
     reason = best.reason if best.value == dtype else "requested"
-    logger.info("processes   %s", processes)
-    logger.info("sharding    %s", sharding)
-    logger.info("precision   %s%s (%s)", dtype, "" if dtype == "fp32" else " mixed", reason)
-    log_threads()
-    if device == "cpu":
-        kept = hardware.keep_freed_memory()
-        logger.info("memory      %s when freed (%s)", "kept" if kept.value else "returned", kept.reason)
-    logger.info("compiled    %s", bool(args.torch_compile))
+    mixed = "" if dtype == "fp32" else " mixed"
+    return f"{dtype}{mixed} ({reason})"
 
-    size, steps = args.train_batch_size, args.gradient_accumulation_steps
+
+def _describe_batch(args: TrainingArguments) -> str:
+    """Return the size of a batch: "16 sequences = 8 x 1 accumulated x 2 process(es); up to 8,192 tokens"."""
+    size = args.train_batch_size
+    steps = args.gradient_accumulation_steps
     sequences = size * steps * args.world_size
-    batch = f"{sequences} sequences = {size} x {steps} accumulated x {args.world_size} process(es)"
-    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
-        batch += f"; {'' if hasattr(args, 'block_size') else 'up to '}{sequences * length:,} tokens"
-    logger.info("batch       %s", batch)
+    text = f"{sequences} sequences = {size} x {steps} accumulated x {args.world_size} process(es)"
+    if getattr(args, "block_size", None):
+        return f"{text}; {sequences * args.block_size:,} tokens"
+    if getattr(args, "max_length", None):
+        at_most = "" if hasattr(args, "block_size") else "up to "
+        return f"{text}; {at_most}{sequences * args.max_length:,} tokens"
+    return text
 
 
 def log_threads() -> None:

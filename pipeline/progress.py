@@ -29,9 +29,12 @@ def report_progress(**facts: Any) -> None:
     path = os.environ.get(VARIABLE)
     if not path or os.environ.get("RANK", "0") != "0":
         return
-    # Without O_CREAT, no file is created after the runner, which owns it, has ended.
-    with contextlib.suppress(OSError), open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
-        file.write(json.dumps(facts).encode() + b"\n")
+    line = json.dumps(facts).encode() + b"\n"
+    with contextlib.suppress(OSError):
+        # Without O_CREAT, no file is created after the runner, which owns it, has ended.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(line)
 
 
 def report_lost(rows: int, of: int, what: str, remedy: str) -> None:
@@ -75,15 +78,21 @@ class Tally:
 
 def time_in_words(seconds: float) -> str:
     """Format seconds for people: "9.4 s", "48 s", "1 min 38 s", "2 h 5 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def short_count(number: float) -> str:
     """Format a count with up to three digits, as in names of models: "135M", "2.7B", "2.8e+18"."""
+    if number >= 1e15:
+        return f"{number:.1e}"
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if size <= number < 1e15:
+        if number >= size:
             return f"{number / size:.3g}{unit}"
-    return f"{number:.1e}" if number >= 1e15 else f"{number:.3g}"
+    return f"{number:.3g}"

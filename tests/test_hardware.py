@@ -29,7 +29,7 @@ GLIBC = hardware.platform.libc_ver()[0] == "glibc"
 
 def run(**environment: str) -> tuple[bool, int, str]:
     """Return whether memory was kept, page faults of 20 times 32 MiB, and the reason."""
-    clean = {name: value for name, value in os.environ.items() if name not in hardware.OWN_SETTINGS}
+    clean = {name: value for name, value in os.environ.items() if name not in hardware.ALLOCATOR_VARIABLES}
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True
     )
@@ -51,7 +51,7 @@ def test_an_allocator_that_refuses_is_left_alone(monkeypatch: pytest.MonkeyPatch
         def mallopt(self, parameter: int, value: int) -> int:
             return 0
 
-    for name in hardware.OWN_SETTINGS:
+    for name in hardware.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Refusing())
     choice = hardware.keep_freed_memory.__wrapped__()

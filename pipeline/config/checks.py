@@ -332,7 +332,7 @@ def _check_optimizer(fields: _Fields) -> None:
             if fields.get(name) and fields.get(name) not in ("adamw_torch", "adamw_torch_fused"):
                 remedy = f"has no effect with {' and '.join(options)}, which come with AdamW; omit one of them"
                 fields.reject(name, remedy)
-    if fields.get("use_muon") and (fields.get("deepspeed") or launch.is_asked("DeepSpeed")):
+    if fields.get("use_muon") and (fields.get("deepspeed") or launch.is_sharded_by("DeepSpeed")):
         fields.reject(
             "use_muon", "needs matrices, and DeepSpeed's optimizers get flat tensors; omit it, or use fsdp2.yaml"
         )

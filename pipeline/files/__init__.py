@@ -22,43 +22,60 @@ from pipeline.errors import Problem, UserError, as_typed
 
 logger = logging.getLogger(__name__)
 
-STATE, MANIFEST = "trainer_state.json", "manifest.json"
-"""Files of a checkpoint: the trainer's state, and the list of all files, which makes it complete."""
+STATE = "trainer_state.json"
+"""File of a checkpoint with the trainer's state."""
+MANIFEST = "manifest.json"
+"""File of a checkpoint that lists all others, which makes it complete."""
 LOCK_SECONDS = 120.0
 """Seconds to wait for an earlier run, which may still be saving, to release a lock."""
 
 
 def check_replaceable(
-    output_dir: str | Path, own: Iterable[str], title: str = "", read: str | Path | None = None
+    output_dir: str | Path, written: Iterable[str], title: str = "", read: str | Path | None = None
 ) -> Problem | None:
-    """Check that a step that replaces its whole output directory would delete only files of its `own`.
+    """Check that a step that replaces its whole output directory would delete only its own files.
 
-    `title` is the text that identifies the step's README.md, if it writes one; `read` a directory that it reads.
+    Args:
+        output_dir: The directory; it need not exist.
+        written: Names of the files and folders that the step writes.
+        title: Text that identifies the step's README.md, "" if it writes none.
+        read: A directory that the step reads, which may not contain the output.
     """
     path = Path(output_dir)
-    if problem := check_directory(path):
+    problem = check_directory(path)
+    if problem is not None:
         return problem
     remedy = ""
     if read is not None and Path(read).exists() and path.resolve().is_relative_to(Path(read).resolve()):
         remedy = "is or lies inside the folder of dataset_name; choose another one"
     elif path.resolve() == Path.cwd():
         remedy = "is the current directory, which cannot be replaced; name another"
-    elif path.exists():
-        found = {inner.name for inner in path.iterdir()}
-        card = path / "README.md"
-        has_title = card.is_file() and title in card.read_text(encoding="utf-8", errors="replace")
-        if not found <= set(own) or (found and title and not has_title):
-            remedy = "contains other files; give a new or an empty folder"
+    elif path.exists() and not _is_written_by(path, written, title):
+        remedy = "contains other files; give a new or an empty folder"
     if remedy:
         return Problem("output_dir", output_dir, remedy)
     # The folder itself is replaced, so its parent must be writable.
     return check_directory(path.absolute().parent)
 
 
+def _is_written_by(folder: Path, written: Iterable[str], title: str) -> bool:
+    """Return whether a folder has only files that a step writes, and its card, if any, has the step's title."""
+    names = {inner.name for inner in folder.iterdir()}
+    if not names:
+        return True
+    if not names <= set(written):
+        return False
+    card = folder / "README.md"
+    return not title or (card.is_file() and title in card.read_text(encoding="utf-8", errors="replace"))
+
+
 def check_directory(path: str | Path, field: str = "output_dir", writable: bool = True) -> Problem | None:
     """Report a path that is not a directory, or cannot be created or written to.
 
-    It need not exist. With `writable`, writing is tried, because not every file system honours its permissions.
+    Args:
+        path: The directory; it need not exist.
+        field: The field that names it, for the problem.
+        writable: Whether writing is tried, because not every file system honours its permissions.
     """
     path = Path(path)
     try:
@@ -67,33 +84,35 @@ def check_directory(path: str | Path, field: str = "output_dir", writable: bool 
         pass
     except (OSError, ValueError) as error:
         return Problem(field, path, f"is not a valid path ({getattr(error, 'strerror', error)}); choose another one")
-    found = nearest(path)
-    where = "" if found == path else f"{found} "
-    if found.is_symlink() and not found.exists():
+    existing = nearest_existing(path)
+    where = "" if existing == path else f"{existing} "
+    if existing.is_symlink() and not existing.exists():
         return Problem(field, path, f"{where}is a dangling symlink; create its target")
-    if not found.is_dir():
+    if not existing.is_dir():
         return Problem(field, path, f"{where}is not a directory; choose another one")
     try:
-        before = found.stat()
+        status = existing.stat()
         if writable:
-            tempfile.TemporaryDirectory(dir=found).cleanup()
+            tempfile.TemporaryDirectory(dir=existing).cleanup()
             # Leave the folder as it was.
-            os.utime(found, ns=(before.st_atime_ns, before.st_mtime_ns))
+            os.utime(existing, ns=(status.st_atime_ns, status.st_mtime_ns))
     except OSError as error:
-        return Problem(field, path, f"no permission to write to {found} ({error.strerror}); choose another directory")
+        remedy = f"no permission to write to {existing} ({error.strerror}); choose another directory"
+        return Problem(field, path, remedy)
     return None
 
 
 def check_new_directory(path: Path, field: str) -> Problem | None:
     """Report a directory that cannot be created or written to, or is not empty; arguments as for `check_directory`."""
-    if problem := check_directory(path, field):
+    problem = check_directory(path, field)
+    if problem is not None:
         return problem
     if path.is_dir() and any(path.iterdir()):
         return Problem(field, path, "is not empty; name a new directory")
     return None
 
 
-def nearest(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return a path or, if it does not exist, its nearest existing parent."""
     return next(part for part in (path, *path.parents) if os.path.lexists(part))
 
@@ -102,22 +121,29 @@ def is_missing_path(name: str) -> bool:
     """Return whether a name is a path to something that does not exist (`runs/…`), rather than an id on the Hub."""
     # A revision may contain slashes.
     repo, _ = split_revision(name)
-    return not os.path.exists(name) and (name.startswith((".", "/", "~", "runs/")) or repo.count("/") > 1)
+    is_path = name.startswith((".", "/", "~", "runs/")) or repo.count("/") > 1
+    return is_path and not os.path.exists(name)
 
 
 def describe_folder(path: str | Path) -> str:
-    """Return what to name instead of a folder that is a recipe or a run, or ""."""
+    """Return what to name instead of a folder that is a recipe or a run, as a phrase; "" for any other path."""
     # Unlike Path.is_dir(), this does not raise for a name that is too long.
     if not os.path.isdir(path):
         return ""
     path = Path(path)
     if (path / "run.json").is_file():
         stages = sorted(inner for inner in path.glob("[0-9]*_*") if holds_model(inner))
-        return f"is a run; name one of its stages, such as {stages[-1]}" if stages else "is a run without a model yet"
+        if not stages:
+            return "is a run without a model yet"
+        return f"is a run; name one of its stages, such as {stages[-1]}"
     files = sorted(path.glob("[0-9]*_*.y*ml"))
-    text = files[0].read_text(encoding="utf-8", errors="replace") if files else ""
-    output = re.search(r"^output_dir: *['\"]?([^'\"#\s]+)", text, re.MULTILINE)
-    return f"is a recipe; its run is {Path(output[1]).parent} (`{as_typed('run', path)}`)" if output else ""
+    if not files:
+        return ""
+    text = files[0].read_text(encoding="utf-8", errors="replace")
+    match = re.search(r"^output_dir: *['\"]?([^'\"#\s]+)", text, re.MULTILINE)
+    if match is None:
+        return ""
+    return f"is a recipe; its run is {Path(match[1]).parent} (`{as_typed('run', path)}`)"
 
 
 def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
@@ -133,8 +159,10 @@ def relocate(value: Any, home: str | Path, to: str | Path) -> Any:
 
 def split_revision(name: str) -> tuple[str, str | None]:
     """Split `NAME/repo@revision` into id and revision, which is None for a path or a name without a revision."""
-    repo, at, revision = name.partition("@")
-    return (repo, revision) if at and revision and not os.path.exists(name) else (name, None)
+    repo, _, revision = name.partition("@")
+    if not revision or os.path.exists(name):
+        return name, None
+    return repo, revision
 
 
 def append_line(file: FileIO, line: bytes) -> None:
@@ -219,9 +247,16 @@ def is_locked(path: Path) -> bool:
 def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     """Hold a lock file, and so reserve its folder, until the block or this process ends in any way.
 
-    Wait up to `LOCK_SECONDS` for another process or, with `orphans_only`, only for children of one that took the lock
-    and died. A child process that inherits the yielded file descriptors holds the lock as well. A `UserError` is raised
-    if another process still holds the lock, or the folder cannot be written to.
+    Args:
+        path: The lock file, which contains the id of the process that holds it.
+        orphans_only: Whether to wait only for children of a process that took the lock and died. By default, wait for
+            any other process. Both up to `LOCK_SECONDS`.
+
+    Yields:
+        File descriptors. A child process that inherits them holds the lock as well.
+
+    Raises:
+        UserError: If another process still holds the lock, or the folder cannot be written to.
     """
     import fcntl
 
@@ -231,26 +266,8 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
     except OSError as error:
         remedy = f"cannot be written to ({error.strerror}); choose another directory"
         raise UserError(Problem("output_dir", path.parent, remedy)) from error
-    deadline, reported = time.monotonic() + LOCK_SECONDS, 0
     with file:
-        while True:
-            # The lock ends with the last process that has the descriptor. That may be a child that continues to write
-            # after its parent was killed, and whose files the next run must not touch.
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                holder = int(path.read_bytes() or 0)
-            except OSError as error:
-                logger.warning("%s is not locked (%s): make sure that no other run writes there.", path.parent, error)
-                break
-            if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
-                remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
-                raise UserError(Problem("output_dir", path.parent, remedy))
-            if holder != reported:
-                logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
-                reported = holder
-            time.sleep(0.2)
+        _wait_for_lock(file, path, orphans_only)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         try:
@@ -261,8 +278,34 @@ def lock(path: Path, orphans_only: bool = False) -> Iterator[tuple[int, ...]]:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def _wait_for_lock(file: FileIO, path: Path, orphans_only: bool) -> None:
+    """Lock an open file as `lock` does. A file system without locks is reported, and nothing is locked."""
+    import fcntl
+
+    deadline = time.monotonic() + LOCK_SECONDS
+    reported_holder = 0
+    while True:
+        # The lock ends with the last process that has the descriptor. That may be a child that continues to write
+        # after its parent was killed, and whose files the next run must not touch.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = int(path.read_bytes() or 0)
+        except OSError as error:
+            logger.warning("%s is not locked (%s): make sure that no other run writes there.", path.parent, error)
+            return
+        if time.monotonic() > deadline or (orphans_only and psutil.pid_exists(holder)):
+            remedy = f"process {holder} is writing there; wait for it, stop it, or choose another directory"
+            raise UserError(Problem("output_dir", path.parent, remedy))
+        if holder != reported_holder:
+            logger.warning("Waiting for process %s, which is writing to %s.", holder, path.parent)
+            reported_holder = holder
+        time.sleep(0.2)
+
+
 def as_list(value: Any) -> list[Any]:
-    """Return the values of a field that takes one or several: a list as it is, anything else as a list of one."""
+    """Return the values of a field that accepts one or several: a list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -294,7 +337,7 @@ def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
     path = run / "run.json"
     content, fault = _read_object(path)
     steps = content.get("steps", {})
-    if not (isinstance(steps, dict) and all(map(_is_step, steps.values()))):
+    if not isinstance(steps, dict) or not all(map(_is_step, steps.values())):
         fault = "is not the record of a run"
     if fault:
         raise UserError(Problem(field, path, f"{fault}; remove it"))
@@ -302,17 +345,22 @@ def read_run(run: Path, field: str = "RUN") -> dict[str, Any]:
 
 
 def _is_step(entry: Any) -> bool:
+    """Return whether a JSON value can be the entry of a step in run.json, with values that can be computed with."""
     if not isinstance(entry, dict):
         return False
-    numbers = [entry.get(key, 0) for key in ("seconds", "peak_memory")]
-    parts = [entry.get(key, {}) for key in ("values", "inputs", "data", "files")]
+    for key in ("values", "inputs", "data", "files"):
+        if not isinstance(entry.get(key, {}), dict):
+            return False
+    for key in ("seconds", "peak_memory"):
+        number = entry.get(key, 0)
+        if not isinstance(number, int | float) or not 0 <= number < 2**60:
+            return False
     # Seconds that are infinite, or more than a century, cannot be shown as a time.
-    is_counted = all(isinstance(number, int | float) and 0 <= number < 2**60 for number in numbers)
-    return is_counted and numbers[0] < 3.2e9 and all(isinstance(part, dict) for part in parts)
+    return bool(entry.get("seconds", 0) < 3.2e9)
 
 
 def _read_object(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the JSON object in a file, {} without one, and what is wrong with a file that exists."""
+    """Return the JSON object in a file, {} without one, and what is wrong with a file that exists, or ""."""
     try:
         if not path.exists():
             return {}, ""
@@ -320,7 +368,9 @@ def _read_object(path: Path) -> tuple[dict[str, Any], str]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"cannot be read ({error})"
-    return (content, "") if isinstance(content, dict) else ({}, "is not a JSON object")
+    if not isinstance(content, dict):
+        return {}, "is not a JSON object"
+    return content, ""
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -40,23 +40,34 @@ MEMORY = 1 << 30
 """Bytes that the child may use in addition to its copy of this process."""
 PATIENCE_SECONDS = 30.0
 """Wall-clock limit, for a busy machine. A child that used less than a quarter of its CPU seconds gets no verdict."""
-OUT_OF_MEMORY, OUT_OF_ROOM = 3, 4
-"""Exit codes of the child."""
-TOO_SLOW, TOO_LARGE, TOO_LONG = "takes too long", "takes too much memory", "gives too long a text"
+OUT_OF_MEMORY = 3
+"""Exit code of a child without memory."""
+OUT_OF_ROOM = 4
+"""Exit code of a child whose call gave `TOO_LONG`."""
+TOO_SLOW = "takes too long"
+TOO_LARGE = "takes too much memory"
+TOO_LONG = "gives too long a text"
+"""A call may return this itself."""
 
 
-def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
-    """Call a function in a child process, and return the limit that it exceeds, as the end of a sentence, or None.
+def exceeded_limit(call: Callable[[], object], mapped: int = 0) -> str | None:
+    """Call a function in a child process. Return the limit that it exceeds, as the end of a sentence, or None.
 
-    Only Linux forks safely; elsewhere it is not called. Its result and errors, except for `TOO_LONG`, are ignored,
-    because the caller will see them. `mapped` are the bytes of a memory-mapped file, which do not count.
+        fault = exceeded_limit(lambda: tokenizer.decode(...))    # None, or "takes too long"
+
+    Only Linux forks safely; elsewhere the function is not called, and the result is None.
+
+    Args:
+        call: The function. Its result and errors are ignored, because the caller will see them; but it may return
+            `TOO_LONG`.
+        mapped: Bytes of a memory-mapped file, which do not count.
     """
     if sys.platform != "linux":
         return None
     import resource
 
     child = get_context("fork").Process(target=_run, args=(call, mapped))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    earlier_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     with warnings.catch_warnings():
         # Other threads may hold locks that the child would wait for forever. PATIENCE_SECONDS ends that.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -67,22 +78,27 @@ def exceeds(call: Callable[[], object], mapped: int = 0) -> str | None:
         is_over = child.exitcode is not None
         child.kill()
         child.join()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    # On a busy machine, the child may be killed early. It is only to blame if it used a good part of its seconds.
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = usage.ru_utime + usage.ru_stime - earlier_usage.ru_utime - earlier_usage.ru_stime
     if not is_over:
-        return TOO_SLOW if seconds > SECONDS / 4 else None
+        # On a busy machine, the child may be killed early. It is only to blame if it used a good part of its seconds.
+        if seconds > SECONDS / 4:
+            return TOO_SLOW
+        return None
     # A negative code is the signal that ended the child.
     code = child.exitcode or 0
     if code < 0 and seconds > SECONDS - 1:
         return TOO_SLOW
     if code == OUT_OF_ROOM:
         return TOO_LONG
-    # A C or Rust library that runs out of memory or stack aborts.
-    return TOO_LARGE if code < 0 or code == OUT_OF_MEMORY else None
+    if code < 0 or code == OUT_OF_MEMORY:
+        # A C or Rust library that runs out of memory or stack aborts.
+        return TOO_LARGE
+    return None
 
 
 def _run(call: Callable[[], object], mapped: int) -> NoReturn:
+    """Call a function in this child process within the limits, and end it with an exit code; print nothing."""
     import faulthandler
     import resource
 
@@ -93,7 +109,8 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
         for stream in range(3):
             os.dup2(silent, stream)
         memory = psutil.Process().memory_info().vms + mapped + MEMORY
-        for limit, value in (resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory):
+        limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: memory}
+        for limit, value in limits.items():
             # A lower limit, set by the user, cannot be raised.
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(limit, (value, value))
@@ -102,7 +119,8 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
     except MemoryError:
         code = OUT_OF_MEMORY
     except BaseException as error:  # noqa: BLE001 - it is raised again in the parent
-        code = OUT_OF_MEMORY if "allocate memory" in str(error) else 0
+        if "allocate memory" in str(error):
+            code = OUT_OF_MEMORY
     finally:
         os._exit(code)
 
@@ -110,26 +128,22 @@ def _run(call: Callable[[], object], mapped: int) -> NoReturn:
 def check_files(folder: Path) -> None:
     """Raise a `ValueError` if a config.json or a tokenizer's files ask for more than any model has."""
     for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
-        limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
-        if limit and file.is_file() and file.stat().st_size > limit << 20:
-            raise ValueError(f"its {file.name} is larger than {limit} MiB")
-        if file.name in MAX_ENTRIES and file.is_file() and longest(_read(file)) > MAX_ENTRIES[file.name]:
-            raise ValueError(f"its {file.name} has a list of more than {MAX_ENTRIES[file.name]:,} entries")
+        if file.is_file():
+            _check_size(file)
     file = folder / "config.json"
     if not file.is_file():
         return
     content = _read(file)
-    if kernel := named_kernel(content):
+    kernel = named_kernel(content)
+    if kernel is not None:
         raise ValueError(f"its config.json names the kernel {kernel}, which is code from the Hub; delete that line")
     numbers = list(_numbers(content))
     for name, value in numbers:
         # Other names may count something else: from layer `max_window_layers` on, layers attend to a window.
-        what = re.fullmatch(r"(?:num_hidden|num|n)_(layers?)|num_(labels)", name)
-        if what and value > (MAX_LAYERS if what[1] else MAX_LABELS):
-            raise ValueError(f"its config.json asks for {value} {'layers' if what[1] else 'labels'}")
-    counts = re.compile(r"^(num|n)_|layer|expert|block|head|depth|stage")
-    # Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24. Anything else is first tried.
-    unusual = [f"{name}: {value}" for name, value in numbers if value > (1024 if counts.search(name) else 1 << 24)]
+        if re.fullmatch(r"(num_hidden|num|n)_layers?", name) and value > MAX_LAYERS:
+            raise ValueError(f"its config.json asks for {value} layers")
+        if name == "num_labels" and value > MAX_LABELS:
+            raise ValueError(f"its config.json asks for {value} labels")
 
     def build() -> None:
         import torch
@@ -139,11 +153,33 @@ def check_files(folder: Path) -> None:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
-    if unusual and (fault := exceeds(build)):
-        raise ValueError(f"building the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+    unusual = [f"{name}: {value}" for name, value in numbers if _is_unusual(name, value)]
+    if unusual:
+        fault = exceeded_limit(build)
+        if fault is not None:
+            raise ValueError(f"building the model of its config.json ({', '.join(unusual[:3])}) {fault}")
+
+
+def _check_size(file: Path) -> None:
+    """Raise a `ValueError` if a model's file is larger, or has a longer list, than any model needs."""
+    limit = MAX_MIB.get(file.name) or MAX_MIB.get(file.suffix)
+    if limit and file.stat().st_size > limit << 20:
+        raise ValueError(f"its {file.name} is larger than {limit} MiB")
+    if file.name in MAX_ENTRIES and longest_list(_read(file)) > MAX_ENTRIES[file.name]:
+        raise ValueError(f"its {file.name} has a list of more than {MAX_ENTRIES[file.name]:,} entries")
+
+
+def _is_unusual(name: str, value: int) -> bool:
+    """Return whether a number in a configuration is above those of usual models, so that building has to be tried.
+
+    Usual models have up to 1,024 parts of a kind, and sizes of up to 2^24.
+    """
+    is_count = re.search(r"^(num|n)_|layer|expert|block|head|depth|stage", name) is not None
+    return value > (1024 if is_count else 1 << 24)
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or raise a `ValueError` that names the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -166,7 +202,8 @@ def named_kernel(value: Any) -> str | None:
     for key, item in value.items():
         if isinstance(item, str) and "_implementation" in str(key) and "/" in item:
             return item
-        if kernel := named_kernel(item):
+        kernel = named_kernel(item)
+        if kernel is not None:
             return kernel
     return None
 
@@ -185,8 +222,12 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def longest(value: Any) -> int:
+def longest_list(value: Any) -> int:
     """Return the number of entries of the longest list or mapping in a JSON value."""
-    if not isinstance(value, dict | list):
+    if isinstance(value, dict):
+        items = list(value.values())
+    elif isinstance(value, list):
+        items = value
+    else:
         return 0
-    return max(len(value), *map(longest, value.values() if isinstance(value, dict) else value), 0)
+    return max([len(items), *map(longest_list, items)])

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from pipeline.data.sources import open_source
 from pipeline.errors import Problem, UserError
-from pipeline.files import STATE, as_list, is_missing_path, nearest, read_json, split_revision
+from pipeline.files import STATE, as_list, is_missing_path, nearest_existing, read_json, split_revision
 from pipeline.hub.upload import PUSH_ERRORS, explain, retry
 from pipeline.models.loading import user_error_for
 
@@ -93,7 +93,7 @@ def _fetch_stream(name: str, config: str | None) -> None:
     planned = snapshot_download(repo_id, allow_patterns=paths, dry_run=True, **options)
     sizes = [file.file_size for file in planned if file.will_download]
     size = f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} files"
-    free = shutil.disk_usage(nearest(Path(constants.HF_HUB_CACHE))).free
+    free = shutil.disk_usage(nearest_existing(Path(constants.HF_HUB_CACHE))).free
     if sum(sizes) > free:
         remedy = f"takes {size}, and {free / 1e9:.2f} GB are free; make room, or set HF_HOME to a larger disk"
         raise UserError(Problem("dataset_name", name, remedy))

@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, write_folder
-from pipeline.files.bounded import MAX_LAYERS, check_files, exceeds
+from pipeline.files.bounded import MAX_LAYERS, check_files, exceeded_limit
 from pipeline.launch import quiet_libraries
 from pipeline.models.loading import separate_pad_token, user_error_for, validate_chat, validate_finite
 from pipeline.models.tokenizer import pre_tokenizer, validate_tokenizer
@@ -81,7 +81,7 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return an untrusted GGUF file's model and tokenizer, or raise anything if it is damaged or of another kind."""
     # The file is memory-mapped, and may be larger than the child's memory limit.
     size = file.stat().st_size
-    if fault := exceeds(lambda: read_tokenizer(file), mapped=size):
+    if fault := exceeded_limit(lambda: read_tokenizer(file), mapped=size):
         raise ValueError(f"making its tokenizer {fault}")
     tokenizer = read_tokenizer(file)
     header = GgufHeader.from_file(str(file))

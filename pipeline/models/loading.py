@@ -29,7 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
-from pipeline.files.bounded import check_files, exceeds, longest
+from pipeline.files.bounded import check_files, exceeded_limit, longest_list
 from pipeline.models.tokenizer import validate_tokenizer
 from pipeline.models.weights import validate_adapter, validate_complete, validate_files, weight_files
 
@@ -136,8 +136,8 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         path = Path(name) / file
         if path.is_file() and path.stat().st_size >= size * many:
             content = json.loads(path.read_text(encoding="utf-8"))
-            count = longest(content.get("added_tokens") if file == "tokenizer.json" else content)
-            if count > many and (fault := exceeds(load)):
+            count = longest_list(content.get("added_tokens") if file == "tokenizer.json" else content)
+            if count > many and (fault := exceeded_limit(load)):
                 raise RuntimeError(f"loading its {count:,} added tokens {fault}")
     return load()
 
@@ -258,7 +258,7 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
     # Matching a pattern of modules may take forever.
     with torch.device("meta"):
         adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
-        if base is not None and (fault := exceeds(lambda: adapt(PeftConfig.from_pretrained(name)))):
+        if base is not None and (fault := exceeded_limit(lambda: adapt(PeftConfig.from_pretrained(name)))):
             return f"adding what its adapter_config.json asks for {fault}"
     # Buffers that are not in the files, such as a mask of positions, are made in loading: a few MB for a 1 GB model.
     if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):

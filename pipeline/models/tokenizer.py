@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import Problem, UserError
-from pipeline.files.bounded import TOO_LONG, exceeds
+from pipeline.files.bounded import TOO_LONG, exceeded_limit
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
@@ -154,9 +154,9 @@ def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _verdicts:
         _verdicts[key] = None
-        if fault := exceeds(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
+        if fault := exceeded_limit(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
             _verdicts[key] = f"tokenizing a word {fault}"
-        elif tokenizer.chat_template and (fault := exceeds(lambda: _render(tokenizer))):
+        elif tokenizer.chat_template and (fault := exceeded_limit(lambda: _render(tokenizer))):
             _verdicts[key] = f"rendering its chat template {fault}"
     return _verdicts[key]
 

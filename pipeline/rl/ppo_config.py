@@ -91,7 +91,7 @@ class PPOConfig(GRPOConfig):
             wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
         problems = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
         problems += [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items()]
-        sharding = filter(launch.is_asked, launch.SHARDING)
+        sharding = filter(launch.is_sharded_by, launch.SHARDING)
         problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
         refuse_values(*problems)
 

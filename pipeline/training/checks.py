@@ -23,7 +23,7 @@ from trl import ModelConfig, RewardConfig, get_peft_config
 
 from pipeline.config.fields import samples_completions
 from pipeline.errors import LIBRARY_ERRORS, Problem
-from pipeline.files import nearest
+from pipeline.files import nearest_existing
 from pipeline.hub.access import check_access
 from pipeline.models.checks import check_template_arguments
 from pipeline.models.kernels.sampler import unsupported_settings
@@ -153,7 +153,7 @@ def disk_bytes(trained: int, args: TrainingArguments) -> tuple[int, int]:
 def check_disk(trained: int, args: TrainingArguments) -> list[Problem]:
     """Report a disk with less free space than the checkpoints and the model need."""
     kept, needed = disk_bytes(trained, args)
-    free = shutil.disk_usage(nearest(Path(args.output_dir))).free
+    free = shutil.disk_usage(nearest_existing(Path(args.output_dir))).free
     if needed <= free:
         return []
     sizes = f"take about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} MiB are free"
