@@ -17,7 +17,7 @@ from pipeline.errors import EXIT_USER_ERROR, Problem, UserError, as_typed, exit_
 
 COMMANDS = {
     "run": ("pipeline.runner.cli", "run every step of a recipe folder, in order"),
-    "plan": ("pipeline.runner.plan", "estimate memory, disk, hours and cost of a run, before a node is rented"),
+    "plan": ("pipeline.runner.estimate", "estimate memory, disk, hours and cost of a run, before a node is rented"),
     "status": ("pipeline.runner.status", "show what each step of a run has done, and what is out of date and why"),
     "copy": ("pipeline.runner.copy_recipe", "copy a recipe that comes with the package to a folder of your own"),
     "evaluate": ("pipeline.evaluation.cli", "measure one stage on held-out data"),
@@ -43,8 +43,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`. It lists all subcommands, and knows the arguments of the one that `argv` names."""
-    about = "Train a language model from random weights to a reasoning chat model."
-    parser = Parser(prog=as_typed(), description=about)
+    description = "Train a language model from random weights to a reasoning chat model."
+    parser = Parser(prog=as_typed(), description=description)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may not be UTF-8, and a log file is read while the command runs.
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "overrides"):
@@ -70,22 +71,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not value.strip():
                 raise UserError(Problem(option, repr(value), "is empty; give a value, or omit it"))
         try:
-            return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+            module, _ = COMMANDS[args.command]
+            return importlib.import_module(module).main(args) or 0
         except OSError as error:
             if error.filename is not None:
                 remedy = f"{error.strerror}; correct it and try again"
                 raise UserError(Problem("file", error.filename, remedy)) from error
-            try:
-                print(end="", flush=True)
-            except OSError:
-                # Python flushes once more at its end, which must not fail.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if _has_closed_output():
                 # `| head` has read enough.
                 if isinstance(error, BrokenPipeError):
                     return 1
                 raise UserError(Problem("output", "stdout", f"{error.strerror}; redirect it elsewhere")) from error
             raise
     return EXIT_USER_ERROR
+
+
+def _has_closed_output() -> bool:
+    """Return whether stdout cannot be written to. If so, write to the null device from now on.
+
+    Python flushes once more at its end, which must not fail.
+    """
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def command() -> int:

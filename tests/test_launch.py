@@ -247,7 +247,7 @@ def test_under_a_launcher_only_the_users_number_of_threads_counts(
 def test_the_runner_does_not_choose_a_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'out')!r}).write_text(' '.join(os.environ))"
-    assert processes.run([sys.executable, "-c", code], os.environ, ())[:2] == (0, None)
+    assert processes.run_command([sys.executable, "-c", code], os.environ, ())[:2] == (0, None)
     names = (tmp_path / "out").read_text().split()
     assert "OMP_NUM_THREADS" not in names and "HF_HUB_DISABLE_TELEMETRY" in names
 

@@ -88,7 +88,7 @@ def test_a_printed_command_is_accepted(
     # The folder that `python -m pipeline copy pocket mine` writes.
     (tmp_path / "mine").symlink_to(ROOT / "recipes/pocket")
     (tmp_path / "alice").mkdir()
-    # A folder stands in for a repository of the Hub.
+    # A recipe folder that was downloaded from the Hub.
     (tmp_path / "alice" / "recipes").symlink_to(ROOT / "recipes/pocket")
     # recipes/gsm8k-shakespeare reads its data from these folders.
     rows = {

@@ -20,7 +20,7 @@ from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
 from pipeline.report.page import render
 from pipeline.report.path_picture import headline, path_boxes
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.stages import STAGES
 from pipeline.stages.kinds import Box, Card, LoggedChart, StageKind
 from tests.helpers.fake_run import write_run

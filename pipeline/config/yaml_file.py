@@ -20,7 +20,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         is_alias = isinstance(event, yaml.AliasEvent)
-        # In an untrusted file, nine lines of aliases of aliases could expand to 8^9 values.
+        # In a file of somebody else, nine lines of aliases of aliases could expand to 8^9 values.
         if is_alias and self._anchors:
             raise yaml.composer.ComposerError(None, None, "an alias inside a value with an anchor", event.start_mark)
         opens = not is_alias and event.anchor is not None

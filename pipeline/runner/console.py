@@ -1,6 +1,5 @@
 """The display of a run: a live view of its stages in a terminal, and otherwise a line for each event."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,7 +20,7 @@ from rich.text import Text
 
 from pipeline.errors import EXIT_USER_ERROR, EXIT_WAITING
 from pipeline.progress import VARIABLE, time_in_words
-from pipeline.runner.run_state import RunState
+from pipeline.runner.run_state import RunState, Stage
 from pipeline.runner.steps import Step
 
 REFRESH_SECONDS = 0.25
@@ -37,12 +36,13 @@ MARKS = {
 """Status of a stage -> its mark and style."""
 
 
-def is_live(args: argparse.Namespace) -> bool:
-    """Return whether to draw a live view: stdout is a terminal, and no option or variable requests plain lines."""
-    plain = os.environ.get("CI") or os.environ.get("NO_COLOR") or args.plain or args.verbose
+def is_live(plain: bool = False, verbose: bool = False) -> bool:
+    """Return whether to draw a live view: stdout is a terminal, and neither an option nor a variable asks for lines."""
+    if plain or verbose or os.environ.get("CI") or os.environ.get("NO_COLOR"):
+        return False
     console = Console()
     # With FORCE_COLOR, rich treats a pipe as interactive. It draws with characters that need UTF.
-    return sys.stdout.isatty() and console.is_interactive and console.encoding.startswith("utf") and not plain
+    return sys.stdout.isatty() and console.is_interactive and console.encoding.startswith("utf")
 
 
 class RunConsole:
@@ -52,15 +52,25 @@ class RunConsole:
 
         logs/2_sft.log        all of its output                          -> --verbose, and the last lines if it fails
         logs/2_sft.progress   a line of JSON for each fact it reports    -> the bar, the loss and the time that is left
+
+    Args:
+        title: First line of the live view.
+        state: The state of the run, which the view shows and updates.
+        began: Time at which the command began, by `time.monotonic`.
+        plain: Whether to print lines even in a terminal.
+        verbose: Whether to print the steps' output, which implies `plain`.
     """
 
-    def __init__(self, title: str, state: RunState, args: argparse.Namespace) -> None:
-        self.title, self.state, self._args = title, state, args
+    def __init__(self, title: str, state: RunState, began: float, plain: bool = False, verbose: bool = False) -> None:
+        self.title = title
+        self.state = state
+        self._began = began
+        self._verbose = verbose
         # A resumed step appends to its log; the new part begins here.
         self._log_begin = 0
         self._console = Console(highlight=False)
         self._live: Live | None = None
-        if is_live(args):
+        if is_live(plain, verbose):
             self._live = Live(console=self._console, get_renderable=self._view, auto_refresh=False)
             self._live.start(refresh=True)
 
@@ -82,7 +92,8 @@ class RunConsole:
     @contextlib.contextmanager
     def step(self, step: Step, command: str, resumes: bool) -> Iterator[tuple[int, dict[str, str]]]:
         """Show a step while it runs. Yield a descriptor for its output, and variables for reporting progress."""
-        log, reports = self.log(step), self.log(step).with_suffix(".progress")
+        log = self.log(step)
+        reports = log.with_suffix(".progress")
         log.parent.mkdir(parents=True, exist_ok=True)
         reports.write_bytes(b"")
         self.state.start(step)
@@ -106,81 +117,129 @@ class RunConsole:
 
     def _follow(self, reported: IO[str], printed: IO[str], ended: threading.Event) -> None:
         """Show what the running step reports and prints, until it has `ended`."""
-        progress, shown, is_last = self.state.progress, 0, False
+        printed_quarter = 0
+        is_last = False
         while not is_last:
             is_last = ended.wait(REFRESH_SECONDS)
             for line in reported:
                 # The last line may be incomplete.
                 with contextlib.suppress(ValueError, TypeError, LookupError):
-                    progress.update(json.loads(line))
-            quarter = 4 * progress.facts["done"] // progress.facts["total"] if progress.facts.get("total") else 0
-            if self._args.verbose:
+                    self.state.progress.update(json.loads(line))
+            if self._verbose:
                 print(printed.read(), end="", flush=True)
             elif self._live is not None:
                 self._live.refresh()
-            elif shown < quarter < 4 and progress.elapsed >= PROGRESS_SECONDS:
-                shown = quarter
-                left = zip(self.state.seconds_left(), ("left", "left of the run"), strict=True)
-                times = [f"{time_in_words(seconds)} {what}" for seconds, what in left if seconds is not None]
-                print("    " + ", ".join([*self.state.doing.split("  "), *times]))
+            else:
+                printed_quarter = self._print_quarter(printed_quarter)
+
+    def _print_quarter(self, printed: int) -> int:
+        """Print the progress of a long step when it enters its second to fourth quarter. Return the printed quarter."""
+        progress = self.state.progress
+        total = progress.facts.get("total")
+        if not total or progress.elapsed < PROGRESS_SECONDS:
+            return printed
+        quarter: int = 4 * progress.facts["done"] // total
+        if not printed < quarter < 4:
+            return printed
+        parts = self.state.doing.split("  ")
+        for seconds, what in zip(self.state.seconds_left(), ("left", "left of the run"), strict=True):
+            if seconds is not None:
+                parts.append(f"{time_in_words(seconds)} {what}")
+        print("    " + ", ".join(parts))
+        return quarter
 
     def finish(self, step: Step, seconds: float) -> None:
         """Show that a step has finished, and what its stage has reached."""
         for lost in self.state.progress.facts.get("lost", ()):
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
-        reached = f"{stage.name}: {stage.figure}, " if stage.figure else ""
-        self.event(f"    {reached}{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}")
+        line = f"{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}"
+        if stage.figure:
+            line = f"{stage.name}: {stage.figure}, {line}"
+        self.event(f"    {line}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
         """End the view of a step that was stopped (`code` 0) or failed; print the end of its output and `messages`."""
         self.state.end(step, seconds, finished=False, for_people=code == EXIT_WAITING)
         self.close()
-        if code and not self._args.verbose:
+        if code and not self._verbose:
             with self.log(step).open(encoding="utf-8", errors="replace") as file:
                 file.seek(self._log_begin)
                 lines = file.read().splitlines()
-            # If a step refuses its input, its message is shown in full.
-            print(*lines[0 if code == EXIT_USER_ERROR else -20 :], sep="\n", file=sys.stderr)
-        whole = [f"its whole output: {self.log(step)}"] if code not in (0, EXIT_WAITING) else []
-        print(*messages, *whole, sep="\n")
+            if code != EXIT_USER_ERROR:
+                # If a step rejects its input, its message is shown in full.
+                lines = lines[-20:]
+            print(*lines, sep="\n", file=sys.stderr)
+        for message in messages:
+            print(message)
+        if code not in (0, EXIT_WAITING):
+            print(f"its whole output: {self.log(step)}")
 
     def _view(self) -> RenderableType:
-        """Return the current content of the live view: for each stage, its state or figure, and a time."""
-        progress, (step_left, run_left) = self.state.progress, self.state.seconds_left()
+        """Return the current content of the live view: for each stage, its state or figure, and a time.
+
+        pocket, seed 0, in runs/pocket
+        ✓  1_pretrain  bits per byte 2.640 -> 0.183                      1 min 38 s
+        ▸  2_sft       ━━━━━━━━━━━━━━━━━━━━━━━━━━  120/400  loss 0.5      48 s left
+           3_reward
+        3 min 2 s so far, about 5 min 10 s left
+        output: runs/pocket/logs/2_sft.log
+        """
+        step_left, run_left = self.state.seconds_left()
         columns = (Column(ratio=1, no_wrap=True, overflow="ellipsis"), Column(justify="right", no_wrap=True))
-        stages = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
+        table = Table.grid(Column(width=1), Column(no_wrap=True), *columns, padding=(0, 2, 0, 0), expand=True)
         for stage in self.state.stages.values():
-            what: RenderableType = stage.note
-            when = ""
-            if stage.status == "running":
-                done, total = progress.facts.get("done", 0), progress.facts.get("total")
-                if not total and step_left:
-                    # The progress of a step that reports nothing is estimated from its earlier time.
-                    done, total = progress.elapsed, progress.elapsed + step_left
-                what = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
-                what.add_row(ProgressBar(total, done, pulse=not total), self.state.doing)
-                when = f"{time_in_words(step_left)} left" if step_left else time_in_words(progress.elapsed)
-            elif stage.status == "kept":
-                what, when = stage.figure, "kept"
-            elif stage.status in ("done", "stopped"):
-                parts = [str(progress)] if stage.status == "stopped" else [stage.figure, stage.lost]
-                what, when = "; ".join(filter(None, parts)), time_in_words(stage.seconds)
             mark, style = MARKS[stage.status]
-            dim = "dim" if style == "dim" else ""
-            what = Text(what, dim if stage.status == "waiting" else "") if isinstance(what, str) else what
-            stages.add_row(Text(mark, style), Text(stage.name, dim), what, Text(when, "dim"))
-        lines: list[RenderableType] = [Text(self.title, "bold"), stages]
-        if (step := self.state.running) is not None:
-            so_far = f"{time_in_words(time.monotonic() - self._args.began)} so far"
-            lines.append(Text(so_far if run_left is None else f"{so_far}, about {time_in_words(run_left)} left"))
+            name = Text(stage.name)
+            if style == "dim":
+                name = Text(stage.name, "dim")
+            content, when = self._describe(stage, step_left)
+            table.add_row(Text(mark, style), name, content, Text(when, "dim"))
+        lines: list[RenderableType] = [Text(self.title, "bold"), table]
+        step = self.state.running
+        if step is not None:
+            times = f"{time_in_words(time.monotonic() - self._began)} so far"
+            if run_left is not None:
+                times += f", about {time_in_words(run_left)} left"
+            lines.append(Text(times))
             lines.append(Text(f"output: {self.log(step)}", "dim", overflow="fold"))
-            if number := progress.facts.get("stopping"):
+            number = self.state.progress.facts.get("stopping")
+            if number:
                 notice = f"{number}: {step.name} saves after this update; Ctrl-C again stops immediately"
                 lines.append(Text(notice, "yellow"))
         return Constrain(Group(*lines), MAX_COLUMNS)
 
+    def _describe(self, stage: Stage, step_left: float | None) -> tuple[RenderableType, str]:
+        """Return what the live view shows of a stage, and its time.
 
-def show_checks(args: argparse.Namespace) -> AbstractContextManager[object]:
+        `step_left` are the seconds left for the running step, or None if they are unknown.
+        """
+        progress = self.state.progress
+        if stage.status == "running":
+            completed = progress.facts.get("done", 0)
+            total = progress.facts.get("total")
+            if not total and step_left:
+                # The progress of a step that reports nothing is estimated from its earlier time.
+                completed = progress.elapsed
+                total = progress.elapsed + step_left
+            bar = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 2, 0, 0), expand=True)
+            bar.add_row(ProgressBar(total, completed, pulse=not total), self.state.doing)
+            if step_left:
+                return bar, f"{time_in_words(step_left)} left"
+            return bar, time_in_words(progress.elapsed)
+        if stage.status == "kept":
+            return Text(stage.figure), "kept"
+        if stage.status == "stopped":
+            return Text(str(progress)), time_in_words(stage.seconds)
+        if stage.status == "done":
+            return Text("; ".join(filter(None, [stage.figure, stage.lost]))), time_in_words(stage.seconds)
+        if stage.status == "waiting":
+            return Text(stage.note, "dim"), ""
+        return Text(stage.note), ""
+
+
+def show_checks(recipe: Path, plain: bool, verbose: bool) -> AbstractContextManager[object]:
     """Show in the live view that the steps are being checked, which takes seconds."""
-    return Console().status(f"Checking the steps of {args.recipe}") if is_live(args) else contextlib.nullcontext()
+    if not is_live(plain, verbose):
+        return contextlib.nullcontext()
+    return Console().status(f"Checking the steps of {recipe}")

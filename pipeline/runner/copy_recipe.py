@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config.recipe_folder import LAUNCH_FILE, SHIPPED
 from pipeline.errors import Problem, refuse
 from pipeline.files import check_new_directory, write_text
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 
 README = "README.md"
 
@@ -19,37 +19,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="one of the recipes below")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write to, which must be new or empty")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    titles = {name: (SHIPPED / name / README).open(encoding="utf-8").readline() for name in shipped_recipes()}
-    parser.epilog = "\n".join(f"  {name:<21} {title.strip('# ').rstrip()}" for name, title in titles.items())
+    lines: list[str] = []
+    for name in shipped_recipes():
+        with (SHIPPED / name / README).open(encoding="utf-8") as file:
+            title = file.readline().strip("# ").rstrip()
+        lines.append(f"  {name:<21} {title}")
+    parser.epilog = "\n".join(lines)
 
 
 def shipped_recipes() -> list[str]:
-    """Return the names of the recipe folders that come with the package."""
+    """Return the names of the recipe folders that come with the package, such as "existing-model/full"."""
     return sorted({path.parent.relative_to(SHIPPED).as_posix() for path in SHIPPED.glob("**/[0-9]_*.yaml")})
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the files of a recipe to a folder, which must be new or empty. Return 0."""
-    problems: list[Problem | None] = [check_new_directory(args.folder, "FOLDER")]
+    problems: list[Problem | None] = []
     name = args.recipe.removeprefix(f"{SHIPPED.name}/").rstrip("/")
     if name not in shipped_recipes():
         remedy = f"is not a recipe of the package; choose from: {', '.join(shipped_recipes())}"
-        problems.insert(0, Problem("RECIPE", args.recipe, remedy))
+        problems.append(Problem("RECIPE", args.recipe, remedy))
+    problems.append(check_new_directory(args.folder, "FOLDER"))
     refuse(*problems)
     run_dir = f"runs/{args.folder.resolve().name}"
-    # The text is edited rather than the values, to keep comments and order. Only whole names match: `runs/pocket` does
-    # not match `runs/pocket-people`, and `recipes/existing-model/full` is another recipe.
-    others = [other.removeprefix(name) for other in shipped_recipes() if other.startswith(f"{name}/")]
-    renamed = {
-        rf"\b{re.escape(read_plan(SHIPPED / name).run_dir.as_posix())}(?![\w-])": run_dir,
-        rf"\brecipes/{name}(?!{'|'.join([*others, '[-0-9A-Za-z_]'])})": args.folder.as_posix(),
-        rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (args.folder / LAUNCH_FILE).as_posix(),
-    }
-    own = (path for pattern in ("*.yaml", "*.jsonl", README) for path in sorted((SHIPPED / name).glob(pattern)))
-    for path in (*own, SHIPPED / "accelerate" / LAUNCH_FILE):
+    replacements = _replacements(name, args.folder, run_dir)
+    files: list[Path] = []
+    for pattern in ("*.yaml", "*.jsonl", README):
+        files += sorted((SHIPPED / name).glob(pattern))
+    files.append(SHIPPED / "accelerate" / LAUNCH_FILE)
+    for path in files:
         text = path.read_text(encoding="utf-8")
-        for pattern, new in renamed.items():
+        for pattern, new in replacements.items():
             text = re.sub(pattern, new.replace("\\", r"\\"), text)
         write_text(args.folder / path.name, text)
     print(f"{args.folder}: a copy of {name}, which writes to {run_dir}; fourstage run {args.folder}")
     return 0
+
+
+def _replacements(name: str, folder: Path, run_dir: str) -> dict[str, str]:
+    """Return patterns of the paths in a recipe's files, and the paths in a copy of it.
+
+    The text is edited rather than the values, to keep comments and order. Only whole names match: `runs/pocket` does
+    not match `runs/pocket-people`, and `recipes/existing-model/full` is another recipe than `recipes/existing-model`.
+    """
+    inner_recipes = [recipe.removeprefix(name) for recipe in shipped_recipes() if recipe.startswith(f"{name}/")]
+    end_of_name = f"(?!{'|'.join([*inner_recipes, '[-0-9A-Za-z_]'])})"
+    shipped_run_dir = re.escape(read_plan(SHIPPED / name).run_dir.as_posix())
+    return {
+        rf"\b{shipped_run_dir}(?![\w-])": run_dir,
+        rf"\brecipes/{name}{end_of_name}": folder.as_posix(),
+        rf"(?<![\w/]){re.escape(LAUNCH_FILE)}": (folder / LAUNCH_FILE).as_posix(),
+    }

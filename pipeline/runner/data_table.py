@@ -30,9 +30,9 @@ def describe_data(steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
     width = max(map(len, titles.values()))
     table = ["data that the stages read:"]
     for text, lines in described.items():
-        first, *others = lines
+        first, *rest = lines
         table.append(f"  {titles[text]:{width}}  {first}")
-        table += [f"  {'':{width}}  {line}" for line in others]
+        table += [f"  {'':{width}}  {line}" for line in rest]
     return table
 
 
@@ -47,8 +47,8 @@ def _describe_step(step: Mapping[str, Any]) -> list[str]:
         if source["others"]:
             # Rewards may read the other columns of prompts.
             are_prompts = set(source["made"]) <= {"prompt", "answer"}
-            others = "passed to rewards" if are_prompts else "not used"
-            columns += f"; {others}: {', '.join(source['others'])}"
+            use = "passed to rewards" if are_prompts else "not used"
+            columns += f"; {use}: {', '.join(source['others'])}"
         lines += [f"{source['source']}: {rows}", columns]
     if step.get("first_row"):
         lines.append(f"first row: {shorten(step['first_row'])}")

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import fields
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -59,32 +58,41 @@ ON_THIS_MACHINE: dict[str, tuple[Any, ...]] = {
     "mpirun_config": (None, {}),
     "tpu_use_cluster": (None, False),
 }
-"""Allowed values in a launch file that the user has not named. With other values, launchers on several machines would
-meet at an address in the file, and start what they agree on."""
+"""Allowed values in a launch file that the user has not named, such as that of a downloaded recipe folder. With other
+values, launchers on several machines would meet at an address in the file, and start what they agree on."""
 
 
 def exit_code(code: int) -> int:
     """Return the shell's exit code for a return code of `subprocess`: 128 + n if signal n ended the program."""
-    return 128 - code if code < 0 else code
+    if code < 0:
+        return 128 - code
+    return code
 
 
-def count_processes(args: argparse.Namespace) -> int:
+def find_launch_file(recipe: Path, config_file: str | None = None) -> str:
+    """Return the launch file: the one that the command names, the recipe folder's, or the one in this folder."""
+    if config_file is not None:
+        path = Path(config_file)
+    elif os.path.isfile(recipe / LAUNCH_FILE):
+        path = recipe / LAUNCH_FILE
+    else:
+        path = Path(LAUNCH_FILE)
+    return str(find_shipped(path))
+
+
+def count_processes(num_processes: int | None, launch_file: str) -> int:
     """Return the number of processes of a training step: from the command, the launch file, or the number of GPUs."""
     from torch.cuda import device_count
 
-    asked = args.num_processes or read_yaml(launch_file(args)).get("num_processes")
-    return asked if isinstance(asked, int) else max(1, device_count())
+    requested = num_processes or read_yaml(launch_file).get("num_processes")
+    if isinstance(requested, int):
+        return requested
+    return max(1, device_count())
 
 
-def launch_file(args: argparse.Namespace) -> str:
-    """Return the launch file: the one that the command names, the recipe folder's, or the one in this folder."""
-    own = args.recipe / LAUNCH_FILE
-    return str(find_shipped(Path(args.config_file or (own if os.path.isfile(own) else LAUNCH_FILE))))
-
-
-def shards(path: str) -> bool:
+def shards_model(launch_file: str) -> bool:
     """Return whether a launch file splits the model over the processes, which PPO refuses."""
-    return read_yaml(path).get("distributed_type") in ("FSDP", "DEEPSPEED")
+    return read_yaml(launch_file).get("distributed_type") in ("FSDP", "DEEPSPEED")
 
 
 def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -96,40 +104,60 @@ def machines(environment: Mapping[str, str] = os.environ) -> list[str]:
     if number == "1":
         return []
     rank = environment.get("MACHINE_RANK") or environment.get("SLURM_NODEID") or "0"
-    options = {"num_machines": number, "machine_rank": rank, "main_process_ip": environment.get("MASTER_ADDR", "")}
-    options["main_process_port"] = environment.get("MASTER_PORT", "29500")
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    return [
+        *("--num_machines", number),
+        *("--machine_rank", rank),
+        *("--main_process_ip", environment.get("MASTER_ADDR", "")),
+        *("--main_process_port", environment.get("MASTER_PORT", "29500")),
+    ]
 
 
-def check_launch_file(path: str, named: bool = True) -> Problem | None:
+def check_launch_file(path: str, is_named: bool = True) -> Problem | None:
     """Check a launch file for what would give a traceback in `accelerate launch`, or is not allowed.
 
-    Only a file that the user has `named` may involve other machines.
+    Args:
+        path: The launch file.
+        is_named: Whether the user has named it. If not, somebody else may have written it, with the recipe that it
+            belongs to, so it may not involve other machines.
     """
     from accelerate.commands.config.config_args import load_config_from_file
 
-    problem = partial(Problem, "--config_file", path)
     try:
-        loaded = load_config_from_file(path)
+        config = load_config_from_file(path)
     except Exception as error:  # noqa: BLE001 - each kind of mistake raises a different error
-        return problem(f"is not a launch file of accelerate ({' '.join(str(error).split())}); correct it")
-    config = vars(loaded)
-    for item in fields(loaded):
-        value = config[item.name]
-        if "dict" in str(item.type) and not isinstance(value, dict | None):
-            return problem(f"{item.name} must be a mapping; correct it")
+        reason = " ".join(str(error).split())
+        return Problem("--config_file", path, f"is not a launch file of accelerate ({reason}); correct it")
+    remedy = ""
+    for item in fields(config):
+        remedy = remedy or _wrong_value(item.name, getattr(config, item.name), is_mapping="dict" in str(item.type))
+    values = vars(config)
+    if not remedy and (values.get("num_machines") or 1) > 1 and not values.get("main_process_ip"):
+        remedy = "has several machines and no main_process_ip; add it"
+    if not remedy and not is_named:
+        elsewhere = [name for name, local_values in ON_THIS_MACHINE.items() if values.get(name) not in local_values]
+        if elsewhere:
+            remedy = f"asks for other machines ({', '.join(elsewhere)}); name it with --config_file if you want that"
+    if not remedy:
+        return None
+    return Problem("--config_file", path, remedy)
+
+
+def _wrong_value(name: str, value: Any, is_mapping: bool) -> str:
+    """Return what is wrong with a value of a launch file and what to do, as a phrase, or ""."""
+    if is_mapping and not isinstance(value, dict | None):
+        return f"{name} must be a mapping; correct it"
+    if isinstance(value, dict):
         # The keys of a mapping become options, so they must be strings that begin as these options do.
-        options, prefixes = value if isinstance(value, dict) else (), PLUGIN_OPTIONS.get(item.name, ("",))
-        if other := [str(key) for key in options if not isinstance(key, str) or not key.startswith(prefixes)]:
-            return problem(f"{item.name} has no option {', '.join(other)}; remove it")
-        if (values := VALUES.get(item.name)) and value is not None and value not in values:
-            known = f"{values[0]} to {values[-1]}" if isinstance(values, range) else ", ".join(map(str, values))
-            return problem(f"{item.name} is {value}, but must be one of {known}; correct it")
-    if (config.get("num_machines") or 1) > 1 and not config.get("main_process_ip"):
-        return problem("has several machines and no main_process_ip; add it")
-    if not named and (asked := [name for name, usual in ON_THIS_MACHINE.items() if config.get(name) not in usual]):
-        return problem(f"asks for other machines ({', '.join(asked)}); name it with --config_file if you want that")
-    return None
+        prefixes = PLUGIN_OPTIONS.get(name, ("",))
+        unknown = [str(key) for key in value if not isinstance(key, str) or not key.startswith(prefixes)]
+        if unknown:
+            return f"{name} has no option {', '.join(unknown)}; remove it"
+    choices = VALUES.get(name)
+    if choices is None or value is None or value in choices:
+        return ""
+    if isinstance(choices, range):
+        return f"{name} is {value}, but must be one of {choices[0]} to {choices[-1]}; correct it"
+    return f"{name} is {value}, but must be one of {', '.join(choices)}; correct it"
 
 
 def install_exit_hook() -> None:
@@ -168,39 +196,60 @@ def _end_with_program() -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, forked: bool = False) -> int:
-    """Launch as `accelerate launch` does, with its arguments `argv`. Return 0, or 2 for a broken launch file.
+    """Launch as `accelerate launch` does.
 
-    If a single process is requested, a process that was `forked` for the program becomes the program. If the program
-    fails, raise an error that becomes its exit code.
+    There are three ways, from the fewest processes to the most:
+
+        forked, one process                     this process becomes the program
+        one process, or an environment only     this process is replaced by the program's
+        anything else                           accelerate starts processes and waits for them
+
+    Args:
+        argv: The arguments of `accelerate launch`, by default those of this process.
+        forked: Whether this process was forked for the program, and has imported the libraries.
+
+    Returns:
+        0, or 2 for a broken launch file. If the program fails, an error that becomes its exit code is raised.
     """
     from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+    words = list(sys.argv[1:] if argv is None else argv)
     # Options given by the user come last and take precedence.
-    args = launch_command_parser().parse_args([*machines(), *(sys.argv[1:] if argv is None else argv)])
-    if args.config_file and (problem := check_launch_file(args.config_file)):
-        print(problem, file=sys.stderr)
-        return EXIT_USER_ERROR
-    one, defaults, _ = _validate_launch_command(copy(args))
-    if forked:
-        is_alone = one.module and one.num_processes == 1 and (one.num_machines or 1) == 1 and one.gpu_ids == "all"
-        asks_more = one.mixed_precision == "fp8" or any(getattr(one, name, None) for name in BEYOND_ONE_PROCESS)
-        if is_alone and not asks_more:
-            # A single process needs no launcher: this one becomes the program, in the environment of a launched one.
-            single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-            given = prepare_multi_gpu_env(one) | single if one.multi_gpu else prepare_simple_launcher_cmd_env(one)[1]
-            os.environ.update(given)
-            sys.argv = [args.training_script, *args.training_script_args]
-            runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
-            return 0
+    args = launch_command_parser().parse_args([*machines(), *words])
+    if args.config_file:
+        problem = check_launch_file(args.config_file)
+        if problem is not None:
+            print(problem, file=sys.stderr)
+            return EXIT_USER_ERROR
+    resolved, defaults, _ = _validate_launch_command(copy(args))
+    if forked and _is_one_process(resolved):
+        # A single process needs no launcher: this one becomes the program, in the environment of a launched one.
+        if resolved.multi_gpu:
+            environment = prepare_multi_gpu_env(resolved)
+            environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        else:
+            _, environment = prepare_simple_launcher_cmd_env(resolved)
+        os.environ.update(environment)
+        sys.argv = [args.training_script, *args.training_script_args]
+        runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
+        return 0
     is_local = defaults is None or defaults.compute_environment == "LOCAL_MACHINE"
-    if is_local and (one.cpu or not any(getattr(one, name, None) for name in OTHER_LAUNCHERS)):
+    has_other_launcher = not resolved.cpu and any(getattr(resolved, name, None) for name in OTHER_LAUNCHERS)
+    if is_local and not has_other_launcher:
         # From 1.16 on, accelerate would kill the program five seconds after a signal, while it saves.
-        program, environment = prepare_simple_launcher_cmd_env(one)
+        program, environment = prepare_simple_launcher_cmd_env(resolved)
         os.execvpe(program[0], program, environment)
     _end_with_program()
     launch_command(args)
     return 0
+
+
+def _is_one_process(args: argparse.Namespace) -> bool:
+    """Return whether arguments of `accelerate launch` ask for one module, in one process without other settings."""
+    is_alone = args.num_processes == 1 and (args.num_machines or 1) == 1 and args.gpu_ids == "all"
+    changes_more = args.mixed_precision == "fp8" or any(getattr(args, name, None) for name in BEYOND_ONE_PROCESS)
+    return bool(args.module) and is_alone and not changes_more
 
 
 if __name__ == "__main__":

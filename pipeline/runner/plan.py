@@ -1,363 +1,484 @@
-"""`fourstage plan RECIPES`: estimate what a run takes; nothing is trained or downloaded.
+"""Read a recipe folder, and plan a run of it: the steps of its YAML files, and the steps that follow from them.
 
-    fourstage plan recipes/base --num_processes 8 --gpu h100 --price 2.5
-    fourstage plan recipes/pocket --hidden_size 256
-
-Options of the recipes override the YAML files. For a stage whose model has N parameters:
-
-    FLOPs     tokens x passes x (2 N + attention): a forward pass counts 1, a backward pass 2
-    memory    of a network that is trained, weights 4 N bytes, gradients 4 N (8 N under DDP, which has buckets) and
-              optimizer 8 N (AdamW; others take less), of any other 4 N; a copy of the weights in 16 bits 2 N
-    disk      12 N bytes for each checkpoint, and 4 N for the model
-    time      FLOPs / (processes x peak x MFU), plus LAYER x layers x positions that are sampled one after the other
+A recipe's paths are in one directory, its `home`. With `--output_dir` or `--smoke`, it writes to another one, the
+`run_dir`. A step's settings keep the paths from its file, so that runs of a recipe in different directories have the
+same settings. Its command's arguments and `output` have the paths of the run.
 """
 
-import argparse
-import dataclasses
-import json
-import math
-import sys
-from dataclasses import replace
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from pipeline.config.command_line import read_command_line
-from pipeline.config.fields import field_types
-from pipeline.errors import Problem, problems_of, refuse
-from pipeline.evaluation.evaluate_yaml import DEFAULT_LENGTH
-from pipeline.progress import short_count, time_in_words
-from pipeline.runner.launcher import count_processes, launch_file, shards
-from pipeline.runner.preflight import check_steps
-from pipeline.runner.recipe import read_plan
-from pipeline.runner.steps import Step
+from pipeline.config.recipe_folder import find_shipped
+from pipeline.config.yaml_file import read_yaml
+from pipeline.data.votes import VOTES_FILE
+from pipeline.errors import Problem, UserError, refuse
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive, named_code
+from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
+from pipeline.files import as_list, check_directory, relocate, split_revision
+from pipeline.runner.records import TRASH
+from pipeline.runner.steps import REPORT, Step, find_code_file, names_file, smoke_overrides
+from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+from pipeline.stages.kinds import StageKind
 
-TEXT, ANSWER = 1 / 4, 1 / 3
-START, TEXT_RATE = 3.0, 4e6
-"""Seconds in which a step loads libraries, model and data, and bytes of text per second for `recipes.data` and for
-training a tokenizer; both measured with recipes/pocket on 2 cores of an AMD EPYC."""
-LAYER, VLLM_LAYER = 1e-3, 1e-4
-"""Seconds per layer for one position of all answers: transformers launches its kernels one by one."""
-ROWS, SAMPLED, AT_ONCE, DOCUMENT = 400, 64, 256, 4e3
-"""Rows of a data set that an evaluation answers, problems with several answers, answers at once; bytes per document."""
-LIBRARIES, TILE = 1.5e9, 2**27
-"""Bytes of a process besides tensors, and maximum number of logits that TRL's trainers keep at once."""
-ASSUMED = """
-Assumed: {mfu:.0%} of the peak (--mfu; small models reach less); a text has 1/4 of max_length, a prompt and an answer
-1/3 of the longest answer, plus a chat template that is on this disk; data on this disk have 4 characters per token;
-sampling takes 1 ms for a position and layer, with vLLM 0.1 ms; critic, reference and reward models are as large as
-the policy; a step starts in 3 s; an evaluation answers 400 rows of each data set, or its limit. Not included:
-downloads, judges, tasks of lm-eval.
-"""
+RANDOM = STAGES["random"].directory
+RESERVED = ("report", "evaluations", "logs", VOTES, RANDOM, BASE, "run.json", "run.lock", TRASH)
+"""Reserved names in a run's directory, which a step may only write to if its kind's directory has this name."""
 
 
-class Settings(SimpleNamespace):
-    """The settings of a step as attributes, with the defaults of its recipe; any other attribute is None."""
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run, each after those that it needs, and its directory. `seed` is None if no file sets it."""
 
-    def __getattr__(self, name: str) -> Any:
+    steps: tuple[Step, ...]
+    run_dir: Path
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class StepFile:
+    """The YAML file of a step, such as `3_sft_preferred.yaml`: its stem, the kind of step and its settings."""
+
+    name: str
+    kind: str
+    path: Path
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The files of a recipe folder, from which runs with other seeds or in other directories are planned.
+
+    Attributes:
+        folder: The folder.
+        files: The steps' files, in the order of the steps.
+        evaluation: The content of evaluate.yaml, {} without one.
+        home: The directory in the files that all steps write to.
+    """
+
+    folder: Path
+    files: tuple[StepFile, ...]
+    evaluation: Mapping[str, Any]
+    home: Path
+
+    def plan(self, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
+        """Plan a run. Arguments and errors as for `read_plan`."""
+        run_dir = self.home
+        if output_dir is not None:
+            run_dir = output_dir
+        elif smoke:
+            run_dir = self.home.with_name(self.home.name + "-smoke")
+        _check_run_dir(run_dir, self.folder)
+        steps = _connect(_stage_steps(self, run_dir, seed, smoke), self.home, run_dir)
+
+        # Each model is evaluated right after the step that writes it, with settings that follow from all steps.
+        settings = _evaluation_settings(self, steps)
+        overrides = _overrides("evaluate", settings, seed, smoke)
+        # Tools and graders of evaluations may run unconfined code if a stage's may.
+        unconfined = any(step.values.get("allow_unconfined_code") for step in steps)
+        planned: list[Step] = []
+        for item in _add_evaluations(steps, settings):
+            if isinstance(item, str):
+                item = _evaluation(item, planned, run_dir, settings, overrides)
+                if unconfined:
+                    item = replace(item, arguments=(*item.arguments, "--allow_unconfined_code"))
+            planned.append(item)
+
+        # People may correct data by hand. Then the steps that read the data are due, but not the step that made them.
+        editable = {step.name: step.output for step in steps if step.stage.editable}
+        for place, step in enumerate(planned):
+            data = {need: editable[need] for need in step.needs if need in editable}
+            planned[place] = replace(step, data=data)
+        names = tuple(step.name for step in planned)
+        planned.append(Step(REPORT, "report", ("report", str(run_dir)), output=run_dir / "report", needs=names))
+        if seed is None:
+            seed = self.seed
+        return Plan(tuple(planned), run_dir, seed)
+
+    @property
+    def seed(self) -> int | None:
+        """The first seed in a file, which is the one in the run's record; None if no file sets one."""
+        for file in self.files:
+            seed = file.values.get("seed")
+            if isinstance(seed, int):
+                return seed
         return None
 
-    def build(self, kind: type) -> Any:
-        """Return the dataclass `kind` with these settings."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(kind)}
-        return kind(**{name: value for name, value in values.items() if value is not None})
 
+def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = None, smoke: bool = False) -> Plan:
+    """Read the steps of a recipe folder, and add an untrained model before pretraining, evaluations and the report.
 
-def count_work(stage: Settings) -> None:
-    """Add the workload to a stage's settings: `rows` of blocks, texts (two in a pair), or prompts and answers.
+    Args:
+        folder: Folder with files named `<number>_<kind>[_<anything>].yaml`, or one that is installed, such as pocket.
+        output_dir: Directory of the run. Default: the parent of the files' `output_dir`, with `-smoke` if `smoke`.
+        seed: Seed of every step. Default: each step's own.
+        smoke: Whether every stage takes two steps in miniature.
 
-    `average` and `longest` are tokens of a row, `passes` the passes over each token (a backward pass counts as two),
-    `flops` the FLOPs of all processes, and `at_once` the answers that a process samples at once.
+    Raises:
+        UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
     """
-    from pipeline.models.experts import training_flops_per_token
-
-    kind, uses, training = stage.kind, stage.num_iterations or 1, 3 + stage.recompute
-    stage.average, stage.longest = stage.cut if stage.packing else min(stage.text, stage.cut), stage.cut
-    if kind.samples:
-        stage.average, stage.longest = stage.text + ANSWER * stage.cut, stage.text + stage.cut
-    if not kind.measured:
-        # Answers are also sampled for validation and test, for people or annotators to choose from.
-        held_out = stage.max_eval_prompts or 0
-        prompts = (stage.max_prompts or stage.data) + held_out + (stage.max_validation_prompts or held_out)
-        stage.rows, stage.passes, stage.at_once = prompts * stage.samples_per_prompt, 1, stage.batch_size
-    else:
-        batch = stage.per_device_train_batch_size * stage.gradient_accumulation_steps * stage.processes
-        steps = stage.max_steps
-        if steps <= 0:
-            each = stage.text / stage.cut if stage.packing else (stage.num_generations or 1) * uses
-            steps = math.ceil(math.ceil(stage.data * each / batch) * stage.num_train_epochs)
-        stage.rows = steps * batch * stage.texts / uses
-        rollout = stage.steps_per_generation or stage.gradient_accumulation_steps
-        at_once = stage.per_device_train_batch_size * rollout
-        if stage.generation_batch_size:
-            at_once = stage.generation_batch_size // stage.processes
-        stage.at_once = at_once if kind.samples else 0
-        # If a rollout is used in one step, training itself computes the old log-probabilities.
-        old = stage.gradient_accumulation_steps % (rollout * uses) > 0
-        if not kind.samples:
-            # Policy and reference of KTO also read each prompt with the answer to another one.
-            stage.passes = training + stage.reference + 2 * (kind.data == "unpaired")
-        elif kind.has_critic:
-            # Sampling, old log-probabilities and values; then policy and critic are trained.
-            stage.passes = 3 + stage.judges + stage.reference + 2 * uses * training
-        else:
-            stage.passes = 1 + old + stage.judges + stage.reference + uses * training
-
-    config = stage.model.config.get_text_config()
-    each = training_flops_per_token(stage.model, round(stage.average))
-    # A reward model scores a text, and computes no logits.
-    each -= 0 if kind.generates else 6 * config.vocab_size * config.hidden_size
-    # This was one forward and one backward pass, which count three.
-    stage.flops = stage.rows * stage.average * stage.passes / 3 * each
+    return read_recipe(folder).plan(output_dir, seed, smoke)
 
 
-def evaluation_seconds(step: Step, stage: Settings, args: argparse.Namespace) -> float:
-    """Return the time for answering instructions, prompts and problems, some of these `samples` times."""
-    if not stage.kind.generates:
-        return START
-    own, model = Settings(**step.values), stage.model
-    answers = 3 * (own.limit or ROWS) + min(own.limit or ROWS, SAMPLED) * (own.samples or 0)
-    positions = own.max_new_tokens or DEFAULT_LENGTH
-    layers = model.config.get_text_config().num_hidden_layers * (VLLM_LAYER if own.vllm else LAYER)
-    # A prompt, and an answer that ends early.
-    read = answers * positions * 2 * ANSWER * 2 * model.num_parameters()
-    computing = read / (args.mfu * (args.processor.half or args.processor.single))
-    return START + math.ceil(answers / AT_ONCE) * positions * layers + computing
+def read_recipe(folder: Path) -> Recipe:
+    """Read the files of a recipe folder, or of one that is installed. Raise a `UserError` for what is wrong with them.
 
-
-def memory(stage: Settings) -> dict[str, float]:
-    """Return the bytes of one process, by part."""
-    config, parameters = stage.model.config.get_text_config(), stage.model.num_parameters()
-    hidden, all_layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head
-    # Sharded weights are gathered and copied layer by layer.
-    shares, layers = (stage.processes, all_layers) if stage.sharded else (1, 1)
-    trained = stage.trained / shares
-    read = (stage.per_device_train_batch_size or 0) * stage.texts * stage.longest
-
-    # For the backward pass, a layer keeps for each token its two norms' inputs in float32, raw and normalised, and
-    # outputs; queries, keys, values and the output of attention (but no scores); and four times its feed-forward width.
-    width = getattr(config, "intermediate_size", None) or 4 * hidden
-    width *= 1 + (getattr(config, "num_local_experts", None) or 0)
-    layer = 2 * 2 * 4 * hidden + stage.size * (2 * hidden + 2 * queries + 2 * keys + 4 * width)
-    # If activations are recomputed, only the inputs of all layers are kept, plus everything of one layer at a time.
-    activations = all_layers * 4 * hidden + layer if stage.recompute else all_layers * layer
-    # Pretraining has all logits at once, TRL's trainers have a tile of them, and a reward model only has scores.
-    most = math.inf if stage.kind.from_scratch else TILE
-    logits = min(most, read * config.vocab_size) if stage.kind.generates else 0
-    # The weights that are frozen under an adapter are converted, unless they are sharded.
-    half = stage.use_peft and stage.size == 2 and not stage.sharded and stage.frozen_dtype != "float32"
-    return {
-        "weights": 4 * trained + (2 * parameters / layers if stage.size == 2 else 0),
-        "gradients": (8 if stage.processes > 1 and not stage.sharded else 4) * trained,
-        "optimizer": 8 * trained,
-        "activations": read * activations,
-        # Logits and their gradient and, in float32, a copy, its log-softmax and a gradient.
-        "logits": logits * (2 * stage.size + 3 * 4),
-        "rollouts": stage.at_once * stage.longest * 2 * keys * all_layers * stage.size,
-        "frozen": stage.frozen * parameters * (2 if half else 4) / shares,
-        "other": LIBRARIES,
-    }
-
-
-def advice(stage: Settings, room: float) -> str:
-    """Suggest what makes a stage fit into `room` bytes, the smallest change first."""
-    batch = stage.per_device_train_batch_size or 0
-    for recompute, words in ((stage.recompute, ""), (True, "--activation_checkpointing true, ")):
-        for size in [size for size in range(batch, 0, -1) if batch % size == 0]:
-            smaller = Settings(**{**vars(stage), "recompute": recompute, "per_device_train_batch_size": size})
-            if sum(memory(smaller).values()) <= room:
-                less = f"--per_device_train_batch_size {size} and {batch // size} times the gradient accumulation"
-                return (words + less if size < batch else words).removesuffix(", ")
-    larger = "LoRA (use_peft: true), more or larger GPUs"
-    return larger if stage.kind.has_critic else f"{larger}, or recipes/accelerate/fsdp2.yaml or zero3.yaml"
-
-
-def read_stage(step: Step, made: dict[Any, Any], args: argparse.Namespace) -> Settings | None:
-    """Return the settings of a step with derived values, or None if it neither trains nor samples.
-
-    These are `model` on the meta device, `trained` parameters, `data` rows of `texts` (two in a pair), each of `text`
-    tokens (of a prompt, if answers are sampled), `cut`, the longest text or answer, `frozen` other networks, and
-    `size`, the bytes of an activation. `made` has what earlier steps make; this step adds its own, by folder: a model,
-    the size of a vocabulary, or rows; by ("tokens", folder) a row's length, by ("template", folder) a chat template's.
+    `evaluate.yaml` is read here; what is wrong with its values shows when a run is planned or checked.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from trl import ModelConfig
+    folder = find_shipped(folder)
+    files = _read_step_files(folder)
+    home = _find_home(files, folder)
+    evaluation: dict[str, Any] = {}
+    if (folder / EVALUATE).exists():
+        evaluation = read_yaml(str(folder / EVALUATE))
+    return Recipe(folder, files, evaluation, home)
 
-    from pipeline.data.arguments import DataArguments
-    from pipeline.data.splits import count_rows
-    from pipeline.models.adapters import count_trainable
-    from pipeline.models.loading import load_config, load_tokenizer, user_error_for
-    from pipeline.models.scratch import ScratchArguments, build_empty
 
-    kind, items = step.stage, [item for kind in step.argument_types for item in dataclasses.fields(kind)]
-    defaults = {item.name: item.default for item in items if item.default is not dataclasses.MISSING}
-    own = Settings(**{**defaults, **step.values})
-    # Later steps need the size of the vocabulary, and the number of people's votes.
-    if step.kind in ("tokenizer", "votes"):
-        made[own.output_dir] = own.vocab_size or own.min_votes
-    if not kind.launched:
+def _read_step_files(folder: Path) -> tuple[StepFile, ...]:
+    """Return the steps' files in the order of the steps."""
+    problems: list[Problem] = []
+    kinds = [name for name, stage in STAGES.items() if stage.module]
+    files: dict[str, StepFile] = {}
+    for path in _list_step_files(folder):
+        kind = path.stem.split("_")[1]
+        if kind not in kinds:
+            problems.append(Problem("recipe", path, f"unknown kind of step; choose from: {', '.join(kinds)}"))
+            continue
+        try:
+            content = read_yaml(str(path))
+        except UserError as error:
+            problems += [replace(problem, field="recipe") for problem in error.problems]
+            continue
+        problem = _check_output_dir(content.get("output_dir"), kind, path)
+        if problem is not None:
+            problems.append(problem)
+        elif path.stem in files:
+            same = files[path.stem].path.name
+            problems.append(Problem("recipe", path, f"is the same step as {same}; keep one of them"))
+        values = {str(key): value for key, value in content.items()}
+        files.setdefault(path.stem, StepFile(path.stem, kind, path, values))
+    refuse(*problems)
+
+    def place(file: StepFile) -> tuple[int, int, str]:
+        # Steps of the same number run in the order of `STAGES`, 3_reward before 3_ppo, unless `_in_order` changes that.
+        return int(file.name.split("_")[0]), kinds.index(file.kind), file.name
+
+    return tuple(sorted(files.values(), key=place))
+
+
+def _list_step_files(folder: Path) -> list[Path]:
+    """Return the YAML files of a recipe folder that are steps by their name, sorted; there must be at least one."""
+    remedy = "give a folder with files such as 2_sft.yaml"
+    try:
+        paths = sorted(path for path in folder.iterdir() if re.fullmatch(r"\d+_.+\.ya?ml", path.name))
+    except FileNotFoundError as error:
+        raise UserError(Problem("recipe", folder, f"does not exist; {remedy}{_or_download(folder)}")) from error
+    except OSError as error:
+        raise UserError(Problem("recipe", folder, f"cannot be read ({error.strerror}); {remedy}")) from error
+    if not paths:
+        raise UserError(Problem("recipe", folder, f"does not contain a step; {remedy}"))
+    return paths
+
+
+def _or_download(folder: Path) -> str:
+    """Return how to get a recipe from the Hub, which is not done here; "" if `folder` cannot be a Hub id."""
+    name = folder.as_posix()
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@.+)?", name) or folder.parts[0] in ("recipes", "runs"):
+        return ""
+    repo, revision = split_revision(name)
+    command = f"hf download {repo} --local-dir {repo}"
+    if revision is not None:
+        command += f" --revision {revision}"
+    return f"; recipes on the Hub are not read: run `{command}`, read the files, then run {repo}"
+
+
+def _check_output_dir(output_dir: object, kind: str, path: Path) -> Problem | None:
+    """Check the directory that a file of this kind names: those of the runner and of a few kinds have fixed names."""
+    fixed_name = STAGES[kind].directory
+    if not isinstance(output_dir, str):
+        return Problem("output_dir", path, "must name the directory that this step writes")
+    name = Path(output_dir).name
+    if name == fixed_name:
         return None
-    template = 0
-    if kind.from_scratch:
-        name = own.tokenizer_name_or_path
-        vocabulary = made.get(name) or len(load_tokenizer(name, "tokenizer_name_or_path"))
-        model = build_empty(own.build(ScratchArguments), vocabulary)
-    elif (name := own.model_name_or_path) in made:
-        model, template = made[name], made["template", name]
-    else:
-        with user_error_for("model_name_or_path", name), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_config(name, own.model_revision), trust_remote_code=False)
-        tokenizer = load_tokenizer(own.tokenizer_name_or_path or name, "model_name_or_path")
-        # Chat models may have a system prompt that is longer than a question.
-        if tokenizer.chat_template:
-            empty = [{"role": "user", "content": ""}]
-            template = len(tokenizer.apply_chat_template(empty, add_generation_prompt=True, return_dict=False))
-    content: Any = kind.data
-    needed = not own.max_prompts and (own.max_steps or 0) <= 0
-    data, text = count_rows(own.build(DataArguments), content, made, needed)
-    trained = count_trainable(model, own.build(ModelConfig)) if kind.measured else 0
-    made[own.output_dir] = model if trained else (own.max_prompts or data) * own.pairs_per_prompt
-    own.packing = kind.from_scratch or own.packing
-    chosen = own.activation_checkpointing
-    own.recompute = bool(own.gradient_checkpointing if chosen is None else chosen)
-    own.judges = 1 if isinstance(own.reward_model_path, str) else len(own.reward_model_path or [])
-    own.reference = ((own.kl_coef if kind.has_critic else own.beta) or 0) > 0
-    # With LoRA, the reference is the model without its adapter.
-    adapts_critic = bool(own.use_peft and own.value_use_peft)
-    own.frozen = own.judges + (1 + adapts_critic if own.use_peft or not trained else own.reference)
-    if kind.has_critic:
-        trained += trained if adapts_critic or not own.use_peft else model.num_parameters()
-    own.kind, own.model, own.trained, own.data = kind, model, trained, data
-    own.texts = 2 if content == "preference" else 1
-    own.processes, own.sharded = args.processes, args.sharded and not kind.has_critic
-    own.cut = own.block_size or own.max_length or own.max_completion_length or own.max_new_tokens
-    own.cut = own.cut or model.config.get_text_config().max_position_embeddings
-    own.text = text or made.get(("tokens", str(own.dataset_name))) or own.cut * (ANSWER if kind.samples else TEXT)
-    own.text += template if kind.samples else 0
-    own.size = 4 if not args.processor.half or (step.values.get("bf16") is False and not own.fp16) else 2
-    count_work(own)
-    made["tokens", own.output_dir], made["template", own.output_dir] = own.average, template
-    return own
+    if name.casefold() in RESERVED:
+        return Problem("output_dir", output_dir, f"the runner writes there itself; rename it in {path}")
+    if fixed_name:
+        return Problem("output_dir", output_dir, f"must end in {fixed_name}; rename it in {path}")
+    return None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `plan` to `parser`; any others are options of the recipes."""
-    parser.set_defaults(overrides=[])
-    parser.add_argument("recipe", type=Path, help="folder of YAML files, or the name of one such as pocket")
-    parser.add_argument("--num_processes", type=int, help="processes, one for each GPU (default: the launch file's)")
-    parser.add_argument("--config_file", help="launch file of accelerate (default: as for `run`)")
-    parser.add_argument("--gpu", help="kind of GPU, such as h100 or 4090 (default: measure this machine)")
-    parser.add_argument("--gpu_memory", type=float, help="its memory in GB, for other kinds")
-    parser.add_argument("--tflops", type=float, help="its peak in the precision of training, for other kinds")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (0.4)")
-    parser.add_argument("--price", type=float, help="price of a GPU for an hour")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.usage = "%(prog)s recipe [options] [--FIELD VALUE ...]"
+def _find_home(files: Sequence[StepFile], folder: Path) -> Path:
+    """Return the directory that all steps write to, each to a directory of its own in it."""
+    writers: dict[Path, str] = {}
+    for file in files:
+        output = Path(file.values["output_dir"])
+        if {output.name, output.parent.name} & {"", ".."}:
+            remedy = f"must lie in a directory of the run; write runs/NAME/{file.name} in {file.path}"
+            raise UserError(Problem("output_dir", output, remedy))
+        if output in writers:
+            remedy = f"{writers[output]} and {file.name} would write there; give each its own"
+            raise UserError(Problem("output_dir", output, remedy))
+        writers[output] = file.name
+    # A recipe cannot write to two runs, because a run has one lock, one record and one report.
+    homes = {output.parent for output in writers}
+    if len(homes) > 1:
+        remedy = f"the steps write to several runs ({', '.join(sorted(map(str, homes)))}); use one directory for all"
+        raise UserError(Problem("output_dir", folder, remedy))
+    return homes.pop()
 
 
-def main(args: argparse.Namespace) -> int:
-    """Print what each stage of a recipe folder takes. Return 0 even if it does not fit."""
-    print(f"reading {args.recipe} ...", file=sys.stderr, flush=True)
-    from pipeline import hardware
+def _check_run_dir(run_dir: Path, folder: Path) -> None:
+    """Reject a directory that contains anything but a run, or that cannot be created."""
+    refuse(check_directory(run_dir, writable=False))
+    # Links are followed, because what matters is which files are next to the run's.
+    real = Path(os.path.realpath(run_dir))
+    project = Path(__file__).parents[2].resolve()
+    remedy = ""
+    if str(run_dir).startswith("~"):
+        remedy = "write the whole path, without ~"
+    elif (run_dir / "config.json").exists():
+        remedy = "is the directory of a model; choose another directory"
+    elif Path.cwd().is_relative_to(real) or project.is_relative_to(real):
+        remedy = "is or contains the current directory or this project; choose one of its own, such as runs/mine"
+    elif folder.resolve() == real:
+        remedy = "is the recipe folder; choose another directory"
+    if remedy:
+        raise UserError(Problem("output_dir", run_dir, remedy))
 
-    problems = []
-    for name in ("num_processes", "gpu_memory", "tflops", "price", "mfu"):
-        if (value := getattr(args, name)) is not None and not 0 < value <= (1 if name == "mfu" else math.inf):
-            problems.append(Problem(f"--{name}", value, "must be above 0, and --mfu at most 1"))
+
+def _stage_steps(recipe: Recipe, run_dir: Path, seed: int | None, smoke: bool) -> list[Step]:
+    """Return the steps of a recipe's files, with an untrained model before the first pretraining."""
+    home = recipe.home
+    steps: list[Step] = []
+    for file in recipe.files:
+        # `runs/pocket/2_sft/` and `runs/pocket/2_sft` are the same.
+        values = relocate(file.values, home, home)
+        from_scratch = STAGES[file.kind].from_scratch and not values.get("model_name_or_path")
+        # A second pretraining, of another architecture, has no untrained model of its own.
+        if from_scratch and RANDOM not in [step.name for step in steps]:
+            untrained = StepFile(RANDOM, "random", file.path, {**values, "output_dir": str(home / RANDOM)})
+            overrides = _overrides("random", untrained.values, seed, smoke)
+            steps.append(_step(untrained, overrides, home, run_dir))
+        overrides = _overrides(file.kind, values, seed, smoke)
+        steps.append(_step(replace(file, values=values), overrides, home, run_dir))
+    return steps
+
+
+def _overrides(kind: str, values: Mapping[str, Any], seed: int | None, smoke: bool) -> dict[str, Any]:
+    """Return the settings that the command line of the run changes in a step of this kind."""
+    overrides: dict[str, Any] = {}
+    if smoke:
+        overrides = smoke_overrides(kind, values)
+    if seed is not None and STAGES.get(kind, StageKind()).seeded:
+        overrides["seed"] = seed
+    return overrides
+
+
+def _step(file: StepFile, overrides: Mapping[str, Any], home: Path, run_dir: Path) -> Step:
+    """Return the step of a file, which writes to `run_dir`; the values of the file contain paths in `home`."""
+    values = {**file.values, **overrides}
+    stage = STAGES[file.kind]
+    output = run_dir / Path(values["output_dir"]).name
+    # Command line options override the file. For another directory, all paths of the run become options.
+    moved: dict[str, Any] = {}
+    for key, value in values.items():
+        new_value = relocate(value, home, run_dir)
+        if new_value == value:
+            continue
+        # The command line cannot express a mapping, so the step would read another run's files.
+        if not all(isinstance(item, str) for item in as_list(new_value)):
+            remedy = f"a path inside a nested value cannot follow --output_dir; write {run_dir} in the YAML file"
+            raise UserError(Problem(f"{file.name}: {key}", value, remedy))
+        moved[key] = new_value
+    options = {**overrides, **moved}
+    if stage.file_of:
+        # The shared file names the directory of another step.
+        options = {"output_dir": values["output_dir"], **options}
+    arguments = ("--config", str(file.path), *_flags(options))
+    leftovers: tuple[Path, ...] = (output,)
+    if stage.by_people:
+        # Never move or delete people's work.
+        leftovers = ()
+    return Step(file.name, file.kind, arguments, output, leftovers, values)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Return settings as words of a command line."""
+    words: list[str] = []
+    for key, value in options.items():
+        words += [f"--{key}", *map(str, as_list(value))]
+    return words
+
+
+def _connect(steps: Sequence[Step], home: Path, run_dir: Path) -> list[Step]:
+    """Find the steps that each step needs, by the directories in its settings, and the files that it reads."""
+    problems: list[Problem] = []
+    connected: list[Step] = []
+    writers: dict[Path, str] = {}
+    for step in _in_order(steps, home):
+        needs: list[str] = []
+        files: list[Path] = []
+        for key, text in _texts_read_by(step):
+            path = Path(text)
+            code = find_code_file(text)
+            if code is not None:
+                files.append(code)
+                continue
+            if not path.is_relative_to(home):
+                if names_file(key, text):
+                    files.append(path)
+                continue
+            # A file inside a step's directory, such as `runs/pocket/data/README.md`, belongs to the step as well.
+            directory = run_dir.joinpath(*path.relative_to(home).parts[:1])
+            if directory in (run_dir, step.output):
+                continue
+            if directory in writers:
+                needs.append(writers[directory])
+            elif os.path.exists(text):
+                files.append(path)
+            else:
+                problems.append(Problem(f"{step.name}: {key}", text, "no earlier step of this recipe writes it"))
+        connected.append(replace(step, needs=tuple(dict.fromkeys(needs)), files=tuple(files)))
+        writers[step.output] = step.name
     refuse(*problems)
-    args.processes, args.sharded = count_processes(args), shards(launch_file(args))
-    planned = read_plan(args.recipe).steps
-    steps = [step for step in planned if step.stage.module]
-    # An option applies to all steps that have it.
-    types = dict.fromkeys(kind for step in steps for kind in step.argument_types)
-    given, problems = read_command_line(args.overrides, list(types))
-    refuse(*problems)
-    for place, step in enumerate(steps):
-        own = {name: given[name] for name in field_types(*step.argument_types) if name in given}
-        steps[place] = replace(step, values={**step.values, **own})
-    problems = check_steps(steps, processes=args.processes, rewards=False, data=False)
-    args.processor = hardware.find_processor(args.gpu, args.tflops, args.gpu_memory, args.processes)
-    if args.processor is None:
-        remedy = f"is not known; give --tflops and --gpu_memory, or choose from: {', '.join(hardware.CARDS)}"
-        problems.append(Problem("--gpu", args.gpu, remedy))
-    refuse(*problems)
-    made: dict[Any, Any] = {}
-    stages: dict[str, Settings] = {}
-    others: dict[str, dict[str, Any]] = {name: {"hours": 0.0} for name in ("other steps", "evaluations")}
+    return connected
+
+
+def _in_order(steps: Sequence[Step], home: Path) -> list[Step]:
+    """Put each step before the steps of the same number that read its output: 3_preferences before 3_sft_preferred."""
+    ordered: list[Step] = []
     for step in steps:
-        with problems_of(step.name):
-            stage = read_stage(step, made, args)
-        if stage is None:
-            text = 1e6 * (step.values.get("size_mb") or 0) + DOCUMENT * (step.values.get("max_train_samples") or 0)
-            others["other steps"]["hours"] += (START + text / TEXT_RATE) / 3600
-        else:
-            print(f"planning {step.output.name} ...", file=sys.stderr, flush=True)
-            stages[step.output.name] = stage
-    for step in planned if stages else ():
-        if step.kind == "evaluate":
-            # Untrained models have as many weights as the models trained from them.
-            stage = stages.get(step.product.stem, next(iter(stages.values())))
-            others["evaluations"]["hours"] += evaluation_seconds(step, stage, args) / 3600
-    entries = {name: _entry(stage, args) for name, stage in stages.items()}
-    for entry in [*entries.values(), *others.values()]:
-        entry["cost"] = None if args.price is None else entry["hours"] * args.processes * args.price
-    if args.json:
-        fits = all(entry["fits"] for entry in entries.values())
-        print(json.dumps({"stages": entries, "others": others, "fits": fits}, indent=2))
-    else:
-        _show(entries, others, args)
-    return 0
+        output = str(home / step.output.name)
+        number = step.name.partition("_")[0]
+        place = len(ordered)
+        for earlier_place, earlier in enumerate(ordered):
+            reads_output = output in map(str, earlier.values.values())
+            if reads_output and earlier.name.partition("_")[0] == number:
+                place = earlier_place
+                break
+        ordered.insert(place, step)
+    return ordered
 
 
-def _entry(stage: Settings, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of a stage, as `--json` prints them."""
-    from pipeline.training.checks import disk_bytes
-
-    computing = stage.flops / stage.processes
-    computing /= args.mfu * ((args.processor.half if stage.size == 2 else None) or args.processor.single)
-    sampling = 0.0
-    if stage.kind.samples:
-        # A batch of answers is sampled position by position, up to the longest answer.
-        positions = stage.rows / (stage.at_once * stage.processes) * stage.cut
-        layers = stage.model.config.get_text_config().num_hidden_layers
-        sampling = positions * layers * (VLLM_LAYER if stage.use_vllm else LAYER)
-    parts = {part: round(size) for part, size in memory(stage).items()}
-    total = sum(parts.values())
-    advised = advice(stage, args.processor.memory) if total > args.processor.memory else ""
-    if args.sharded and not stage.sharded:
-        advised = "PPO cannot be sharded; run it separately with another launch file"
-    return {
-        "parameters": stage.model.num_parameters(),
-        "tokens": round(stage.rows * stage.average),
-        "flops": stage.flops,
-        "memory_bytes": {**parts, "total": total},
-        "disk_bytes": disk_bytes(stage.trained, stage)[1] if stage.trained else 0,
-        "hours": (START + computing + sampling) / 3600,
-        "sampling_hours": sampling / 3600,
-        "fits": total <= args.processor.memory,
-        "advice": advised,
-    }
+def _texts_read_by(step: Step) -> Iterator[tuple[str, str]]:
+    """Yield the texts in a step's settings, also in lists, that may name what it reads, each with its field."""
+    unread = ["output_dir"]
+    if step.stage.file_of:
+        # An untrained model does not read the data of the pretraining whose file it shares.
+        unread.append("dataset_name")
+    for key, value in step.values.items():
+        if key in unread:
+            continue
+        for item in as_list(value):
+            if isinstance(item, str):
+                yield key, item
 
 
-def _show(entries: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print a table of the stages, the assumptions, memory by part, and advice for stages that do not fit."""
-    table = {**entries, **others}
-    sums = {key: sum(entry.get(key) or 0 for entry in table.values()) for key in ("disk_bytes", "hours", "cost")}
-    row = "{:14} {:>10} {:>7} {:>8} {:>6} {:>8} {:>11} {:>11} {:>8}"
-    print(f"{args.recipe} on {args.processes} x {args.processor}")
-    print(row.format("stage", "parameters", "tokens", "FLOPs", "GB", "disk GB", "time", "sampling", "cost"))
-    for name, entry in {**table, "in all": sums}.items():
-        counts = (short_count(entry[key]) if key in entry else "" for key in ("parameters", "tokens", "flops"))
-        sizes = (entry.get("memory_bytes", {}).get("total"), entry.get("disk_bytes"))
-        gigabytes = (f"{size / 1e9:.2f}" if size else "" for size in sizes)
-        times = (time_in_words(3600 * entry[key]) if entry.get(key) else "" for key in ("hours", "sampling_hours"))
-        print(row.format(name, *counts, *gigabytes, *times, f"{entry['cost']:.2f}" if args.price else "-"))
-    print(ASSUMED.format(mfu=args.mfu), "GB of one process, by part:", sep="\n")
-    for name, entry in entries.items():
-        parts = (f"{part} {size / 1e9:.2f}" for part, size in entry["memory_bytes"].items() if size and part != "total")
-        print(f"{name:14} {', '.join(parts)}")
-        if entry["advice"]:
-            print(f"{'':14} {'' if entry['fits'] else 'does not fit; '}{entry['advice']}")
+def _evaluation_settings(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the settings of all evaluations: evaluate.yaml, completed from the stages' settings."""
+    home = recipe.home
+    content = relocate(recipe.evaluation, home, home)
+    settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
+    problems: list[Problem] = []
+    outputs = [home / step.output.name for step in steps]
+    for key in ("judge", *HELD_OUT):
+        text = content.get(key)
+        if isinstance(text, Mapping):
+            text = text.get("dataset_name")
+        if not isinstance(text, str) or not Path(text).is_relative_to(home) or Path(text) == home:
+            continue
+        if not any(Path(text).is_relative_to(output) for output in outputs) and not os.path.exists(text):
+            problems.append(Problem(f"{EVALUATE}: {key}", text, "no step of this recipe writes it"))
+    stages = [step.output.name for step in steps if step.stage.measured]
+    if settings["base"]:
+        stages.append(BASE)
+    against = content.get("against")
+    if against is not None and against not in stages:
+        problems.append(Problem(f"{EVALUATE}: against", against, f"no such stage; choose from: {', '.join(stages)}"))
+    refuse(*problems)
+    return settings
+
+
+def _add_evaluations(steps: Sequence[Step], settings: Mapping[str, Any]) -> list[Step | str]:
+    """Return the steps and, after each one that writes a model, the name of its directory, for its evaluation."""
+    order: list[Step | str] = []
+    for step in steps:
+        # A model from the Hub is measured once, before the first stage that starts from it.
+        if settings["base"] and step.values.get("model_name_or_path") == settings["base"] and BASE not in order:
+            order.append(BASE)
+        order.append(step)
+        if step.stage.measured:
+            order.append(step.output.name)
+    # The opponent is measured when the judge is trained, because its baselines need the judge.
+    against = settings["against"]
+    judge = Path(str(settings["judge"]))
+    if judge.parent == Path(settings["home"]) and judge.name in order and against in order:
+        trained = order.index(judge.name) - 1
+        if order.index(against) < trained:
+            order.remove(against)
+            order.insert(trained, against)
+    return order
+
+
+def _evaluation(
+    stage: str, earlier: Sequence[Step], run_dir: Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Step:
+    """Return the step that evaluates a stage on the run's data, against the stage that others are compared with.
+
+    Args:
+        stage: Name of the stage's directory, or `BASE`.
+        earlier: All steps before the evaluation, among which are those that it needs.
+        run_dir: Directory of the run.
+        settings: The settings of all evaluations, whose paths are in the recipe's `home`.
+        overrides: The settings that the command line of the run changes.
+    """
+    writers = [step for step in earlier if step.output == run_dir / stage]
+    is_reward_model = any(not step.stage.generates for step in writers)
+    home = Path(settings["home"])
+    paths = _paths_read_by_evaluation(stage, settings)
+    if not is_reward_model:
+        # Only reward models are measured on people's votes, which may be added at any time.
+        paths = {path for path in paths if path.name != VOTES}
+    files = {path for path in paths if not path.is_relative_to(home) and names_file("dataset_name", str(path))}
+    files |= set(filter(None, map(find_code_file, named_code(settings))))
+    votes = run_dir / VOTES / VOTES_FILE
+    # The page makes an empty file as soon as it is opened.
+    has_votes = votes.is_file() and votes.stat().st_size > 0
+    if is_reward_model and (has_votes or any(step.stage.by_people for step in earlier)):
+        files.add(votes)
+
+    # Everything that it reads from the run comes first: all data, the opponent, and the model that it measures.
+    outputs = {run_dir / path.relative_to(home) for path in paths if path.is_relative_to(home)}
+    outputs |= {step.output for step in earlier if step.stage.editable and not step.stage.by_people}
+    needs = [step.name for step in earlier if step.output in outputs or step.kind == OPPONENT]
+    needs += [step.name for step in writers]
+    arguments = ["evaluate", str(run_dir), "--stage", stage, *_flags(overrides)]
+    # The recipe's own functions, which the command would not load just because the run's files name them.
+    for name in named_code(settings):
+        arguments += ["--trust", name]
+    output = run_dir / "evaluations"
+    return Step(
+        name=f"evaluate_{stage}",
+        kind="evaluate",
+        arguments=tuple(arguments),
+        output=output,
+        leftovers=(output / f"{stage}.json", output / f"{stage}.jsonl"),
+        values={**settings, **overrides},
+        needs=tuple(dict.fromkeys(needs)),
+        files=tuple(sorted(files)),
+    )
+
+
+def _paths_read_by_evaluation(stage: str, settings: Mapping[str, Any]) -> set[Path]:
+    """Return the names of the judge, of the held-out data and, for `BASE`, of the model, as paths; some are Hub ids."""
+    names = [settings.get("judge")]
+    if stage == BASE:
+        names.append(settings["base"])
+    for key in HELD_OUT:
+        source = settings.get(key)
+        if isinstance(source, Mapping):
+            names.append(source.get("dataset_name"))
+    return {Path(name) for name in names if isinstance(name, str)}

@@ -1,4 +1,4 @@
-"""Find, before the first step runs, what a later step would refuse hours later.
+"""Find, before the first step runs, what a later step would reject hours later.
 
 Each step is checked with the arguments that its recipe will build, its number of processes, and the configuration of
 the model that an earlier step makes. Of the user's own files, the columns and the first rows are checked. Problems with
@@ -44,89 +44,124 @@ def check_steps(
     problems: list[Problem] = []
     steps = list(steps)
     # Data that have been checked, because several steps may read the same.
-    checked: list[tuple[Any, Any]] = []
+    checked_data: list[tuple[Any, Any]] = []
     # Configurations of the models that the run makes, by folder.
-    made: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for step in steps:
         # A step that shares the file of another step is checked with that step.
-        if step.stage.module and not step.stage.file_of:
-            found = _check_step(step, made, processes, rewards)
-            if due is None or step.name in due:
-                found += _check_data(step, checked) if data else []
-                problems += [dataclasses.replace(one, field=f"{step.name}: {one.field}") for one in found]
+        if not step.stage.module or step.stage.file_of:
+            continue
+        step_problems = _check_step(step, configs, processes, rewards)
+        if due is not None and step.name not in due:
+            continue
+        if data:
+            step_problems += _check_data(step, checked_data)
+        for problem in step_problems:
+            problems.append(dataclasses.replace(problem, field=f"{step.name}: {problem.field}"))
 
     # All evaluations have the same settings.
     evaluations = [step for step in steps if step.kind == "evaluate" and (due is None or step.name in due)]
-    if evaluations:
-        values = evaluations[0].values
-        problems += check(values, "evaluate.yaml: ")
-        problems += _check_measured_data(values) if data else []
-        contexts = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in made.values()]
+    if not evaluations:
+        return problems
+    values = evaluations[0].values
+    problems += check(values, "evaluate.yaml: ")
+    if data:
+        problems += _check_measured_data(values)
+    limit = values.get("max_new_tokens")
+    if isinstance(limit, int):
+        contexts = [_context(config) for config in configs.values()]
         shortest = min(filter(None, contexts), default=None)
-        limit = {"evaluate.yaml: max_new_tokens": values.get("max_new_tokens")}
-        problems += check_lengths(shortest, **{key: value for key, value in limit.items() if isinstance(value, int)})
+        problems += check_lengths(shortest, **{"evaluate.yaml: max_new_tokens": limit})
     return problems
 
 
-def _check_step(step: Step, made: dict[str, Any], processes: int, rewards: bool) -> list[Problem]:
-    """Check one step, and add the configuration of the model that it writes to `made`."""
+def _context(config: Any) -> int | None:
+    """Return how many tokens a model reads at most, by its configuration; None if that does not say it."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def _check_step(step: Step, configs: dict[str, Any], processes: int, rewards: bool) -> list[Problem]:
+    """Check one step, and add the configuration of the model that it writes to `configs`, by folder."""
     from transformers import TrainingArguments
     from trl import ModelConfig
 
     from pipeline.config.parser import check_values
     from pipeline.models.checks import check_lengths
-    from pipeline.models.loading import load_config, user_error_for
-    from pipeline.models.scratch import ScratchArguments, build_empty
     from pipeline.training.checks import preflight
     from pipeline.training.inputs import check_weights
 
-    types, home = step.argument_types, Path(step.values["output_dir"]).parent
-    built, problems = check_values(step.values, types, processes) if types else ([], [])
-    training = next((item for item in built if isinstance(item, TrainingArguments)), None)
-    rewarded = next((item for item in built if hasattr(item, "preflight")), None)
+    types = step.argument_types
+    arguments: list[Any] = []
+    problems: list[Problem] = []
+    if types:
+        arguments, problems = check_values(step.values, types, processes)
+    training = next((item for item in arguments if isinstance(item, TrainingArguments)), None)
+    sampling = next((item for item in arguments if hasattr(item, "preflight")), None)
     if training is not None:
         problems += preflight(training, early=True)
     if step.stage.check:
         problems += resolve_name(step.stage.check)(step.values)
-    if rewarded is not None and rewards:
-        problems += rewarded.preflight(training, None, None, early=True)
+    if sampling is not None and rewards:
+        problems += sampling.preflight(training, None, None, early=True)
+    problems += _check_inputs(arguments, Path(step.values["output_dir"]).parent)
 
-    # Models and data sets must be named, and their paths must exist or be made by the run.
-    for item, name in ((item, name) for item in built for name in (*READ, "chat_template_path") if hasattr(item, name)):
-        given = as_list(getattr(item, name))
-        if name in ("model_name_or_path", "dataset_name") and not all(given or [None]):
-            problems.append(Problem(name, "nothing", "give a Hub id, a file or a folder"))
-        for path in filter(None, given):
-            is_missing = is_missing_path(path) or (name == "chat_template_path" and not os.path.exists(path))
-            if is_missing and not Path(path).is_relative_to(home):
-                problems.append(Problem(name, path, "there is no such file or folder; correct the path"))
-
-    # The configuration of the model that is trained or read; None if it is on the Hub, or not known.
-    scratch = next((item for item in built if isinstance(item, ScratchArguments)), None)
-    name = next((item.model_name_or_path for item in built if getattr(item, "model_name_or_path", None)), "")
-    config = made.get(name)
+    config = None
     with collect(problems):
-        if scratch is not None:
-            # The size of the vocabulary is not known yet, but no check depends on it.
-            config = build_empty(scratch, 1 << 15).config
-        elif config is None and name and Path(name).is_dir() and not Path(name).is_relative_to(home):
-            with user_error_for("model_name_or_path", name):
-                config = load_config(name)
+        config = _find_config(arguments, configs, Path(step.values["output_dir"]).parent)
     if config is None:
         return problems
     if step.stage.measured:
-        made[str(step.values["output_dir"])] = config
-    limit = step.stage.length or "max_new_tokens"
-    longest = next((getattr(item, limit) for item in built if hasattr(item, limit)), None)
-    problems += check_lengths(getattr(config.get_text_config(), "max_position_embeddings", None), **{limit: longest})
-    loaded = next((item for item in built if isinstance(item, ModelConfig)), None)
-    if training is not None and loaded is not None:
-        problems += check_weights(copy.deepcopy(config), training, loaded, rewarded, early=True)
+        configs[str(step.values["output_dir"])] = config
+    field = step.stage.length or "max_new_tokens"
+    longest = next((getattr(item, field) for item in arguments if hasattr(item, field)), None)
+    problems += check_lengths(_context(config), **{field: longest})
+    loading = next((item for item in arguments if isinstance(item, ModelConfig)), None)
+    if training is not None and loading is not None:
+        problems += check_weights(copy.deepcopy(config), training, loading, sampling, early=True)
     return problems
 
 
-def _check_data(step: Step, checked: list[tuple[Any, Any]]) -> list[Problem]:
-    """Check the columns and first rows of a step's data that the user wrote, unless they are among those `checked`."""
+def _check_inputs(arguments: Sequence[Any], home: Path) -> list[Problem]:
+    """Check that models and data sets are named, and that their paths exist or will be made by the run in `home`."""
+    problems: list[Problem] = []
+    for item in arguments:
+        for field in (*READ, "chat_template_path"):
+            if not hasattr(item, field):
+                continue
+            names = as_list(getattr(item, field))
+            if field in ("model_name_or_path", "dataset_name") and not all(names or [None]):
+                problems.append(Problem(field, "nothing", "give a Hub id, a file or a folder"))
+            for name in filter(None, names):
+                is_missing = is_missing_path(name) or (field == "chat_template_path" and not os.path.exists(name))
+                if is_missing and not Path(name).is_relative_to(home):
+                    problems.append(Problem(field, name, "there is no such file or folder; correct the path"))
+    return problems
+
+
+def _find_config(arguments: Sequence[Any], configs: Mapping[str, Any], home: Path) -> Any:
+    """Return the configuration of the model that is trained or read; None if it is on the Hub, or not known.
+
+    `configs` are those of the models that earlier steps make. Raise a `UserError` if it is wrong.
+    """
+    from pipeline.models.loading import load_config, user_error_for
+    from pipeline.models.scratch import ScratchArguments, build_empty
+
+    scratch = next((item for item in arguments if isinstance(item, ScratchArguments)), None)
+    if scratch is not None:
+        # The size of the vocabulary is not known yet, but no check depends on it.
+        return build_empty(scratch, 1 << 15).config
+    name = next((item.model_name_or_path for item in arguments if getattr(item, "model_name_or_path", None)), "")
+    if name in configs:
+        return configs[name]
+    if name and Path(name).is_dir() and not Path(name).is_relative_to(home):
+        with user_error_for("model_name_or_path", name):
+            return load_config(name)
+    return None
+
+
+def _check_data(step: Step, checked_data: list[tuple[Any, Any]]) -> list[Problem]:
+    """Check the columns and first rows of a step's data that the user wrote, unless they are among `checked_data`."""
     from pipeline.config.parser import check_values
     from pipeline.data.arguments import DataArguments
 
@@ -144,9 +179,9 @@ def _check_data(step: Step, checked: list[tuple[Any, Any]]) -> list[Problem]:
     if not fields["dataset_name"]:
         return []
     source = DataArguments(**fields)
-    if (step.stage.data, source) in checked:
+    if (step.stage.data, source) in checked_data:
         return []
-    checked.append((step.stage.data, source))
+    checked_data.append((step.stage.data, source))
     return _faults_of(source, step.stage.data)
 
 
@@ -169,7 +204,7 @@ def _check_measured_data(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _faults_of(source: Any, kind: Any, splits: Sequence[str] = ()) -> list[Problem]:
-    """Return what `check_first_rows` refuses; what it logs, the step logs again."""
+    """Return what `check_first_rows` rejects; what it logs, the step logs again."""
     from pipeline.data.splits import check_first_rows
 
     problems: list[Problem] = []

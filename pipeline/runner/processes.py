@@ -84,14 +84,15 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
     def fork(
         self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
     ) -> bool:
-        """Start a command in a fork, as `run` would start it. Return whether that was possible."""
+        """Start a command in a fork, as `run_command` would start it. Return whether that was possible."""
         if list(command[:2]) != [sys.executable, "-m"]:
             return False
         if self._is_ready is None:
             self._is_ready = _receive(self._channel) is not None
         if not self._is_ready:
             return False
-        inherited = (1, 2, *descriptors) if output is None else (output, output, *descriptors)
+        streams = (1, 2) if output is None else (output, output)
+        inherited = (*streams, *descriptors)
         try:
             self._channel.send((command[2:], dict(environment), len(inherited)))
             for descriptor in inherited:
@@ -100,9 +101,11 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
             # The warm process has ended since the last step.
             self._is_ready = False
             return False
-        if (pid := _receive(self._channel)) is None:
+        pid = _receive(self._channel)
+        if pid is None:
             raise RunStopped("The process that steps are forked from has died; run the command again.")
-        self.pid, self._handle = pid, recv_handle(self._channel)
+        self.pid = pid
+        self._handle = recv_handle(self._channel)
         return True
 
     def send_signal(self, number: int) -> None:
@@ -118,7 +121,7 @@ class WarmProcess(contextlib.AbstractContextManager["WarmProcess"]):
         return code, peak
 
 
-def run(
+def run_command(
     command: Sequence[str],
     environment: Mapping[str, str],
     descriptors: Sequence[int],
@@ -131,6 +134,8 @@ def run(
     and all its descendants, unless it is a SIGHUP, which a closing terminal may send twice.
 
     Args:
+        command: The words of the command.
+        environment: Its environment, to which `DEFAULTS` are added.
         descriptors: File descriptors that the child inherits, to hold the lock on the run directory as well.
         output: File descriptor for the child's stdout and stderr; by default, the runner's own.
         warm: Process from which the command is forked if possible; by default, it is a new process.
@@ -146,64 +151,89 @@ def run(
     def forward_signal(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
         leave_closed_terminal()
-        if process is None or (len(received) > 1 and received[-1].name == "SIGHUP"):
+        is_repeated = len(received) > 1
+        if process is None or (is_repeated and received[-1].name == "SIGHUP"):
             return
-        if len(received) > 1:
-            # The user does not want to wait for the save. A launcher's workers have their own sessions.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                top = psutil.Process(process.pid)
-                for descendant in [*top.children(recursive=True), top]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        descendant.kill()
+        if is_repeated:
+            # The user does not want to wait for the save.
+            _kill_with_descendants(process.pid)
         else:
             process.send_signal(number)
 
     environment = {**DEFAULTS, **safe_path(), **environment}
-    before = {number: signal.signal(number, forward_signal) for number in stop_signals()}
+    earlier_handlers = {number: signal.signal(number, forward_signal) for number in stop_signals()}
     try:
         if warm is not None and warm.fork(command, environment, descriptors, output):
             process = warm
         else:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                # Otherwise, Ctrl-C in a terminal would reach it twice.
-                process_group=0,
-                pass_fds=descriptors,
-                # Make the step save when the runner dies.
-                preexec_fn=signal_with_parent(signal.SIGTERM) if sys.platform == "linux" else None,
-            )
+            process = _start(command, environment, descriptors, output)
         # A signal came between installing the handlers and starting the child.
         if received:
             process.send_signal(received[0])
         if isinstance(process, WarmProcess):
             code, peak = process.wait()
         else:
-            try:
-                code, peak = wait_measured(process.pid)
-                process.returncode = code
-            except ChildProcessError:
-                # `Popen.send_signal` has collected the code if a signal came just as the process ended.
-                code, peak = process.wait(), 0
+            code, peak = _wait(process)
     finally:
-        for number, handler in before.items():
+        for number, handler in earlier_handlers.items():
             signal.signal(number, handler)
-    stopped = next((number for number in before if code == 128 + number), None)
-    return code, received[0] if received else stopped, peak
+    if received:
+        return code, received[0], peak
+    stopped = next((number for number in earlier_handlers if code == 128 + number), None)
+    return code, stopped, peak
+
+
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], output: int | None
+) -> subprocess.Popen[bytes]:
+    """Start a command as a new process, with arguments as in `run_command`."""
+    preexec = None
+    if sys.platform == "linux":
+        # Make the step save when the runner dies.
+        preexec = signal_with_parent(signal.SIGTERM)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        # Otherwise, Ctrl-C in a terminal would reach it twice.
+        process_group=0,
+        pass_fds=descriptors,
+        preexec_fn=preexec,
+    )
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Wait for a process that `_start` has started. Return its code and peak memory, as `wait_measured` does."""
+    try:
+        code, peak = wait_measured(process.pid)
+    except ChildProcessError:
+        # `Popen.send_signal` has collected the code if a signal came just as the process ended.
+        return process.wait(), 0
+    process.returncode = code
+    return code, peak
+
+
+def _kill_with_descendants(pid: int) -> None:
+    """Kill a process and all that it started: a launcher's workers have their own sessions."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        top = psutil.Process(pid)
+        for process in [*top.children(recursive=True), top]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def wait_measured(pid: int) -> tuple[int, int]:
     """Wait until a child has ended. Return its code as `subprocess` defines it, and its peak memory in bytes."""
     _, status, usage = os.wait4(pid, 0)
     # This is the peak of the largest process among the child and its descendants, in KiB on Linux and bytes on macOS.
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * unit
 
 
 def _receive(channel: Connection) -> Any:
-    """Return the next message, or None if the other side has ended."""
+    """Return the next message from the other side, or None if it has ended."""
     with contextlib.suppress(EOFError, OSError):
         return channel.recv()
     return None
@@ -216,27 +246,15 @@ def main(argv: Sequence[str]) -> int:
     # The runner may have been started with these signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.disable()
-    for name in argv[1:]:
-        resolve_name(name)
-    # Compile a table of patterns once. Otherwise, the first model loaded in each fork would, in a third of a second.
-    if conversions := sys.modules.get("transformers.conversion_mapping"):
-        conversions.get_checkpoint_conversion_mapping("llama")
-    if threading.active_count() > 1 or ("torch" in sys.modules and sys.modules["torch"].accelerator.is_available()):
-        # Exit at once, without waiting for threads.
-        os._exit(1)
-    # Keep forks from freeing torch's operators and tabulating compilations at exit, which takes longer than some steps.
-    if dynamo := sys.modules.get("torch._dynamo.utils"):
-        atexit.unregister(dynamo.dump_compile_times)
-    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = False
+    _import_libraries(argv[1:])
     # Kernels before 5.3 have no process handles. The error ends this process.
     os.close(os.pidfd_open(os.getpid()))
     # Freezing keeps garbage collection in forks from touching, and thereby copying, the imported objects.
     gc.collect()
     gc.freeze()
 
-    channel, parent = Connection(int(argv[0])), os.getpid()
+    channel = Connection(int(argv[0]))
+    parent = os.getpid()
     signal_step = signal_with_parent(signal.SIGTERM)
     channel.send("ready")
     while request := _receive(channel):
@@ -260,6 +278,27 @@ def main(argv: Sequence[str]) -> int:
         os.close(handle)
         channel.send(wait_measured(pid))
     return 0
+
+
+def _import_libraries(names: Sequence[str]) -> None:
+    """Import modules, and prepare for forks; end this process if it cannot be forked safely."""
+    gc.disable()
+    for name in names:
+        resolve_name(name)
+    # Compile a table of patterns once. Otherwise, the first model loaded in each fork would, in a third of a second.
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    if conversions is not None:
+        conversions.get_checkpoint_conversion_mapping("llama")
+    has_accelerator = "torch" in sys.modules and sys.modules["torch"].accelerator.is_available()
+    if threading.active_count() > 1 or has_accelerator:
+        # Exit at once, without waiting for threads.
+        os._exit(1)
+    # Keep forks from freeing torch's operators and tabulating compilations at exit, which takes longer than some steps.
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is not None:
+        atexit.unregister(dynamo.dump_compile_times)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
 
 
 def _become(module: str, arguments: list[str], environment: Mapping[str, str], descriptors: list[int]) -> NoReturn:

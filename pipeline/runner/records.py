@@ -55,7 +55,8 @@ class RunRecord:
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord:
         """Return the record of the run in `run_dir`, empty for a new one; raise a `UserError` if it is damaged."""
-        path, content = run_dir / "run.json", read_run(run_dir, "output_dir")
+        path = run_dir / "run.json"
+        content = read_run(run_dir, "output_dir")
         steps = content.setdefault("steps", {})
         if not all(isinstance(entry.get("id"), str) for entry in steps.values()):
             raise UserError(Problem("output_dir", path, "is not the record of a run; remove it"))
@@ -81,10 +82,16 @@ class RunRecord:
 
     def start(self, step: Step, action: str, command: str) -> None:
         """Record that a step starts, resumes or continues, with its shell `command`."""
-        # A step that goes on adds to its seconds. If its length changes, it gets a new id: dependent steps are due.
-        before = {} if action == "start" else self.steps.get(step.name, {})
+        earlier: Mapping[str, Any] = {}
+        if action != "start":
+            # A step that resumes adds to its seconds.
+            earlier = self.steps.get(step.name, {})
+        identity = None
+        if action == "resume":
+            identity = earlier.get("id")
+        # If its length changes, it gets a new id: dependent steps are due.
         self.steps[step.name] = {
-            "id": (before.get("id") if action == "resume" else None) or secrets.token_hex(8),
+            "id": identity or secrets.token_hex(8),
             "values": recorded_values(step),
             "inputs": self.inputs(step),
             "data": {name: fingerprint(folder) for name, folder in step.data.items()},
@@ -92,9 +99,9 @@ class RunRecord:
             "command": command,
             "division": DIVISION,
             **describe_machine(),
-            "seconds": before.get("seconds", 0.0),
-            "peak_memory": before.get("peak_memory", 0),
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": earlier.get("seconds", 0.0),
+            "peak_memory": earlier.get("peak_memory", 0),
+            "started_at": _now(),
             "finished_at": None,
         }
         self.update()
@@ -102,27 +109,38 @@ class RunRecord:
     def stop(self, step: Step, seconds: float, finished: bool, peak_memory: int = 0, lost: object = ()) -> None:
         """Record the end of a step after `seconds` more, with its memory and the rows that it truncated or dropped."""
         entry = self.steps[step.name]
-        entry |= {"lost": lost} if lost else {}
+        if lost:
+            entry["lost"] = lost
         entry["peak_memory"] = max(entry["peak_memory"], peak_memory)
         entry["seconds"] = round(entry["seconds"] + seconds, 3)
-        entry["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds") if finished else None
+        entry["finished_at"] = None
+        if finished:
+            entry["finished_at"] = _now()
         self.update()
+
+
+def _now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
     """Link finished `steps` of the run in `run_dir` into a new run, without checkpoints, and record `since`."""
-    record, own = RunRecord.read(run_dir), RunRecord.read(seed_dir)
-    finished = [step for step in steps if record.is_finished(step.name)]
-    for path in (path for step in finished for path in step.leftovers or (step.output,)):
-        target = seed_dir / path.relative_to(run_dir)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            ignored = shutil.ignore_patterns("checkpoint-*")
-            shutil.copytree(path, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
-        elif path.exists():
-            _link(path, target)
-    own.steps.update({step.name: record.steps[step.name] for step in finished})
-    own.update(since=since)
+    record = RunRecord.read(run_dir)
+    new_record = RunRecord.read(seed_dir)
+    for step in steps:
+        if not record.is_finished(step.name):
+            continue
+        for path in step.leftovers or (step.output,):
+            target = seed_dir / path.relative_to(run_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                ignored = shutil.ignore_patterns("checkpoint-*")
+                shutil.copytree(path, target, ignore=ignored, copy_function=_link, dirs_exist_ok=True)
+            elif path.exists():
+                _link(path, target)
+        new_record.steps[step.name] = record.steps[step.name]
+    new_record.update(since=since)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
@@ -131,50 +149,65 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
 
 
-def clear(paths: Sequence[Path], trash: Path | None, kept: str = "") -> list[Path]:
-    """Move files, and the contents of directories, to the same place below `trash`, or delete them if that is None.
+def clear(paths: Sequence[Path], trash: Path | None, exception: str = "") -> list[Path]:
+    """Move files, and the contents of directories, to the trash, or delete them.
 
-    Files that match the pattern `kept` stay. Return the paths that existed.
+    The directories themselves stay, because they may be links to another disk.
+
+    Args:
+        paths: Files and directories in the run's directory; some may not exist.
+        trash: Folder `<run>/.trash/<time>`, where each gets the place that it had in the run; None to delete them.
+        exception: Pattern of the names of files that are not moved.
+
+    Returns:
+        The paths that existed.
     """
     present = [path for path in paths if path.exists()]
     for path in present:
-        # The folder itself stays, because it may be a link to another disk.
         children = list(path.iterdir()) if path.is_dir() else [path]
         if trash is None:
             for child in children:
-                # Remove a link, but not its target.
-                if child.is_dir() and not child.is_symlink():
-                    shutil.rmtree(child)
-                else:
-                    child.unlink()
+                _delete(child)
             continue
-        # `trash` is <run>/.trash/<time>.
-        run_dir, target = trash.parents[1], trash / path.relative_to(trash.parents[1])
+        run_dir = trash.parents[1]
         # The record of the run has the settings they were made with.
         if not trash.exists():
             trash.mkdir(parents=True)
             shutil.copy2(run_dir / "run.json", trash)
+        target = trash / path.relative_to(run_dir)
         folder = target if path.is_dir() else target.parent
         folder.mkdir(parents=True, exist_ok=True)
         for child in children:
-            if not fnmatch(child.name, kept):
+            if not fnmatch(child.name, exception):
                 shutil.move(child, folder / child.name)
     return present
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a directory with its contents, or a link, but not its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def recorded_values(step: Step) -> dict[str, Any]:
     """Return the step's settings in the form in which they are read back from `run.json`."""
     # Secrets are neither written to disk nor hashed.
-    secret = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
-    plain = {key: value for key, value in step.values.items() if key not in secret}
-    # Environment variables may contain secrets.
-    if isinstance(variables := plain.get("env"), Mapping):
-        plain["env"] = sorted(map(str, variables))
-    return json.loads(json.dumps(plain, default=str))
+    secrets_of_users = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
+    values = {key: value for key, value in step.values.items() if key not in secrets_of_users}
+    variables = values.get("env")
+    if isinstance(variables, Mapping):
+        # Environment variables may contain secrets.
+        values["env"] = sorted(map(str, variables))
+    return json.loads(json.dumps(values, default=str))
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the content of a file or of all files in a folder; for large or unreadable files, their size and time."""
+    """Hash the content of a file or of all files in a folder; for large or unreadable files, their size and time.
+
+    Renaming a file in the folder changes the hash; moving the whole folder does not.
+    """
     # In a folder of people's votes, all other files are derived from the votes, or serve to collect more of them.
     if (path / VOTES_FILE).is_file():
         path /= VOTES_FILE
@@ -182,14 +215,17 @@ def fingerprint(path: Path) -> str:
     # No votes are no file: the page makes an empty one as soon as it is opened.
     if path.name == VOTES_FILE and path.is_file() and path.stat().st_size == 0:
         return digest.hexdigest()
-    # Renaming a file in the folder changes the hash; moving the whole folder does not.
-    for file in [path] if path.is_file() else sorted(inner for inner in path.rglob("*") if inner.is_file()):
-        name = file.relative_to(path).as_posix() if file != path else ""
+    files = [path]
+    if not path.is_file():
+        files = sorted(inner for inner in path.rglob("*") if inner.is_file())
+    for file in files:
+        name = "" if file == path else file.relative_to(path).as_posix()
         status = file.stat()
         digest.update(f"{name}\0{status.st_size}\0".encode())
-        content = None
-        # The step itself reports a file that cannot be read.
-        with contextlib.suppress(OSError):
-            content = file.read_bytes() if status.st_size <= READ_WHOLE_BYTES else None
-        digest.update(str(status.st_mtime_ns).encode() if content is None else content)
+        content = str(status.st_mtime_ns).encode()
+        if status.st_size <= READ_WHOLE_BYTES:
+            # The step itself reports a file that cannot be read.
+            with contextlib.suppress(OSError):
+                content = file.read_bytes()
+        digest.update(content)
     return digest.hexdigest()

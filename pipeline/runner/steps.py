@@ -1,10 +1,12 @@
-"""One step of a run: what it runs, reads and writes; and overrides of settings for `--smoke`."""
+"""One step of a run: what it runs, reads and writes; the files that its settings name; its settings with `--smoke`."""
 
+import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -65,22 +67,30 @@ class Step:
         # An untrained model shares the file of pretraining.
         if self.stage.file_of or not self.values.get("push_to_hub"):
             return ()
-        options = ["--revision", str(revision)] if (revision := self.values.get("hub_revision")) else []
-        options += ["--private"] if self.values.get("hub_private_repo") else []
-        return ("push", str(self.output), "--repo_id", self.values.get("hub_model_id") or self.output.name, *options)
+        words = ["push", str(self.output), "--repo_id", self.values.get("hub_model_id") or self.output.name]
+        if self.values.get("hub_revision"):
+            words += ["--revision", str(self.values["hub_revision"])]
+        if self.values.get("hub_private_repo"):
+            words.append("--private")
+        return tuple(words)
 
     def command(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the command as a user types it; `launcher` starts `accelerate launch` with the arguments `launch`."""
         if not self.stage.module:
             return shlex.split(as_typed(*self.arguments))
-        entry = ["python", "-m", "pipeline.runner.launcher"] if launcher else ["accelerate", "launch"]
-        start = [*launcher, *entry, *launch] if self.stage.launched else ["python"]
+        if not self.stage.launched:
+            start = ["python"]
+        elif launcher:
+            start = [*launcher, "python", "-m", "pipeline.runner.launcher", *launch]
+        else:
+            start = ["accelerate", "launch", *launch]
         return [*start, "-m", self.stage.module, *self.arguments]
 
     def executable(self, launch: Sequence[str], launcher: Sequence[str] = ()) -> list[str]:
         """Return the same command for this Python interpreter; it ends with the exit code of the step itself."""
-        start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
-        start = start if self.stage.launched else [sys.executable]
+        start = [sys.executable]
+        if self.stage.launched:
+            start = [*launcher, sys.executable, "-m", "pipeline.runner.launcher", *launch]
         return [*start, "-m", self.stage.module or "pipeline", *self.arguments]
 
     @property
@@ -91,13 +101,53 @@ class Step:
 
 def find_step(steps: Sequence[Step], name: str, field: str) -> Step:
     """Return the step that a user calls `name`: `2_sft`, `sft` or its file. If there is none, raise a `UserError`."""
-    wanted = Path(name).name.removesuffix(".yaml")
+    stem = Path(name).name.removesuffix(".yaml")
     # The number may be omitted: `sft` for `2_sft`, and `evaluate_sft` for `evaluate_2_sft`.
-    found = [step for step in steps if wanted in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
-    if len(found) == 1:
-        return found[0]
-    remedy = "choose one of" if found else "no such step; choose from:"
-    raise UserError(Problem(field, name, f"{remedy} {', '.join(step.name for step in found or steps)}"))
+    matches = [step for step in steps if stem in (step.name, re.sub(r"^(evaluate_)?\d+_", r"\1", step.name))]
+    if len(matches) == 1:
+        return matches[0]
+    remedy = f"no such step; choose from: {', '.join(step.name for step in steps)}"
+    if matches:
+        remedy = f"choose one of {', '.join(step.name for step in matches)}"
+    raise UserError(Problem(field, name, remedy))
+
+
+def find_code_file(text: str) -> Path | None:
+    """Return the file of a user's `package.module:function`, or None for any other text; nothing is imported.
+
+    A step that calls the function runs again when its file changes. Our own code and other libraries are not watched.
+    """
+    match = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*):\w+", text)
+    if match is None:
+        return None
+    first, *rest = match[1].split(".")
+    if first in (*sys.stdlib_module_names, "__main__", "pipeline", "recipes"):
+        return None
+    # Looking for `package.module` would import the package.
+    spec = find_spec(first)
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    candidates: list[Path] = []
+    if rest:
+        candidates += [folder.joinpath(*rest).with_suffix(".py") for folder in folders]
+    candidates += [folder.joinpath(*rest, "__init__.py") for folder in folders]
+    if not folders and not rest and spec.origin:
+        candidates = [Path(spec.origin)]
+    file = next(filter(Path.is_file, candidates), None)
+    if file is None or "site-packages" in file.parts:
+        return None
+    file = file.absolute()
+    # As a user writes it, so that a project can be moved with its runs.
+    if file.is_relative_to(Path.cwd()):
+        return file.relative_to(Path.cwd())
+    return file
+
+
+def names_file(key: str, text: str) -> bool:
+    """Return whether a setting names a file or folder on this disk, except for a parent of the runs."""
+    may_be_path = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
+    return may_be_path and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
 
 
 def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +155,9 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     stage = STAGES.get(kind, StageKind(smoke=SMOKE_EVALUATION))
     overrides: dict[str, Any] = {}
     for name, limit in stage.smoke.items():
-        own = values.get(name)
+        value = values.get(name)
         # Keep a recipe's own size or number of rows if it is lower; 0 and -1 mean no limit.
-        is_lower = isinstance(own, int | float) and isinstance(limit, int | float) and 0 < own < limit
+        is_lower = isinstance(value, int | float) and isinstance(limit, int | float) and 0 < value < limit
         # The batch must be divisible by the answers to a prompt.
         if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit

@@ -19,7 +19,7 @@ from pipeline.app.voting import routes
 from pipeline.errors import EXIT_WAITING
 from pipeline.runner import status
 from pipeline.runner.due import decide
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.runner.records import RunRecord
 from tests.helpers import ppo_toy as toy
 from tests.helpers.files import write_rows

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from pipeline import safe_path
-from pipeline.runner.processes import DEFAULTS, WarmProcess, run
+from pipeline.runner.processes import DEFAULTS, WarmProcess, run_command
 
 ROOT = Path(__file__).parents[2]
 RANKS = ["-m", "tests.helpers.ranks", "--config_file", "accelerate_config.yaml", "--num_processes"]
@@ -62,7 +62,7 @@ def run_forked(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     warm = warm_process() if environment["PYTHONPATH"] == str(ROOT) else None
     with tempfile.TemporaryFile("w+") as output, contextlib.chdir(directory):
-        code, *_ = run(command, environment, (), output.fileno(), warm)
+        code, *_ = run_command(command, environment, (), output.fileno(), warm)
         output.seek(0)
         written = output.read()
     return subprocess.CompletedProcess(command, code, written, written)

@@ -1,17 +1,13 @@
-"""Models, data and recipe folders that are read from the Hub."""
+"""Models and data that are read from the Hub; recipe folders are not."""
 
 import io
-import json
-import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
-from huggingface_hub import constants
 
 from pipeline.__main__ import main
-from pipeline.config.recipe_folder import fetch_recipes
 from pipeline.data.arguments import DataArguments
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
@@ -23,7 +19,6 @@ from recipes import sft
 from tests.helpers.hub_server import Hub
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import save_model, save_tokenizer
-from tests.hub.conftest import use
 
 SFT = b"""\
 model_name_or_path: alice/base@v1
@@ -43,7 +38,6 @@ report_to: none
 @pytest.fixture(autouse=True)
 def forget() -> None:
     loading._download.cache_clear()
-    fetch_recipes.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -131,56 +125,6 @@ def test_two_different_revisions_are_refused(
     assert "model_revision: v2: model_name_or_path asks for v1; omit one of them" in message
 
 
-def plan(capsys: pytest.CaptureFixture[str], name: str) -> tuple[int, str, str]:
-    """Print the plan of a run, and return exit code, stdout and stderr."""
-    fetch_recipes.cache_clear()
-    try:
-        code = main(["run", name, "--dry-run"])
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return (code, *capsys.readouterr())
-
-
-@pytest.mark.parametrize("kind", ["model", "dataset"])
-def test_a_recipe_folder_of_the_hub_is_shown_and_run(
-    hub: Hub,
-    base: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    add_gsm8k(hub)
-    module = b"raise SystemExit('code of the Hub has run')\n"
-    hub.add("alice/recipes", {"2_sft.yaml": SFT, "my_rewards.py": module, "a.safetensors": b"x"}, kind)
-    code, out, err = plan(capsys, "alice/recipes@main")
-    assert (code, err) == (0, "")
-    assert "dataset_name: alice/gsm8k@v1\n" in out and "run 2_sft: has not run yet" in out
-    fetched = [r.path.rsplit("/", 1)[1] for r in hub.requests if "/resolve/" in r.path]
-    assert set(fetched) <= {"2_sft.yaml"} and fetched
-
-    local = tmp_path / "alice" / "recipes"
-    local.mkdir(parents=True)
-    (local / "2_sft.yaml").write_bytes(SFT.replace(b"runs/hub", b"runs/local"))
-    hub.requests.clear()
-    assert "runs/local" in plan(capsys, "alice/recipes")[1], "a local folder of that name wins"
-    assert not [r for r in hub.requests if "alice/recipes" in r.path]
-
-
-def test_what_a_recipe_of_the_hub_may_not_do(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_rewards.py").write_text("raise SystemExit('it was run')")
-    grpo = SFT + b"reward_funcs: [my_rewards:mine]\nenv: {HF_ENDPOINT: http://elsewhere}\n"
-    hub.add("alice/recipes", {"4_grpo.yaml": grpo, "my_rewards.py": b"def mine(completions): return [1.0]"})
-    code, out, err = plan(capsys, "alice/recipes")
-    assert code == 2 and out == ""
-    assert "4_grpo.yaml: env: HF_ENDPOINT" in err
-    assert "4_grpo.yaml: reward_funcs: my_rewards:mine: code from the Hub" in err
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_card_of_a_data_set_of_the_hub_names_no_file_of_this_machine(
     hub: Hub, tmp_path: Path, streaming: bool
@@ -194,73 +138,28 @@ def test_the_card_of_a_data_set_of_the_hub_names_no_file_of_this_machine(
         open_source("alice/data", streaming=streaming)
 
 
-def test_the_launch_file_of_a_recipe_of_the_hub_is_never_taken(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    evil = b"distributed_type: MULTI_GPU\nnum_machines: 2\nmain_process_ip: 10.1.2.3\n"
-    hub.add("alice/recipes", {"2_sft.yaml": SFT, "accelerate_config.yaml": evil, "sub/2_other.txt": b""})
-    code, out, err = plan(capsys, "alice/recipes")
-    assert (code, err) == (0, "") and "10.1.2.3" not in out and "accelerate_config.yaml -m" in out
-    folder = fetch_recipes("alice/recipes")
-    assert folder is not None and [path.name for path in folder.iterdir()] == ["2_sft.yaml"]
-    # Another tool may have downloaded this file.
-    (folder / "accelerate_config.yaml").write_bytes(evil)
-    code, out, err = plan(capsys, "alice/recipes")
-    assert (code, err) == (0, "") and str(folder / "accelerate_config.yaml") not in out
-
-
-def test_a_recipe_of_the_hub_writes_only_to_a_run_of_its_own(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    hub.add("alice/recipes", {"2_sft.yaml": SFT})
-    Path("runs/hub/data").mkdir(parents=True)
-    code, _, err = plan(capsys, "alice/recipes")
-    assert code == 2 and err.startswith("output_dir: runs/hub: is not a run of alice/recipes")
-    for recipe, allowed in (("recipes/pocket", False), ("alice/recipes@v1", True)):
-        Path("runs/hub/run.json").write_text(json.dumps({"recipe": recipe}))
-        assert plan(capsys, "alice/recipes")[0] == (0 if allowed else 2)
-
-
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "download"),
     [
-        ("alice/nothing", "does not exist"),
-        ("alice/recipes@v9", "has no revision v9"),
-        ("alice/empty", "does not contain files"),
+        ("alice/recipes", "`hf download alice/recipes --local-dir alice/recipes`"),
+        ("alice/recipes@v1", "`hf download alice/recipes --local-dir alice/recipes --revision v1`"),
     ],
 )
-def test_a_recipe_folder_that_is_not_there_is_refused_in_one_line(
-    hub: Hub, capsys: pytest.CaptureFixture[str], name: str, says: str
-) -> None:
-    hub.add("alice/recipes", {"2_sft.yaml": SFT})
-    hub.add("alice/empty", {"config.json": b"{}"})
-    code, _, err = plan(capsys, name)
-    assert code == 2 and says in err and len(err.splitlines()) == 1
-
-
-def test_a_hub_that_does_not_answer_is_told_at_once_and_the_cache_still_serves(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_recipe_of_the_hub_has_to_be_downloaded_first(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    download: str,
+    command: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub.add("alice/recipes", {"2_sft.yaml": SFT})
-    hub.fail("drop", times=100)
-    code, _, err = plan(capsys, "alice/recipes")
-    assert code == 2 and len(err.splitlines()) == 1 and "cannot be downloaded" in err and len(hub.requests) == 1
-    hub.faults.clear()
-    fetch_recipes.cache_clear()
-    assert fetch_recipes("alice/recipes") is not None
-    fetch_recipes.cache_clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch_recipes("alice/recipes") is not None
-
-
-def test_a_private_recipe_folder_needs_the_token(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hub.add("alice/recipes", {"2_sft.yaml": SFT}, private=True)
-    assert plan(capsys, "alice/recipes")[0] != 2 or "does not exist" not in capsys.readouterr().err
-    use(hub, monkeypatch, tmp_path / "other", None)
-    assert plan(capsys, "alice/recipes")[0] == 2
-    assert os.environ["HF_TOKEN"] == ""
+    with pytest.raises(SystemExit) as end:
+        main([command, name])
+    assert end.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading ")]
+    assert line.startswith(f"recipe: {name}: does not exist; give a folder") and download in line
+    assert not hub.requests and not list(tmp_path.glob("runs"))

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.__main__ import main
 from pipeline.runner import processes
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.runner.records import RunRecord
 from pipeline.stages import STAGES
 from tests.helpers.hub_server import Hub

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.runner.steps import smoke_overrides
 from pipeline.stages import STAGES
 from tests.helpers.small_model import ROOT

@@ -1,6 +1,5 @@
 """What a person sees of a run: in a terminal, whose screen is rebuilt from what is written to it, and elsewhere."""
 
-import argparse
 import fcntl
 import json
 import os
@@ -22,10 +21,10 @@ import yaml
 
 from pipeline.progress import VARIABLE, Tally, report_progress, time_in_words
 from pipeline.runner import console as view
-from pipeline.runner.cli import conclusion
 from pipeline.runner.console import MAX_COLUMNS, RunConsole, is_live
 from pipeline.runner.due import Decision
 from pipeline.runner.run_state import RunState
+from pipeline.runner.session import conclusion
 from pipeline.runner.steps import Step
 from tests.helpers.stand_in_run import end, start
 
@@ -247,12 +246,11 @@ def test_where_the_view_is_live(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"TERM": "xterm", **variables}.items():
         monkeypatch.setenv(name, value)
-    args = argparse.Namespace(**{"plain": False, "verbose": False, **options})
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert is_live(args) is live
+    assert is_live(**options) is live
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert not is_live(args)
+    assert not is_live(**options)
 
 
 def test_a_resumed_step_appends_to_its_log_and_a_new_start_replaces_it() -> None:
@@ -343,8 +341,7 @@ def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
     state.start(votes)
     state.progress.update({"done": 0, "total": 12, "unit": "votes"})
     state.end(votes, 1.0, finished=False, for_people=True)
-    args = argparse.Namespace(verbose=False, plain=True, began=0.0)
-    console = RunConsole("recipe", state, args)
+    console = RunConsole("recipe", state, began=0.0, plain=True)
     console._console.width = 160
     console._console.print(console._view())
     _, sft, waiting = (line.rstrip() for line in capsys.readouterr().out.splitlines())
@@ -407,7 +404,7 @@ def test_without_a_terminal_a_step_prints_a_line_for_each_quarter(
     monkeypatch.setattr(view, "PROGRESS_SECONDS", 0)
     monkeypatch.delenv("RANK", raising=False)
     state = RunState(Path("runs/r"), STEPS, TODO, {})
-    console = RunConsole("recipe", state, argparse.Namespace(verbose=False, plain=True, began=0.0))
+    console = RunConsole("recipe", state, began=0.0, plain=True)
     with console.step(STEPS[1], "a command", resumes=False) as (_, variables):
         monkeypatch.setenv(VARIABLE, variables[VARIABLE])
         for number in range(41):

@@ -9,7 +9,7 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.config.recipe_folder import find_shipped
 from pipeline.runner.copy_recipe import shipped_recipes
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from tests.helpers.refusals import refused
 
 

@@ -13,7 +13,7 @@ from pipeline import hardware
 from pipeline.config.weight_fields import has_effect
 from pipeline.runner import records
 from pipeline.runner.due import Decision, decide
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.runner.records import RunRecord
 
 POCKET = Path(__file__).parents[2] / "recipes/pocket"

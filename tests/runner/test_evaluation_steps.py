@@ -12,7 +12,7 @@ from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import check
 from pipeline.runner.due import Decision, find_changes
-from pipeline.runner.recipe import read_plan
+from pipeline.runner.plan import read_plan
 from pipeline.runner.run_state import RunState
 from pipeline.runner.steps import Step
 from tests.helpers.refusals import refused

@@ -90,7 +90,7 @@ MACHINES = "num_machines: 2\nmain_process_ip: 10.1.2.3\n"
 )
 def test_a_launch_file_does_what_the_user_asked_for(project: Path, content: str, named: bool, says: str | None) -> None:
     Path("launch.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_processes: 1\n{content}\n")
-    problem = check_launch_file("launch.yaml", named=named)
+    problem = check_launch_file("launch.yaml", is_named=named)
     assert (problem is None) if says is None else (says in str(problem))
 
 

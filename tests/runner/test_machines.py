@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.__main__ import main
 from pipeline.runner.launcher import machines
-from pipeline.runner.processes import run
+from pipeline.runner.processes import run_command
 from tests.helpers.small_model import ROOT, save_tokenizer
 
 EACH = """
@@ -72,8 +72,8 @@ def test_only_launched_steps_are_started_by_the_launcher(capsys: pytest.CaptureF
 
 
 def test_a_step_that_the_cluster_stops_has_not_failed() -> None:
-    assert run([sys.executable, "-c", "raise SystemExit(143)"], os.environ, ())[:2] == (143, signal.SIGTERM)
-    assert run([sys.executable, "-c", "raise SystemExit(2)"], os.environ, ())[:2] == (2, None)
+    assert run_command([sys.executable, "-c", "raise SystemExit(143)"], os.environ, ())[:2] == (143, signal.SIGTERM)
+    assert run_command([sys.executable, "-c", "raise SystemExit(2)"], os.environ, ())[:2] == (2, None)
 
 
 def test_each_node_saves_when_the_first_is_asked_to_stop(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pipeline.data import splits
+from pipeline.runner.plan import read_plan
 from pipeline.runner.preflight import check_steps
-from pipeline.runner.recipe import read_plan
 from tests.helpers.files import write_rows
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import ROOT

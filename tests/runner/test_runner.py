@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 import yaml
 
 from pipeline.__main__ import main
-from pipeline.runner.recipe import read_plan
+from pipeline.runner import session
+from pipeline.runner.plan import read_plan
 from pipeline.stages import STAGES
 from tests.helpers.refusals import refused
 from tests.runner.conftest import ALL, Runner, changed, configure, identities, status, times
@@ -33,6 +36,23 @@ def test_a_second_run_skips_all(run: Runner) -> None:
     assert code == 0
     assert "$ " not in out
     assert changed(before) == set()
+
+
+def test_steps_that_another_command_ran_during_the_checks_are_not_repeated(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = session.lock
+
+    @contextmanager
+    def lock_after_another_command(path: Path, orphans_only: bool) -> Iterator[tuple[int, ...]]:
+        monkeypatch.setattr(session, "lock", lock)
+        assert main(["run", "recipe"]) == 0
+        with lock(path, orphans_only) as descriptors:
+            yield descriptors
+
+    monkeypatch.setattr(session, "lock", lock_after_another_command)
+    assert run()[0] == 0
+    assert set(times().values()) == {1}
 
 
 def test_a_changed_field_runs_its_step_and_what_depends_on_it_again(folder: Path, run: Runner) -> None:

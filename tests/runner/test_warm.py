@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.runner import processes
-from pipeline.runner.processes import WarmProcess, run
+from pipeline.runner.processes import WarmProcess, run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ def step(warm: WarmProcess | None) -> Step:
         Path("stand_in.py").write_text(code)
         with Path("log").open("w") as log:
             command = [sys.executable, "-m", "stand_in", *arguments]
-            returned, received, _ = run(command, os.environ | variables, (), log.fileno(), warm)
+            returned, received, _ = run_command(command, os.environ | variables, (), log.fileno(), warm)
         assert received is None
         return returned, Path("log").read_text()
 
@@ -121,7 +121,7 @@ assert os.path.abspath("lock") in [os.path.realpath(f"/proc/self/fd/{name}") for
 """)
     with Path("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run([sys.executable, "-m", "stand_in"], os.environ, (lock.fileno(),), warm=warm)[:2] == (0, None)
+        assert run_command([sys.executable, "-m", "stand_in"], os.environ, (lock.fileno(),), warm=warm)[:2] == (0, None)
     with Path("lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -136,26 +136,26 @@ if len(sys.argv) > 1:
 sys.exit(subprocess.run([sys.executable, "stand_in.py", "400"]).returncode)
 """)
     # The memory is that of a descendant, as that of a launched worker is.
-    code, _, peak = run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)
+    code, _, peak = run_command([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)
     # Linux counts what a new process had in common with its parent, here the tests, before it ran its program.
     tests = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if warm is None else 0
     assert code == 7 and 400e6 < peak < max(1000e6, 1.01 * tests)
-    code, _, peak = run([sys.executable, "-m", "stand_in", "1"], os.environ, (), warm=warm)
+    code, _, peak = run_command([sys.executable, "-m", "stand_in", "1"], os.environ, (), warm=warm)
     assert code == 7 and 1e6 < peak < max(400e6, 1.01 * tests)
 
 
 RUNNER = """
 import os, sys
 from pipeline.runner import processes
-from pipeline.runner.processes import run
+from pipeline.runner.processes import run_command
 processes.PRELOADED = ()
 command = [sys.executable, "-m", "stand_in"]
 if sys.argv[1] == "fork":
     with processes.WarmProcess(os.environ) as process:
-        print(*run(command, os.environ, (), warm=process)[:2], flush=True)
-        print(*run([sys.executable, "-m", "next"], os.environ, (), warm=process)[:2], flush=True)
+        print(*run_command(command, os.environ, (), warm=process)[:2], flush=True)
+        print(*run_command([sys.executable, "-m", "next"], os.environ, (), warm=process)[:2], flush=True)
 else:
-    print(*run(command, os.environ, ())[:2])
+    print(*run_command(command, os.environ, ())[:2])
 """
 SAVES = """
 import os, signal, subprocess, sys, time
@@ -283,11 +283,11 @@ def test_a_fork_computes_grades_code_and_starts_workers(tmp_path: Path, monkeypa
     monkeypatch.setattr(processes, "PRELOADED", ("datasets", "torch:nn", "pipeline.rewards.grading"))
     command = [sys.executable, "-m", "stand_in"]
     with Path("new").open("w") as new:
-        assert run(command, os.environ, (), new.fileno())[:2] == (0, None)
+        assert run_command(command, os.environ, (), new.fileno())[:2] == (0, None)
     with WarmProcess(os.environ) as warm:
         for name in ("fork", "second"):
             with Path(name).open("w") as log:
-                assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
+                assert run_command(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
     assert Path("new").read_text().endswith("[True, False, False]\n")
     assert Path("fork").read_text() == Path("second").read_text() == Path("new").read_text()
 
@@ -322,7 +322,7 @@ def test_a_fork_gets_the_environment_of_a_launched_process_or_launches(
         for name, module in ({"new": launcher, "fork": launcher} | ranks).items():
             with Path(name).open("w") as log:
                 command, warm = [sys.executable, "-m", module, *launch], None if name == "new" else process
-                assert run(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
+                assert run_command(command, os.environ, (), log.fileno(), warm)[:2] == (0, None)
             lines = [line for line in Path(name).read_text().split("\n") if line.startswith(("True ", "False "))]
             found[name] = [line.partition(" ") for line in sorted(lines)]
             assert len(lines) == number, Path(name).read_text()
@@ -345,4 +345,4 @@ def test_where_a_fork_is_not_possible_the_step_is_a_new_process(
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
     monkeypatch.setattr(processes, "PRELOADED", (preloaded,))
     with WarmProcess(os.environ) as warm:
-        assert run([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)[:2] == (0, None)
+        assert run_command([sys.executable, "-m", "stand_in"], os.environ, (), warm=warm)[:2] == (0, None)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.untrusted import check_untrusted
 from pipeline.errors import Problem, UserError
 from pipeline.rl.arguments import GRPORewardArguments, PPORewardArguments
 from pipeline.tools.loading import ToolArguments, load_environment, load_tools
@@ -138,18 +137,3 @@ def test_an_environment_may_be_the_only_one_that_rewards() -> None:
         for environment, refused in (("own_tools:Paid", 0), ("own_tools:Game", 1), (None, 1)):
             problems = kind(**arguments, environment=environment).preflight(None, toy.tokenizer(), None)
             assert len(problems) == refused, (kind, environment)
-
-
-@pytest.mark.parametrize(
-    ("line", "allowed"),
-    [
-        ("tools: [calculator, python]", True),
-        ("environment: guess_letter", True),
-        ("tools: [os:system]", False),
-        ("environment: my_game:Game", False),
-    ],
-)
-def test_a_folder_of_the_hub_names_only_our_tools(tmp_path: Path, line: str, allowed: bool) -> None:
-    for step in ("3_preferences", "4_grpo"):
-        (tmp_path / f"{step}.yaml").write_text(f"output_dir: runs/x/{step}\n{line}\n")
-    assert len(check_untrusted(tmp_path)) == (0 if allowed else 2)

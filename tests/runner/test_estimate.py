@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.__main__ import main
-from pipeline.runner.plan import START, TEXT_RATE
+from pipeline.runner.workload import START, TEXT_RATE
 from tests.helpers.refusals import refused
 from tests.helpers.small_model import ROOT, save_model, tokenizer
 
