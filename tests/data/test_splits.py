@@ -332,7 +332,7 @@ def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others_or_
 def test_a_row_is_named_by_its_number_in_the_file_although_others_are_not_kept(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": None if i == 8 else "yes", "source": "ab"[i % 2]} for i in range(20)]
     for split in ("train", "validation"):
-        write_lines(tmp_path / f"{split}.jsonl", rows if split == "train" else rows[:5])
+        write_rows(tmp_path / f"{split}.jsonl", rows if split == "train" else rows[:5])
     args = DataArguments(str(tmp_path), keep_rows=["source=a"])
     with pytest.raises(UserError, match="split train, row 8: answer is"):
         load_splits(args, "conversation", evaluation=True)
@@ -350,9 +350,9 @@ def test_pairs_without_rows_are_refused(tmp_path: Path, kind: Any) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_evaluation_split_is_read_as_the_training_split(tmp_path: Path, streaming: bool) -> None:
     """What the columns are is decided once, although the other split spells them in another way and has more."""
-    write_lines(tmp_path / "train.jsonl", QUESTIONS[:20])
+    write_rows(tmp_path / "train.jsonl", QUESTIONS[:20])
     rows = [{"Answer": row["answer"], " QUESTION": row["question"], "messages": "no"} for row in QUESTIONS[20:25]]
-    write_lines(tmp_path / "test.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", rows)
     args = DataArguments(str(tmp_path), dataset_streaming=streaming)
     train, test = load_splits(args, "conversation", evaluation=True)
     assert test is not None and train.column_names == test.column_names == ["messages"]
@@ -363,7 +363,7 @@ def test_the_evaluation_split_is_read_as_the_training_split(tmp_path: Path, stre
 def test_margins_are_optional_in_either_split(tmp_path: Path, lacks: str) -> None:
     for split in ("train", "test"):
         pair = {"prompt": "What?", "chosen": "That.", "rejected": "No."}
-        write_lines(tmp_path / f"{split}.jsonl", [pair if split == lacks else {**pair, "margin": 0.5}] * 3)
+        write_rows(tmp_path / f"{split}.jsonl", [pair if split == lacks else {**pair, "margin": 0.5}] * 3)
     train, test = load_splits(DataArguments(str(tmp_path)), "preference", evaluation=True)
     assert test is not None
     columns = ["prompt", "chosen", "rejected"]

@@ -151,7 +151,7 @@ def test_a_stage_that_an_earlier_release_trained_on_other_rows_is_named(
 
 def test_a_test_split_that_is_the_training_split_does_not_change_what_is_held_out(tmp_path: Path) -> None:
     """Without an evaluation during training, such a stage used to train on the rows that it was measured on."""
-    path = write_lines(tmp_path / "rows.jsonl", [row(i, "") for i in range(60)])
+    path = write_rows(tmp_path / "rows.jsonl", [row(i, "") for i in range(60)])
     values = {"dataset_name": path, "dataset_test_split": "train"}
     train, _ = load_splits(DataArguments(**values), "preference", evaluation=False)
     recipe = complete({}, derive([("3_reward", "reward", values)], tmp_path / "run"))
