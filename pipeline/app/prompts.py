@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.app.models import Loaded
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
-from pipeline.evaluation.held_out import EXAMPLES, Reader
+from pipeline.evaluation.held_out import EXAMPLES
+from pipeline.evaluation.parts import Reader
 from pipeline.files import as_list
 from pipeline.models.generation import Messages
 from pipeline.report.text import visible

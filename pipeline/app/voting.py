@@ -158,7 +158,7 @@ class Voting:
     def close(self) -> None:
         """Write the data set of the votes for other tools; this project's own readers bring it up to date."""
         try:
-            if self.log.standing():
+            if self.log.valid_votes():
                 update_data_set(self.folder)
         # The votes themselves are safe in the log.
         except (OSError, UserError) as error:
@@ -197,7 +197,7 @@ class Voting:
         try:
             self.log.add(vote)
             # If others can open the page, it hides win rates, and the terminal shows them every ten votes.
-            if not self.site.is_private and len(self.log.standing()) % 10 == 0:
+            if not self.site.is_private and len(self.log.valid_votes()) % 10 == 0:
                 print(*self.rates(), sep="\n", flush=True)
         except Conflict as error:
             refused = f"Not counted: {error}."
@@ -212,7 +212,7 @@ class Voting:
     def votes(self, request: Request, page: Page) -> list[dict[str, Any]]:
         """Return an annotator's newest votes, the newest first and shortened."""
         identify(request, page)
-        known = [vote for vote in self.log.standing(page.annotator) if vote["pair"] in self.pairs.by_id]
+        known = [vote for vote in self.log.valid_votes(page.annotator) if vote["pair"] in self.pairs.by_id]
         listed = []
         for vote in known[:-201:-1]:
             first = vote["shown_first"]
@@ -238,7 +238,7 @@ class Voting:
             conversations = [[*voted.prompt, {"role": "assistant", "content": text}] for text in texts]
             a, b = score(*self.reward_model, conversations)
             lines.append(f"The reward model scores A {a:+.2f} and B {b:+.2f}.")
-        votes = [vote for vote in self.log.standing() if vote["pair"] == pair]
+        votes = [vote for vote in self.log.valid_votes() if vote["pair"] == pair]
         if others := [as_shown(vote, first) for vote in votes if vote["annotator"] != page.annotator]:
             counts = f"{others.count('first')} A, {others.count('second')} B"
             lines.append(f"Of {len(others)} other people who saw this pair: {counts}.")
@@ -291,7 +291,7 @@ class Voting:
         return next(without_vote, None) or self.pairs.allot(name, source)
 
     def _summary(self, annotator: str) -> dict[str, Any]:
-        standing = self.log.standing()
+        standing = self.log.valid_votes()
         own = [vote for vote in standing if vote["annotator"] == annotator]
         seconds = [vote["seconds"] for vote in own[-20:] if vote.get("seconds")]
         usable, people = sum(vote["choice"] in OTHER for vote in standing), {vote["annotator"] for vote in standing}
@@ -310,7 +310,7 @@ class Voting:
                 lines.append(f"{name} {opponent}: {said}")
         if not lines:
             lines = ["no votes between two different models yet; choose two below, or start the page with --pair"]
-        alpha, shared = agreement(self.log.standing())
+        alpha, shared = agreement(self.log.valid_votes())
         if shared >= FEW_SHARED and not math.isnan(alpha):
             said = f"Krippendorff's alpha {number(alpha, 2)} (1 is perfect, 0 is chance)"
             lines.append(f"agreement on {shared} shared pairs: {said}")

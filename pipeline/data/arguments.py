@@ -6,6 +6,14 @@ from typing import Any, Literal
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 """Splits of the generated data sets. No prompt occurs in two of them."""
+PROMPTS = ("prompt", "question", "instruction", "problem", "query", "q", "input")
+"""Usual names of a column of prompts, the most usual first; case and surrounding spaces do not matter."""
+ANSWERS = ("completion", "response", "output", "solution", "answer", "a")
+"""Usual names of a column of answers."""
+CONTEXTS = ("input", "context")
+"""Columns of Alpaca and Dolly that belong to the prompt, after the instruction."""
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Usual names of a column of conversations."""
 DIVISION = "by row number"
 """How `pipeline.data.splits.is_held_out` divides a single split. Earlier releases numbered the rows after `keep_rows`,
 and pairs after those that say nothing had been dropped; their steps do not record it."""

@@ -8,12 +8,13 @@ well, so that a part of it can be held out.
 import csv
 import hashlib
 import io
+import json
 import logging
 import lzma
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,37 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, NamedSplit, Value
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.data.columns import TEXT_COLUMNS, normalise
+from pipeline.data.arguments import CONVERSATIONS
+from pipeline.data.columns import TEXT_COLUMNS, find_column, normalise
 from pipeline.errors import Problem, UserError
 
 logger = logging.getLogger(__name__)
 
 LONGEST = 4096
 """Characters of the longest document that is not cut, about a thousand tokens."""
-PARTS, SHORTEST, PART_BYTES = 40, 256, 4 << 20
-"""The only file of a split is cut into at least this many documents, unless they would have fewer characters than the
-second number. In a stream, small files are joined up to the third number of bytes."""
+PARTS = 40
+"""The only file of a split is cut into at least this many documents, unless they would be shorter than `SHORTEST`."""
+SHORTEST = 256
+"""Characters of a document below which the only file of a split is cut into fewer `PARTS`."""
+PART_BYTES = 4 << 20
+"""Bytes up to which small files are joined in a stream."""
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, with the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 ZERO_FIRST = re.compile(r"0\d")
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 
+SAMPLE_CHARACTERS = 1 << 24
+"""Characters of a table by which the options for reading it are chosen."""
 HEADER = re.compile(r'(?:"[^"]*"|[^"\n])+(?:\n|\Z)')
 """The first line of a table whose quotes are in pairs."""
-FRONT_MATTER, FRONT_MATTER_CHARACTERS = (
-    re.compile(r"---[ \t]*\n(?:[ \t]*\n|#.*\n)*(?:[\w \"'-]+:(?:[ \t].*)?\n(?:.*\n)*?)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"),
-    1 << 16,
+FRONT_MATTER = re.compile(
+    r"---[ \t]*\n(?:[ \t]*\n|#.*\n)*(?:[\w \"'-]+:(?:[ \t].*)?\n(?:.*\n)*?)?(?:---|\.\.\.)[ \t]*(?:\n|\Z)"
 )
-"""The block of settings with which notes in Markdown often begin, such as `---`, `title: Whales` and `---`, and the
-number of characters in which it must end. A rule of dashes before other text is none."""
+"""The block of settings with which notes in Markdown often begin, such as `---`, `title: Whales` and `---`. A rule of
+dashes before other text is none."""
+FRONT_MATTER_CHARACTERS = 1 << 16
+"""Number of characters in which the front matter must end."""
 
 JSON = re.compile(r'(\[\s*)?\{[ \t]*"[^"\n]*"[ \t]*:')
 """The beginning of rows in JSON, such as `{"text":`, but not of an object that spans several lines."""
@@ -60,19 +68,14 @@ def open_documents(
     """
     if rule not in (None, "file", "blank_line") and not re.fullmatch(r"lines:[1-9]\d*", rule):
         raise UserError(Problem("document", rule, "must be file, blank_line or lines:N, such as lines:64"))
+    # A stream reads each part as one of its files.
     parts: list[list[str]] = [[]]
-    size, longest = 0, LONGEST
+    size = 0
     with_settings = 0
     for file in files:
-        with_settings += skipped_characters(file) > 0
-        with open_text(file) as text:
-            sample = text.read(LONGEST).lstrip()
-            # Excel saves a table as "Unicode text".
-            is_table = text.encoding == "utf-16" and "\t" in sample.partition("\n")[0]
-            if (rows := JSON.match(sample)) or is_table:
-                what, suffix = ("rows in JSON", ".json" if rows[1] else ".jsonl") if rows else ("a table", ".tsv")
-                remedy = f"contains {what}, not plain text; rename it to {suffix}"
-                raise UserError(Problem("dataset_name", file, remedy))
+        if skipped_characters(file) > 0:
+            with_settings += 1
+        _check_is_prose(file)
         if size > PART_BYTES:
             parts.append([])
             size = 0
@@ -80,11 +83,14 @@ def open_documents(
         size += file.stat().st_size
     if with_settings:
         logger.info("%-11s %d files begin with front matter (---), which is not read", "data", with_settings)
+    longest = LONGEST
     if is_single:
         with open_text(files[0]) as text:
-            longest = min(LONGEST, max(SHORTEST, len(text.read(PARTS * LONGEST)) // PARTS))
+            characters = len(text.read(PARTS * LONGEST))
+        longest = min(LONGEST, max(SHORTEST, characters // PARTS))
     options = {"parts": parts, "rule": rule or "auto", "longest": longest}
-    features, name = Features({"text": Value("string")}), NamedSplit(split)
+    features = Features({"text": Value("string")})
+    name = NamedSplit(split)
     if streaming:
         return IterableDataset.from_generator(_documents, features, options, name)
     # The cache depends on these files and on this module.
@@ -92,10 +98,26 @@ def open_documents(
     return Dataset.from_generator(_documents, features, gen_kwargs=options, split=name, fingerprint=digest)
 
 
+def _check_is_prose(file: Path) -> None:
+    """Raise a `UserError` if a text file begins as rows in JSON, or as a table from Excel."""
+    with open_text(file) as text:
+        sample = text.read(LONGEST).lstrip()
+        encoding = text.encoding
+    rows = JSON.match(sample)
+    if rows:
+        suffix = ".json" if rows[1] else ".jsonl"
+        raise UserError(Problem("dataset_name", file, f"contains rows in JSON, not plain text; rename it to {suffix}"))
+    # Excel saves a table as "Unicode text".
+    if encoding == "utf-16" and "\t" in sample.partition("\n")[0]:
+        raise UserError(Problem("dataset_name", file, "contains a table, not plain text; rename it to .tsv"))
+
+
 def digest_of(*paths: Path) -> str:
     """Return a digest of the names, sizes and times of files, and of the files in folders."""
-    found = [path.resolve() for path in paths]
-    files = [file for path in found for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files: list[Path] = []
+    for path in paths:
+        path = path.resolve()
+        files += sorted(path.rglob("*")) if path.is_dir() else [path]
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
@@ -129,16 +151,27 @@ def skipped_characters(path: Path) -> int:
 
 
 def _documents(parts: list[list[str]], rule: str, longest: int) -> Iterator[dict[str, str]]:
-    """Yield the documents of files, except blank ones."""
+    """Yield the documents of files, except blank ones; `rule` as for `open_documents`, or "auto" for the default."""
     for file in chain.from_iterable(parts):
-        lines = _read_lines(Path(file), longest if rule == "auto" else None)
-        if rule == "file":
-            documents = iter(["".join(lines)])
-        elif rule.startswith("lines:"):
-            documents = ("".join([line, *islice(lines, int(rule.removeprefix("lines:")) - 1)]) for line in lines)
-        else:
-            documents = _join_lines(lines, longest if rule == "auto" else None)
-        yield from ({"text": text} for text in documents if text.strip())
+        for text in _cut(Path(file), rule, longest):
+            if text.strip():
+                yield {"text": text}
+
+
+def _cut(file: Path, rule: str, longest: int) -> Iterator[str]:
+    """Yield the documents of a file."""
+    if rule == "auto":
+        yield from _join_lines(_read_lines(file, longest), longest)
+        return
+    lines = _read_lines(file, None)
+    if rule == "file":
+        yield "".join(lines)
+    elif rule == "blank_line":
+        yield from _join_lines(lines, None)
+    else:
+        number = int(rule.removeprefix("lines:"))
+        for line in lines:
+            yield "".join([line, *islice(lines, number - 1)])
 
 
 def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
@@ -161,17 +194,25 @@ def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
     """Yield paragraphs or, with `longest`, as many at a time as fit into that many characters."""
     # The lines of the current document, their characters, and the number of lines up to the last blank one.
     lines: list[str] = []
-    size, ended = 0, 0
+    size = 0
+    ended = 0
+
+    def is_full(piece: str) -> bool:
+        if longest is None:
+            return ended > 0 and bool(piece.strip())
+        return size + len(piece) > longest
+
     for piece in pieces:
-        is_blank = not piece.strip()
-        while lines and (ended and not is_blank if longest is None else size + len(piece) > longest):
+        while lines and is_full(piece):
             end = ended or len(lines)
             yield "".join(lines[:end])
-            lines, ended = lines[end:], 0
-            size = sum(map(len, lines))
+            lines = lines[end:]
+            size = sum(len(line) for line in lines)
+            ended = 0
         lines.append(piece)
         size += len(piece)
-        ended = len(lines) if is_blank else ended
+        if not piece.strip():
+            ended = len(lines)
     yield "".join(lines)
 
 
@@ -181,23 +222,34 @@ def _header_of(table: str) -> str:
     # (one or two sentences)"
     table = table.lstrip("\r\n")
     header = HEADER.match(table)
-    return header[0] if header else next(filter(str.strip, io.StringIO(table)), "")
+    if header:
+        return header[0]
+    return next(filter(str.strip, io.StringIO(table)), "")
 
 
 def choose_table(file: Path) -> dict[str, Any]:
-    """Return the options with which the builder `csv` of `datasets` reads a table."""
+    """Return the options with which the builder `csv` of `datasets` reads a table.
+
+    Raise a `UserError` if it has no rows, or a row that does not fit its header.
+    """
     with open_text(file) as text:
         # Excel names an unusual separator in a line before the header, such as "sep=;".
-        (sample, skipped), encoding = re.subn(r"\Asep=.*\n", "", text.read(1 << 24)), text.encoding
+        sample, skipped = re.subn(r"\Asep=.*\n", "", text.read(SAMPLE_CHARACTERS))
+        encoding = text.encoding
     if "\0" in sample:
         raise UserError(Problem("dataset_name", file, "is not text in UTF-8; save it as such"))
-    # The separator is the most frequent one of the header outside quotes.
     line = _header_of(sample)
-    names = re.sub('"[^"]*"', "", line)
-    separator = "\t" if ".tsv" in map(str.lower, file.suffixes) else max(",;\t|", key=names.count)
+    if ".tsv" in map(str.lower, file.suffixes):
+        separator = "\t"
+    else:
+        # The separator is the most frequent one of the header outside quotes.
+        unquoted = re.sub('"[^"]*"', "", line)
+        separator = max(",;\t|", key=unquoted.count)
     header = next(csv.reader(io.StringIO(line, newline=""), delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
-    stray, texts = 0, {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
+    # Places of columns whose cells are not converted to numbers.
+    texts = {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
+    faulty_line = 0
     try:
         row = next(islice(filter(None, rows), 1, None), [])
         if not row:
@@ -207,23 +259,63 @@ def choose_table(file: Path) -> dict[str, Any]:
             remedy = f"cannot be read: row 0 has {len(row)} fields, separated by {separator!r}, and the header "
             remedy += f"{len(header)}; put fields that contain it in quotes"
             raise UserError(Problem("dataset_name", file, remedy))
-        # Text is not converted to numbers, which would turn 007 into 7.
-        texts |= {place for one in [row, *rows] for place, cell in enumerate(one) if ZERO_FIRST.match(cell)}
+        for cells in chain([row], rows):
+            # A conversion would turn 007 into 7.
+            texts |= {place for place, cell in enumerate(cells) if ZERO_FIRST.match(cell)}
     except csv.Error as error:
         # Other errors: a field is too long for Python's limit, or is cut at the end of the sample.
-        stray = rows.line_num + skipped if "expected after" in str(error) else 0
+        if "expected after" in str(error):
+            faulty_line = rows.line_num + skipped
     # pandas would read all lines up to the next quote as one field.
-    if stray and separator != "\t":
+    if faulty_line and separator != "\t":
         remedy = "has a quote within a field in quotes, or text after it; double the quote, or save the file as JSONL"
-        raise UserError(Problem("dataset_name", f"{file}, line {stray}", remedy))
-    verbatim = [name for place, name in enumerate(header) if place in texts]
+        raise UserError(Problem("dataset_name", f"{file}, line {faulty_line}", remedy))
+    text_columns = [name for place, name in enumerate(header) if place in texts]
     return {
         "sep": separator,
         # In tab-separated fields, a quote may be part of the text.
-        "quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL,
+        "quoting": csv.QUOTE_NONE if faulty_line else csv.QUOTE_MINIMAL,
         "encoding": encoding,
         "skiprows": skipped,
         "keep_default_na": False,
         "na_values": NULLS,
-        "converters": dict.fromkeys(verbatim, lambda cell: None if cell in NULLS else cell),
+        "converters": dict.fromkeys(text_columns, lambda cell: None if cell in NULLS else cell),
     }
+
+
+def rows_of_json(file: Path, is_lines: bool) -> list[dict[str, Any]]:
+    """Return the rows of a JSON file that `datasets` cannot read, [] for any other.
+
+    `is_lines` says that the file is JSON Lines. Raise a `UserError` for a file that would crash the reader.
+    """
+    with open_bytes(file) as content:
+        sample = content.read(1 << 16)
+    if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(Problem("dataset_name", file, "is UTF-16; convert it: `iconv -f UTF-16 -t UTF-8`"))
+    if is_lines:
+        return []
+    # Any value but a list or an object crashes pyarrow's reader.
+    if sample.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
+        raise UserError(Problem("dataset_name", file, "must contain a list of rows, or an object; correct the file"))
+    return _rows_of_object(file, sample)
+
+
+def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a JSON file that is a single object containing all of them; return [] for any other file."""
+    # {"question": ["2 + 3?", ...], "answer": ["5", ...]}, {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
+    # or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}. Between lines of JSON Lines, there is no comma.
+    if re.match(rb"[^{]*\[", sample) or re.search(rb"\}\s*\n\s*\{", sample):
+        return []
+    with suppress(ValueError, RecursionError), open_bytes(file) as content:
+        table = json.load(content)
+        lists = [value for value in table.values() if isinstance(value, list) and value]
+        tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
+        lengths = {len(values) for values in lists}
+        if not tables and len(lists) == len(table) and len(lengths) == 1:
+            return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
+        if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
+            tables = [[*table.values()]]
+        # A single row may have a list as well.
+        if len(tables) == 1 and not find_column(table, *CONVERSATIONS, *TEXT_COLUMNS):
+            return tables[0]
+    return []

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from typing import Any
@@ -13,9 +13,9 @@ Row = Mapping[str, Any]
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """Names of roles in ShareGPT's conversations."""
-MESSAGE_KEYS = ("role", "content", "from", "value", "tool_calls", "function_call")
+MESSAGE_KEYS: tuple[str, ...] = ("role", "content", "from", "value", "tool_calls", "function_call")
 """Keys of messages that are read everywhere."""
-RENDERED = ("name", "reasoning_content", "thinking")
+RENDERED: tuple[str, ...] = ("name", "reasoning_content", "thinking")
 """Keys of messages in an answer that some chat templates write, besides role, content and calls."""
 
 
@@ -24,10 +24,17 @@ class ShapeError(ValueError):
 
 
 def read_messages(value: object, column: str, system_prompt: str | None = None, calls: bool = False) -> Messages:
-    """Read a conversation: a list of messages, or the text of a single message of the user, or raise a `ShapeError`.
+    """Read a conversation: a list of messages, or the text of a single message of the user.
 
-    A conversation without a system message gets `system_prompt`. With `calls`, messages of the assistant may call tools
-    and be empty apart from that. They get the key `tool_calls`, in OpenAI's form with arguments as a dict.
+    Args:
+        value: The content of a row.
+        column: Name of the column, for messages.
+        system_prompt: System message for a conversation that does not have one.
+        calls: Whether messages of the assistant may call tools, and be empty apart from that. Such messages get the key
+            `tool_calls`, in OpenAI's form with arguments as a dict.
+
+    Raises:
+        ShapeError: If it is neither, or not a conversation that a model can learn from.
     """
     if isinstance(value, str):
         if not value.strip():
@@ -37,33 +44,45 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
     if not isinstance(value, list) or not value:
         raise ShapeError(f"{column} is {value!r:.60}, not a list of messages")
     messages: Messages = []
-    for message in value:
-        called = {}
-        if isinstance(message, Mapping) and (found := message.get("tool_calls") or message.get("function_call")):
-            if not calls:
-                raise ShapeError(f"{column} calls a tool, which is not supported here; write the call into the content")
-            called = {"tool_calls": read} if (read := read_functions(without_none(found), column)) else {}
-            message = {**message, "content": message.get("content") or ""}
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ShapeError(f"{column} contains {message!r:.60}, not {{role, content}}")
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            raise ShapeError(f"{column} has the role {message['role']!r:.60}, not system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise ShapeError(f"{column} has the content {message['content']!r:.60}, not text")
-        if called and message["role"] != "assistant":
-            raise ShapeError(f"{column} calls a tool in a message of the {message['role']}, not of the assistant")
-        if not called and not message["content"].strip() and message["role"] in ("user", "assistant"):
-            raise ShapeError(f"{column} has an empty message of the {message['role']}")
+    for item in value:
+        message = _read_message(item, column, calls)
         if messages and message["role"] == messages[-1]["role"] == "assistant":
             raise ShapeError(f"{column} has two messages of the assistant in a row")
-        messages.append({"role": message["role"], "content": message["content"], **called})
+        messages.append(message)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
 
 
+def _read_message(message: object, column: str, calls: bool) -> dict[str, Any]:
+    """Return the role, the content and the tool calls of a message, or raise a `ShapeError`; see `read_messages`."""
+    tool_calls: list[dict[str, Any]] = []
+    if isinstance(message, Mapping):
+        called = message.get("tool_calls") or message.get("function_call")
+        if called:
+            if not calls:
+                raise ShapeError(f"{column} calls a tool, which is not supported here; write the call into the content")
+            tool_calls = read_functions(without_none(called), column)
+            message = {**message, "content": message.get("content") or ""}
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise ShapeError(f"{column} contains {message!r:.60}, not {{role, content}}")
+    role = message["role"]
+    content = message["content"]
+    if role not in ("system", "user", "assistant", "tool"):
+        raise ShapeError(f"{column} has the role {role!r:.60}, not system, user or assistant")
+    if not isinstance(content, str):
+        raise ShapeError(f"{column} has the content {content!r:.60}, not text")
+    if tool_calls:
+        if role != "assistant":
+            raise ShapeError(f"{column} calls a tool in a message of the {role}, not of the assistant")
+        return {"role": role, "content": content, "tool_calls": tool_calls}
+    if not content.strip() and role in ("user", "assistant"):
+        raise ShapeError(f"{column} has an empty message of the {role}")
+    return {"role": role, "content": content}
+
+
 def _as_text(value: str, column: str) -> str:
-    """Return text, but refuse a list of messages that a table stores as text."""
+    """Return text, but reject a list of messages that a table stores as text."""
     if re.match(r"\s*\[\s*\{\s*['\"](role|content|from)['\"]\s*:", value):
         raise ShapeError(f"{column} has messages as text, {value!r:.60}; save them as JSONL or Parquet")
     return value
@@ -74,41 +93,50 @@ def _with_roles(value: object) -> object:
 
     Tool calls, which are separate messages there, are added to the assistant's message before them.
     """
-    value = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list):
         return value
     messages: list[Any] = []
-    for one in value:
-        match one:
+    for message in value:
+        match message:
             case {"role": "function"}:
-                one = {**one, "role": "tool"}
+                message = {**message, "role": "tool"}
             case {"from": "function_call", "value": call}:
-                before = {"role": "assistant", "content": ""}
+                answer: Mapping[str, Any] = {"role": "assistant", "content": ""}
                 if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
-                    before = messages.pop()
-                one = {**before, "tool_calls": [*(before.get("tool_calls") or ()), call]}
-            case {"from": str(role), "value": content} if one.get("role") is None:
-                one = {"role": ROLES.get(role, role), "content": content}
-        messages.append(one)
+                    answer = messages.pop()
+                message = {**answer, "tool_calls": [*(answer.get("tool_calls") or ()), call]}
+            case {"from": str(role), "value": content} if message.get("role") is None:
+                message = {"role": ROLES.get(role, role), "content": content}
+        messages.append(message)
     return messages
 
 
 def read_functions(value: object, column: str, schemas: bool = False) -> list[dict[str, Any]]:
-    """Return calls, or `schemas`, of tools in OpenAI's form. Each, its arguments, or a list may be JSON as text."""
+    """Return calls of tools or, with `schemas`, their descriptions, in OpenAI's form.
+
+    Each of them, its arguments, or a list of them may be JSON as text. None and "" are no calls.
+    """
     match _parse(value):
         case None | "":
             return []
-        case list(several):
-            return [function for one in several for function in read_functions(one, column, schemas)]
+        case list(items):
+            functions = []
+            for item in items:
+                functions += read_functions(item, column, schemas)
+            return functions
         case {"function": {"name": str(name)} as function} | ({"name": str(name)} as function) if name.strip():
             if schemas:
                 return [{"type": "function", "function": function}]
-            if isinstance(arguments := _parse(function.get("arguments")), Mapping):
-                if any(isinstance(one, float) and not math.isfinite(one) for one in leaves(arguments)):
+            arguments = _parse(function.get("arguments"))
+            if isinstance(arguments, Mapping):
+                if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves(arguments)):
                     raise ShapeError(f"{column} has a number that JSON cannot hold in the call {arguments!r:.60}")
                 return [{"type": "function", "function": {"name": name, "arguments": arguments}}]
-    kind, expected = ("tool", "a function with a name") if schemas else ("call", "a name with an object of arguments")
-    raise ShapeError(f"{column} has the {kind} {value!r:.60}, not {expected}")
+    if schemas:
+        raise ShapeError(f"{column} has the tool {value!r:.60}, not a function with a name")
+    raise ShapeError(f"{column} has the call {value!r:.60}, not a name with an object of arguments")
 
 
 def _parse(value: object) -> Any:
@@ -122,8 +150,10 @@ def _parse(value: object) -> Any:
 def without_none(value: object) -> Any:
     """Remove the keys that are None: in a table, every call has the arguments of all others."""
     if isinstance(value, Mapping):
-        return {key: without_none(one) for key, one in value.items() if one is not None}
-    return [without_none(one) for one in value] if isinstance(value, list) else value
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value]
+    return value
 
 
 def leaves(value: object) -> Iterator[object]:
@@ -131,8 +161,8 @@ def leaves(value: object) -> Iterator[object]:
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, list):
-        for one in value:
-            yield from leaves(one)
+        for item in value:
+            yield from leaves(item)
     else:
         yield value
 
@@ -148,11 +178,17 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
     """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
     # Chat templates write one text, in which the tokenizer would take such a text for the template's special tokens.
-    for column in ("messages", "prompt", "chosen", "rejected", "completion", "tools"):
-        for message in [{"content": row.get(column)}] if column == "tools" else row.get(column) or ():
-            for text in leaves([message["content"], message.get("tool_calls")]):
-                if isinstance(text, str) and (found := tokens.search(text)):
-                    raise ShapeError(f"{column} contains {found.group()}, which the tokenizer reads as a special token")
+    for column in ("messages", "prompt", "chosen", "rejected", "completion"):
+        for message in row.get(column) or ():
+            _refuse_tokens_in([message["content"], message.get("tool_calls")], column, tokens)
+    _refuse_tokens_in(row.get("tools"), "tools", tokens)
+
+
+def _refuse_tokens_in(value: object, column: str, tokens: re.Pattern[str]) -> None:
+    for text in leaves(value):
+        match = tokens.search(text) if isinstance(text, str) else None
+        if match:
+            raise ShapeError(f"{column} contains {match.group()}, which the tokenizer reads as a special token")
 
 
 def as_answer(value: object) -> object:
@@ -163,10 +199,13 @@ def as_answer(value: object) -> object:
         # A number of this size may have lost digits when it was read: JSON's 2^70 and 2^70 + 1 become the same one.
         if abs(value) >= 2.0**53:
             raise ShapeError(f"the number {value} is not exact; write it as text")
-        value = int(value) if value.is_integer() else value
+        if value.is_integer():
+            value = int(value)
     if isinstance(value, date):
         raise ShapeError(f"{value} was read as a date, like its whole column; save the rows as CSV or Parquet")
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(value)
 
 
 def as_messages(answer: str | Messages) -> Messages:
@@ -176,17 +215,19 @@ def as_messages(answer: str | Messages) -> Messages:
 
 def read_answer(value: object, column: str) -> Messages:
     """Return the messages of an answer, which is a text, a message, or a dialogue with tools."""
-    answer = as_messages("") if as_answer(value) is None else _read_answer(value, column)
+    answer = _read_answer("" if as_answer(value) is None else value, column)
     if not answer[0]["content"].strip() and len(answer[0]) == 2:
         raise ShapeError(f"{column} is empty")
     return answer
 
 
-def has_prompt(pair: Row, column: str) -> bool:
-    """Return whether a pair has a separate column for its prompt."""
+def has_prompt(pair: Row, prompt: object) -> bool:
+    """Return whether `prompt`, the value in the column of prompts, is the prompt of a pair; None stands for none."""
+    if prompt is None:
+        return False
     # If the answers are whole conversations, a text in that column is only the last message of their prompt.
-    whole = all(is_whole(pair[side]) for side in ("chosen", "rejected"))
-    return pair.get(column) is not None and not (whole and isinstance(pair[column], str))
+    are_whole = all(is_whole(pair[side]) for side in ("chosen", "rejected"))
+    return not (are_whole and isinstance(prompt, str))
 
 
 def is_whole(answer: object) -> bool:
@@ -203,20 +244,33 @@ def split_answer(turns: list[Any]) -> tuple[list[Any], list[Any]]:
     begin = len(turns)
     while begin and isinstance(turns[begin - 1], Mapping) and turns[begin - 1].get("role") in ("assistant", "tool"):
         begin -= 1
-    begin = min(begin, len(turns) - 1)
-    return turns[: max(begin, 0)], turns[max(begin, 0) :]
+    begin = max(min(begin, len(turns) - 1), 0)
+    return turns[:begin], turns[begin:]
 
 
 def unread_keys(turns: list[Any], is_answer: bool) -> list[str]:
-    """Return the keys of messages that are not read; chat templates may render some of an answer that is a dialogue."""
-    prompt, answer = split_answer(turns) if is_answer else (turns, [])
-    is_dialogue = len(answer) > 1 or any(isinstance(one, Mapping) and one.get("tool_calls") for one in answer)
-    unread = []
-    for messages, read in ((prompt, MESSAGE_KEYS), (answer, MESSAGE_KEYS + RENDERED if is_dialogue else MESSAGE_KEYS)):
-        for message in messages:
-            if isinstance(message, Mapping):
-                unread += [key for key in message if message[key] is not None and key not in read]
-    return unread
+    """Return the keys of messages that are not read; chat templates may render some of an answer that is a dialogue.
+
+    Args:
+        is_answer: Whether the messages end with one of the answers of a pair.
+    """
+    prompt = turns
+    answer: list[Any] = []
+    if is_answer:
+        prompt, answer = split_answer(turns)
+    answer_keys = MESSAGE_KEYS
+    if len(answer) > 1 or any(isinstance(message, Mapping) and message.get("tool_calls") for message in answer):
+        answer_keys = MESSAGE_KEYS + RENDERED
+    return [*_other_keys(prompt, MESSAGE_KEYS), *_other_keys(answer, answer_keys)]
+
+
+def _other_keys(messages: list[Any], keys: Sequence[str]) -> list[str]:
+    """Return the keys of messages that have a value and are not among `keys`."""
+    others = []
+    for message in messages:
+        if isinstance(message, Mapping):
+            others += [key for key in message if message[key] is not None and key not in keys]
+    return others
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
@@ -239,15 +293,16 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
                 raise ShapeError("there is no prompt")
             if isinstance(turns[-1], Mapping) and turns[-1].get("role", "assistant") != "assistant":
                 raise ShapeError(f"{side} ends with the role {turns[-1]['role']!r:.60}, not assistant")
-            before, sides[side] = split_answer(turns)
-            if not before:
+            opening, sides[side] = split_answer(turns)
+            if not opening:
                 raise ShapeError("there is no prompt")
-            prompts.append(read_prompt(before, side, system_prompt))
+            prompts.append(read_prompt(opening, side, system_prompt))
         prompt = prompts[0]
         if prompts[1] != prompt:
             raise ShapeError("chosen and rejected do not answer the same prompt")
-    answers = {side: _read_answer(answer, side, prompt, system_prompt) for side, answer in sides.items()}
-    pair: dict[str, Any] = {"prompt": prompt, **answers}
+    pair: dict[str, Any] = {"prompt": prompt}
+    for side, answer in sides.items():
+        pair[side] = _read_answer(answer, side, prompt, system_prompt)
     if "margin" in row:
         if not isinstance(row["margin"], int | float) or not math.isfinite(row["margin"]):
             raise ShapeError(f"margin is {row['margin']!r:.60}, not a number")
@@ -257,8 +312,14 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
 
 def is_informative(pair: Row) -> bool:
     """Return whether a pair says which answer is better: neither is empty, and they are not the same."""
-    answers = [[{**one, "content": one["content"].strip()} for one in pair[side]] for side in ("chosen", "rejected")]
-    return answers[0] != answers[1] and all(answer[0]["content"] or len(answer[0]) > 2 for answer in answers)
+    answers = []
+    for side in ("chosen", "rejected"):
+        answer = [{**message, "content": message["content"].strip()} for message in pair[side]]
+        has_calls = len(answer[0]) > 2
+        if not answer[0]["content"] and not has_calls:
+            return False
+        answers.append(answer)
+    return answers[0] != answers[1]
 
 
 def labelled_pair(
@@ -266,38 +327,63 @@ def labelled_pair(
 ) -> dict[str, Any]:
     """Return two answers, texts or messages, of which `annotator` prefers the chosen one, as a row of a data set.
 
-    `kind` is the kind of the prompt; `tastes` are the noise-free tastes of both answers, if known.
+    Args:
+        chosen_first: Whether the annotator saw the chosen answer first.
+        kind: Kind of the prompt.
+        tastes: Noise-free tastes of the chosen and the rejected answer, if known.
     """
-    pair = {"chosen": as_messages(chosen), "rejected": as_messages(rejected)}
-    about = {"annotator": annotator, "first": "chosen" if chosen_first else "rejected", "kind": kind}
     taste_chosen, taste_rejected = tastes or (None, None)
-    return {"prompt": prompt, **pair, **about, "taste_chosen": taste_chosen, "taste_rejected": taste_rejected}
+    return {
+        "prompt": prompt,
+        "chosen": as_messages(chosen),
+        "rejected": as_messages(rejected),
+        "annotator": annotator,
+        "first": "chosen" if chosen_first else "rejected",
+        "kind": kind,
+        "taste_chosen": taste_chosen,
+        "taste_rejected": taste_rejected,
+    }
 
 
 def _read_answer(
     value: object, column: str, prompt: Messages | None = None, system_prompt: str | None = None
 ) -> Messages:
     """Read an answer like `read_answer`, but allow an empty one, or a conversation that begins with this prompt."""
-    if isinstance(value := as_answer(value), str):
+    value = as_answer(value)
+    if isinstance(value, str):
         return as_messages(_as_text(value, column))
-    # A conversation may repeat the prompt.
     if isinstance(value, list) and value:
-        before, answer = split_answer(value)
-        value = answer if before and read_messages(before, column, system_prompt) == prompt else value
-    turns = value if isinstance(value, list) else []
-    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
-    asks = any(isinstance(one, Mapping) and one.get("role") in ("system", "user") for one in turns)
-    if first.get("role") == "assistant" and not asks and (len(turns) > 1 or first.get("tool_calls")):
-        messages = read_messages(turns, column, calls=True)
-        if messages[-1]["role"] != "assistant":
-            raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
-        kept = ({key: one[key] for key in RENDERED if one.get(key)} for one in turns)
-        return [{**message, **more} for message, more in zip(messages, kept, strict=True)]
+        # A conversation may repeat the prompt.
+        opening, answer = split_answer(value)
+        if opening and read_messages(opening, column, system_prompt) == prompt:
+            value = answer
+    if isinstance(value, list) and _is_dialogue(value):
+        return _read_dialogue(value, column)
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], Mapping):
         raise ShapeError(f"{column} is {value!r:.60}, not one answer to the prompt")
-    role, content = value[0].get("role"), value[0].get("content")
+    role = value[0].get("role")
+    content = value[0].get("content")
     if role != "assistant":
         raise ShapeError(f"{column} has the role {role!r:.60}, not assistant")
     if not isinstance(content, str):
         raise ShapeError(f"{column} is {content!r:.60}, not text")
     return as_messages(content)
+
+
+def _is_dialogue(turns: list[Any]) -> bool:
+    """Return whether an answer is a dialogue with tools: it begins with the assistant, and nobody asks again."""
+    if not turns or not isinstance(turns[0], Mapping) or turns[0].get("role") != "assistant":
+        return False
+    if any(isinstance(turn, Mapping) and turn.get("role") in ("system", "user") for turn in turns):
+        return False
+    return len(turns) > 1 or bool(turns[0].get("tool_calls"))
+
+
+def _read_dialogue(turns: list[Any], column: str) -> Messages:
+    """Read an answer that is a dialogue with tools; its messages keep the keys in `RENDERED`."""
+    messages = read_messages(turns, column, calls=True)
+    if messages[-1]["role"] != "assistant":
+        raise ShapeError(f"{column} is {turns!r:.60}, not one answer to the prompt")
+    for message, turn in zip(messages, turns, strict=True):
+        message |= {key: turn[key] for key in RENDERED if turn.get(key)}
+    return messages

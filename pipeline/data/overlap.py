@@ -13,13 +13,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.data.arguments import ANSWERS, CONTEXTS, CONVERSATIONS, PROMPTS
 from pipeline.errors import Problem, UserError
 
-PROMPT_COLUMNS = (
-    "messages", "conversations", "conversation", "prompt", "question", "problem", "query", "q", "instruction", "input",
-    "context", "passage", "text", "document", "content",
-)  # fmt: skip
-ANSWER_COLUMNS = ("completion", "answer", "a", "solution", "response", "output", "chosen", "rejected")
+PROMPT_COLUMNS = tuple(dict.fromkeys((*CONVERSATIONS, *PROMPTS, *CONTEXTS, "passage", "text", "document", "content")))
+"""Columns whose texts, in this order, precede the answers."""
+ANSWER_COLUMNS = (*ANSWERS, "chosen", "rejected")
 
 # Kana and Chinese characters, each of which is a word, because these languages are written without spaces.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -61,9 +60,11 @@ class NgramIndex:
     def add(self, texts: Iterable[str]) -> list[int]:
         """Index the n-grams of texts, and return their hashes in order."""
         added: list[int] = []
-        for tokens in map(words, texts):
-            if size := min(self.n, len(tokens)):
-                hashes = list(map(hash, ngrams(tokens, size)))
+        for text in texts:
+            tokens = words(text)
+            size = min(self.n, len(tokens))
+            if size:
+                hashes = [hash(ngram) for ngram in ngrams(tokens, size)]
                 self._hashes.setdefault(size, set()).update(hashes)
                 added += hashes
         return added
@@ -74,8 +75,9 @@ class NgramIndex:
         for size, indexed in self._hashes.items():
             # Almost no text overlaps, and `isdisjoint` runs in C.
             if not indexed.isdisjoint(map(hash, ngrams(tokens, size))):
-                found = (gram for gram in ngrams(tokens, size) if hash(gram) in indexed)
-                yield from ((hash(gram), " ".join(gram)) for gram in found)
+                for ngram in ngrams(tokens, size):
+                    if hash(ngram) in indexed:
+                        yield hash(ngram), " ".join(ngram)
 
     def overlaps(self, text: str) -> bool:
         """Return whether a text shares an n-gram with, or contains, an indexed text."""
@@ -93,7 +95,10 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 
 
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
-    """Look for test rows with `n` consecutive words in common with a training row; both are read once."""
+    """Look for test rows with `n` consecutive words in common with a training row; both are read once.
+
+    A test row of fewer words overlaps with a training row that contains all of them.
+    """
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
     # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
@@ -104,8 +109,12 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
             for value, shared in index.find(text):
                 first.setdefault(value, (train_count, shared))
         train_count += 1
-    found = [next((first[value] for value in hashes if value in first), None) for hashes in hashes_per_row]
-    matches = [Match(number, *shared) for number, shared in enumerate(found) if shared is not None]
+    matches = []
+    for test_row, hashes in enumerate(hashes_per_row):
+        shared_hash = next((value for value in hashes if value in first), None)
+        if shared_hash is not None:
+            train_row, shared = first[shared_hash]
+            matches.append(Match(test_row, train_row, shared))
     return Overlap(matches, len(hashes_per_row), train_count)
 
 
@@ -113,24 +122,32 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     """Return the texts of a row: the prompt alone, and with each answer. Without known columns, all text columns."""
     # {"question": "2 + 3?", "answer": "5", "chosen": "Five."}  ->  "2 + 3?", "2 + 3? 5", "2 + 3? Five."
     row = {name.strip().casefold(): value for name, value in row.items()}
-    prompt = " ".join(filter(None, (_flatten(row[name]) for name in PROMPT_COLUMNS if name in row)))
-    answers = [text for name in ANSWER_COLUMNS if name in row and (text := _flatten(row[name]))]
+    prompts = [_flatten(row[name]) for name in PROMPT_COLUMNS if name in row]
+    prompt = " ".join(text for text in prompts if text)
+    answers = [_flatten(row[name]) for name in ANSWER_COLUMNS if name in row]
+    answers = [answer for answer in answers if answer]
     if not prompt and not answers:
         return [value for value in row.values() if isinstance(value, str)]
-    found = [prompt, *(f"{prompt} {answer}" for answer in answers)]
-    for turns in (row[name] for name in PROMPT_COLUMNS[:3] if isinstance(row.get(name), list | tuple)):
-        asked = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
-        found.append(_flatten(asked))
-    return list(dict.fromkeys(text for text in found if text))
+    row_texts = [prompt]
+    row_texts += [f"{prompt} {answer}" for answer in answers]
+    for name in CONVERSATIONS:
+        turns = row.get(name)
+        if isinstance(turns, list | tuple):
+            # What the user says alone, which may be a prompt of the test data.
+            questions = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
+            row_texts.append(_flatten(questions))
+    return list(dict.fromkeys(text for text in row_texts if text))
 
 
 def _flatten(value: object) -> str:
-    """Return a text, or the contents of a message or of a list of them in order; "" for anything else."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(_flatten, value)) if all(isinstance(item, Mapping) for item in value) else ""
+    """Return a text, or the contents of a message or of a list of messages in order; "" for anything else."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
-        value = str(value.get("content") or value.get("value") or "")
-    return value if isinstance(value, str) else ""
+        return str(value.get("content") or value.get("value") or "")
+    if isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value):
+        return " ".join(_flatten(message) for message in value)
+    return ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,12 +171,13 @@ def main(args: argparse.Namespace) -> int:
     trains = [_open_rows(name, "train", args.document) for name in args.train]
     too_much = False
     for name, rows in tests.items():
-        found = overlap(chain.from_iterable(trains), rows, args.n)
-        too_much |= found.share > args.max_share
-        shared = f"{len(found.matches)} of {found.test_rows} rows ({found.share:.2%}) share {args.n} words in a row"
-        counted = "; rows count from 0" if found.matches else ""
-        print(f"{name}: {shared}, or all their words, with {found.train_rows} training rows{counted}")
-        for match in found.matches[: args.examples]:
+        result = overlap(chain.from_iterable(trains), rows, args.n)
+        if result.share > args.max_share:
+            too_much = True
+        shared = f"{len(result.matches)} of {result.test_rows} rows ({result.share:.2%}) share {args.n} words in a row"
+        counted = "; rows count from 0" if result.matches else ""
+        print(f"{name}: {shared}, or all their words, with {result.train_rows} training rows{counted}")
+        for match in result.matches[: args.examples]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(too_much)
 
@@ -169,9 +187,14 @@ def _open_rows(name: str, field: str, document: str | None) -> Sequence[Mapping[
     # Imported here, because `datasets` takes seconds, and `--help` does not need it.
     from pipeline.data.sources import open_source
 
-    dataset, config, split = (name, "", "") if Path(name).exists() else (*name.split(":"), "", "")[:3]
+    dataset = name
+    config = ""
+    split = ""
+    if not Path(name).exists():
+        dataset, config, split = (*name.split(":"), "", "")[:3]
     splits = open_source(dataset, config or None, document=document)
-    split = split or (next(iter(splits)) if len(splits) == 1 else field)
+    if not split:
+        split = next(iter(splits)) if len(splits) == 1 else field
     if split not in splits:
         raise UserError(Problem(field, name, f"there is no split {split}; choose from: {', '.join(splits)}"))
     rows = splits[split]

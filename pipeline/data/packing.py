@@ -34,7 +34,10 @@ def pack_documents(
 
     Each document, a text of `column` or its tokens, is `bos + text + eos`. A document cut off by the end of a block
     continues in the next block as if it began there. On disk a token takes 2 bytes, or 4 if the vocabulary is larger
-    than 65,536. By default, one process tokenizes, on all cores.
+    than 65,536.
+
+    Args:
+        num_proc: Number of processes that tokenize. Default: this one, on all cores.
     """
     encode = Encoder.of(tokenizer)
 
@@ -50,7 +53,7 @@ def pack_documents(
 
 @dataclass
 class Encoder:
-    """Tokens of documents: `bos + text + eos`, one document after the other. `largest` is the last token."""
+    """Tokens of documents: `bos + text + eos`, one document after the other. `largest` is the last token's id."""
 
     backend: Tokenizer
     bos: int
@@ -75,14 +78,17 @@ class Encoder:
         return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest, dtype)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
-        """Return the tokens, shape (tokens,), of documents, which are texts or already tokens."""
+        """Return the tokens, shape (tokens,), of documents, which are texts or already tokens.
+
+        Raise a `UserError` if tokens are not `bos + text + eos`, or not from this tokenizer.
+        """
         if isinstance(documents[0], str):
             # A document that spells a special token must not end there.
             self.backend.encode_special_tokens = True
             pieces = []
             for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
-                some = documents[begin : begin + DOCUMENTS_AT_ONCE]
-                encoded = self.backend.encode_batch_fast(some, add_special_tokens=False)
+                batch = documents[begin : begin + DOCUMENTS_AT_ONCE]
+                encoded = self.backend.encode_batch_fast(batch, add_special_tokens=False)
                 tokens = chain.from_iterable((self.bos, *text.ids, self.eos) for text in encoded)
                 # Convert directly to an array: lists of Python integers take 30 bytes a token.
                 pieces.append(np.fromiter(tokens, self.dtype))
@@ -91,7 +97,8 @@ class Encoder:
             remedy = f"documents must begin with the tokenizer's bos ({self.bos}) and end with its eos ({self.eos})"
             raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
         ids = np.concatenate(documents)
-        if (largest := ids.max()) > self.largest:
+        largest = ids.max()
+        if largest > self.largest:
             remedy = f"contain the token {largest}, but the tokenizer's last is {self.largest}; give a matching one"
             raise UserError(Problem("dataset_name", "the shards", remedy))
         return ids.astype(self.dtype)

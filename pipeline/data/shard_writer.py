@@ -38,7 +38,9 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
     from datatrove.data import Document
 
     rows, _ = load_splits(data_args, "text", evaluation=False)
-    for number, row in enumerate(rows.shard(world_size, rank) if world_size > 1 else rows):
+    if world_size > 1:
+        rows = rows.shard(world_size, rank)
+    for number, row in enumerate(rows):
         yield Document(row["text"], f"{rank}/{number}")
 
 
@@ -56,29 +58,23 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     except ImportError:
         remedy = "needs datatrove, which is not installed; pip install 'fourstage[datatrove]'"
         raise UserError(Problem("executor", args.executor, remedy)) from None
-    name, *others = data_args.dataset_names
-    if others:
+    if len(data_args.dataset_names) > 1:
         remedy = "are several data sets; run a command for each, with its own folder, and pretrain on all folders"
         raise UserError(Problem("dataset_name", ", ".join(data_args.dataset_names), remedy))
+    name = data_args.dataset_names[0]
     source = Path(name).expanduser()
-    name = str(source.absolute()) if source.exists() else name
+    if source.exists():
+        name = str(source.absolute())
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
     rows, _ = load_splits(data_args, "text", evaluation=False)
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
-    record = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
-    # The arguments that determine which documents the shards contain.
-    fields = (
-        "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
-        "document",
-    )  # fmt: skip
-    record |= {field: getattr(data_args, field) for field in fields}
-
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
-    files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: json.dumps(record, indent=2)}
+    record = json.dumps(_describe_documents(data_args, source, tasks), indent=2)
+    files = {TOKENIZER: document_tokenizer(tokenizer), RECORD: record}
     refuse(*check_arguments(args, folder, source, files))
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_text(folder / name, content)
+    for file_name, content in files.items():
+        write_text(folder / file_name, content)
     # Not shuffled, because a stream of shards is shuffled when it is read.
     options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
     write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)
@@ -100,9 +96,24 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
         LocalPipelineExecutor(steps, **options).run()
 
 
+def _describe_documents(data_args: DataArguments, source: Path, tasks: int) -> dict[str, Any]:
+    """Return the content of `RECORD`: the number of shards, and what determines which documents they contain."""
+    fields = (
+        "dataset_name", "dataset_config", "dataset_train_split", "keep_rows", "max_train_samples", "text_column",
+        "document",
+    )  # fmt: skip
+    record: dict[str, Any] = {"tasks": tasks, "digest": digest_of(source) if source.exists() else None}
+    for name in fields:
+        record[name] = getattr(data_args, name)
+    return record
+
+
 def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Mapping[str, str]) -> list[Problem]:
     """Check the arguments for writing shards of `source` to `folder`, which will have `files`: texts by name."""
-    problems = [problem] if (problem := check_directory(args.output_dir)) else []
+    problems = []
+    problem = check_directory(args.output_dir)
+    if problem is not None:
+        problems.append(problem)
     if folder.resolve().is_relative_to(source.resolve()):
         remedy = "lies inside dataset_name, and would be read as data; choose another directory"
         problems.append(Problem("output_dir", args.output_dir, remedy))
@@ -115,7 +126,8 @@ def check_arguments(args: ShardArguments, folder: Path, source: Path, files: Map
     if args.executor == "ray" and find_spec("ray") is None:
         problems.append(Problem("executor", args.executor, "needs Ray, which is not installed; pip install ray"))
     for name, content in files.items():
-        if (folder / name).exists() and (folder / name).read_text() != content:
+        file = folder / name
+        if file.exists() and file.read_text() != content:
             what = "another tokenizer" if name == TOKENIZER else "other documents"
             remedy = f"has shards of {what}, as {name} says; give another folder, or delete {folder}"
             problems.append(Problem("output_dir", args.output_dir, remedy))

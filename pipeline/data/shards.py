@@ -43,7 +43,8 @@ def open_shards(folder: Path) -> IterableDatasetDict:
         parts = file.relative_to(folder).parts
         splits.setdefault(parts[0] if len(parts) > 1 else "train", []).append(file)
     refuse(*map(_validate, splits.values()))
-    features, streams = Features({TOKENS: List(Value("uint32"))}), IterableDatasetDict()
+    features = Features({TOKENS: List(Value("uint32"))})
+    streams = IterableDatasetDict()
     for name, files in splits.items():
         streams[name] = IterableDataset.from_generator(_documents, features, {"files": files}, NamedSplit(name))
     return streams
@@ -70,11 +71,14 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def check_tokenizers(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Report shards made with a tokenizer other than the model's. Shards of other programs do not name theirs."""
-    own = Tokenizer.from_str(document_tokenizer(tokenizer)).to_str()
-    files = [record.with_name(TOKENIZER) for record in folder.rglob(RECORD)]
-    others = [file for file in files if Tokenizer.from_file(str(file)).to_str() != own]
+    expected = Tokenizer.from_str(document_tokenizer(tokenizer)).to_str()
     remedy = "is not the tokenizer of the model; give the tokenizer of the shards, or make them again"
-    return [Problem("tokenizer_name_or_path", file, remedy) for file in others]
+    problems = []
+    for record in folder.rglob(RECORD):
+        file = record.with_name(TOKENIZER)
+        if Tokenizer.from_file(str(file)).to_str() != expected:
+            problems.append(Problem("tokenizer_name_or_path", file, remedy))
+    return problems
 
 
 def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
@@ -85,8 +89,10 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
     #   NAME.ds.index   3          5
     for file in files:
         ends = np.fromfile(f"{file}.index", "<u8")
-        size = file.stat().st_size // int(ends[-1]) if len(ends) else 2
-        tokens: np.ndarray = np.memmap(file, f"<u{size}", "r") if len(ends) else np.empty(0, "<u2")
+        if not len(ends):
+            continue
+        size = file.stat().st_size // int(ends[-1])
+        tokens: np.ndarray = np.memmap(file, f"<u{size}", "r")
         begin = 0
         for end in ends:
             yield {TOKENS: tokens[begin:end]}
@@ -94,22 +100,35 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _validate(files: Sequence[Path]) -> Problem | None:
+    """Return what is wrong with the shards of a split, or None."""
     total = 0
     for file in files:
-        try:
-            # The first lines are, for instance, "/tokens/tokenizer.json|2" (bytes of a token) and "51200" (tokens).
-            name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
-            size, tokens = int(name.rpartition("|")[2]), int(number)
-            end = int(np.memmap(f"{file}.index", "<u8", "r")[-1]) if tokens else 0
-            is_whole = file.stat().st_size == size * tokens and end == tokens
-        except (OSError, ValueError):
-            is_whole = False
-        if not is_whole:
+        tokens = _count_tokens(file)
+        if tokens is None:
             remedy = "does not match its .index and .metadata: it is still being written, or damaged"
             return Problem("dataset_name", file, f"{remedy}; wait for it, or make it again")
         total += tokens
-    tasks = read_json(files[0].parent / RECORD).get("tasks", len(files))
-    remedy = "" if total else "is empty; choose one that has rows"
+    folder = files[0].parent
+    tasks = read_json(folder / RECORD).get("tasks", len(files))
     if tasks != len(files):
         remedy = f"has {len(files)} of {tasks} shards; repeat the command that makes them to get the rest"
-    return Problem("dataset_name", files[0].parent, remedy) if remedy else None
+        return Problem("dataset_name", folder, remedy)
+    if not total:
+        return Problem("dataset_name", folder, "is empty; choose one that has rows")
+    return None
+
+
+def _count_tokens(file: Path) -> int | None:
+    """Return the number of tokens of a shard, or None if its three files do not match."""
+    try:
+        # The first lines are, for instance, "/tokens/tokenizer.json|2" (bytes of a token) and "51200" (tokens).
+        name, number, *_ = Path(f"{file}.metadata").read_text(encoding="utf-8").split("\n")
+        size = int(name.rpartition("|")[2])
+        tokens = int(number)
+        end = 0
+        if tokens:
+            end = int(np.memmap(f"{file}.index", "<u8", "r")[-1])
+        is_whole = file.stat().st_size == size * tokens and end == tokens
+    except (OSError, ValueError):
+        return None
+    return tokens if is_whole else None

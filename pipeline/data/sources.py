@@ -11,7 +11,7 @@ import zlib
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import pyarrow as pa
@@ -24,8 +24,16 @@ from huggingface_hub import DatasetCard, constants, hf_hub_download, snapshot_do
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from pipeline.data.arguments import SPLITS
-from pipeline.data.columns import CONVERSATIONS, TEXT_COLUMNS, Split, Splits, column_names, find_column
-from pipeline.data.documents import TO_UTF8, choose_table, digest_of, open_bytes, open_documents, open_text
+from pipeline.data.columns import Split, Splits, column_names
+from pipeline.data.documents import (
+    TO_UTF8,
+    choose_table,
+    digest_of,
+    open_bytes,
+    open_documents,
+    open_text,
+    rows_of_json,
+)
 from pipeline.data.shards import is_shards, open_shards
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import HUB_UNREACHABLE, Problem, UserError, as_typed
@@ -90,7 +98,8 @@ def open_source(
             raise UserError(Problem("dataset_streaming", streaming, remedy))
         return open_shards(path)
     # `datasets` writes every file that it converts to its cache.
-    if check_directory(cache := Path(datasets.config.HF_DATASETS_CACHE)):
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    if check_directory(cache):
         remedy = "this cache of data sets is not writable; set HF_HOME to a writable directory"
         raise UserError(Problem("HF_HOME", cache, remedy))
     # `datasets` logs the traceback of a file that cannot be parsed; the error is reported below in one line.
@@ -108,8 +117,8 @@ def open_source(
             _check_config(str(path), config, None)
             # `datasets` caches a folder with a card under the name of the folder, whatever its path and content: from
             # the common cache, it would return the rows of another run's `data`, or outdated ones of this run's.
-            own_cache = str(cache / "folders" / digest_of(path))
-            return datasets.load_dataset(str(path), config, cache_dir=own_cache, streaming=streaming)
+            cache_of_folder = str(cache / "folders" / digest_of(path))
+            return datasets.load_dataset(str(path), config, cache_dir=cache_of_folder, streaming=streaming)
         if config is not None:
             # A recipe's data set was replaced on the command line, but its configuration was not.
             logger.info("dataset_config %s is ignored: plain files do not have configurations", config)
@@ -143,9 +152,12 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
     except ConnectionError:
         remedy = HUB_UNREACHABLE
     except (DatasetNotFoundError, FileNotFoundError):
-        what = f"a public data set on the Hub{f' with a revision {revision}' if revision else ''}"
-        unknown = f"is neither a local path nor {what} (log in for a private one)"
-        remedy = HUB_UNREACHABLE if constants.HF_HUB_OFFLINE else unknown
+        what = "a public data set on the Hub"
+        if revision:
+            what += f" with a revision {revision}"
+        remedy = f"is neither a local path nor {what} (log in for a private one)"
+        if constants.HF_HUB_OFFLINE:
+            remedy = HUB_UNREACHABLE
     except UNREADABLE as error:
         raise UserError(*locate_error(Path(name), error)) from None
     raise UserError(Problem("dataset_name", name, remedy))
@@ -176,165 +188,224 @@ def _check_card(folder: Path, name: str) -> None:
 def _check_config(builder: str, config: str | None, revision: str | None) -> None:
     """Report a configuration that is missing or does not exist, before anything is read."""
     try:
-        known = datasets.get_dataset_config_names(builder, revision=revision)
+        names = datasets.get_dataset_config_names(builder, revision=revision)
     except (DatasetNotFoundError, *UNREADABLE):
         # Loading the data gives a better message.
         return
-    if config in known or (config is None and (len(known) < 2 or "default" in known)):
+    if config in names or (config is None and (len(names) < 2 or "default" in names)):
         return
-    remedy = f"choose from: {', '.join(known)}{', or set it to null' if len(known) == 1 else ''}"
+    remedy = f"choose from: {', '.join(names)}"
+    if len(names) == 1:
+        remedy += ", or set it to null"
     raise UserError(Problem("dataset_config", config or "nothing", f"there is no such configuration; {remedy}"))
 
 
 def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     """Open a file, or the files in a folder by their suffixes, and join the files of a split. Log the others."""
-    kinds = f"{', '.join(BUILDERS)}, also compressed (.gz)"
-    if path.is_file() and _suffix(path) not in BUILDERS:
-        remedy = f"this type of file is not supported; {CONVERSIONS.get(_suffix(path), f'save it as one of {kinds}')}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    listed, entered = [path] if path.is_file() else [], set()
-    for root, folders, names in os.walk(path, followlinks=True):
-        # Links to folders may form a loop.
-        is_new = (real := os.path.realpath(root)) not in entered
-        entered.add(real)
-        folders[:] = sorted(one for one in folders if not one.startswith((".", "__"))) if is_new else []
-        listed += [Path(root, name) for name in names if is_new]
-    is_data: dict[Path, bool] = {}
-    for file in sorted(filter(Path.is_file, listed)):
-        if not any(part.startswith((".", "__")) for part in file.relative_to(path).parts):
-            suffix, is_about_data = _suffix(file), file != path and NO_DATA.fullmatch(file.name)
-            # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
-            is_filled = file.stat().st_size > 0 or (file != path and suffix in JSON_LINES)
-            if BUILDERS.get(suffix) == "csv" and is_filled and file != path:
-                # A table may consist of just a header.
-                with open_text(file) as lines:
-                    is_filled = len([*islice(filter(str.strip, lines), 2)]) == 2
-            is_data[file] = suffix in BUILDERS and not is_about_data and is_filled
-    files = [file for file in is_data if is_data[file]]
-    unread = [file.name for file in is_data if not is_data[file]]
-    named = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+    files, unread = _list_files(path)
     if not files:
-        advice = next((CONVERSIONS[_suffix(file)] + ", or " for file in is_data if _suffix(file) in CONVERSIONS), "")
-        remedy = f"does not contain data ({named or 'no files'}); {advice}give a file or folder of {kinds}"
-        raise UserError(Problem("dataset_name", path, remedy))
-    about_data = [str(file.relative_to(path)) for file in is_data if NO_DATA.fullmatch(file.name) and file != path]
-    if texts := [name for name in about_data if _suffix(Path(name)) in (".txt", ".md")]:
+        _refuse_unreadable(path, unread)
+    about_data = [str(file.relative_to(path)) for file in unread if NO_DATA.fullmatch(file.name)]
+    texts = [name for name in about_data if _suffix(Path(name)) in (".txt", ".md")]
+    if texts:
         what = "not read, because of its name; if it is a document, rename it"
         logger.info("%-11s %s: %s: %s", "data", path, ", ".join(texts[:5]), what)
     if unread:
-        logger.info("%s: not read, because they are not data, or empty: %s", path, named)
+        logger.info("%s: not read, because they are not data, or empty: %s", path, _name_some(unread))
 
-    found: dict[Path, str | None] = {}
-    for file in files:
-        # The split that a file belongs to, if any, by the names of its folders or its own.
-        name = file.relative_to(path)
-        match = SHARDED.fullmatch(name.as_posix()) or next(filter(None, map(SPLIT.fullmatch, name.parts)), None)
-        found[file] = SPLIT_NAMES.get(match[1].lower(), match[1]) if match else None
-    other = next((file for file, split in found.items() if split is None), None)
-    if other is not None and "train" in found.values():
-        known = next(file for file, split in found.items() if split)
-        remedy = f"does not name a split, as {known} does ({found[known]}); rename or move one of them"
-        raise UserError(Problem("dataset_name", other, remedy))
+    split_of = {file: _split_of(file.relative_to(path)) for file in files}
+    without_split = [file for file in files if split_of[file] is None]
+    if without_split and "train" in split_of.values():
+        example = next(file for file in files if split_of[file] is not None)
+        remedy = f"does not name a split, as {example} does ({split_of[example]}); rename or move one of them"
+        raise UserError(Problem("dataset_name", without_split[0], remedy))
     joined: dict[str, Split] = {}
-    for split in dict.fromkeys((*SPLITS, *sorted(filter(None, found.values())))):
-        if own := [file for file in files if (found[file] or "train") == split]:
-            joined[split] = _open_split(own, split, document, streaming)
+    for split in dict.fromkeys((*SPLITS, *sorted(filter(None, split_of.values())))):
+        files_of_split = [file for file in files if (split_of[file] or "train") == split]
+        if files_of_split:
+            joined[split] = _open_split(files_of_split, split, document, streaming)
             rows = "a stream" if streaming else f"{len(joined[split]):,} rows"
-            logger.info("%-11s %s, split %s: read %d files, %s", "data", path, split, len(own), rows)
+            logger.info("%-11s %s, split %s: read %d files, %s", "data", path, split, len(files_of_split), rows)
     return (IterableDatasetDict if streaming else DatasetDict)(joined)
+
+
+def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files with data of a folder, sorted, and its other files; of a file, this file.
+
+    Hidden files, and everything in folders that begin with `.` or `__`, are in neither list.
+    """
+    if path.is_file():
+        if _suffix(path) not in BUILDERS:
+            remedy = CONVERSIONS.get(_suffix(path), f"save it as one of {_supported_types()}")
+            raise UserError(Problem("dataset_name", path, f"this type of file is not supported; {remedy}"))
+        return ([path], []) if path.stat().st_size > 0 else ([], [path])
+    listed: list[Path] = []
+    entered: set[str] = set()
+    for root, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(root)
+        # Links to folders may form a loop.
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(folder for folder in folders if not folder.startswith((".", "__")))
+        listed += [Path(root, name) for name in names if not name.startswith((".", "__"))]
+    files: list[Path] = []
+    unread: list[Path] = []
+    for file in sorted(filter(Path.is_file, listed)):
+        is_data = _suffix(file) in BUILDERS and not NO_DATA.fullmatch(file.name) and _has_rows(file)
+        (files if is_data else unread).append(file)
+    return files, unread
+
+
+def _has_rows(file: Path) -> bool:
+    """Return whether a file of a folder may have rows, by its size or the first lines of a table."""
+    if file.stat().st_size == 0:
+        # An empty file of JSON Lines stays in a folder, because each file of a stream has a number.
+        return _suffix(file) in JSON_LINES
+    if BUILDERS.get(_suffix(file)) != "csv":
+        return True
+    # A table may consist of just a header.
+    with open_text(file) as lines:
+        first_lines = list(islice(filter(str.strip, lines), 2))
+    return len(first_lines) == 2
+
+
+def _supported_types() -> str:
+    return f"{', '.join(BUILDERS)}, also compressed (.gz)"
+
+
+def _name_some(files: list[Path]) -> str:
+    """Return the names of the first five files, and how many more there are."""
+    names = ", ".join(file.name for file in files[:5])
+    return f"{names} and {len(files) - 5} more" if len(files) > 5 else names
+
+
+def _refuse_unreadable(path: Path, unread: list[Path]) -> NoReturn:
+    """Raise a `UserError` for a file or folder without data, which may say how to convert the files."""
+    advice = ""
+    for file in unread:
+        if _suffix(file) in CONVERSIONS:
+            advice = f"{CONVERSIONS[_suffix(file)]}, or "
+            break
+    remedy = f"does not contain data ({_name_some(unread) or 'no files'}); "
+    raise UserError(Problem("dataset_name", path, f"{remedy}{advice}give a file or folder of {_supported_types()}"))
+
+
+def _split_of(name: Path) -> str | None:
+    """Return the split that a file belongs to by the names of its folders or its own, or None if they name none."""
+    sharded = SHARDED.fullmatch(name.as_posix())
+    if sharded:
+        return SPLIT_NAMES.get(sharded[1].lower(), sharded[1])
+    for part in name.parts:
+        match = SPLIT.fullmatch(part)
+        if match:
+            return SPLIT_NAMES.get(match[1].lower(), match[1])
+    return None
 
 
 def _suffix(path: Path) -> str:
     """Return the lower-case suffix that says how a file is read, ignoring a suffix such as `.gz`."""
-    return next((one for one in reversed(path.suffixes) if one.lower() not in COMPRESSIONS), "").lower()
+    for suffix in reversed(path.suffixes):
+        if suffix.lower() not in COMPRESSIONS:
+            return suffix.lower()
+    return ""
 
 
 def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
     """Open the files of a split, and join their rows or, if columns differ, their texts."""
-    # Files that are read in the same way are opened together.
-    groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
-    # The first file of each part, and its rows.
+    # Each part is the first of some files, which messages name, and their rows. First come the JSON files that are a
+    # single object, then the files that are opened together, because they are read in the same way.
     parts: list[tuple[Path, Split]] = []
+    groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
-        with file.open("rb") as content:
-            if content.read(32).startswith(b"version https://git-lfs"):
-                remedy = "is only a Git LFS pointer; fetch the file with `git lfs pull`"
-                raise UserError(Problem("dataset_name", file, remedy))
-        if (builder := BUILDERS[_suffix(file)]) == "json":
-            with open_bytes(file) as content:
-                sample = content.read(1 << 16)
-            if sample.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise UserError(Problem("dataset_name", file, "is UTF-16; convert it: `iconv -f UTF-16 -t UTF-8`"))
-            # Any value but a list or an object crashes pyarrow's reader.
-            if _suffix(file) == ".json" and sample.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"[", b"{"):
-                remedy = "must contain a list of rows, or an object; correct the file"
-                raise UserError(Problem("dataset_name", file, remedy))
-            if _suffix(file) == ".json" and (rows := _rows_of_object(file, sample)):
-                own = Dataset.from_list(rows, split=NamedSplit(split))
-                parts.append((file, own.to_iterable_dataset() if streaming else own))
+        _refuse_lfs_pointer(file)
+        builder = BUILDERS[_suffix(file)]
+        if builder == "json":
+            object_rows = rows_of_json(file, is_lines=_suffix(file) in JSON_LINES)
+            if object_rows:
+                rows = Dataset.from_list(object_rows, split=NamedSplit(split))
+                parts.append((file, rows.to_iterable_dataset() if streaming else rows))
                 continue
         options = choose_table(file) if builder == "csv" else {}
-        groups.setdefault(repr((builder, options)), (builder, options, []))[2].append(file)
-    for builder, options, some in groups.values():
+        _, _, group = groups.setdefault(repr((builder, options)), (builder, options, []))
+        group.append(file)
+    for builder, options, group in groups.values():
         if builder == "text":
-            parts.append((some[0], open_documents(some, document, streaming, split, is_single=len(files) == 1)))
-            continue
-        load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
+            rows = open_documents(group, document, streaming, split, is_single=len(files) == 1)
+            parts.append((group[0], rows))
+        else:
+            parts += _open_group(group, builder, split, options, streaming)
+    return _join_parts(parts)
+
+
+def _refuse_lfs_pointer(file: Path) -> None:
+    with file.open("rb") as content:
+        begin = content.read(32)
+    if begin.startswith(b"version https://git-lfs"):
+        remedy = "is only a Git LFS pointer; fetch the file with `git lfs pull`"
+        raise UserError(Problem("dataset_name", file, remedy))
+
+
+def _open_group(
+    files: list[Path], builder: str, split: str, options: dict[str, Any], streaming: bool
+) -> list[tuple[Path, Split]]:
+    """Open files that one `builder` reads with the same `options`, together if their types can be made the same.
+
+    Return the parts, each the first of its files and their rows.
+    """
+    load = partial(_load, builder=builder, split=split, options={**options, "streaming": streaming})
+    parts: list[tuple[Path, Split]] = []
+    if streaming and len(files) > 1:
         # A stream fails at a file with other types than its first one. The first rows of each file show its types.
-        filled = [file for file in some if file.stat().st_size > 0] if streaming and len(some) > 1 else []
-        sample = {**options, "streaming": True} | ({"chunksize": 1 << 17} if builder == "json" else {})
-        # Even for a single stream, joining determines the types of a table.
-        alone = [(file, concatenate_datasets([load([file], options=sample)])) for file in filled]
-        if all(part.features == alone[0][1].features for _, part in alone):
-            try:
-                parts.append((some[0], load(some)))
-                continue
-            except UNREADABLE:
-                # The types come from the first file, in which a column may have no values.
-                alone = [(file, load([file])) for file in some if file.stat().st_size > 0]
-        columns = set(column_names(alone[0][1]))
-        if all(part.features and set(column_names(part)) == columns for _, part in alone):
+        sample = {**options, "streaming": True}
+        if builder == "json":
+            sample["chunksize"] = 1 << 17
+        for file in files:
+            if file.stat().st_size > 0:
+                # Even for a single stream, joining determines the types of a table.
+                parts.append((file, concatenate_datasets([load([file], options=sample)])))
+    if all(rows.features == parts[0][1].features for _, rows in parts):
+        try:
+            return [(files[0], load(files))]
+        except UNREADABLE:
+            # The types come from the first file, in which a column may have no values.
+            parts = [(file, load([file])) for file in files if file.stat().st_size > 0]
+    columns = set(column_names(parts[0][1]))
+    if all(rows.features and set(column_names(rows)) == columns for _, rows in parts):
+        typed = {**options, "streaming": streaming, "features": _unify(parts, is_json=builder == "json")}
+        if builder == "csv":
             # The types of a table take the place of its converters.
-            typed = options | ({"converters": None} if builder == "csv" else {})
-            typed |= {"streaming": streaming, "features": _unify(alone, is_json=builder == "json")}
-            alone = [(some[0], load(some, options=typed))]
-        parts += alone
-    first, columns = parts[0][0], set(column_names(parts[0][1]))
-    for file, part in parts:
-        others = set(column_names(part))
-        if others != columns and "text" not in others & columns:
-            names, other_names = ", ".join(sorted(columns)), ", ".join(sorted(others))
+            typed["converters"] = None
+        return [(files[0], load(files, options=typed))]
+    return parts
+
+
+def _join_parts(parts: list[tuple[Path, Split]]) -> Split:
+    """Join rows of several files: with equal columns, after making their types equal; with others, only their texts."""
+    first, rows_of_first = parts[0]
+    columns = set(column_names(rows_of_first))
+    differ = False
+    for file, rows in parts:
+        other_columns = set(column_names(rows))
+        if other_columns == columns:
+            continue
+        differ = True
+        if "text" not in other_columns & columns:
+            names = ", ".join(sorted(columns))
+            other_names = ", ".join(sorted(other_columns))
             remedy = f"has the columns {names}, and {file} has {other_names}; rename or remove columns, or put the "
             remedy += "files into folders of their own, and name both in dataset_name"
             raise UserError(Problem("dataset_name", first, remedy))
-    if any(set(column_names(part)) != columns for _, part in parts):
+    if differ:
         logger.warning("%s and other files have different columns; only `text` is read", first)
-        parts = [(file, part.select_columns("text")) for file, part in parts]
+        parts = [(file, rows.select_columns("text")) for file, rows in parts]
     if len(parts) > 1:
-        parts = [(file, concatenate_datasets([part])) for file, part in parts]
+        # Joining a single stream determines its types.
+        parts = [(file, concatenate_datasets([rows])) for file, rows in parts]
         common = _unify(parts)
-        parts = [(file, part if part.features == common else part.cast(common)) for file, part in parts]
-    return concatenate_datasets([part for _, part in parts])
-
-
-def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a JSON file that is a single object containing all of them; return [] for any other file."""
-    # {"question": ["2 + 3?", ...], "answer": ["5", ...]}, {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
-    # or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}. Between lines of JSON Lines, there is no comma.
-    if re.match(rb"[^{]*\[", sample) or re.search(rb"\}\s*\n\s*\{", sample):
-        return []
-    with contextlib.suppress(ValueError, RecursionError), open_bytes(file) as content:
-        table = json.load(content)
-        lists = [value for value in table.values() if isinstance(value, list) and value]
-        tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
-        if not tables and len(lists) == len(table) and len({*map(len, lists)}) == 1:
-            return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
-        if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
-            tables = [[*table.values()]]
-        # A single row may have a list as well.
-        if len(tables) == 1 and not find_column(table, *CONVERSATIONS, *TEXT_COLUMNS):
-            return tables[0]
-    return []
+        parts = [(file, rows if rows.features == common else rows.cast(common)) for file, rows in parts]
+    return concatenate_datasets([rows for _, rows in parts])
 
 
 def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
@@ -342,22 +413,29 @@ def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
 
     A column without values in one file has the type of the others. Raise a `UserError` if nothing fits.
     """
-    first, common = parts[0][0], Features(parts[0][1].features)
-    for file, part in parts[1:]:
-        for name in [name for name, feature in part.features.items() if common[name] != feature]:
-            pair = [Features({name: one}) for one in (common[name], part.features[name])]
+    first, rows_of_first = parts[0]
+    common = Features(rows_of_first.features)
+    for file, rows in parts[1:]:
+        for name, feature in rows.features.items():
+            if common[name] == feature:
+                continue
+            types = (common[name], feature)
             try:
-                schemas = [one.arrow_schema.remove_metadata() for one in pair]
+                schemas = [Features({name: type_}).arrow_schema.remove_metadata() for type_ in types]
                 common |= Features.from_arrow_schema(pa.unify_schemas(schemas, promote_options="permissive"))
             except (pa.ArrowInvalid, pa.ArrowTypeError):
-                if not is_json and not all(isinstance(one[name], Value) for one in pair):
+                if is_json:
+                    common[name] = Json()
+                elif all(isinstance(type_, Value) for type_ in types):
+                    common[name] = Value("string")
+                else:
                     remedy = f"its column {name} has a different type in {file}; give it the same type in both files, "
                     raise UserError(Problem("dataset_name", first, remedy + "or remove it")) from None
-                common[name] = Json() if is_json else Value("string")
     return common
 
 
 def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) -> Split:
+    """Open files with a builder of `datasets`. Raise a `UserError` if a single file cannot be read."""
     # `datasets` interprets paths as patterns.
     names = {split: [glob.escape(str(file)) for file in files]}
     try:
@@ -371,21 +449,33 @@ def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) 
 def locate_error(path: Path, error: Exception) -> list[Problem]:
     """Explain an error of `datasets`: name the lines of JSON Lines that cannot be parsed, or else repeat its reason."""
     problems = []
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if _suffix(file) not in JSON_LINES:
-            continue
-        # A file that cannot be read at all is reported below.
-        with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    if line.strip() and not isinstance(row := json.loads(line), dict):
-                        raise ValueError(f"it must be an object, not {row!r:.60}")
-                except (ValueError, RecursionError) as fault:
-                    advice = TO_UTF8 if isinstance(fault, UnicodeError) else "correct or remove it"
-                    remedy = f"is not valid JSON for a row ({fault}); {advice}"
-                    problems.append(Problem("dataset_name", f"{file}, line {number}", remedy))
-                    break
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    for file in files:
+        if _suffix(file) in JSON_LINES:
+            problem = _find_faulty_line(file)
+            if problem is not None:
+                problems.append(problem)
+    if problems:
+        return problems
     cause = error.__cause__ or error
     reason = str(cause).strip().split("\n")[0][:200] or type(cause).__name__
     advice = TO_UTF8 if isinstance(cause, UnicodeError) else "correct the file"
-    return problems or [Problem("dataset_name", path, f"cannot be read ({reason}); {advice}")]
+    return [Problem("dataset_name", path, f"cannot be read ({reason}); {advice}")]
+
+
+def _find_faulty_line(file: Path) -> Problem | None:
+    """Return the first line of JSON Lines that is not a row; None if there is none, or the file cannot be opened."""
+    # A file that cannot be read at all is reported by its reason.
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_bytes(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"it must be an object, not {row!r:.60}")
+            except (ValueError, RecursionError) as fault:
+                advice = TO_UTF8 if isinstance(fault, UnicodeError) else "correct or remove it"
+                remedy = f"is not valid JSON for a row ({fault}); {advice}"
+                return Problem("dataset_name", f"{file}, line {number}", remedy)
+    return None

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,19 +11,15 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset_builder
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import (
+from pipeline.data.columns import ColumnPlan, Kind, Split, Splits, column_names, place_of, plan_columns
+from pipeline.data.conversion import (
     CONVERT,
     CORRECT,
     DROP,
-    Kind,
-    Split,
-    column_names,
-    convert_rows,
-    converter,
+    calls_tools,
+    convert_stored,
+    convert_stream,
     drop_uninformative,
-    find_column,
-    normalise,
-    standardise,
 )
 from pipeline.data.messages import ShapeError
 from pipeline.data.shards import is_shards
@@ -37,11 +33,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T", int, np.ndarray)
 
-FIRST_ROWS, SMALL_BYTES = 100, 16 * 2**20
-"""Rows that are checked before a run begins, and the size of a data set up to which its files are read for that."""
-SHUFFLE_BUFFER, HELD_OUT_OF_STREAM = 1000, 1000
-"""Rows among which a stream is shuffled, and the default of `max_eval_samples` if rows of a stream are held out:
-otherwise, each evaluation would read the stream to its end."""
+FIRST_ROWS = 100
+"""Rows that are checked before a run begins."""
+SMALL_BYTES = 16 * 2**20
+"""Size of a data set up to which its files are read for that; of a larger one, only the beginning."""
+SHUFFLE_BUFFER = 1000
+"""Rows among which a stream is shuffled."""
+HELD_OUT_OF_STREAM = 1000
+"""Default of `max_eval_samples` if rows of a stream are held out: each evaluation would read it to its end."""
 
 
 def load_splits(
@@ -50,48 +49,329 @@ def load_splits(
     """Load the training split of a data set and its evaluation split, or None if `evaluation` is off.
 
     If the data set has a single split (a plain file, for instance), every `1 / validation_share`-th row is held out,
-    whether or not the evaluation split is wanted: the finished model is measured on these rows as well. A `UserError`
-    says that the data set, a split or a column does not exist, a split is empty, or a row is malformed.
+    whether or not the evaluation split is wanted: the finished model is measured on these rows as well. What is held
+    out is guarded by tests/evaluation/test_held_out.py, the order of rows by tests/data/test_splits.py.
 
     Args:
+        args: Names of the data sets, their splits and columns.
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
             `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
+            `"unpaired"`: the same, or `prompt`, `completion` and `label` for single answers.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
+        evaluation: Whether the evaluation split is wanted.
         tokens: Special tokens of the tokenizer, which no message may contain as text. Default: any text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
+
+    Returns:
+        The training split, and the evaluation split or None. Both are streams if `args.dataset_streaming`.
+
+    Raises:
+        UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
     # Only this function handles several data sets: everything below is about one, and names only that.
-    parts = []
+    trains: list[Split] = []
+    tests: list[Split] = []
     for name in args.dataset_names:
         try:
-            parts.append(_load_one(replace(args, dataset_name=name), kind, evaluation, tokens))
+            train, test = _load_one(replace(args, dataset_name=name), kind, evaluation, tokens)
         except UnicodeDecodeError as error:
             # The texts in JSON are decoded only now.
             raise UserError(*locate_error(Path(name), error)) from None
-    for column in {"preference": ["margin"], "prompt": ["answer"]}.get(kind, ()):
-        has = {name: column in column_names(part) for name, (part, _) in zip(args.dataset_names, parts, strict=True)}
-        lacking = ", ".join(name for name in has if not has[name])
-        if lacking and any(has.values()) and column == "margin":
-            remedy = "has no column margin, unlike other data sets of this stage; add it here, or remove it there"
-            raise UserError(Problem("dataset_name", lacking, remedy))
-        if lacking and any(has.values()):
-            logger.warning("%s: has no answers for rewards, unlike other data sets of this stage", lacking)
-    train = _join([train for train, _ in parts], args.max_train_samples)
-    test = _join([test for _, test in parts if test is not None], args.max_eval_samples) if evaluation else None
+        trains.append(train)
+        if test is not None:
+            tests.append(test)
+    _check_optional_columns(args.dataset_names, trains, kind)
+    train = _join(trains, args.max_train_samples)
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
         # Trainers only shuffle data with a length. The order of a stream depends on the seed and the epoch.
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return train, test
+    if not evaluation:
+        return train, None
+    return train, _join(tests, args.max_eval_samples)
+
+
+def _load_one(
+    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
+) -> tuple[Split, Split | None]:
+    """Load the only data set that `args` names: its training split, and its evaluation split or None."""
+    # What happens to the rows, from left to right; `keep` leaves those that `keep_rows` asks for:
+    #
+    #                        stored                            stream, whose rows pass when they are read
+    #
+    #    only split          keep   convert  divide  limit     convert  divide  limit
+    #                                                          with keep_rows: divide  keep  convert  limit
+    #    training split      keep   convert  limit             keep     limit   convert
+    #    evaluation split    keep   limit    convert           keep     limit   convert
+    #
+    # Converting checks the rows. All stored rows to train on are checked, also those that a trial run leaves out. Rows
+    # are divided by their numbers in the file. Stored rows are passed on with their numbers; a stream only knows them
+    # before any row is dropped, and converts first where it can, because messages name rows by their numbers.
+    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
+    args = _choose_test_split(source, args, evaluation)
+    _check_split_names(source, args, evaluation)
+    split = source[args.dataset_train_split]
+    rows, numbers = keep_rows(split, args)
+    _check_kept(rows, args)
+    _check_filled(rows, args)
+    plan = plan_columns(rows, args, kind, column_names(split))
+    # A single row is trained on if there is no evaluation.
+    is_single_row = isinstance(rows, Dataset) and len(rows) == 1
+    divides = is_divided(source, args) and (evaluation or not is_single_row)
+    held_out = None
+    if divides:
+        trained_on, held_out = _load_only_split(split, rows, numbers, plan, args, evaluation, tokens)
+    else:
+        trained_on = _load_train_split(rows, numbers, plan, args, tokens)
+        if evaluation:
+            held_out = _load_test_split(source[args.dataset_test_split], plan, args, tokens)
+    _report_read(rows, numbers, plan, args, divides)
+    return trained_on, held_out
+
+
+def _choose_test_split(source: Splits, args: DataArguments, evaluation: bool) -> DataArguments:
+    """Return arguments that evaluate on the split `test` if the data set has no split `validation`, the default."""
+    if not evaluation or args.dataset_test_split != "validation":
+        return args
+    if "validation" in source or "test" not in source:
+        return args
+    logger.info(
+        "The data set has no split validation: training is evaluated on its split test, as the finished model is. "
+        "With load_best_model_at_end, these rows also choose the model, and its figures flatter it; add a split "
+        "validation."
+    )
+    report_progress(evaluated_on="test")
+    return replace(args, dataset_test_split="test")
+
+
+def _check_split_names(source: Splits, args: DataArguments, evaluation: bool) -> None:
+    """Raise a `UserError` if a split does not exist, or training would be evaluated on what it learns."""
+    train = args.dataset_train_split
+    test = args.dataset_test_split
+    remedy = f"there is no such split; choose from: {', '.join(source)}"
+    problems = []
+    if train not in source:
+        problems.append(Problem("dataset_train_split", train, remedy))
+    if evaluation and test not in source and not is_divided(source, args) and (train in source or len(source) > 1):
+        problems.append(Problem("dataset_test_split", test, remedy))
+    if evaluation and train == test:
+        problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
+    refuse(*problems)
+
+
+def _load_only_split(
+    split: Split,
+    rows: Split,
+    numbers: Sequence[int],
+    plan: ColumnPlan,
+    args: DataArguments,
+    evaluation: bool,
+    tokens: re.Pattern[str] | None,
+) -> tuple[Split, Split | None]:
+    """Divide the only split of a data set into a part to train on and a part to evaluate on.
+
+    `rows` are those of the `split` that `keep_rows` asks for, and `numbers` are their numbers in it. The second part
+    is None if there is no `evaluation`.
+    """
+    share = args.validation_share
+    which = f"every {round(1 / share)}th row is held out for it"
+    logger.info("The data set has no split %s: %s.", args.dataset_test_split, which)
+    trained_on: Split
+    held_out: Split
+    if isinstance(rows, Dataset):
+        converted, numbers = convert_stored(rows, plan, args, tokens, numbers)
+        if len(converted) < 2:
+            remedy = f"has {len(converted)} rows, too few to hold any out; give more rows, or --eval_strategy no"
+            raise UserError(Problem("dataset_name", args.dataset_name, remedy))
+        are_held_out = is_held_out(np.array(numbers), share)
+        trained_on = converted.select(np.flatnonzero(~are_held_out))
+        held_out = converted.select(np.flatnonzero(are_held_out))
+    else:
+        parts: Sequence[Split]
+        if args.keep_rows:
+            kept_parts = [keep_rows(part, args)[0] for part in _divide_stream(split, share)]
+            parts = [convert_stream(part, plan, args, tokens) for part in kept_parts]
+        else:
+            parts = _divide_stream(convert_stream(split, plan, args, tokens), share)
+        trained_on, held_out = [drop_uninformative(part, plan) for part in parts]
+    if not evaluation:
+        return _limit(trained_on, args.max_train_samples, args), None
+    if next(iter(held_out), None) is None:
+        other_share = 1 / (round(1 / share) + 1)
+        remedy = f"holds out none of the rows that are left; give another share, such as {other_share:.3g}"
+        raise UserError(Problem("validation_share", share, f"{remedy}, or --eval_strategy no"))
+    most = args.max_eval_samples
+    if most is None and isinstance(held_out, IterableDataset):
+        logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
+        most = HELD_OUT_OF_STREAM
+    return _limit(trained_on, args.max_train_samples, args), _limit(held_out, most, args)
+
+
+def is_divided(splits: Collection[str], args: DataArguments) -> bool:
+    """Return whether the only split of a data set is divided into rows to train on and rows that are held out.
+
+    Training and evaluation (`pipeline.evaluation.held_out`) both ask this function; `is_held_out` says which rows.
+    """
+    return list(splits) == [args.dataset_train_split] and args.validation_share > 0
+
+
+def is_held_out(numbers: T, share: float) -> T:
+    """Return which rows of a single split are held out: every `1 / share`-th one, 0, 20, 40, … for a share of 0.05.
+
+    This is the only rule, guarded by tests/evaluation/test_held_out.py. The numbers, an integer or an array, are those
+    in the data set as it lies on the disk, before any row is dropped or left out. So it makes no difference for what a
+    row is read, and which others are: no stage trains on what another one holds out of the same data set with the same
+    share. Of a stream, only the first file is divided (`first_file`), because processes that read other files do not
+    know the numbers of their rows.
+    """
+    return numbers % round(1 / share) == 0
+
+
+def first_file(stream: IterableDataset) -> IterableDataset:
+    """Return the rows of a stream's first file, the only one of which rows are held out."""
+    return stream.shard(stream.num_shards, 0)
+
+
+def _divide_stream(stream: IterableDataset, share: float) -> tuple[IterableDataset, IterableDataset]:
+    """Return the rows of a stream to train on, and those of its first file that are held out."""
+    first = first_file(stream)
+    others = [stream.shard(stream.num_shards, file) for file in range(1, stream.num_shards)]
+    trained_on = first.filter(lambda _, number: not is_held_out(number, share), with_indices=True)
+    held_out = first.filter(lambda _, number: is_held_out(number, share), with_indices=True)
+    if others:
+        trained_on = concatenate_datasets([trained_on, *others])
+    return trained_on, held_out
+
+
+def _load_train_split(
+    rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None
+) -> Split:
+    """Convert the rows to train on of a data set with other splits; arguments as for `_load_only_split`."""
+    if isinstance(rows, Dataset):
+        converted, _ = convert_stored(rows, plan, args, tokens, numbers)
+        return _limit(converted, args.max_train_samples, args)
+    limited = _limit(rows, args.max_train_samples, args)
+    return drop_uninformative(convert_stream(limited, plan, args, tokens), plan)
+
+
+def _load_test_split(split: Split, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None) -> Split:
+    """Convert the evaluation split by the `plan` of the training split, whose columns it must have."""
+    rows, numbers = keep_rows(split, args)
+    rows = _limit(rows, args.max_eval_samples, args)
+    plan, rows = plan.apply_to(rows, args)
+    if isinstance(rows, Dataset):
+        return convert_stored(rows, plan, args, tokens, numbers)[0]
+    return drop_uninformative(convert_stream(rows, plan, args, tokens), plan)
+
+
+def _report_read(rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, divides: bool) -> None:
+    """Report which rows and columns of a training split are read; `numbers` are those of its rows in their file."""
+    row_count = None
+    held_out_count = None
+    if isinstance(rows, Dataset):
+        row_count = len(rows)
+        if divides:
+            held_out_count = int(is_held_out(np.array(numbers), args.validation_share).sum())
+    place = args.dataset_names[0]
+    if args.dataset_config:
+        place += f" ({args.dataset_config})"
+    if args.dataset_train_split != "train":
+        place += f", split {args.dataset_train_split}"
+    others = [name for name in plan.columns if name not in plan.used]
+    report_read(place, row_count, held_out_count, used=plan.used, made=plan.made, others=others)
+
+
+def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
+    """Return the rows that `args.keep_rows` asks for, and their numbers in the split; of a stream, ().
+
+    Raise a `UserError` if it is not COLUMN=VALUE.
+    """
+    if not args.keep_rows:
+        return split, range(len(split)) if isinstance(split, Dataset) else ()
+    is_kept = row_filter(args, column_names(split))
+    if not isinstance(split, Dataset):
+        return split.filter(is_kept), ()
+    # Only these columns are read, because others may be long.
+    columns = dict.fromkeys(condition.partition("=")[0] for condition in args.keep_rows)
+    numbers = [number for number, row in enumerate(split.select_columns(list(columns))) if is_kept(row)]
+    return split.select(numbers), numbers
+
+
+def row_filter(args: DataArguments, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a function that says whether `args.keep_rows` asks for a row: all rows, if it is not set.
+
+    Conditions on the same column are alternatives, and those on several columns must all hold. Raise a `UserError` if
+    one is not COLUMN=VALUE.
+    """
+    values_of: dict[str, set[str]] = {}
+    for condition in args.keep_rows or ():
+        column, sign, value = condition.partition("=")
+        if not sign or column not in columns:
+            remedy = f"must be COLUMN=VALUE, with one of the columns {', '.join(columns)}"
+            raise UserError(Problem("keep_rows", condition, remedy))
+        values_of.setdefault(column, set()).add(value.casefold())
+    return lambda row: all(str(row[name]).casefold() in values for name, values in values_of.items())
+
+
+def _check_kept(rows: Split, args: DataArguments) -> None:
+    """Raise a `UserError` if `keep_rows` leaves no row of the training split."""
+    if args.keep_rows and next(iter(rows), None) is None:
+        remedy = f"no row of {args.dataset_name}, split {args.dataset_train_split}, has these values; "
+        raise UserError(Problem("keep_rows", ", ".join(args.keep_rows), remedy + "correct one of them"))
+
+
+def _limit(split: Split, most: int | None, args: DataArguments) -> Split:
+    """Return the first rows of a split, at most `most` if that is not None, and check that there are any."""
+    if most is not None:
+        split = split.take(most)
+    _check_filled(split, args)
+    return split
+
+
+def _check_filled(split: Split, args: DataArguments) -> None:
+    """Raise a `UserError` if a split has no rows."""
+    if next(iter(split), None) is None:
+        raise UserError(Problem("dataset_name", place_of(split, args), "is empty; choose one that has rows"))
+
+
+def _check_optional_columns(names: Sequence[str], trains: Sequence[Split], kind: Kind) -> None:
+    """Check that all data sets of a stage have the optional column of its kind, or none of them.
+
+    Raise a `UserError` if only some of them have margins; warn if only some of them have answers.
+    """
+    column = {"preference": "margin", "prompt": "answer"}.get(kind)
+    if column is None:
+        return
+    lacking = [name for name, train in zip(names, trains, strict=True) if column not in column_names(train)]
+    if not lacking or len(lacking) == len(names):
+        return
+    listed = ", ".join(lacking)
+    if column == "margin":
+        remedy = "has no column margin, unlike other data sets of this stage; add it here, or remove it there"
+        raise UserError(Problem("dataset_name", listed, remedy))
+    logger.warning("%s: has no answers for rewards, unlike other data sets of this stage", listed)
+
+
+def _join(parts: list[Split], most: int | None) -> Split:
+    """Concatenate the rows of several data sets, up to `most` rows if that is not None."""
+    types = [part.features or {} for part in parts]
+    # If the messages of one data set call tools, all get their type.
+    calling: dict[str, Any] = {}
+    for features in types:
+        calling |= {name: CALLING for name in ANSWERED if features.get(name) == CALLING}
+    if calling and any(features != types[0] for features in types):
+        parts = [part.cast(Features({**part.features, **calling})) for part in parts]
+    joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return joined if most is None else joined.take(most)
 
 
 def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
     """Return whether any of these conversations from `load_splits` calls tools; of a stream, pass the first rows."""
     if isinstance(conversations, Dataset):
         return any(conversations.features.get(name) == CALLING for name in ANSWERED)
-    return any(len(one) > 2 for row in conversations for name in ANSWERED for one in row.get(name) or ())
+    return any(calls_tools(row) for row in conversations)
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
@@ -104,22 +384,29 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
     try:
         if all(Path(name).exists() for name in names) and not args.dataset_streaming:
             rows = load_splits(args, kind, evaluation=False)[0]
-            first = rows.take(200)
-            # Each of these columns, and an answer to a prompt, makes one sequence, with about 4 characters per token.
-            shown = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
-            return len(rows), sum(len(str(text)) for column in shown for text in first[column]) / len(first) / 4
+            return len(rows), _mean_tokens(rows.take(200))
         if args.max_train_samples or not needed:
             return args.max_train_samples or 0, 0
         if all(name in planned for name in names):
             return sum(planned[name] for name in names), 0
-        splits = [load_dataset_builder(name, args.dataset_config).info.splits for name in names]
-        return sum(split[args.dataset_train_split].num_examples for split in splits), 0
+        infos = [load_dataset_builder(name, args.dataset_config).info for name in names]
+        return sum(info.splits[args.dataset_train_split].num_examples for info in infos), 0
     except Exception as error:
         # An unreadable data set, an unreachable Hub and a card without numbers all raise different errors.
         if not needed:
             return 0, 0
         remedy = "its rows can be counted neither here nor on the Hub; give --max_train_samples"
         raise UserError(Problem("dataset_name", args.dataset_name, remedy)) from error
+
+
+def _mean_tokens(rows: Dataset) -> float:
+    """Return the approximate number of tokens of a row, with about 4 characters per token."""
+    # Each of these columns, and an answer to a prompt, makes one sequence.
+    columns = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
+    characters = 0
+    for column in columns:
+        characters += sum(len(str(text)) for text in rows[column])
+    return characters / len(rows) / 4
 
 
 def check_first_rows(args: DataArguments, kind: Kind, splits: Sequence[str] = ()) -> None:
@@ -148,209 +435,32 @@ def check_first_rows(args: DataArguments, kind: Kind, splits: Sequence[str] = ()
 
 
 def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Sequence[str]) -> None:
+    """Check the first rows of the only data set that `args` names."""
     source = open_source(args.dataset_names[0], args.dataset_config, streaming, args.document)
-    name = next((name for name in splits or [args.dataset_train_split] if name in source), "")
-    if not name:
+    names = [name for name in splits or [args.dataset_train_split] if name in source]
+    if not names:
         return
-    rows, numbers = keep_rows(source[name], args)
+    rows, numbers = keep_rows(source[names[0]], args)
     if next(iter(rows), None) is None:
         return
-    convert, _, _ = converter(rows, column_names(source[name]), args, kind)
+    plan = plan_columns(rows, args, kind, column_names(source[names[0]]))
     if args.drop_bad_rows:
         return
-    first_rows = list(rows.take(min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS))
+    most = min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS
+    row_count = 0
     faults: dict[int, str] = {}
-    for index, row in enumerate(first_rows):
+    for index, row in enumerate(rows.take(most)):
+        row_count += 1
         try:
-            convert(row)
+            plan.read(row)
         except ShapeError as error:
             faults[int(numbers[index]) if numbers else index] = str(error)
     if not faults:
         return
     first = min(faults)
-    if len(faults) == len(first_rows) > 1:
-        remedy = f"{faults[first]}; the first {len(first_rows)} rows are all like this: {CONVERT}"
+    if len(faults) == row_count > 1:
+        remedy = f"{faults[first]}; the first {row_count} rows are all like this: {CONVERT}"
     else:
-        others = f" and {len(faults) - 1} more of the first {len(first_rows)}" if len(faults) > 1 else ""
+        others = f" and {len(faults) - 1} more of the first {row_count}" if len(faults) > 1 else ""
         remedy = f"{faults[first]}; {CORRECT}{others}; {DROP}"
-    raise UserError(Problem("dataset_name", f"{args.dataset_name}, split {name}, row {first}", remedy))
-
-
-def is_held_out(numbers: T, share: float) -> T:
-    """Return which rows of a single split are held out: every `1 / share`-th one, 0, 20, 40, … for a share of 0.05.
-
-    This is the only rule. The numbers, an integer or an array, are those in the data set as it lies on the disk, before
-    any row is dropped or left out. So it makes no difference for what a row is read, and which others are: no stage
-    trains on what another one holds out of the same data set with the same share. Of a stream, only the first file is
-    divided, because processes that read other files do not know the numbers of their rows.
-    """
-    return numbers % round(1 / share) == 0
-
-
-def row_filter(args: DataArguments, columns: Sequence[str]) -> Callable[[Mapping[str, Any]], bool]:
-    """Return which rows `args.keep_rows` asks for; raise a `UserError` if it is not COLUMN=VALUE."""
-    kept: dict[str, set[str]] = {}
-    for condition in args.keep_rows or ():
-        column, sign, value = condition.partition("=")
-        if not sign or column not in columns:
-            remedy = f"must be COLUMN=VALUE, with one of the columns {', '.join(columns)}"
-            raise UserError(Problem("keep_rows", condition, remedy))
-        kept.setdefault(column, set()).add(value.casefold())
-    return lambda row: all(str(row[name]).casefold() in values for name, values in kept.items())
-
-
-def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
-    """Return the rows that `args.keep_rows` asks for, and their numbers in the split; of a stream, ().
-
-    Raise a `UserError` if it is not COLUMN=VALUE.
-    """
-    is_stored = isinstance(split, Dataset)
-    if not args.keep_rows:
-        return split, range(len(split)) if is_stored else ()
-    is_kept = row_filter(args, column_names(split))
-    if not is_stored:
-        return split.filter(is_kept), ()
-    columns = split.select_columns(list(dict.fromkeys(one.partition("=")[0] for one in args.keep_rows)))
-    numbers = [number for number, row in enumerate(columns) if is_kept(row)]
-    return split.select(numbers), numbers
-
-
-def _check_kept(split: Split, args: DataArguments) -> None:
-    """Raise a `UserError` if no row of the training split is kept."""
-    if args.keep_rows and next(iter(split), None) is None:
-        remedy = f"no row of {args.dataset_name}, split {args.dataset_train_split}, has these values; "
-        raise UserError(Problem("keep_rows", ", ".join(args.keep_rows), remedy + "correct one of them"))
-
-
-def _load_one(
-    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
-) -> tuple[Split, Split | None]:
-    train = args.dataset_train_split
-    source = open_source(args.dataset_names[0], args.dataset_config, args.dataset_streaming, args.document)
-    if evaluation and args.dataset_test_split == "validation" not in source and "test" in source:
-        logger.info(
-            "The data set has no split validation: training is evaluated on its split test, as the finished model is. "
-            "With load_best_model_at_end, these rows also choose the model, and its figures flatter it; add a split "
-            "validation."
-        )
-        report_progress(evaluated_on="test")
-        args = replace(args, dataset_test_split="test")
-    test = args.dataset_test_split
-    is_single = list(source) == [train] and test != train and args.validation_share > 0
-    kept = {name: keep_rows(split, args) for name, split in source.items() if name in (train, test)}
-    if train in kept:
-        _check_kept(kept[train][0], args)
-    # A single row is trained on if there is no evaluation.
-    can_be_divided = evaluation or not isinstance(source.get(train), Dataset) or len(kept[train][0]) > 1
-    if not (is_single and can_be_divided):
-        remedy = f"there is no such split; choose from: {', '.join(source)}"
-        problems = [] if train in source else [Problem("dataset_train_split", train, remedy)]
-        if evaluation and test not in source and (train in source or len(source) > 1):
-            problems.append(Problem("dataset_test_split", test, remedy))
-        if evaluation and train == test:
-            problems.append(Problem("dataset_test_split", test, "is the training split; choose another"))
-        refuse(*problems)
-        trained_on = kept[train][0]
-        if isinstance(trained_on, Dataset) and len(trained_on):
-            # All rows are checked, also those that a trial run does not train on.
-            trained_on = _limit(standardise(trained_on, args, kind, tokens), args, "max_train_samples")
-        else:
-            trained_on = standardise(_limit(trained_on, args, "max_train_samples"), args, kind, tokens)
-        _report_read(*kept[train], args, kind, is_divided=False)
-        if not evaluation:
-            return trained_on, None
-        held_out = _limit(kept[test][0], args, "max_eval_samples")
-        # The evaluation split must have the columns that are read from the training split, such as answers.
-        columns, others = column_names(source[train]), column_names(held_out)
-        used = [] if kind == "tokens" else converter(kept[train][0], columns, args, kind)[2]
-        # Prompts may be read from the answers, and margins are optional.
-        read = [name for name in used if normalise(name) != "margin" and find_column(columns, name)]
-        if lacking := [name for name in read if not find_column(others, name)]:
-            remedy = f"has no column {', '.join(lacking)}, unlike {train}; add it, or remove this split"
-            raise UserError(Problem("dataset_test_split", test, remedy))
-        return trained_on, standardise(held_out, args, kind, tokens)
-
-    trained_on, held_out = _hold_out(source[train], args, kind, tokens)
-    _report_read(*kept[train], args, kind, is_divided=True)
-    if evaluation and next(iter(held_out), None) is None:
-        other = 1 / (round(1 / args.validation_share) + 1)
-        remedy = (
-            f"holds out none of the rows that are left; give another share, such as {other:.3g}, or --eval_strategy no"
-        )
-        raise UserError(Problem("validation_share", args.validation_share, remedy))
-    if args.max_eval_samples is None and isinstance(held_out, IterableDataset):
-        logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
-        args = replace(args, max_eval_samples=HELD_OUT_OF_STREAM)
-    trained_on = _limit(trained_on, args, "max_train_samples")
-    return trained_on, _limit(held_out, args, "max_eval_samples") if evaluation else None
-
-
-def _report_read(split: Split, numbers: Sequence[int], args: DataArguments, kind: Kind, is_divided: bool) -> None:
-    """Report which rows and columns of a training split are read; `numbers` are those of its rows in their file."""
-    columns = column_names(split)
-    made, used = (columns, columns) if kind == "tokens" else converter(split, columns, args, kind)[1:]
-    others = [name for name in columns if name not in used]
-    rows = held_out = None
-    if isinstance(split, Dataset):
-        rows = len(split)
-        if is_divided:
-            held_out = int(is_held_out(np.array(numbers), args.validation_share).sum())
-    place = args.dataset_names[0]
-    if args.dataset_config:
-        place += f" ({args.dataset_config})"
-    if args.dataset_train_split != "train":
-        place += f", split {args.dataset_train_split}"
-    report_read(place, rows, held_out, used=[*filter(None, used)], made=made, others=others)
-
-
-def _hold_out(only: Split, args: DataArguments, kind: Kind, tokens: re.Pattern[str] | None) -> tuple[Split, Split]:
-    """Divide converted rows into a part to train on and a part to evaluate on, as `is_held_out` says."""
-    share = args.validation_share
-    which = f"every {round(1 / share)}th row is held out for it"
-    logger.info("The data set has no split %s: %s.", args.dataset_test_split, which)
-    if isinstance(only, Dataset):
-        rows, numbers = keep_rows(only, args)
-        rows, numbers = convert_rows(rows, args, kind, tokens, numbers)
-        if len(rows) < 2:
-            remedy = f"has {len(rows)} rows, too few to hold any out; give more rows, or --eval_strategy no"
-            raise UserError(Problem("dataset_name", args.dataset_name, remedy))
-        held_out = is_held_out(np.array(numbers), share)
-        return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
-    if args.keep_rows:
-        # Rows have their numbers before any are left out.
-        trained_on, others = (keep_rows(part, args)[0] for part in _hold_out_of_stream(only, share))
-        if next(iter(others), None) is not None:
-            others = standardise(others, args, kind, tokens)
-        return standardise(trained_on, args, kind, tokens), others
-    # Rows are converted first, so that errors give their numbers in the file.
-    converted, _ = convert_rows(only, args, kind, tokens)
-    trained_on, others = _hold_out_of_stream(converted, share)
-    return drop_uninformative(trained_on, kind), drop_uninformative(others, kind)
-
-
-def _hold_out_of_stream(only: IterableDataset, share: float) -> tuple[IterableDataset, IterableDataset]:
-    """Divide the first file of a stream."""
-    first, *others = (only.shard(only.num_shards, file) for file in range(only.num_shards))
-    kept = first.filter(lambda _, number: not is_held_out(number, share), with_indices=True)
-    held_out = first.filter(lambda _, number: is_held_out(number, share), with_indices=True)
-    return concatenate_datasets([kept, *others]) if others else kept, held_out
-
-
-def _limit(split: Split, args: DataArguments, field: str) -> Split:
-    """Take the first rows, as many as the field says, and check that there are any."""
-    if (samples := getattr(args, field)) is not None:
-        split = split.take(samples)
-    if next(iter(split), None) is None:
-        place = f"{args.dataset_name}, split {split.split or args.dataset_train_split}"
-        raise UserError(Problem("dataset_name", place, "is empty; choose one that has rows"))
-    return split
-
-
-def _join(parts: list[Split], most: int | None) -> Split:
-    """Concatenate the rows of several data sets, up to `most` rows."""
-    types = [part.features or {} for part in parts]
-    calling = {name: CALLING for one in types for name in ANSWERED if one.get(name) == CALLING}
-    if any(one != types[0] for one in types) and calling:
-        parts = [part.cast(Features({**part.features, **calling})) for part in parts]
-    joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return joined if most is None else joined.take(most)
+    raise UserError(Problem("dataset_name", f"{args.dataset_name}, split {names[0]}, row {first}", remedy))

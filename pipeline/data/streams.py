@@ -38,8 +38,10 @@ from pipeline.errors import LIBRARY_ERRORS, Problem, RunStopped, UserError
 from pipeline.launch import once_per_node
 
 logger = logging.getLogger(__name__)
-LANES, DOCUMENTS = 16, 256
-"""Maximum number of lanes, each with an open file, and documents that a lane shuffles and tokenizes together."""
+LANES = 16
+"""Maximum number of lanes, each with an open file."""
+DOCUMENTS = 256
+"""Documents that a lane shuffles and tokenizes together."""
 STATE = "stream.json"
 """File of a checkpoint that contains the place in the stream."""
 Place = dict[str, Any]
@@ -50,8 +52,19 @@ next, and the tokens before that block (`rest`)."""
 class PackedStream(torch.utils.data.IterableDataset):
     """Endless blocks of `block_size` tokens from packed documents, as read by process number `process` of `processes`.
 
-    `rows` are documents: `text`, or `input_ids` from the same tokenizer. `chosen` has the data arguments that select
-    rows. With `max_train_samples`, the stream is read as one file, because `datasets` would take that many from each.
+    tests/data/test_streams.py guards that any number of processes reads the same batches, and that a resumed stream
+    continues exactly.
+
+    Attributes:
+        rows: Documents: `text`, or `input_ids` from the same tokenizer.
+        kind: What identifies the stream. A resumed run must have the same values, or its place would be in another one.
+            It includes the data arguments that select rows. With `max_train_samples`, the stream is read as one file,
+            because `datasets` would take that many from each.
+        begin: Number of the first block of the stream in this run.
+        yielded: How many blocks this process has yielded since.
+        start: Places of the lanes at `begin`.
+        places: Places of the chunks that are being yielded, by lane.
+        share: This process reads only every n-th lane, and does not know the places of the others.
     """
 
     def __init__(
@@ -62,24 +75,25 @@ class PackedStream(torch.utils.data.IterableDataset):
         seed: int,
         process: int = 0,
         processes: int = 1,
-        chosen: Mapping[str, Any] | None = None,
+        selection: Mapping[str, Any] | None = None,
     ) -> None:
-        chosen = chosen or {}
-        self.rows, self.process, self.processes = rows, process, processes
+        selection = selection or {}
+        self.rows = rows
+        self.process = process
+        self.processes = processes
         self.encode = Encoder.of(tokenizer)
-        files = 1 if chosen.get("max_train_samples") is not None else rows.num_shards
+        files = 1 if selection.get("max_train_samples") is not None else rows.num_shards
         # A power of two, so that the usual numbers of processes divide it.
         self.lanes = min(LANES, 2 ** int(math.log2(files)))
-        # A resumed run must have the same values, or its place would be in a different stream.
-        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **chosen}
-        self.column = TOKENS if TOKENS in column_names(rows) else "text"
-        self.kind |= {"column": TOKENS} if self.column == TOKENS else {}
-        # The first block of the stream in this run, and how many this process has yielded since.
-        self.begin, self.given = 0, 0
-        # Places of the lanes at `begin`, and of the chunks that are being yielded.
+        self.kind = {"files": files, "lanes": self.lanes, "block_size": block_size, "seed": seed, **selection}
+        self.column = "text"
+        if TOKENS in column_names(rows):
+            self.column = TOKENS
+            self.kind["column"] = TOKENS
+        self.begin = 0
+        self.yielded = 0
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
-        # This process reads only every n-th lane, and does not know the places of the others.
         self.share = math.gcd(processes, self.lanes)
         read = "all documents" if self.share == 1 else f"one document in {self.share}"
         logger.info("stream      files %d, lanes %d; each process tokenizes %s", files, self.lanes, read)
@@ -90,7 +104,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         numbers = count(self.begin + self.process, self.processes)
         # A thread tokenizes the next documents during training.
         with ThreadPoolExecutor(1) as thread:
-            for self.given, number in enumerate(numbers, start=1):
+            for self.yielded, number in enumerate(numbers, start=1):
                 block, lane = divmod(number, self.lanes)
                 if lane not in lanes:
                     lanes[lane] = self._blocks(lane, thread)
@@ -99,16 +113,20 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to continue after the last block that was yielded, as JSON."""
-        own = {str(k): v for k, v in self.places.items() if (k - self.begin - self.process) % self.share == 0}
-        return {"kind": self.kind, "begin": self.begin + self.given * self.processes, "places": own}
+        places = {}
+        for lane, place in self.places.items():
+            if (lane - self.begin - self.process) % self.share == 0:
+                places[str(lane)] = place
+        return {"kind": self.kind, "begin": self.begin + self.yielded * self.processes, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where one process, or several with joined states (`join_states`), left off."""
-        self.begin, self.given = state["begin"], 0
+        self.begin = state["begin"]
+        self.yielded = 0
         self.start = {int(lane): place for lane, place in state["places"].items()}
 
     def _blocks(self, lane: int, thread: ThreadPoolExecutor) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the blocks of a lane with their numbers, and prepare a chunk of documents ahead."""
+        """Yield the blocks of a lane with their numbers in the lane, and prepare a chunk of documents ahead."""
         chunks = self._chunks(lane)
         ahead = thread.submit(next, chunks)
         while True:
@@ -123,12 +141,14 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def _chunks(self, lane: int) -> Iterator[tuple[Place, np.ndarray]]:
         """Yield the blocks of some documents at a time, of shape (blocks, block size), and the place before them."""
-        seed, size = self.kind["seed"], self.kind["block_size"]
+        seed = self.kind["seed"]
+        size = self.kind["block_size"]
         place = self.places.get(lane, {"file": 0, "rows": None, "whole": False, "chunk": 0, "block": 0, "rest": []})
         rest = np.array(place["rest"], self.encode.dtype)
         reader, rows, files = self._open(lane, place)
         while True:
-            before, place = place, dict(place)
+            place_of_chunk = place
+            place = dict(place)
             # How many files in a row had no rows.
             ended = 0
             documents: list[Any] = []
@@ -156,7 +176,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             blocks, rest = np.split(ids, [len(ids) // size * size])
             blocks = blocks.reshape(-1, size)
             place |= {"chunk": place["chunk"] + 1, "block": place["block"] + len(blocks), "rest": rest.tolist()}
-            yield before, blocks
+            yield place_of_chunk, blocks
 
     def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]], int]:
         """Return the current file of a lane, its remaining rows, and how many files the lane reads in each epoch."""
@@ -191,20 +211,23 @@ def pack_splits(
     for which, split in zip(("training", "evaluation"), splits, strict=True):
         if isinstance(split, IterableDataset) and which == "training":
             seed = args.seed if args.data_seed is None else args.data_seed
-            chosen = {name: getattr(data_args, name) for name in ("max_train_samples", "validation_share", "keep_rows")}
-            place = (args.process_index, args.world_size)
-            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *place, chosen))
+            names = ("max_train_samples", "validation_share", "keep_rows")
+            selection = {name: getattr(data_args, name) for name in names}
+            process = (args.process_index, args.world_size)
+            packed.append(PackedStream(split, tokenizer, args.block_size, seed, *process, selection))
             continue
-        # Each evaluation reads the same rows, so a stream of them is stored.
-        rows = Dataset.from_list(list(split)) if isinstance(split, IterableDataset) else split
-        blocks = None
-        if rows is not None:
-            column = TOKENS if TOKENS in rows.column_names else "text"
-            with once_per_node(args):
-                blocks = pack_documents(rows, tokenizer, args.block_size, column, args.dataset_num_proc)
-            if not len(blocks):
-                remedy = f"the {which} data do not fill a block; lower it or give more text"
-                raise UserError(Problem("block_size", args.block_size, remedy))
+        if split is None:
+            packed.append(None)
+            continue
+        if isinstance(split, IterableDataset):
+            # Each evaluation reads the same rows, so a stream of them is stored.
+            split = Dataset.from_list(list(split))
+        column = TOKENS if TOKENS in split.column_names else "text"
+        with once_per_node(args):
+            blocks = pack_documents(split, tokenizer, args.block_size, column, args.dataset_num_proc)
+        if not len(blocks):
+            remedy = f"the {which} data do not fill a block; lower it or give more text"
+            raise UserError(Problem("block_size", args.block_size, remedy))
         packed.append(blocks)
     return packed
 
@@ -212,10 +235,11 @@ def pack_splits(
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join the states of all processes. Each process only knows the lanes that it reads."""
     places: dict[str, Place] = {}
-    for lane, place in (item for state in states for item in state["places"].items()):
-        # If several processes read a lane, resume at the earliest of their places.
-        if lane not in places or place["block"] <= places[lane]["block"]:
-            places[lane] = place
+    for state in states:
+        for lane, place in state["places"].items():
+            # If several processes read a lane, resume at the earliest of their places.
+            if lane not in places or place["block"] <= places[lane]["block"]:
+                places[lane] = place
     return {**states[0], "places": places}
 
 
@@ -240,8 +264,11 @@ class StreamPlace:
         except FileNotFoundError:
             remedy = f"does not contain {STATE}, the place in the stream; give another output_dir to start again"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy)) from None
-        own, other = self.stream.kind, state["kind"]
-        if changed := [f"{name} {other.get(name)}" for name in {**own, **other} if other.get(name) != own.get(name)]:
+        kind = self.stream.kind
+        saved_kind = state["kind"]
+        names = [name for name in {**kind, **saved_kind} if saved_kind.get(name) != kind.get(name)]
+        if names:
+            changed = [f"{name} {saved_kind.get(name)}" for name in names]
             remedy = f"is from a stream with {', '.join(changed)}; restore that, or give another output_dir"
             raise UserError(Problem("resume_from_checkpoint", folder, remedy))
         self.stream.load_state_dict(state)

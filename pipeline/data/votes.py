@@ -85,25 +85,27 @@ def parse_lines(
     `check` returns a vote, or raises a `ValueError`, `LookupError` or `TypeError`, which becomes a `UserError`.
     """
     for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            try:
-                vote = check(json.loads(line))
-            except (ValueError, LookupError, TypeError) as error:
-                remedy = f"is not a vote ({error}); {remedy}"
-                raise UserError(Problem(field, f"{path}, line {number}", remedy)) from None
-            yield vote
+        if not line.strip():
+            continue
+        try:
+            vote = check(json.loads(line))
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(Problem(field, f"{path}, line {number}", f"is not a vote ({error}); {remedy}")) from None
+        yield vote
 
 
 def check_vote(vote: Any) -> Vote:
     """Return a line of the log; raise a `ValueError`, `LookupError` or `TypeError` if it is not a vote."""
     texts = ("id", "pair", "annotator", "a", "b", "model_a", "model_b")
     wrong = [name for name in texts if not isinstance(vote[name], str)]
-    turns, undoes = vote["prompt"], vote.get("undoes")
+    turns = vote["prompt"]
     if not turns or not all(isinstance(turn[key], str) for turn in turns for key in ("role", "content")):
         wrong.append("prompt")
+    undoes = vote.get("undoes")
     if not isinstance(undoes, str | None):
         wrong.append("undoes")
-    if vote["choice"] not in CHOICES and not (vote["choice"] is None and undoes):
+    only_takes_back = vote["choice"] is None and bool(undoes)
+    if vote["choice"] not in CHOICES and not only_takes_back:
         wrong.append("choice")
     if wrong:
         raise ValueError(f"{wrong[0]} is {json.dumps(vote[wrong[0]])[:80]}")
@@ -112,11 +114,14 @@ def check_vote(vote: Any) -> Vote:
 
 def votes_step(run: Path) -> dict[str, Any]:
     """Return the settings of the run's step for votes, {} if it has none."""
-    settings = [step.get("values", {}) for step in read_run(run).get("steps", {}).values()]
-    return next((dict(values) for values in settings if "min_votes" in values), {})
+    for step in read_run(run).get("steps", {}).values():
+        values = step.get("values", {})
+        if "min_votes" in values:
+            return dict(values)
+    return {}
 
 
-def standing(votes: Sequence[Vote]) -> list[Vote]:
+def valid_votes(votes: Sequence[Vote]) -> list[Vote]:
     """Return the votes that count, which their annotators have neither taken back nor corrected."""
     undone = {(vote["annotator"], vote["undoes"]) for vote in votes if vote.get("undoes")}
     return [vote for vote in votes if vote["choice"] is not None and (vote["annotator"], vote["id"]) not in undone]
@@ -159,17 +164,18 @@ class VoteLog:
         Raise `Conflict` if it cannot count, and an `OSError` if it cannot be written; either leaves the file as it was.
         """
         with self._mutex:
-            key = vote["annotator"], vote["pair"]
-            if known := self._by_id.get(vote["id"]):
-                if (known["annotator"], known["pair"]) != key:
+            key = (vote["annotator"], vote["pair"])
+            earlier = self._by_id.get(vote["id"])
+            if earlier is not None:
+                if (earlier["annotator"], earlier["pair"]) != key:
                     raise Conflict("another vote has this id")
                 return False
             if vote.get("undoes"):
-                if self._standing.get(key, {}).get("id") != vote["undoes"]:
+                if self._valid.get(key, {}).get("id") != vote["undoes"]:
                     raise Conflict("that vote has been taken back or corrected already")
             elif vote["choice"] is None:
                 raise Conflict("it does not say which vote it takes back")
-            elif key in self._standing:
+            elif key in self._valid:
                 raise Conflict("this pair has your vote already")
 
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
@@ -179,16 +185,18 @@ class VoteLog:
             return True
 
     def _count(self) -> None:
-        self._standing = {(vote["annotator"], vote["pair"]): vote for vote in standing(list(self._by_id.values()))}
+        """Find out which votes count: at most one of an annotator on a pair."""
+        votes = valid_votes(list(self._by_id.values()))
+        self._valid = {(vote["annotator"], vote["pair"]): vote for vote in votes}
 
-    def standing(self, annotator: str | None = None) -> list[Vote]:
-        """Return the votes that count, of all annotators or of one, the oldest first."""
+    def valid_votes(self, annotator: str | None = None) -> list[Vote]:
+        """Return the votes that count, the oldest first: of one annotator, or of all if it is None."""
         with self._mutex:
-            return [vote for (name, _), vote in self._standing.items() if annotator in (None, name)]
+            return [vote for (name, _), vote in self._valid.items() if annotator in (None, name)]
 
     def has_vote(self, annotator: str, pair: str) -> bool:
         """Return whether an annotator has voted on a pair."""
-        return (annotator, pair) in self._standing
+        return (annotator, pair) in self._valid
 
 
 def split_of(prompt: Sequence[dict[str, str]]) -> str:
@@ -204,8 +212,10 @@ def as_pairs(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     for vote in votes:
         choice = vote["choice"]
         if choice in OTHER and vote["a"].strip() != vote["b"].strip():
-            answers, is_first = (vote[choice], vote[OTHER[choice]]), vote.get("shown_first") == choice
-            pairs.append(labelled_pair(vote["prompt"], *answers, vote["annotator"], is_first))
+            chosen = vote[choice]
+            rejected = vote[OTHER[choice]]
+            chosen_first = vote.get("shown_first") == choice
+            pairs.append(labelled_pair(vote["prompt"], chosen, rejected, vote["annotator"], chosen_first))
     return pairs
 
 
@@ -213,11 +223,14 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
     """Return both answers of each vote that was not skipped, as rows of an unpaired preference data set."""
     judgements = []
     for vote in votes:
+        labels = WANTED.get(vote["choice"])
         says_nothing = vote["choice"] in OTHER and vote["a"].strip() == vote["b"].strip()
-        wanted = () if says_nothing else WANTED.get(vote["choice"], ())
-        for text, label in zip((vote["a"], vote["b"]), wanted, strict=False):
+        if labels is None or says_nothing:
+            continue
+        for text, label in zip((vote["a"], vote["b"]), labels, strict=True):
             if text.strip():
-                row = {"prompt": vote["prompt"], "completion": [{"role": "assistant", "content": text}], "label": label}
+                completion = [{"role": "assistant", "content": text}]
+                row = {"prompt": vote["prompt"], "completion": completion, "label": label}
                 judgements.append({**row, "annotator": vote["annotator"]})
     return judgements
 
@@ -230,43 +243,56 @@ def update_data_set(folder: Path) -> int:
     from pipeline.data.writing import MESSAGES, PREFERENCES, card, table, write_rows
 
     single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
+    schemas = {"": PREFERENCES, SINGLE: Features(single).arrow_schema}
     # Several processes may read the same data, and update them at the same time.
     with lock(folder / ".data.lock"):
         # Read before the votes: if more are added meanwhile, the card's digest shows that it is outdated.
         digest = hash_file(folder / VOTES_FILE)
-        every = standing(read_votes(folder / VOTES_FILE))
-        rows: dict[str, list[dict[str, Any]]] = {}
-        counts = []
-        for name in SPLITS:
-            votes = [vote for vote in every if split_of(vote["prompt"]) == name]
-            rows[name], rows[f"{SINGLE}/{name}"] = as_pairs(votes), as_judgements(votes)
-            prompts = {json.dumps(vote["prompt"]) for vote in votes}
-            choices = Counter(vote["choice"] for vote in votes)
-            not_used = (choices[choice] for choice in ("tie", "bad", "skip"))
-            counts.append([name, len(prompts), len(votes), len(rows[name]), *not_used])
-        models = sorted({vote[side] for vote in every for side in ("model_a", "model_b")})
-        people = len({vote["annotator"] for vote in every})
-        text = CARD.format(
-            models=", ".join(f"`{Path(name).name}`" for name in models) or "no model yet",
-            annotators="one person" if people == 1 else f"{people} people",
-            table=table(["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"], counts),
-            digest=digest,
-        )
-        files = {"default": [name for name in SPLITS if rows[name]]}
-        files[SINGLE] = [name for name in SPLITS if rows[f"{SINGLE}/{name}"]]
-        filled = {config: names for config, names in files.items() if names}
-        content = card(filled, text, tags=["preference", "human-feedback"])
+        votes = valid_votes(read_votes(folder / VOTES_FILE))
+        by_split: dict[str, list[Vote]] = {name: [] for name in SPLITS}
+        for vote in votes:
+            by_split[split_of(vote["prompt"])].append(vote)
+        pairs = {name: as_pairs(by_split[name]) for name in SPLITS}
+        judgements = {name: as_judgements(by_split[name]) for name in SPLITS}
+        configs: dict[str, list[str]] = {}
+        for config, rows_of in (("default", pairs), (SINGLE, judgements)):
+            if any(rows_of.values()):
+                configs[config] = [name for name in SPLITS if rows_of[name]]
+        counts = [_counts(name, by_split[name], len(pairs[name])) for name in SPLITS]
+        columns = ["split", "prompts", "votes", "pairs", "ties", "both bad", "skipped"]
+        text = _describe(votes, table(columns, counts), digest)
+        content = card(configs, text, tags=["preference", "human-feedback"])
         path = folder / "README.md"
         if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != content:
-            for place, part in rows.items():
-                file = folder / f"{place}.parquet"
-                if part:
-                    tmp_file = file.with_name(f".{file.stem}.tmp")
-                    write_rows(tmp_file, PREFERENCES if place in SPLITS else Features(single).arrow_schema, part)
-                    os.replace(tmp_file, file)
-                else:
-                    # `load_dataset` refuses a split without rows.
-                    file.unlink(missing_ok=True)
+            for config, rows_of in (("", pairs), (SINGLE, judgements)):
+                for name in SPLITS:
+                    file = folder / config / f"{name}.parquet"
+                    if rows_of[name]:
+                        tmp_file = file.with_name(f".{file.stem}.tmp")
+                        write_rows(tmp_file, schemas[config], rows_of[name])
+                        os.replace(tmp_file, file)
+                    else:
+                        # `load_dataset` rejects a split without rows.
+                        file.unlink(missing_ok=True)
             # The card comes last: until it is written, the next reader writes everything again.
             write_text(path, content)
-    return sum(len(rows[name]) for name in SPLITS)
+    return sum(len(pairs[name]) for name in SPLITS)
+
+
+def _counts(split: str, votes: Sequence[Vote], pairs: int) -> list[object]:
+    """Return a line of the card's table: how many votes of a split there are, and how they were cast."""
+    prompts = {json.dumps(vote["prompt"]) for vote in votes}
+    choices = Counter(vote["choice"] for vote in votes)
+    return [split, len(prompts), len(votes), pairs, choices["tie"], choices["bad"], choices["skip"]]
+
+
+def _describe(votes: Sequence[Vote], table: str, digest: str) -> str:
+    """Return the text of the card."""
+    models = sorted({vote[side] for vote in votes for side in ("model_a", "model_b")})
+    people = len({vote["annotator"] for vote in votes})
+    return CARD.format(
+        models=", ".join(f"`{Path(name).name}`" for name in models) or "no model yet",
+        annotators="one person" if people == 1 else f"{people} people",
+        table=table,
+        digest=digest,
+    )

@@ -53,6 +53,7 @@ def card(files: Mapping[str, Iterable[str]], text: str, **metadata: Any) -> str:
     """
     configs = []
     for config, splits in files.items():
+        # default: train.parquet, sft: sft/train.parquet
         folder = "" if config == "default" else f"{config}/"
         data_files = [{"split": split, "path": f"{folder}{split}.parquet"} for split in splits]
         configs.append({"config_name": config, "data_files": data_files})
@@ -61,8 +62,11 @@ def card(files: Mapping[str, Iterable[str]], text: str, **metadata: Any) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a Markdown table whose first column is text, and whose others are numbers."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
+    alignment = ["---"] + ["---:"] * (len(columns) - 1)
+    text = ""
+    for cells in (columns, alignment, *rows):
+        text += f"| {' | '.join(map(str, cells))} |\n"
+    return text
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
@@ -70,10 +74,13 @@ def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = iter(rows)
     # pyarrow converts only texts to JSON, the type of `CALLING`.
-    texts = {pa.list_(pa.json_()): pa.list_(pa.string())}
-    plain = pa.schema([(column.name, texts.get(column.type, column.type)) for column in schema])
-    calling = [column.name for column in schema if column.type in texts]
+    calling = [column.name for column in schema if column.type == pa.list_(pa.json_())]
+    texts = pa.list_(pa.string())
+    plain = pa.schema([(column.name, texts if column.name in calling else column.type) for column in schema])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(rows, 2_000)):
-            group = [{**row, **{name: [*map(json.dumps, row[name])] for name in calling}} for row in group]
-            writer.write_table(pa.Table.from_pylist(group, plain).cast(schema))
+            converted = []
+            for row in group:
+                as_json = {name: [json.dumps(message) for message in row[name]] for name in calling}
+                converted.append({**row, **as_json})
+            writer.write_table(pa.Table.from_pylist(converted, plain).cast(schema))

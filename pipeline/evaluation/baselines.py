@@ -10,8 +10,9 @@
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 
-from pipeline.evaluation.held_out import HeldOut, Rows, subsample
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import record_greedy
+from pipeline.evaluation.parts import Rows, subsample
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import Rate
 from pipeline.evaluation.win_rate import Matches, answer_both, record_wins

@@ -16,8 +16,9 @@ from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.graders import Grader, grade_rows
-from pipeline.evaluation.held_out import HeldOut, Rows, subsample
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.likelihood import answer_losses, document_losses
+from pipeline.evaluation.parts import Rows, subsample
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list
 from pipeline.models.generation import Completion, end_tokens

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from datasets import Features
 
-from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, standing
+from pipeline.data.votes import VOTES_FILE, as_pairs, read_votes, split_of, valid_votes
 from pipeline.evaluation import intervals
 from pipeline.evaluation.evaluate_yaml import VOTES
-from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.metrics import NUMBER, Metric
+from pipeline.evaluation.parts import Rows
 from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list, read_json
 from pipeline.preferences.judges import load_annotators
@@ -126,7 +126,7 @@ def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
     # If it was trained on votes, only their test split remains; prompts are split by content, alike on every machine.
-    votes = standing(read_votes(run / VOTES / VOTES_FILE))
+    votes = valid_votes(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
     if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:
         _record_accuracy(result, "reward_accuracy_people", _score_both(rate, pairs), pairs)

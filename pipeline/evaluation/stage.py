@@ -16,9 +16,10 @@ from pipeline import hardware, launch
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation import baselines, metrics, win_rate
 from pipeline.evaluation.evaluate_yaml import BASE, CALLED, DEFAULT_LENGTH, VOTES, template_arguments
-from pipeline.evaluation.held_out import HeldOut, Rows, subsample
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.intervals import Estimate
 from pipeline.evaluation.overlaps import find_overlaps
+from pipeline.evaluation.parts import Rows, subsample
 from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs, measure_people
 from pipeline.files import as_list, check_directory, holds_model

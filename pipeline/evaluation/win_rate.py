@@ -15,9 +15,9 @@ import transformers
 from datasets import Features
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.held_out import Rows
 from pipeline.evaluation.likelihood import sequence_losses
 from pipeline.evaluation.metrics import NUMBER, Metric, summarise
+from pipeline.evaluation.parts import Rows
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
 from pipeline.preferences.judges import Judge

@@ -219,6 +219,25 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     return config
 
 
+def load_base_config(name: str | None, revision: str | None = None) -> PreTrainedConfig:
+    """Load the configuration of the model that `model_name_or_path` names, to train it; arguments as for `load_config`.
+
+    Raises:
+        UserError: If it cannot be loaded, or the model is an adapter that cannot be merged into its base model.
+    """
+    field = "model_name_or_path"
+    if not name:
+        raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
+    with user_error_for(field, name):
+        base = base_of(name, revision)
+        if base and PeftConfig.from_pretrained(name, revision=revision).is_prompt_learning:
+            remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
+            raise UserError(Problem(field, name, remedy))
+    described = f"{base}, the base model of {name}" if base else name
+    with user_error_for(field, described):
+        return load_config(name, revision)
+
+
 def is_reward_model(config: PreTrainedConfig) -> bool:
     """Return whether a model is a sequence classifier, by the configuration that `load_config` returns."""
     return any("SequenceClassification" in name for name in config.architectures or ())

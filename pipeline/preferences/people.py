@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.data.arguments import option
 from pipeline.data.messages import Row
-from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, standing, update_data_set
+from pipeline.data.votes import OUTCOMES, VOTES_FILE, VoteLog, parse_lines, read_votes, update_data_set, valid_votes
 from pipeline.errors import EXIT_WAITING, RunStopped, as_typed
 from pipeline.files import write_text
 from pipeline.preferences.collect import AnswerArguments, label_samples
@@ -71,7 +71,7 @@ def load_votes(path: Path) -> Judge:
     """Return a judge that decides as most people voted, on the page or by hand in `path`, and adds new pairs there."""
     content = path.read_bytes() if path.exists() else b""
     lines = list(parse_lines(content, _check_line, path, "judge", "a choice is first, second, tie or null"))
-    votes = [vote for vote in standing(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
+    votes = [vote for vote in valid_votes(read_votes(path.with_name(VOTES_FILE))) if vote["choice"] != "skip"]
     cast = [(vote["prompt"], vote["a"], vote["b"], OUTCOMES[vote["choice"]]) for vote in votes]
     cast += [(one["prompt"], one["first"], one["second"], BY_HAND[one["choice"]]) for one in lines if one["choice"]]
     decided: dict[str, list[float]] = defaultdict(list)

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.config.weight_fields import newest_state
-from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, standing
+from pipeline.data.votes import OTHER, OUTCOMES, VOTES_FILE, read_votes, valid_votes
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation.evaluate_yaml import BASE, VOTES
 from pipeline.evaluation.intervals import Estimate, outcome_mean
@@ -339,7 +339,7 @@ def win_rates(run: Path, against: str, notes: list[str]) -> dict[str, Estimate]:
     # The outcome of each comparison and its prompt, by stage and opponent.
     outcomes: dict[str, dict[str, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))
     try:
-        votes = standing(read_votes(run / VOTES / VOTES_FILE))
+        votes = valid_votes(read_votes(run / VOTES / VOTES_FILE))
     except UserError as error:
         notes.append(f"people's votes are omitted: {error}")
         return {}

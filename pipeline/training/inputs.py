@@ -2,8 +2,8 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import transformers
 from datasets import Dataset
 from jinja2 import TemplateError
-from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, RewardConfig, unpair_preference_dataset
 from trl.chat_template_utils import supports_tool_calling
@@ -23,7 +22,7 @@ from pipeline.data.packing import Encoder
 from pipeline.data.shards import check_tokenizers, is_shards
 from pipeline.data.splits import has_calls, load_splits
 from pipeline.data.tokenized import (
-    ANSWERS,
+    ANSWER_COLUMNS,
     add_tokens,
     drop_long_pairs,
     drop_long_prompts,
@@ -31,7 +30,7 @@ from pipeline.data.tokenized import (
     report_long_pairs,
     template_for_labels,
 )
-from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError, collect, refuse
 from pipeline.files import as_list, is_missing_path
 from pipeline.launch import once_per_node
 from pipeline.models import loading
@@ -41,8 +40,13 @@ from pipeline.models.tokenizer import special_tokens, validate_tokenizer
 from pipeline.progress import report_progress
 from pipeline.rewards.loading import user_code
 from pipeline.stages import STAGES
-from pipeline.tools.loading import load_toolbox
+from pipeline.tools.loading import ToolArguments, load_toolbox
 from pipeline.training import checks
+
+CHECKED_ROWS = 1000
+"""Rows of which the tokens are counted before training. Counting all of a large data set takes minutes."""
+CHECKED_ROWS_OF_STREAM = 100
+"""The same for a stream, which is read over the network, and for what tools add to prompts."""
 
 
 def load_inputs(
@@ -50,100 +54,188 @@ def load_inputs(
     data_args: DataArguments,
     training_args: TrainingArguments,
     model_args: ModelConfig | ScratchArguments,
-    reward_args: Any = None,
+    reward_args: ToolArguments | None = None,
 ) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
     """Load a stage's tokenizer and data, and check them together with the model's configuration and the arguments.
 
-    Each part is loaded even if an earlier one could not be, so that the `UserError` lists everything that is wrong.
+    Each part is loaded even if an earlier one could not be, so that one error lists everything that is wrong.
 
     Args:
         kind: Content of the data, as for `load_splits`.
+        data_args: Names of the data sets, and of the tokenizer if it is not the model's.
+        training_args: They say whether an evaluation split is needed.
         model_args: The model to load, or the sizes of a new one.
-        reward_args: The rewards, if any: one of the dataclasses of `pipeline.rl.arguments`.
+        reward_args: The rewards and tools, if any: one of the dataclasses of `pipeline.rl.arguments`.
 
     Returns:
         The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
+
+    Raises:
+        UserError: With everything that is wrong.
     """
-    problems: list[Problem] = []
-    pretrained = model_args if isinstance(model_args, ModelConfig) else None
-    name, own = pretrained.model_name_or_path if pretrained else None, data_args.tokenizer_name_or_path
-    named = [name, own, *data_args.dataset_names, getattr(reward_args, "value_model_path", None)]
-    named += as_list(getattr(reward_args, "reward_model_path", None))
-    if not all(os.path.exists(other) or is_missing_path(other) for other in named if other):
-        loading.skip_unreachable_hub()
+    inputs = _Inputs(kind, data_args, training_args, model_args, reward_args)
+    inputs.load_model()
+    inputs.load_data()
+    inputs.check()
+    inputs.fit()
+    return inputs.encode()
 
-    # A part that cannot be loaded is None from here on, and checks that need it are skipped.
-    config = tokenizer = splits = None
-    if pretrained is not None:
-        with collect(problems):
-            if not name:
-                raise UserError(Problem("model_name_or_path", "nothing", "give a Hub id or a folder"))
-            revision = pretrained.model_revision
-            with loading.user_error_for("model_name_or_path", name):
-                base = loading.base_of(name, revision)
-                if base and PeftConfig.from_pretrained(name, revision=revision).is_prompt_learning:
-                    remedy = "is a learned prompt, which cannot be merged into its base model; give another adapter"
-                    raise UserError(Problem("model_name_or_path", name, remedy))
-            with loading.user_error_for("model_name_or_path", f"{base}, the base model of {name}" if base else name):
-                config = loading.load_config(name, revision)
-    # The field that names the tokenizer, and its value.
-    words_from = ("tokenizer_name_or_path", own) if own or not name else ("model_name_or_path", name)
-    if own is not None or config is not None or pretrained is None:
-        revision = pretrained.model_revision if pretrained and not own else None
-        with collect(problems):
-            tokenizer = loading.load_tokenizer(words_from[1], words_from[0], revision)
-    shards = [path for path in map(Path, data_args.dataset_names) if kind == "text" and is_shards(path)]
-    # Neither the data nor the system prompt may contain special tokens: one in the prompt would get every row refused.
-    tokens = special_tokens(tokenizer) if tokenizer is not None and kind != "text" else None
-    if tokens is not None and (found := tokens.search(data_args.system_prompt or "")):
-        remedy = f"contains {found.group()}, which the tokenizer reads as a special token; remove it"
-        problems.append(Problem("system_prompt", data_args.system_prompt, remedy))
+
+class _Inputs:
+    """The inputs of a stage while they are loaded: a method for each step of `load_inputs`, in this order.
+
+    Attributes:
+        config: Configuration of the model; None if it has not been loaded, also because the model is a new one.
+        tokenizer: None if it could not be loaded, or cannot encode the data.
+        splits: The training split, and the evaluation split or None; None if they could not be loaded.
+        problems: Everything that is wrong, which says why a part is None.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        data_args: DataArguments,
+        training_args: TrainingArguments,
+        model_args: ModelConfig | ScratchArguments,
+        reward_args: ToolArguments | None,
+    ) -> None:
+        self.kind = kind
+        self.data_args = data_args
+        self.training_args = training_args
+        self.model_args = model_args
+        self.reward_args = reward_args
+        self.config: Any = None
+        self.tokenizer: Any = None
+        self.splits: tuple[Split, Split | None] | None = None
+        self.problems: list[Problem] = []
+        # The field that names the tokenizer, and its value.
+        self.tokenizer_field = "tokenizer_name_or_path"
+        self.tokenizer_name = data_args.tokenizer_name_or_path
+        if not self.tokenizer_name and isinstance(model_args, ModelConfig) and model_args.model_name_or_path:
+            self.tokenizer_field = "model_name_or_path"
+            self.tokenizer_name = model_args.model_name_or_path
+
+    def load_model(self) -> None:
+        """Load the configuration of the model, unless it is a new one, and the tokenizer."""
+        model = self.model_args if isinstance(self.model_args, ModelConfig) else None
+        names = [self.tokenizer_name, *self.data_args.dataset_names]
+        names += as_list(getattr(self.reward_args, "reward_model_path", None))
+        names.append(getattr(self.reward_args, "value_model_path", None))
+        if model is not None:
+            names.append(model.model_name_or_path)
+        if not all(os.path.exists(name) or is_missing_path(name) for name in names if name):
+            loading.skip_unreachable_hub()
+
+        revision = None
+        if model is not None:
+            with collect(self.problems):
+                self.config = loading.load_base_config(model.model_name_or_path, model.model_revision)
+            if self.data_args.tokenizer_name_or_path is None and self.config is None:
+                # The tokenizer would come from the model, of which the problem has been reported.
+                return
+            if not self.data_args.tokenizer_name_or_path:
+                revision = model.model_revision
+        with collect(self.problems):
+            self.tokenizer = loading.load_tokenizer(self.tokenizer_name, self.tokenizer_field, revision)
+
+    def load_data(self) -> None:
+        """Load the splits, in which no message may contain a special token of the tokenizer."""
         tokens = None
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    with once_per_node(training_args), collect(problems):
-        splits = load_splits(data_args, "tokens" if shards else kind, training_args.eval_strategy != "no", tokens, seed)
-    if tokenizer is not None:
-        problems += _set_template(tokenizer, training_args)
-        faults = check_tokenizer(tokenizer, words_from[0], str(words_from[1]), kind != "text")
-        for folder in shards if not faults else ():
-            faults += check_tokenizers(folder, tokenizer)
-        problems += faults
-        # Nothing can be encoded with a faulty tokenizer.
-        tokenizer = None if faults else tokenizer
+        if self.tokenizer is not None and self.kind != "text":
+            tokens = special_tokens(self.tokenizer)
+        if tokens is not None and (match := tokens.search(self.data_args.system_prompt or "")):
+            remedy = f"contains {match.group()}, which the tokenizer reads as a special token; remove it"
+            self.problems.append(Problem("system_prompt", self.data_args.system_prompt, remedy))
+            # Every row would be rejected because of the prompt.
+            tokens = None
+        seed = _data_seed(self.training_args)
+        evaluates = self.training_args.eval_strategy != "no"
+        kind: Kind = "tokens" if self._shards() else self.kind
+        with once_per_node(self.training_args), collect(self.problems):
+            self.splits = load_splits(self.data_args, kind, evaluates, tokens, seed)
 
-    if pretrained is None or config is not None:
-        problems += _check_model(kind, config, tokenizer, training_args, model_args, reward_args)
-    faults = reward_args.preflight(training_args, tokenizer, splits[0] if splits else None) if reward_args else []
-    problems, reward_args = problems + faults, None if faults else reward_args
-    if splits is not None and tokenizer is not None:
-        with collect(problems):
-            splits = _fit_rows(kind, splits, tokenizer, training_args, config, words_from, reward_args)
-    if splits is not None and isinstance(splits[0], Dataset):
-        problems += checks.check_batches(len(splits[0]), training_args)
-    problems += checks.preflight(training_args)
-    if problems or tokenizer is None or splits is None:
-        raise UserError(*problems)
-    # The first row of another stream is only known once its buffer of shuffled rows is full.
-    if isinstance(splits[0], Dataset) or kind == "text":
-        report_progress(first_row=_show_first_row(kind, splits[0], tokenizer, training_args))
-    return tokenizer, *_encode(kind, splits, tokenizer, training_args)
+    def _shards(self) -> list[Path]:
+        """Return the data sets whose documents are tokens already."""
+        if self.kind != "text":
+            return []
+        return [path for path in map(Path, self.data_args.dataset_names) if is_shards(path)]
+
+    def check(self) -> None:
+        """Check the tokenizer, the model and the rewards, and give the tokenizer the template of the arguments."""
+        if self.tokenizer is not None:
+            self.problems += _set_template(self.tokenizer, self.training_args)
+            faults = check_tokenizer(
+                self.tokenizer, self.tokenizer_field, str(self.tokenizer_name), chat=self.kind != "text"
+            )
+            if not faults:
+                for folder in self._shards():
+                    faults += check_tokenizers(folder, self.tokenizer)
+            self.problems += faults
+            if faults:
+                # Nothing can be encoded with it.
+                self.tokenizer = None
+        if self.config is not None or isinstance(self.model_args, ScratchArguments):
+            self.problems += _check_model(
+                self.kind, self.config, self.tokenizer, self.training_args, self.model_args, self.reward_args
+            )
+        if self.reward_args is not None:
+            train = self.splits[0] if self.splits is not None else None
+            faults = self.reward_args.preflight(self.training_args, self.tokenizer, train)
+            self.problems += faults
+            if faults:
+                # Its tools cannot be used either.
+                self.reward_args = None
+
+    def fit(self) -> None:
+        """Drop rows that are too long, and check what is left. Raise a `UserError` if anything is wrong."""
+        if self.splits is not None and self.tokenizer is not None:
+            named_by = (self.tokenizer_field, self.tokenizer_name)
+            with collect(self.problems):
+                self.splits = _fit_rows(
+                    self.kind, self.splits, self.tokenizer, self.training_args, self.config, named_by, self.reward_args
+                )
+        if self.splits is not None and isinstance(self.splits[0], Dataset):
+            self.problems += checks.check_batches(len(self.splits[0]), self.training_args)
+        self.problems += checks.preflight(self.training_args)
+        refuse(*self.problems)
+
+    def encode(self) -> tuple[PreTrainedTokenizerBase, Split, Split | None]:
+        """Add the tokens that TRL would add more slowly, and return the result of `load_inputs`."""
+        # Without a problem, all parts have been loaded.
+        assert self.splits is not None
+        train = self.splits[0]
+        # The first row of another stream is only known once its buffer of shuffled rows is full.
+        if isinstance(train, Dataset) or self.kind == "text":
+            report_progress(first_row=_show_first_row(self.kind, train, self.tokenizer, self.training_args))
+        train, held_out = _encode(self.kind, self.splits, self.tokenizer, self.training_args)
+        return self.tokenizer, train, held_out
+
+
+def _data_seed(args: Any) -> int:
+    """Return the seed of the order of the rows."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _check_model(
-    kind: Kind, config: Any, tokenizer: Any, training_args: TrainingArguments, model_args: Any, reward_args: Any
+    kind: Kind,
+    config: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    training_args: TrainingArguments,
+    model_args: Any,
+    reward_args: ToolArguments | None,
 ) -> list[Problem]:
     """Check a model to load by its `config`, or a new one (None) by its sizes."""
-    # The field that limits the length of this stage's sequences, such as `max_length`.
-    limits = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
-    length = {field: getattr(training_args, field, None) for field in limits}
+    # The fields that limit the length of this stage's sequences, such as `max_length`.
+    fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
+    lengths = {field: getattr(training_args, field, None) for field in fields}
     if config is None:
-        problems = check_lengths(model_args.max_position_embeddings, **length)
+        problems = check_lengths(model_args.max_position_embeddings, **lengths)
         if tokenizer is not None:
             problems += checks.check_disk(build_empty(model_args, len(tokenizer)).num_parameters(), training_args)
         return problems
     name = str(model_args.model_name_or_path)
-    problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **length)
-    if all(fault.field in length for fault in problems):
+    problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **lengths)
+    if all(problem.field in lengths for problem in problems):
         problems += check_weights(config, training_args, model_args, reward_args)
     if kind == "prompt":
         problems += checks.check_generation_config(loading.base_of(name) or name, model_args.model_revision)
@@ -151,72 +243,180 @@ def _check_model(
 
 
 def _fit_rows(
-    kind: Kind, splits: tuple[Split, Split | None], tokenizer: Any, args: Any, config: Any, words_from: Any, tools: Any
+    kind: Kind,
+    splits: tuple[Split, Split | None],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    config: Any,
+    named_by: tuple[str, str | None],
+    reward_args: ToolArguments | None,
 ) -> tuple[Split, Split | None]:
     """Drop prompts that leave no room for an answer, and pairs that are too long for DPO and KTO; check the first rows.
 
-    Each answer of a pair becomes a row for KTO. The chat template, which comes from the field `words_from`, may reject
-    a row. `tools` may name tools.
+    For KTO, each answer of a pair becomes a row.
+
+    Args:
+        args: The training arguments.
+        config: The configuration of the model; None for a new one.
+        named_by: The field that names the tokenizer, and its value, for messages.
+        reward_args: The tools that the model may call, if any.
+
+    Raises:
+        UserError: If no row has room, or the chat template rejects one of the first rows.
     """
-
-    def count(messages: Any, tools: Any = None, **options: Any) -> int:
-        options |= {"tools": tools, "tokenize": True, "return_dict": True}
-        return len(tokenizer.apply_chat_template(messages, **options)["input_ids"])
-
     try:
         if kind == "prompt":
-            positions = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
-            given, limit = args.chat_template_kwargs or {}, args.max_completion_length or 0
-            template = {name: value for name, value in given.items() if name not in TEMPLATE_ARGUMENTS}
-            added = 0
-            if toolbox := load_toolbox(vars(tools) if tools else None, tokenizer):
-                # What tools and environments add to prompts is measured on the first rows.
-                with user_code(tools.environment, "environment"):
-                    opened = [(toolbox.open(row)[0], row["prompt"]) for row in splits[0].take(100)]
-                plain: dict[str, Any] = {"add_generation_prompt": True, **template}
-                called = plain | toolbox.template(tokenizer)
-                added = max(count(shown, **called) - count(asked, **plain) for shown, asked in opened)
-            train, held_out = (s and drop_long_prompts(s, tokenizer, limit, positions, template, added) for s in splits)
-            return train, held_out
-        for split in filter(None, splits if kind in ("preference", "unpaired") else splits[:1]):
-            # Counting all tokens of a large data set takes minutes, and a stream is read over the network.
-            is_stored = isinstance(split, Dataset)
-            rows = list(split.take(min(1000, len(split)) if is_stored else 100))
-            calls = has_calls(split if is_stored else rows)
-            if calls and not supports_tool_calling(tokenizer):
-                raise ValueError("it omits tool calls or their results; chat_template_path may name another")
-            if calls and kind != "conversation" and not isinstance(args, RewardConfig):
-                remedy = "DPO and KTO would also learn what tools wrote; use recipes.reward or recipes.sft"
-                raise UserError(Problem("dataset_name", "dialogues with tools", remedy))
-            if kind == "text":
-                if TOKENS in rows[0]:
-                    Encoder.of(tokenizer)([row[TOKENS] for row in rows])
-            elif args.max_length is None:
-                continue
-            elif kind == "conversation":
-                asked = [[*takewhile(lambda message: message["role"] != "assistant", row["messages"])] for row in rows]
-                tools = [json.loads(row.get("tools") or "null") for row in rows]
-                shortest = min(map(partial(count, add_generation_prompt=True), asked, tools))
-                if shortest >= args.max_length:
-                    remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left"
-                    raise UserError(Problem("max_length", args.max_length, f"{remedy}; raise it"))
-            else:
-                answers = ANSWERS.intersection(rows[0])
-                sizes = [max(count(row["prompt"] + row[answer]) for answer in answers) for row in rows]
-                if not is_stored:
-                    report_long_pairs(sizes, args.max_length, "checked pairs")
-        if kind == "unpaired":
-            splits = _unpair(splits, args)
-        # TRL's `RewardTrainer` drops pairs that are too long, which `_encode` reports. The other trainers would learn
-        # from truncated answers.
-        if kind in ("preference", "unpaired") and args.max_length is not None and not isinstance(args, RewardConfig):
-            train, held_out = splits
-            train = drop_long_pairs(train, tokenizer, args.max_length)
-            return train, held_out and drop_long_pairs(held_out, tokenizer, args.max_length, "evaluation ")
-        return splits
+            return _fit_prompts(splits, tokenizer, args, config, reward_args)
+        if kind == "text":
+            _check_documents(splits[0], tokenizer)
+            return splits
+        if kind == "conversation":
+            _check_conversations(splits[0], tokenizer, args.max_length)
+            return splits
+        return _fit_pairs(kind, splits, tokenizer, args)
     except (TemplateError, ValueError) as error:
         remedy = f"its chat template rejects a conversation of the data ({error}); correct one of them"
-        raise UserError(Problem(words_from[0], words_from[1], remedy)) from error
+        raise UserError(Problem(*named_by, remedy)) from error
+
+
+def _first_rows(split: Split) -> list[Any]:
+    """Return the rows of which the tokens are counted."""
+    if isinstance(split, Dataset):
+        return list(split.take(min(CHECKED_ROWS, len(split))))
+    return list(split.take(CHECKED_ROWS_OF_STREAM))
+
+
+def _count_tokens(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> int:
+    """Return the number of tokens of a conversation in the chat template; `options` are arguments of the template."""
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return len(encoded["input_ids"])
+
+
+def _template_options(args: Any) -> dict[str, Any]:
+    """Return the `chat_template_kwargs` of the training arguments that the template itself reads."""
+    options = getattr(args, "chat_template_kwargs", None) or {}
+    return {name: value for name, value in options.items() if name not in TEMPLATE_ARGUMENTS}
+
+
+def _fit_prompts(
+    splits: tuple[Split, Split | None],
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    config: Any,
+    tool_args: ToolArguments | None,
+) -> tuple[Split, Split | None]:
+    """Drop prompts that leave no room for an answer in the context of the model."""
+    positions = None
+    if config is not None:
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = args.max_completion_length or 0
+    template = _template_options(args)
+    added = _tokens_of_tools(splits[0], tokenizer, template, tool_args)
+    train, held_out = splits
+    train = drop_long_prompts(train, tokenizer, length, positions, template, added)
+    if held_out is not None:
+        held_out = drop_long_prompts(held_out, tokenizer, length, positions, template, added)
+    return train, held_out
+
+
+def _tokens_of_tools(
+    split: Split, tokenizer: PreTrainedTokenizerBase, template: Mapping[str, Any], tool_args: ToolArguments | None
+) -> int:
+    """Return how many tokens tools and environment add to a prompt at most, measured on the first rows."""
+    if tool_args is None:
+        return 0
+    toolbox = load_toolbox(vars(tool_args), tokenizer)
+    if toolbox is None:
+        return 0
+    plain_prompts: list[Any] = []
+    opened_prompts: list[Any] = []
+    with user_code(tool_args.environment or "", "environment"):
+        for row in split.take(CHECKED_ROWS_OF_STREAM):
+            plain_prompts.append(row["prompt"])
+            opened_prompts.append(toolbox.open(row)[0])
+    plain = {"add_generation_prompt": True, **template}
+    with_tools = plain | toolbox.template(tokenizer)
+    added = [
+        _count_tokens(tokenizer, opened, **with_tools) - _count_tokens(tokenizer, prompt, **plain)
+        for opened, prompt in zip(opened_prompts, plain_prompts, strict=True)
+    ]
+    return max(added)
+
+
+def _check_documents(split: Split, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that documents which are tokens already, if any, come from this tokenizer."""
+    rows = _first_rows(split)
+    if TOKENS in rows[0]:
+        Encoder.of(tokenizer)([row[TOKENS] for row in rows])
+
+
+def _check_conversations(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    """Check that the chat template can write the first rows, and that a prompt leaves room for an answer."""
+    rows = _first_rows(split)
+    _check_calls(split, rows, tokenizer)
+    if max_length is None:
+        return
+    sizes = []
+    for row in rows:
+        prompt = list(takewhile(lambda message: message["role"] != "assistant", row["messages"]))
+        tools = json.loads(row.get("tools") or "null")
+        sizes.append(_count_tokens(tokenizer, prompt, tools=tools, add_generation_prompt=True))
+    shortest = min(sizes)
+    if shortest >= max_length:
+        remedy = f"every prompt is longer ({shortest} tokens at least), so that no answer would be left; raise it"
+        raise UserError(Problem("max_length", max_length, remedy))
+
+
+def _check_calls(split: Split, first_rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether any row calls tools. Raise a `ValueError` if the chat template cannot write calls."""
+    calls = has_calls(split if isinstance(split, Dataset) else first_rows)
+    if calls and not supports_tool_calling(tokenizer):
+        raise ValueError("it omits tool calls or their results; chat_template_path may name another")
+    return calls
+
+
+def _fit_pairs(
+    kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
+) -> tuple[Split, Split | None]:
+    """Drop pairs or single answers that are too long for DPO and KTO, and check the first rows."""
+    is_reward_model = isinstance(args, RewardConfig)
+    for split in splits:
+        if split is None:
+            continue
+        rows = _first_rows(split)
+        if _check_calls(split, rows, tokenizer) and not is_reward_model:
+            remedy = "DPO and KTO would also learn what tools wrote; use recipes.reward or recipes.sft"
+            raise UserError(Problem("dataset_name", "dialogues with tools", remedy))
+        if args.max_length is not None:
+            # This also shows whether the template rejects one of these rows.
+            sizes = [_pair_length(row, tokenizer) for row in rows]
+            if not isinstance(split, Dataset):
+                report_long_pairs(sizes, args.max_length, "checked pairs")
+    train, held_out = splits
+    if kind == "unpaired":
+        train = _unpair(train, args)
+        if held_out is not None:
+            held_out = _unpair(held_out, args)
+    # TRL's `RewardTrainer` drops pairs that are too long, which `_encode` reports. The other trainers would learn
+    # from truncated answers.
+    if args.max_length is not None and not is_reward_model:
+        train = drop_long_pairs(train, tokenizer, args.max_length)
+        if held_out is not None:
+            held_out = drop_long_pairs(held_out, tokenizer, args.max_length, "evaluation ")
+    return train, held_out
+
+
+def _pair_length(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens of a prompt with its longest answer."""
+    answers = ANSWER_COLUMNS.intersection(row)
+    return max(_count_tokens(tokenizer, row["prompt"] + row[answer]) for answer in answers)
+
+
+def _unpair(split: Split, args: Any) -> Split:
+    """Make a row of each answer of a pair, and shuffle the rows, because TRL's KTO reads them in order."""
+    if "chosen" in column_names(split):
+        split = unpair_preference_dataset(split)
+    return split.shuffle(seed=_data_seed(args))
 
 
 def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
@@ -226,8 +426,7 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
         return tokenizer.decode(row[TOKENS])
     if kind == "text":
         return (tokenizer.bos_token or "") + row["text"]
-    options = dict(getattr(args, "chat_template_kwargs", None) or {})
-    options = {name: value for name, value in options.items() if name not in TEMPLATE_ARGUMENTS}
+    options = _template_options(args)
     if kind == "conversation":
         options["tools"] = json.loads(row.get("tools") or "null")
 
@@ -247,28 +446,24 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
     return f"{render(row['prompt'] + row['completion'])} (label: {row['label']})"
 
 
-def _unpair(splits: tuple[Split, Split | None], args: Any) -> tuple[Split, Split | None]:
-    """Make a row of each answer of a pair, and shuffle the rows, because TRL's KTO reads them in order."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    singles = (unpair_preference_dataset(s) if s and "chosen" in column_names(s) else s for s in splits)
-    train, held_out = (single and single.shuffle(seed=seed) for single in singles)
-    return train, held_out
-
-
 def _encode(
     kind: Kind, splits: tuple[Split, Split | None], tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> tuple[Split, Split | None]:
-    """Add the tokens of the rows, as `add_tokens` describes them."""
+    """Add the tokens that `add_tokens` adds; the table in `pipeline.data.tokenized` says who tokenizes the others."""
     if kind == "unpaired" or (kind == "preference" and not isinstance(args, RewardConfig)):
         return splits
     answers_only = bool(getattr(args, "assistant_only_loss", False))
     num_proc = getattr(args, "dataset_num_proc", None)
+    train, held_out = splits
     with once_per_node(args):
-        train, held_out = (split and add_tokens(split, kind, tokenizer, answers_only, num_proc) for split in splits)
-    for split, what in ((train, "pairs"), (held_out, "evaluation pairs")):
-        if kind == "preference" and isinstance(split, Dataset) and args.max_length is not None:
-            report_long_pairs(pair_lengths(split), args.max_length, what)
-    # The rows already have labels, and TRL would refuse a template that does not mark the answers.
+        train = add_tokens(train, kind, tokenizer, answers_only, num_proc)
+        if held_out is not None:
+            held_out = add_tokens(held_out, kind, tokenizer, answers_only, num_proc)
+    if kind == "preference" and args.max_length is not None:
+        for split, what in ((train, "pairs"), (held_out, "evaluation pairs")):
+            if isinstance(split, Dataset):
+                report_long_pairs(pair_lengths(split), args.max_length, what)
+    # The rows already have labels, and TRL would reject a template that does not mark the answers.
     if answers_only and template_for_labels(tokenizer) is None:
         args.assistant_only_loss = False
     return train, held_out
@@ -276,7 +471,9 @@ def _encode(
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -> list[Problem]:
     """Give the tokenizer the chat template and the eos token of the training arguments, as TRL will."""
-    path, pad, eos = (getattr(args, name, None) for name in ("chat_template_path", "pad_token", "eos_token"))
+    path = getattr(args, "chat_template_path", None)
+    pad = getattr(args, "pad_token", None)
+    eos = getattr(args, "eos_token", None)
     for field, token in (("eos_token", eos), ("pad_token", pad)):
         if token and token not in tokenizer.get_vocab():
             return [Problem(field, token, "is not found in the vocabulary of the tokenizer; choose another one")]
@@ -289,7 +486,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, args: TrainingArguments) -
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return [Problem("chat_template_path", path, f"cannot be read ({error}); give a Jinja template")]
-    if fault := validate_tokenizer(tokenizer):
+    fault = validate_tokenizer(tokenizer)
+    if fault:
         return [Problem("chat_template_path", path, f"{fault}; correct it")]
     return []
 
@@ -299,12 +497,18 @@ def check_weights(
 ) -> list[Problem]:
     """Check weights, attention, LoRA targets and disk space with a model on the meta device.
 
-    If it is `early`, the model does not exist yet, so there are no weights to check, and the disk may change.
+    Args:
+        config: The configuration of the model, which is changed if a reward model is made of it.
+        reward_args: As for `load_inputs`, or None.
+        early: Whether the model does not exist yet: then there are no weights to check, and the disk may change.
     """
-    name, reward = str(model_args.model_name_or_path), isinstance(args, RewardConfig)
-    if reward and not loading.is_reward_model(config):
-        config.num_labels = 1
-    model_class = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+    name = str(model_args.model_name_or_path)
+    is_reward_model = isinstance(args, RewardConfig)
+    model_class = transformers.AutoModelForCausalLM
+    if is_reward_model:
+        model_class = transformers.AutoModelForSequenceClassification
+        if not loading.is_reward_model(config):
+            config.num_labels = 1
     attention = model_args.attn_implementation
     try:
         with torch.device("meta"):
@@ -314,17 +518,20 @@ def check_weights(
         if attention is not None and type(config) in model_class._model_mapping:
             return [Problem("attn_implementation", attention, f"{reason}; omit it, or use sdpa or eager")]
         return [Problem("model_name_or_path", name, f"its {config.model_type} model cannot be built ({reason[:200]})")]
+    problems = []
     fault = None if early else loading.validate_weights(name, config, model_class)
-    problems = [Problem("model_name_or_path", name, fault)] if fault else []
+    if fault:
+        problems.append(Problem("model_name_or_path", name, fault))
     weight = getattr(args, "router_aux_loss_coef", None)
     if weight and not hasattr(config.get_text_config(), "output_router_logits"):
         problems.append(Problem("router_aux_loss_coef", weight, "the model does not have experts; omit it"))
+    problems += checks.check_lora(model_args, model)
     if early:
-        return problems + checks.check_lora(model_args, model)
+        return problems
     size = model.num_parameters()
     # Adapters are smaller, depending on their rank and targets.
     trained = round(0.05 * size) if model_args.use_peft else size
     if reward_args is not None and reward_args.trains_critic:
         # The critic is trained in full unless it is an adapter, too.
         trained += trained if reward_args.value_use_peft else size
-    return problems + checks.check_lora(model_args, model) + checks.check_disk(trained, args)
+    return problems + checks.check_disk(trained, args)

@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from pipeline.data.votes import read_votes, standing
+from pipeline.data.votes import read_votes, valid_votes
 from pipeline.report.text import visible
 from tests.helpers.files import write_rows
 from tests.helpers.small_model import ROOT, save_model
@@ -231,7 +231,7 @@ def test_two_hundred_votes_of_four_clients_and_a_page_survive_a_killed_server(
     server.start()
     for thread in threads:
         thread.join()
-    votes = [vote for vote in standing(read_votes(run / "votes" / "votes.jsonl")) if vote["annotator"] in names]
+    votes = [vote for vote in valid_votes(read_votes(run / "votes" / "votes.jsonl")) if vote["annotator"] in names]
     wanted = {f"{name}-{number}" for name in names for number in range(VOTES)}
     assert len(votes) == 4 * VOTES and {vote["id"] for vote in votes} == wanted
     seen = Counter((vote["annotator"], vote["pair"]) for vote in votes)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_from_disk
 
+from pipeline.data import documents
 from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
 from pipeline.data.documents import LONGEST
@@ -238,6 +239,15 @@ def test_files_whose_types_differ_are_joined(tmp_path: Path, kind: str, streamin
     found = sorted(read(str(tmp_path), "prompt", streaming), key=str)
     expected = [{**row, "prompt": ASKED[:1], "answer": str(row["answer"])} for row in rows for _ in range(2)]
     assert found == sorted(expected, key=lambda row: str({name: row[name] for name in found[0]}))
+
+
+def test_leading_zeros_are_found_in_a_large_table_whose_sample_ends_within_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = 'question,code\n"Why?",007\n"Who are\nyou?",08\n'
+    monkeypatch.setattr(documents, "SAMPLE_CHARACTERS", text.index("you?"))
+    rows = open_source(lay(tmp_path, a__csv=text))["train"]
+    assert rows["code"][:] == ["007", "08"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 
-from pipeline.data import columns, splits
+from pipeline.data import conversion, splits
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
@@ -321,9 +321,52 @@ def test_rows_are_converted_once_for_the_same_arguments_and_again_for_others_or_
     assert [message["content"] for message in other[0]["messages"]] == ["Be brief.", "Hi.", "Hello."]
     assert [message["content"] for message in again[0]["messages"]] == ["Hi.", "Hello."]
     (tmp_path / "code").mkdir()
-    monkeypatch.setattr(columns, "__file__", str(tmp_path / "code" / "columns.py"))
+    monkeypatch.setattr(conversion, "__file__", str(tmp_path / "code" / "conversion.py"))
     changed = []
     for line in ("one = 1\n", "one = 2\n"):
         (tmp_path / "code" / "messages.py").write_text(line)
         changed.append(load_splits(all_of(path), "conversation", evaluation=False)[0].cache_files)
     assert changed[0] != changed[1] and first.cache_files not in changed
+
+
+def test_a_row_is_named_by_its_number_in_the_file_although_others_are_not_kept(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": None if i == 8 else "yes", "source": "ab"[i % 2]} for i in range(20)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / f"{split}.jsonl", rows if split == "train" else rows[:5])
+    args = DataArguments(str(tmp_path), keep_rows=["source=a"])
+    with pytest.raises(UserError, match="split train, row 8: answer is"):
+        load_splits(args, "conversation", evaluation=True)
+
+
+@pytest.mark.parametrize("kind", ["preference", "unpaired", "prompt"])
+def test_pairs_without_rows_are_refused(tmp_path: Path, kind: Any) -> None:
+    pairs = [{"prompt": "What?", "chosen": "That.", "rejected": "No."}]
+    Dataset.from_list(pairs).take(0).to_parquet(tmp_path / "pairs.parquet")
+    args = DataArguments(str(tmp_path / "pairs.parquet"), dataset_streaming=True)
+    with pytest.raises(UserError, match=r"pairs.parquet, split train: is empty; choose one that has rows"):
+        load_splits(args, kind, evaluation=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_evaluation_split_is_read_as_the_training_split(tmp_path: Path, streaming: bool) -> None:
+    """What the columns are is decided once, although the other split spells them in another way and has more."""
+    write_rows(tmp_path / "train.jsonl", QUESTIONS[:20])
+    rows = [{"Answer": row["answer"], " QUESTION": row["question"], "messages": "no"} for row in QUESTIONS[20:25]]
+    write_rows(tmp_path / "test.jsonl", rows)
+    args = DataArguments(str(tmp_path), dataset_streaming=streaming)
+    train, test = load_splits(args, "conversation", evaluation=True)
+    assert test is not None and train.column_names == test.column_names == ["messages"]
+    assert [row["messages"][0]["content"] for row in test] == [f"{i} + 1?" for i in range(20, 25)]
+
+
+@pytest.mark.parametrize("lacks", ["train", "test"])
+def test_margins_are_optional_in_either_split(tmp_path: Path, lacks: str) -> None:
+    for split in ("train", "test"):
+        pair = {"prompt": "What?", "chosen": "That.", "rejected": "No."}
+        write_rows(tmp_path / f"{split}.jsonl", [pair if split == lacks else {**pair, "margin": 0.5}] * 3)
+    train, test = load_splits(DataArguments(str(tmp_path)), "preference", evaluation=True)
+    assert test is not None
+    columns = ["prompt", "chosen", "rejected"]
+    assert train.column_names == (columns if lacks == "train" else [*columns, "margin"])
+    # Without margins in training, those of the evaluation would give its loss another meaning.
+    assert test.column_names == columns

@@ -156,7 +156,7 @@ def test_rows_that_are_held_out_of_a_stream_are_of_its_first_file(tmp_path: Path
 
 def test_the_first_rows_of_all_files_are_read_as_one(tmp_path: Path) -> None:
     data = rows(write_files(tmp_path / "data", "jsonl", 2), max_train_samples=5, validation_share=0)
-    stream = PackedStream(data, tokenizer(), BLOCK, 0, chosen={"max_train_samples": 9})
+    stream = PackedStream(data, tokenizer(), BLOCK, 0, selection={"max_train_samples": 9})
     text = "".join(tokenizer().decode(block) for block in blocks(stream, 40))
     assert all(f"file 0 row {row}." in text for row in range(5))
     assert "row 5" not in text and "file 1" not in text

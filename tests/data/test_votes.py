@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
-from pipeline.data.votes import VOTES_FILE, Conflict, Vote, VoteLog, read_votes, split_of, standing
+from pipeline.data.votes import VOTES_FILE, Conflict, Vote, VoteLog, read_votes, split_of, valid_votes
 from pipeline.errors import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -60,7 +60,7 @@ def test_a_vote_is_a_line_that_counts_once_however_often_it_is_sent(tmp_path: Pa
             log.add(wrong)
     log.close()
     again = VoteLog(tmp_path)
-    assert not again.add(vote(1)) and len(again.standing()) == 2
+    assert not again.add(vote(1)) and len(again.valid_votes()) == 2
     again.close()
 
 
@@ -68,16 +68,16 @@ def test_a_vote_is_taken_back_or_corrected_by_a_further_line(tmp_path: Path) -> 
     log = VoteLog(tmp_path)
     log.add(vote(1))
     log.add({**vote(1, None), "id": "undo", "undoes": "id1"})
-    assert not log.standing() and not log.has_vote("ann", "pair1")
+    assert not log.valid_votes() and not log.has_vote("ann", "pair1")
     with pytest.raises(Conflict):
         log.add({**vote(1, None), "id": "twice", "undoes": "id1"})
     log.add({**vote(1, "tie"), "id": "new"})
     log.add({**vote(1, "b"), "id": "better", "undoes": "new"})
     with pytest.raises(Conflict):
         log.add({**vote(1, "a", "eve"), "id": "forged", "undoes": "better"})
-    assert [one["choice"] for one in log.standing("ann")] == ["b"]
+    assert [one["choice"] for one in log.valid_votes("ann")] == ["b"]
     log.close()
-    assert [one["choice"] for one in standing(read_votes(tmp_path / VOTES_FILE))] == ["b"]
+    assert [one["choice"] for one in valid_votes(read_votes(tmp_path / VOTES_FILE))] == ["b"]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_killed_process_loses_no_vote_that_it_confirmed(tmp_path: Path) -> Non
         confirmed += map(int, lines)
     child.join()
     log = VoteLog(tmp_path)
-    assert {f"id{number}" for number in confirmed} <= {one["id"] for one in log.standing()}
+    assert {f"id{number}" for number in confirmed} <= {one["id"] for one in log.valid_votes()}
     assert log.add(vote(-1))
     log.close()
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from pipeline.__main__ import main
 from pipeline.data.sources import open_source
-from pipeline.evaluation.held_out import FIXED_PROMPTS, subsample
+from pipeline.evaluation.held_out import FIXED_PROMPTS
+from pipeline.evaluation.parts import subsample
 from pipeline.evaluation.win_rate import SAMPLES
 from pipeline.stages import HELD_OUT
 from tests.helpers import small_model

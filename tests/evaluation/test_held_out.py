@@ -147,3 +147,13 @@ def test_a_stage_that_an_earlier_release_trained_on_other_rows_is_named(
     recipe = complete({}, derive([("3_reward", "reward", values)], run))
     remarks = read_held_out(run, recipe, (), baselines=False).remarks
     assert len(remarks) == is_said and all("3_reward: an earlier release" in remark for remark in remarks)
+
+
+def test_a_test_split_that_is_the_training_split_does_not_change_what_is_held_out(tmp_path: Path) -> None:
+    """Without an evaluation during training, such a stage used to train on the rows that it was measured on."""
+    path = write_rows(tmp_path / "rows.jsonl", [row(i, "") for i in range(60)])
+    values = {"dataset_name": path, "dataset_test_split": "train"}
+    train, _ = load_splits(DataArguments(**values), "preference", evaluation=False)
+    recipe = complete({}, derive([("3_reward", "reward", values)], tmp_path / "run"))
+    measured = numbers_in(read_held_out(tmp_path / "run", recipe, (), baselines=False).pairs)
+    assert measured == {0, 20, 40} and not measured & numbers_in(train)

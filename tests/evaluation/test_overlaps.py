@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.evaluate_yaml import Source
-from pipeline.evaluation.held_out import HeldOut, Part
+from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.overlaps import OVERLAP_WORDS, find_overlaps
+from pipeline.evaluation.parts import Part
 
 WORDS = [f"word{number}" for number in range(2000)]
 SENTENCE = "Solve the following problem step by step, and write your final answer after four hashes."

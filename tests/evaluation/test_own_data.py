@@ -17,8 +17,9 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
-from pipeline.evaluation.evaluate_yaml import check, complete, derive, recorded, template_arguments
-from pipeline.evaluation.held_out import Part, Reader, Source, read_held_out
+from pipeline.evaluation.evaluate_yaml import Source, check, complete, derive, recorded, template_arguments
+from pipeline.evaluation.held_out import read_held_out
+from pipeline.evaluation.parts import Part, Reader
 from pipeline.models.generation import Completion
 from pipeline.tools import chat_model
 from tests.helpers import small_model, vllm_stub
