@@ -69,8 +69,8 @@ class Verdict:
     faster: bool | None
 
     def __str__(self) -> str:
-        found = {None: f"open; go on to {max(LOOKS)} seeds", True: "faster", False: "not faster"}[self.faster]
-        return f"{self.gain:.1%} of the seconds saved ({self.low:.1%} to {self.high:.1%}), p = {self.p:.4f}: {found}"
+        outcome = {None: f"open; go on to {max(LOOKS)} seeds", True: "faster", False: "not faster"}[self.faster]
+        return f"{self.gain:.1%} of the seconds saved ({self.low:.1%} to {self.high:.1%}), p = {self.p:.4f}: {outcome}"
 
 
 def judge(record: np.ndarray, contender: np.ndarray) -> Verdict:
@@ -118,14 +118,14 @@ def broken_promises(record: np.ndarray, contender: np.ndarray) -> np.ndarray:
 
 def margins(run: Run, targets: list[Target]) -> list[float]:
     """Return by how much a run keeps each promise; minus infinity for one whose figure it did not measure."""
-    found = {result["promise"]: result["measured"] for result in check_targets(run, differences(run), targets)}
-    shown = []
+    measured = {result["promise"]: result["measured"] for result in check_targets(run, differences(run), targets)}
+    values = []
     for target in targets:
-        value = found.get(str(target), math.nan)
+        value = measured.get(str(target), math.nan)
         least = value - target.at_least if target.at_least is not None else math.inf
         most = target.at_most - value if target.at_most is not None else math.inf
-        shown.append(min(least, most) if str(target) in found else -math.inf)
-    return shown
+        values.append(min(least, most) if str(target) in measured else -math.inf)
+    return values
 
 
 def hold(record: Path, contender: Path) -> bool:
@@ -153,13 +153,13 @@ def hold(record: Path, contender: Path) -> bool:
     verdict = judge(*taken)
 
     targets = load_targets()
-    kept = [np.array([margins(run, targets) for run in side]) for side in sides]
-    broken = broken_promises(*kept)
+    side_margins = [np.array([margins(run, targets) for run in side]) for side in sides]
+    broken = broken_promises(*side_margins)
     n = len(pairs)
     print(f"{'promise, and by how much the contender keeps it':100} {'mean':>8}  {'95% interval':18} broken")
     for index, target in enumerate(targets):
-        mean, half = kept[1][:, index].mean(), student_t(n - 1) * kept[1][:, index].std(ddof=1) / n**0.5
-        often = [int((side[:, index] < -ROUNDING).sum()) for side in kept]
+        mean, half = side_margins[1][:, index].mean(), student_t(n - 1) * side_margins[1][:, index].std(ddof=1) / n**0.5
+        often = [int((side[:, index] < -ROUNDING).sum()) for side in side_margins]
         mark = "  <- broken" if broken[index] else ""
         figures = f"{mean:8.3f}  {mean - half:8.3f} {mean + half:8.3f}"
         print(f"{target!s:100} {figures}  {often[1]} (record {often[0]}){mark}")
@@ -171,12 +171,12 @@ def hold(record: Path, contender: Path) -> bool:
     return won
 
 
-def simulate(noise: np.ndarray, kept: np.ndarray, gain: float, contests: int) -> tuple[float, float]:
+def simulate(noise: np.ndarray, run_margins: np.ndarray, gain: float, contests: int) -> tuple[float, float]:
     """Return the shares of simulated contests that are won, and that are won at the first look.
 
     Args:
         noise: log(seconds of one version / seconds of the other) of each recorded pair.
-        kept: `margins` of each recorded run.
+        run_margins: `margins` of each recorded run.
         gain: Share of the seconds that the contender saves.
         contests: How many to hold.
     """
@@ -187,7 +187,7 @@ def simulate(noise: np.ndarray, kept: np.ndarray, gain: float, contests: int) ->
         # Which side of a pair is the record's is drawn as well.
         drawn = random.choice(noise, seeds) * random.choice((1.0, -1.0), seeds) / 2
         sides = np.exp(drawn), np.exp(-drawn) * (1 - gain)
-        theirs, ours = (kept[random.integers(len(kept), size=seeds)] for _ in sides)
+        theirs, ours = (run_margins[random.integers(len(run_margins), size=seeds)] for _ in sides)
         for look in LOOKS:
             verdict = judge(*(side[:look] for side in sides))
             if verdict.faster is not None:
@@ -208,7 +208,7 @@ def main() -> None:
     try:
         if args.resample:
             targets = load_targets()
-            kept = np.array([margins(run, targets) for run in load_runs(args.resample)])
+            run_margins = np.array([margins(run, targets) for run in load_runs(args.resample)])
             sides = (args.record, args.contender)
             names = set.intersection(*({path.parent.name for path in side.glob(f"*/{turns.NAME}")} for side in sides))
             if len(names) < min(LOOKS):
@@ -216,9 +216,10 @@ def main() -> None:
                 raise UserError(Problem("--contender", args.contender, few))
             taken = [np.array([turns.seconds(side / name) for name in sorted(names)]) for side in sides]
             noise = np.log(taken[0] / taken[1])
-            print(f"{len(noise)} pairs, log ratios of their seconds {noise.round(3)}; promises of {len(kept)} runs")
+            pairs = f"{len(noise)} pairs, log ratios of their seconds {noise.round(3)}"
+            print(f"{pairs}; promises of {len(run_margins)} runs")
             for gain in (0.0, GOAL / 2, GOAL):
-                won, early = simulate(noise, kept, gain, args.contests)
+                won, early = simulate(noise, run_margins, gain, args.contests)
                 print(f"gain {gain:<5.1%}  won {won:6.1%}, at {min(LOOKS)} seeds {early:6.1%}", flush=True)
         else:
             hold(args.record, args.contender)

@@ -59,8 +59,9 @@ def one_gpu(bench: Bench) -> Iterator[Line]:
     """One process is one GPU: its batch is not multiplied by the number of GPUs."""
     _, log = bench.train("pretrain", "one", "--max_steps", 2)
     yield contains("batch", log, "batch       4 sequences = 4 x 1 accumulated x 1 process(es)")
-    wanted = f"one of {bench.gpus} GPUs" if bench.gpus > 1 else "processes   1 on"
-    yield Line("GPUs", wanted, next(line for line in log.splitlines() if line.startswith("processes")), wanted in log)
+    expected = f"one of {bench.gpus} GPUs" if bench.gpus > 1 else "processes   1 on"
+    measured = next(line for line in log.splitlines() if line.startswith("processes"))
+    yield Line("GPUs", expected, measured, expected in log)
 
 
 def kernels(bench: Bench) -> Iterator[Line]:
@@ -165,12 +166,14 @@ def vllm(bench: Bench) -> Iterator[Line]:
     """vLLM samples from the policy that is trained, also with an adapter, whose frozen weights keep their bits."""
     run = bench.start()
     for recipe, stage in (("ppo", "3_ppo"), ("grpo", "4_grpo")):
-        own = ["--config", f"recipes/pocket/{stage}.yaml", "--model_name_or_path", run / "2_sft"]
-        own += ["--dataset_name", run / "data", "--use_vllm", "--vllm_gpu_memory_utilization", 0.3, "--max_steps", 6]
-        own += ["--logging_steps", 1, *(["--reward_model_path", run / "3_reward"] if recipe == "ppo" else [])]
+        options = ["--config", f"recipes/pocket/{stage}.yaml", "--model_name_or_path", run / "2_sft"]
+        options += ["--dataset_name", run / "data", "--max_steps", 6, "--logging_steps", 1]
+        options += ["--use_vllm", "--vllm_gpu_memory_utilization", 0.3]
+        if recipe == "ppo":
+            options += ["--reward_model_path", run / "3_reward"]
         for lora in ([], ["--use_peft", "--lora_target_modules", "q_proj"]):
             folder = bench.folder(f"vllm-{recipe}{'-lora' if lora else ''}")
-            found = bench.measure(f"frozen-{folder.name}", recipe, *own, *lora, "--output_dir", folder)
+            found = bench.measure(f"frozen-{folder.name}", recipe, *options, *lora, "--output_dir", folder)
             ratios = history(folder, "sampling/importance_sampling_ratio/mean")
             yield at_most(f"{folder.name}: ratio of probabilities, from 1", max(abs(r - 1) for r in ratios), 0.02)
             smallest = min(history(folder, "sampling/importance_sampling_ratio/min"))
@@ -252,8 +255,8 @@ def sharding(bench: Bench) -> Iterator[Line]:
 def fp16(bench: Bench) -> Iterator[Line]:
     """SFT, PPO and GRPO in fp16, as GPUs without bfloat16 train: nothing becomes NaN, few steps are skipped."""
     for recipe in ("sft", "ppo", "grpo"):
-        own = ["--value_warmup_steps", 2] if recipe == "ppo" else []
-        folder, log = bench.train(recipe, "fp16", "--max_steps", 40, "--bf16", "false", "--fp16", "true", *own)
+        options = ["--value_warmup_steps", 2] if recipe == "ppo" else []
+        folder, log = bench.train(recipe, "fp16", "--max_steps", 40, "--bf16", "false", "--fp16", "true", *options)
         yield contains(recipe, log, "precision   fp16 mixed")
         norms = history(folder, "grad_norm")
         yield at_most(f"{recipe}: share of steps skipped", sum(not math.isfinite(n) for n in norms) / len(norms), 0.05)
@@ -317,14 +320,14 @@ CHECKS = (
 )
 
 
-def run_checks(bench: Bench, checks: Sequence[Check], wanted: Sequence[str] = ()) -> int:
+def run_checks(bench: Bench, checks: Sequence[Check], names: Sequence[str] = ()) -> int:
     """Run the checks that did not pass yet, or the wanted ones, up to the first that differs. Return the exit code."""
     bench.output.mkdir(parents=True, exist_ok=True)
     file, device = bench.output / "checks.json", "gpu" if bench.gpus else "cpu"
     state = json.loads(file.read_text()) if file.exists() else {}
     passed = state.setdefault(device, {})
     for check in checks:
-        if (wanted and check.name not in wanted) or (not wanted and check.name in passed):
+        if (names and check.name not in names) or (not names and check.name in passed):
             continue
         if check.lacks(bench.gpus):
             print(f"\n{check.name}: left for a machine with {check.needs}")

@@ -163,12 +163,11 @@ def furthest(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return max(abs(a - b) / max(abs(b), 1e-9) for a, b in zip(ours, theirs, strict=True))
 
 
-def apart(one: Path, other: Path) -> float:
+def apart(first: Path, second: Path) -> float:
     """Return the largest difference of any weight of two saved models, of their critics as well."""
-    files = [
-        file.relative_to(one) for folder in (one, one / "value_model") for file in folder.glob("model.safetensors")
-    ]
-    pairs = [(load_file(one / file), load_file(other / file)) for file in files]
+    paths = [first / "model.safetensors", first / "value_model" / "model.safetensors"]
+    files = [path.relative_to(first) for path in paths if path.exists()]
+    pairs = [(load_file(first / file), load_file(second / file)) for file in files]
     return max(float((a[name] - b[name]).abs().max()) for a, b in pairs for name in a)
 
 

@@ -332,8 +332,8 @@ def _timeless(history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {name: value for name, value in entry.items() if not TIMES.search(name)}
 
 
-def _same(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
-    return bool(one) and one == other
+def _same(first: dict[str, bytes], second: dict[str, bytes]) -> bool:
+    return bool(first) and first == second
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def attack(run: Path) -> dict[str, list[float]]:
     print(f"games: best blind player {mean(blind).value:.3f}, chance {mean(chance).value:.3f}, ", end="")
     print(f"scripted player {mean([scripted(row) for row in games]).value:.3f}")
 
-    def minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
-        return [a - b for a, b in zip(one, other, strict=True)]
+    def minus(first: Sequence[float], second: Sequence[float]) -> list[float]:
+        return [a - b for a, b in zip(first, second, strict=True)]
 
     differences = {
         "long sums: 4_grpo - 4_sft_direct": [right["4_grpo"][i] - right["4_sft_direct"][i] for i in long],
