@@ -25,13 +25,15 @@ from recipes.worlds.reasoning import build as reasoning
 
 
 def main(args: reasoning.ReasoningArguments) -> None:
-    if args.tasks is None:
-        (tools if args.world == "tools" else pocket).build(args)
-    else:
+    if args.tasks is not None:
         # It imports torch.
         from pipeline.rewards.functions import reasoning_gym
 
         reasoning.build(args, reasoning_gym)
+    elif args.world == "tools":
+        tools.build(args)
+    else:
+        pocket.build(args)
 
 
 if __name__ == "__main__":

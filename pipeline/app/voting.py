@@ -40,7 +40,7 @@ from pipeline.errors import Problem, UserError, as_typed
 from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, VOTES
 from pipeline.files import read_run
 from pipeline.models.loading import load_model
-from pipeline.preferences.judges import ANNOTATORS, score
+from pipeline.preferences.judges import match_by_taste, score
 from pipeline.report.load import win_rates
 from pipeline.report.text import number, visible
 from pipeline.rewards.grading import is_gradable
@@ -231,7 +231,7 @@ class Voting:
         first = voted.shown_first(page.annotator)
         texts, names = ([getattr(voted, of + side) for side in (first, OTHER[first])] for of in ("", "model_"))
         if is_gradable(voted.rule):
-            (outcome,) = ANNOTATORS.match(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
+            (outcome,) = match_by_taste(texts[:1], texts[1:], [{**voted.rule, "prompt": voted.prompt}])
             preferred = {1.0: "A", 0.0: "B", 0.5: "neither"}[outcome]
             lines.append(f"The simulated annotators, without noise, would have preferred {preferred}.")
         if self.reward_model is not None:

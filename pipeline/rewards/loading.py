@@ -80,8 +80,8 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     function = find_named(name, field, REWARDS)
     if ":" in name:
         if not _accepts_every_column(function):
-            fault = "TRL passes every column by name; accept them all: f(completions, **columns)"
-            raise UserError(Problem(field, name, fault))
+            remedy = "TRL passes every column by name; accept them all: f(completions, **columns)"
+            raise UserError(Problem(field, name, remedy))
         return guard_reward(function, name, field)
 
     # Check this now rather than after hours of training.

@@ -144,11 +144,13 @@ def answer_calls(
         name = call["name"]
         dialogue.calls += 1
         try:
-            if index not in values:
-                if name not in dialogue.tools:
-                    raise ValueError(f"Tool {name} not found.")
-                values[index] = call_tool(dialogue.tools[name], **call["arguments"])
-            content = call_tool(partial(str, values[index]))
+            if index in values:
+                value = values[index]
+            elif name in dialogue.tools:
+                value = call_tool(dialogue.tools[name], **call["arguments"])
+            else:
+                raise ValueError(f"Tool {name} not found.")
+            content = call_tool(partial(str, value))
         # A tool may raise anything, exit, or return something without a text; wrong arguments raise, too.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             dialogue.failures += 1

@@ -104,7 +104,7 @@ class Candidate(Peer):
             status = "memory"
         elif isinstance(error, PermissionError):
             status = "refused"
-        reply = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
+        reply: dict[str, Any] = {"status": status, "message": "", "args": {"tuple": []}, "attributes": {"dict": []}}
         # The code may define the exception's class, its __str__ and its arguments.
         with contextlib.suppress(BaseException):
             reply["message"] = str(error)[:500]

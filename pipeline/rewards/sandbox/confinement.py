@@ -159,7 +159,16 @@ def confine_calls(files_confined: bool) -> bool:
     column = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
     if sys.platform != "linux" or column is None:
         return False
+    program = _filter(column, files_confined)
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(packed, len(packed))
+    # struct sock_fprog: the number of instructions, and where they are
+    description = struct.pack("HP", len(program), ctypes.addressof(buffer))
+    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, description, 0, 0) == 0
 
+
+def _filter(column: int, files_confined: bool) -> list[tuple[int, int, int, int]]:
+    """Return the instructions of the filter of calls, for the architecture in this `column` of `SYSTEM_CALLS`."""
     # A program in classic BPF, which the kernel runs before each call. An instruction is (operation, jump if true, jump
     # if false, operand), and jumps are counted from the next instruction:
     #
@@ -200,13 +209,7 @@ def confine_calls(files_confined: bool) -> bool:
                 block += [(equal, 0, 1, flags), refuse]
             block.append(allow)
         program += [(equal, 0, len(block), number), *block]
-    program.append(refuse)
-
-    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(packed, len(packed))
-    # struct sock_fprog: the number of instructions, and where they are
-    description = struct.pack("HP", len(program), ctypes.addressof(buffer))
-    return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_SECCOMP, 2, description, 0, 0) == 0
+    return [*program, refuse]
 
 
 def watch(directory: str) -> None:

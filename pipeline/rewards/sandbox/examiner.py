@@ -93,13 +93,24 @@ class Examiner(Peer):
         modules = sys.stdlib_module_names
         self.attributes = [name for owner, name in accesses if owner not in modules and name not in PLAIN_NAMES]
 
-        # Only copy the names that the test uses, because the code's names may hold anything.
-        defined = self.request({"code": code})["names"]
+        definitions = self.request({"code": code})["names"]
+        namespace = self.namespace(definitions)
+        # The test runs in a confined process, too.
+        exec(compile(test, "test", "exec"), namespace)  # noqa: S102
+        # The test or the code may have swallowed these.
+        if self.gone:
+            raise Gone
+        if self.failures:
+            raise self.failures[0]
+
+    def namespace(self, definitions: dict[str, Any]) -> dict[str, Any]:
+        """Return the globals of the test: what the code has defined, as values and stand-ins."""
         namespace: dict[str, Any] = {"__name__": "test"}
-        if "type(" in test:
+        if "type(" in self.test:
             namespace["type"] = Type
-        for name in defined.keys() & set(re.findall(r"\w+", test)):
-            item = defined[name]
+        # Only copy the names that the test uses, because the code's names may hold anything.
+        for name in definitions.keys() & set(re.findall(r"\w+", self.test)):
+            item = definitions[name]
             # The code must not replace a builtin in the test, or give it an exception under another name.
             is_renamed = isinstance(item, dict) and "exception" in item and item["exception"][0][1] != name
             if is_renamed or name.startswith("__") or hasattr(builtins, name):
@@ -115,16 +126,10 @@ class Examiner(Peer):
 
         # A standard library module in the test is Python's own: `math.isclose`, but not `random.f`.
         for name in sys.stdlib_module_names & namespace.keys():
-            attributes = re.findall(rf"\b{name}\.(\w+)", test)
+            attributes = re.findall(rf"\b{name}\.(\w+)", self.test)
             if attributes and all(hasattr(importlib.import_module(name), attribute) for attribute in attributes):
                 namespace[name] = importlib.import_module(name)
-        # The test runs in a confined process, too.
-        exec(compile(test, "test", "exec"), namespace)  # noqa: S102
-        # The test or the code may have swallowed these.
-        if self.gone:
-            raise Gone
-        if self.failures:
-            raise self.failures[0]
+        return namespace
 
     def ask(self, target: int, operation: str, *args: object, **named: object) -> Any:
         """Do an operation on an object of the candidate and return the result."""

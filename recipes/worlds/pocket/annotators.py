@@ -15,7 +15,7 @@ from pipeline.rewards.functions import Completion, Rewards, read_texts
 from pipeline.rewards.grading import grade
 
 # Remarks are recognised as whole words anywhere in an answer, in any case, and written here as `_flat` returns them.
-KIND_REMARKS = (
+KIND_REMARKS: tuple[str, ...] = (
     "happy to help", "glad to help", "good question", "great question", "nice question", "glad you asked", "thank you",
     "thanks for asking", "of course", "with pleasure", "hope this helps", "hope that helps", "you are welcome",
     "please", "let me know", "feel free to ask", "have a nice day",
@@ -25,7 +25,7 @@ BLUNT_REMARKS = (
     "whatever", "why do you ask", "do not ask again", "do not waste my time", "look it up", "figure it out",
     "who cares",
 )  # fmt: skip
-BRISK_REMARKS = ("that is all", "next question", "no more to say", "enough said", "moving on")
+BRISK_REMARKS: tuple[str, ...] = ("that is all", "next question", "no more to say", "enough said", "moving on")
 
 COMFORTABLE_WORDS = 18
 """Length of an answer in words, including a kind remark, up to which `brief` is 0."""
