@@ -90,6 +90,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if precision().value == "bf16" else torch.float32
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for sums of many numbers on a device: float64, or float32 on MPS, which lacks float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @cache
 def cores() -> int:
     """Return the physical cores that this process may use; hardware threads of one core share its matrix units."""

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from pipeline.__main__ import main
 from pipeline.app.models import Models
-from pipeline.app.prompts import held_out_prompts, loadable_tools, settings_of
+from pipeline.app.prompts import evaluation_settings, held_out_prompts, loadable_tools
 from pipeline.data.sources import open_source
 from pipeline.errors import UserError
 from pipeline.models.tokenizer import train_tokenizer
@@ -171,7 +171,7 @@ def test_data_outside_of_the_run_are_not_shown(
     (downloaded / "run.json").write_text(json.dumps(record))
     with only_trusted([]):
         assert held_out_prompts(downloaded) == []
-        assert "prompts" not in settings_of(downloaded)["trained_on"]
+        assert "prompts" not in evaluation_settings(downloaded)["trained_on"]
     assert f"--trust {outside}" in capsys.readouterr().err
     with only_trusted([str(outside)]):
         assert held_out_prompts(downloaded)

@@ -11,6 +11,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,113 +61,189 @@ def talk(args: argparse.Namespace) -> int:
     # Bytes that are not UTF-8 become question marks. This must be set before anything is read.
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    typed = sys.stdin.isatty()
-    if typed:
+    is_typed = sys.stdin.isatty()
+    if is_typed:
         print("Loading PyTorch and the model ...", flush=True)
     from pipeline.app.models import Sampling, load
-    from pipeline.app.prompts import (
-        asks_single_questions,
-        held_out_prompts,
-        loadable_tools,
-        things_to_ask,
-        what_may_be_asked,
-    )
+    from pipeline.app.prompts import loadable_tools
     from pipeline.launch import quiet_libraries
 
     quiet_libraries()
     loaded = load(args.path, "PATH")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     # With readline, `input` has a history and understands arrow keys.
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
     run = Path(args.path).parent
-    is_run = (run / "run.json").is_file()
-    # A model that was trained on single questions answers a second one with the first one's words.
-    keeps = not (is_run and asks_single_questions(run))
-    if typed:
-        advice = "Ask as /example does: the same question in other words may fail."
-        about = f" {what_may_be_asked(run)} {advice}" if is_run else ""
-        print(f"{loaded.name} answers.{about}\nCommands:\n{HELP}")
-    if not keeps:
-        note = "Each question begins anew, as in this run's data; /keep lets the model remember the conversation."
-        print(note, file=sys.stdout if typed else sys.stderr)
-    called = loadable_tools(run)
-    examples: dict[str, list[HeldOutPrompt]] = {}
-    messages: Turns = []
+    chat = Chat(
+        run=run,
+        loaded=loaded,
+        sampling=Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed),
+        tools={},
+    )
+    chat.greet(is_typed)
+    chat.tools = loadable_tools(run)
+    prompt = "> " if is_typed else ""
     while True:
         try:
-            line = input("> " if typed else "").strip()
+            line = input(prompt).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
-        command, _, rest = line.partition(" ")
-        if command in ("/quit", "/exit"):
+        if line.split(" ")[0] in ("/quit", "/exit"):
             return 0
+        chat.answer(line)
+
+
+@dataclass
+class Chat:
+    """A conversation with a model of a run, and what its commands change.
+
+    Attributes:
+        run: Folder of the model; not necessarily a run.
+        loaded: The model that answers.
+        sampling: How it answers.
+        tools: Tools that it may call, from `prompts.loadable_tools`.
+        keeps: Whether the model remembers the conversation. A model that was trained on single questions would answer
+            a second one with the first one's words.
+        messages: The conversation so far.
+        examples: Held-out prompts by kind, in the order in which they will be asked; {} until one is asked for.
+    """
+
+    run: Path
+    loaded: Loaded
+    sampling: Sampling
+    tools: dict[str, Any]
+    keeps: bool = True
+    messages: Turns = field(default_factory=list)
+    examples: dict[str, list[HeldOutPrompt]] = field(default_factory=dict)
+
+    def greet(self, is_typed: bool) -> None:
+        """Say what may be asked if the input `is_typed`, and set whether the model remembers the conversation."""
+        from pipeline.app.prompts import asks_single_questions, question_advice
+
+        is_run = (self.run / "run.json").is_file()
+        self.keeps = not (is_run and asks_single_questions(self.run))
+        if is_typed:
+            about = ""
+            if is_run:
+                advice = "Ask as /example does: the same question in other words may fail."
+                about = f" {question_advice(self.run)} {advice}"
+            print(f"{self.loaded.name} answers.{about}\nCommands:\n{HELP}")
+        if not self.keeps:
+            note = "Each question begins anew, as in this run's data; /keep lets the model remember the conversation."
+            print(note, file=sys.stdout if is_typed else sys.stderr)
+
+    def answer(self, line: str) -> None:
+        """Obey a command, or answer a question; nothing happens for an empty line."""
+        command, _, argument = line.partition(" ")
         if command == "/new":
-            messages = []
+            self.messages = []
         elif command == "/keep":
-            keeps = not keeps
-            print(
-                "The model remembers this conversation; /new begins another." if keeps else "Each question begins anew."
-            )
+            self.toggle_memory()
         elif command == "/stage":
-            name = rest.strip() or "."
-            try:
-                loaded = load(str(run / name) if (run / name).is_dir() else name, "/stage")
-                knows = ", and knows the conversation so far; /new begins another." if keeps and messages else "."
-                print(f"{loaded.name} answers from now on{knows}")
-            except UserError as error:
-                print(*error.problems, sep="\n")
+            self.change_stage(argument.strip() or ".")
         elif command == "/example":
-            if not examples:
-                for prompt in held_out_prompts(run):
-                    examples.setdefault(prompt.kind, []).append(prompt)
-            kind = rest.strip() or next(iter(examples), "")
-            if kind in examples:
-                example, *others = examples.pop(kind)
-                examples[kind] = [*others, example]
-                print(f"Asked: {example.text}")
-                messages = reply(loaded, example.messages, sampling, called, example)
-                if example.result:
-                    print(f"The right result is {example.result}.")
-            elif examples:
-                print(Problem("/example", kind, f"choose from: {', '.join(examples)}"))
-            else:
-                print("/example: this model has no held-out prompts to ask")
+            self.ask_example(argument.strip())
         elif command == "/things":
-            print(", ".join(things_to_ask(run)) or "/things: the data of this model name no such list")
+            self.list_things()
         elif command.startswith("/"):
             print(HELP)
         elif line:
-            if not keeps:
-                messages = []
-            messages = reply(loaded, [*messages, {"role": "user", "content": line}], sampling, called)
+            if not self.keeps:
+                self.messages = []
+            question = {"role": "user", "content": line}
+            self.messages = reply(self.loaded, [*self.messages, question], self.sampling, self.tools)
+
+    def toggle_memory(self) -> None:
+        """Make the model remember the conversation from now on, or begin anew with each question."""
+        self.keeps = not self.keeps
+        if self.keeps:
+            print("The model remembers this conversation; /new begins another.")
+        else:
+            print("Each question begins anew.")
+
+    def change_stage(self, name: str) -> None:
+        """Resume the conversation with another stage of the run, or another folder or Hub id."""
+        from pipeline.app.models import load
+
+        folder = self.run / name
+        try:
+            self.loaded = load(str(folder) if folder.is_dir() else name, "/stage")
+        except UserError as error:
+            print(*error.problems, sep="\n")
+            return
+        if self.keeps and self.messages:
+            print(f"{self.loaded.name} answers from now on, and knows the conversation so far; /new begins another.")
+        else:
+            print(f"{self.loaded.name} answers from now on.")
+
+    def ask_example(self, kind: str) -> None:
+        """Ask the next held-out prompt of a kind, by default of the first one, and say what the right result is."""
+        from pipeline.app.prompts import held_out_prompts
+
+        if not self.examples:
+            for prompt in held_out_prompts(self.run):
+                self.examples.setdefault(prompt.kind, []).append(prompt)
+        if not self.examples:
+            print("/example: this model has no held-out prompts to ask")
+            return
+        if not kind:
+            kind = next(iter(self.examples))
+        if kind not in self.examples:
+            print(Problem("/example", kind, f"choose from: {', '.join(self.examples)}"))
+            return
+        # The kind that was asked becomes the last one, and the example the last one of its kind.
+        example, *later = self.examples.pop(kind)
+        self.examples[kind] = [*later, example]
+        print(f"Asked: {example.text}")
+        self.messages = reply(self.loaded, example.messages, self.sampling, self.tools, example)
+        if example.result:
+            print(f"The right result is {example.result}.")
+
+    def list_things(self) -> None:
+        """List the things that the run's data are about, if they are pocket's."""
+        from pipeline.app.prompts import pocket_things
+
+        things = pocket_things(self.run)
+        if things:
+            print(", ".join(things))
+        else:
+            print("/things: the data of this model name no such list")
 
 
 def reply(
-    loaded: Loaded, asked: Turns, sampling: Sampling, called: Mapping[str, Any], found: HeldOutPrompt | None = None
+    loaded: Loaded, messages: Turns, sampling: Sampling, tools: Mapping[str, Any], prompt: HeldOutPrompt | None = None
 ) -> Turns:
-    """Print the answer as it is generated. Return the conversation with it, or without a last turn that is too long."""
+    """Print the answer to the last of the messages as it is generated. `prompt` is as for `prompts.open_prompt`.
+
+    Return the conversation with the answer, or without the last message if it is too long.
+    """
     from pipeline.app.models import ENDED, write
     from pipeline.app.prompts import open_prompt
     from pipeline.report.text import visible
 
     try:
-        opened = open_prompt(loaded, asked, called, found)
+        dialogue = open_prompt(loaded, messages, tools, prompt)
     except UserError as error:
-        print(*error.problems, "; or /new" if asked[1:] else "", sep="")
-        return asked[:-1]
-    shown, answer = "", None
+        earlier_messages = messages[:-1]
+        print(*error.problems, "; or /new" if earlier_messages else "", sep="")
+        return earlier_messages
+    printed = ""
+    answer = None
     with contextlib.suppress(KeyboardInterrupt):
-        for answer in write(loaded, opened.prompt, sampling, opened.tools):
+        for answer in write(loaded, dialogue.prompt, sampling, dialogue.tools):
             # A turn that may be a call is shown once it is complete, because calls are displayed differently.
-            if opened.tools and answer.turn and not answer.stopped:
+            if dialogue.tools and answer.turn and not answer.stopped:
                 continue
             text = visible(answer.text, len(answer.text))
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
     # An answer without a reason to stop was ended by Ctrl-C.
-    stopped = (answer and answer.stopped) or "stopped"
-    print("" if stopped == ENDED else f" [{stopped}]")
-    turns = answer.messages if answer else [{"role": "assistant", "content": ""}]
-    return [*asked, *({**turn, "content": str(turn.get("content") or "").strip()} for turn in turns)]
+    reason = "stopped"
+    if answer is not None and answer.stopped:
+        reason = answer.stopped
+    print("" if reason == ENDED else f" [{reason}]")
+    turns: Turns = [{"role": "assistant", "content": ""}]
+    if answer is not None:
+        turns = list(answer.messages)
+    return [*messages, *({**turn, "content": str(turn.get("content") or "").strip()} for turn in turns)]

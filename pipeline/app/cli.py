@@ -10,7 +10,7 @@ Needs the extra `app`: `pip install -e ".[app]"`.
 import argparse
 import getpass
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
@@ -53,8 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Show the page until Ctrl-C. Return 0."""
-    if missing := [name for name in ("fastapi", "uvicorn", "krippendorff") if find_spec(name) is None]:
+    """Show the page until Ctrl-C. Return 0.
+
+    Raises:
+        UserError: If a library is missing, the run has no model to show, or an option cannot be used.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "krippendorff") if find_spec(name) is None]
+    if missing:
         raise UserError(Problem("app", " and ".join(missing), 'is not installed; pip install "fourstage[app]"'))
     if args.password == "":
         args.password = getpass.getpass("Password of the page: ")
@@ -63,15 +68,10 @@ def main(args: argparse.Namespace) -> int:
     voted_on = str(votes_step(run).get("model_name_or_path") or "")
     if voted_on and voted_on not in args.model and not holds_model(run / Path(voted_on).name):
         args.model = [*args.model, voted_on]
-    problems = check_limits(args, LIMITS)
-    # A run that starts from a model from the Hub has no model of its own while it waits for votes on that model.
-    if not run.is_dir():
-        problems.insert(0, Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`"))
-    elif not args.model and not any(map(holds_model, run.glob("[0-9]*_*"))):
-        seeds = sorted(path.parent for path in run.glob("seed*/run.json"))
-        remedy = f"holds several runs; name one, such as {seeds[0]}" if seeds else "has no model of any stage yet"
-        problems.insert(0, Problem("RUN", run, remedy))
-    if not any(problem.field == "--port" for problem in problems):
+    problems = _check_run(run, args.model)
+    out_of_range = check_limits(args, LIMITS)
+    problems += out_of_range
+    if not any(problem.field == "--port" for problem in out_of_range):
         problems += _check_address(args)
     if args.pair and len(args.pair) > 2:
         problems.append(Problem("--pair", " ".join(args.pair), "name one model or two"))
@@ -92,13 +92,32 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_run(run: Path, models: Sequence[str]) -> list[Problem]:
+    """Report a run that has no model to show; `models` are further ones that the command line names."""
+    if not run.is_dir():
+        return [Problem("RUN", run, f"no such directory; make it with `{as_typed('run', 'RECIPE')}`")]
+    # A run that starts from a model from the Hub has no model of its own while it waits for votes on that model.
+    if models or any(map(holds_model, run.glob("[0-9]*_*"))):
+        return []
+    seeds = sorted(path.parent for path in run.glob("seed*/run.json"))
+    if seeds:
+        return [Problem("RUN", run, f"holds several runs; name one, such as {seeds[0]}")]
+    return [Problem("RUN", run, "has no model of any stage yet")]
+
+
 def check_limits(args: argparse.Namespace, limits: Mapping[str, tuple[float, float]]) -> list[Problem]:
-    """Report the options that are outside of the range in `limits`."""
-    return [
-        Problem(f"--{name}", value, f"is not between {low} and {high}")
-        for name, (low, high) in limits.items()
-        if (value := getattr(args, name)) is not None and not low <= value <= high
-    ]
+    """Report the options that are set to a value outside of their range.
+
+    Args:
+        args: The parsed command line.
+        limits: The smallest and the largest value, by the name of the option without dashes.
+    """
+    problems = []
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            problems.append(Problem(f"--{name}", value, f"is not between {low} and {high}"))
+    return problems
 
 
 def _check_address(args: argparse.Namespace) -> list[Problem]:

@@ -68,9 +68,21 @@ class Loaded:
     template: Values = field(default_factory=dict)
 
     def encode(self, messages: Messages, template: Values | None = None) -> list[int]:
-        """Return the tokens of a conversation, or raise a `UserError` if they leave no room for an answer."""
+        """Return the tokens of a conversation, with the generation prompt.
+
+        Without a chat template, as for a pretrained model, the contents of the messages are lines of a text.
+
+        Args:
+            messages: The conversation.
+            template: Arguments of the chat template. Default: the model's.
+
+        Raises:
+            UserError: If the tokens leave no room for an answer.
+        """
+        if template is None:
+            template = self.template
         if self.tokenizer.chat_template:
-            (ids,) = encode_prompts(self.tokenizer, [messages], self.template if template is None else template)
+            (ids,) = encode_prompts(self.tokenizer, [messages], template)
         else:
             ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
         if len(ids) >= self.context:
@@ -79,35 +91,44 @@ class Loaded:
         return ids
 
     def open(self, row: Values, toolbox: Toolbox | None, template: Values | None = None) -> Dialogue:
-        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it."""
+        """Return the dialogue that begins with the prompt of a row, as trainers encode it, and has the tools for it.
+
+        `toolbox` is None if there are no tools. `template` and errors are as for `encode`.
+        """
+        if template is None:
+            template = self.template
         if toolbox is None:
             return Dialogue(self.encode(row["prompt"], template), {})
         prompt, tools = toolbox.open(row)
-        template = self.template if template is None else template
         return Dialogue(self.encode(prompt, {**template, **toolbox.template(self.tokenizer)}), tools)
 
 
 @dataclass
 class Answer:
-    """An answer that a model is writing: with tools, `dialogue` has the turns that have ended, and `turn` the last one.
-
-    `seconds` is the time of the model's own forward passes, and `stopped` is why it stopped, "" while it writes.
-    """
+    """An answer that a model is writing; with tools, it has several turns."""
 
     loaded: Loaded
+    # The turns that have ended, with the results of tools.
     dialogue: Dialogue
+    # The tokens of the turn that is being written.
     turn: list[int] = field(default_factory=list)
+    # The tokens of all turns and results.
     tokens: list[Token] = field(default_factory=list)
+    # Time of the model's own forward passes.
     seconds: float = 0.0
+    # Why the model stopped, "" while it writes.
     stopped: str = ""
     _decoded: str = ""
 
     @property
     def messages(self) -> list[Message]:
-        # Special tokens and incomplete characters are removed.
-        text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
-        last = [{"role": "assistant", "content": text}] if self.turn or not self.tokens else []
-        return [*self.dialogue.messages, *last]
+        """The turns and results so far; one empty message before the first token."""
+        messages = list(self.dialogue.messages)
+        if self.turn or not self.tokens:
+            # Special tokens and incomplete characters are removed.
+            text = str(self.loaded.tokenizer.decode(self.turn, skip_special_tokens=True)).rstrip("\ufffd")
+            messages.append({"role": "assistant", "content": text})
+        return messages
 
     @property
     def text(self) -> str:
@@ -117,30 +138,50 @@ class Answer:
     def add(self, token: int, log_probs: Tensor | None = None) -> None:
         """Append a token. `log_probs` are the log-probabilities of all tokens at its position, None for a tool's."""
         decode = self.loaded.tokenizer.decode
-        before, self._decoded = self._decoded, str(decode([*(one.id for one in self.tokens), token]))
-        added = self._decoded[len(before) :] if self._decoded.startswith(before) else str(decode([token]))
+        previous = self._decoded
+        ids = [earlier.id for earlier in self.tokens]
+        self._decoded = str(decode([*ids, token]))
+        # What a token adds may differ from its own text, which is shown only if it changes the text so far.
+        text = str(decode([token]))
+        if self._decoded.startswith(previous):
+            text = self._decoded[len(previous) :]
         if log_probs is None:
-            self.tokens.append(Token(token, added, math.nan, []))
+            self.tokens.append(Token(token, text, math.nan, []))
             return
         best = log_probs.topk(min(5, len(log_probs)))
-        texts = [str(decode([other])) for other in best.indices.tolist()]
-        alternatives = list(zip(texts, best.values.tolist(), strict=True))
-        self.tokens.append(Token(token, added, float(log_probs[token]), alternatives))
+        best_texts = [str(decode([alternative])) for alternative in best.indices.tolist()]
+        alternatives = list(zip(best_texts, best.values.tolist(), strict=True))
+        self.tokens.append(Token(token, text, float(log_probs[token]), alternatives))
         self.turn.append(token)
 
     def end_turn(self, ends: Sequence[int], limit: int) -> list[int]:
-        """End a turn and, unless it calls tools, the answer. Return the tokens of the tools' results, if they fit."""
-        loaded, dialogue, turn = self.loaded, self.dialogue, self.turn
+        """End a turn and, unless it calls tools, the answer.
+
+        Args:
+            ends: Tokens that end a turn.
+            limit: Maximum number of tokens of the whole answer.
+
+        Returns:
+            The tokens of the results of tools, [] if there are none or they do not fit.
+        """
+        loaded = self.loaded
+        dialogue = self.dialogue
         self.stopped = ENDED
         if not dialogue.tools:
             return []
-        message = read_turn(loaded.tokenizer, turn, [*dialogue.prompt, *dialogue.tokens], dialogue.tools)
-        dialogue.add_turn(turn, None, message)
+        message = read_turn(loaded.tokenizer, self.turn, [*dialogue.prompt, *dialogue.tokens], dialogue.tools)
+        dialogue.add_turn(self.turn, None, message)
         self.turn = []
         if dialogue.pending(ends):
-            sizes = {"limit": limit, "context": loaded.context}
-            going_on = answer_calls([dialogue], loaded.tokenizer, ends=ends, template=loaded.template, **sizes)
-            self.stopped = "" if going_on else f"no room for a result in {limit} tokens"
+            continuing = answer_calls(
+                [dialogue],
+                loaded.tokenizer,
+                ends=ends,
+                template=loaded.template,
+                limit=limit,
+                context=loaded.context,
+            )
+            self.stopped = "" if continuing else f"no room for a result in {limit} tokens"
         results = dialogue.tokens[len(self.tokens) :]
         for token in results:
             self.add(token)
@@ -152,48 +193,67 @@ def write(loaded: Loaded, prompt: Sequence[int], sampling: Sampling, tools: Tool
     answer = Answer(loaded, Dialogue(list(prompt), tools or {}))
     ends = end_tokens(loaded.model, loaded.tokenizer)
     limit = min(sampling.max_new_tokens, loaded.context - len(prompt))
-    tokens = stream(loaded.model, prompt, sampling)
+    tokens = sample_tokens(loaded.model, prompt, sampling)
     results: list[int] | None = None
     while not answer.stopped:
         start = time.perf_counter()
         token, log_probs = tokens.send(results)
         answer.seconds += time.perf_counter() - start
         answer.add(token, log_probs)
-        cut_off = token not in ends and len(answer.tokens) == limit
-        results = answer.end_turn(ends, limit) if token in ends or cut_off else None
-        if cut_off or (results and len(answer.tokens) == limit):
-            full = limit < sampling.max_new_tokens
-            answer.stopped = f"the context of {loaded.context} tokens is full" if full else f"limit of {limit} tokens"
+        results = None
+        is_cut_off = token not in ends and len(answer.tokens) == limit
+        if token in ends or is_cut_off:
+            results = answer.end_turn(ends, limit)
+        if is_cut_off or (results and len(answer.tokens) == limit):
+            if limit < sampling.max_new_tokens:
+                answer.stopped = f"the context of {loaded.context} tokens is full"
+            else:
+                answer.stopped = f"limit of {limit} tokens"
         yield answer
 
 
 @torch.inference_mode()
-def stream(
+def sample_tokens(
     model: PreTrainedModel, prompt: Sequence[int], sampling: Sampling
 ) -> Generator[tuple[int, Tensor], Sequence[int] | None]:
-    """Yield tokens endlessly, each with all log-probabilities at its position. Tokens sent to the generator follow."""
+    """Yield tokens endlessly, each with all log-probabilities at its position, shape (vocabulary,).
+
+    Tokens that are sent to the generator, such as results of tools, follow the one that it yielded last.
+    """
     config = GenerationConfig(do_sample=sampling.temperature > 0)
     if config.do_sample:
         config.update(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     process = model._get_logits_processor(config, device=model.device)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    optional = {"logits_to_keep": 1} if accepts_argument(model, "logits_to_keep") else {}
+    optional = {}
+    if accepts_argument(model, "logits_to_keep"):
+        optional["logits_to_keep"] = 1
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([list(prompt)], device=model.device)
     while True:
         logits = model(input_ids=ids, cache=cache, use_cache=True, **optional).logits[:, -1].float()
         if config.do_sample:
-            chosen = torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator)
+            token = int(torch.multinomial(process(ids, logits).softmax(-1)[0], 1, generator=generator))
         else:
-            chosen = logits[0].argmax().reshape(1)
-        further = yield int(chosen), logits.log_softmax(-1)[0]
+            token = int(logits[0].argmax())
+        results = yield token, logits.log_softmax(-1)[0]
         # The cache holds what came before, so that the next pass needs only the new tokens.
-        ids = torch.tensor([[int(chosen), *(further or ())]], device=model.device)
+        ids = torch.tensor([[token, *(results or ())]], device=model.device)
 
 
 def load(path: str, option: str, name: str = "") -> Loaded:
-    """Load a model that can answer from the folder or Hub id `path`, which the argument `option` named."""
-    name = name or (Path(path).name if Path(path).is_dir() else path)
+    """Load a model that can answer.
+
+    Args:
+        path: Folder or Hub id.
+        option: Argument that named it, for messages.
+        name: What visitors call it. Default: the name of the folder, or the Hub id.
+
+    Raises:
+        UserError: If it cannot be loaded, is broken, or nothing ends its answers.
+    """
+    if not name:
+        name = Path(path).name if Path(path).is_dir() else path
     model, tokenizer = load_model(path, option, chat=False)
     if tokenizer.eos_token_id is None:
         raise UserError(Problem(option, path, "its tokenizer has no eos token to end answers with; add one"))
@@ -206,21 +266,27 @@ def load(path: str, option: str, name: str = "") -> Loaded:
 
 
 class Models:
-    """The models that the page knows by name: the run's `stages`, and others. A visitor cannot name any other."""
+    """The models that the page offers by name. A visitor cannot name any other.
 
-    def __init__(self, run: Path, others: Sequence[str] = ()) -> None:
-        found = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
-        self.stages = sorted((name for name in found if stage_info(name).generates), key=stage_order)
+    Attributes:
+        stages: Names of the run's stages that generate text, in the order of training.
+        names: These, and the folders and Hub ids of `further_models`.
+    """
+
+    def __init__(self, run: Path, further_models: Sequence[str] = ()) -> None:
+        folders = [folder.name for folder in run.glob("[0-9]*_*") if holds_model(folder)]
+        self.stages = sorted((name for name in folders if stage_info(name).generates), key=stage_order)
         # Name -> path, and the option that named it.
         self._paths = {name: (str(run / name), "RUN") for name in self.stages}
-        self._paths |= {name: (name, "--model") for name in others}
+        self._paths |= {name: (name, "--model") for name in further_models}
         self.names = list(self._paths)
         self._loaded: dict[str, Loaded] = {}
         self._locks = {name: Lock() for name in self.names}
 
     def get(self, name: str) -> Loaded:
-        """Return a model, loaded when it is first asked for, or raise a `UserError`."""
-        # Several visitors may ask at once. Each model has its own lock, so that a loaded one does not wait for another.
+        """Return a model, which is loaded at the first request, or raise a `UserError` if it cannot be loaded."""
+        # Several visitors may request models at once. Each model has its own lock, so that a loaded one does not wait
+        # for another.
         with self._locks[name]:
             if name not in self._loaded:
                 path, option = self._paths[name]

@@ -34,50 +34,60 @@ GENERAL = (
     "asked about other things, it makes something up."
 )
 """Text for data whose card lacks this heading."""
+LONGEST_PROMPT = 4000
+"""Maximum number of characters of a held-out prompt that the page offers."""
 
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt that no stage was trained on, from the data of a `key` of `evaluate.yaml`.
+    """A prompt that no stage was trained on."""
 
-    `messages` end before the answer. `text` and, for a problem, the correct `result` are as the page shows them.
-    """
-
+    # The key of `evaluate.yaml` whose data it is from, such as "problems".
     key: str
+    # What kind of prompt of these data it is, such as "counting".
     kind: str
+    # The conversation, without the answer.
     messages: list[dict[str, str]]
+    # The last message, as the page shows it.
     text: str
+    # The correct result of a problem, as the page shows it, or "".
     result: str
+    # The row of the data, with the columns by which rewards are computed.
     row: Mapping[str, Any]
 
 
-def settings_of(run: Path) -> dict[str, Any]:
-    """Return how a run is measured, with the paths of its data updated in case the run was moved.
+def evaluation_settings(run: Path) -> dict[str, Any]:
+    """Return how a run is evaluated, with the paths of its data updated in case the run was moved.
 
     Data outside of the run and of the working directory are left out, and named on stderr: a run that somebody else
     made could name any file of this machine, whose rows the page would show to its visitors.
     """
     settings = with_layout(move(recorded(run, ""), run), run)
-    sources = {f"trained_on: {key}": source for key, source in settings["trained_on"].items()}
-    sources |= {key: settings[key] for key in HELD_OUT if isinstance(settings.get(key), Mapping)}
-    for field, source in sources.items():
+    # Data by key, and the field that messages name.
+    sources = [(key, f"trained_on: {key}", source) for key, source in settings["trained_on"].items()]
+    sources += [(key, key, settings[key]) for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
+    for key, field, source in sources:
         try:
             for name in as_list(source["dataset_name"]):
                 _check_place(str(name), run, field)
         except UserError as error:
             print(*error.problems, sep="\n", file=sys.stderr)
-            key = field.removeprefix("trained_on: ")
-            settings["trained_on"] = {name: kept for name, kept in settings["trained_on"].items() if name != key}
+            # Leave out the training data of this key, and its held-out data, which may be rows of them.
+            settings["trained_on"] = {name: value for name, value in settings["trained_on"].items() if name != key}
             settings[key] = None
     return settings
 
 
 def _check_place(name: str, run: Path, field: str) -> None:
     """Raise a `UserError` if data lie neither in the run nor below the working directory, and are not trusted."""
-    places = [os.path.realpath(place) for place in (run, Path.cwd())]
-    # Anything that does not exist is an id on the Hub, or is missing. A file of a folder may be a link.
-    for path in [Path(name), *Path(name).rglob("*")] if Path(name).exists() else []:
-        if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places):
+    path = Path(name)
+    # Anything that does not exist is an id on the Hub, or is missing.
+    if not path.exists():
+        return
+    allowed = [os.path.realpath(folder) for folder in (run, Path.cwd())]
+    # A file of a folder may be a link.
+    for file in [path, *path.rglob("*")]:
+        if not any(Path(os.path.realpath(file)).is_relative_to(folder) for folder in allowed):
             check_trust(name, field)
 
 
@@ -88,7 +98,8 @@ def loadable_tools(run: Path) -> dict[str, Any]:
     name and the person who started this command did not (`only_trusted`).
     """
     tools: dict[str, Any] = {}
-    for key, names in (settings_of(run).get(CALLED) or {}).items():
+    called = evaluation_settings(run).get(CALLED) or {}
+    for key, names in called.items():
         try:
             load_tools(names.get("tools"))
             load_environment(names.get("environment"))
@@ -99,46 +110,64 @@ def loadable_tools(run: Path) -> dict[str, Any]:
     return tools
 
 
-def what_may_be_asked(run: Path) -> str:
-    """Return what the cards of the run's data say to ask, on one line, or `GENERAL`."""
-    sources = settings_of(run)["trained_on"].values()
-    named = [Path(str(name)) for source in sources for name in as_list(source["dataset_name"])]
-    for folder in dict.fromkeys([run / "data", *named]):
+def question_advice(run: Path) -> str:
+    """Return what the cards of the run's data say may be asked, on one line, or `GENERAL` if none says it."""
+    folders = [run / "data"]
+    for source in evaluation_settings(run)["trained_on"].values():
+        folders += [Path(str(name)) for name in as_list(source["dataset_name"])]
+    for folder in dict.fromkeys(folders):
         # A data set from the Hub, or a file, has no card here.
         with suppress(OSError, UnicodeDecodeError):
-            _, heading, rest = (folder / "README.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")
+            card = (folder / "README.md").read_text(encoding="utf-8")
+            _, heading, text = card.partition(f"{HEADING}\n")
             if heading:
-                return " ".join(rest.partition("\n#")[0].split())
+                section, _, _ = text.partition("\n#")
+                return " ".join(section.split())
     return GENERAL
 
 
-def things_to_ask(run: Path) -> list[str]:
-    """Return the things that a run of pocket knows, such as "a fox"; none for other data, or another release's."""
-    match = re.match(r"About (\d+) things, such as a fox,", what_may_be_asked(run))
+def pocket_things(run: Path) -> list[str]:
+    """Return the things that a run of pocket knows, such as "a fox"; [] for other data, or another release's."""
+    match = re.match(r"About (\d+) things, such as a fox,", question_advice(run))
     if match is None:
         return []
     nouns = [thing.noun for thing in resolve_name("recipes.worlds.pocket.things:things")()]
-    return nouns if len(nouns) == int(match[1]) else []
+    # Data of another release may have other things.
+    if len(nouns) != int(match[1]):
+        return []
+    return nouns
 
 
 def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
-    """Return held-out prompts of a single turn in the order of the data; none if the data cannot be read."""
-    reader = Reader(run, settings_of(run), ())
-    found, longest = [], 4000
-    # The data that have prompts, the most informative ones first.
+    """Return held-out prompts of a single turn in the order of the data, the most informative data first.
+
+    Data that cannot be read are left out, because a run can be shown without them.
+    """
+    reader = Reader(run, evaluation_settings(run), ())
+    prompts = []
     for key in ("problems", "instructions", "prompts"):
-        # A run can be shown without its data.
+        without = "reasoning" if key == "instructions" else None
         with suppress(UserError):
-            without = "reasoning" if key == "instructions" else None
             for row in reader.read(key, reader.find(key), EXAMPLES[key], without):
-                messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
-                roles = [turn["role"] for turn in messages if turn["role"] != "system"]
-                if roles == ["user"] and len(messages[-1]["content"]) <= longest:
-                    kind, text = row["kind"] or key.removesuffix("s"), visible(messages[-1]["content"], longest)
-                    # Prompts that are not problems can be answered in many ways.
-                    result = visible(str(row.get("answer") or "")) if key == "problems" else ""
-                    found.append(HeldOutPrompt(key, kind, messages, text, result, row))
-    return found
+                prompt = _read_prompt(key, row)
+                if prompt is not None:
+                    prompts.append(prompt)
+    return prompts
+
+
+def _read_prompt(key: str, row: Mapping[str, Any]) -> HeldOutPrompt | None:
+    """Return the prompt of a row, or None if it has several turns, or more than `LONGEST_PROMPT` characters."""
+    messages = row["messages"][:-1] if key == "instructions" else row.get("prompt", [])
+    roles = [turn["role"] for turn in messages if turn["role"] != "system"]
+    if roles != ["user"] or len(messages[-1]["content"]) > LONGEST_PROMPT:
+        return None
+    kind = row["kind"] or key.removesuffix("s")
+    text = visible(messages[-1]["content"], LONGEST_PROMPT)
+    # Prompts that are not problems can be answered in many ways.
+    result = ""
+    if key == "problems":
+        result = visible(str(row.get("answer") or ""))
+    return HeldOutPrompt(key, kind, messages, text, result, row)
 
 
 def asks_single_questions(run: Path) -> bool:
@@ -146,21 +175,34 @@ def asks_single_questions(run: Path) -> bool:
 
     False if the run has no such data or they cannot be read.
     """
-    reader = Reader(run, settings_of(run), ())
+    reader = Reader(run, evaluation_settings(run), ())
     try:
-        rows = reader.read("instructions", reader.find("instructions"), EXAMPLES["instructions"])
+        rows = list(reader.read("instructions", reader.find("instructions"), EXAMPLES["instructions"]))
     except UserError:
         return False
-    questions = [sum(turn["role"] == "user" for turn in row["messages"]) for row in rows]
-    return bool(questions) and max(questions) == 1
+    most_questions = 0
+    for row in rows:
+        questions = sum(turn["role"] == "user" for turn in row["messages"])
+        most_questions = max(most_questions, questions)
+    return most_questions == 1
 
 
 def open_prompt(
-    loaded: Loaded, messages: Messages, called: Mapping[str, Any], found: HeldOutPrompt | None = None
+    loaded: Loaded, messages: Messages, called: Mapping[str, Any], prompt: HeldOutPrompt | None = None
 ) -> Dialogue:
-    """Return a conversation, which may end with the held-out prompt `found`, as a dialogue with the tools `called`."""
-    if found and found.key in called:
-        return loaded.open({**found.row, "prompt": messages}, load_toolbox(called[found.key], loaded.tokenizer))
+    """Return a conversation as a dialogue with tools.
+
+    Args:
+        loaded: The model that answers.
+        messages: The conversation, which ends with a question.
+        called: The tools that models may call, from `loadable_tools`.
+        prompt: The held-out prompt that the question is, if it is one. An environment reads its row.
+    """
+    if prompt is not None and prompt.key in called:
+        toolbox = load_toolbox(called[prompt.key], loaded.tokenizer)
+        return loaded.open({**prompt.row, "prompt": messages}, toolbox)
     toolbox = load_toolbox(next(iter(called.values()), None), loaded.tokenizer)
     # Any other question has no row for an environment to read, so it only gets functions.
-    return loaded.open({"prompt": messages}, replace(toolbox, environment=None) if toolbox else None)
+    if toolbox is not None:
+        toolbox = replace(toolbox, environment=None)
+    return loaded.open({"prompt": messages}, toolbox)

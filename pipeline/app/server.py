@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.app import compare, rollout, voting
-from pipeline.app.prompts import things_to_ask, what_may_be_asked
+from pipeline.app.prompts import pocket_things, question_advice
 from pipeline.app.site import TEMPLATES, Site
 from pipeline.report.differences import differences
 from pipeline.report.load import load_run
@@ -51,15 +51,23 @@ class Gate:
     """Refuse requests that are not for the page, and visitors without the `password` (None if the page needs none)."""
 
     def __init__(self, app: ASGIApp, password: str | None, port: int) -> None:
+        self.app = app
+        self.password = password
         # Browsers share cookies between ports.
-        self.app, self.password, self.cookie = app, password, f"fourstage_{port}"
+        self.cookie = f"fourstage_{port}"
+        # Held while a password is checked.
         self._turn = asyncio.Lock()
         # Cookies are signed with a key that follows from the password, so that a login outlives a restart of the
         # server. The key is slow to compute, so that a stolen cookie does not reveal the password.
-        self.key = hashlib.scrypt(password.encode(), salt=b"fourstage", n=1 << 14, r=8, p=1) if password else b""
+        self.key = b""
+        if password:
+            self.key = hashlib.scrypt(password.encode(), salt=b"fourstage", n=1 << 14, r=8, p=1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on with the visitor's name in `request.state.annotator`, None if not known."""
+        """Answer a request, or pass it on to the page.
+
+        `request.state.annotator` is then the name of the visitor, or None if the page has no password.
+        """
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         # The page has no websockets, which are the only other type.
@@ -67,7 +75,7 @@ class Gate:
             return
         request = Request(scope, receive)
         name = self.visitor(request.cookies.get(self.cookie, ""))
-        refused = await self.refuse(request, name)
+        response = await self.refuse(request, name)
         scope.setdefault("state", {})["annotator"] = name
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
@@ -80,13 +88,18 @@ class Gate:
                 headers["Referrer-Policy"] = "no-referrer"
             await send(message)
 
-        await (refused or self.app)(scope, receive, send_with_headers)
+        await (response or self.app)(scope, receive, send_with_headers)
 
     async def refuse(self, request: Request, name: str | None) -> Response | None:
-        path, headers = request.url.path, request.headers
+        """Return the response to a request that does not reach the page, or None if it may pass.
+
+        `name` is the name of a visitor who has logged in, or None.
+        """
+        path = request.url.path
+        headers = request.headers
         # A link on another site may open the page, but no script from there, or from another port here, may use it.
-        foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
+        is_foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if is_foreign and (request.method != "GET" or headers.get("sec-fetch-mode") == "cors"):
             return PlainTextResponse("Refused: the request comes from another site", 403)
 
         # A body in chunks has no length in advance, and overrides one that the request claims.
@@ -107,7 +120,10 @@ class Gate:
         return PlainTextResponse("Log in first", 401)
 
     async def log_in(self, request: Request) -> Response:
-        """Answer the form. At most one wrong password per second is checked, over all connections."""
+        """Answer the form: with a signed cookie, or with the form again.
+
+        At most one wrong password per `SECONDS_AFTER_WRONG` is checked, over all connections.
+        """
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         name = form.get("username", [""])[0].strip()[:80]
         async with self._turn:
@@ -117,8 +133,9 @@ class Gate:
                 return login_form("Name or password is wrong.", 401, name)
         if not name:
             return login_form("Give a name as well.", 401)
-        response, month = RedirectResponse("./", 303), 30 * 86400
-        response.set_cookie(self.cookie, self.sign(name), max_age=month, httponly=True, samesite="lax")
+        response = RedirectResponse("./", 303)
+        days = 30
+        response.set_cookie(self.cookie, self.sign(name), max_age=days * 86400, httponly=True, samesite="lax")
         return response
 
     def sign(self, name: str) -> str:
@@ -132,15 +149,20 @@ class Gate:
             name = base64.urlsafe_b64decode(cookie.partition(".")[0]).decode()
         except ValueError:
             return None
-        is_signed = name and self.password and hmac.compare_digest(self.sign(name).encode(), cookie.encode())
+        if not name or not self.password:
+            return None
+        # In constant time, which does not reveal how many characters are right.
+        is_signed = hmac.compare_digest(self.sign(name).encode(), cookie.encode())
         return name if is_signed else None
 
 
 def login_form(message: str = "", status: int = 200, name: str = "") -> Response:
+    """Return the page with the form, perhaps with a message, and with the name that was typed."""
     return HTMLResponse(TEMPLATES.get_template("login.html.jinja").render(message=message, name=name), status)
 
 
 def build_app(site: Site) -> ASGIApp:
+    """Return the page's application: its routes behind a `Gate`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for section in (compare, rollout, voting):
         app.include_router(section.routes(site))
@@ -152,14 +174,15 @@ def build_app(site: Site) -> ASGIApp:
     @app.get("/")
     def show(request: Request) -> HTMLResponse:
         run = load_run(site.run)
-        steps = path_boxes(run, {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box})
+        sections = {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box}
+        steps = path_boxes(run, sections)
         page = TEMPLATES.get_template("page.html.jinja").render(
             title=visible(title(run)),
             headline=visible(headline(run)),
             verdict=Markup(render("verdict.html.jinja", verdict_content(run, find_failures(run)))),
             path=Markup(render("path.html.jinja", {"steps": steps})),
-            about=visible(what_may_be_asked(site.run), limit=2000),
-            things=things_to_ask(site.run),
+            about=visible(question_advice(site.run), limit=2000),
+            things=pocket_things(site.run),
             annotator=getattr(request.state, "annotator", None),
             compare=compare.content(site),
             voting=voting.content(site),
@@ -171,19 +194,20 @@ def build_app(site: Site) -> ASGIApp:
     def report() -> HTMLResponse:
         run = load_run(site.run)
         changes = differences(run)
-        summary = summarise(run, changes, load_targets() if is_pocket(run) else [])
-        content = page_content(run, summary, changes)
+        targets = load_targets() if is_pocket(run) else []
+        content = page_content(run, summarise(run, changes, targets), changes)
         return HTMLResponse(render("report.html.jinja", content), headers={"Content-Security-Policy": REPORT_POLICY})
 
     @app.post("/prompts")
     def prompts() -> list[dict[str, str]]:
         counts: Counter[tuple[str, str]] = Counter()
         offered = []
-        for one in site.prompts:
-            counts[one.key, one.kind] += 1
+        for prompt in site.prompts:
+            counts[prompt.key, prompt.kind] += 1
             # A dozen of each kind is enough to choose from.
-            if counts[one.key, one.kind] <= 12:
-                offered.append({"key": one.key, "kind": visible(one.kind, 40), "text": one.text, "answer": one.result})
+            if counts[prompt.key, prompt.kind] <= 12:
+                kind = visible(prompt.kind, 40)
+                offered.append({"key": prompt.key, "kind": kind, "text": prompt.text, "answer": prompt.result})
         return offered
 
     app.mount("/static", StaticFiles(packages=[("pipeline.app", "static")]))
@@ -197,7 +221,10 @@ def build_app(site: Site) -> ASGIApp:
 
 
 def serve(site: Site) -> None:
-    app, options = build_app(site), site.options
+    """Serve the page until Ctrl-C, and load the models of the run meanwhile."""
+    app = build_app(site)
+    options = site.options
+    # In a URL, an IPv6 address is in brackets.
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{host}:{options.port} shows {site.run}. Ctrl-C ends it.", flush=True)
     threading.Thread(target=site.models.load_stages, daemon=True).start()

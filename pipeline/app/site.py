@@ -31,6 +31,7 @@ class Site:
 
     @cached_property
     def prompts(self) -> list[HeldOutPrompt]:
+        """The held-out prompts of the run, [] if its data cannot be read."""
         return held_out_prompts(self.run)
 
     @cached_property
@@ -40,7 +41,10 @@ class Site:
 
     def find(self, text: str, key: str = "") -> HeldOutPrompt | None:
         """Return the held-out prompt with this text, optionally from one key only, or None."""
-        return next((one for one in self.prompts if one.text == text and key in ("", one.key)), None)
+        for prompt in self.prompts:
+            if prompt.text == text and key in ("", prompt.key):
+                return prompt
+        return None
 
     @property
     def is_private(self) -> bool:
@@ -48,15 +52,19 @@ class Site:
         return self.options.password is None
 
 
-def stream(found: Generator[Any], turns: CapacityLimiter) -> StreamingResponse:
-    """Stream a line of JSON for each object until the visitor leaves, while holding one of `turns`."""
+def stream(values: Generator[Any], limiter: CapacityLimiter) -> StreamingResponse:
+    """Answer a request with a line of JSON for each value, as soon as it is there, until the visitor leaves.
+
+    `limiter` bounds how many answers are computed at once; the others wait for their turn. The generator runs in
+    another thread, and is closed at the end.
+    """
 
     async def lines() -> AsyncIterator[str]:
-        async with turns:
+        async with limiter:
             try:
-                async for one in iterate_in_threadpool(found):
-                    yield json.dumps(one) + "\n"
+                async for value in iterate_in_threadpool(values):
+                    yield json.dumps(value) + "\n"
             finally:
-                found.close()
+                values.close()
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")

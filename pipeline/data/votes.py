@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.data.arguments import SPLITS
 from pipeline.data.messages import labelled_pair
 from pipeline.errors import Problem, UserError
-from pipeline.files import append_line, check_regular, hash_file, lock, read_run, write_text
+from pipeline.files import append_line, check_regular, hash_file, lock, open_log, read_run, whole_lines, write_text
 
 VOTES_FILE = "votes.jsonl"
 CHOICES = ("a", "b", "tie", "bad", "skip")
@@ -62,19 +62,9 @@ def read_votes(path: Path) -> list[Vote]:
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
     votes: dict[str, Vote] = {}
-    for vote in parse_lines(_whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
+    for vote in parse_lines(whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
         votes.setdefault(vote["id"], vote)
     return list(votes.values())
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """Return the complete lines of a log. The last line is incomplete if it is not valid JSON."""
-    end = content.rfind(b"\n") + 1
-    try:
-        json.loads(content[end:])
-    except ValueError:
-        return content[:end]
-    return content + b"\n"
 
 
 def parse_lines(
@@ -143,13 +133,8 @@ class VoteLog:
         # If anything fails here, the stack closes the file and releases the lock.
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
-            self._file = stack.enter_context(self.path.open("a+b", buffering=0))
-            # Half a line was written when the process or the machine died: its vote was never confirmed.
-            content = self.path.read_bytes()
-            whole = _whole_lines(content)
-            self._file.truncate(min(len(whole), len(content)))
-            self._file.write(whole[len(content) :])
-            os.fsync(self._file.fileno())
+            # A line that was not written whole is removed: its vote was never confirmed.
+            self._file = stack.enter_context(open_log(self.path))
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
         self._count()

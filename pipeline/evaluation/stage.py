@@ -24,7 +24,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.evaluation.reward_model import measure_pairs, measure_people
 from pipeline.files import as_list, check_directory, holds_model
 from pipeline.models.checks import check_lengths
-from pipeline.models.experts import RouteCounter, routes, worst
+from pipeline.models.experts import RouteCounter, least_fair_share, preferred_experts
 from pipeline.models.loading import is_reward_model, load_config, load_model, load_tokenizer, user_error_for
 from pipeline.models.vllm_sampler import VLLMSampler
 from pipeline.preferences.judges import Judge, load_judge, score
@@ -129,7 +129,7 @@ def _measure_causal_lm(result: StageResult, run: Path, held_out: HeldOut, settin
         for row in held_out.text[:3] if result.experts else ():
             ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"][:500]
             pieces = [tokenizer.decode([token]) for token in ids]
-            result.experts["documents"].append({"pieces": pieces, "chosen": routes(model, ids)})
+            result.experts["documents"].append({"pieces": pieces, "chosen": preferred_experts(model, ids)})
     if settings["lm_eval_tasks"]:
         # Imported here, because lm-eval is optional.
         from pipeline.evaluation.harness import measure_tasks
@@ -278,5 +278,5 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
         return
     # Each token is counted once for each expert that takes it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
-    result.metrics["expert_load"] = Estimate(worst(counter.shares), n=tokens)
+    result.metrics["expert_load"] = Estimate(least_fair_share(counter.shares), n=tokens)
     result.experts = {"layers": [[round(share, 4) for share in layer] for layer in counter.shares], "documents": []}

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,38 @@ def append_line(file: FileIO, line: bytes) -> None:
     except OSError:
         file.truncate(end)
         raise
+
+
+def open_log(path: Path) -> FileIO:
+    """Open a file of JSON lines for `append_line`, and remove a last line that was not written whole.
+
+    Half a line is left if the process or the machine dies while it writes. The caller has to keep other processes from
+    writing.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("a+b", buffering=0))
+        content = path.read_bytes()
+        whole = whole_lines(content)
+        file.truncate(min(len(whole), len(content)))
+        # A last line that only lacks its newline gets it.
+        file.write(whole[len(content) :])
+        os.fsync(file.fileno())
+        # Without an error, the file stays open.
+        stack.pop_all()
+    return file
+
+
+def whole_lines(content: bytes) -> bytes:
+    """Return the complete lines of a file of JSON lines, each with its newline.
+
+    The last line is incomplete if it is not valid JSON.
+    """
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        return content[:end]
+    return content + b"\n"
 
 
 def write_text(path: Path, text: str) -> None:

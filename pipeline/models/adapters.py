@@ -22,14 +22,20 @@ MERGED = "merged_adapter"
 def starting_model(model_args: ModelConfig, training_args: TrainingArguments) -> str | PreTrainedModel:
     """Return what a trainer of TRL starts from: the name of a model, or an adapter merged into its base model.
 
-    TRL loads the model with the `model_init_kwargs` that `training_args` get, and the adapter is loaded likewise.
+    For a name, this sets the `model_init_kwargs` of `training_args`, with which TRL loads the model. An adapter is
+    loaded with the same options. A model in a dtype that the machine emulates is loaded in float32, unless
+    `model_args` name a dtype.
+
+    Raises:
+        UserError: If the adapter or its base model cannot be loaded.
     """
     name = str(model_args.model_name_or_path)
     dtype: Any = model_args.dtype
     if dtype in (None, "auto"):
         # Both mean the dtype of the file, which may be bfloat16 even if the configuration does not say so.
         stored = load_config(name, model_args.model_revision).dtype or torch.bfloat16
-        dtype = "float32" if hardware.is_emulated(stored) else dtype
+        if hardware.is_emulated(stored):
+            dtype = "float32"
     options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -38,15 +44,18 @@ def starting_model(model_args: ModelConfig, training_args: TrainingArguments) ->
         "device_map": None,
         "trust_remote_code": False,
     }
-    if (base := base_of(name, model_args.model_revision)) is None:
+    base = base_of(name, model_args.model_revision)
+    if base is None:
         training_args.model_init_kwargs = options
         return name
     logger.info("%-11s the adapter %s, merged into %s", "model", name, base)
     # The head of a new reward model is random.
     set_seed(training_args.seed)
-    kind = AutoModelForSequenceClassification if isinstance(training_args, RewardConfig) else None
+    model_class: Any = None
+    if isinstance(training_args, RewardConfig):
+        model_class = AutoModelForSequenceClassification
     with user_error_for("model_name_or_path", name, checked=True):
-        return merge_into_base(name, kind, **options)
+        return merge_into_base(name, model_class, **options)
 
 
 def merge_into_base(name: str, model_class: Any = None, revision: str | None = None, **options: Any) -> PreTrainedModel:
@@ -65,9 +74,14 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
     config = PeftConfig.from_pretrained(name, revision=revision)
     # A reward model may start from the adapter of a language model.
     config.task_type = None
-    defaults = {"device_map": None, "trust_remote_code": False, "revision": config.revision or "main"}
-    labels = {"num_labels": 1} if model_class else {}
-    base = create_model_from_path(config.base_model_name_or_path, model_class, **{**defaults, **labels, **options})
+    settings: dict[str, Any] = {
+        "device_map": None,
+        "trust_remote_code": False,
+        "revision": config.revision or "main",
+    }
+    if model_class is not None:
+        settings["num_labels"] = 1
+    base = create_model_from_path(config.base_model_name_or_path, model_class, **(settings | options))
     # PEFT only warns about missing weights, and would leave them random.
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -78,7 +92,10 @@ def merge_into_base(name: str, model_class: Any = None, revision: str | None = N
 
 
 def count_trainable(model: PreTrainedModel, model_args: ModelConfig) -> int:
-    """Return how many parameters of a model on the meta device would be trained: all, or only an adapter's."""
+    """Return how many parameters would be trained: all, or only the new adapter's if `model_args` ask for one.
+
+    `model` is on the meta device, and does not change.
+    """
     if not model_args.use_peft:
         return model.num_parameters()
     with torch.device("meta"):

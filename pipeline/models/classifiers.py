@@ -24,12 +24,20 @@ HEAD_NAMES = ("score", "classifier")
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the name of a classifier's head and the head, ("", an empty module) if the model does not have one."""
-    return next(((name, getattr(model, name)) for name in HEAD_NAMES if hasattr(model, name)), ("", nn.Module()))
+    """Return the name of a classifier's head and the head, or ("", an empty module) if the model does not have one."""
+    for name in HEAD_NAMES:
+        if hasattr(model, name):
+            return name, getattr(model, name)
+    return "", nn.Module()
 
 
 def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrainedModel]:
-    """Return transformers' class of a text model with a linear head for a task of `TASKS`, or build one."""
+    """Return the class of a text model with a linear head: transformers' own, or a new one if it has none.
+
+    Args:
+        config_class: Class of the text model's configuration.
+        task: A key of `TASKS`.
+    """
     mixin, auto_class = TASKS[task]
     if config_class in auto_class._model_mapping:
         return auto_class._model_mapping[config_class]
@@ -37,14 +45,14 @@ def classifier(config_class: type[PreTrainedConfig], task: str) -> type[PreTrain
     base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("PreTrainedModel") + f"For{task}"
     # The body is under the same attribute as in the language model, so that the names of its weights match.
-    own: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "config_class": config_class,
         "base_model_prefix": language_model.base_model_prefix,
         "__module__": __name__,
         # transformers would look this up in the source of the class's module, which is this one.
         "_can_set_experts_implementation_cached_value": base._can_set_experts_implementation(),
     }
-    return type(name, (mixin, base), own)
+    return type(name, (mixin, base), attributes)
 
 
 name_body_of_llama4()

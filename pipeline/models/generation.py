@@ -32,8 +32,15 @@ class Completion:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], template: Mapping[str, Any] | None = None
 ) -> list[list[int]]:
-    """Return the token ids of each conversation with the generation prompt; `template` has `chat_template_kwargs`."""
-    tokens, options = special_tokens(tokenizer), dict(template or {})
+    """Return the token ids of each conversation, followed by the generation prompt.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        prompts: Conversations. Special tokens in their texts are broken by a space.
+        template: Further arguments of the chat template, `chat_template_kwargs` in YAML files.
+    """
+    tokens = special_tokens(tokenizer)
+    options = dict(template or {})
     return [
         tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False, **options)
         for prompt in prompts
@@ -45,7 +52,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
     Chat models often end a turn with a different token than a document.
     """
-    return sorted({*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)} - {None})
+    ids = {*as_list(tokenizer.eos_token_id), *as_list(model.generation_config.eos_token_id)}
+    return sorted(ids - {None})
 
 
 def generate(
@@ -68,10 +76,15 @@ def generate(
         tokenizer: Its tokenizer; see `end_tokens` for what ends a completion.
         prompts: Token ids, at least one each.
         max_new_tokens: Maximum length of a completion.
+        samples: Completions of each prompt. More than one makes sense only with a temperature.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         min_p: Never sample tokens less probable than this share of the most probable one (Nguyen et al. 2024).
-        batch_size: Most sequences in a batch (prompts times samples). Default: as `batches` has it.
-        on_batch: Called with the size of each finished batch.
+        seed: Seed of the sampling.
+        batch_size: Maximum number of sequences in a batch (prompts times samples). Default: see `batches`.
+        on_batch: Called with the number of sequences of each finished batch.
+
+    Returns:
+        `samples` completions of each prompt, in the order of `prompts`.
     """
     model.eval()
     ends = end_tokens(model, tokenizer)
@@ -80,10 +93,14 @@ def generate(
         config.update(temperature=temperature, min_p=min_p or None)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     completions: list[list[Completion]] = [[] for _ in prompts]
-    for batch in batches([len(prompt) + max_new_tokens for prompt in prompts], model.device, samples, batch_size):
-        chosen = [i for i in batch for _ in range(samples)]
-        tokens = sample(model, [prompts[i] for i in chosen], config, generator)
-        for i, ids, text in zip(chosen, tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-            completions[i].append(Completion(text.strip(), ids, not set(ends).isdisjoint(ids)))
-        on_batch(len(chosen))
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for batch in batches(lengths, model.device, samples, batch_size):
+        # The number of the prompt of each row: each prompt `samples` times.
+        rows = [number for number in batch for _ in range(samples)]
+        tokens = sample(model, [prompts[number] for number in rows], config, generator)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for number, ids, text in zip(rows, tokens, texts, strict=True):
+            stopped = not set(ends).isdisjoint(ids)
+            completions[number].append(Completion(text.strip(), ids, stopped))
+        on_batch(len(rows))
     return completions

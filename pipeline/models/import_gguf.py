@@ -1,8 +1,11 @@
 """`python -m pipeline import-gguf FILE.gguf DIR`: convert a file written for llama.cpp into a model to start from.
 
 Weights become float32 (Q5_0 and Q5_1 cannot be read); precision lost to quantisation is not recovered. The tokenizer
-makes the same tokens as llama.cpp. When transformers reads such a file itself (`gguf_file=`), the model is marked as
-quantised and cannot be saved, and the tokenizer splits numbers as no SmolLM model does, and pads with the end of turn.
+makes the same tokens as llama.cpp.
+
+transformers reads the header, the values and the metadata. Its conversion of a whole Llama or Qwen (`gguf_file=`) is
+not used: it needs the package gguf, ignores the divisors of Llama 3's frequencies, marks the model as quantised, which
+cannot be saved, and makes a tokenizer that splits numbers as no SmolLM model does, and pads with the end of turn.
 """
 
 import argparse
@@ -23,8 +26,9 @@ from pipeline.errors import Problem, UserError, refuse
 from pipeline.files import check_new_directory, write_folder
 from pipeline.files.bounded import MAX_LAYERS, check_files, exceeded_limit
 from pipeline.launch import quiet_libraries
-from pipeline.models.loading import separate_pad_token, user_error_for, validate_chat, validate_finite
-from pipeline.models.tokenizer import pre_tokenizer, validate_tokenizer
+from pipeline.models.loading import user_error_for, validate_chat
+from pipeline.models.tokenizer import pre_tokenizer, separate_pad_token, validate_tokenizer
+from pipeline.models.weights import validate_finite
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Decoders whose logits survive the round trip through `fourstage gguf`."""
@@ -60,9 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Read a GGUF file, and save the model with its tokenizer. Return 0."""
+    """Read a GGUF file, and save the model with its tokenizer. Return 0.
+
+    Raises:
+        UserError: If the file cannot be read, or `output_dir` is not a new directory.
+    """
     quiet_libraries()
-    file, output_dir = args.file, args.output_dir
+    file = args.file
+    output_dir = args.output_dir
     if not file.is_file():
         raise UserError(Problem("file", file, "is not a file; name a GGUF file"))
     refuse(check_new_directory(output_dir, "output_dir"))
@@ -79,19 +88,12 @@ def main(args: argparse.Namespace) -> int:
 
 def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return an untrusted GGUF file's model and tokenizer, or raise anything if it is damaged or of another kind."""
-    # The file is memory-mapped, and may be larger than the child's memory limit.
-    size = file.stat().st_size
-    if fault := exceeded_limit(lambda: read_tokenizer(file), mapped=size):
-        raise ValueError(f"making its tokenizer {fault}")
-    tokenizer = read_tokenizer(file)
+    tokenizer = read_untrusted_tokenizer(file)
     header = GgufHeader.from_file(str(file))
-    if (end := header.data_start + max((info.offset + info.nbytes for info in header.tensors), default=0)) > size:
+    size = file.stat().st_size
+    end = header.data_start + max((tensor.offset + tensor.nbytes for tensor in header.tensors), default=0)
+    if end > size:
         raise ValueError(f"it is cut off: {size:,} of at least {end:,} bytes")
-    if fault := validate_tokenizer(tokenizer) or (validate_chat(tokenizer) if tokenizer.chat_template else None):
-        raise ValueError(fault)
-    if tokenizer.eos_token is None:
-        raise ValueError("it names no token that ends a text")
-    separate_pad_token(tokenizer, str(file))
 
     metadata, _ = read_gguf_metadata(str(file), ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
     config = read_config(header, metadata, tokenizer)
@@ -111,65 +113,82 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         torch.manual_seed(0)
         model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
     # Some chat models end a turn and a text with two tokens.
-    ends = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
+    end_tokens = {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id", tokenizer.eos_token_id)}
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted(end for end in ends if end < len(tokenizer)),
+        eos_token_id=sorted(token for token in end_tokens if token < len(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
     )
     return model, tokenizer
 
 
+def read_untrusted_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a GGUF file, with a pad token if it has one to spare; first try it in a child process.
+
+    Raises:
+        ValueError: If it exceeds the limits of `files.bounded`, ends no text, or its chat template does not work.
+    """
+    # The file is memory-mapped, and may be larger than the child's memory limit.
+    if fault := exceeded_limit(lambda: read_tokenizer(file), mapped=file.stat().st_size):
+        raise ValueError(f"making its tokenizer {fault}")
+    tokenizer = read_tokenizer(file)
+    fault = validate_tokenizer(tokenizer)
+    if fault is None and tokenizer.chat_template:
+        fault = validate_chat(tokenizer)
+    if fault is not None:
+        raise ValueError(fault)
+    if tokenizer.eos_token is None:
+        raise ValueError("it names no token that ends a text")
+    separate_pad_token(tokenizer, str(file))
+    return tokenizer
+
+
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer that the metadata of a GGUF file describe."""
-    _, found, settings = mapping.get_gguf_tokenizer(str(file))
-    kind, pre = found.get("tokenizer_type"), found.get("pre_tokenizer_type")
+    _, content, settings = mapping.get_gguf_tokenizer(str(file))
+    kind = content.get("tokenizer_type")
+    pre = content.get("pre_tokenizer_type")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        known = f"only 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read"
-        raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; {known}")
+        remedy = f"only 'gpt2' with {', '.join(PRE_TOKENIZERS)} can be read"
+        raise ValueError(f"its tokenizer is {kind!r} with pre-tokenizer {pre!r}; {remedy}")
     # Llama 3 encodes a word that is a token directly, and adds a token at the beginning unless the file says otherwise.
-    is_llama3, vocabulary = pre == "llama-bpe", {token: i for i, token in enumerate(found["tokens"])}
-    backend = Tokenizer(models.BPE(vocabulary, mapping.get_merges(found), ignore_merges=is_llama3))
+    is_llama3 = pre == "llama-bpe"
+    vocabulary = {token: number for number, token in enumerate(content["tokens"])}
+    backend = Tokenizer(models.BPE(vocabulary, mapping.get_merges(content), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
-    # transformers has patterns for all but GPT-2's.
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizer("bpe") if pre == "smollm" else words
+    # transformers has patterns for all but GPT-2's, and sets them below.
+    if pre == "smollm":
+        backend.pre_tokenizer = pre_tokenizer("bpe")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     settings = {"add_bos_token": is_llama3, "add_eos_token": False} | settings
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
-    mapping.add_gguf_special_tokens(mapping.set_split_regex(tokenizer, found), found)
+    mapping.add_gguf_special_tokens(mapping.set_split_regex(tokenizer, content), content)
     return tokenizer
 
 
 def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file."""
-    kind, names = header.architecture, header.ggml_types
+    """Return the configuration (a `PreTrainedConfig`) of the model in a GGUF file.
+
+    Raises:
+        ValueError: If it is of another architecture, or a setting is unknown, missing, or no model can have it.
+    """
+    kind = header.architecture
+    names = header.ggml_types
     if kind not in ARCHITECTURES:
         raise ValueError(f"it holds a {kind} model; only {', '.join(ARCHITECTURES)} can be read")
-    if kind == "qwen2" and (pre := metadata["tokenizer.ggml.pre"]) != kind:
+    pre = metadata["tokenizer.ggml.pre"]
+    if kind == "qwen2" and pre != kind:
         raise ValueError(f"its pre-tokenizer is {pre!r}; transformers reads any tokenizer of a qwen2 as Qwen2's own")
-    # transformers' names of the settings; three are the same value.
-    fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
-    sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
-    settings = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
-    if settings.get("rope.scaling.type") == "none":
-        del settings["rope.scaling.type"]
-    if unknown := sorted(settings.keys() - fields.keys()):
-        raise ValueError(f"it has settings that are not known here ({', '.join(unknown[:3])})")
-    for name, value in settings.items():
-        if fault := validate_setting(fields[name], value):
-            raise ValueError(f"its {kind}.{name} is {value}, but must be {fault}")
-        if sizes.setdefault(fields[name], value) != value:
-            raise ValueError(f"its {kind}.{name} is {value}, which contradicts its other sizes")
-    if missing := [name for name in REQUIRED if name not in settings]:
-        raise ValueError(f"it lacks the setting {kind}.{missing[0]}")
-    if sizes["num_hidden_layers"] > MAX_LAYERS:
-        raise ValueError(f"it asks for {sizes['num_hidden_layers']} layers")
+    sizes = read_sizes(kind, metadata)
     # The file stores single precision: 1e-5 would be read as 9.999999747378752e-06.
-    theta, epsilon = (float(str(np.float32(v))) for v in (sizes.pop("rope_theta", 10000.0), sizes.pop("rms_norm_eps")))
+    theta = as_written(sizes.pop("rope_theta", 10000.0))
+    epsilon = as_written(sizes.pop("rms_norm_eps"))
     heads = sizes["num_attention_heads"]
+    defaults = {"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads}
     config = AutoConfig.for_model(
         kind,
-        **{"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads} | sizes,
+        **(defaults | sizes),
         rms_norm_eps=epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings="output.weight" not in names,
@@ -181,10 +200,56 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
     for setting, weight in {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}.items():
         if hasattr(config, setting):
             setattr(config, setting, weight in names)
-    if ROPE_DIVISORS not in names:
-        return config
-    # The file only has the divisors. All releases of Llama 3 share the other settings.
-    divisors = load_gguf_state_dict(header)[ROPE_DIVISORS][...].float()
+    if ROPE_DIVISORS in names:
+        set_llama3_rope(config, load_gguf_state_dict(header)[ROPE_DIVISORS][...].float())
+    return config
+
+
+def read_sizes(kind: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a decoder of this architecture, by transformers' names for them.
+
+    Raises:
+        ValueError: If a setting is unknown, missing, contradicts another one, or no model can have it.
+    """
+    # transformers' names of the settings; three are the same value.
+    fields = {**GGUF_CONFIG_MAPPING["llama"], "attention.key_length": "head_dim", "attention.value_length": "head_dim"}
+    prefix = f"{kind}."
+    settings = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if settings.get("rope.scaling.type") == "none":
+        del settings["rope.scaling.type"]
+    unknown = sorted(settings.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"it has settings that are not known here ({', '.join(unknown[:3])})")
+    sizes: dict[str, Any] = {"vocab_size": len(metadata["tokenizer.ggml.tokens"])}
+    for name, value in settings.items():
+        field = fields[name]
+        if fault := validate_setting(field, value):
+            raise ValueError(f"its {kind}.{name} is {value}, but must be {fault}")
+        if sizes.setdefault(field, value) != value:
+            raise ValueError(f"its {kind}.{name} is {value}, which contradicts its other sizes")
+    for name in REQUIRED:
+        if name not in settings:
+            raise ValueError(f"it lacks the setting {kind}.{name}")
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
+        raise ValueError(f"it asks for {sizes['num_hidden_layers']} layers")
+    return sizes
+
+
+def as_written(value: float) -> float:
+    """Return the shortest number that single precision rounds to `value`: 1e-5 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def set_llama3_rope(config: Any, divisors: torch.Tensor) -> None:
+    """Give a configuration the rotary embedding of Llama 3.1 and later.
+
+    The file only has the divisors of its frequencies, of shape (head size / 2,). All releases of Llama 3 share the
+    other settings.
+
+    Raises:
+        ValueError: If these settings give other divisors.
+    """
+    theta = config.rope_parameters["rope_theta"]
     config.rope_parameters |= {
         "rope_type": "llama3",
         "factor": divisors.max().item(),
@@ -196,41 +261,59 @@ def read_config(header: GgufHeader, metadata: dict[str, Any], tokenizer: PreTrai
     plain = theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
         raise ValueError(f"its {ROPE_DIVISORS} is not Llama 3's")
-    return config
 
 
 def validate_setting(field: str, value: Any) -> str | None:
     """Return what the value of a configuration's field must be, as the end of a sentence, or None if it is that."""
     if field not in ("rope_theta", "rms_norm_eps"):
-        return None if type(value) is int and value > 0 else "a positive whole number"
+        is_size = type(value) is int and value > 0
+        return None if is_size else "a positive whole number"
     if type(value) not in (int, float) or not np.isfinite(np.float32(value)):
         return "a finite number"
     # With less than 1, the frequencies would grow from one dimension to the next.
-    if field == "rope_theta":
-        return None if value >= 1 else "at least 1"
+    if field == "rope_theta" and value < 1:
+        return "at least 1"
     # With 0, a row of zeros would become NaN.
-    return None if value > 0 else "positive"
+    if value <= 0:
+        return "positive"
+    return None
+
+
+def transformers_name(name: str) -> str:
+    """Return transformers' name of a tensor: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`."""
+    return ".".join(WEIGHTS.get(part, part) for part in name.split("."))
 
 
 def read_weights(header: GgufHeader, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the weights in a GGUF file in float32, under the names of a model on the meta device, which must match."""
+    """Return the weights in a GGUF file in float32, under the names of a model on the meta device.
+
+    Raises:
+        ValueError: If their names or shapes are not those of the model.
+    """
     config = model.config
-    tensors = [info for info in header.tensors if info.name != ROPE_DIVISORS]
-    own = {info.name: ".".join(WEIGHTS.get(part, part) for part in info.name.split(".")) for info in tensors}
-    found = {own[info.name]: list(info.shape) for info in tensors}
-    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    tensors = [tensor for tensor in header.tensors if tensor.name != ROPE_DIVISORS]
+    # llama.cpp's name -> transformers' name.
+    names = {tensor.name: transformers_name(tensor.name) for tensor in tensors}
+    stored_shapes = {names[tensor.name]: list(tensor.shape) for tensor in tensors}
+    expected_shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    if wrong := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-        here = f"has the shape {found[wrong[0]]}" if wrong[0] in found else "is missing"
-        there = f"is {wanted[wrong[0]]}" if wrong[0] in wanted else "has none"
-        raise ValueError(f"its {wrong[0]} {here}, and a {config.model_type} of its sizes {there}")
-    stored, weights = load_gguf_state_dict(header), {}
-    for name in own:
-        values, kind = stored[name][...], stored[name].ggml_type
-        values, shape = dequantize(values, kind) if kind in GGML_BLOCK else values.float(), wanted[own[name]]
+        del expected_shapes["lm_head.weight"]
+    for name in sorted({*stored_shapes, *expected_shapes}):
+        stored_shape = stored_shapes.get(name)
+        expected_shape = expected_shapes.get(name)
+        if stored_shape != expected_shape:
+            in_file = "is missing" if stored_shape is None else f"has the shape {stored_shape}"
+            in_model = "has none" if expected_shape is None else f"is {expected_shape}"
+            raise ValueError(f"its {name} {in_file}, and a {config.model_type} of its sizes {in_model}")
+    content = load_gguf_state_dict(header)
+    weights = {}
+    for gguf_name, name in names.items():
+        values = content[gguf_name][...]
+        kind = content[gguf_name].ggml_type
+        values = dequantize(values, kind) if kind in GGML_BLOCK else values.float()
+        shape = expected_shapes[name]
         # llama.cpp rotates neighbours where transformers rotates halves, and stores the rows of a Llama in that order.
-        if config.model_type == "llama" and (".attn_q." in name or ".attn_k." in name):
+        if config.model_type == "llama" and (".attn_q." in gguf_name or ".attn_k." in gguf_name):
             values = values.reshape(-1, config.head_dim // 2, 2, *shape[1:]).transpose(1, 2)
-        weights[own[name]] = values.reshape(shape)
+        weights[name] = values.reshape(shape)
     return weights

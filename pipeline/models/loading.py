@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
@@ -30,22 +30,34 @@ from pipeline import hardware
 from pipeline.errors import HUB_UNREACHABLE, LIBRARY_ERRORS, Problem, UserError, is_network_error
 from pipeline.files import describe_folder, is_missing_path, split_revision
 from pipeline.files.bounded import check_files, exceeded_limit, longest_list
-from pipeline.models.tokenizer import validate_tokenizer
-from pipeline.models.weights import validate_adapter, validate_complete, validate_files, weight_files
+from pipeline.models.tokenizer import separate_pad_token, validate_tokenizer
+from pipeline.models.weights import validate_adapter, validate_complete, validate_files, validate_finite, weight_files
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """Endings of transformers' class names for PEFT's task types."""
+MANY_ADDED_TOKENS = 20_000
+"""With more added tokens than this, which are compared pairwise, a tokenizer is first loaded in a child process."""
+ADDED_TOKEN_BYTES = {"tokenizer.json": 100, "tokenizer_config.json": 4, "special_tokens_map.json": 4}
+"""Files that may add tokens, and the minimum number of bytes that each of them spends on one."""
+MAX_EXTRA_BYTES = 2 << 30
+"""Maximum size of what a model makes in addition to its weights, such as a mask of positions."""
+MAX_READ_BYTES = 4 << 30
+"""Size of weight files up to which they are read before training, to find numbers that are not finite."""
 
 
 def skip_unreachable_hub() -> None:
-    """Put the Hub's client into offline mode if the Hub does not answer: it would retry each request for 20 s."""
-    hub = urlsplit(constants.ENDPOINT)
+    """Put the Hub's client into offline mode if the Hub does not answer: it would retry each request for 20 s.
+
+    Local files and what is in the Hub's cache still load. Behind a proxy, nothing is tried.
+    """
     if constants.HF_HUB_OFFLINE or getproxies():
         return
+    hub = urlsplit(constants.ENDPOINT)
+    default_port = 80 if hub.scheme == "http" else 443
     try:
-        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), 3.0).close()
+        socket.create_connection((hub.hostname, hub.port or default_port), timeout=3.0).close()
     except OSError as error:
         logger.warning("The Hub cannot be reached (%s): only local files and its cache are used.", error)
         constants.HF_HUB_OFFLINE = True
@@ -55,7 +67,15 @@ def skip_unreachable_hub() -> None:
 def user_error_for(field: str, name: object, what: str = "model", *, checked: bool = False) -> Iterator[None]:
     """Raise a failure to load `what` as a `UserError` about the argument `field`, which named it `name`.
 
-    If its files were `checked` before, an unexpected exception is a defect and keeps its traceback.
+    Args:
+        field: Argument that named it, for the message.
+        name: Folder or Hub id, the value of that argument.
+        what: What is loaded, for the message: "model", "tokenizer", ...
+        checked: Whether its files were checked before. An unexpected exception is then a defect of this library, and
+            keeps its traceback.
+
+    Raises:
+        UserError: If the block raises an exception with which libraries reject files; unless `checked`, any exception.
     """
     try:
         yield
@@ -67,10 +87,16 @@ def user_error_for(field: str, name: object, what: str = "model", *, checked: bo
         is_expected = isinstance(error, rejections)
         if checked and not is_expected:
             raise
-        reason = shorten(str(error) if is_expected else f"reading it fails with {type(error).__name__}: {error}", 250)
         if isinstance(error, MemoryError):
             reason = "there is not enough memory"
-        remedy = HUB_UNREACHABLE if is_network_error(error) else f"no {what} can be loaded from it ({reason})"
+        elif is_expected:
+            reason = shorten(str(error), 250)
+        else:
+            reason = shorten(f"reading it fails with {type(error).__name__}: {error}", 250)
+        remedy = f"no {what} can be loaded from it ({reason})"
+        if is_network_error(error):
+            remedy = HUB_UNREACHABLE
+        # A folder without a model is described by what it is instead.
         raise UserError(Problem(field, name, describe_folder(str(name)) or remedy)) from error
 
 
@@ -80,7 +106,11 @@ _download = functools.cache(snapshot_download)
 def local_copy(name: str, inner: str | None = None) -> str:
     """Return what to load a model or a tokenizer from: the download of `NAME/repo@revision`, or `name` itself.
 
-    With `inner`, the repository is always downloaded, and its subfolder of that name is returned if it exists.
+    A Hub id without a revision is returned as it is, since `from_pretrained` downloads it.
+
+    Args:
+        name: A folder, a Hub id, or a Hub id with a revision.
+        inner: A subfolder to return instead, if the repository has it. A repository is then always downloaded.
 
     Raises:
         OSError: If the folder or the repository does not exist, or cannot be downloaded.
@@ -94,14 +124,21 @@ def local_copy(name: str, inner: str | None = None) -> str:
     files = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken")
     checkpoints = ("checkpoint-*", "last-checkpoint/*")
     folder = Path(_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=checkpoints))
-    return str(folder / inner if inner and (folder / inner).is_dir() else folder)
+    if inner and (folder / inner).is_dir():
+        folder = folder / inner
+    return str(folder)
 
 
 def load_tokenizer(name: str | None, field: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub (by default, of the branch "main"), which the argument `field` named.
+    """Load a tokenizer, which pads with another token than the one that ends answers, if it has one to spare.
+
+    Args:
+        name: A folder or an id on the Hub. An adapter without a tokenizer has that of its base model.
+        field: Argument that named it, for messages.
+        revision: Branch, tag or commit on the Hub. Default: "main".
 
     Raises:
-        UserError: If the tokenizer cannot be loaded.
+        UserError: If there is no name, or the tokenizer cannot be loaded, or it exceeds the limits of `files.bounded`.
     """
     if not name:
         raise UserError(Problem(field, "nothing", "give a Hub id or a folder"))
@@ -112,7 +149,8 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
             tokenizer = _load_tokenizer(name, revision)
         except (OSError, ValueError):
             # Adapters on the Hub may come without a tokenizer. Take the one of the base model.
-            if (base := base_of(name, revision)) is None:
+            base = base_of(name, revision)
+            if base is None:
                 raise
             check_config(base)
             tokenizer = _load_tokenizer(base, None)
@@ -127,40 +165,25 @@ def load_tokenizer(name: str | None, field: str, revision: str | None = None) ->
 
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer. If its files add many tokens, which are compared pairwise, load it in a child process first."""
-    options = {"revision": revision or "main", "trust_remote_code": False}
-    load = functools.partial(transformers.AutoTokenizer.from_pretrained, name, **options)
-    many = 20_000
-    # An added token takes at least 100 bytes in tokenizer.json, and 4 in the lists of the other files.
-    for file, size in (("tokenizer.json", 100), ("tokenizer_config.json", 4), ("special_tokens_map.json", 4)):
-        path = Path(name) / file
-        if path.is_file() and path.stat().st_size >= size * many:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            count = longest_list(content.get("added_tokens") if file == "tokenizer.json" else content)
-            if count > many and (fault := exceeded_limit(load)):
-                raise RuntimeError(f"loading its {count:,} added tokens {fault}")
-    return load()
+    """Load a tokenizer. If its files add more than `MANY_ADDED_TOKENS`, load it in a child process first.
 
-
-def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Make a tokenizer without its own pad token pad with an unused special token; `name` is for the log.
-
-    If it has none, it pads with eos, because the trainers here know the lengths of rows.
+    Raises:
+        RuntimeError: If loading it there takes too long or too much memory.
     """
-    eos, pad = tokenizer.eos_token, tokenizer.pad_token
-    if eos is None or pad not in (None, eos):
-        return
-    taken = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
-    turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
-    # A template that does not work is reported by `validate_chat`.
-    with suppress(TemplateError, *LIBRARY_ERRORS):
-        taken += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    free = [token for token in special if token not in taken]
-    free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
-    tokenizer.pad_token = free[0] if free else eos
-    reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
-    logger.warning("%s: the tokenizer pads with %s, because %s.", name, tokenizer.pad_token, reason)
+    load = functools.partial(
+        transformers.AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False
+    )
+    for file, size in ADDED_TOKEN_BYTES.items():
+        path = Path(name) / file
+        # Most files are too small to add that many, and need not be parsed.
+        if not path.is_file() or path.stat().st_size < size * MANY_ADDED_TOKENS:
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # The other files add the tokens of any list, and tokenizer.json, whose vocabulary is large, only those of one.
+        count = longest_list(content.get("added_tokens")) if file == "tokenizer.json" else longest_list(content)
+        if count > MANY_ADDED_TOKENS and (fault := exceeded_limit(load)):
+            raise RuntimeError(f"loading its {count:,} added tokens {fault}")
+    return load()
 
 
 def base_of(name: str, revision: str | None = None) -> str | None:
@@ -179,31 +202,43 @@ def base_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_config(name: str, revision: str | None = None) -> None:
-    """Raise a `ValueError` if a model's files ask for more than any model has; arguments as for `load_config`."""
+    """Raise a `ValueError` if a model's files ask for more than any model has; arguments as for `load_config`.
+
+    Of a model on the Hub, this downloads config.json only.
+    """
     if Path(name).is_dir():
         check_files(Path(name))
         return
     # A configuration that cannot be downloaded is reported when the model is loaded.
     with suppress(OSError):
-        if file := cached_file(name, "config.json", revision=revision or "main"):
+        file = cached_file(name, "config.json", revision=revision or "main")
+        if file is not None:
             check_files(Path(file).parent)
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a model, or of an adapter's base model; arguments as for `load_tokenizer`.
+    """Load the configuration of a model, or of an adapter's base model.
 
     If an adapter is a classifier, `architectures` says so, and `num_labels` is 1, as with `RewardTrainer`.
 
+    Args:
+        name: A folder or an id on the Hub.
+        revision: Branch, tag or commit on the Hub. Default: "main".
+
     Raises:
-        OSError, ValueError: If there is no configuration, or it is invalid.
+        OSError, ValueError: If there is no configuration, it is invalid, or it asks for more than any model has.
     """
     name = local_copy(name)
-    base = base_of(name, revision)
-    adapter = PeftConfig.from_pretrained(name, revision=revision) if base else None
-    # An adapter names a revision of its base model.
-    revision = (adapter.revision if adapter else revision) or "main"
-    check_config(base or name, revision)
-    config = AutoConfig.from_pretrained(base or name, revision=revision, trust_remote_code=False)
+    adapter = None
+    source = name
+    if base := base_of(name, revision):
+        adapter = PeftConfig.from_pretrained(name, revision=revision)
+        source = base
+        # An adapter names a revision of its base model.
+        revision = adapter.revision
+    revision = revision or "main"
+    check_config(source, revision)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(item, str) for item in architectures):
         raise ValueError(f"`architectures` in its config.json is {architectures!r}, not a list of names")
@@ -211,8 +246,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if layers < 1:
         raise ValueError(f"its config.json asks for {layers} layers")
     # Saving the trained model would do this as well, and fail at the end of the run.
-    if (Path(base or name) / "generation_config.json").is_file():
-        transformers.GenerationConfig.from_pretrained(base or name).validate(strict=True)
+    if (Path(source) / "generation_config.json").is_file():
+        transformers.GenerationConfig.from_pretrained(source).validate(strict=True)
     if adapter and adapter.task_type in ARCHITECTURES:
         config.num_labels = 1
         config.architectures = [ARCHITECTURES[adapter.task_type]]
@@ -244,24 +279,45 @@ def is_reward_model(config: PreTrainedConfig) -> bool:
 
 
 def validate_kind(config: PreTrainedConfig, *, reward: bool) -> str | None:
-    """Report a reward model where a language model is wanted, or one with several labels. Return None if it is fine."""
-    if not is_reward_model(config) or (reward and config.num_labels == 1):
+    """Report a reward model where a language model is expected, or a `reward` model with several labels.
+
+    Return the remedy of a `Problem`, or None if the kind is right.
+    """
+    if not is_reward_model(config):
         return None
-    wanted = f"has {config.num_labels} labels; give a reward model, which has one"
-    return wanted if reward else "is a reward model; give a language model"
+    if not reward:
+        return "is a reward model; give a language model"
+    if config.num_labels != 1:
+        return f"has {config.num_labels} labels; give a reward model, which has one"
+    return None
 
 
 def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
-    """Report how the weights of a local model or adapter differ from what the `model_class` that will load it expects.
+    """Check the weights of a local model or adapter before TRL loads it, which would not report them.
 
-    For a model on the Hub, only the configuration is checked, which comes from `load_config`.
+    TRL would train a model with random numbers instead of missing weights, and one with NaN until the loss is NaN.
+
+    Args:
+        name: A folder or an id on the Hub. Of a model on the Hub, only the configuration is checked.
+        config: Its configuration, from `load_config`.
+        model_class: Class of transformers that will load it, for instance `AutoModelForCausalLM`.
+
+    Returns:
+        What is wrong and what to do, as the remedy of a `Problem`, or None.
     """
-    name = local_copy(name)
-    folder, base = Path(name), base_of(name) if Path(name).is_dir() else None
+    return validate_layout(name, config, model_class) or _validate_stored_numbers(name)
+
+
+def validate_layout(name: str, config: PreTrainedConfig, model_class: Any) -> str | None:
+    """Check that a model can be built, and that the headers of its weight files fit it; as for `validate_weights`.
+
+    No weights are read, so this needs little memory whatever the files of the model claim.
+    """
+    folder, base = _weights_folder(name)
     if base is not None:
-        if fault := validate_adapter(folder):
+        if fault := validate_adapter(Path(local_copy(name))):
             return fault
-        folder, model_class = Path(base), AutoModelForCausalLM
+        model_class = AutoModelForCausalLM
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     # Compare the files with the class that saved them: a reward model may start from a language model.
     saved_by = getattr(transformers, (config.architectures or [""])[0], None) or model_class
@@ -274,31 +330,63 @@ def validate_weights(name: str, config: PreTrainedConfig, model_class: Any) -> s
         if isinstance(error, ValueError) and type(config) not in getattr(model_class, "_model_mapping", ()):
             return f"is a {config.model_type} model, which cannot be used here"
         return f"its {config.model_type} model cannot be built ({shorten(str(error), 200)})"
-    # Matching a pattern of modules may take forever.
-    with torch.device("meta"):
-        adapt = functools.partial(get_peft_model, model, low_cpu_mem_usage=True)
-        if base is not None and (fault := exceeded_limit(lambda: adapt(PeftConfig.from_pretrained(name)))):
-            return f"adding what its adapter_config.json asks for {fault}"
+    if base is not None and (fault := exceeded_limit(lambda: _build_adapter(model, name))):
+        return f"adding what its adapter_config.json asks for {fault}"
     # Buffers that are not in the files, such as a mask of positions, are made in loading: a few MB for a 1 GB model.
-    if sum(buffer.nbytes for buffer in model.buffers()) > max(2 << 30, 4 * model.num_parameters()):
+    if sum(buffer.nbytes for buffer in model.buffers()) > max(MAX_EXTRA_BYTES, 4 * model.num_parameters()):
         return "its config.json asks for more than 2 GiB in addition to the weights; correct it"
     if not folder.is_dir():
         return None
-    fault = validate_files(folder, model)
-    # Reading larger files would delay training.
-    if fault is None and sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 4 << 30:
-        for file in weight_files(folder):
-            with safe_open(file, framework="pt") as weights:
-                fault = fault or validate_finite((name, weights.get_tensor(name)) for name in weights.keys())  # noqa: SIM118
-    return f"its base model {base}: {fault}" if base and fault else fault
+    return _name_base(validate_files(folder, model), base)
 
 
-def validate_vocabulary(config: PreTrainedConfig, tokenizer: Any, whose: str = "its tokenizer") -> str | None:
-    """Return the problem if the tokenizer has more tokens than the model. `whose` names it in the message."""
-    known = getattr(config.get_text_config(), "vocab_size", None)
-    if known is None or len(tokenizer) <= known:
+def _weights_folder(name: str) -> tuple[Path, str | None]:
+    """Return the folder with the weights of a model or of an adapter's base model, and the latter's name or None.
+
+    For a model on the Hub, the folder does not exist, and adapters are not told apart.
+    """
+    folder = Path(local_copy(name))
+    base = None
+    if folder.is_dir():
+        base = base_of(str(folder))
+    return (folder, None) if base is None else (Path(base), base)
+
+
+def _build_adapter(model: PreTrainedModel, name: str) -> None:
+    """Add the modules of an adapter to its base model on the meta device. Matching its pattern may take forever."""
+    with torch.device("meta"):
+        get_peft_model(model, PeftConfig.from_pretrained(local_copy(name)), low_cpu_mem_usage=True)
+
+
+def _validate_stored_numbers(name: str) -> str | None:
+    """Report weights that are not finite numbers in the files of a local model, or of an adapter's base model."""
+    folder, base = _weights_folder(name)
+    if not folder.is_dir():
         return None
-    return f"knows {known} tokens and {whose} {len(tokenizer)}; give a model and a tokenizer that belong together"
+    # Reading larger files would delay training.
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) > MAX_READ_BYTES:
+        return None
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            fault = validate_finite((key, weights.get_tensor(key)) for key in weights.keys())  # noqa: SIM118
+        if fault:
+            return _name_base(fault, base)
+    return None
+
+
+def _name_base(fault: str | None, base: str | None) -> str | None:
+    """Say that what is wrong is wrong with an adapter's base model, unless `base` or the fault is None."""
+    if fault and base:
+        return f"its base model {base}: {fault}"
+    return fault
+
+
+def validate_vocabulary(config: PreTrainedConfig, tokenizer: Any, description: str = "its tokenizer") -> str | None:
+    """Report a tokenizer with more tokens than the model, or return None. Messages name it by its `description`."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None or len(tokenizer) <= size:
+        return None
+    return f"knows {size} tokens and {description} {len(tokenizer)}; give a model and a tokenizer that belong together"
 
 
 def load_model(
@@ -310,11 +398,12 @@ def load_model(
     chat: bool = True,
     tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a chat model or a reward model with its tokenizer, and refuse a broken one.
+    """Load a chat model or a reward model with its tokenizer, and reject a broken one.
 
     Args:
-        name: A folder or an id on the Hub, which the argument `field` named; an adapter is merged into its base model.
-        reward: Whether a reward model is wanted.
+        name: A folder or an id on the Hub. An adapter is merged into its base model.
+        field: Argument that named it, for messages.
+        reward: Whether it must be a reward model.
         dtype: Default: the dtype of the weights, or float32 if the machine emulates it.
         chat: Whether the tokenizer must be able to format conversations.
         tokenizer: A folder or an id on the Hub. Default: the model's.
@@ -322,32 +411,35 @@ def load_model(
     Raises:
         UserError: If the model or its tokenizer cannot be loaded, does not fit the other, or is broken.
     """
-    words = load_tokenizer(tokenizer or name, field)
+    loaded_tokenizer = load_tokenizer(tokenizer or name, field)
     model_class = transformers.AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with user_error_for(field, name):
         config = load_config(name)
         # Only the first fault is reported, and the most expensive check comes last.
-        fault = (
-            validate_kind(config, reward=reward)
-            or (validate_chat(words) if chat else None)
-            or validate_vocabulary(config, words)
-            or validate_weights(name, config, model_class)
-        )
+        fault = validate_kind(config, reward=reward)
+        if fault is None and chat:
+            fault = validate_chat(loaded_tokenizer)
+        fault = fault or validate_vocabulary(config, loaded_tokenizer) or validate_layout(name, config, model_class)
         if fault is None:
-            options = {"config": config, "dtype": dtype, "trust_remote_code": False}
-            with without_table():
-                model, loaded = model_class.from_pretrained(local_copy(name), output_loading_info=True, **options)
+            with hide_table_of_weights():
+                model, info = model_class.from_pretrained(
+                    local_copy(name), config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+                )
                 avoid_emulation(model)
-            fault = validate_complete(loaded["missing_keys"]) or validate_finite(model.named_parameters())
+            fault = validate_complete(info["missing_keys"]) or validate_finite(model.named_parameters())
     if fault is not None:
         raise UserError(Problem(field, name, fault))
     # Unmerged, an adapter would add two small products to each product of the base in every forward pass.
-    return without_adapters(model, in_place=True), words
+    return without_adapters(model, in_place=True), loaded_tokenizer
 
 
 def without_adapters(model: PreTrainedModel | PeftModel, *, in_place: bool = False) -> PreTrainedModel:
-    """Return a model itself if it has no adapter, else a copy (or itself, `in_place`) with active adapters merged."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    """Merge the active adapters of a model into its weights.
+
+    Return the model itself if it has no adapters or if this happens `in_place`, else a copy of it.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     if not any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules()):
         return model
     merged = model if in_place else copy.deepcopy(model)
@@ -373,7 +465,7 @@ def avoid_emulation(model: PreTrainedModel) -> None:
 
 
 def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Check that a tokenizer can format conversations. Return what is wrong, or None."""
+    """Report a tokenizer that cannot format conversations, as the remedy of a `Problem`, or return None."""
     if not tokenizer.chat_template:
         return "its tokenizer has no chat template; give a model tuned on conversations"
     if tokenizer.eos_token_id is None:
@@ -388,7 +480,7 @@ def validate_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 @contextmanager
-def without_table() -> Iterator[None]:
+def hide_table_of_weights() -> Iterator[None]:
     """Keep transformers from logging a table of missing weights, which are reported in one line here."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -396,11 +488,3 @@ def without_table() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Report NaN or infinite weights, such as a diverged run leaves. Return None if all are finite."""
-    for name, weight in weights:
-        if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
-            return f"its weights are not finite numbers ({name}); train it again"
-    return None

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -10,6 +11,7 @@ from pipeline.files import check_new_directory, read_json, write_folder
 from pipeline.launch import quiet_libraries
 from pipeline.models import loading
 from pipeline.models.adapters import merge_into_base
+from pipeline.models.weights import validate_finite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Merge an adapter, and save the model with its tokenizer. Return 0."""
+    """Merge an adapter, and save the model with its tokenizer. Return 0.
+
+    Raises:
+        UserError: If it is not a LoRA adapter, it or its base model is broken, or `output_dir` exists.
+    """
     quiet_libraries()
-    adapter, output_dir = args.adapter, args.output_dir
+    adapter = args.adapter
+    output_dir = args.output_dir
     path = adapter / "adapter_config.json"
     if not path.is_file():
         remedy = "does not contain adapter_config.json; give a directory that a recipe with use_peft has written"
@@ -34,16 +41,19 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = loading.load_tokenizer(str(adapter), "adapter")
     with loading.user_error_for("adapter", config["base_model_name_or_path"], "base model"):
         base = loading.load_config(str(adapter))
-    model_class = AutoModelForSequenceClassification if loading.is_reward_model(base) else None
-    # PPO's critic is a token classifier, whatever its base model.
+    # None is the class that saved the base model.
+    model_class: Any = None
     if config.get("task_type") == "TOKEN_CLS":
+        # PPO's critic is a token classifier, whatever its base model.
         model_class = AutoModelForTokenClassification
-    fault = loading.validate_weights(str(adapter), base, model_class)
+    elif loading.is_reward_model(base):
+        model_class = AutoModelForSequenceClassification
+    fault = loading.validate_layout(str(adapter), base, model_class)
     if fault is None:
         # The head of a critic is missing from the base model, and comes from the adapter.
-        with loading.user_error_for("adapter", adapter), loading.without_table():
+        with loading.user_error_for("adapter", adapter), loading.hide_table_of_weights():
             merged = merge_into_base(str(adapter), model_class, dtype="auto")
-        fault = loading.validate_finite(merged.named_parameters())
+        fault = validate_finite(merged.named_parameters())
     if fault is not None:
         raise UserError(Problem("adapter", adapter, fault))
     with write_folder(output_dir) as folder:

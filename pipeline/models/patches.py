@@ -24,11 +24,19 @@ def replace_method(owner: Any, name: str, function: Callable[..., Any], *, bind:
 
 
 def record_rows(dataset: Any) -> deque[list[int]]:
-    """Record the rows of each batch that is fetched from a data set. A collator does not get their numbers."""
-    fetch, fetched = dataset.__getitems__, deque[list[int]]()
-    record: Callable[[list[int]], object] = fetched.append
-    dataset.__getitems__ = lambda rows: (record(list(map(int, rows))), fetch(rows))[1]
-    return fetched
+    """Record the rows of each batch that is fetched from a data set. A collator does not get their numbers.
+
+    Return the queue of their numbers, one list for each batch that is fetched from now on.
+    """
+    fetch = dataset.__getitems__
+    batches = deque[list[int]]()
+
+    def fetch_and_record(rows: list[int]) -> Any:
+        batches.append([int(row) for row in rows])
+        return fetch(rows)
+
+    dataset.__getitems__ = fetch_and_record
+    return batches
 
 
 def name_body_of_llama4() -> None:

@@ -1,6 +1,7 @@
 """The model to train from scratch, with random weights: a dense Llama or Qwen3, or a Llama 4, of given sizes."""
 
 import logging
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
@@ -58,27 +59,39 @@ class ScratchArguments:
     router_z_loss_coef: float | None = HfArg(default=None, help="Llama 4: weight of router z-loss (default: 0.001).")
 
     def __post_init__(self) -> None:
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        heads = self.num_attention_heads
+        key_heads = self.num_key_value_heads
+        # Rotary embeddings rotate pairs of a head's channels.
+        factor = 2 * heads
         problems = []
-        if self.hidden_size % (factor := 2 * heads):
+        if self.hidden_size % factor != 0:
             remedy = f"must be a multiple of 2 x num_attention_heads ({factor})"
             problems.append(Problem("hidden_size", self.hidden_size, remedy))
-        if groups is not None and heads % groups:
+        if key_heads is not None and heads % key_heads != 0:
             remedy = f"must be a divisor of num_attention_heads ({heads})"
-            problems.append(Problem("num_key_value_heads", groups, remedy))
+            problems.append(Problem("num_key_value_heads", key_heads, remedy))
         if self.attention_bias and self.model_type == "qwen3":
             problems.append(Problem("attention_bias", True, "llama.cpp cannot open such a qwen3; leave it out"))
-        given = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
-        if self.model_type != "llama4_text":
-            problems += [Problem(name, value, "needs model_type: llama4_text") for name, value in given.items()]
-        else:
-            vars(self).update(given := LLAMA4 | given)
-            experts = given["num_local_experts"]
-            if (chosen := given["num_experts_per_tok"]) > experts:
-                problems.append(Problem("num_experts_per_tok", chosen, f"there are {experts} experts; lower it"))
-            if (step := given["interleave_moe_layer_step"]) > self.num_hidden_layers:
-                problems.append(Problem("interleave_moe_layer_step", step, "no layer has experts; lower it"))
+        problems += self._check_experts()
         refuse(*problems)
+
+    def _check_experts(self) -> list[Problem]:
+        """Set the defaults of a Llama 4 and check its experts, or report fields that only a Llama 4 has."""
+        settings = {name: getattr(self, name) for name in LLAMA4 if getattr(self, name) is not None}
+        if self.model_type != "llama4_text":
+            return [Problem(name, value, "needs model_type: llama4_text") for name, value in settings.items()]
+        settings = LLAMA4 | settings
+        vars(self).update(settings)
+        experts = settings["num_local_experts"]
+        experts_of_token = settings["num_experts_per_tok"]
+        step = settings["interleave_moe_layer_step"]
+        problems = []
+        if experts_of_token > experts:
+            remedy = f"there are {experts} experts; lower it"
+            problems.append(Problem("num_experts_per_tok", experts_of_token, remedy))
+        if step > self.num_hidden_layers:
+            problems.append(Problem("interleave_moe_layer_step", step, "no layer has experts; lower it"))
+        return problems
 
 
 LLAMA4: dict[str, Any] = {
@@ -90,12 +103,20 @@ LLAMA4: dict[str, Any] = {
 
 
 def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Build the model with random weights in float32, for a tokenizer. The global random state does not change."""
+    """Build the model with random weights in float32. The global random state does not change.
+
+    Args:
+        args: The sizes of the model.
+        tokenizer: Its tokens are the vocabulary; its pad, bos and eos tokens go into the configurations.
+        seed: Seed of the random weights.
+    """
     config_class = transformers.CONFIG_MAPPING[args.model_type]
-    known = {item.name for item in fields(config_class)}
+    config_fields = {item.name for item in fields(config_class)}
     special_ids = {name: getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    width = args.intermediate_size or 64 * -(-args.hidden_size * 8 // (3 * 64))
-    settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name in known} | {
+    # Three matrices of this width have as many weights as two of the usual four times the hidden size.
+    width = args.intermediate_size or 64 * math.ceil(args.hidden_size * 8 / (3 * 64))
+    settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name in config_fields}
+    settings |= {
         "vocab_size": len(tokenizer),
         "intermediate_size": width,
         "num_key_value_heads": args.num_key_value_heads or args.num_attention_heads,
@@ -105,8 +126,10 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
         **special_ids,
     }
     if args.model_type == "llama4_text":
+        # A token passes its experts and a shared one.
+        experts_of_token = 1 + (args.num_experts_per_tok or 1)
         settings |= {
-            "intermediate_size_mlp": args.intermediate_size_mlp or width * (1 + (args.num_experts_per_tok or 1)),
+            "intermediate_size_mlp": args.intermediate_size_mlp or width * experts_of_token,
             # Queries are scaled by position from 8,192 tokens on, ignoring the `position_ids` of packed documents.
             "attn_temperature_tuning": False,
             # TRL would expect the model to compute a loss for any other coefficient. `training.pretraining` does.
@@ -122,17 +145,20 @@ def build_model(args: ScratchArguments, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def build_empty(args: ScratchArguments, size: int) -> PreTrainedModel:
-    """Build the model for a vocabulary of `size` tokens on the meta device, where it takes no memory."""
-    # Of a tokenizer, building a model needs the tokens, none of them special.
+    """Build the model for a vocabulary of `size` tokens on the meta device, where it needs no memory."""
+    # Building a model only needs a tokenizer's length and, if it has them, its special tokens.
     with torch.device("meta"):
         return build_model(args, cast(Any, range(size)), seed=0)
 
 
 def log_model(model: PreTrainedModel) -> None:
     """Log the numbers of parameters and of FLOPs per token, and the dtype."""
-    parameters, active = model.num_parameters(), active_parameters(model)
+    parameters = model.num_parameters()
+    active = active_parameters(model)
     embeddings = model.get_input_embeddings().weight.numel()
-    counts = f"{embeddings / 1e6:.2f}M of them embeddings{', tied' if model.config.tie_word_embeddings else ''}"
+    counts = f"{embeddings / 1e6:.2f}M of them embeddings"
+    if model.config.tie_word_embeddings:
+        counts += ", tied"
     if active != parameters:
         counts = f"{active / 1e6:.2f}M of them active for a token, {counts}"
     cost = f"{training_flops_per_token(model, 0) / 1e6:.1f} MFLOPs per token in training without attention"

@@ -4,20 +4,25 @@ It works on bytes, so that any Unicode string round-trips; splits numbers into d
 learned; and reserves the chat tokens before any training, so that no later stage changes the vocabulary.
 """
 
+import logging
 import pickle
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipeline.errors import Problem, UserError
+from pipeline.errors import LIBRARY_ERRORS, Problem, UserError
 from pipeline.files.bounded import TOO_LONG, exceeded_limit
+
+logger = logging.getLogger(__name__)
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
@@ -76,29 +81,47 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; over bytes as in GPT-2) with a chat template.
 
-    The texts are read once. Few or short ones give a smaller vocabulary than `vocab_size`.
+    The texts are read once. The same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: Documents to learn merges from.
+        vocab_size: Maximum number of tokens, including special tokens and 256 bytes. Few or short texts give fewer.
+        algorithm: "bpe" merges bytes into frequent pieces of words, "character" into characters.
+        model_max_length: Context length of the model to train, in tokens.
+        tools: Whether to reserve `TOOL_TOKENS`, and to parse calls of tools.
+
+    Returns:
+        The tokenizer, with distinct pad, bos and eos tokens. It pads on the left.
 
     Raises:
         UserError: If `vocab_size` is too small for the bytes and the special tokens.
     """
-    special = (*SPECIAL_TOKENS, *TOOL_TOKENS) if tools else SPECIAL_TOKENS
+    special: tuple[str, ...] = SPECIAL_TOKENS
+    response_template: dict[str, Any] | None = None
+    if tools:
+        special = (*SPECIAL_TOKENS, *TOOL_TOKENS)
+        response_template = RESPONSE_TEMPLATE
     if vocab_size < 256 + len(special):
         remedy = f"must be at least {256 + len(special)}: 256 bytes and the special tokens"
         raise UserError(Problem("vocab_size", vocab_size, remedy))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(algorithm)
     tokenizer.decoder = decoders.ByteLevel()
-    options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(special), **options)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=END,
-        additional_special_tokens=list(special[len((PAD, BOS, END)) :]),
+        additional_special_tokens=[token for token in special if token not in (PAD, BOS, END)],
         chat_template=files(__package__).joinpath("chat_template.jinja").read_text(encoding="utf-8"),
-        response_template=RESPONSE_TEMPLATE if tools else None,
+        response_template=response_template,
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
         padding_side="left",
@@ -115,60 +138,129 @@ def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), to_bytes])
 
 
+def separate_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Give a tokenizer a pad token that does not end answers, because a model would take that for padding.
+
+    Args:
+        tokenizer: Changed in place if it has no pad token, or pads with its eos token. The new pad token is a special
+            token that its chat template does not use. If there is none, it pads with eos after all, because the
+            trainers here know the lengths of rows.
+        name: Its name, for the log.
+    """
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token
+    if eos is None or pad not in (None, eos):
+        return
+    # Everything that contains a token which has a meaning already.
+    used = f"{eos} {tokenizer.bos_token} {tokenizer.chat_template}"
+    turns = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
+    # A template that does not work is reported by `loading.validate_chat`.
+    with suppress(TemplateError, *LIBRARY_ERRORS):
+        used += tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in used]
+    # Prefer a token whose name says that it pads, then the unknown token.
+    free.sort(key=lambda token: ("pad" not in token.lower(), token != tokenizer.unk_token))
+    tokenizer.pad_token = free[0] if free else eos
+    reason = "it has no pad token" if pad is None else f"{pad} also ends answers"
+    logger.warning("%s: the tokenizer pads with %s, because %s.", name, tokenizer.pad_token, reason)
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern that matches what a tokenizer encodes as special tokens, anywhere in a text."""
-    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-    # Longer tokens first, because one may begin with another. "(?!)" never matches.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in added if token.special and token.content.strip()]
+    if not tokens:
+        # This never matches.
+        return re.compile("(?!)")
+    # Longer tokens come first, because one may begin with another.
+    tokens.sort(key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens)))
 
 
 def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:
     """Insert spaces into special tokens in messages, so that only the chat template writes any.
 
-    In the text of a conversation, the tokenizer cannot distinguish them from the template's own.
-    `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that also have them as words.
+    "<|end|>" becomes "< |end|>". In the text of a conversation, the tokenizer cannot distinguish them from the
+    template's own. `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that also have them as
+    words.
 
     Args:
         messages: Messages with a content, the name of a tool, or `tool_calls`, whose names and arguments are texts.
         tokens: From `special_tokens`.
+
+    Returns:
+        Copies of the messages.
     """
 
-    def broken(value: Any) -> Any:
-        if isinstance(value, str):
-            return tokens.sub(lambda spelled: f"{spelled[0][0]} {spelled[0][1:]}", value)
-        if isinstance(value, Mapping):
-            return {broken(key): broken(one) for key, one in value.items()}
-        return [broken(one) for one in value] if isinstance(value, list) else value
+    def insert_space(match: re.Match[str]) -> str:
+        token = match.group()
+        return f"{token[0]} {token[1:]}"
 
-    return [{**m, **{key: broken(m[key]) for key in ("content", "name", "tool_calls") if key in m}} for m in messages]
+    def break_tokens(value: Any) -> Any:
+        """Return a copy of a JSON value with spaces in the special tokens of all of its texts."""
+        if isinstance(value, str):
+            return tokens.sub(insert_space, value)
+        if isinstance(value, Mapping):
+            return {break_tokens(key): break_tokens(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [break_tokens(item) for item in value]
+        return value
+
+    copies = []
+    for message in messages:
+        copy = dict(message)
+        for key in ("content", "name", "tool_calls"):
+            if key in copy:
+                copy[key] = break_tokens(copy[key])
+        copies.append(copy)
+    return copies
 
 
 _verdicts: dict[bytes, str | None] = {}
+"""What `validate_tokenizer` returned, by a digest of the tokenizer's settings."""
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Report a tokenizer or chat template that takes too long for a single word or turn, or return None."""
+    """Report a tokenizer or chat template that exceeds the limits of `files.bounded` for a few words, or return None.
+
+    Both come with downloaded models, and may double their text sixty times or never end.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     # Tokenizers with the same settings share a verdict. The vocabulary, which may be large, does not matter.
     key = pickle.dumps((str(tokenizer.chat_template), parts))
     if key not in _verdicts:
-        _verdicts[key] = None
-        if fault := exceeded_limit(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
-            _verdicts[key] = f"tokenizing a word {fault}"
-        elif tokenizer.chat_template and (fault := exceeded_limit(lambda: _render(tokenizer))):
-            _verdicts[key] = f"rendering its chat template {fault}"
+        _verdicts[key] = _try_tokenizer(tokenizer)
     return _verdicts[key]
 
 
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Tokenize two words and render the chat template in child processes; returns as `validate_tokenizer` does."""
+    if fault := exceeded_limit(lambda: tokenizer.decode(tokenizer("Hello world").input_ids)):
+        return f"tokenizing a word {fault}"
+    if tokenizer.chat_template and (fault := exceeded_limit(lambda: _render(tokenizer))):
+        return f"rendering its chat template {fault}"
+    return None
+
+
 def _render(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Render the chat template, which may refuse conversations. Return `TOO_LONG` if a few words become a long text."""
-    contents = {"system": "Be brief.", "user": "Hello", "assistant": "Hello, how may I help you?"}
-    turns = [{"role": role, "content": content} for role, content in contents.items()]
-    turns.append({"role": "user", "content": "Hello " * 100})
-    for conversation, prompt in product((turns[1:2], turns[1:3], turns[1:], turns), (False, True)):
+    """Render the chat template for several conversations, some of which it may reject.
+
+    Return `TOO_LONG` if a few words become a long text, else None.
+    """
+    system = {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": "Hello"}
+    answer = {"role": "assistant", "content": "Hello, how may I help you?"}
+    long_question = {"role": "user", "content": "Hello " * 100}
+    conversations = (
+        [question],
+        [question, answer],
+        [question, answer, long_question],
+        [system, question, answer, long_question],
+    )
+    for conversation, add_prompt in product(conversations, (False, True)):
         try:
-            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, tokenize=False)
+            text = tokenizer.apply_chat_template(conversation, add_generation_prompt=add_prompt, tokenize=False)
             # The caller will tokenize such a text without limits.
             if len(text) > 1 << 20:
                 return TOO_LONG

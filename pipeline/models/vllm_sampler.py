@@ -62,15 +62,26 @@ class VLLMSampler:
         """Return `samples` completions of each prompt; the arguments are the same as for `generation.generate`."""
         from vllm import SamplingParams
 
-        ends, seeds = end_tokens(self.model, self.tokenizer), random.Random(seed)
-        common: Any = {"n": samples, "temperature": temperature, "min_p": min_p, "max_tokens": max_new_tokens}
-        common |= {"stop_token_ids": ends, "detokenize": False}
+        ends = end_tokens(self.model, self.tokenizer)
+        seeds = random.Random(seed)
+        common: dict[str, Any] = {
+            "n": samples,
+            "temperature": temperature,
+            "min_p": min_p,
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": ends,
+            "detokenize": False,
+        }
         # vLLM adds the number of the sample to the seed of its prompt.
         settings = [SamplingParams(**common, seed=seeds.randrange(2**32)) for _ in prompts]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         completions = []
         for request in self._engine.generate(inputs, sampling_params=settings, use_tqdm=False):
             tokens = [list(output.token_ids) for output in request.outputs]
-            answers = zip(self.tokenizer.batch_decode(tokens, skip_special_tokens=True), tokens, strict=True)
-            completions.append([Completion(text.strip(), ids, not set(ends).isdisjoint(ids)) for text, ids in answers])
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers = []
+            for text, ids in zip(texts, tokens, strict=True):
+                stopped = not set(ends).isdisjoint(ids)
+                answers.append(Completion(text.strip(), ids, stopped))
+            completions.append(answers)
         return completions

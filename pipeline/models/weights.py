@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ WEIGHTS = "model.safetensors"
 
 
 def _validate_file(file: Path) -> str | None:
+    """Report a safetensors file that is missing, or whose header cannot be read; None if neither is so."""
     if not file.exists():
         return f"does not contain {file.name}; copy the model again"
     try:
@@ -27,49 +28,84 @@ def _validate_file(file: Path) -> str | None:
 
 
 def validate_files(folder: Path, model: Any) -> str | None:
-    """Report how a local model's files differ from what a model on the meta device expects; None if they do not."""
+    """Compare the headers of a folder's weight files with the weights that a model expects.
+
+    transformers would fill missing weights with random numbers, and only log a table.
+
+    Args:
+        folder: A local model.
+        model: The model on the meta device, built by the class that saved the files.
+
+    Returns:
+        What is wrong and what to do, as the remedy of a `Problem`, or None.
+    """
     files = weight_files(folder)
     if not files:
         if any(folder.glob("*.bin")):
             return "its weights are a pickle, which may run code; save the model as safetensors"
         return f"does not contain weights ({WEIGHTS})"
-    if damaged := next(filter(None, map(_validate_file, files)), None):
-        return damaged
-    shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
-    wanted = {name: list(weight.shape) for name, weight in model.state_dict().items()}
-    if other := [name for name, shape in wanted.items() if shapes.get(name, shape) != shape]:
-        first = f"{other[0]} has the shape {shapes[other[0]]} instead of {wanted[other[0]]}"
-        return f"its weights do not fit its config.json ({first}); copy the model again"
-    if type(model).__name__ not in (model.config.architectures or []) or not set(shapes) <= set(wanted):
-        # Names may come from a different class or release, so missing weights cannot be recognised by them. Quantized
-        # files pack several weights into one number.
-        held, expected = sum(map(math.prod, shapes.values())), model.num_parameters()
-        if held >= expected / 2 or hasattr(model.config, "quantization_config"):
-            return None
-        return f"its weight files hold {held:,} of the {expected:,} weights of its config.json; copy the model again"
-    return validate_complete(set(wanted) - set(shapes) - set(model._tied_weights_keys or ()))
+    stored: dict[str, list[int]] = {}
+    for file in files:
+        if fault := _validate_file(file):
+            return fault
+        stored |= read_shapes(file)
+    expected = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    for name, shape in expected.items():
+        if stored.get(name, shape) != shape:
+            difference = f"{name} has the shape {stored[name]} instead of {shape}"
+            return f"its weights do not fit its config.json ({difference}); copy the model again"
+    is_of_class = type(model).__name__ in (model.config.architectures or [])
+    if is_of_class and stored.keys() <= expected.keys():
+        return validate_complete(expected.keys() - stored.keys() - set(model._tied_weights_keys or ()))
+    # Names may come from a different class or release, so missing weights cannot be recognised by them. Quantized
+    # files pack several weights into one number.
+    stored_count = sum(math.prod(shape) for shape in stored.values())
+    expected_count = model.num_parameters()
+    if stored_count >= expected_count / 2 or hasattr(model.config, "quantization_config"):
+        return None
+    return (
+        f"its weight files hold {stored_count:,} of the {expected_count:,} weights of its config.json; "
+        "copy the model again"
+    )
 
 
 def validate_adapter(folder: Path) -> str | None:
-    """Report an adapter with a damaged file, or a rank larger than its weights, which PEFT would first allocate."""
+    """Report an adapter with a damaged file, or a rank larger than its weights, which PEFT would first allocate.
+
+    Return the remedy of a `Problem`, or None if nothing is wrong.
+    """
     file = folder / "adapter_model.safetensors"
-    if damaged := _validate_file(file):
-        return damaged
+    if fault := _validate_file(file):
+        return fault
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    largest = max((size for shape in read_shapes(file).values() for size in shape), default=0)
+    largest_size = max((max(shape, default=0) for shape in read_shapes(file).values()), default=0)
     ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
-    if wrong := [rank for rank in ranks if isinstance(rank, int) and rank > largest]:
-        return f"its adapter_config.json asks for the rank {wrong[0]}, which its weights do not have; copy it again"
+    for rank in ranks:
+        if isinstance(rank, int) and rank > largest_size:
+            return f"its adapter_config.json asks for the rank {rank}, which its weights do not have; copy it again"
     return None
 
 
-def validate_complete(names: Collection[str]) -> str | None:
-    """Return what is wrong with a model that lacks these weights, and what to do; None if there are none."""
-    return f"lacks the weights {', '.join(sorted(names)[:3])}; copy the model again" if names else None
+def validate_complete(missing: Collection[str]) -> str | None:
+    """Return what is wrong with a model that lacks the weights `missing`, and what to do; None if there are none."""
+    if not missing:
+        return None
+    return f"lacks the weights {', '.join(sorted(missing)[:3])}; copy the model again"
+
+
+def validate_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Report NaN or infinite weights, such as a diverged run leaves. Return None if all are finite."""
+    for name, weight in weights:
+        if weight.is_floating_point() and weight.element_size() > 1 and not torch.isfinite(weight).all():
+            return f"its weights are not finite numbers ({name}); train it again"
+    return None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a model whose weights are in one file, or in several that an index names."""
+    """Return the files with the weights of a local model: one file, or several that an index names.
+
+    Return [] if the folder has neither. Files that an index names need not exist.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     names = read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {})
@@ -82,6 +118,7 @@ class RenamedWeights:
 
     transformers saves some models under older names, and its trainer would only load weights with current ones. The
     model is loaded again with `from_pretrained`, which knows both. Adapters and sharded models are left alone.
+    Guarded by `tests/rl/test_architectures.py`, which resumes such models.
     """
 
     belongs_to_model = True
@@ -97,7 +134,10 @@ class RenamedWeights:
         sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
         if sharded or not isinstance(model, PreTrainedModel):
             return
-        if {name for file in weight_files(folder) for name in read_shapes(file)} <= set(model.state_dict()):
+        stored: set[str] = set()
+        for file in weight_files(folder):
+            stored |= read_shapes(file).keys()
+        if stored <= set(model.state_dict()):
             return
         # Loading draws random weights before it fills them.
         with torch.random.fork_rng(devices=[]):

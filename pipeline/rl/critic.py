@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from pipeline.errors import Problem, UserError
-from pipeline.models.kernels.token_trees import ForwardPass, over_passes
+from pipeline.models.kernels.token_trees import ForwardPass, compute_in_passes
 
 # Subfolder of a checkpoint or an output directory that contains the critic.
 VALUE_MODEL_FOLDER = "value_model"
@@ -108,10 +108,10 @@ class CriticOptimizer:
 
 
 def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
-    """Compute a critic's estimates before each of the last `length` tokens by `over_passes`: (B, `length`), float32."""
+    """Compute a critic's estimates before each of the last `length` tokens, in passes: (B, `length`), float32."""
 
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
-        return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.before)[:, 0].float(),)
+        return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.predecessors)[:, 0].float(),)
 
-    (values,) = over_passes(of_pass, critic, ids, attention_mask, length, *options)
+    (values,) = compute_in_passes(of_pass, critic, ids, attention_mask, length, *options)
     return values

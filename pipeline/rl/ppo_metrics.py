@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pipeline import hardware
 from pipeline.rl.ppo_math import Reduce, kl_estimate
 
 # Metrics that are sums over all completions, not means.
@@ -49,7 +50,7 @@ class Averages:
 
 def _exact(x: Tensor) -> Tensor:
     """Return `x` in float64, or in float32 on MPS, which does not have float64."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.to(hardware.sum_dtype(x.device))
 
 
 def of_completions(

@@ -4,7 +4,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from pipeline.app.prompts import GENERAL, held_out_prompts, things_to_ask, what_may_be_asked
+from pipeline.app.prompts import GENERAL, held_out_prompts, pocket_things, question_advice
 from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from tests.helpers.files import write_rows
@@ -13,15 +13,15 @@ CARD = "# Mine\n\n## What may I ask?\n\nAbout 3 cats,\nand sums.\n\n## Splits\n\
 
 
 def test_the_card_of_the_data_says_what_may_be_asked_wherever_the_data_are(run: Path, tmp_path: Path) -> None:
-    assert what_may_be_asked(run) == GENERAL
+    assert question_advice(run) == GENERAL
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "README.md").write_text(CARD)
     (tmp_path / "run" / "2_sft").mkdir(parents=True)
     trained = {"dataset_name": str(tmp_path / "cats"), "output_dir": str(tmp_path / "run" / "2_sft")}
     (tmp_path / "run" / "2_sft" / "arguments.json").write_text(json.dumps(trained))
-    assert what_may_be_asked(tmp_path / "run") == "About 3 cats, and sums."
+    assert question_advice(tmp_path / "run") == "About 3 cats, and sums."
     (tmp_path / "cats" / "README.md").write_text("# Mine\n")
-    assert what_may_be_asked(tmp_path / "run") == GENERAL
+    assert question_advice(tmp_path / "run") == GENERAL
     assert held_out_prompts(tmp_path / "run") == [], "data that cannot be read end nothing"
 
 
@@ -30,12 +30,12 @@ def test_only_pockets_own_card_is_followed_by_the_list_of_things(tmp_path: Path)
     card = tmp_path / "data" / "README.md"
     written = files("recipes.worlds.pocket").joinpath("card.md").read_text(encoding="utf-8")
     card.write_text(written.replace("{things}", "150"))
-    things = things_to_ask(tmp_path)
+    things = pocket_things(tmp_path)
     assert len(things) == len(set(things)) == 150 and {"a fox", "a piano", "a star"} <= set(things)
     card.write_text(written.replace("{things}", "149"))
-    assert things_to_ask(tmp_path) == [], "the data of another release have other things"
+    assert pocket_things(tmp_path) == [], "the data of another release have other things"
     card.write_text(CARD)
-    assert things_to_ask(tmp_path) == []
+    assert pocket_things(tmp_path) == []
 
 
 def test_prompts_are_held_out_of_training_and_come_with_their_result(run: Path) -> None:

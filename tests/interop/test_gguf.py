@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from pipeline.__main__ import main
-from pipeline.models.gguf import is_own
+from pipeline.models.gguf import is_trained_here
 from pipeline.models.import_gguf import WEIGHTS
 from pipeline.models.scratch import ScratchArguments, build_model
 from pipeline.models.tokenizer import pre_tokenizer, train_tokenizer
@@ -105,8 +105,8 @@ def split_as_smollm() -> Tokenizer:
 def test_other_tokenizers_are_left_to_the_converter() -> None:
     other = Tokenizer(models.BPE())
     other.pre_tokenizer = pre_tokenizers.ByteLevel()
-    assert is_own(tokenizer())
-    assert not is_own(PreTrainedTokenizerFast(tokenizer_object=other))
+    assert is_trained_here(tokenizer())
+    assert not is_trained_here(PreTrainedTokenizerFast(tokenizer_object=other))
 
 
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(

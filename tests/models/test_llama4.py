@@ -27,9 +27,9 @@ from pipeline.models.experts import (
     RouteCounter,
     active_parameters,
     balancing_loss,
+    least_fair_share,
     routers,
     training_flops_per_token,
-    worst,
 )
 from pipeline.models.kernels.sampler import sample
 from pipeline.models.loading import without_adapters
@@ -123,7 +123,9 @@ def test_counts_are_those_of_the_routers_without_padding() -> None:
     with RouteCounter(built, training=True) as none:
         built(input_ids=ids)
     assert none.shares == []
-    assert worst([[1.9, 0.6, 0.8, 0.7]]) == 1.9 and worst([[1.9, 0.4], [1.0, 0.7]]) == 0.4 and worst([[0.0, 2.0]]) == 0
+    assert least_fair_share([[1.9, 0.6, 0.8, 0.7]]) == 1.9
+    assert least_fair_share([[1.9, 0.4], [1.0, 0.7]]) == 0.4
+    assert least_fair_share([[0.0, 2.0]]) == 0
 
 
 def test_counting_does_not_wait_for_the_device() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.kernels.sampler import accepts_argument, unwrap
-from pipeline.models.kernels.token_trees import ForwardPass, over_passes
+from pipeline.models.kernels.token_trees import ForwardPass, compute_in_passes
 
 MAX_LOGITS = 1 << 28
 """Logits that a batch keeps on a CPU until its backward pass (1 GiB in float32). With more, each pass is computed
@@ -31,8 +31,9 @@ def token_log_probs(
     """Compute the log-probabilities of the last tokens of each text.
 
     Args:
-        model: A causal language model, wrapped or not. Other arguments are as for `over_passes`.
+        model: A causal language model, wrapped or not. Other arguments are as for `compute_in_passes`.
         temperature: Divisor of the logits.
+        entropy: Whether to compute entropies.
         entropy_gradient: Whether gradients flow through entropies, if those are requested.
 
     Returns:
@@ -40,13 +41,20 @@ def token_log_probs(
     """
     bare = unwrap(model)
     head = bare.get_output_embeddings()
-    kept = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
+    # Number of logits that the backward pass needs.
+    logits_in_memory = int(attention_mask[:, -length:].sum()) * bare.config.get_text_config().vocab_size
 
-    def of_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
+    def score_pass(model: nn.Module, batch: ForwardPass) -> tuple[Tensor, ...]:
+        def select_states(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            """Keep the hidden states (B, L, channels) that predict the tokens of completions: (1, N, channels)."""
+            return (inputs[0].flatten(0, 1).index_select(0, batch.predecessors)[None],)
+
         # The head is the largest matrix of a small model, and most tokens belong to prompts.
-        with head.register_forward_pre_hook(lambda _, x: (x[0].flatten(0, 1).index_select(0, batch.before)[None],)):
+        with head.register_forward_pre_hook(select_states):
             logits = model(**batch.inputs).logits[0].float()
-        log_probs = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+        if temperature != 1:
+            logits = logits / temperature
+        log_probs = logits.log_softmax(-1)
         # With a large vocabulary, each of these tensors takes more memory than the rest of the model.
         del logits
         scored = log_probs.gather(-1, batch.tokens.unsqueeze(-1)).squeeze(-1)
@@ -57,9 +65,12 @@ def token_log_probs(
         with torch.no_grad():
             return scored, -log_probs.exp().mul_(log_probs).sum(-1)
 
-    twice = ids.device.type == "cpu" and kept > MAX_LOGITS
-    scored, *entropies = over_passes(of_pass, model, ids, attention_mask, length, batch_size, autocast, twice)
-    return scored, entropies[0] if entropy else None
+    twice = ids.device.type == "cpu" and logits_in_memory > MAX_LOGITS
+    results = compute_in_passes(score_pass, model, ids, attention_mask, length, batch_size, autocast, twice)
+    if not entropy:
+        return results[0], None
+    scored, entropies = results
+    return scored, entropies
 
 
 def with_positions(model: nn.Module) -> Callable[..., Any]:

@@ -32,31 +32,43 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take one step."""
+        """Take one step. `closure` is not called, since trainers compute the gradients themselves."""
         for group in self.param_groups:
-            stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param.grad)
-                momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
-                update = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                # Experts are stored as (experts, in, out), the weights of linear layers as (out, in).
-                matrices = [(param, update)] if param.ndim == 2 else zip(param.mT, update.mT, strict=True)
-                for matrix, change in matrices:
-                    tall = change.shape[0] > change.shape[1]
-                    pair = (matrix.mT, change.mT) if tall else (matrix, change)
-                    stacks[pair[1].shape, tall, param.device].append(pair)
-            for (shape, tall, _), pairs in stacks.items():
-                lr = group["lr"] * (math.sqrt(shape[1] / shape[0]) if tall else 1)
+            for (shape, is_tall, _), pairs in self._sort_into_stacks(group).items():
+                lr = group["lr"]
+                if is_tall:
+                    lr = lr * math.sqrt(shape[1] / shape[0])
                 size = max(1, NUMBERS_AT_ONCE // shape.numel())
                 for begin in range(0, len(pairs), size):
-                    some, raw = zip(*pairs[begin : begin + size], strict=True)
-                    steps = orthogonalize(torch.stack(raw), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                    for param, step in zip(some, steps, strict=True):
-                        param.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
+                    matrices, updates = zip(*pairs[begin : begin + size], strict=True)
+                    stack = torch.stack(updates)
+                    steps = orthogonalize(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                    for matrix, step in zip(matrices, steps, strict=True):
+                        matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-lr)
+
+    def _sort_into_stacks(self, group: dict[str, Any]) -> dict[Any, list[tuple[Tensor, Tensor]]]:
+        """Update the momentum of all weights of a group, and return what to orthogonalise together.
+
+        Returns:
+            Pairs of a matrix of weights and its update, views with at least as many columns as rows; by the shape of
+            the update, whether the matrix was transposed for that, and its device.
+        """
+        stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(param.grad)
+            momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+            update = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            # Experts are stored as (experts, in, out), the weights of linear layers as (out, in).
+            matrices = [(param, update)] if param.ndim == 2 else list(zip(param.mT, update.mT, strict=True))
+            for matrix, change in matrices:
+                is_tall = change.shape[0] > change.shape[1]
+                pair = (matrix.mT, change.mT) if is_tall else (matrix, change)
+                stacks[pair[1].shape, is_tall, param.device].append(pair)
+        return stacks
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -26,8 +26,10 @@ LOGITS = 2**27
 
 def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
     """Make a model in TRL's `SFTTrainer` on a CPU project only labelled positions, unless it transforms its logits."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
-    config, forward = model.config.get_text_config(), model.forward
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    config = model.config.get_text_config()
+    forward = model.forward
     transformations = (
         "final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier",
         "output_router_logits",
@@ -41,7 +43,8 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
             return forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         hidden = model.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         # A position predicts the token after it, and -100 stands for tokens without a loss.
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
+        hidden = hidden[:, :-1]
+        labels = labels[:, 1:]
         mask = labels != -100
         places = mask.flatten().nonzero().squeeze(1)
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places)).float()
@@ -52,7 +55,8 @@ def project_labelled_positions(model: PreTrainedModel | PeftModel) -> None:
             entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
             is_top1 = logits.argmax(-1, keepdim=True) == targets
         scores = {"log_probs": all_log_probs.gather(-1, targets), "entropy": entropy, "is_top1": is_top1}
-        placed = {name: of.new_zeros(mask.shape).masked_scatter(mask, of) for name, of in scores.items()}
+        # TRL expects a score of each position, (B, L - 1).
+        placed = {name: values.new_zeros(mask.shape).masked_scatter(mask, values) for name, values in scores.items()}
         return FusedCausalLMOutput(**placed, label_mask=mask)
 
     replace_method(model, "forward", forward_labelled)

@@ -10,7 +10,7 @@ In a row, each token sees itself and what comes before it in its own texts. On a
 padded to the longest one of their pass. Elsewhere each text is a row, and all are in one pass. Only rounding differs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -38,18 +38,20 @@ ATTENTION_COSTS = 256
 
 
 class ForwardPass(NamedTuple):
-    """Part of a batch: arguments of the model, and the N tokens of the completions."""
+    """Part of a batch: arguments of the model, and where the N tokens of the completions are."""
 
     inputs: dict[str, Tensor | bool]
-    # (N,), the positions in the flattened `input_ids` of the tokens of the completions, and of the tokens before them.
-    own: Tensor
-    before: Tensor
-    # (N,), the tokens, and their positions in the flattened completions of the batch.
+    # (N,), the positions of these tokens in the flattened `input_ids`.
+    positions: Tensor
+    # (N,), the positions there of the tokens before them, whose hidden states predict them.
+    predecessors: Tensor
+    # (N,), the tokens.
     tokens: Tensor
+    # (N,), their places in the flattened completions of the batch.
     places: Tensor
 
 
-def over_passes(
+def compute_in_passes(
     compute: Callable[[nn.Module, ForwardPass], tuple[Tensor, ...]],
     model: nn.Module,
     ids: Tensor,
@@ -62,13 +64,15 @@ def over_passes(
     """Compute something for each token of the completions. Positions are counted from each text's first token.
 
     Args:
-        compute: Takes a model and a forward pass; returns any number of tensors (N, ...), for its completions' tokens.
+        compute: Function of a model and a forward pass that returns any number of tensors (N, ...), one value for each
+            of the pass's N tokens.
+        model: A model, wrapped or not. It goes to `compute`.
         ids: (B, L), prompts padded on the left followed by completions padded on either side.
         attention_mask: (B, L).
         length: Number of columns of the completions, which come last.
         batch_size: Maximum number of texts in a pass, unless they share a row; None for all.
         autocast: Makes the context of the forward passes, as `Accelerator.autocast` does.
-        twice: Whether the backward pass computes each forward pass again, which takes less memory.
+        twice: Whether the backward pass computes each forward pass again, which needs less memory.
 
     Returns:
         As many tensors (B, `length`, ...), 0 at padding.
@@ -81,18 +85,27 @@ def over_passes(
         parts = [compute(model, passes[0])]
         for batch in passes[1:]:
             parts.append(checkpoint(compute, inside, batch, use_reentrant=False) if twice else compute(inside, batch))
+    # Put the values of all passes where their tokens are in the batch.
     places = torch.cat([batch.places for batch in passes])
-    whole = []
-    for several in zip(*parts, strict=True):
-        part = torch.cat(several)
-        flat = part.new_zeros(ids.shape[0] * length, *part.shape[1:]).index_copy_(0, places, part)
-        whole.append(flat.unflatten(0, (-1, length)))
-    return tuple(whole)
+    results = []
+    for values_of_passes in zip(*parts, strict=True):
+        values = torch.cat(values_of_passes)
+        flat = values.new_zeros(ids.shape[0] * length, *values.shape[1:]).index_copy_(0, places, values)
+        results.append(flat.unflatten(0, (-1, length)))
+    return tuple(results)
 
 
 @dataclass
 class Row:
-    """Texts with a common beginning."""
+    """Texts with a common beginning.
+
+    With `p p a a b` and `p p a c`, which are texts 0 and 1 of the batch:
+
+    row          p p a a b c
+    nodes        {(-1, p): 0, (0, p): 1, (1, a): 2, (2, a): 3, (3, b): 4, (2, c): 5}
+    positions    0 1 2 3 4 3
+    paths        {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 5]}
+    """
 
     # The place in the row of each token, by the place of the token before it (-1 at the beginning) and its id.
     nodes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -101,76 +114,155 @@ class Row:
     # The places of the tokens of each text, by its number in the batch.
     paths: dict[int, list[int]] = field(default_factory=dict)
 
+    def add(self, number: int, text: Sequence[int], shared: int) -> None:
+        """Add text `number` of the batch, of which the row has the first `shared` tokens already."""
+        node = -1
+        path = []
+        for token in text:
+            node = self.nodes.setdefault((node, token), len(self.nodes))
+            path.append(node)
+        self.positions += range(shared, len(text))
+        self.paths[number] = path
+
+
+@dataclass
+class Texts:
+    """The texts of a batch, without padding."""
+
+    tokens: list[list[int]]
+    # Number of tokens of each prompt.
+    prompt_lengths: list[int]
+    # The columns of the batch in which the completions begin, counted from the first column of completions.
+    begins: list[int]
+
 
 def forward_passes(
     model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None
 ) -> list[ForwardPass]:
-    """Lay out a batch, each text in one forward pass; the arguments are as for `over_passes`."""
-    on_cpu, start = ids.device.type == "cpu", ids.shape[1] - length
+    """Lay out a batch, each text in one forward pass; the arguments are as for `compute_in_passes`."""
+    on_cpu = ids.device.type == "cpu"
+    start = ids.shape[1] - length
+    texts = Texts(
+        tokens=[row[mask.bool()].tolist() for row, mask in zip(ids, attention_mask, strict=True)],
+        prompt_lengths=attention_mask[:, :start].sum(1).tolist(),
+        begins=attention_mask[:, start:].int().argmax(1).tolist(),
+    )
     # Rows differ more in length if beginnings are shared, which does not pay off in a single pass.
-    shares = on_cpu and shares_beginnings(model)
-    texts = [row[mask.bool()].tolist() for row, mask in zip(ids, attention_mask, strict=True)]
-    sizes = attention_mask[:, :start].sum(1).tolist()
-    begins = attention_mask[:, start:].int().argmax(1).tolist()
-    rows, latest = [Row()], list[int]()
+    rows = arrange_rows(texts.tokens, on_cpu and shares_beginnings(model))
+    groups = group_rows(rows, batch_size or len(texts.tokens), CPU_TOKENS if on_cpu else None)
+    has_positions = accepts_argument(model, "position_ids")
+    dtype = next(model.parameters()).dtype
+    return [build_pass(group, texts, length, has_positions, dtype, ids.device) for group in groups]
+
+
+def arrange_rows(texts: Sequence[list[int]], share: bool) -> list[Row]:
+    """Put texts into rows. With `share`, those with a common beginning share one if that saves work."""
+    rows = [Row()]
+    previous: list[int] = []
     # In this order, each text follows the one with which it has most in common.
     for number in sorted(range(len(texts)), key=texts.__getitem__):
-        text, row = texts[number], rows[-1]
-        differs = (place for place, (one, other) in enumerate(zip(latest, text, strict=False)) if one != other)
-        shared = next(differs, min(len(latest), len(text))) if shares else 0
-        # After others, a text costs attention over them. In a row of its own, its beginning is computed again.
+        text = texts[number]
+        row = rows[-1]
+        shared = _common_length(previous, text) if share else 0
+        # After the others of the row, a text costs attention over them. In a row of its own, its beginning is computed
+        # again.
         costs = 2 * (len(text) - shared) * (len(row.nodes) - shared)
-        if row.paths and (not shared or costs > shared * (shared + ATTENTION_COSTS)):
-            rows.append(row := Row())
+        if row.paths and (shared == 0 or costs > shared * (shared + ATTENTION_COSTS)):
+            row = Row()
+            rows.append(row)
             shared = 0
-        node, path = -1, []
-        for token in text:
-            node = row.nodes.setdefault((node, token), len(row.nodes))
-            path.append(node)
-        row.positions += range(shared, len(text))
-        row.paths[number], latest = path, text
+        row.add(number, text, shared)
+        previous = text
+    return rows
 
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens with which both texts begin."""
+    for length, (first_token, second_token) in enumerate(zip(first, second, strict=False)):
+        if first_token != second_token:
+            return length
+    return min(len(first), len(second))
+
+
+def group_rows(rows: Sequence[Row], most_texts: int, most_tokens: int | None) -> list[list[Row]]:
+    """Divide rows among forward passes, sorted by length, so that little is padded.
+
+    A pass has at most `most_texts` texts and `most_tokens` tokens with padding (None: any number), or a single row.
+    """
     groups: list[list[Row]] = [[]]
-    most = batch_size or len(texts)
     for row in sorted(rows, key=lambda row: len(row.nodes)):
         group = groups[-1]
-        fits = not on_cpu or (len(group) + 1) * len(row.nodes) <= CPU_TOKENS
-        if group and not (fits and sum(len(other.paths) for other in group) + len(row.paths) <= most):
-            groups.append(group := [])
+        # The rows are sorted, so this one is the longest of its pass.
+        tokens = (len(group) + 1) * len(row.nodes)
+        texts = sum(len(member.paths) for member in group) + len(row.paths)
+        if group and (texts > most_texts or (most_tokens is not None and tokens > most_tokens)):
+            group = []
+            groups.append(group)
         group.append(row)
+    return groups
+
+
+def build_pass(
+    group: Sequence[Row], texts: Texts, length: int, has_positions: bool, dtype: torch.dtype, device: torch.device
+) -> ForwardPass:
+    """Return the forward pass over the rows of a group.
+
+    Args:
+        group: Rows, padded to the longest one.
+        texts: The texts of the batch.
+        length: Number of columns of the completions in the batch.
+        has_positions: Whether the model accepts `position_ids`.
+        dtype: Of the mask, if rows have several texts.
+        device: Of all tensors.
+    """
 
     def padded(lists: Iterable[Iterable[int]]) -> Tensor:
-        return pad_sequence([torch.from_numpy(np.array([*values], np.int64)) for values in lists], True).to(ids.device)
+        return pad_sequence([torch.from_numpy(np.array([*values], np.int64)) for values in lists], True).to(device)
 
-    positioned, dtype = accepts_argument(model, "position_ids"), next(model.parameters()).dtype
-    passes = []
-    for group in groups:
-        inputs: dict[str, Tensor | bool] = {"use_cache": False}
-        inputs["input_ids"] = padded([token for _, token in row.nodes] for row in group)
+    inputs: dict[str, Tensor | bool] = {"use_cache": False}
+    inputs["input_ids"] = padded([token for _, token in row.nodes] for row in group)
+    if any(len(row.paths) > 1 for row in group):
+        inputs["attention_mask"] = tree_mask(group, dtype).to(device)
+    else:
         inputs["attention_mask"] = padded([1] * len(row.nodes) for row in group)
-        if positioned:
-            inputs["position_ids"] = padded(row.positions for row in group)
-        width = max(len(row.nodes) for row in group)
-        if any(len(row.paths) > 1 for row in group):
-            seen = torch.zeros(len(group), width, width, dtype=torch.bool)
-            causal = seen.new_ones(width, width).tril().numpy()
-            for place, row in enumerate(group):
-                for path in row.paths.values():
-                    seen[place].numpy()[np.ix_(path, path)] = causal[: len(path), : len(path)]
-            bias = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-            inputs["attention_mask"] = bias[:, None].to(ids.device)
-        own, before, tokens, places = list[int](), list[int](), list[int](), list[int]()
-        for place, row in enumerate(group):
-            for number, path in row.paths.items():
-                size, flat = sizes[number], [place * width + node for node in path]
-                own += flat[size:]
-                before += flat[size - 1 : -1] if size else []
-                tokens += texts[number][size:]
-                first = number * length + begins[number]
-                places += range(first, first + len(path) - size)
-        columns = (torch.tensor(of, dtype=torch.long, device=ids.device) for of in (own, before, tokens, places))
-        passes.append(ForwardPass(inputs, *columns))
-    return passes
+    if has_positions:
+        inputs["position_ids"] = padded(row.positions for row in group)
+
+    width = max(len(row.nodes) for row in group)
+    positions: list[int] = []
+    predecessors: list[int] = []
+    tokens: list[int] = []
+    places: list[int] = []
+    for row_number, row in enumerate(group):
+        for number, path in row.paths.items():
+            flat = [row_number * width + node for node in path]
+            size = texts.prompt_lengths[number]
+            positions += flat[size:]
+            # Nothing predicts the first token of a text without a prompt.
+            if size > 0:
+                predecessors += flat[size - 1 : -1]
+            tokens += texts.tokens[number][size:]
+            first = number * length + texts.begins[number]
+            places += range(first, first + len(path) - size)
+    columns = [
+        torch.tensor(column, dtype=torch.long, device=device) for column in (positions, predecessors, tokens, places)
+    ]
+    return ForwardPass(inputs, *columns)
+
+
+def tree_mask(group: Sequence[Row], dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of attention, shape (rows, 1, longest row, longest row).
+
+    It is 0 where a token sees another one, which is of one of its own texts and not after it, else the lowest number.
+    """
+    width = max(len(row.nodes) for row in group)
+    visible = torch.zeros(len(group), width, width, dtype=torch.bool)
+    causal = visible.new_ones(width, width).tril().numpy()
+    for row_number, row in enumerate(group):
+        for path in row.paths.values():
+            visible[row_number].numpy()[np.ix_(path, path)] = causal[: len(path), : len(path)]
+    bias = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    return bias[:, None]
 
 
 def shares_beginnings(model: nn.Module) -> bool:
@@ -195,7 +287,8 @@ def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
     They are 0 at padding. Return whether it does; other classifiers are left as they are. For `short` texts, of a few
     hundred tokens, plain products replace torch's attention: they are faster, but keep all scores in memory.
     """
-    if not isinstance(model := unwrap(classifier), GenericForSequenceClassification) or model.device.type != "cpu":
+    model = unwrap(classifier)
+    if not isinstance(model, GenericForSequenceClassification) or model.device.type != "cpu":
         return False
     if short and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")
@@ -206,15 +299,22 @@ def share_beginnings(classifier: nn.Module, short: bool = False) -> bool:
     return True
 
 
-def _in_passes(body: Any, input_ids: Any = None, attention_mask: Tensor | None = None, **others: Any) -> Any:
+def _in_passes(body: Any, input_ids: Any = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
+    """Compute the hidden states of a batch in forward passes, instead of by the forward method of a model's body.
+
+    Call that method itself for inputs that it has to see as they are.
+    """
     forward = partial(type(body).forward, body)
     # A critic that was copied from such a model gets the masks of passes, and sharded models move to a GPU later.
-    plain = attention_mask is None or attention_mask.dim() != 2 or attention_mask.device.type != "cpu"
-    if plain or input_ids is None or others.get("output_hidden_states"):
-        return forward(input_ids, attention_mask=attention_mask, **others)
+    is_plain = attention_mask is None or attention_mask.dim() != 2 or attention_mask.device.type != "cpu"
+    if is_plain or input_ids is None or options.get("output_hidden_states"):
+        return forward(input_ids, attention_mask=attention_mask, **options)
 
-    (states,) = over_passes(
-        lambda _, batch: (forward(**others | batch.inputs).last_hidden_state.flatten(0, 1)[batch.own],),
-        *(body, input_ids, attention_mask, input_ids.shape[1], None, nullcontext),
-    )
+    def hidden_states(_: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
+        states = forward(**options | batch.inputs).last_hidden_state
+        return (states.flatten(0, 1)[batch.positions],)
+
+    # All tokens count as those of completions.
+    length = input_ids.shape[1]
+    (states,) = compute_in_passes(hidden_states, body, input_ids, attention_mask, length, None, nullcontext)
     return BaseModelOutputWithPast(last_hidden_state=states)
