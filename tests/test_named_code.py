@@ -171,7 +171,7 @@ def test_data_outside_of_the_run_are_not_shown(
     (downloaded / "run.json").write_text(json.dumps(record))
     with only_trusted([]):
         assert held_out_prompts(downloaded) == []
-        assert "prompts" not in evaluation_settings(downloaded)["trained_on"]
+        assert "prompts" not in evaluation_settings(downloaded).facts.trained_on
     assert f"--trust {outside}" in capsys.readouterr().err
     with only_trusted([str(outside)]):
         assert held_out_prompts(downloaded)

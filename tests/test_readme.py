@@ -21,7 +21,8 @@ from pipeline.__main__ import COMMANDS, build_parser, main
 from pipeline.config.fields import argument_types
 from pipeline.config.parser import parse
 from pipeline.evaluation import harness
-from pipeline.evaluation.evaluate_yaml import check, complete, derive
+from pipeline.evaluation.checks import check
+from pipeline.evaluation.evaluate_yaml import RunFacts, complete
 from pipeline.preferences.judges import load_judge
 from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.loading import load_function
@@ -164,7 +165,8 @@ def test_the_settings_of_an_evaluation_are_accepted(tmp_path: Path, monkeypatch:
         Path(name).touch()
     # The tests do without lm-eval.
     monkeypatch.setattr(harness, "check_tasks", lambda tasks: [])
-    assert check(complete(settings, derive([], Path("runs/mine")))) == []
+    facts = RunFacts("runs/mine")
+    assert check(complete(settings, facts), facts) == []
 
 
 def test_contributing_draws_the_house_as_it_is() -> None:

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pipeline.__main__ import main
-from pipeline.evaluation.evaluate_yaml import recorded
+from pipeline.evaluation.evaluate_yaml import read_record
 from pipeline.evaluation.metric_info import METRICS, MetricInfo
 from pipeline.hub.cards import Trained, model_card
 from pipeline.report.load import load_run
@@ -102,7 +102,8 @@ def test_an_invented_stage_has_a_state_and_settings(recipe: Path, capsys: pytest
     (run / "5_distil").mkdir()
     arguments = {"output_dir": "runs/r/5_distil", "dataset_name": "rows.jsonl", "max_length": 99}
     (run / "5_distil" / "arguments.json").write_text(json.dumps(arguments))
-    assert recorded(run, "5_distil")["lengths"]["instructions"] == 99
+    _, facts = read_record(run, "5_distil")
+    assert facts.lengths["instructions"] == 99
 
 
 def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:

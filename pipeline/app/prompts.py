@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.app.models import Loaded
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import CALLED, move, recorded, with_layout
+from pipeline.evaluation.evaluate_yaml import Settings, find_settings, read_record, relocated
 from pipeline.evaluation.held_out import EXAMPLES
 from pipeline.evaluation.parts import Reader
 from pipeline.files import as_list
@@ -56,16 +56,21 @@ class HeldOutPrompt:
     row: Mapping[str, Any]
 
 
-def evaluation_settings(run: Path) -> dict[str, Any]:
+def evaluation_settings(run: Path) -> Settings:
     """Return how a run is evaluated, with the paths of its data updated in case the run was moved.
 
     Data outside of the run and of the working directory are left out, and named on stderr: a run that somebody else
     made could name any file of this machine, whose rows the page would show to its visitors.
     """
-    settings = with_layout(move(recorded(run, ""), run), run)
+    settings = find_settings(run, *relocated(*read_record(run, ""), run))
+    requested = settings.requested
+    trained_on = dict(settings.facts.trained_on)
     # Data by key, and the field that messages name.
-    sources = [(key, f"trained_on: {key}", source) for key, source in settings["trained_on"].items()]
-    sources += [(key, key, settings[key]) for key in HELD_OUT if isinstance(settings.get(key), Mapping)]
+    sources = [(key, f"trained_on: {key}", source) for key, source in trained_on.items()]
+    for key in HELD_OUT:
+        measured = requested.source(key)
+        if measured:
+            sources.append((key, key, measured))
     for key, field, source in sources:
         try:
             for name in as_list(source["dataset_name"]):
@@ -73,9 +78,10 @@ def evaluation_settings(run: Path) -> dict[str, Any]:
         except UserError as error:
             print(*error.problems, sep="\n", file=sys.stderr)
             # Leave out the training data of this key, and its held-out data, which may be rows of them.
-            settings["trained_on"] = {name: value for name, value in settings["trained_on"].items() if name != key}
-            settings[key] = None
-    return settings
+            trained_on.pop(key, None)
+            if key in HELD_OUT:
+                requested = requested.without(key)
+    return replace(settings, requested=requested, facts=replace(settings.facts, trained_on=trained_on))
 
 
 def _check_place(name: str, run: Path, field: str) -> None:
@@ -98,8 +104,7 @@ def loadable_tools(run: Path) -> dict[str, Any]:
     name and the person who started this command did not (`only_trusted`).
     """
     tools: dict[str, Any] = {}
-    called = evaluation_settings(run).get(CALLED) or {}
-    for key, names in called.items():
+    for key, names in evaluation_settings(run).facts.called.items():
         try:
             load_tools(names.get("tools"))
             load_environment(names.get("environment"))
@@ -113,7 +118,7 @@ def loadable_tools(run: Path) -> dict[str, Any]:
 def question_advice(run: Path) -> str:
     """Return what the cards of the run's data say may be asked, on one line, or `GENERAL` if none says it."""
     folders = [run / "data"]
-    for source in evaluation_settings(run)["trained_on"].values():
+    for source in evaluation_settings(run).facts.trained_on.values():
         folders += [Path(str(name)) for name in as_list(source["dataset_name"])]
     for folder in dict.fromkeys(folders):
         # A data set from the Hub, or a file, has no card here.
@@ -143,7 +148,7 @@ def held_out_prompts(run: Path) -> list[HeldOutPrompt]:
 
     Data that cannot be read are left out, because a run can be shown without them.
     """
-    reader = Reader(run, evaluation_settings(run), ())
+    reader = Reader(evaluation_settings(run), ())
     prompts = []
     for key in ("problems", "instructions", "prompts"):
         without = "reasoning" if key == "instructions" else None
@@ -175,7 +180,7 @@ def asks_single_questions(run: Path) -> bool:
 
     False if the run has no such data or they cannot be read.
     """
-    reader = Reader(run, evaluation_settings(run), ())
+    reader = Reader(evaluation_settings(run), ())
     try:
         rows = list(reader.read("instructions", reader.find("instructions"), EXAMPLES["instructions"]))
     except UserError:

@@ -163,7 +163,7 @@ def load_prompts(site: Site) -> Sequence[Mapping[str, Any]]:
     """
     source = {"dataset_name": site.options.prompts}
     if not site.options.prompts:
-        trained_on = evaluation_settings(site.run)["trained_on"].get("prompts") or {}
+        trained_on = evaluation_settings(site.run).facts.trained_on.get("prompts") or {}
         source = {key: value for key, value in trained_on.items() if key in SOURCE_FIELDS and key != "grade"}
     if not source:
         return ()

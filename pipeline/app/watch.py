@@ -25,8 +25,7 @@ from trl import GRPOConfig, ModelConfig, get_peft_config
 
 from pipeline.app.models import Loaded, Values
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import move
-from pipeline.files import read_json
+from pipeline.files import read_json, relocate
 from pipeline.models.generation import end_tokens
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
@@ -58,7 +57,8 @@ def stage_settings(run: Path, stage: str) -> dict[str, Any]:
     values = read_json(run / stage / "arguments.json")
     if not values:
         raise UserError(Problem("RUN", run / stage, "has no arguments.json, which says how it was trained"))
-    return move(values | {"home": str(Path(str(values.get("output_dir", run / stage))).parent)}, run)
+    home = Path(str(values.get("output_dir", run / stage))).parent
+    return relocate(values, home, run)
 
 
 def sample_group(policy: Loaded, row: Values, settings: Values, number: int, seed: int) -> list[Dialogue]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.evaluation import evaluate_yaml
+from pipeline.evaluation.evaluate_yaml import DEFAULTS
 from pipeline.files import read_json, read_run
 from pipeline.stages import HELD_OUT
 
@@ -32,16 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="evaluate.yaml to use instead of the run's own")
     parser.add_argument("--name", help="write to RUN/evaluations/NAME, apart from the run's own figures")
     for item in fields(evaluate_yaml.EvaluationArguments):
-        about: dict[str, Any] = {"type": int if "int" in str(item.type) else str}
+        # A list of prompts is easier to write in a file.
+        if item.name == "fixed_prompts":
+            continue
+        options: dict[str, Any] = {"type": int if "int" in str(item.type) else str}
         if item.name in HELD_OUT:
-            about = {"metavar": "DATASET"}
+            options = {"metavar": "DATASET"}
         elif item.name == "vllm":
-            about = {"action": "store_true", "default": None}
+            options = {"action": "store_true", "default": None}
         elif item.name == "lm_eval_tasks":
-            about = {"nargs": "+", "metavar": "TASK"}
-        if item.name != "fixed_prompts":
-            earlier = ["--reasoning"] if item.name == "problems" else []
-            parser.add_argument(f"--{item.name}", *earlier, help=item.metadata["help"], **about)
+            options = {"nargs": "+", "metavar": "TASK"}
+        parser.add_argument(f"--{item.name}", help=item.metadata["help"], **options)
     for item in fields(evaluate_yaml.Source):
         if item.name.endswith("_column") or item.name in ("answer_pattern", "grade", "system_prompt", "dataset_config"):
             parser.add_argument(f"--{item.name}", help=item.metadata["help"])
@@ -71,84 +73,124 @@ def main(args: argparse.Namespace) -> int:
     if args.lm_eval_tasks and not (args.name or args.config or any(getattr(args, key) for key in HELD_OUT)):
         # Tasks named on the command line do not replace the run's own figures.
         args.name = "lm_eval"
+    content: dict[str, Any] = {}
+    if args.config:
+        content = read_yaml(args.config)
     # What the command names was chosen by its user; what the run's files name, by whoever made the run.
-    content = read_yaml(args.config) if args.config else {}
-    named = {"judge": args.judge, "lm_eval_tasks": args.lm_eval_tasks, "problems": {"grade": args.grade}}
-    trusted = [*args.trust, *evaluate_yaml.named_code(content), *evaluate_yaml.named_code(named)]
+    options = {"judge": args.judge, "lm_eval_tasks": args.lm_eval_tasks, "problems": {"grade": args.grade}}
+    trusted = [*args.trust, *evaluate_yaml.named_code(content), *evaluate_yaml.named_code(options)]
     try:
         with only_trusted(trusted):
             result = evaluate(args, content)
     except UserError as error:
-        # A problem with the value of an option names the option, not the key of `evaluate.yaml`.
-        problems = []
-        for problem in error.problems:
-            key, colon, name = problem.field.partition(": ")
-            if colon and key in HELD_OUT and getattr(args, key):
-                name = {"dataset_name": key, "dataset_test_split": "split"}.get(name, name)
-                problem = replace(problem, field=f"--{name}")
-            elif not colon and key in evaluate_yaml.DEFAULTS and getattr(args, key, None) is not None:
-                problem = replace(problem, field=f"--{key}")
-            problems.append(problem)
-        raise UserError(*problems) from error.__cause__
+        raise UserError(*(_name_option(problem, args) for problem in error.problems)) from error.__cause__
     path = result.write(Path(args.run) / "evaluations" / (args.name or ""))
     print(format_table(result))
     print(f"{path} ({result.seconds:.1f} s)")
     return 0
 
 
+def _name_option(problem: Problem, args: argparse.Namespace) -> Problem:
+    """Return a problem that names the option instead of the key of `evaluate.yaml`, if an option gave the value."""
+    key, colon, field = problem.field.partition(": ")
+    if colon and key in HELD_OUT and getattr(args, key):
+        option = {"dataset_name": key, "dataset_test_split": "split"}.get(field, field)
+        return replace(problem, field=f"--{option}")
+    if not colon and key in DEFAULTS and getattr(args, key, None) is not None:
+        return replace(problem, field=f"--{key}")
+    return problem
+
+
 def evaluate(args: argparse.Namespace, content: Mapping[str, Any]) -> StageResult:
     """Measure the stage as the command's options say.
 
     Options override `content`, the file of `--config`, which replaces the run's own `evaluate.yaml`; anything that
-    neither of them names follows from the stages. Raise a UserError, with keys of `evaluate.yaml`, for what
-    cannot be used.
+    neither of them names follows from the stages.
+
+    Raises:
+        UserError: With keys of `evaluate.yaml`, for what cannot be used.
     """
+    # These imports take seconds.
+    from pipeline.evaluation.checks import check
     from pipeline.evaluation.held_out import read_held_out
     from pipeline.evaluation.stage import check_stages, evaluate_stage
 
     run = Path(args.run)
-    own = evaluate_yaml.recorded(run, args.stage)
-    options = {name: value for name, value in vars(args).items() if value is not None}
-    # `--problems FILE --prompt_column question --split test` is one data set with its columns.
-    columns = {name: options[name] for name in evaluate_yaml.SOURCE_FIELDS if name in options}
-    if args.split:
-        columns["dataset_test_split"] = args.split
-    data = {key: {"dataset_name": options[key], **columns} for key in HELD_OUT if options.get(key)}
+    recorded, facts = evaluate_yaml.read_record(run, args.stage)
+    data = _data_of_options(args)
     if not args.config:
-        content = evaluate_yaml.without_derived(own)
-    # An evaluation with a name only measures the data or tasks that the command names.
+        content = recorded
+    # An evaluation with a name measures only the data or tasks that the command names.
     alone = bool(args.name and (data or args.lm_eval_tasks) and not args.config)
     if alone:
         content = {key: value for key, value in content.items() if key not in HELD_OUT}
-    content = {**content, **data} | {name: options[name] for name in evaluate_yaml.DEFAULTS if name in options}
+    options = {name: getattr(args, name, None) for name in DEFAULTS}
+    content = {**content, **data, **{name: value for name, value in options.items() if value is not None}}
     only_named = alone or bool(args.name and content.keys() & HELD_OUT.keys())
-    settings = evaluate_yaml.complete(content, own, only_named)
+    content = evaluate_yaml.complete(content, facts, only_named)
 
-    # The record of a run that was moved has the old paths of its reward models.
-    moved = evaluate_yaml.move(settings, run)
-    rewards = [*settings["reward_models"], *moved["reward_models"]]
-    problems = evaluate_yaml.check({**settings, "reward_models": rewards, "lm_eval_tasks": moved["lm_eval_tasks"]})
-    if columns and not data:
-        problems.append(Problem(f"--{next(iter(columns))}", next(iter(columns.values())), "name its data set as well"))
-    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
-    written = evaluate_yaml.without_derived(settings)
-    step = read_run(run).get("steps", {}).get(f"evaluate_{args.stage}", {})
-    saved = read_json(run / "evaluations" / f"{args.stage}.json").get("settings")
-    if not args.name and step.get("finished_at") and isinstance(saved, dict):
-        # The runner's measurements are not replaced by others on different data or with different settings.
-        now = json.loads(json.dumps(written, default=str))
-        saved = {**evaluate_yaml.DEFAULTS, **saved}
-        if changed := [name for name in {**saved, **now} if saved.get(name) != now.get(name)]:
-            remedy = f"the run's own figures were measured with a different {' and '.join(changed)}"
-            problems.append(Problem("--name", "nothing", f"{remedy}; choose a name for these"))
+    # The record of a run that was moved has its old paths. They are also what the result says about its settings.
+    moved, facts = evaluate_yaml.relocated(content, facts, run)
+    problems = check(moved, facts)
+    problems += _check_options(args)
+    if not args.name:
+        problems += _check_figures_of_run(run, args.stage, content)
     refuse(*problems)
 
-    moved = evaluate_yaml.with_layout(moved, run)
-    named = {"--stage": args.stage, "--against": args.against}
-    check_stages(run, {option: stage for option, stage in named.items() if stage is not None}, moved)
+    settings = evaluate_yaml.find_settings(run, moved, facts)
+    stages = {"--stage": args.stage, "--against": args.against}
+    check_stages(settings, {option: stage for option, stage in stages.items() if stage is not None})
     # Baselines are only measured with the stage that others are compared with.
-    held_out = read_held_out(run, moved, list(data), baselines=args.stage == moved["against"])
-    result = evaluate_stage(run, args.stage, held_out, moved, run / "evaluations" / (args.name or ""))
-    result.settings = written
+    held_out = read_held_out(settings, list(data), baselines=args.stage == settings.requested.against)
+    result = evaluate_stage(settings, args.stage, held_out, run / "evaluations" / (args.name or ""))
+    result.settings = content
     return result
+
+
+def _columns_of_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `Source` that options set."""
+    columns = {}
+    for name in evaluate_yaml.SOURCE_FIELDS:
+        if getattr(args, name, None) is not None:
+            columns[name] = getattr(args, name)
+    if args.split:
+        columns["dataset_test_split"] = args.split
+    return columns
+
+
+def _data_of_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the data that options name, by key of `evaluate.yaml`.
+
+    `--problems FILE --prompt_column question --split test` is one data set with its columns.
+    """
+    columns = _columns_of_options(args)
+    return {key: {"dataset_name": getattr(args, key), **columns} for key in HELD_OUT if getattr(args, key)}
+
+
+def _check_options(args: argparse.Namespace) -> list[Problem]:
+    """Check the options that are not keys of `evaluate.yaml`."""
+    problems = []
+    columns = _columns_of_options(args)
+    if columns and not _data_of_options(args):
+        name, value = next(iter(columns.items()))
+        problems.append(Problem(f"--{name}", value, "name its data set as well"))
+    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+        problems.append(Problem("--name", args.name, "must be the name of a folder, without a slash or a leading dot"))
+    return problems
+
+
+def _check_figures_of_run(run: Path, stage: str, content: Mapping[str, Any]) -> list[Problem]:
+    """Refuse to replace what the runner measured by figures on different data or with different settings."""
+    step = read_run(run).get("steps", {}).get(f"evaluate_{stage}", {})
+    saved = read_json(run / "evaluations" / f"{stage}.json").get("settings")
+    if not step.get("finished_at") or not isinstance(saved, dict):
+        return []
+    # As they will be read from the file.
+    now = json.loads(json.dumps(content, default=str))
+    # A key that did not exist yet had its default.
+    saved = {**DEFAULTS, **saved}
+    changed = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if not changed:
+        return []
+    remedy = f"the run's own figures were measured with a different {' and '.join(changed)}"
+    return [Problem("--name", "nothing", f"{remedy}; choose a name for these")]

@@ -5,6 +5,13 @@
 
 The file is optional, and so is each key. Data that it does not name are the held-out rows of the stages' own data sets;
 `null` omits them. The runner completes the file before training and records the result in `run.json`.
+
+    evaluate.yaml ------- complete --> content ----- check, find_settings --> Settings.requested: EvaluationArguments
+                            |
+    stages of the run --> RunFacts ------------------ relocated ------------> Settings.facts: RunFacts
+
+The content is a mapping until it has been checked, because it may have wrong keys and values. `run.json` and the steps
+of the runner have content and facts in one mapping, the record.
 """
 
 # `option` returns a field.
@@ -15,14 +22,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from pipeline.data.arguments import DataArguments, option
-from pipeline.errors import Problem, collect
-from pipeline.files import as_list, is_missing_path, read_json, read_run, relocate
+from pipeline.files import as_list, read_json, read_run, relocate
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
+from pipeline.stages.kinds import StageKind
 
 FILE = "evaluate.yaml"
 """Name of the file in a recipe folder."""
@@ -35,16 +42,10 @@ DEFAULT_LENGTH = 64
 
 GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
 """Short names of rewards that grade answers."""
-ADDED = "chat_template_kwargs"
-"""A key of completed settings that runs of earlier releases lack."""
-CALLED = "called"
-"""Key of completed settings: the tools that models may call, by the key of the data that they answer."""
-DERIVED = ("home", "trained_on", "lengths", "against", "base", "base_tokenizer", "reward_models", ADDED, CALLED)
-"""Keys of completed settings that follow from the stages; `evaluate.yaml` may also set `against`."""
-
 TOOLS = ("tools", "environment")
 """Fields with the tools that a model may call."""
-MAX_SAMPLES = 1000
+DIVISION = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
+"""Fields that decide which rows of a data set are held out."""
 
 Values = Mapping[str, Any]
 Data = dict[str, Any] | str | None
@@ -88,75 +89,177 @@ class EvaluationArguments:
     seed: int = option(0, "Seed of the sampled answers and of the intervals.")
     vllm: bool | None = option(None, "Sample answers with vLLM, on a GPU (default: no).")
 
+    def source(self, key: str) -> dict[str, Any] | None:
+        """Return the fields of `Source` of the data of a key, such as "text"; None if there are no such data."""
+        source = getattr(self, key)
+        if isinstance(source, str):
+            return {"dataset_name": source}
+        return source or None
+
+    def without(self, key: str) -> Self:
+        """Return the arguments without the data of a key."""
+        nothing: dict[str, Any] = {key: None}
+        return replace(self, **nothing)
+
 
 SOURCE_FIELDS = tuple(item.name for item in fields(Source) if not item.name.startswith(("max_", "tokenizer_")))
-DEFAULTS: dict[str, Any] = {one.name: one.default for one in fields(EvaluationArguments) if one.name not in HELD_OUT}
+DEFAULTS: dict[str, Any] = {
+    item.name: item.default for item in fields(EvaluationArguments) if item.name not in HELD_OUT
+}
 """Default values of the keys that do not name data."""
 
 
-def derive(stages: Iterable[tuple[str, str, Values]], home: Path) -> dict[str, Any]:
-    """Derive from the settings of a run's stages how it is measured: the values of `DERIVED`.
+class TrainedStage(NamedTuple):
+    """A stage of a run: the name of its directory, its kind, and the settings that it is trained with."""
 
-    `stages` has the directory name, kind and settings of each, in order. Their paths refer to `home`, where they write.
+    name: str
+    kind: str
+    values: Values
+
+    @property
+    def info(self) -> StageKind:
+        """What is known about its kind."""
+        return STAGES.get(self.kind, StageKind())
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What follows from the stages of a run, whatever `evaluate.yaml` says.
+
+    Attributes:
+        home: Directory that the stages write to, according to their settings; a run may have been moved since.
+        trained_on: Key of evaluate.yaml, or name of a stage that trains on further data of the user -> the fields of
+            `Source` with which the data are read.
+        lengths: Key -> longest answer in tokens of the stage that trains on such data; None for TRL's default.
+        against: Name of the stage that others are compared with, None if there is none.
+        base: Folder or Hub id of the model that the run starts from, None if it starts from random weights.
+        base_tokenizer: Folder or Hub id of that model's tokenizer, None if it is the model's own.
+        reward_models: Folders of the models that PPO is trained to please.
+        chat_template_kwargs: Name of a stage, or key -> arguments of the chat template.
+        called: Key -> the `tools` and the `environment` with which models answer such data.
     """
-    stages = list(stages)
-    last: dict[str, tuple[str, Values]] = {}
+
+    home: str
+    trained_on: Mapping[str, Values] = field(default_factory=dict)
+    lengths: Mapping[str, int | None] = field(default_factory=dict)
+    against: str | None = None
+    base: str | None = None
+    base_tokenizer: str | None = None
+    reward_models: Sequence[str] = field(default_factory=list)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    called: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_stages(cls, stages: Iterable[tuple[str, str, Values]], home: Path) -> Self:
+        """Derive the facts from the name, kind and settings of each stage, in order. They write to `home`."""
+        run = [TrainedStage(*stage) for stage in stages]
+        # The last stage of each kind. The first reward model is the one that PPO is trained with; others are judges.
+        last: dict[str, TrainedStage] = {}
+        for stage in run:
+            if stage.kind not in last or stage.info.generates:
+                last[stage.kind] = stage
+
+        templates = _templates_of(run)
+        trained_on: dict[str, Values] = {}
+        lengths: dict[str, int | None] = {}
+        called: dict[str, Any] = {}
+        for key, held_out in HELD_OUT.items():
+            # The last kind, in the order of training, whose own data serve this purpose.
+            kinds = [kind for kind, info in STAGES.items() if info.held_out == key and kind in last]
+            if not kinds:
+                continue
+            stage = last[kinds[-1]]
+            if not stage.values.get("dataset_name"):
+                continue
+            trained_on[key] = _with_common_division(_measured_source(key, stage.values), run)
+            if held_out.length:
+                lengths[key] = stage.values.get(held_out.length)
+                if stage.name in templates:
+                    templates[key] = templates[stage.name]
+                tools = {name: stage.values[name] for name in TOOLS if stage.values.get(name)}
+                if tools:
+                    called[key] = tools
+        trained_on |= _further_sources(run, trained_on, home)
+
+        base = _base_of(run, home)
+        against = BASE if base else None
+        if OPPONENT in last:
+            against = last[OPPONENT].name
+        reward_models: list[str] = []
+        for stage in run:
+            if stage.info.has_critic:
+                reward_models += as_list(stage.values.get("reward_model_path") or [])
+        return cls(
+            home=str(home),
+            trained_on=trained_on,
+            lengths=lengths,
+            against=against,
+            base=base.get("model_name_or_path"),
+            base_tokenizer=base.get("tokenizer_name_or_path"),
+            reward_models=reward_models,
+            chat_template_kwargs=templates,
+            called=called,
+        )
+
+    def recorded_in(self, record: Values) -> Self:
+        """Return the facts, with the values of those that a record contains."""
+        recorded = {item.name: record[item.name] for item in fields(self) if item.name in record}
+        # `to_record` writes None for mappings that are empty.
+        for name in ("chat_template_kwargs", "called"):
+            if name in recorded:
+                recorded[name] = recorded[name] or {}
+        return replace(self, **recorded)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the facts as `run.json` has them."""
+        record = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in ("chat_template_kwargs", "called"):
+            record[name] = record[name] or None
+        return record
+
+    def template_for(self, stage: str, key: str) -> dict[str, Any]:
+        """Return the chat template arguments for asking a stage the prompts of a key of `evaluate.yaml`."""
+        # These are the stage's own. A stage without any, such as instruction tuning, is asked like the stage that
+        # trains on such data; otherwise, a gain of that stage could be due to a different prompt.
+        return self.chat_template_kwargs.get(stage) or self.chat_template_kwargs.get(key) or {}
+
+
+FACTS = {item.name for item in fields(RunFacts)}
+"""Keys of a record that do not come from `evaluate.yaml`, but for `against`, which the file may set."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the stages of a run are measured: what the file asks for, and what follows from the run, a directory."""
+
+    run: Path
+    requested: EvaluationArguments
+    facts: RunFacts
+
+    @property
+    def against(self) -> str:
+        """Name of the stage that others are compared with, "" if there is none."""
+        return self.requested.against or ""
+
+    def model_of(self, stage: str) -> Path:
+        """Return the directory of a stage's model; the model `0_base` may be anywhere, or on the Hub."""
+        if stage == BASE and self.facts.base:
+            return Path(self.facts.base)
+        return self.run / stage
+
+
+def _templates_of(run: Iterable[TrainedStage]) -> dict[str, Any]:
+    """Return the chat template arguments of each stage that has any, by its name."""
     templates: dict[str, Any] = {}
-    for name, kind, values in stages:
-        # The first reward model is the one that PPO is trained with; any other is a judge.
-        if kind not in last or kind not in STAGES or STAGES[kind].generates:
-            last[kind] = (name, values)
-        template = values.get(ADDED)
-        # It may be JSON, as on a command line. The stage itself reports invalid JSON.
-        with contextlib.suppress(ValueError):
-            template = json.loads(template) if isinstance(template, str) else template
-        if template and isinstance(template, dict):
-            templates[name] = template
-
-    trained_on: dict[str, Any] = {}
-    lengths: dict[str, Any] = {}
-    called: dict[str, Any] = {}
-    for key, held_out in HELD_OUT.items():
-        # The last kind, in the order of training, whose own data serve this purpose.
-        kinds = [kind for kind, about in reversed(STAGES.items()) if about.held_out == key and kind in last]
-        name, values = last[kinds[0]] if kinds else ("", {})
-        if not values.get("dataset_name"):
-            continue
-        source = _source_of(values)
-        reward = next(iter(as_list(values.get("reward_funcs") or [])), "")
-        if key == "problems" and reward not in ("exact_answer", "math_answer", "answer_format", "hidden_taste", ""):
-            source["grade"] = reward
-        trained_on[key] = _agree(source, stages)
-        if held_out.length:
-            lengths[key] = values.get(held_out.length)
-            templates |= {key: templates[name]} if name in templates else {}
-            called |= {key: given} if (given := {name: values[name] for name in TOOLS if values.get(name)}) else {}
-
-    # Other data of the user that stages train on may not be measured either.
-    covered = {_place(name, source) for source in trained_on.values() for name in as_list(source["dataset_name"])}
-    for name, kind, values in stages:
-        if kind in STAGES and STAGES[kind].data and values.get("dataset_name"):
-            source = _source_of(values)
-            names = [str(one) for one in as_list(source["dataset_name"]) if not Path(str(one)).is_relative_to(home)]
-            if any(_place(one, source) not in covered for one in names):
-                trained_on[name] = _agree(source, stages)
-
-    # The run starts from the first model that a stage names, unless another stage writes it.
-    outputs = {str(home / name) for name, _, _ in stages}
-    first: Values = next((values for _, _, values in stages if values.get("model_name_or_path")), {})
-    base = first if str(first.get("model_name_or_path")) not in outputs else {}
-    scored = [values for _, kind, values in stages if kind in STAGES and STAGES[kind].has_critic]
-    return {
-        "home": str(home),
-        "trained_on": trained_on,
-        "lengths": lengths,
-        "against": last[OPPONENT][0] if OPPONENT in last else BASE if base else None,
-        "base": base.get("model_name_or_path"),
-        "base_tokenizer": base.get("tokenizer_name_or_path"),
-        "reward_models": [model for values in scored for model in as_list(values.get("reward_model_path") or [])],
-        ADDED: templates or None,
-        CALLED: called or None,
-    }
+    for stage in run:
+        arguments = stage.values.get("chat_template_kwargs")
+        # They may be JSON, as on a command line. The stage itself reports invalid JSON.
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        if arguments and isinstance(arguments, dict):
+            templates[stage.name] = arguments
+    return templates
 
 
 def _source_of(values: Values) -> dict[str, Any]:
@@ -164,8 +267,9 @@ def _source_of(values: Values) -> dict[str, Any]:
     source = {name: values[name] for name in SOURCE_FIELDS if values.get(name) is not None}
     # People's votes, which may be combined with preferences, have their own metric.
     names = as_list(source["dataset_name"])
-    named = [one for one in names if Path(str(one)).name != VOTES] or names
-    source["dataset_name"] = named if len(named) > 1 else named[0]
+    without_votes = [name for name in names if Path(str(name)).name != VOTES]
+    names = without_votes or names
+    source["dataset_name"] = names if len(names) > 1 else names[0]
     source.setdefault("validation_share", DataArguments.validation_share)
     # Training was evaluated on this split, perhaps to choose a checkpoint. A split `test` is better.
     if source.get("dataset_test_split") == DataArguments.dataset_test_split:
@@ -173,29 +277,66 @@ def _source_of(values: Values) -> dict[str, Any]:
     return source
 
 
-def _agree(source: dict[str, Any], stages: Sequence[tuple[str, str, Values]]) -> dict[str, Any]:
+def _measured_source(key: str, values: Values) -> dict[str, Any]:
+    """Return how a stage reads its data, with the reward that also grades answers to held-out problems."""
+    source = _source_of(values)
+    rewards = as_list(values.get("reward_funcs") or [])
+    # By default, problems are graded as `exact_answer` and `math_answer` do. The others do not say what is right.
+    without_grade = ("exact_answer", "math_answer", "answer_format", "hidden_taste", "")
+    if key == "problems" and rewards and rewards[0] not in without_grade:
+        source["grade"] = rewards[0]
+    return source
+
+
+def _with_common_division(source: dict[str, Any], run: Iterable[TrainedStage]) -> dict[str, Any]:
     """Return the source of a stage with the division that holds out no row on which any of the stages trains.
 
     Stages that read the same data set usually hold out the same rows. With shares of 1/20 and 1/8 they agree on every
     40th row, with a share of 0 on none; a stage that reads a stream divides only its first file.
     """
-    places = {_place(name, source) for name in as_list(source["dataset_name"])}
-    others = [
-        values
-        for _, kind, values in stages
-        if kind in STAGES
-        and STAGES[kind].data
-        and places & {_place(name, values) for name in as_list(values.get("dataset_name") or [])}
-    ]
-    shares = [values.get("validation_share", DataArguments.validation_share) for values in others]
+    places = _places_of(source)
+    readers = []
+    for stage in run:
+        if stage.info.data and places & _places_of(stage.values):
+            readers.append(stage.values)
+    shares = [values.get("validation_share", DataArguments.validation_share) for values in readers]
     # Values of a wrong type are reported by the stage itself.
-    if all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares) and len(set(shares)) > 1:
-        source = {**source, "validation_share": 0.0}
+    are_shares = all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
+    if are_shares and len(set(shares)) > 1:
+        common = 0.0
         if all(shares):
-            source["validation_share"] = 1 / math.lcm(*(round(1 / share) for share in shares))
-    if any(values.get("dataset_streaming") is True for values in others):
+            common = 1 / math.lcm(*(round(1 / share) for share in shares))
+        source = {**source, "validation_share": common}
+    if any(values.get("dataset_streaming") is True for values in readers):
         source = {**source, "dataset_streaming": True}
     return source
+
+
+def _further_sources(run: Iterable[TrainedStage], measured: Mapping[str, Values], home: Path) -> dict[str, Values]:
+    """Return the other data of the user that stages train on, by stage: they may not be measured either."""
+    covered: set[tuple[str, str]] = set()
+    for source in measured.values():
+        covered |= _places_of(source)
+    further: dict[str, Values] = {}
+    for stage in run:
+        if not stage.info.data or not stage.values.get("dataset_name"):
+            continue
+        source = _source_of(stage.values)
+        names = [str(name) for name in as_list(source["dataset_name"])]
+        of_the_user = [name for name in names if not Path(name).is_relative_to(home)]
+        if any(_place(name, source) not in covered for name in of_the_user):
+            further[stage.name] = _with_common_division(source, run)
+    return further
+
+
+def _base_of(run: Sequence[TrainedStage], home: Path) -> Values:
+    """Return the settings of the first stage that names a model, or {} if another stage writes that model."""
+    written = {str(home / stage.name) for stage in run}
+    for stage in run:
+        model = stage.values.get("model_name_or_path")
+        if model:
+            return {} if str(model) in written else stage.values
+    return {}
 
 
 def _place(name: object, source: Values) -> tuple[str, str]:
@@ -203,40 +344,51 @@ def _place(name: object, source: Values) -> tuple[str, str]:
     return os.path.realpath(str(name)), str(source.get("dataset_config"))
 
 
-def template_arguments(settings: Values, stage: str, key: str) -> dict[str, Any]:
-    """Return the chat template arguments for asking a stage the prompts of `key`."""
-    # These are the stage's own. A stage without any, such as instruction tuning, is asked like the stage that trains on
-    # such data; otherwise, a gain of that stage could be due to a different prompt.
-    found = settings.get(ADDED) or {}
-    return found.get(stage) or found.get(key) or {}
+def _places_of(source: Values) -> set[tuple[str, str]]:
+    """Return what identifies each data set of a source, which may name several or none."""
+    return {_place(name, source) for name in as_list(source.get("dataset_name") or [])}
 
 
-def complete(content: Values, derived: Values, only_named: bool = False) -> dict[str, Any]:
-    """Complete an `evaluate.yaml` with what `derive` returned or earlier settings, except for data if `only_named`."""
-    own: Values = derived["trained_on"]
-    # The file takes precedence over the stages, and the stages over the defaults.
-    settings = DEFAULTS | {name: derived[name] for name in DERIVED} | dict(content)
-    settings["against"] = content.get("against") or derived["against"]
-    if isinstance(tasks := settings["lm_eval_tasks"], str):
-        settings["lm_eval_tasks"] = [tasks]
+def complete(content: Values, facts: RunFacts, only_named: bool = False) -> dict[str, Any]:
+    """Complete the content of an `evaluate.yaml` with defaults and with what follows from the run.
+
+    The file takes precedence over the stages, and the stages over the defaults. A key of data has the fields of
+    `Source`, None if the data are omitted, and is absent if no stage has such data. If `only_named`, the data that
+    stages train on are omitted.
+    """
+    completed = DEFAULTS | dict(content)
+    completed["against"] = content.get("against") or facts.against
+    if isinstance(completed["lm_eval_tasks"], str):
+        completed["lm_eval_tasks"] = [completed["lm_eval_tasks"]]
     for key in HELD_OUT:
         named = content.get(key)
-        named = {"dataset_name": named} if isinstance(named, str) else named
+        if isinstance(named, str):
+            named = {"dataset_name": named}
         if isinstance(named, Mapping):
-            # If a stage trains on this data set, perhaps by another path, only the rows that it holds out are measured.
-            trained = [(_place(name, one), one) for one in own.values() for name in as_list(one["dataset_name"])]
-            place = _place(named.get("dataset_name"), named)
-            shared: Values = next((one for other, one in trained if other == place), {})
-            division = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
-            settings[key] = {name: shared[name] for name in division if name in shared} | dict(named)
-        elif key not in content and (only_named or key in own):
-            settings[key] = None if only_named else first_of(own[key])
-    source = settings.get("problems")
-    data = source.get("dataset_name") if isinstance(source, Mapping) else None
-    if "elicit" not in content and data and not Path(str(data)).is_relative_to(settings["home"]):
-        # The default is how generated solutions begin, and does not suit other data.
-        settings["elicit"] = None
-    return settings
+            completed[key] = _division_of(named, facts) | dict(named)
+        elif key not in content and only_named:
+            completed[key] = None
+        elif key not in content and key in facts.trained_on:
+            completed[key] = first_of(facts.trained_on[key])
+    problems = completed.get("problems")
+    if "elicit" not in content and isinstance(problems, Mapping):
+        data = problems.get("dataset_name")
+        if data and not Path(str(data)).is_relative_to(facts.home):
+            # The default is how generated solutions begin, and does not suit other data.
+            completed["elicit"] = None
+    return completed
+
+
+def _division_of(named: Values, facts: RunFacts) -> dict[str, Any]:
+    """Return how a stage that trains on a data set divides it, perhaps by another path; {} if none trains on it.
+
+    Only the rows that the stage holds out are measured.
+    """
+    place = _place(named.get("dataset_name"), named)
+    for source in facts.trained_on.values():
+        if place in _places_of(source):
+            return {name: source[name] for name in DIVISION if name in source}
+    return {}
 
 
 def first_of(source: Values) -> dict[str, Any]:
@@ -244,138 +396,96 @@ def first_of(source: Values) -> dict[str, Any]:
     return {**source, "dataset_name": as_list(source["dataset_name"])[0]}
 
 
-def without_derived(settings: Values) -> dict[str, Any]:
-    """Return the completed settings that could be in `evaluate.yaml`."""
-    return {key: value for key, value in settings.items() if key not in DERIVED or key == "against"}
+def to_record(content: Values, facts: RunFacts) -> dict[str, Any]:
+    """Return completed content and the facts as one mapping, as `run.json` has them among the values of a step."""
+    return {**DEFAULTS, **facts.to_record(), **content}
 
 
-def named_code(settings: Values) -> list[str]:
+def from_record(record: Values) -> tuple[dict[str, Any], RunFacts]:
+    """Return the content and the facts of a record."""
+    facts = RunFacts(home=record["home"]).recorded_in(record)
+    return {key: value for key, value in record.items() if key not in FACTS or key == "against"}, facts
+
+
+def read_record(run: Path, stage: str) -> tuple[dict[str, Any], RunFacts]:
+    """Return the content and the facts that the runner recorded for the evaluation of RUN/STAGE, or for another one.
+
+    Facts that it did not record follow from the arguments that the stages left in their directories.
+    """
+    steps: dict[str, Any] = read_run(run).get("steps", {})
+    record: dict[str, Any] = {}
+    # All evaluations of a run have the same settings.
+    for name in (f"evaluate_{stage}", *steps):
+        if name in steps and name.startswith("evaluate_"):
+            record = steps[name].get("values", {})
+            break
+    if not record.keys() >= FACTS:
+        record = {**_facts_on_disk(run).to_record(), **record}
+    content, facts = from_record(record)
+    return complete(content, facts), facts
+
+
+def _facts_on_disk(run: Path) -> RunFacts:
+    """Return what follows from the arguments in the directories of a run's stages."""
+    stages = []
+    homes = []
+    for path in sorted(run.glob("[0-9]*_*/arguments.json")):
+        # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
+        name = path.parent.name
+        values = read_json(path)
+        stages.append((name, name.split("_")[1], values))
+        if values.get("output_dir"):
+            homes.append(Path(values["output_dir"]).parent)
+    home = homes[0] if homes else run
+    return RunFacts.of_stages(stages, home)
+
+
+def relocated(content: Values, facts: RunFacts, run: Path) -> tuple[dict[str, Any], RunFacts]:
+    """Return settings with the paths of a run that may have been moved: those inside its `home` are inside `run`."""
+    # The name of a stage is not a path.
+    moved = {key: value if key == "against" else relocate(value, facts.home, run) for key, value in content.items()}
+    paths = {}
+    for item in fields(facts):
+        if item.name != "against":
+            paths[item.name] = relocate(getattr(facts, item.name), facts.home, run)
+    return moved, replace(facts, **paths)
+
+
+def find_settings(run: Path, content: Values, facts: RunFacts) -> Settings:
+    """Return the settings of an evaluation in RUN, from content that has been checked, with the paths of RUN.
+
+    Data that the content lacks may lie in RUN: stages may be run by hand, and later ones may not have run yet. These
+    are RUN/data, as written by `recipes.data`, RUN/3_preferences, and a stage to compare with.
+    """
+    in_layout: dict[str, Any] = {}
+    for key, held_out in HELD_OUT.items():
+        if held_out.config and (run / "data" / held_out.config / "test.parquet").is_file():
+            in_layout[key] = {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
+    if (run / "3_preferences" / "test.parquet").is_file():
+        in_layout["pairs"] = {"dataset_name": str(run / "3_preferences")}
+    opponents = [path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json")]
+
+    requested = {**in_layout, **content}
+    requested["against"] = content.get("against") or max(opponents, default=None)
+    names = {item.name for item in fields(EvaluationArguments)}
+    arguments = EvaluationArguments(**{name: value for name, value in requested.items() if name in names})
+    return Settings(run, arguments, replace(facts, trained_on={**in_layout, **facts.trained_on}))
+
+
+def named_code(record: Values) -> list[str]:
     """Return the code of a user's that settings name: functions, as `module:function`, and files of lm-eval's tasks."""
-    sources = [settings.get(key) for key in HELD_OUT]
-    functions = [source.get("grade") for source in sources if isinstance(source, Mapping)]
-    functions.append(settings.get("judge"))
-    for tools in (settings.get(CALLED) or {}).values():
+    functions = [record.get("judge")]
+    for key in HELD_OUT:
+        source = record.get(key)
+        if isinstance(source, Mapping):
+            functions.append(source.get("grade"))
+    for tools in (record.get("called") or {}).values():
         functions += [*as_list(tools.get("tools") or []), tools.get("environment")]
     names = [name for name in functions if isinstance(name, str) and ":" in name]
-    names += [task for task in as_list(settings.get("lm_eval_tasks") or []) if is_task_file(str(task))]
+    names += [task for task in as_list(record.get("lm_eval_tasks") or []) if is_task_file(str(task))]
     return list(dict.fromkeys(names))
 
 
 def is_task_file(task: str) -> bool:
     """Return whether a task of lm-eval is a file, which may name functions, rather than one of lm-eval's own."""
     return os.sep in task or task.endswith((".yaml", ".yml"))
-
-
-def move(settings: Values, run: Path) -> dict[str, Any]:
-    """Return the settings with the paths in `home` in the directory `run`."""
-    home = settings["home"]
-    # The other paths are relative to `home`, and `against` is a name.
-    return {key: value if key in ("home", "against") else relocate(value, home, run) for key, value in settings.items()}
-
-
-def recorded(run: Path, stage: str) -> dict[str, Any]:
-    """Return the settings that the runner recorded for the evaluation of RUN/STAGE, or for another one of the run.
-
-    Settings that it did not record follow from the arguments that the stages left in their directories.
-    """
-    steps: dict[str, Any] = read_run(run).get("steps", {})
-    # All evaluations of a run have the same settings.
-    names = [f"evaluate_{stage}", *(name for name in steps if name.startswith("evaluate_"))]
-    settings: dict[str, Any] = next((steps[name].get("values", {}) for name in names if name in steps), {})
-    # The kind of a stage is in the name of its directory: "sft" in "2_sft_again".
-    paths = sorted(run.glob("[0-9]*_*/arguments.json"))
-    stages = [(path.parent.name, path.parent.name.split("_")[1], read_json(path)) for path in paths]
-    known = {name: settings[name] for name in DERIVED if name in settings}
-    if len(known) < len(DERIVED):
-        home = next((Path(values["output_dir"]).parent for _, _, values in stages if values.get("output_dir")), run)
-        settings = complete(settings, derive(stages, home) | known)
-    # Earlier releases did not have every key.
-    return DEFAULTS | settings
-
-
-def with_layout(settings: Values, run: Path) -> dict[str, Any]:
-    """Add data in RUN that the settings lack: stages may be run by hand, and later ones may not have run yet.
-
-    These are RUN/data, as written by `recipes.data`, RUN/3_preferences, and a stage to compare with.
-    """
-    found: dict[str, Any] = {
-        key: {"dataset_name": str(run / "data"), "dataset_config": held_out.config}
-        for key, held_out in HELD_OUT.items()
-        if held_out.config and (run / "data" / held_out.config / "test.parquet").is_file()
-    }
-    if (run / "3_preferences" / "test.parquet").is_file():
-        found["pairs"] = {"dataset_name": str(run / "3_preferences")}
-    opponents = (path.parent.name for path in run.glob(f"[0-9]*_{OPPONENT}*/*.json"))
-    against = settings["against"] or max(opponents, default=None)
-    return {**found, **settings, "trained_on": found | settings["trained_on"], "against": against}
-
-
-def check(settings: Values, prefix: str = "") -> list[Problem]:
-    """Check settings: keys of `evaluate.yaml`, its data and its judge. `prefix` precedes the field in a message."""
-    # Imported here, because these import transformers and TRL.
-    from pipeline.config.parser import check_values
-    from pipeline.data.sources import BUILDERS, COMPRESSIONS
-    from pipeline.models.vllm_sampler import validate_vllm
-    from pipeline.rewards.loading import check_trust, load_rewards
-
-    def is_missing(path: str) -> bool:
-        # "data.jsonl" is a file, whereas "org/data" is an id on the Hub.
-        is_file = Path(path).suffix in (*BUILDERS, *COMPRESSIONS) and not Path(path).exists()
-        return (is_file or is_missing_path(path)) and not Path(path).is_relative_to(Path(settings["home"]))
-
-    _, problems = check_values(without_derived(settings), [EvaluationArguments])
-    if isinstance(samples := settings.get("samples"), int) and samples > MAX_SAMPLES:
-        problems.append(Problem("samples", samples, f"must be at most {MAX_SAMPLES}"))
-    best_of = settings.get("best_of") or []
-    for number in filter(lambda item: isinstance(item, int), as_list(best_of)):
-        # A single negative number has already been reported. In a list, each must be a number of answers.
-        if number > MAX_SAMPLES or (isinstance(best_of, list) and number < 1):
-            problems.append(Problem("best_of", number, f"must be from 1 to {MAX_SAMPLES}; omit it for none"))
-    if settings.get("vllm") and (fault := validate_vllm()):
-        problems.append(Problem("vllm", True, fault))
-    if isinstance(tasks := settings.get("lm_eval_tasks"), list):
-        # Imported here, because the harness imports torch, and an installed lm-eval takes seconds to list its tasks.
-        from pipeline.evaluation.harness import check_tasks
-
-        trusted: list[str] = []
-        for task in map(str, tasks):
-            with collect(problems):
-                # A task's file may name functions, which lm-eval calls.
-                if is_task_file(task):
-                    check_trust(task, "lm_eval_tasks")
-                trusted.append(task)
-        problems += check_tasks(trusted)
-    functions: dict[str, str] = {}
-    for key in HELD_OUT:
-        source = settings.get(key)
-        # A stage's own data are checked with the stage.
-        own = settings["trained_on"].get(key)
-        if not isinstance(source, Mapping) or (own and source == first_of(own)):
-            continue
-        _, found = check_values(source, [Source])
-        name, grade = source.get("dataset_name"), source.get("grade")
-        if isinstance(name, list):
-            found.append(Problem("dataset_name", ", ".join(map(str, name)), "name one data set to measure on"))
-        elif not isinstance(name, str) or is_missing(name):
-            found.append(Problem("dataset_name", name, "there is no such file or folder; give another, or a Hub id"))
-        if isinstance(grade, str):
-            functions[f"{key}: grade"] = GRADES.get(grade, grade)
-        problems += [replace(problem, field=f"{key}: {problem.field}") for problem in found]
-
-    # A judge may be a function, people, or a reward model that PPO does not use: otherwise, PPO would be judged by the
-    # model that it is trained to please. The model may be written by a later step of the run.
-    judge = settings.get("judge")
-    if isinstance(judge, str):
-        models = [Path(os.path.realpath(model)) for model in (judge, *settings["reward_models"])]
-        models = [path.parent if path.name.startswith("checkpoint-") else path for path in models]
-        if ":" in judge:
-            functions["judge"] = judge
-        elif models[0] in models[1:]:
-            remedy = "PPO is trained to please this model; give one that it does not use"
-            problems.append(Problem("judge", judge, remedy))
-        elif judge != VOTES and is_missing(judge):
-            problems.append(Problem("judge", judge, "no such folder; give a reward model, votes or a function"))
-    for field, name in functions.items():
-        with collect(problems):
-            load_rewards([name], field)
-    return [replace(problem, field=f"{prefix}{problem.field}") for problem in problems]

@@ -1,4 +1,4 @@
-"""Graders decide whether answers are right: they are the rewards used in training, of which only 1 counts as right."""
+"""Graders decide whether answers are right. They are the rewards of training, where only a reward of 1 is right."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,13 +20,22 @@ def grade_rows(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
     references = [row["answer"] for row in rows]
     # Rewards judge some answers by the problem, such as whether "50%" is 50.
     prompts = [row.get("prompt") for row in rows]
-    same = exact_answer(answers, references, prompts=prompts)
-    return [1.0 in either for either in zip(same, math_answer(answers, references, prompts=prompts), strict=True)]
+    exact = exact_answer(answers, references, prompts=prompts)
+    mathematical = math_answer(answers, references, prompts=prompts)
+    return [1.0 in rewards for rewards in zip(exact, mathematical, strict=True)]
 
 
 def load_grader(grade: str | None) -> Grader:
-    """Load the grader of problems: a key of `GRADES`, a reward, or `package.module:function`. Default: `grade_rows`."""
+    """Load the grader of problems: a key of `GRADES`, a reward, or `package.module:function`; None means `grade_rows`.
+
+    Raises:
+        UserError: If there is no such reward.
+    """
     if grade is None:
         return grade_rows
     (reward,) = load_rewards([GRADES.get(grade, grade)], "problems: grade")
-    return lambda answers, rows: [value == 1.0 for value in call_reward(reward, answers, rows)]
+
+    def grade_by_reward(answers: Sequence[str], rows: Sequence[Example]) -> list[bool]:
+        return [value == 1.0 for value in call_reward(reward, answers, rows)]
+
+    return grade_by_reward

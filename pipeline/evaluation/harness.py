@@ -1,8 +1,13 @@
 """Tasks of lm-evaluation-harness, which `evaluate RUN --stage 2_sft --lm_eval_tasks piqa` measures (extra `[eval]`).
 
-They use lm-eval's defaults, so `lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa` gives the
-same values. The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; if a task extracts answers in
-several ways, the name says which, as in `gsm8k:exact_match,strict-match`. A group's tasks are its kinds.
+A task, a group or a tag is named as `lm-eval ls tasks` lists it, or by the path of a YAML file of your own. It is
+measured with lm-eval's defaults: with as many examples in the prompt as the task's file says, and without a chat
+template. So lm-eval's own command gives the same values:
+
+    lm-eval run --model_args pretrained=RUN/2_sft,dtype=float32 --tasks piqa
+
+The metric `acc_norm` of the task `piqa` is recorded as `piqa:acc_norm`; if a task extracts answers in several ways, the
+name says which, as in `gsm8k:exact_match,strict-match`. A group's tasks are its kinds.
 """
 
 from __future__ import annotations
@@ -10,11 +15,11 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
@@ -45,40 +50,71 @@ def find_tasks(tasks: tuple[str, ...]) -> tuple[TaskManager, dict[str, list[str]
     groups = [path for path in files.values() if re.search("^group:", path.read_text(encoding="utf-8"), re.MULTILINE)]
     defaults = bool(groups) or len(files) < len(tasks)
     index = TaskManager(include_path=[path.parent for path in groups], include_defaults=defaults)
-    names = {entry.yaml_path: name for name, entry in index.task_index.items()}
-    own = {task: [names.get(path, str(path))] for task, path in files.items()}
-    return index, {task: own.get(task) or index.match_tasks([task]) for task in tasks}
+    names_of_files = {entry.yaml_path: name for name, entry in index.task_index.items()}
+    names: dict[str, list[str]] = {}
+    for task in tasks:
+        if task in files:
+            names[task] = [names_of_files.get(files[task], str(files[task]))]
+        else:
+            names[task] = index.match_tasks([task])
+    return index, names
 
 
 def check_tasks(tasks: Sequence[str]) -> list[Problem]:
     """Check that lm-eval is installed and knows the tasks. Their data are not checked here."""
-    if tasks and find_spec("lm_eval") is None:
+    if not tasks:
+        return []
+    if find_spec("lm_eval") is None:
         return [Problem(FIELD, ", ".join(tasks), "lm-eval is not installed; `pip install lm-eval`, or omit this")]
+    _, names = find_tasks(tuple(tasks))
     remedy = "is neither a name that `lm-eval ls tasks` lists nor a YAML file; correct it"
-    found = find_tasks(tuple(tasks))[1] if tasks else {}
-    return [Problem(FIELD, task, remedy) for task in tasks if not found[task]]
+    return [Problem(FIELD, task, remedy) for task in tasks if not names[task]]
 
 
 def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], limit: int | None) -> None:
     """Record every metric of tasks that `check_tasks` accepts, on their first `limit` examples if it is given.
 
     A mean over examples is recorded with each of them, and has an interval like the project's own metrics. Any other
-    figure, such as a group's, gets an interval from lm-eval's standard error. A UserError is raised if a task cannot be
-    loaded or measured, for instance because the Hub does not answer.
+    metric, such as a group's, gets an interval from lm-eval's standard error.
+
+    Raises:
+        UserError: If a task cannot be loaded or measured, for instance because the Hub does not answer.
     """
+    measured = _evaluate(chat, tasks, limit)
+    estimates = {task: _estimates(figures) for task, figures in measured["results"].items()}
+    # A group is recorded with its tasks as kinds, which then have no metrics of their own.
+    subtasks = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
+    inner = set(chain.from_iterable(subtasks.values()))
+    for task in [*measured["samples"], *subtasks]:
+        if task in inner:
+            continue
+        for key, estimate in estimates.get(task, {}).items():
+            # A slash in the name would mean a baseline.
+            name = f"{task}:{key.removesuffix(',none')}".replace("/", "_")
+            kinds = {}
+            for part in subtasks.get(task, ()):
+                if key in estimates.get(part, {}):
+                    kinds[part] = estimates[part][key]
+            result.metrics[name] = replace(estimate, by_kind=kinds)
+            if task not in subtasks:
+                _use_examples(result, name, task, key, measured["samples"][task])
+
+
+def _evaluate(chat: ChatModel, tasks: Sequence[str], limit: int | None) -> Mapping[str, Any]:
+    """Return what lm-eval measures: by task, its `results` and the `samples`, and the tasks of each group."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     # lm-eval warns about every model that is already loaded.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    index, found = find_tasks(tuple(tasks))
+    index, names = find_tasks(tuple(tasks))
     # lm-eval computes the logits of a whole batch: at most 8 requests on a CPU, as many as fit on an accelerator.
     vocabulary: int = chat.model.config.get_text_config().vocab_size
     batch_size = "auto" if hardware.accelerator() else max(1, min(8, MAX_LOGITS // (1024 * vocabulary)))
     try:
-        measured = simple_evaluate(
+        return simple_evaluate(
             HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
-            tasks=[name for names in found.values() for name in names],
+            tasks=list(chain.from_iterable(names.values())),
             task_manager=index,
             limit=limit,
             bootstrap_iters=intervals.RESAMPLES,
@@ -90,43 +126,46 @@ def measure_tasks(result: StageResult, chat: ChatModel, tasks: Sequence[str], li
             reason = "its data are not in the cache, and the Hub cannot be reached; check the network (HF_HUB_OFFLINE?)"
         raise UserError(Problem(FIELD, ", ".join(tasks), reason)) from error
 
-    # A group is recorded with its tasks as kinds, which then have no metrics of their own.
-    parts = {group: measured["group_subtasks"][group] for group in measured.get("groups", {})}
-    inner = {part for found in parts.values() for part in found}
-    estimates: dict[str, dict[str, Estimate]] = defaultdict(dict)
-    for task, figures in measured["results"].items():
-        for key, value in figures.items():
-            metric, comma, way = key.partition(",")
-            number, stderr = intervals.finite(value), intervals.finite(figures.get(f"{metric}_stderr,{way}"))
-            if comma and not metric.endswith("_stderr") and number is not None:
-                half = None if stderr is None else intervals.Z * stderr
-                low, high = (None, None) if half is None else (number - half, number + half)
-                n = figures.get("sample_count", {}).get(key, figures.get("sample_len"))
-                estimates[task][key] = Estimate(number, low, high, n)
-    for task in [*measured["samples"], *parts]:
-        for key, estimate in estimates[task].items() if task not in inner else ():
-            # A slash in the name would mean a baseline.
-            name = f"{task}:{key.removesuffix(',none')}".replace("/", "_")
-            kinds = {part: estimates[part][key] for part in parts.get(task, ()) if key in estimates[part]}
-            result.metrics[name] = replace(estimate, by_kind=kinds)
-            if task not in parts:
-                _use_examples(result, name, task, key, measured["samples"][task])
+
+def _estimates(figures: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Return the metrics of a task or a group, with the intervals that follow from lm-eval's standard errors.
+
+    `figures` are, for instance, `{"acc,none": 0.6, "acc_stderr,none": 0.02, "sample_len": 500, "alias": "piqa"}`, where
+    "none" is the way in which answers are extracted.
+    """
+    estimates = {}
+    for key, figure in figures.items():
+        metric, comma, way = key.partition(",")
+        value = intervals.finite(figure)
+        if not comma or metric.endswith("_stderr") or value is None:
+            continue
+        n = figures.get("sample_count", {}).get(key, figures.get("sample_len"))
+        error = intervals.finite(figures.get(f"{metric}_stderr,{way}"))
+        if error is None:
+            estimates[key] = Estimate(value, n=n)
+        else:
+            estimates[key] = Estimate(value, value - intervals.Z * error, value + intervals.Z * error, n)
+    return estimates
 
 
 def _use_examples(result: StageResult, name: str, task: str, key: str, samples: Sequence[Mapping[str, Any]]) -> None:
     """Record a metric with its examples if it is their mean; otherwise, only with an interval."""
-    estimate, (metric, _, way) = result.metrics[name], key.partition(",")
+    estimate = result.metrics[name]
+    metric, _, way = key.partition(",")
     samples = [item for item in samples if item["filter"] == way and metric in item]
     values = [item[metric] for item in samples]
-    if values and all(isinstance(value, Real) for value in values) and _same(fmean(values), estimate.value):
+    if not values:
+        return
+    if all(isinstance(value, Real) for value in values) and _are_close(fmean(values), estimate.value):
         rows = [{"id": item["doc_id"], "kind": task, "document": item["doc_hash"]} for item in samples]
         result.record(name, values, rows)
-    elif values and all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
+    elif all(isinstance(value, tuple | list) and len(value) == 2 for value in values):
         # Log-likelihoods, and numbers of words or bytes, from which perplexities and bits per byte are computed.
         mean = intervals.ratio([value[0] for value in values], [value[1] for value in values], result.seed)
-        for shown in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
-            if _same(shown(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
-                result.metrics[name] = replace(estimate, low=shown(mean.high), high=shown(mean.low))
+        for computed in (lambda x: math.exp(-x), lambda x: -x / math.log(2)):
+            if _are_close(computed(mean.value), estimate.value) and mean.low is not None and mean.high is not None:
+                result.metrics[name] = replace(estimate, low=computed(mean.high), high=computed(mean.low))
 
 
-_same = partial(math.isclose, rel_tol=1e-6, abs_tol=1e-9)
+def _are_close(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9)

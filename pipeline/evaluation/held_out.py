@@ -18,7 +18,7 @@ from pipeline.data.messages import is_informative
 from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
-from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, Source
+from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, Settings, Source
 from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.evaluation.parts import Example, Part, Reader, Rows
 from pipeline.files import as_list, read_run
@@ -81,22 +81,21 @@ class HeldOut:
     suspects: Mapping[str, tuple[Part, list[str]]] = field(default_factory=dict)
 
 
-def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str], baselines: bool) -> HeldOut:
+def read_held_out(settings: Settings, flags: Collection[str], baselines: bool) -> HeldOut:
     """Read the held-out rows of the data in the settings and, for `baselines`, the rows that only these need.
 
     tests/evaluation/test_held_out.py guards that no stage of the run trains on any of these rows.
 
     Args:
-        run: Directory of the run.
-        settings: The completed settings of `pipeline.evaluation.evaluate_yaml`.
+        settings: How the run is measured.
         flags: Keys whose data an option of the command names.
         baselines: Whether baselines are measured.
 
     Raises:
         UserError: If a data set cannot be read, or if the data that options name have no rows.
     """
-    reader = Reader(run, settings, flags)
-    most = {name: settings.get("limit") or number for name, number in EXAMPLES.items()}
+    reader = Reader(settings, flags)
+    most = {name: settings.requested.limit or number for name, number in EXAMPLES.items()}
     parts: dict[str, Part] = {}
     rows: dict[str, list[Example]] = {key: [] for key in HELD_OUT}
     for key in HELD_OUT:
@@ -122,14 +121,15 @@ def read_held_out(run: Path, settings: Mapping[str, Any], flags: Collection[str]
         grader=load_grader(grade),
         graded=grade not in COMPARED or all("answer" in row for row in problems),
         can_vote=grade in COMPARED,
-        fixed_prompts=_choose_fixed_prompts(run, settings, rows),
-        remarks=list(_divided_otherwise(run)),
+        fixed_prompts=_choose_fixed_prompts(settings, rows),
+        remarks=list(_divided_otherwise(settings.run)),
         suspects=_find_suspects(reader, parts),
         **for_baselines,
     )
     if flags and not any(getattr(held_out, key) for key in HELD_OUT):
         remedy = "has no rows to measure on"
-        raise UserError(*(Problem(f"{key}: dataset_name", settings[key]["dataset_name"], remedy) for key in flags))
+        names = {key: (settings.requested.source(key) or {}).get("dataset_name") for key in flags}
+        raise UserError(*(Problem(f"{key}: dataset_name", name, remedy) for key, name in names.items()))
     return held_out
 
 
@@ -144,15 +144,13 @@ def _warn_of_missing_system_prompts(reader: Reader, rows: Mapping[str, Rows]) ->
             logger.warning("%s: has no system prompt, and a stage was trained with %r (system_prompt)", key, prompts[0])
 
 
-def _choose_fixed_prompts(
-    run: Path, settings: Mapping[str, Any], rows: Mapping[str, Rows]
-) -> list[Sequence[dict[str, str]]]:
+def _choose_fixed_prompts(settings: Settings, rows: Mapping[str, Rows]) -> list[Sequence[dict[str, str]]]:
     """Return the conversations that every stage answers: those of the settings, or else held-out prompts.
 
     If the run generates its data, `FIXED_PROMPTS` are taken instead of held-out prompts.
     """
-    texts: Sequence[str] = settings.get("fixed_prompts") or ()
-    if not texts and (run / "data").is_dir():
+    texts: Sequence[str] = settings.requested.fixed_prompts or ()
+    if not texts and (settings.run / "data").is_dir():
         texts = FIXED_PROMPTS
     if texts:
         return [[{"role": "user", "content": text}] for text in texts]
@@ -233,7 +231,7 @@ def _was_divided_otherwise(source: Source, kind: str | None) -> bool:
 
 
 def _read_for_baselines(
-    reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Mapping[str, Any], most: int
+    reader: Reader, parts: Mapping[str, Part], problems: Rows, settings: Settings, most: int
 ) -> dict[str, Any]:
     """Return the fields of `HeldOut` that only baselines need; of the prompts for validation, at most `most`."""
     # The user's own problems have no training split here whose answers would be informative.
@@ -242,7 +240,7 @@ def _read_for_baselines(
         for row in reader.read("problems", reader.find("problems", trained_on=True), MAX_TRAINING_ROWS):
             if row.get("answer"):
                 counts[row["kind"]][row["answer"]] += 1
-    shots = _draw_shots(reader, problems, settings["shots"])
+    shots = _draw_shots(reader, problems, settings.requested.shots)
 
     def rows_to_choose_on(key: str, most: int) -> list[Example]:
         """Return rows to choose a baseline on: of a separate validation split if there is one, else of training."""
@@ -252,7 +250,7 @@ def _read_for_baselines(
         return reader.read(key, part, most)
 
     trials: list[Example] = []
-    if len(as_list(settings["elicit"] or [])) + len(shots) > 1:
+    if len(as_list(settings.requested.elicit or [])) + len(shots) > 1:
         trials = rows_to_choose_on("problems", 64)
     return {
         "majority": {kind: answers.most_common(1)[0][0] for kind, answers in counts.items()},

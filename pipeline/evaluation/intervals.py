@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-RESAMPLES, MOST_COUNTS = 2000, 4_000_000
+RESAMPLES = 2000
+"""Bootstrap samples of a ratio or a mean; of any other statistic, `resample` draws 500."""
+MOST_COUNTS = 4_000_000
+"""Largest number of entries in an array that says how often each unit is drawn."""
 TAILS = ((1 - CONFIDENCE) / 2, 1 - (1 - CONFIDENCE) / 2)
 """Quantiles at which a percentile interval ends."""
 Z = NormalDist().inv_cdf(TAILS[1])
@@ -25,9 +28,16 @@ Z = NormalDist().inv_cdf(TAILS[1])
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with the ends of its 95% interval, as evaluation writes it to disk and the report reads it.
+    """A measured value with its 95% interval, as evaluation writes it to disk and the report reads it.
 
-    `n` is the number of examples, `by_kind` the estimate of each kind, if it is broken down. None means unknown.
+    The interval always contains the value: ends that rounding, or a bootstrap of a skewed statistic, puts on the wrong
+    side of it are moved to the value.
+
+    Attributes:
+        value: The measured value.
+        low, high: The ends of the interval, None if they are not known.
+        n: Number of examples, None if it is not known.
+        by_kind: The estimate for each kind of example; empty if it is not broken down.
     """
 
     value: float
@@ -37,7 +47,6 @@ class Estimate:
     by_kind: Mapping[str, Estimate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Rounding, or a bootstrap of a skewed statistic, may put an end on the wrong side of the value.
         object.__setattr__(self, "value", float(self.value))
         if self.low is not None:
             object.__setattr__(self, "low", min(float(self.low), self.value))
@@ -46,28 +55,43 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Return `{"value", "ci95": [low, high], "n"}`, and `by_kind` if there are kinds; unknown entries are null."""
-        interval = None if self.low is None or self.high is None else [self.low, self.high]
-        kinds = {kind: estimate.to_json() for kind, estimate in self.by_kind.items()}
-        return {"value": self.value, "ci95": interval, "n": self.n, **({"by_kind": kinds} if kinds else {})}
+        interval = None
+        if self.low is not None and self.high is not None:
+            interval = [self.low, self.high]
+        entry: dict[str, Any] = {"value": self.value, "ci95": interval, "n": self.n}
+        if self.by_kind:
+            entry["by_kind"] = {kind: estimate.to_json() for kind, estimate in self.by_kind.items()}
+        return entry
 
     @classmethod
     def from_json(cls, entry: object) -> Estimate:
-        """Read what `to_json` returns. A ValueError is raised if its "value" is missing or not a finite number."""
-        if not isinstance(entry, dict) or (value := finite(entry.get("value"))) is None:
+        """Read what `to_json` returns.
+
+        Raises:
+            ValueError: If the "value" is missing or not a finite number.
+        """
+        content = entry if isinstance(entry, dict) else {}
+        value = finite(content.get("value"))
+        if value is None:
             raise ValueError('no number under "value"')
-        kinds = {kind: cls.from_json(inner) for kind, inner in entry.get("by_kind", {}).items()}
-        low, high = entry.get("ci95") or (None, None)
-        return cls(value, low, high, entry.get("n"), kinds)
+        kinds = {kind: cls.from_json(inner) for kind, inner in content.get("by_kind", {}).items()}
+        low, high = content.get("ci95") or (None, None)
+        return cls(value, low, high, content.get("n"), kinds)
 
 
 def finite(value: Any) -> float | None:
     """Return `value` as a float, or None if it is not a finite number of usable size."""
     # With larger ones, differences and squares would overflow.
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e100 else None
+    if isinstance(value, int | float) and abs(value) < 1e100:
+        return float(value)
+    return None
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """Return the score interval of a proportion of `n` trials (Wilson 1927); (0, 1) without trials."""
+    """Return the score interval of a proportion of `n` trials (Wilson 1927), which keeps its coverage near 0 and 1.
+
+    Without trials, it is (0, 1).
+    """
     if n == 0:
         return 0.0, 1.0
     share = successes / n
@@ -75,13 +99,22 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     centre = share + Z * Z / (2 * n)
     half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
     scale = 1 + Z * Z / n
+    low, high = (centre - half) / scale, (centre + half) / scale
     # At 0 and n the ends are exactly 0 and 1.
-    return 0.0 if successes == 0 else (centre - half) / scale, 1.0 if successes == n else (centre + half) / scale
+    if successes == 0:
+        low = 0.0
+    if successes == n:
+        high = 1.0
+    return low, high
 
 
 def _draw_counts(n: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield how often each of `n` units is drawn, a row for each resample, in arrays of `MOST_COUNTS` at most."""
-    generator, rows = np.random.default_rng(seed), max(1, MOST_COUNTS // n)
+    """Yield how often each of `n` units is drawn, a row for each resample: so the units need not be copied.
+
+    However many units there are, an array has at most `MOST_COUNTS` entries.
+    """
+    generator = np.random.default_rng(seed)
+    rows = max(1, MOST_COUNTS // n)
     for start in range(0, RESAMPLES, rows):
         yield generator.multinomial(n, np.full(n, 1 / n), size=min(rows, RESAMPLES - start)).astype(np.int16)
 
@@ -97,15 +130,18 @@ def ratio(totals: Sequence[float], weights: Sequence[float], seed: int = 0) -> E
     interval, because the variation between units is unknown.
     """
     n = len(totals)
-    numerator, denominator = np.asarray(totals, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    if n < 2:
-        return Estimate(float(numerator[0] / denominator[0]) if n else float("nan"), n=n)
+    numerator = np.asarray(totals, dtype=np.float64)
+    denominator = np.asarray(weights, dtype=np.float64)
+    if n == 0:
+        return Estimate(float("nan"), n=0)
+    if n == 1:
+        return Estimate(float(numerator[0] / denominator[0]), n=1)
     # sum(totals) of a resample is (how often each unit is drawn) @ totals, for all resamples in one product.
     parts = _keep_counts(n, seed) if n * RESAMPLES <= MOST_COUNTS else _draw_counts(n, seed)
     sums = [(counts @ numerator, counts @ denominator) for counts in parts]
-    total, drawn = map(np.concatenate, zip(*sums, strict=True))
+    total, weight = map(np.concatenate, zip(*sums, strict=True))
     # A resample may happen to draw only units without weight.
-    low, high = np.quantile(total[drawn > 0] / drawn[drawn > 0], TAILS)
+    low, high = np.quantile(total[weight > 0] / weight[weight > 0], TAILS)
     return Estimate(float(numerator.sum() / denominator.sum()), low, high, n)
 
 
@@ -114,7 +150,8 @@ def mean(values: Sequence[float], seed: int = 0, units: Sequence[Hashable] | Non
     n = len(values)
     number = np.arange(n) if units is None else _numbered(units)
     estimate = ratio(np.bincount(number, values), np.bincount(number), seed)
-    return replace(estimate, value=float(np.mean(values)) if n else float("nan"), n=n)
+    value = float(np.mean(values)) if n else math.nan
+    return replace(estimate, value=value, n=n)
 
 
 def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hashable] | None = None) -> Estimate:
@@ -126,8 +163,10 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
     n, successes = len(outcomes), float(sum(outcomes))
-    if units is None or not outcomes:
-        return Estimate(successes / n if n else float("nan"), *wilson(successes, n), n)
+    if n == 0:
+        return Estimate(math.nan, *wilson(0, 0), 0)
+    if units is None:
+        return Estimate(successes / n, *wilson(successes, n), n)
     # Eight answers to one prompt are worth between one and eight independent ones, depending on how alike they are. The
     # effect is the variance of the grouped outcomes' mean, divided by the variance if all were independent.
     number = _numbered(units)
@@ -157,27 +196,47 @@ def mean_difference(differences: Sequence[float], weights: Sequence[float], of_s
     data"): the normal one after one more gain and one more loss. A bootstrap of 24 zeros would have no width.
     """
     n = len(differences)
-    counted = set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1
-    if n < 2 or not of_share or not counted or len(set(weights)) > 1:
-        return ratio([one * weight for one, weight in zip(differences, weights, strict=True)], weights)
+    are_counts = set(differences) <= {-1.0, 0.0, 1.0} or len(set(differences)) == 1
+    if n < 2 or not of_share or not are_counts or len(set(weights)) > 1:
+        totals = [difference * weight for difference, weight in zip(differences, weights, strict=True)]
+        return ratio(totals, weights)
     centre = sum(differences) / (n + 2)
-    spread = (sum(one * one for one in differences) + 2) / (n + 2) - centre**2
+    spread = (sum(difference * difference for difference in differences) + 2) / (n + 2) - centre**2
     half = Z * (spread / (n + 2)) ** 0.5
     return Estimate(fmean(differences), max(centre - half, -1.0), min(centre + half, 1.0), n)
 
 
 def resample(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> np.ndarray:
-    """Return a statistic of rows, given by their indices, for each of 500 bootstrap samples of their units."""
+    """Return a statistic of rows for each of 500 bootstrap samples of their units.
+
+    Unlike a `ratio`, which needs no more than how often each unit is drawn, it is computed from the rows.
+
+    Args:
+        function: Returns the statistic of the rows with the given indices, in which a row may occur several times.
+        units: The unit of each row.
+        seed: Seed of the resampling.
+    """
     number = _numbered(units)
-    rows, sizes = np.argsort(number, kind="stable"), np.bincount(number)
-    ends, rng = np.cumsum(sizes), np.random.default_rng(seed)
+    # The rows of a unit are next to each other: unit u has rows[ends[u] - sizes[u] : ends[u]].
+    rows = np.argsort(number, kind="stable")
+    sizes = np.bincount(number)
+    ends = np.cumsum(sizes)
 
     def rows_of(drawn: np.ndarray) -> np.ndarray:
-        # Unit u has rows[ends[u] - sizes[u] : ends[u]]. In the sample, they follow the rows of the units drawn before.
-        taken = sizes[drawn]
-        return rows[np.arange(taken.sum()) + np.repeat(ends[drawn] - np.cumsum(taken), taken)]
+        # In the sample, the rows of a unit follow the rows of the units drawn before:
+        #
+        #   sizes                 2  1  3
+        #   drawn                 2        0     2
+        #   rows of the sample    3  4  5  0  1  3  4  5
+        lengths = sizes[drawn]
+        return rows[np.arange(lengths.sum()) + np.repeat(ends[drawn] - np.cumsum(lengths), lengths)]
 
-    return np.array([function(rows_of(rng.integers(0, len(sizes), len(sizes)))) for _ in range(500)])
+    generator = np.random.default_rng(seed)
+    values = []
+    for _ in range(500):
+        drawn = generator.integers(0, len(sizes), len(sizes))
+        values.append(function(rows_of(drawn)))
+    return np.array(values)
 
 
 def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable], seed: int = 0) -> Estimate:
@@ -190,15 +249,17 @@ def statistic(function: Callable[[np.ndarray], float], units: Sequence[Hashable]
 
 
 def over_seeds(runs: Sequence[Estimate], lowest: float = -math.inf, highest: float = math.inf) -> Estimate:
-    """Estimate the mean of a figure, which lies between `lowest` and `highest`, over `n` runs of different seeds.
+    """Estimate the mean of a metric, which lies between `lowest` and `highest`, over runs of different seeds.
 
-    The interval is Student's over the values, which vary with training and test rows. A single run's figure is kept.
+    The interval is Student's over the runs' values, which vary with the training and with the test rows. `n` is the
+    number of runs. The estimate of a single run is returned as it is: its interval is over rows only.
     """
     if len(runs) == 1:
         return runs[0]
     # A few runs can agree by chance, so the interval is at least as wide as the widest of the runs' own. Those are over
     # rows and do not shrink with the number of runs, because seeds often share their test rows.
-    n, value = len(runs), fmean(run.value for run in runs)
+    n = len(runs)
+    value = fmean(run.value for run in runs)
     half = student_t(n - 1) * stdev(run.value for run in runs) / n**0.5
     below = max([half, *(run.value - run.low for run in runs if run.low is not None)])
     above = max([half, *(run.high - run.value for run in runs if run.high is not None)])

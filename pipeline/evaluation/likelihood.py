@@ -23,20 +23,23 @@ def document_losses(
     """Return the negative log-likelihood of each document in nats, summed over its tokens.
 
     A document longer than the `context` is cut into independent windows of that many tokens. Each begins with the token
-    that begins a document (`bos_token`, or `eos_token` if there is none), so that all others are predicted.
+    that begins a document (`bos_token`, or `eos_token` if there is none), so that all others are predicted:
+
+        tokens                   The fox is red .  It sleeps .
+        windows of 5 tokens      bos The fox is red     bos . It sleeps .
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoded = [tokenizer(text, **options)["input_ids"] for text in texts]
     step = context - 1
-    windows = [
-        (document, [start, *ids[offset : offset + step]])
-        for document, ids in enumerate(encoded)
-        for offset in range(0, len(ids), step)
-    ]
+    windows = []
+    documents = []
+    for document, ids in enumerate(encoded):
+        for offset in range(0, len(ids), step):
+            windows.append(([start, *ids[offset : offset + step]], 1))
+            documents.append(document)
     losses = [0.0] * len(texts)
-    found = sequence_losses(model, tokenizer, [(window, 1) for _, window in windows])
-    for (document, _), loss in zip(windows, found, strict=True):
+    for document, loss in zip(documents, sequence_losses(model, tokenizer, windows), strict=True):
         losses[document] += loss
     return losses
 
@@ -49,24 +52,46 @@ def answer_losses(
     context: int = 512,
     template: Mapping[str, Any] | None = None,
 ) -> list[tuple[float, str]]:
-    """Return the negative log-likelihood of each conversation's last message in nats, and the part that was scored.
+    """Return the negative log-likelihood of each conversation's last message in nats, and the text that was scored.
 
-    Its end-of-turn token is scored as well; tokens beyond the `context` are not. `template`: chat template arguments.
+    Its end-of-turn token is scored as well; tokens beyond the `context` are not, and do not belong to the text.
+
+    Args:
+        model: A causal language model.
+        tokenizer: A tokenizer with a chat template.
+        conversations: Messages that end with the assistant's.
+        context: Length in tokens up to which conversations are scored.
+        template: Arguments of the chat template.
     """
-    tokens, options = special_tokens(tokenizer), dict(template or {})
-    whole = [tokenizer.apply_chat_template(as_text(one, tokens), return_dict=False, **options) for one in conversations]
+    pattern = special_tokens(tokenizer)
+    options = dict(template or {})
+    whole = []
+    for conversation in conversations:
+        messages = as_text(conversation, pattern)
+        whole.append(tokenizer.apply_chat_template(messages, return_dict=False, **options))
     prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations], template)
-    sequences, texts = [], []
+    sequences = []
+    texts = []
     for conversation, ids, prompt in zip(conversations, whole, prompts, strict=True):
         # The prompt and the whole conversation are tokenized separately. The answer begins where they first differ.
-        shared = (place for place, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b)
-        first = max(1, next(shared, min(len(ids), len(prompt))))
+        first = max(1, _common_length(ids, prompt))
         scored = ids[first:context]
-        # A tool call has no text until the template writes it.
-        whole_answer = scored and len(ids) <= context and not conversation[-1].get("tool_calls")
-        texts.append(conversation[-1]["content"] if whole_answer else tokenizer.decode(scored))
         sequences.append((ids[:context], first))
+        is_whole = scored and len(ids) <= context
+        # A tool call has no text until the template writes it.
+        if is_whole and not conversation[-1].get("tool_calls"):
+            texts.append(conversation[-1]["content"])
+        else:
+            texts.append(tokenizer.decode(scored))
     return list(zip(sequence_losses(model, tokenizer, sequences), texts, strict=True))
+
+
+def _common_length(ids: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    length = 0
+    while length < min(len(ids), len(other)) and ids[length] == other[length]:
+        length += 1
+    return length
 
 
 @torch.inference_mode()
@@ -98,11 +123,12 @@ def sequence_losses(
             ids[row, : len(tokens)] = torch.tensor(tokens)
             targets[row, first - 1 : len(tokens) - 1] = torch.tensor(tokens[first:])
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1).float()
-        found = cross_entropy(logits, targets.flatten().to(logits.device), ignore_index=IGNORED, reduction="none")
+        targets = targets.flatten().to(logits.device)
+        of_tokens = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
         # Otherwise these logits would still be in memory when the next ones are computed.
         del logits
         # Summed on the CPU, because not every accelerator has float64.
-        totals = found.view(len(batch), width).cpu().double().sum(1)
+        totals = of_tokens.view(len(batch), width).cpu().double().sum(1)
         for number, total in zip(batch, totals.tolist(), strict=True):
             losses[number] = total
     return losses

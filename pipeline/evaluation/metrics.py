@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from datasets import Features, List, Value
@@ -59,29 +59,35 @@ class Metric(Module):
 
 
 def summarise(outcomes: Iterable[float], seed: int = 0) -> dict[str, Any]:
-    """Return `{"value", "ci95": [low, high], "n", "values"}` of outcomes from 0 to 1, one for each example.
+    """Return what every metric returns, for outcomes from 0 to 1, one for each example.
 
-    That is the estimate of their mean, its interval or None, the number of independent examples, and the outcomes.
+    Returns:
+        `{"value", "ci95": [low, high], "n", "values"}`: the estimate of the mean, its interval (None if it is not
+        known), the number of independent examples, and the outcomes.
     """
     values = list(map(float, outcomes))
     return intervals.outcome_mean(values, seed).to_json() | {"values": values}
 
 
 def bits_per_byte(predictions: Sequence[float], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Total negative log-likelihood over total bytes, independent of the tokenizer; long documents weigh more.
+    """Total negative log-likelihood over total bytes: a long document weighs more than a short one.
 
-    Predictions are the loss of each document in nats, references the documents. The interval is over documents.
+    It does not depend on the tokenizer. Predictions are the loss of each document in nats, references the documents.
+    The interval is bootstrapped over documents.
     """
     sizes = [len(text.encode()) for text in references]
     bits = [loss / math.log(2) for loss in predictions]
-    values = [total / size if size else 0.0 for total, size in zip(bits, sizes, strict=True)]
+    values = []
+    for total, size in zip(bits, sizes, strict=True):
+        values.append(total / size if size else 0.0)
     return intervals.ratio(bits, sizes, seed).to_json() | {"values": values}
 
 
 def instruction_accuracy(predictions: Sequence[str], references: Rows, seed: int = 0) -> dict[str, Any]:
-    """The share of answers that are right by the rule of their row, see `pipeline.rewards.grading`.
+    """The share of answers that are right by the rule of their row: words required and forbidden, length, code tests.
 
-    An answer that runs into the token limit counts if it meets the rule; the stop rate measures whether answers end.
+    `pipeline.rewards.grading` describes the rules. An answer that runs into the token limit counts if it meets the
+    rule; the stop rate measures whether answers end.
     """
     return summarise(grade(predictions, references), seed)
 
@@ -103,13 +109,18 @@ def pass_at_k(
     """The probability that at least one of k sampled answers to a problem is right; only final answers are compared.
 
     Predictions are the sampled answers to each problem, and `rows` the problems with their `answer`. The interval is
-    over problems. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code, arXiv:2107.03374.
+    over problems, never over samples. Source: Chen et al. 2021, Evaluating Large Language Models Trained on Code,
+    arXiv:2107.03374.
     """
     # All answers are graded at once, so each of them needs the row of its problem.
-    row_of = [row for row, answers in zip(rows, predictions, strict=True) for _ in answers]
-    verdicts = iter(grader([answer for answers in predictions for answer in answers], row_of))
-    right = [sum(islice(verdicts, len(answers))) for answers in predictions]
-    shares = (estimate_pass_at_k(len(answers), n, k) for answers, n in zip(predictions, right, strict=True))
+    row_of_answer = []
+    for row, answers in zip(rows, predictions, strict=True):
+        row_of_answer += [row] * len(answers)
+    verdicts = iter(grader(list(chain.from_iterable(predictions)), row_of_answer))
+    shares = []
+    for answers in predictions:
+        correct = sum(islice(verdicts, len(answers)))
+        shares.append(estimate_pass_at_k(len(answers), correct, k))
     return summarise(shares, seed)
 
 
@@ -118,19 +129,28 @@ def majority_vote(
 ) -> dict[str, Any]:
     """The share of problems whose most frequent final answer, among the samples, is right; inputs as for `pass_at_k`.
 
-    Samples without a final answer do not vote. Of answers with equally many votes, the first one drawn counts. Source:
-    Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning, arXiv:2203.11171.
+    Equal numbers are one answer. Samples without a final answer do not vote. Of answers with equally many votes, the
+    first one drawn counts. Source: Wang et al. 2022, Self-Consistency Improves Chain of Thought Reasoning,
+    arXiv:2203.11171.
     """
-    elected = []
-    for answers in predictions:
+    return summarise(grader([elect(answers) for answers in predictions], rows), seed)
+
+
+def elect(answers: Sequence[str]) -> str:
+    """Return the first of `answers` with the most frequent final answer, "" if none has a final answer."""
+    ballots: dict[Any, list[str]] = {}
+    for answer in answers:
+        final = extract_answer(answer)
+        if final is None:
+            continue
         # "1/2" and "0.5" are one answer, so numbers vote as numbers.
-        ballots: dict[Any, list[str]] = {}
-        for answer in answers:
-            if (final := extract_answer(answer)) is not None:
-                value = number(final)
-                ballots.setdefault(normalise_answer(final) if value is None else value, []).append(answer)
-        elected.append(max(ballots.values(), key=len)[0] if ballots else "")
-    return summarise(grader(elected, rows), seed)
+        choice: Any = number(final)
+        if choice is None:
+            choice = normalise_answer(final)
+        ballots.setdefault(choice, []).append(answer)
+    if not ballots:
+        return ""
+    return max(ballots.values(), key=len)[0]
 
 
 class BitsPerByte(Metric):
@@ -165,86 +185,108 @@ class MajorityVote(Metric):
 def estimate_pass_at_k(n: int, correct: int, k: int) -> float:
     """Return the unbiased estimate of pass@k from `n` samples, of which `correct` are right (Chen et al. 2021, eq. 1).
 
-    It is the share of sets of k samples with a right one. Raise a ValueError unless 1 <= k <= n and 0 <= correct <= n.
+    It is the share of all sets of k of the n samples that contain at least one right sample. The plug-in estimate,
+    1 - (1 - correct / n)^k, is too low on average.
+
+    Raises:
+        ValueError: Unless 1 <= k <= n and 0 <= correct <= n.
     """
     if not (1 <= k <= n and 0 <= correct <= n):
         raise ValueError(f"pass@{k} of {correct} right out of {n} samples")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, of_answers: bool = False) -> None:
-    """Record `bits_per_byte` of documents or, `of_answers`, `answer_bits_per_byte` of the last messages of rows."""
+def single_answers(answered: Sequence[Sequence[Completion]]) -> list[Completion]:
+    """Return the only completion of each prompt, of prompts that were answered once."""
+    return [completion for (completion,) in answered]
+
+
+def measure_bits(result: StageResult, chat: ChatModel, rows: Rows, answers_only: bool = False) -> None:
+    """Record `bits_per_byte` of documents or, if `answers_only`, `answer_bits_per_byte` of the last messages of rows.
+
+    The `weight` of an example is the size of its text in bytes.
+    """
     # Scoring more tokens at once would take more memory and hardly change the bits.
     context = min(chat.positions or 1024, 1024)
-    if of_answers:
+    if answers_only:
+        name = "answer_bits_per_byte"
         conversations = [row["messages"] for row in rows]
-        found = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
+        scores = answer_losses(chat.model, chat.tokenizer, conversations, context=context, template=chat.template)
     else:
+        name = "bits_per_byte"
         documents = [row["text"] for row in rows]
-        found = list(zip(document_losses(chat.model, chat.tokenizer, documents, context), documents, strict=True))
+        losses_of_documents = document_losses(chat.model, chat.tokenizer, documents, context)
+        scores = list(zip(losses_of_documents, documents, strict=True))
     # An answer beyond the context is not scored at all.
-    scored = [(row, loss, text) for row, (loss, text) in zip(rows, found, strict=True) if text]
+    scored = [(row, loss, text) for row, (loss, text) in zip(rows, scores, strict=True) if text]
     if scored:
-        kept, losses, texts = zip(*scored, strict=True)
-        bits = bits_per_byte(losses, texts, result.seed)
-        # An example is weighted by the bytes of its text.
+        scored_rows, losses, texts = zip(*scored, strict=True)
         weights = [{"weight": len(text.encode())} for text in texts]
-        result.record(f"{'answer_' * of_answers}bits_per_byte", bits, kept, by_kind=False, extras=weights)
+        bits = bits_per_byte(losses, texts, result.seed)
+        result.record(name, bits, scored_rows, by_kind=False, extras=weights)
 
 
 def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut) -> None:
     """Record `instruction_accuracy` (of gradable answers), `stop_rate` and `mean_length` of greedy answers."""
     rows = held_out.instructions
-    completions = [completion for (completion,) in chat.sample([row["messages"][:-1] for row in rows])]
-    graded = [(row, completion.text) for row, completion in zip(rows, completions, strict=True) if is_gradable(row)]
-    if graded:
-        some, texts = zip(*graded, strict=True)
-        rules = [{column: row[column] for column in RULE_COLUMNS} for row in some]
+    completions = single_answers(chat.sample([row["messages"][:-1] for row in rows]))
+    gradable, texts = [], []
+    for row, completion in zip(rows, completions, strict=True):
+        if is_gradable(row):
+            gradable.append(row)
+            texts.append(completion.text)
+    if gradable:
+        rules = [{column: row[column] for column in RULE_COLUMNS} for row in gradable]
         accuracy = instruction_accuracy(texts, rules)
-        result.record("instruction_accuracy", accuracy, some, extras=[{"answer": text} for text in texts])
+        result.record("instruction_accuracy", accuracy, gradable, extras=[{"answer": text} for text in texts])
     record_ends(result, chat, completions, rows, "mean_length")
 
 
 def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
-    """Record `pass@1`, `step_rate`, `reasoning_length` (greedy), `pass@1_sampled`, `pass@k` and `maj@k`, k = `samples`.
+    """Record how problems are answered, greedily and `samples` times at temperature 1.
 
-    The problems of `sampled_problems` get `samples` answers each, at temperature 1. `maj@k` needs samples that can
-    vote. With tools, also `tool_calls` and, given a `call_cost`, `tool_score`: 1 if an answer is right, minus what its
-    calls cost; without instructions, also `stop_rate`. Problems that only an environment rewards have no right answers.
+    Greedy: `pass@1`, `step_rate`, `reasoning_length`; without instructions, also `stop_rate`. With tools, also
+    `tool_calls` and, given a `call_cost`, `tool_score`. Sampled: see `measure_samples`. Problems that only an
+    environment rewards have no right answers.
     """
-    rows, grader = held_out.problems, held_out.grader
-    completions = [completion for (completion,) in chat.answer(rows)]
+    rows = held_out.problems
+    completions = single_answers(chat.answer(rows))
     answers = [completion.text for completion in completions]
-    right: Sequence[Any] = [None] * len(rows)
+    right: list[bool] | None = None
     if held_out.graded:
-        right = list(map(bool, record_greedy(result, "pass@1", answers, rows, grader)))
+        right = list(map(bool, record_greedy(result, "pass@1", answers, rows, held_out.grader)))
     else:
         result.left_out.append("pass@1: not measured, because the problems lack answers; an environment rewards them")
     result.record("step_rate", step_rate(answers), rows)
     record_ends(result, chat, completions, rows, "reasoning_length")
     if chat.toolbox is not None:
-        calls = [sum(len(one.get("tool_calls") or ()) for one in completion.messages) for completion in completions]
-        result.record("tool_calls", calls, rows, how=intervals.mean)
-        if held_out.graded and all("call_cost" in row for row in rows):
-            scores = [value - called * row["call_cost"] for value, called, row in zip(right, calls, rows, strict=True)]
-            result.record("tool_score", scores, rows, how=intervals.mean)
+        record_calls(result, rows, completions, right)
     record_rewards(result, chat, rows, completions)
     # The report shows the first problem of each kind.
-    for row, completion, value in zip(rows, completions, right, strict=True):
-        if all(trace["kind"] != row["kind"] for trace in result.traces):
-            trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
-            result.traces.append({**trace, "answer": readable(completion), "correct": value})
-    if not held_out.graded:
-        return
+    for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
+        if any(trace["kind"] == row["kind"] for trace in result.traces):
+            continue
+        trace = {"kind": row["kind"], "problem": row["prompt"][-1]["content"], "reference": row.get("answer") or ""}
+        trace |= {"answer": readable(completion), "correct": None if right is None else right[index]}
+        result.traces.append(trace)
+    if held_out.graded:
+        measure_samples(result, chat, held_out, samples)
 
-    some = sampled_problems(rows, samples)
-    sampled = chat.answer(some, samples=samples, temperature=1.0, seed=result.seed)
-    texts = [[completion.text for completion in of_problem] for of_problem in sampled]
-    result.record("pass@1_sampled", pass_at_k(texts, some, 1, grader, result.seed), some)
+
+def measure_samples(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
+    """Record `pass@1_sampled`, `pass@k` and `maj@k` with k = `samples`, of the problems of `sampled_problems`.
+
+    Each gets `samples` answers at temperature 1. `maj@k` needs answers that can vote.
+    """
+    rows = sampled_problems(held_out.problems, samples)
+    completions = chat.answer(rows, samples=samples, temperature=1.0, seed=result.seed)
+    texts = [[completion.text for completion in of_problem] for of_problem in completions]
+    grader = held_out.grader
+    result.record("pass@1_sampled", pass_at_k(texts, rows, 1, grader, result.seed), rows)
     if samples > 1:
-        result.record(f"pass@{samples}", pass_at_k(texts, some, samples, grader, result.seed), some)
+        result.record(f"pass@{samples}", pass_at_k(texts, rows, samples, grader, result.seed), rows)
     if samples > 1 and held_out.can_vote:
-        result.record(f"maj@{samples}", majority_vote(texts, some, grader), some)
+        result.record(f"maj@{samples}", majority_vote(texts, rows, grader), rows)
 
 
 def sampled_problems(rows: Rows, samples: int) -> Rows:
@@ -255,32 +297,58 @@ def sampled_problems(rows: Rows, samples: int) -> Rows:
 def record_greedy(result: StageResult, name: str, answers: Sequence[str], rows: Rows, grader: Grader) -> list[bool]:
     """Record under `name` the share of right answers, one to each problem. Return whether each is right."""
     right = grader(answers, rows)
-    # The report breaks pass@1 down by the length of problems, if their rows have one.
-    lengths = [{"length": row["length"]} if "length" in row else {} for row in rows]
-    extras = [{"answer": text, **length} for text, length in zip(answers, lengths, strict=True)]
+    extras: list[dict[str, Any]] = []
+    for answer, row in zip(answers, rows, strict=True):
+        extra: dict[str, Any] = {"answer": answer}
+        # The report breaks pass@1 down by the length of problems, if their rows have one.
+        if "length" in row:
+            extra["length"] = row["length"]
+        extras.append(extra)
     result.record(name, right, rows, extras=extras)
     return right
+
+
+def record_calls(
+    result: StageResult, rows: Rows, completions: Sequence[Completion], right: Sequence[bool] | None
+) -> None:
+    """Record `tool_calls` and, if the rows have a `call_cost`, `tool_score`.
+
+    The score is 1 if an answer is right, else 0, minus what its calls cost. `right` is None if nobody knows.
+    """
+    calls = [sum(len(turn.get("tool_calls") or ()) for turn in completion.messages) for completion in completions]
+    result.record("tool_calls", calls, rows, how=intervals.mean)
+    if right is not None and all("call_cost" in row for row in rows):
+        scores = [value - number * row["call_cost"] for value, number, row in zip(right, calls, rows, strict=True)]
+        result.record("tool_score", scores, rows, how=intervals.mean)
 
 
 def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions: Sequence[Completion] = ()) -> None:
     """Record `environment_reward`, what environments with a `get_reward` give greedy answers, as in training.
 
-    The opponent also gets the baseline `untouched`: the same environments, in which nothing is called.
+    Without `completions`, the rows are answered. The opponent also gets the baseline `untouched`: the same
+    environments, in which nothing is called.
     """
     toolbox = chat.toolbox
     if toolbox is None or not hasattr(toolbox.environment, "get_reward"):
         return
-    completions = completions or [completion for (completion,) in chat.answer(rows)]
-    played = {"environment_reward": [completion.environment for completion in completions]}
+    if not completions:
+        completions = single_answers(chat.answer(rows))
+    environments = {"environment_reward": [completion.environment for completion in completions]}
     if result.name == result.against:
-        played["untouched/environment_reward"] = [toolbox.environment_of(toolbox.open(row)[1]) for row in rows]
-    for name, environments in played.items():
-        given = [environment.get_reward() for environment in environments]
-        given = [asyncio.run(reward) if inspect.iscoroutine(reward) else reward for reward in given]
-        # None means that the environment has no opinion.
-        known = [(reward, row) for reward, row in zip(given, rows, strict=True) if reward is not None]
-        if known:
-            result.record(name, *zip(*known, strict=True), how=intervals.mean)
+        untouched = [toolbox.environment_of(toolbox.open(row)[1]) for row in rows]
+        environments["untouched/environment_reward"] = untouched
+    for name, played in environments.items():
+        rewards, rewarded_rows = [], []
+        for environment, row in zip(played, rows, strict=True):
+            reward = environment.get_reward()
+            if inspect.iscoroutine(reward):
+                reward = asyncio.run(reward)
+            # None means that the environment has no opinion.
+            if reward is not None:
+                rewards.append(reward)
+                rewarded_rows.append(row)
+        if rewards:
+            result.record(name, rewards, rewarded_rows, how=intervals.mean)
 
 
 def record_ends(result: StageResult, chat: ChatModel, completions: Sequence[Completion], rows: Rows, name: str) -> None:
@@ -298,6 +366,7 @@ def readable(completion: Completion) -> str:
         return dialogue.readable(completion.messages)
     if completion.text.strip():
         return completion.text
+    if len(completion.tokens) <= 1:
+        return "(nothing: it ended at once)"
     # The text is without special tokens; white space is text.
-    tokens = f"{len(completion.tokens)} tokens that are not shown: white space, or special ones"
-    return f"(nothing: {tokens})" if len(completion.tokens) > 1 else "(nothing: it ended at once)"
+    return f"(nothing: {len(completion.tokens)} tokens that are not shown: white space, or special ones)"

@@ -1,7 +1,7 @@
 """Held-out rows that have a copy among the rows that stages train on.
 
 A held-out row is a copy of a training row if all of it occurs there, or 13 words in a row that belong to it alone. Data
-sets often put the same instruction before every row. With 3 words in place of 13:
+sets often put the same instruction before every row. With 3 words instead of 13:
 
     held out      solve this step by step:   carl has six red stamps
     training      solve this step by step:   carl has six blue stamps and two red ones
@@ -13,6 +13,7 @@ sets often put the same instruction before every row. With 3 words in place of 1
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from pipeline.data.overlap import ngrams, texts, words
@@ -41,21 +42,26 @@ class CopySearch:
         # How many different rows of a key contain the short n-grams by which a template is recognised.
         self._in_rows: dict[str, Counter[int]] = defaultdict(Counter)
         for key, row in {(key, tuple(row)) for key, row in self._rows}:
-            self._in_rows[key].update(
-                {hash(gram) for text in row for gram in ngrams(text, _size(text, TEMPLATE_WORDS))}
-            )
+            grams: set[int] = set()
+            for text in row:
+                grams.update(map(hash, ngrams(text, _size(text, TEMPLATE_WORDS))))
+            self._in_rows[key].update(grams)
         # For each n-gram, by its hash: the training prompts with it, or the first of them.
         self._seen: dict[int, set[int]] = {}
         # The lengths of texts of fewer words, by their first word.
         self._short: dict[str, set[int]] = defaultdict(set)
-        for text in {text for _, row in self._rows for text in row if text}:
-            self._seen.update((value, set()) for value in _hashes(text))
+        rows_of_texts = [row for _, row in self._rows]
+        for text in set(chain.from_iterable(rows_of_texts)):
+            if not text:
+                continue
+            for value in _hashes(text):
+                self._seen[value] = set()
             if len(text) < OVERLAP_WORDS:
                 self._short[text[0]].add(len(text))
         # For the rarest n-gram of each whole row, these rows, and where they have it.
         self._anchors: dict[int, list[tuple[tuple[str, ...], int]]] = defaultdict(list)
         wholes = {row[0] for _, row in self._rows if row and row[0]}
-        counts = Counter(value for text in wholes for value in _hashes(text))
+        counts = Counter(chain.from_iterable(map(_hashes, wholes)))
         for text in wholes:
             hashes = list(_hashes(text))
             place = min(range(len(hashes)), key=lambda place: counts[hashes[place]])
@@ -64,14 +70,14 @@ class CopySearch:
 
     def read(self, row: Sequence[str]) -> None:
         """Look for copies in the texts of a training row."""
-        prompt = 0
+        # Several rows may have the same prompt, which is the shortest text of a row.
+        prompt = hash(min(row, key=len, default=""))
         for text in row:
+            # It is the beginning of another text, in which it is found as well.
             if any(other != text and other.startswith(text) for other in row):
                 continue
             tokens = words(text)
             for place, value in self._shared(tokens):
-                # Several rows may have the same prompt, which is the shortest text of a row.
-                prompt = prompt or hash(min(row, key=len))
                 if len(self._seen[value]) <= TEMPLATE_PROMPTS:
                     self._seen[value].add(prompt)
                 for whole, offset in self._anchors.get(value, ()):
@@ -84,17 +90,20 @@ class CopySearch:
         hashes = list(map(hash, ngrams(tokens, OVERLAP_WORDS)))
         # Almost no text shares anything, and `isdisjoint` runs in C.
         if not self._seen.keys().isdisjoint(hashes):
-            yield from ((place, value) for place, value in enumerate(hashes) if value in self._seen)
+            for place, value in enumerate(hashes):
+                if value in self._seen:
+                    yield place, value
         for place, word in enumerate(tokens):
             for size in self._short.get(word, ()):
-                gram = tuple(tokens[place : place + size])
-                if (value := hash(gram)) in self._seen:
+                value = hash(tuple(tokens[place : place + size]))
+                if value in self._seen:
                     yield place, value
 
     def copies(self) -> Iterator[int]:
         """Yield the numbers of the held-out rows of which a copy has been read."""
         for number, (key, row) in enumerate(self._rows):
-            if (row and row[0] in self._contained) or any(self._is_copied(text, key) for text in row if text):
+            contains_whole = bool(row) and row[0] in self._contained
+            if contains_whole or any(self._is_copied(text, key) for text in row if text):
                 yield number
 
     def _is_copied(self, text: tuple[str, ...], key: str) -> bool:
@@ -108,9 +117,8 @@ class CopySearch:
         for place, value in enumerate(hashes):
             if len(self._seen[value]) > TEMPLATE_PROMPTS:
                 of_template[place : place + size] = [True] * size
-        return any(
-            self._seen[value] and not any(of_template[place : place + size]) for place, value in enumerate(hashes)
-        )
+        shared = [place for place, value in enumerate(hashes) if self._seen[value]]
+        return any(not any(of_template[place : place + size]) for place in shared)
 
 
 def _size(text: Sequence[str], most: int = OVERLAP_WORDS) -> int:
@@ -142,22 +150,17 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
     For each kind of data, return the number of `rows`, how many of them are `found`, the number of training rows
     searched (`trained_on`), the `n` consecutive words that must agree and, if any are found, how many `in` which rows.
     """
-    tests: dict[str, list[list[str]]] = {}
-    for key in sorted({key for _, keys in held_out.suspects.values() for key in keys}):
-        column = {"text": "text", "instructions": "messages"}.get(key, "prompt")
-        tests[key] = []
-        for row in getattr(held_out, key):
-            content = row[column]
-            if key != "text":
-                # Many rows share their system message, which does not make them copies.
-                content = [turn for turn in content if turn["role"] != "system"]
-            tests[key].append(texts({"text" if key == "text" else "messages": content}))
-    copies: dict[str, set[int]] = {key: set() for key in tests}
-    found: dict[str, dict[str, Any]] = {
-        key: {"rows": len(rows), "trained_on": 0, "n": OVERLAP_WORDS, "in": {}} for key, rows in tests.items()
-    }
+    keys_of_suspects = [keys for _, keys in held_out.suspects.values()]
+    tests = {key: _texts_of(held_out, key) for key in sorted(set(chain.from_iterable(keys_of_suspects)))}
+    copies: dict[str, set[int]] = {}
+    overlaps: dict[str, dict[str, Any]] = {}
+    for key, rows_of_key in tests.items():
+        copies[key] = set()
+        overlaps[key] = {"rows": len(rows_of_key), "trained_on": 0, "n": OVERLAP_WORDS, "in": {}}
     for name, (part, keys) in held_out.suspects.items():
-        rows = [(key, number) for key in keys for number in range(len(tests[key]))]
+        rows = []
+        for key in keys:
+            rows += [(key, number) for number in range(len(tests[key]))]
         search = CopySearch([(key, tests[key][number]) for key, number in rows])
         searched = 0
         for _, row in part.sample(MOST_SEARCHED):
@@ -165,8 +168,24 @@ def find_overlaps(held_out: HeldOut) -> dict[str, dict[str, Any]]:
             searched += 1
         copied = [rows[place] for place in search.copies()]
         for key in keys:
-            found[key]["trained_on"] += searched
-            if numbers := {number for of, number in copied if of == key}:
+            overlaps[key]["trained_on"] += searched
+            numbers = {number for key_of_row, number in copied if key_of_row == key}
+            if numbers:
                 copies[key] |= numbers
-                found[key]["in"][name] = len(numbers)
-    return {key: {**entry, "found": len(copies[key])} for key, entry in found.items()}
+                overlaps[key]["in"][name] = len(numbers)
+    for key, numbers in copies.items():
+        overlaps[key]["found"] = len(numbers)
+    return overlaps
+
+
+def _texts_of(held_out: HeldOut, key: str) -> list[list[str]]:
+    """Return the texts of each held-out row of a kind of data."""
+    if key == "text":
+        return [texts({"text": row["text"]}) for row in held_out.text]
+    column = "messages" if key == "instructions" else "prompt"
+    rows = []
+    for row in getattr(held_out, key):
+        # Many rows share their system message, which does not make them copies.
+        messages = [turn for turn in row[column] if turn["role"] != "system"]
+        rows.append(texts({"messages": messages}))
+    return rows

@@ -28,7 +28,7 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import first_file, is_divided, is_held_out, keep_rows, row_filter
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError, problems_of
-from pipeline.evaluation.evaluate_yaml import CALLED, Source
+from pipeline.evaluation.evaluate_yaml import Settings, Source
 from pipeline.evaluation.graders import COMPARED
 from pipeline.rewards.grading import validate_rule
 from pipeline.stages import HELD_OUT
@@ -114,17 +114,19 @@ class Reader:
         flags: Those of them that an option of the command names.
     """
 
-    def __init__(self, run: Path, settings: Mapping[str, Any], flags: Collection[str]) -> None:
-        self.run = run
+    def __init__(self, settings: Settings, flags: Collection[str]) -> None:
+        self.run = settings.run
         self.flags = flags
-        self.sources = {key: documents_of(Source(**settings[key])) for key in HELD_OUT if settings.get(key)}
-        self.trained_on = {key: documents_of(Source(**source)) for key, source in settings["trained_on"].items()}
+        sources = {key: settings.requested.source(key) for key in HELD_OUT}
+        self.sources = {key: documents_of(Source(**source)) for key, source in sources.items() if source}
+        trained_on = settings.facts.trained_on
+        self.trained_on = {key: documents_of(Source(**source)) for key, source in trained_on.items()}
         # Of several data sets, a stage is measured on the first.
         measured = {
             key: replace(source, dataset_name=source.dataset_names[0]) for key, source in self.trained_on.items()
         }
         self.named_by_user = {key for key in self.sources if key in flags or self.sources[key] != measured.get(key)}
-        tools = (settings.get(CALLED) or {}).get("problems") or {}
+        tools = settings.facts.called.get("problems") or {}
         self.environment = tools.get("environment")
         self._opened: dict[tuple[str | None, ...], DatasetDict | IterableDatasetDict] = {}
 

@@ -69,7 +69,10 @@ class StageResult:
 
     @classmethod
     def read(cls, path: Path, notes: list[str]) -> StageResult:
-        """Read STAGE.json, which is `path`, and STAGE.jsonl; `notes` takes a line for what is damaged and skipped."""
+        """Read STAGE.json, which is `path`, and STAGE.jsonl next to it. Without these files, the result is empty.
+
+        What is damaged is skipped, and a line about it is appended to `notes`.
+        """
         content = read_json(path, notes)
         result = cls(path.stem, seconds=content.get("seconds"))
         for name, entry in content.get("metrics", {}).items():
@@ -89,7 +92,7 @@ class StageResult:
         return result
 
     def write(self, folder: Path) -> Path:
-        """Write STAGE.jsonl, then STAGE.json, each whole or not at all. Return the path of the latter."""
+        """Write STAGE.jsonl, then STAGE.json, each whole or not at all. Return the path of STAGE.json."""
         path = folder / f"{self.name}.json"
         lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples]
         write_text(path.with_suffix(".jsonl"), "".join(lines))
@@ -113,9 +116,10 @@ class StageResult:
         units: Sequence[Hashable] | None = None,
         extras: Sequence[dict[str, Any]] | None = None,
     ) -> None:
-        """Add a metric (`<baseline>/<metric>` of a baseline): its estimate, also by kind, and the value of each row.
+        """Add a metric: its estimate, also by kind of example, and the value of each row.
 
         Args:
+            name: Name of the metric; that of a baseline is `<baseline>/<metric>`.
             measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
             how: Makes an estimate of values.
@@ -126,11 +130,10 @@ class StageResult:
         if not isinstance(measured, Mapping):
             values = list(map(float, measured))
             measured = how(values, self.seed, units).to_json() | {"values": values}
-        values, kinds = measured["values"], {}
-        names = sorted({row["kind"] for row in rows})
-        for kind in names if by_kind and len(names) > 1 else ():
-            members = [index for index, row in enumerate(rows) if row["kind"] == kind]
-            kinds[kind] = how([values[i] for i in members], units=units and [units[i] for i in members])
+        values = measured["values"]
+        kinds: dict[str, Estimate] = {}
+        if by_kind:
+            kinds = _estimate_kinds(values, rows, how, units)
         self.metrics[name] = replace(Estimate.from_json(measured), by_kind=kinds)
         # Examples are paired by their number and their content, in case the data change between two evaluations.
         for row, value, extra in zip(rows, values, extras or [{}] * len(rows), strict=True):
@@ -140,11 +143,12 @@ class StageResult:
 
     def outcomes(self, metric: str) -> Outcomes:
         """Return the outcome of each example of a metric. A value per byte, for instance, is weighted by its bytes."""
-        return {
-            f"{one['id']} {one.get('row', '')}": (one["value"], one.get("weight", 1.0), str(one.get("kind", "")))
-            for one in self.examples
-            if one["metric"] == metric
-        }
+        outcomes = {}
+        for example in self.examples:
+            if example["metric"] == metric:
+                key = f"{example['id']} {example.get('row', '')}"
+                outcomes[key] = (example["value"], example.get("weight", 1.0), str(example.get("kind", "")))
+        return outcomes
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -152,48 +156,79 @@ class StageResult:
         return list(self.state.get("log_history", []))
 
     def take_baselines(self) -> dict[str, StageResult]:
-        """Move the figures named `<baseline>/<metric>`, with their examples and texts, to results of their own."""
-        found: dict[str, StageResult] = {"": self}
-        metrics, examples, self.metrics, self.examples = self.metrics, self.examples, {}, []
-        # "elicited/pass@1" is the figure `pass@1` of the baseline `elicited`.
-        for figure, estimate in metrics.items():
-            baseline, _, metric = figure.rpartition("/")
-            if baseline not in found:
-                found[baseline] = StageResult(baseline, texts={baseline: self.texts.get(baseline, {})})
-            found[baseline].metrics[metric] = estimate
+        """Move the metrics named `<baseline>/<metric>`, with their examples and texts, to results of their own.
+
+        Return the results by the name of the baseline: `elicited` has the metric `pass@1` of "elicited/pass@1".
+        """
+        # What is not a baseline's stays here.
+        results: dict[str, StageResult] = {"": self}
+        metrics, self.metrics = self.metrics, {}
+        examples, self.examples = self.examples, []
+        for name, estimate in metrics.items():
+            baseline, _, metric = name.rpartition("/")
+            if baseline not in results:
+                results[baseline] = StageResult(baseline, texts={baseline: self.texts.get(baseline, {})})
+            results[baseline].metrics[metric] = estimate
         for example in examples:
             baseline, _, metric = example["metric"].rpartition("/")
-            if baseline in found:
-                found[baseline].examples.append({**example, "metric": metric})
-        del found[""]
-        return found
+            if baseline in results:
+                results[baseline].examples.append({**example, "metric": metric})
+        del results[""]
+        return results
 
     def remarks(self) -> list[str]:
         """Return remarks on truncated answers, on held-out rows in the training data, and on what was not measured."""
-        lines = [
-            f"{key}: {counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
-            for key, counts in self.cut_off.items()
-            if counts.get("cut off")
-        ]
-        lines += [
-            f"{key}: {found['found']} of {found['rows']} held-out rows share {found['n']} words in a row, or all their "
-            f"words, with the {found['trained_on']} training rows looked at{copies_in(found)}"
-            for key, found in self.overlap.items()
-        ]
+        lines = []
+        for key, counts in self.cut_off.items():
+            if counts.get("cut off"):
+                cut = f"{counts['cut off']} of {counts['answers']} answers were cut off at {counts['limit']} tokens"
+                lines.append(f"{key}: {cut}")
+        for key, overlap in self.overlap.items():
+            lines.append(
+                f"{key}: {overlap['found']} of {overlap['rows']} held-out rows share {overlap['n']} words in a row, or "
+                f"all their words, with the {overlap['trained_on']} training rows looked at{copies_in(overlap)}"
+            )
         return lines + self.left_out
 
 
-def copies_in(found: Mapping[str, Any]) -> str:
-    """Return where in the training data copies were found, and how many: ": pairs 32, text 1"."""
-    counts = ", ".join(f"{name} {count}" for name, count in found.get("in", {}).items())
-    return f": {counts}" if counts else ""
+def _estimate_kinds(
+    values: Sequence[float],
+    rows: Sequence[Mapping[str, Any]],
+    how: Callable[..., Estimate],
+    units: Sequence[Hashable] | None,
+) -> dict[str, Estimate]:
+    """Return the estimate of each kind of rows; {} if all are of one kind. Arguments as for `StageResult.record`."""
+    kinds = sorted({row["kind"] for row in rows})
+    if len(kinds) < 2:
+        return {}
+    estimates = {}
+    for kind in kinds:
+        members = [index for index, row in enumerate(rows) if row["kind"] == kind]
+        units_of_members = None
+        if units:
+            units_of_members = [units[index] for index in members]
+        estimates[kind] = how([values[index] for index in members], units=units_of_members)
+    return estimates
+
+
+def copies_in(overlap: Mapping[str, Any]) -> str:
+    """Return where in the training data copies are, and how many: ": pairs 32, text 1"; "" if there are none."""
+    counts = ", ".join(f"{name} {count}" for name, count in overlap.get("in", {}).items())
+    if not counts:
+        return ""
+    return f": {counts}"
 
 
 def format_table(result: StageResult) -> str:
     """Format the metrics, one per line, with the kinds of examples indented below, followed by remarks."""
     lines = [f"{result.name:<30} {'value':>8}  95% interval         n"]
     for name, estimate in result.metrics.items():
-        for label, shown in {name: estimate, **{f"  {kind}": part for kind, part in estimate.by_kind.items()}}.items():
-            ends = " ".join("       " if end is None else f"{end:>7.3f}" for end in (shown.low, shown.high))
-            lines.append(f"{label:<30} {shown.value:>8.3f}  {ends} {shown.n or '':>10}")
+        lines.append(_format_line(name, estimate))
+        for kind, part in estimate.by_kind.items():
+            lines.append(_format_line(f"  {kind}", part))
     return "\n".join([*lines, *result.remarks()])
+
+
+def _format_line(label: str, estimate: Estimate) -> str:
+    ends = ["       " if end is None else f"{end:>7.3f}" for end in (estimate.low, estimate.high)]
+    return f"{label:<30} {estimate.value:>8.3f}  {' '.join(ends)} {estimate.n or '':>10}"

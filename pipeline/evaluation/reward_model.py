@@ -31,9 +31,13 @@ BINS = 10
 def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> float:
     """Return the mean squared gap between confidence and accuracy over equal bins of confidence, weighted by size.
 
-    `margins` are the scores of the preferred answers minus those of the others. If `debiased`, the part of the square
-    that is due to chance in small bins is subtracted (Kumar et al. 2019, "Verified Uncertainty Calibration",
-    arXiv:1909.10155). The result may be negative then, and bins of one pair do not count.
+    The accuracy in a bin of a few pairs is off by chance, so even a calibrated model shows a gap. The debiased estimate
+    subtracts what chance adds to the square (Kumar et al. 2019, "Verified Uncertainty Calibration", arXiv:1909.10155),
+    and may be negative.
+
+    Args:
+        margins: Score of the preferred answer minus the score of the other, shape (pairs,).
+        debiased: Whether to subtract the effect of chance. Bins of one pair do not count then.
     """
     # A choice is right, wrong or, with equal scores, half right; its confidence is sigmoid(|margin|) (Bradley-Terry).
     agrees = (np.sign(margins) + 1) / 2
@@ -54,7 +58,10 @@ def squared_calibration_error(margins: np.ndarray, *, debiased: bool = True) -> 
 
 
 def calibration_error(margins: np.ndarray, units: Sequence[Hashable], seed: int = 0) -> intervals.Estimate:
-    """Estimate the root of `squared_calibration_error`, from 0 to about 0.5, with a bootstrap interval over units."""
+    """Estimate the root of `squared_calibration_error`, from 0 to about 0.5, with a bootstrap interval over units.
+
+    `margins` has shape (pairs,), and `units` the unit of each pair, such as its prompt.
+    """
     squared = squared_calibration_error(margins)
     if len(set(units)) < 2:
         return intervals.Estimate(max(squared, 0.0) ** 0.5, n=len(margins))
@@ -74,10 +81,12 @@ def reward_accuracy(
 ) -> dict[str, Any]:
     """The share of pairs whose preferred answer scores higher; equal scores count one half.
 
-    Predictions are the scores of the preferred answers, references those of the others. `margin`, the mean difference,
-    and `calibration_error` are returned as well. Intervals are over `units`, such as prompts; default: pairs.
+    Predictions are the scores of the preferred answers, references the scores of the others. `margin`, the mean
+    difference, and `calibration_error` are returned as well. The intervals are over `units`, such as the prompts, which
+    several pairs may share. Default: each pair is its own unit.
     """
-    units = range(len(predictions)) if units is None else units
+    if units is None:
+        units = range(len(predictions))
     margins = np.subtract(predictions, references)
     values = ((np.sign(margins) + 1) / 2).tolist()
     return intervals.outcome_mean(values, seed, units).to_json() | {
@@ -105,12 +114,16 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
 
     # Labels are a noisy sample of the annotators' taste. Here, the better answer is what they prefer on average.
     gaps = np.array([(row.get("taste_chosen") or 0.0) - (row.get("taste_rejected") or 0.0) for row in pairs])
-    indifference = load_annotators().INDIFFERENCE if gaps.any() else 0.0
-    if tasted := [i for i, gap in enumerate(gaps) if gap and abs(gap) >= indifference]:
+    different: list[int] = []
+    # Without tastes, there is no need to load the annotators.
+    if gaps.any():
+        different = np.flatnonzero(np.abs(gaps) >= load_annotators().INDIFFERENCE).tolist()
+    if different:
         better_first = np.where(gaps[:, None] > 0, scores, scores[:, ::-1])
-        _record_accuracy(result, "reward_accuracy_noise_free", better_first[tasted], [pairs[i] for i in tasted])
+        rows = [pairs[index] for index in different]
+        _record_accuracy(result, "reward_accuracy_noise_free", better_first[different], rows)
 
-    lengths = np.array([[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in pairs])
+    lengths = np.array([[_words(row["chosen"]), _words(row["rejected"])] for row in pairs])
 
     def correlation(index: np.ndarray) -> float:
         """Return Pearson's correlation of the lengths and scores of some pairs, 0 if either is constant."""
@@ -121,14 +134,23 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
     result.metrics["reward_length_correlation"] = intervals.statistic(correlation, units, result.seed)
 
 
+def _words(answer: Sequence[dict[str, str]]) -> int:
+    """Return the number of words in the last message of an answer."""
+    return len(answer[-1]["content"].split())
+
+
 def measure_people(result: StageResult, rate: Rate, run: Path) -> None:
-    """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on."""
+    """Record `reward_accuracy_people`, the accuracy against the votes of people that the model was not trained on.
+
+    Nothing is recorded if nobody has voted.
+    """
     names = as_list(read_json(run / result.name / "arguments.json").get("dataset_name") or [])
     is_trained = any((Path(name) / VOTES_FILE).is_file() or Path(name).name == VOTES for name in names)
     # If it was trained on votes, only their test split remains; prompts are split by content, alike on every machine.
     votes = valid_votes(read_votes(run / VOTES / VOTES_FILE))
     held_out = [vote for vote in votes if not is_trained or split_of(vote["prompt"]) == "test"]
-    if pairs := [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]:
+    pairs = [{**pair, "id": number} for number, pair in enumerate(as_pairs(held_out))]
+    if pairs:
         _record_accuracy(result, "reward_accuracy_people", _score_both(rate, pairs), pairs)
 
 
@@ -143,5 +165,6 @@ def _record_accuracy(result: StageResult, name: str, scores: np.ndarray, pairs: 
 
 def _score_both(rate: Rate, pairs: Rows) -> np.ndarray:
     """Return the scores of both answers of each pair, shape (pairs, 2), the preferred one first."""
-    sides = [[*row["prompt"], *row[side]] for side in ("chosen", "rejected") for row in pairs]
-    return np.array(rate(sides)).reshape(2, -1).T
+    conversations = [[*row["prompt"], *row["chosen"]] for row in pairs]
+    conversations += [[*row["prompt"], *row["rejected"]] for row in pairs]
+    return np.array(rate(conversations)).reshape(2, -1).T

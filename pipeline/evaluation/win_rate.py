@@ -16,7 +16,7 @@ from datasets import Features
 
 from pipeline.evaluation import intervals
 from pipeline.evaluation.likelihood import sequence_losses
-from pipeline.evaluation.metrics import NUMBER, Metric, summarise
+from pipeline.evaluation.metrics import NUMBER, Metric, single_answers, summarise
 from pipeline.evaluation.parts import Rows
 from pipeline.evaluation.results import StageResult
 from pipeline.files import hash_file
@@ -40,10 +40,14 @@ def win_rate(predictions: Sequence[float], seed: int = 0) -> dict[str, Any]:
 
 def last_sentence_share(predictions: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """The share of answers that end in their most frequent last sentence: 1 if all end in the same one."""
-    # "It is red. Have a nice day!" ends in "have a nice day".
-    last = [re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold() for answer in predictions]
-    ((most, _),) = Counter(last).most_common(1)
-    return summarise((sentence == most for sentence in last), seed)
+    sentences = [last_sentence(answer) for answer in predictions]
+    ((most_frequent, _),) = Counter(sentences).most_common(1)
+    return summarise((sentence == most_frequent for sentence in sentences), seed)
+
+
+def last_sentence(answer: str) -> str:
+    """Return the last sentence of an answer, "have a nice day" of "It is red. Have a nice day!"."""
+    return re.split(r"[.!?]\s+", answer.strip())[-1].rstrip(".!?").casefold()
 
 
 class WinRate(Metric):
@@ -60,49 +64,58 @@ def answer_both(
 ) -> Matches:
     """Let both models answer the prompts, `samples` times at temperature 1 and once greedily.
 
-    The opponent samples with a different seed, so that a model does not always tie with itself.
+    The answers of the opponent may be given, by metric. Otherwise, it samples with a different seed, so that a model
+    does not always tie with itself.
     """
 
     def answer(model: ChatModel, **options: Any) -> Answers:
         completions = model.sample([row["prompt"] for row in rows], **options)
         return [[completion.text for completion in of_prompt] for of_prompt in completions]
 
-    sampled: dict[str, Any] = {"temperature": 1.0, "samples": samples}
-    ours, greedy = answer(chat, seed=2 * seed, **sampled), answer(chat)
+    sampling: dict[str, Any] = {"temperature": 1.0, "samples": samples}
+    ours = answer(chat, seed=2 * seed, **sampling)
+    our_greedy = answer(chat)
     if isinstance(opponent, Mapping):
-        return {"win_rate": (ours, opponent["win_rate"]), "win_rate_greedy": (greedy, opponent["win_rate_greedy"])}
-    theirs = answer(opponent, seed=2 * seed + 1, **sampled)
-    return {"win_rate": (ours, theirs), "win_rate_greedy": (greedy, greedy if opponent is chat else answer(opponent))}
+        theirs, their_greedy = opponent["win_rate"], opponent["win_rate_greedy"]
+    else:
+        theirs = answer(opponent, seed=2 * seed + 1, **sampling)
+        their_greedy = our_greedy if opponent is chat else answer(opponent)
+    return {"win_rate": (ours, theirs), "win_rate_greedy": (our_greedy, their_greedy)}
 
 
 def measure_matches(result: StageResult, matches: Matches, rows: Rows, judge: Judge) -> None:
     """Record `win_rate` and `win_rate_greedy` and, for each, the share of our answers with the same last sentence."""
     for name, (ours, theirs) in matches.items():
         record_wins(result, name, ours, theirs, rows, judge)
-        ends = last_sentence_share([first for first, *_ in ours])
+        ends = last_sentence_share([answers[0] for answers in ours])
         result.record(name.replace("win_rate", "last_sentence_share"), ends, rows, by_kind=False)
 
 
 def measure_distance(result: StageResult, chat: ChatModel, reference: ChatModel, rows: Rows) -> None:
     """Record `kl` and `entropy`, in nats per answer, of one sampled answer to each prompt.
 
-    The means of log p(answer) - log p_reference(answer) and of -log p(answer); none if the reference has other tokens.
+    They are the means of log p(answer) - log p_reference(answer) and of -log p(answer). Nothing is recorded if the
+    tokenizer of the reference has different tokens.
     """
     if chat.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         return
     prompts = chat.encode([row["prompt"] for row in rows])
     # The large seed makes these differ from the samples of the win rate.
     sampled = chat.complete(prompts, chat.max_new_tokens, temperature=1.0, seed=result.seed + 1_000_000)
-    sequences = [([*prompt, *answer.tokens], len(prompt)) for prompt, (answer,) in zip(prompts, sampled, strict=True)]
+    sequences = []
+    for prompt, answer in zip(prompts, single_answers(sampled), strict=True):
+        sequences.append(([*prompt, *answer.tokens], len(prompt)))
+    # -log p(answer) under both models.
     losses = []
     for model in (chat.model, reference.model):
         # The weights remain rounded as for sampling; only the arithmetic becomes exact.
         dtype = model.dtype
         losses.append(sequence_losses(model.float(), chat.tokenizer, sequences))
         model.to(dtype)
-    own, others = losses
-    result.record("kl", [b - a for a, b in zip(own, others, strict=True)], rows, how=intervals.mean)
-    result.record("entropy", own, rows, how=intervals.mean)
+    ours, theirs = losses
+    ratios = [their_loss - our_loss for our_loss, their_loss in zip(ours, theirs, strict=True)]
+    result.record("kl", ratios, rows, how=intervals.mean)
+    result.record("entropy", ours, rows, how=intervals.mean)
 
 
 def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, rows: Rows, judge: Judge) -> None:
@@ -110,34 +123,45 @@ def record_wins(result: StageResult, name: str, ours: Answers, theirs: Answers, 
 
     The outcome of a prompt is the mean of its matches: each answer against the opponent's with the same number.
     """
-    numbers = [number for number, (some, _) in enumerate(zip(ours, theirs, strict=True)) for _ in some]
+    # For each match, the number of its prompt.
+    numbers: list[int] = []
+    for number, answers in enumerate(ours):
+        numbers += [number] * len(answers)
     outcomes = judge.match(list(chain(*ours)), list(chain(*theirs)), [rows[number] for number in numbers])
     of_prompt: dict[int, list[float]] = defaultdict(list)
     for number, outcome in zip(numbers, outcomes, strict=True):
         # People may not have voted on a match yet.
         if outcome is not None:
             of_prompt[number].append(outcome)
-    if missing := sum(outcome is None for outcome in outcomes):
+    missing = sum(outcome is None for outcome in outcomes)
+    if missing:
         result.left_out.append(f"{name}: {missing} of {len(outcomes)} matches have not been judged")
     if not of_prompt:
         return
-    # Keep all answers of the opponent for later evaluations.
-    extras: list[dict[str, Any]] = [
-        {"answer": one[0], "opponent": other[0], **({"answers": one, "opponents": other} if len(one) > 1 else {})}
-        for one, other in ((ours[number], theirs[number]) for number in of_prompt)
-    ]
+    extras = []
+    for number in of_prompt:
+        extra: dict[str, Any] = {"answer": ours[number][0], "opponent": theirs[number][0]}
+        # All answers of the opponent are kept for later evaluations.
+        if len(ours[number]) > 1:
+            extra |= {"answers": ours[number], "opponents": theirs[number]}
+        extras.append(extra)
     wins = win_rate(list(map(fmean, of_prompt.values())), result.seed)
     result.record(name, wins, [rows[number] for number in of_prompt], extras=extras)
 
 
 def fingerprint(model: Path, rows: Rows, **settings: object) -> str:
-    """Return a hash of everything that determines this model's answers to `rows` on one machine, or ""."""
-    # The base model of an adapter, or a model that is not on this disk, may change unnoticed.
+    """Return a hash of everything that determines a model's answers to `rows` on one machine.
+
+    "" for an adapter, whose base model may change elsewhere, and for a model that is not on this disk.
+    """
     if (model / "adapter_config.json").exists() or not model.is_dir():
         return ""
     # Different releases, numbers of threads or kernels may sample other answers from the same weights.
     software = [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest = hashlib.sha256(json.dumps([software, settings, rows], sort_keys=True, default=str).encode())
-    for path in sorted({path for pattern in FILES for path in model.glob(pattern)}):
+    files: set[Path] = set()
+    for pattern in FILES:
+        files.update(model.glob(pattern))
+    for path in sorted(files):
         digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()

@@ -1,10 +1,18 @@
 """Preference data: pairs of answers sampled from a model, each labelled with the preferred one.
 
 The labels come from simulated annotators (`recipes.worlds.pocket.annotators`) or a judge (see `judges.py`).
-The result is a data set in TRL's preference format, which cannot represent ties: they are dropped, and counted in
-README.md. Besides `prompt`, `chosen` and `rejected`, its columns are `annotator` ("judge" for a judge), `first`
-("chosen" or "rejected"), `kind` (of the prompt) and, in the test split only, `taste_chosen` and `taste_rejected`. With
-tools, answers are dialogues, and the column `tools` describes what they may call.
+The result is a data set in Hub layout and in TRL's preference format, one Parquet file per split:
+
+- `prompt`, `chosen`, `rejected`: lists of messages;
+- `annotator`: who labelled the pair, "judge" for a judge;
+- `first`: "chosen" or "rejected", whichever was shown first;
+- `kind`: the kind of the prompt ("" if it has none);
+- `taste_chosen`, `taste_rejected`: the noise-free taste of the annotators, in the test split only and null elsewhere.
+  It is for evaluation; no model may train on it;
+- `tools`: with tools only, where answers are dialogues: what they may call.
+
+The format cannot represent ties: they are dropped, and counted in README.md. The pairs of a split come from the prompts
+of that split. A prompt that also occurs in a held-out split is not used for training.
 """
 
 import json
@@ -15,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +44,7 @@ from pipeline.errors import Problem, UserError, refuse
 from pipeline.errors import collect as collect_problems
 from pipeline.files import check_replaceable
 from pipeline.models.checks import check_model, check_template_arguments
-from pipeline.models.generation import encode_prompts, generate
+from pipeline.models.generation import Completion, encode_prompts, generate
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.tokenizer import special_tokens
 from pipeline.preferences.judges import ANNOTATORS, Judge, load_judge
@@ -90,14 +99,15 @@ class AnswerArguments:
 
     def __post_init__(self) -> None:
         problems = check_ranges(vars(self))
+        arguments = self.chat_template_kwargs
         try:
-            if isinstance(given := self.chat_template_kwargs, str):
-                self.chat_template_kwargs = dict(json.loads(given))
-            elif given is None:
+            if isinstance(arguments, str):
+                self.chat_template_kwargs = dict(json.loads(arguments))
+            elif arguments is None:
                 self.chat_template_kwargs = recorded_template(self.model_name_or_path)
             problems += check_template_arguments(self.chat_template_kwargs)
         except (ValueError, TypeError):
-            problems.append(Problem("chat_template_kwargs", given, "is not a JSON object; correct it"))
+            problems.append(Problem("chat_template_kwargs", arguments, "is not a JSON object; correct it"))
         refuse(*problems)
 
 
@@ -109,13 +119,17 @@ class PreferenceArguments(ToolArguments, AnswerArguments):
 
 
 def collect(args: PreferenceArguments) -> dict[str, Counts]:
-    """Sample on all processes; label and write on the first. Return the counts of each split.
+    """Sample and label on all processes; write on the first.
 
-    Raise a `UserError` if the model, the prompts or the output folder cannot be used, or no pair is left to train on.
+    Returns:
+        The counts of each split, the same on every process.
+
+    Raises:
+        UserError: If the model, the prompts or the output folder cannot be used, or no pair is left to train on.
     """
     state = PartialState(cpu=hardware.accelerator() is None)
-    own_files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
-    refuse(check_replaceable(args.output_dir, own_files, TITLE, args.dataset_name))
+    files = ("README.md", *(f"{split}.parquet" for split in SPLITS))
+    refuse(check_replaceable(args.output_dir, files, TITLE, args.dataset_name))
     judge = load_judge(args.judge)
     splits, counts = label_samples(args, judge)
     if state.is_main_process:
@@ -133,7 +147,8 @@ def write(
     """Write a preference data set, either whole or not at all. `origin` and `judge` are phrases of its card."""
     # `load_dataset` refuses a split without rows.
     filled = [name for name, rows in splits.items() if rows]
-    table = writing.table(["split", *Counts().texts()], [[name, *own.texts().values()] for name, own in counts.items()])
+    lines = [[name, *of_split.texts().values()] for name, of_split in counts.items()]
+    table = writing.table(["split", *Counts().texts()], lines)
     text = CARD.format(origin=origin, judge=judge, table=table)
     schema = writing.DIALOGUES if any("tools" in splits[name][0] for name in filled) else writing.PREFERENCES
     card = writing.card({"default": filled}, text, tags=["preference"])
@@ -143,37 +158,61 @@ def write(
 def label_samples(
     args: AnswerArguments, judge: Judge = ANNOTATORS
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counts]]:
-    """Sample answers on all processes, and label them. Return the pairs and counts of each split on every process."""
+    """Sample answers on all processes, and label them.
+
+    Returns:
+        The labelled pairs and the counts of each split, the same on every process.
+
+    Raises:
+        UserError: If the model or the prompts cannot be used, or no pair is left to train on.
+    """
     state = PartialState(cpu=hardware.accelerator() is None)
     tokenizer = load_tokenizer(args.model_name_or_path, "model_name_or_path")
-    if isinstance(args, PreferenceArguments) and (problems := args.preflight(None, tokenizer, None)):
-        raise UserError(*problems)
+    if isinstance(args, PreferenceArguments):
+        refuse(*args.preflight(None, tokenizer, None))
     prompts = read_prompts(args, special_tokens(tokenizer), judge)
     model, tokenizer = load_model(args.model_name_or_path, "model_name_or_path")
     refuse(*check_model(model.config, tokenizer, args.model_name_or_path, max_new_tokens=args.max_new_tokens))
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
-    chat, shown, called = None, prompts, {}
-    if toolbox := load_toolbox(vars(args), tokenizer):
-        own = {"template": args.chat_template_kwargs, "turns": vars(args)["max_tool_calling_iterations"]}
-        chat = ChatModel(model, tokenizer, args.max_new_tokens, toolbox=toolbox, **own)
-        called = toolbox.template(tokenizer)
-        # What an environment says at first is part of the prompt, as in training.
-        shown = {name: [{**row, "prompt": toolbox.open(row)[0]} for row in rows] for name, rows in prompts.items()}
-    ids = encode(model, tokenizer, shown, args, called)
+    chat = None
+    template: dict[str, Any] = {}
+    shown = prompts
+    toolbox = load_toolbox(vars(args), tokenizer)
+    if toolbox is not None:
+        options = {"template": args.chat_template_kwargs, "turns": vars(args)["max_tool_calling_iterations"]}
+        chat = ChatModel(model, tokenizer, args.max_new_tokens, toolbox=toolbox, **options)
+        template = toolbox.template(tokenizer)
+        shown = {}
+        for name, rows in prompts.items():
+            # What an environment says at first is part of the prompt, as in training.
+            shown[name] = [{**row, "prompt": toolbox.open(row)[0]} for row in rows]
+    # Of dialogues with tools, `chat` encodes the prompts again, and this only checks their lengths.
+    ids = encode(model, tokenizer, shown, args, template)
+
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
-    total, done = sum(map(len, ids.values())), 0
+    total = sum(map(len, ids.values()))
+    answered = 0
     for number, (name, rows) in enumerate(shown.items()):
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         seed = (3 * args.seed + number) * 1_000_000
-        answers = sample_answers(model, tokenizer, (prompts if chat else ids)[name], args, seed, (done, total), chat)
-        done += len(rows)
-        options: dict[str, Any] = {"pairs_per_prompt": args.pairs_per_prompt, "seed": f"{args.seed}/{name}"}
-        options["read"] = json.loads if chat else str
-        splits[name], counts[name] = label_answers(rows, answers, **options, keep_taste=name == "test", judge=judge)
-        for row in splits[name] if chat else ():
-            row["tools"] = json.dumps([get_json_schema(tool) for tool in called["tools"]])
+        asking: Sequence[Any] = ids[name] if chat is None else prompts[name]
+        answers = sample_answers(model, tokenizer, asking, args, seed, (answered, total), chat)
+        answered += len(rows)
+        splits[name], counts[name] = label_answers(
+            rows,
+            answers,
+            pairs_per_prompt=args.pairs_per_prompt,
+            seed=f"{args.seed}/{name}",
+            keep_taste=name == "test",
+            judge=judge,
+            read=str if chat is None else json.loads,
+        )
+        if chat is not None:
+            schemas = json.dumps([get_json_schema(tool) for tool in template["tools"]])
+            for row in splits[name]:
+                row["tools"] = schemas
         logger.info("%-11s %s", name, ", ".join(f"{what} {text}" for what, text in counts[name].texts().items()))
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
@@ -187,44 +226,67 @@ def read_prompts(
     """Read the prompts of each existing split in random order, at most as many as requested.
 
     If a data set has a single split, the rows that all stages hold out become the split `validation`. A prompt that
-    also occurs in a held-out split is not used for training. No prompt may contain the special `tokens` as text.
-    Raise a `UserError` if the prompts cannot be read, or the judge cannot judge answers to them.
+    also occurs in a held-out split is not used for training.
+
+    Args:
+        args: The data set and the number of prompts.
+        tokens: Special tokens, which no prompt may contain as text. None allows any text.
+        judge: Who labels the answers.
+
+    Raises:
+        UserError: If the prompts cannot be read, or the judge cannot judge answers to them.
     """
-    source = DataArguments(**{name: vars(args)[name] for name in ("dataset_name", "dataset_config", "prompt_column")})
-    available = open_source(args.dataset_name, args.dataset_config)
+    splits = _open_prompts(args, tokens)
     # Held-out splits come first, so that training can exclude their prompts.
-    splits: dict[str, Any] = {}
-    if set(available) == {"train"}:
-        train, validation = load_splits(source, "prompt", True, tokens)
-        splits = {"validation": validation, "train": train}
-    else:
-        for own in reversed(SPLITS):
-            if own in available or own == "train":
-                splits[own], _ = load_splits(replace(source, dataset_train_split=own), "prompt", False, tokens)
     held_out: set[str] = set()
     prompts: dict[str, list[dict[str, Any]]] = {}
     limits = {"train": args.max_prompts, "validation": args.max_validation_prompts or args.max_eval_prompts}
     for name, split in splits.items():
         texts = [str(prompt) for prompt in split["prompt"]]
-        kept = [index for index, text in enumerate(texts) if text not in held_out]
-        if len(kept) < len(texts):
-            logger.warning("%-11s omits %d prompts of a held-out split", name, len(texts) - len(kept))
+        indices = [index for index, text in enumerate(texts) if text not in held_out]
+        if len(indices) < len(texts):
+            logger.warning("%-11s omits %d prompts of a held-out split", name, len(texts) - len(indices))
         held_out.update(texts)
         # Shuffled, because data sets are often sorted, and only the first prompts may be used.
-        random.Random(f"{args.seed}/{name}").shuffle(kept)
-        prompts[name] = split.select(kept[: limits.get(name, args.max_eval_prompts)]).to_list()
-        for row in prompts[name]:
-            if fault := validate_rule(row):
-                raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {name}, {fault}; correct it"))
-        if unknown := sum(not judge.can_judge(row) for row in prompts[name]):
-            remedy = f"{unknown} of {len(prompts[name])} prompts of {name} lack {NO_RULES}"
-            raise UserError(Problem("judge", f"nothing, for {args.dataset_name}", remedy))
+        random.Random(f"{args.seed}/{name}").shuffle(indices)
+        prompts[name] = split.select(indices[: limits.get(name, args.max_eval_prompts)]).to_list()
+        _check_prompts(args, name, prompts[name], judge)
     return {name: prompts[name] for name in SPLITS if name in prompts}
 
 
+def _open_prompts(args: AnswerArguments, tokens: re.Pattern[str] | None) -> dict[str, Any]:
+    """Return the splits of the prompts; `train` comes last."""
+    source = DataArguments(args.dataset_name, dataset_config=args.dataset_config, prompt_column=args.prompt_column)
+    available = open_source(args.dataset_name, args.dataset_config)
+    if set(available) == {"train"}:
+        train, validation = load_splits(source, "prompt", True, tokens)
+        return {"validation": validation, "train": train}
+    splits: dict[str, Any] = {}
+    for name in reversed(SPLITS):
+        if name in available or name == "train":
+            splits[name], _ = load_splits(replace(source, dataset_train_split=name), "prompt", False, tokens)
+    return splits
+
+
+def _check_prompts(args: AnswerArguments, split: str, rows: Sequence[Mapping[str, Any]], judge: Judge) -> None:
+    """Raise a `UserError` if a prompt has a rule that cannot be applied, or the judge cannot judge answers to it."""
+    for row in rows:
+        fault = validate_rule(row)
+        if fault:
+            raise UserError(Problem("dataset_name", args.dataset_name, f"in a row of {split}, {fault}; correct it"))
+    without_rule = sum(not judge.can_judge(row) for row in rows)
+    if without_rule:
+        remedy = f"{without_rule} of {len(rows)} prompts of {split} lack {NO_RULES}"
+        raise UserError(Problem("judge", f"nothing, for {args.dataset_name}", remedy))
+
+
 def check_judge(values: Mapping[str, Any]) -> list[Problem]:
-    """Check, before anything is trained, that the judge in a YAML file can be loaded, or suits local data."""
-    name, judge = values.get("dataset_name"), values.get("judge")
+    """Check, before anything is trained, that the judge in a YAML file can be loaded, or suits local data.
+
+    `values` are the fields of the file.
+    """
+    name = values.get("dataset_name")
+    judge = values.get("judge")
     problems: list[Problem] = []
     # A function can be loaded immediately; a reward model may be trained by the run itself.
     if isinstance(judge, str) and ":" in judge:
@@ -233,8 +295,9 @@ def check_judge(values: Mapping[str, Any]) -> list[Problem]:
     elif not judge and isinstance(name, str) and os.path.exists(name):
         # The step itself reports data that cannot be read.
         with suppress(UserError):
-            splits = open_source(name, values.get("dataset_config"))
-            columns = {column for split in splits.values() for column in split.column_names}
+            columns: set[str] = set()
+            for split in open_source(name, values.get("dataset_config")).values():
+                columns.update(split.column_names)
             if not columns.intersection(RULE_COLUMNS):
                 problems.append(Problem("judge", f"nothing, for {name}", f"its prompts lack {NO_RULES}"))
     return problems
@@ -245,21 +308,26 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[Mapping[str, Any]]],
     args: AnswerArguments,
-    called: Mapping[str, Any] | None = None,
+    tools: Mapping[str, Any] | None = None,
 ) -> dict[str, list[list[int]]]:
-    """Return the prompts' token ids by split. Raise a `UserError` if one is refused or leaves no room for an answer."""
-    template = {**vars(args)["chat_template_kwargs"], **(called or {})}
-    asked = {name: [row["prompt"] for row in rows] for name, rows in prompts.items()}
+    """Return the token ids of the prompts of each split; `tools` are further arguments of the chat template.
+
+    Raises:
+        UserError: If the chat template refuses a prompt, or a prompt leaves no room for `max_new_tokens`.
+    """
+    template = {**vars(args)["chat_template_kwargs"], **(tools or {})}
+    encoded: dict[str, list[list[int]]] = {}
     try:
-        encoded = {name: encode_prompts(tokenizer, texts, template) for name, texts in asked.items()}
+        for name, rows in prompts.items():
+            encoded[name] = encode_prompts(tokenizer, [row["prompt"] for row in rows], template)
     except TemplateError as error:
         remedy = f"its chat template refuses a prompt of the data ({error}); correct one of them"
         raise UserError(Problem("model_name_or_path", args.model_name_or_path, remedy)) from None
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(prompt) for split in encoded.values() for prompt in split)
+    longest = max(map(len, chain.from_iterable(encoded.values())))
     if positions is not None and longest + args.max_new_tokens > positions:
-        taken = f"takes {longest} of the model's {positions} tokens of context (max_position_embeddings)"
-        remedy = f"the longest prompt {taken}, which leaves {max(0, positions - longest)}; lower it or shorten prompts"
+        fault = f"takes {longest} of the model's {positions} tokens of context (max_position_embeddings)"
+        remedy = f"the longest prompt {fault}, which leaves {max(0, positions - longest)}; lower it or shorten prompts"
         raise UserError(Problem("max_new_tokens", args.max_new_tokens, remedy))
     return encoded
 
@@ -277,37 +345,62 @@ def sample_answers(
 
     Processes take turns at the batches, and each batch has its own seed, so that the number of processes has no effect
     as long as each has the same number of threads, which affects the order of sums. An answer that contains a special
-    token becomes empty. `progress` has the numbers of prompts answered before and in all splits.
+    token becomes empty: no stage would accept it as data.
 
-    Prompts are token ids, and answers are texts. For a `chat` that calls tools, they are rows and dialogues as JSON.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids or, for a `chat`, rows.
+        args: Settings of the sampling.
+        seed: Seed of the first batch.
+        progress: Numbers of prompts answered before and in all splits, to report.
+        chat: The model with the tools that it may call. None means without tools.
+
+    Returns:
+        The answers to each prompt: texts or, of a `chat`, dialogues as JSON.
     """
     # batch_size counts answers, and a prompt has samples_per_prompt of them.
     size = max(1, args.batch_size // args.samples_per_prompt)
-    tokens = special_tokens(tokenizer)
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    pattern = special_tokens(tokenizer)
+    sampling: dict[str, Any] = {
+        "temperature": args.temperature,
+        "min_p": args.min_p,
+        "samples": args.samples_per_prompt,
+    }
+    lengths: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
+
+    def usable_answer(completion: Completion) -> str:
+        if chat is not None:
+            return _as_json(tokenizer, completion.messages, pattern)
+        if pattern.search(completion.text):
+            return ""
+        return completion.text
 
     def answer(number: int, batch: Sequence[Any]) -> list[list[str]]:
         report_progress(done=progress[0] + number * size, total=progress[1], unit="prompts")
-        sampling: dict[str, Any] = {name: getattr(args, name) for name in ("temperature", "min_p")}
-        sampling["samples"] = args.samples_per_prompt
-        if chat:
+        if chat is not None:
             # Each turn has a seed of its own.
-            dialogues = chat.answer(batch, seed=1000 * (seed + number), **sampling)
-            return [[_as_json(tokenizer, one.messages, tokens) for one in answers] for answers in dialogues]
-        sampling |= {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-        completions = generate(model, tokenizer, batch, seed=seed + number, **sampling)
-        return [[one.text if tokens.search(one.text) is None else "" for one in answers] for answers in completions]
+            completions = chat.answer(batch, seed=1000 * (seed + number), **sampling)
+        else:
+            completions = generate(model, tokenizer, batch, seed=seed + number, **sampling, **lengths)
+        return [list(map(usable_answer, of_prompt)) for of_prompt in completions]
 
-    return take_turns([prompts[start : start + size] for start in range(0, len(prompts), size)], answer)
+    return take_turns(batches, answer)
 
 
 def _as_json(tokenizer: Any, messages: Sequence[Any], tokens: re.Pattern[str]) -> str:
     """Return the JSON of a dialogue, or "" if a row that contains it would not render as the text that PPO scores."""
     prompt = {"role": "user", "content": "-"}
-    # Infinite numbers, which JSON does not have, are refused as well.
-    with suppress(ValueError, TemplateError):
+    try:
         read = read_answer(list(messages), "answer")
         refuse_special_tokens({"chosen": read}, tokens)
+        # Infinite numbers, which JSON does not have, are refused as well.
         text = json.dumps(read, allow_nan=False)
-        texts = {tokenizer.apply_chat_template([prompt, *one], tokenize=False) for one in (messages, read)}
-        return text if len(texts) == 1 else ""
-    return ""
+        sampled = tokenizer.apply_chat_template([prompt, *messages], tokenize=False)
+        written = tokenizer.apply_chat_template([prompt, *read], tokenize=False)
+    except (ValueError, TemplateError):
+        return ""
+    if sampled != written:
+        return ""
+    return text

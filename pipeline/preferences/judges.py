@@ -24,17 +24,21 @@ from pipeline.models.tokenizer import as_text, special_tokens
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
-# Tokens in a batch of conversations to score, padding included.
 BATCH_TOKENS = 8192
-# Answers (texts or messages), their opponents, rows of the prompts -> 1 for a win, 0 a loss, 0.5 a tie, None unknown.
+"""Tokens in a batch of conversations to score, padding included."""
 Match = Callable[[Sequence[Any], Sequence[Any], Sequence[Row]], Sequence[float | None]]
+"""Answers (texts or messages), their opponents, rows -> 1 for a win, 0 for a loss, 0.5 for a tie, None if unknown."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge, with its name for reports. With `needs_rules`, it only judges prompts whose rows have grading rules.
+    """A judge.
 
-    `constants` is the number of prompts, with many matches each, used to choose the text of the baseline `constant`.
+    Attributes:
+        name: How reports name it.
+        match: Judges answers.
+        needs_rules: Whether it only judges prompts whose rows have grading rules.
+        constants: Number of prompts, with many matches each, on which the text of the baseline `constant` is chosen.
     """
 
     name: str
@@ -61,40 +65,67 @@ ANNOTATORS = Judge("annotators who do not know which is which", match_by_taste, 
 
 
 def load_judge(name: str | None) -> Judge:
-    """Load a reward model (folder or Hub id) or `package.module:function` as a judge; None means the annotators."""
+    """Load a judge.
+
+    Args:
+        name: A reward model (folder or Hub id) or `package.module:function`. None means the annotators.
+
+    Raises:
+        UserError: If it cannot be loaded, or is not a reward model.
+    """
     if name is None:
         return ANNOTATORS
     if ":" in name:
-        function = load_function(name, "judge")
-
-        def match(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
-            if "opponents" in inspect.signature(function).parameters:
-                turns = list(map(as_messages, opponents))
-                return [float(outcome or 0.0) for outcome in call_reward(function, answers, rows, opponents=turns)]
-            given = (call_reward(function, texts, rows) for texts in (answers, opponents))
-            return compare(*([float(reward or 0.0) for reward in rewards] for rewards in given))
-
-        return Judge(f"the function {name}", match)
-
+        return Judge(f"the function {name}", _match_by_function(load_function(name, "judge")))
     with user_error_for("judge", name):
         config = load_config(name)
     if not is_reward_model(config):
         raise UserError(Problem("judge", name, "is not a reward model; give one, or package.module:function"))
     model, tokenizer = load_model(name, "judge", reward=True, dtype=torch.float32)
     model.to(hardware.accelerator() or "cpu")
+    return Judge(f"the reward model {name}", _match_by_score(model, tokenizer))
 
-    def match_by_score(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
+
+def _match_by_function(function: Callable[..., Any]) -> Match:
+    """Return what judges by a reward function, which may judge pairs itself."""
+    judges_pairs = "opponents" in inspect.signature(function).parameters
+
+    def match(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
+        if judges_pairs:
+            messages = list(map(as_messages, opponents))
+            return _as_numbers(call_reward(function, answers, rows, opponents=messages))
+        ours = _as_numbers(call_reward(function, answers, rows))
+        theirs = _as_numbers(call_reward(function, opponents, rows))
+        return compare(ours, theirs)
+
+    return match
+
+
+def _as_numbers(rewards: Sequence[float | None]) -> list[float]:
+    """Return rewards as numbers; None, from a function without an opinion, counts as 0."""
+    return [float(reward or 0.0) for reward in rewards]
+
+
+def _match_by_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Match:
+    """Return what judges by the scores of a reward model."""
+
+    def match(answers: Sequence[Any], opponents: Sequence[Any], rows: Sequence[Row]) -> list[float]:
+        conversations = []
+        for row, answer in [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]:
+            conversations.append([*row["prompt"], *as_messages(answer)])
         # Scored together, so that answers in several pairs are scored once.
-        pairs = [*zip(rows, answers, strict=True), *zip(rows, opponents, strict=True)]
-        scores = score(model, tokenizer, [[*row["prompt"], *as_messages(answer)] for row, answer in pairs])
+        scores = score(model, tokenizer, conversations)
         return compare(scores[: len(rows)], scores[len(rows) :])
 
-    return Judge(f"the reward model {name}", match_by_score)
+    return match
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Return 1 where a score is higher than its opponent's, 0 where it is lower, and 0.5 where they are equal."""
-    return [0.5 if one == other else float(one > other) for one, other in zip(ours, theirs, strict=True)]
+    outcomes = []
+    for our_score, their_score in zip(ours, theirs, strict=True):
+        outcomes.append(0.5 if our_score == their_score else float(our_score > their_score))
+    return outcomes
 
 
 def chance(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -112,16 +143,25 @@ def score(
     """Return the reward model's score of each conversation, which ends with the assistant's answer.
 
     Equal conversations are scored once, or they would differ in their last bits. If one exceeds the context, only its
-    end is scored. `batch_tokens` is the number of tokens per batch, with padding.
+    end is scored.
+
+    Args:
+        model: A sequence classifier with one label.
+        tokenizer: A tokenizer with a chat template.
+        conversations: Lists of messages.
+        batch_tokens: Number of tokens per batch, with padding.
     """
     model.eval()
     shares = share_beginnings(model)
-    tokens = special_tokens(tokenizer)
+    pattern = special_tokens(tokenizer)
+    config = model.config.get_text_config()
     # Without a limit, `[-0:]` keeps all tokens.
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    written = (tokenizer.apply_chat_template(as_text(each, tokens), return_dict=False) for each in conversations)
-    encoded = [tuple(ids[-positions:]) for ids in written]
-    pad = model.config.get_text_config().pad_token_id
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    encoded = []
+    for conversation in conversations:
+        ids = tokenizer.apply_chat_template(as_text(conversation, pattern), return_dict=False)
+        encoded.append(tuple(ids[-positions:]))
+    pad = config.pad_token_id
     # Conversations that begin alike are in one batch, or else those of similar length.
     remaining = sorted(set(encoded), key=lambda ids: (0 if shares else len(ids), ids))
     scores: dict[tuple[int, ...], float] = {}
@@ -132,7 +172,12 @@ def score(
         while pad is not None and remaining and (len(batch) + 1) * max(width, len(remaining[-1])) <= batch_tokens:
             batch.append(remaining.pop())
             width = max(width, len(batch[-1]))
-        padded = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=model.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch], device=model.device)
-        scores |= dict(zip(batch, model(input_ids=padded, attention_mask=mask).logits[:, 0].tolist(), strict=True))
+        padded, mask = [], []
+        for ids in batch:
+            padding = width - len(ids)
+            padded.append([*ids, *[pad] * padding])
+            mask.append([1] * len(ids) + [0] * padding)
+        inputs = torch.tensor(padded, device=model.device)
+        logits = model(input_ids=inputs, attention_mask=torch.tensor(mask, device=model.device)).logits
+        scores |= dict(zip(batch, logits[:, 0].tolist(), strict=True))
     return [scores[ids] for ids in encoded]

@@ -15,8 +15,8 @@ from pipeline.rewards.functions import read_texts
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Number of prompts whose answers a judge gets in one call.
 JUDGED_AT_ONCE = 64
+"""Number of prompts whose answers a judge gets in one call."""
 
 
 @dataclass
@@ -38,7 +38,27 @@ class Counts:
 
     def texts(self) -> dict[str, str]:
         """Return every count as text, by name."""
-        return {k: f"{value:.3f}" if isinstance(value, float) else str(value) for k, value in asdict(self).items()}
+        texts = {}
+        for name, value in asdict(self).items():
+            texts[name] = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return texts
+
+
+@dataclass
+class Comparison:
+    """Two answers to a prompt, and which one is preferred.
+
+    Attributes:
+        index: Number of the prompt.
+        shown: The answers, in the order in which they are shown.
+        annotator: Name of who compares them.
+        choice: Place of the preferred answer, 0 or 1; None for a tie.
+    """
+
+    index: int
+    shown: list[str]
+    annotator: str
+    choice: int | None = None
 
 
 def label_answers(
@@ -53,74 +73,131 @@ def label_answers(
 ) -> tuple[list[dict[str, Any]], Counts]:
     """Let the simulated annotators, or a judge, compare the answers to each prompt.
 
-    Rows have a `prompt`, and `kind`, `require`, `reject` and `test` where they exist. Empty and repeated answers are
-    dropped, and at most `pairs_per_prompt` pairs of the others are compared. `seed` decides on pairs, annotators, order
-    and noise. Without `keep_taste`, or with a judge, the columns of the taste are None. `read` turns an answer into
-    what a judge gets and the rows contain: its text or, if the answer is JSON, the messages of a dialogue. Return the
-    labelled pairs, as rows of the data set, and the counts.
+        prompt     answers             comparisons           labels
+        "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
+
+    Args:
+        rows: The prompts: `prompt`, and `kind`, `require`, `reject` and `test` where they exist.
+        answers: The answers to each prompt. Empty and repeated ones are dropped.
+        pairs_per_prompt: Maximum number of pairs of the other answers that are compared.
+        seed: Seed of the pairs, annotators, order and noise.
+        keep_taste: Whether to keep the noise-free taste. Otherwise, and with a judge, its columns are None.
+        judge: Who compares the answers.
+        read: Turns an answer into what a judge gets and the rows contain: its text or, if the answer is JSON, the
+            messages of a dialogue.
+
+    Returns:
+        The labelled pairs, as rows of the data set, and the counts.
     """
-    # prompt     answers             comparisons           labels
-    # "fox?"     A, B, "", A, C  ->  A or B, C or A   ->   chosen B, rejected A; the second is a tie, and dropped
     annotators = load_annotators()
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
-    # Index of the prompt's row, two answers in the order shown, and who compares them.
-    comparisons: list[tuple[int, list[str], str]] = []
-    # For each comparison, the index of the preferred answer; None for a tie.
-    choices: list[int | None] = []
+    comparisons: list[Comparison] = []
     # How the annotators see each answer to a prompt; empty with a judge.
-    seen: list[dict[str, Any]] = []
+    components: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
-        distinct = list(dict.fromkeys(text for answer in candidates if (text := answer.strip())))
+        distinct = _distinct_answers(candidates)
         counts.dropped += len(candidates) - len(distinct)
-        texts = zip(distinct, read_texts([read(answer) for answer in distinct], {})[0], strict=True)
-        seen.append({answer: annotators.judge_components(text, row) for answer, text in texts if judge is ANNOTATORS})
-        # Each row has its own generator, so that the answers to one prompt do not influence the labels of another. A
-        # judge compares the same pairs, because the draws are the same with and without one.
+        components.append({})
+        if judge is ANNOTATORS:
+            texts, _ = read_texts([read(answer) for answer in distinct], {})
+            for answer, text in zip(distinct, texts, strict=True):
+                components[index][answer] = annotators.judge_components(text, row)
+        # Each row has its own generator, so that the answers to one prompt do not influence the labels of another.
         rng = random.Random(f"{seed}/{index}")
-        pairs = list(itertools.combinations(distinct, 2))
-        for pair in rng.sample(pairs, min(pairs_per_prompt, len(pairs))):
-            shown = rng.sample(pair, 2)
-            annotator = rng.choice(annotators.PANEL)
-            comparisons.append((index, shown, annotator.name if judge is ANNOTATORS else "judge"))
-            if judge is ANNOTATORS:
-                first, second = (annotator.weigh(seen[index][answer]) for answer in shown)
-                choices.append(annotators.choose(annotator, first, second, rng))
+        comparisons += _draw_comparisons(index, distinct, components[index], pairs_per_prompt, rng)
     if judge is not ANNOTATORS:
+        _let_judge_choose(judge, comparisons, rows, read)
 
-        def match(_: int, asked: Sequence[tuple[int, list[str], str]]) -> Sequence[float | None]:
-            first, second = ([read(shown[side]) for _, shown, _ in asked] for side in (0, 1))
-            return judge.match(first, second, [rows[index] for index, _, _ in asked])
-
-        # The calls are independent of the number of processes.
-        groups = itertools.groupby(comparisons, key=lambda comparison: comparison[0] // JUDGED_AT_ONCE)
-        # Index of the preferred answer, by the outcome for the one that was shown first.
-        preferred: dict[float | None, int] = {1.0: 0, 0.0: 1}
-        choices = [preferred.get(outcome) for outcome in take_turns([list(group) for _, group in groups], match)]
     labelled: list[dict[str, Any]] = []
     agreements: list[bool] = []
-    for (index, shown, name), choice in zip(comparisons, choices, strict=True):
-        if choice is None:
+    for comparison in comparisons:
+        if comparison.choice is None:
             continue
-        row, components = rows[index], seen[index]
-        pair = shown[choice], shown[1 - choice]
-        tastes = [annotators.mean_taste(components[answer]) for answer in pair if components]
-        if tastes and abs(tastes[0] - tastes[1]) >= annotators.INDIFFERENCE:
-            agreements.append(tastes[0] > tastes[1])
-        kept = tastes if tastes and keep_taste else (None, None)
-        about: dict[str, Any] = {"annotator": name, "kind": row.get("kind") or "", "chosen_first": choice == 0}
-        labelled.append(labelled_pair(row["prompt"], read(pair[0]), read(pair[1]), **about, tastes=kept))
-    counts.compared, counts.pairs = len(comparisons), len(labelled)
+        row = rows[comparison.index]
+        chosen = comparison.shown[comparison.choice]
+        rejected = comparison.shown[1 - comparison.choice]
+        tastes: tuple[float | None, float | None] = (None, None)
+        if judge is ANNOTATORS:
+            taste_chosen = annotators.mean_taste(components[comparison.index][chosen])
+            taste_rejected = annotators.mean_taste(components[comparison.index][rejected])
+            if abs(taste_chosen - taste_rejected) >= annotators.INDIFFERENCE:
+                agreements.append(taste_chosen > taste_rejected)
+            if keep_taste:
+                tastes = (taste_chosen, taste_rejected)
+        pair = labelled_pair(
+            row["prompt"],
+            read(chosen),
+            read(rejected),
+            annotator=comparison.annotator,
+            chosen_first=comparison.choice == 0,
+            kind=row.get("kind") or "",
+            tastes=tastes,
+        )
+        labelled.append(pair)
+    counts.compared = len(comparisons)
+    counts.pairs = len(labelled)
     counts.ties = counts.compared - counts.pairs
-    counts.agreement = sum(agreements) / len(agreements) if agreements else None
+    if agreements:
+        counts.agreement = sum(agreements) / len(agreements)
     return labelled, counts
+
+
+def _distinct_answers(answers: Sequence[str]) -> list[str]:
+    """Return the different answers without the white space around them, in order; not the empty one."""
+    stripped = [answer.strip() for answer in answers]
+    return list(dict.fromkeys(answer for answer in stripped if answer))
+
+
+def _draw_comparisons(
+    index: int, answers: Sequence[str], components: Mapping[str, Any], most: int, rng: random.Random
+) -> list[Comparison]:
+    """Draw pairs of the answers to a prompt, at most this many, and the annotator who compares each.
+
+    With the `components` of the answers, the annotator chooses; otherwise a judge will, and gets the same pairs.
+    """
+    annotators = load_annotators()
+    pairs = list(itertools.combinations(answers, 2))
+    comparisons = []
+    for pair in rng.sample(pairs, min(most, len(pairs))):
+        shown = rng.sample(pair, 2)
+        annotator = rng.choice(annotators.PANEL)
+        if components:
+            first, second = (annotator.weigh(components[answer]) for answer in shown)
+            comparisons.append(
+                Comparison(index, shown, annotator.name, annotators.choose(annotator, first, second, rng))
+            )
+        else:
+            comparisons.append(Comparison(index, shown, "judge"))
+    return comparisons
+
+
+def _let_judge_choose(
+    judge: Judge, comparisons: Sequence[Comparison], rows: Sequence[Mapping[str, Any]], read: Callable[[str], Any]
+) -> None:
+    """Set the choice of each comparison, on every process."""
+
+    def match(_: int, group: Sequence[Comparison]) -> Sequence[float | None]:
+        first = [read(comparison.shown[0]) for comparison in group]
+        second = [read(comparison.shown[1]) for comparison in group]
+        return judge.match(first, second, [rows[comparison.index] for comparison in group])
+
+    # The calls are independent of the number of processes.
+    groups = itertools.groupby(comparisons, key=lambda comparison: comparison.index // JUDGED_AT_ONCE)
+    outcomes = take_turns([list(group) for _, group in groups], match)
+    # Place of the preferred answer, by the outcome for the one that was shown first.
+    places: dict[float | None, int] = {1.0: 0, 0.0: 1}
+    for comparison, outcome in zip(comparisons, outcomes, strict=True):
+        comparison.choice = places.get(outcome)
 
 
 def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:
     """Let the processes take turns at batches, and return the results in order on every process.
 
-    `work` takes the number of a batch and the batch. The second of three processes works on the batches 1, 4, 7, …
+    `work` gets the number of a batch and the batch. The second of three processes works on the batches 1, 4, 7, …
     """
     state = PartialState()
-    turns = range(state.process_index, len(batches), state.num_processes)
-    done = [(number, list(work(number, batches[number]))) for number in turns]
-    return [result for _, results in sorted(gather_object(done)) for result in results]
+    results = []
+    for number in range(state.process_index, len(batches), state.num_processes):
+        results.append((number, list(work(number, batches[number]))))
+    in_order = sorted(gather_object(results))
+    return list(itertools.chain.from_iterable(result for _, result in in_order))

@@ -16,7 +16,7 @@ from pipeline.config.recipe_folder import find_shipped
 from pipeline.config.yaml_file import read_yaml
 from pipeline.data.votes import VOTES_FILE
 from pipeline.errors import Problem, UserError, refuse
-from pipeline.evaluation.evaluate_yaml import BASE, VOTES, complete, derive, named_code
+from pipeline.evaluation.evaluate_yaml import BASE, VOTES, RunFacts, complete, named_code, to_record
 from pipeline.evaluation.evaluate_yaml import FILE as EVALUATE
 from pipeline.files import as_list, check_directory, relocate, split_revision
 from pipeline.runner.records import TRASH
@@ -381,7 +381,8 @@ def _evaluation_settings(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Any
     """Return the settings of all evaluations: evaluate.yaml, completed from the stages' settings."""
     home = recipe.home
     content = relocate(recipe.evaluation, home, home)
-    settings = complete(content, derive([(step.output.name, step.kind, step.values) for step in steps], home))
+    facts = RunFacts.of_stages([(step.output.name, step.kind, step.values) for step in steps], home)
+    settings = to_record(complete(content, facts), facts)
     problems: list[Problem] = []
     outputs = [home / step.output.name for step in steps]
     for key in ("judge", *HELD_OUT):

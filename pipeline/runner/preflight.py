@@ -36,7 +36,8 @@ def check_steps(
     user's files are not opened.
     """
     # These imports take seconds.
-    from pipeline.evaluation.evaluate_yaml import check
+    from pipeline.evaluation.checks import check
+    from pipeline.evaluation.evaluate_yaml import from_record
     from pipeline.launch import quiet_libraries
     from pipeline.models.checks import check_lengths
 
@@ -64,7 +65,7 @@ def check_steps(
     if not evaluations:
         return problems
     values = evaluations[0].values
-    problems += check(values, "evaluate.yaml: ")
+    problems += check(*from_record(values), "evaluate.yaml: ")
     if data:
         problems += _check_measured_data(values)
     limit = values.get("max_new_tokens")

@@ -3,7 +3,6 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +10,15 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pipeline.evaluation.baselines import (
-    answer_begun,
+    Elicitation,
+    elicit_answers,
     find_constant,
     measure_best_of,
     measure_constant,
     measure_reasoning,
 )
-from pipeline.evaluation.evaluate_yaml import check, complete, derive
+from pipeline.evaluation.checks import check
+from pipeline.evaluation.evaluate_yaml import RunFacts, complete
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.metrics import ChatModel
 from pipeline.evaluation.results import StageResult
@@ -89,10 +90,11 @@ def test_answers_begun_with_their_own_beginning_are_the_same_answers() -> None:
         words = answer.split()
         assert len(words) > 3, "otherwise nothing is compared"
         for begun in range(1, len(words)):
-            assert answer_begun(chat, [row], " ".join(words[:begun])) == [answer]
-    others = answer_begun(chat, problems, "five four three")
+            assert elicit_answers(chat, [row], Elicitation("", " ".join(words[:begun]))) == [answer]
+    way = Elicitation("", "five four three")
+    others = elicit_answers(chat, problems, way)
     assert all(answer.startswith("five four three") and len(answer.split()) <= 8 for answer in others)
-    assert answer_begun(chat, problems[:1], "five four three") == others[:1], "whatever else is in the batch"
+    assert elicit_answers(chat, problems[:1], way) == others[:1], "whatever else is in the batch"
 
 
 def problems(wanted: str) -> list[dict[str, Any]]:
@@ -150,8 +152,9 @@ def test_the_answer_with_the_highest_score_is_the_best_of_several() -> None:
 
 @pytest.mark.parametrize(("best_of", "wrong"), [(4, []), (0, []), ([4, 16], []), (-1, [-1]), ([0, 4, 5000], [0, 5000])])
 def test_numbers_of_answers_that_cannot_be_sampled_are_refused(best_of: Any, wrong: list[int]) -> None:
-    settings = complete({"best_of": best_of}, derive([], Path("runs/mine")))
-    assert [problem.value for problem in check(settings) if problem.field == "best_of"] == wrong
+    facts = RunFacts("runs/mine")
+    content = complete({"best_of": best_of}, facts)
+    assert [problem.value for problem in check(content, facts) if problem.field == "best_of"] == wrong
 
 
 def test_worked_answers_begin_as_the_elicited_ones_do() -> None:

@@ -388,12 +388,9 @@ def test_pairs_in_any_format_measure_the_same(run):
         (["RUN", "--stage", "0_random", "--samples", "-1"], "--samples: -1: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--limit", "0"], "--limit: 0: must be a number of at least 1"),
         (["RUN", "--stage", "0_random", "--samples", "0"], "--samples: 0: must be a number of at least 1"),
-        *(
-            (
-                ["RUN", "--stage", "0_random", name, "DATA/preferences/test.parquet"],
-                "--answer_column: answer: does not exist; choose from:",
-            )
-            for name in ("--problems", "--reasoning")
+        (
+            ["RUN", "--stage", "0_random", "--problems", "DATA/preferences/test.parquet"],
+            "--answer_column: answer: does not exist; choose from:",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.columns import Kind
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import complete, derive
+from pipeline.evaluation.evaluate_yaml import RunFacts, Settings, complete, find_settings
 from pipeline.evaluation.held_out import HeldOut, read_held_out
 from pipeline.stages import HELD_OUT
 from tests.helpers.files import write_rows
@@ -40,6 +40,12 @@ def row(number: int, fault: str) -> dict[str, Any]:
         "rejected": {"equal": chosen, "empty": ""}.get(fault, rejected),
         "source": "ab"[number // 3 % 2],
     }
+
+
+def settings_of(run: Path, stages: list[tuple[str, str, dict[str, Any]]], content: dict[str, Any]) -> Settings:
+    """Return how a run of these stages is measured if its evaluate.yaml has this content."""
+    facts = RunFacts.of_stages(stages, run)
+    return find_settings(run, complete(content, facts), facts)
 
 
 def lay(folder: Path, layout: str, rows: list[dict[str, Any]]) -> str | list[str]:
@@ -104,9 +110,9 @@ def test_no_row_is_both_trained_on_and_measured(
     order = [
         (f"{number}_{kind}", kind, options) for number, (kind, options) in enumerate(zip(kinds, values, strict=True))
     ]
-    recipe = complete(content, derive(order, folder / "run"))
+    recipe = settings_of(folder / "run", order, content)
     try:
-        measured: HeldOut | None = read_held_out(folder / "run", recipe, (), baselines=False)
+        measured: HeldOut | None = read_held_out(recipe, (), baselines=False)
     except UserError:
         # For instance, a stage trains on all rows of the data that evaluate.yaml names.
         measured = None
@@ -118,8 +124,8 @@ def test_no_row_is_both_trained_on_and_measured(
 def test_pairs_that_say_nothing_do_not_move_the_rows_that_are_held_out(tmp_path: Path, key: str) -> None:
     path = write_rows(tmp_path / "pairs.jsonl", [row(i, "" if i % 9 else "equal") for i in range(1000)])
     trained, held_out = load_splits(DataArguments(path), "preference", evaluation=True)
-    recipe = complete({key: path}, derive([("3_dpo", "dpo", {"dataset_name": path})], tmp_path / "run"))
-    measured = numbers_in(getattr(read_held_out(tmp_path / "run", recipe, (), baselines=False), key))
+    recipe = settings_of(tmp_path / "run", [("3_dpo", "dpo", {"dataset_name": path})], {key: path})
+    measured = numbers_in(getattr(read_held_out(recipe, (), baselines=False), key))
     assert measured and not measured & numbers_in(trained)
     assert measured >= numbers_in(held_out), "the same rows"
 
@@ -144,8 +150,8 @@ def test_a_stage_that_an_earlier_release_trained_on_other_rows_is_named(
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"steps": {"3_reward": step}}))
-    recipe = complete({}, derive([("3_reward", "reward", values)], run))
-    remarks = read_held_out(run, recipe, (), baselines=False).remarks
+    recipe = settings_of(run, [("3_reward", "reward", values)], {})
+    remarks = read_held_out(recipe, (), baselines=False).remarks
     assert len(remarks) == is_said and all("3_reward: an earlier release" in remark for remark in remarks)
 
 
@@ -154,6 +160,6 @@ def test_a_test_split_that_is_the_training_split_does_not_change_what_is_held_ou
     path = write_rows(tmp_path / "rows.jsonl", [row(i, "") for i in range(60)])
     values = {"dataset_name": path, "dataset_test_split": "train"}
     train, _ = load_splits(DataArguments(**values), "preference", evaluation=False)
-    recipe = complete({}, derive([("3_reward", "reward", values)], tmp_path / "run"))
-    measured = numbers_in(read_held_out(tmp_path / "run", recipe, (), baselines=False).pairs)
+    recipe = settings_of(tmp_path / "run", [("3_reward", "reward", values)], {})
+    measured = numbers_in(read_held_out(recipe, (), baselines=False).pairs)
     assert measured == {0, 20, 40} and not measured & numbers_in(train)

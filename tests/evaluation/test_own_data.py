@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,18 @@ from pipeline.data.arguments import DataArguments
 from pipeline.data.splits import load_splits
 from pipeline.errors import UserError
 from pipeline.evaluation import metrics
-from pipeline.evaluation.evaluate_yaml import Source, check, complete, derive, recorded, template_arguments
+from pipeline.evaluation.checks import check
+from pipeline.evaluation.evaluate_yaml import (
+    EvaluationArguments,
+    RunFacts,
+    Settings,
+    Source,
+    complete,
+    find_settings,
+    from_record,
+    read_record,
+    to_record,
+)
 from pipeline.evaluation.held_out import read_held_out
 from pipeline.evaluation.parts import Part, Reader
 from pipeline.models.generation import Completion
@@ -54,8 +66,8 @@ def write_stage(run: Path, stage: str, seed: int = 0, **arguments: Any) -> None:
 @pytest.mark.parametrize("value", [2024, 1.5, True, [2024], [[2024]], {"a": 1}, [None], [{"a": 1}]])
 def test_values_of_a_wrong_type_are_left_to_the_check_of_their_step(value: object) -> None:
     values = dict.fromkeys(("model_name_or_path", "dataset_name", "reward_funcs", "reward_model_path"), value)
-    derived = derive([("2_sft", "sft", values), ("3_ppo", "ppo", values), ("4_grpo", "grpo", values)], Path("r"))
-    assert set(derived["trained_on"]) > {"instructions", "problems"}
+    stages = [("2_sft", "sft", values), ("3_ppo", "ppo", values), ("4_grpo", "grpo", values)]
+    assert set(RunFacts.of_stages(stages, Path("r")).trained_on) > {"instructions", "problems"}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "jsonl.gz"])
@@ -359,16 +371,29 @@ def test_settings_say_with_which_template_arguments_stages_are_asked(run: Path) 
         ("3_ppo", "ppo", own),
         ("4_grpo", "grpo", {**own, "chat_template_kwargs": '{"quick": true}'}),
     ]
-    settings = complete({}, derive(stages, Path("runs/x")))
-    asked = [template_arguments(settings, stage, key) for stage in ("2_sft", "4_grpo") for key in ANSWERED]
-    assert asked == [{}, {"quick": True}, {}] + [{"quick": True}] * 3
-    assert complete({}, derive(stages[:2], Path("runs/x")))["chat_template_kwargs"] is None, "as in earlier records"
-    # The record of an earlier release lacks the key, which the arguments of the stages still tell.
-    old = {name: value for name, value in settings.items() if name != "chat_template_kwargs"} | {"limit": 7}
-    (run / "run.json").write_text(json.dumps({"steps": {"evaluate_2_sft": {"values": old}}}))
+    facts = RunFacts.of_stages(stages, Path("runs/x"))
+    templates = [facts.template_for(stage, key) for stage in ("2_sft", "4_grpo") for key in ANSWERED]
+    assert templates == [{}, {"quick": True}, {}] + [{"quick": True}] * 3
+    without = RunFacts.of_stages(stages[:2], Path("runs/x"))
+    assert without.to_record()["chat_template_kwargs"] is None, "as in earlier records"
+    # A record may lack the key, which the arguments of the stages still tell.
+    record = to_record(complete({"limit": 7}, facts), facts)
+    del record["chat_template_kwargs"]
+    (run / "run.json").write_text(json.dumps({"steps": {"evaluate_2_sft": {"values": record}}}))
     write_stage(run, "4_grpo", **own, chat_template_kwargs={"quick": False})
-    found = recorded(run, "2_sft")
-    assert found == old | {"chat_template_kwargs": {"4_grpo": {"quick": False}, "problems": {"quick": False}}}
+    templates = {"4_grpo": {"quick": False}, "problems": {"quick": False}}
+    assert to_record(*read_record(run, "2_sft")) == record | {"chat_template_kwargs": templates}
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    facts = RunFacts.of_stages(STAGES, Path("runs/x"))
+    for content in ({}, {"limit": 3, "problems": "q.jsonl", "pairs": None, "against": "1_pretrain"}):
+        record = to_record(complete(content, facts), facts)
+        read = from_record(json.loads(json.dumps(record)))
+        assert to_record(*read) == record
+        (tmp_path / "run.json").write_text(json.dumps({"steps": {"evaluate_2_sft": {"values": record}}}))
+        assert read_record(tmp_path, "4_grpo") == read
+    assert set(record) <= {item.name for kind in (EvaluationArguments, RunFacts) for item in fields(kind)}
 
 
 def test_named_data_without_the_system_prompt_of_training_are_warned_of(
@@ -376,14 +401,15 @@ def test_named_data_without_the_system_prompt_of_training_are_warned_of(
 ) -> None:
     questions = write_rows(tmp_path / "problems.jsonl", FRENCH)
     write_stage(run, "4_grpo", dataset_name=questions, prompt_column="question", system_prompt="Réfléchis.")
-    settings = complete({}, recorded(run, "4_grpo"))
+    _, facts = read_record(run, "4_grpo")
     columns = {"dataset_name": write_rows(tmp_path / "others.jsonl", FRENCH), "prompt_column": "question"}
     for given, warned in ({}, True), ({"system_prompt": "Pense."}, False):
         caplog.clear()
-        read_held_out(run, complete({"problems": columns | given}, settings), ["problems"], baselines=False)
+        content = complete({"problems": columns | given}, facts)
+        read_held_out(find_settings(run, content, facts), ["problems"], baselines=False)
         assert ("was trained with 'Réfléchis.'" in caplog.text) is warned
     caplog.clear()
-    read_held_out(run, settings, [], baselines=False)
+    read_held_out(find_settings(run, complete({}, facts), facts), [], baselines=False)
     assert "Réfléchis" not in caplog.text
 
 
@@ -443,7 +469,8 @@ def test_only_a_sample_of_a_large_split_is_read() -> None:
 
 
 def test_rows_that_training_leaves_out_of_a_data_set_of_the_hub_are_not_measured(tmp_path: Path) -> None:
-    data, reader = Dataset.from_dict({"text": ["one", None, "three"]}), Reader(tmp_path, {"trained_on": {}}, ())
+    data = Dataset.from_dict({"text": ["one", None, "three"]})
+    reader = Reader(Settings(tmp_path, EvaluationArguments(), RunFacts(str(tmp_path))), ())
     found = reader.read("text", Part(data, Source("someone/texts"), "someone/texts"), 10)
     assert [(row["id"], row["text"]) for row in found] == [(0, "one"), (2, "three")]
     with pytest.raises(UserError, match="row 1: the text is None; correct or remove that row"):
@@ -474,13 +501,14 @@ def test_text_is_cut_as_the_stage_that_trained_on_it_cut_it(
     (tmp_path / "1_pretrain").mkdir()
     values = {"dataset_name": "novel.txt", "output_dir": str(tmp_path / "1_pretrain"), **saved}
     (tmp_path / "1_pretrain" / "arguments.json").write_text(json.dumps(values))
-    settings = recorded(tmp_path, "1_pretrain")
-    assert settings["text"] == settings["trained_on"]["text"]
-    assert settings["text"].get("document") == measured
+    content, facts = read_record(tmp_path, "1_pretrain")
+    assert content["text"] == facts.trained_on["text"]
+    assert content["text"].get("document") == measured
 
 
 def test_settings_follow_from_the_stages() -> None:
-    settings = complete({"limit": 3, "problems": "q.jsonl", "pairs": None}, derive(STAGES, Path("runs/x")))
+    facts = RunFacts.of_stages(STAGES, Path("runs/x"))
+    settings = to_record(complete({"limit": 3, "problems": "q.jsonl", "pairs": None}, facts), facts)
     assert settings["text"] == {"dataset_name": "novel.txt", "validation_share": 0.05}
     assert settings["instructions"]["dataset_name"] == "more.jsonl", "those of the last stage of instruction tuning"
     assert settings["against"] == "2_sft_more" and settings["base"] is None
@@ -494,15 +522,16 @@ def test_settings_follow_from_the_stages() -> None:
 def test_a_model_that_no_stage_makes_is_the_base() -> None:
     stages = [("3_ppo", "ppo", {"dataset_name": "p", "model_name_or_path": "org/model"})]
     stages += [("4_grpo", "grpo", {"dataset_name": "q", "model_name_or_path": "runs/x/3_ppo"})]
-    derived = derive(stages, Path("runs/x"))
-    assert derived["base"] == "org/model" and derived["against"] == "0_base"
+    facts = RunFacts.of_stages(stages, Path("runs/x"))
+    assert facts.base == "org/model" and facts.against == "0_base"
 
 
 def test_everything_that_is_wrong_with_a_file_is_said_at_once() -> None:
     content = {"lmit": 3, "limit": 0, "samples": 5000, "judge": "runs/x/3_reward", "text": "nowhere/a.txt"}
     content["problems"] = {"dataset_name": "q.jsonl", "prompt_colum": "q", "grade": "exakt"}
     content["pairs"] = {"dataset_name": ["a.jsonl", "b.jsonl"]}
-    problems = check(complete(content, derive(STAGES, Path("runs/x"))), "evaluate.yaml: ")
+    facts = RunFacts.of_stages(STAGES, Path("runs/x"))
+    problems = check(complete(content, facts), facts, "evaluate.yaml: ")
     assert sorted(problem.field.removeprefix("evaluate.yaml: ") for problem in problems) == [
         *("judge", "limit", "lmit", "pairs: dataset_name", "problems: dataset_name", "problems: grade"),
         *("problems: prompt_colum", "samples", "text: dataset_name"),
@@ -535,5 +564,5 @@ def test_rows_that_a_stage_keeps_are_divided_as_it_divided_them(tmp_path: Path) 
     rows = [{"question": f"{i}?", "answer": "1", "source": f"s{i % 2}"} for i in range(100)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     stage = {"dataset_name": path, "keep_rows": ["source=s1"]}
-    settings = complete({"problems": path}, derive([("2_sft", "sft", stage)], tmp_path))
-    assert settings["problems"] == {**stage, "validation_share": 0.05}
+    content = complete({"problems": path}, RunFacts.of_stages([("2_sft", "sft", stage)], tmp_path))
+    assert content["problems"] == {**stage, "validation_share": 0.05}

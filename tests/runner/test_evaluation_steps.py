@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate_yaml import check
+from pipeline.evaluation.checks import check
+from pipeline.evaluation.evaluate_yaml import from_record
 from pipeline.runner.due import Decision, find_changes
 from pipeline.runner.plan import read_plan
 from pipeline.runner.run_state import RunState
@@ -171,12 +172,12 @@ def test_prompts_that_nobody_can_judge_are_refused_before_anything_runs(
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("evaluate.yaml")), ids=lambda path: path.parent.name)
 def test_the_settings_of_a_recipe_are_accepted(path: Path, tmp_path: Path) -> None:
     steps = evaluations(path.parent, output_dir=tmp_path / "run")
-    assert steps and check(next(iter(steps.values())).values) == []
+    assert steps and check(*from_record(next(iter(steps.values())).values)) == []
 
 
 def test_other_arguments_of_the_chat_template_are_measured_again(folder: Path) -> None:
     steps = evaluations(folder)
-    # Runs of earlier releases do not record the key.
+    # A release may add a key.
     older = {name: value for name, value in steps["evaluate_2_sft"].values.items() if name != "chat_template_kwargs"}
     assert not find_changes(steps["evaluate_2_sft"], older)[0]
     values = {**FILES["3_ppo"], "output_dir": "runs/r/3_ppo", "chat_template_kwargs": {"enable_thinking": False}}
