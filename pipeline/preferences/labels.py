@@ -163,9 +163,8 @@ def _draw_comparisons(
         annotator = rng.choice(annotators.PANEL)
         if components:
             first, second = (annotator.weigh(components[answer]) for answer in shown)
-            comparisons.append(
-                Comparison(index, shown, annotator.name, annotators.choose(annotator, first, second, rng))
-            )
+            choice = annotators.choose(annotator, first, second, rng)
+            comparisons.append(Comparison(index, shown, annotator.name, choice))
         else:
             comparisons.append(Comparison(index, shown, "judge"))
     return comparisons
