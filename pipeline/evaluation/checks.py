@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline.errors import Problem, collect
 from pipeline.evaluation.evaluate_yaml import (
-    GRADES,
     VOTES,
     EvaluationArguments,
     RunFacts,
@@ -31,6 +30,7 @@ def check(content: Values, facts: RunFacts, prefix: str = "") -> list[Problem]:
     # Imported here, because it imports transformers and TRL.
     from pipeline.config.parser import check_values
     from pipeline.models.vllm_sampler import validate_vllm
+    from pipeline.rewards.graders import GRADES
     from pipeline.rewards.loading import load_rewards
 
     _, problems = check_values(content, [EvaluationArguments])

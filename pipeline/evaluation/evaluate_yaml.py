@@ -40,8 +40,6 @@ VOTES = "votes"
 DEFAULT_LENGTH = 64
 """Maximum length of an answer in tokens if no stage sets one."""
 
-GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
-"""Short names of rewards that grade answers."""
 TOOLS = ("tools", "environment")
 """Fields with the tools that a model may call."""
 DIVISION = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")

@@ -19,9 +19,9 @@ from pipeline.data.sources import open_source
 from pipeline.data.splits import load_splits
 from pipeline.errors import Problem, UserError
 from pipeline.evaluation.evaluate_yaml import SOURCE_FIELDS, Settings, Source
-from pipeline.evaluation.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.evaluation.parts import Example, Part, Reader, Rows
 from pipeline.files import as_list, read_run
+from pipeline.rewards.graders import COMPARED, Grader, grade_rows, load_grader
 from pipeline.rewards.sandbox.run import validate_sandbox
 from pipeline.stages import HELD_OUT, STAGES
 

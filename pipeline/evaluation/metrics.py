@@ -15,7 +15,6 @@ from typing import Any
 from datasets import Features, List, Value
 
 from pipeline.evaluation import intervals
-from pipeline.evaluation.graders import Grader, grade_rows
 from pipeline.evaluation.held_out import HeldOut
 from pipeline.evaluation.likelihood import answer_losses, document_losses
 from pipeline.evaluation.parts import Rows, subsample
@@ -23,6 +22,7 @@ from pipeline.evaluation.results import StageResult
 from pipeline.files import as_list
 from pipeline.models.generation import Completion, end_tokens
 from pipeline.rewards.answers import extract_answer, normalise_answer, number
+from pipeline.rewards.graders import Grader, grade_rows
 from pipeline.rewards.grading import RULE_COLUMNS, grade, has_steps, is_gradable
 from pipeline.tools import dialogue
 from pipeline.tools.chat_model import ChatModel

@@ -29,7 +29,7 @@ from pipeline.data.splits import first_file, is_divided, is_held_out, keep_rows,
 from pipeline.data.votes import VOTES_FILE, update_data_set
 from pipeline.errors import Problem, UserError, problems_of
 from pipeline.evaluation.evaluate_yaml import Settings, Source
-from pipeline.evaluation.graders import COMPARED
+from pipeline.rewards.graders import COMPARED
 from pipeline.rewards.grading import validate_rule
 from pipeline.stages import HELD_OUT
 from pipeline.tools.loading import load_environment

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.evaluation.graders import grade_rows
 from pipeline.rewards.answers import count_answers, extract_answer, number
 from pipeline.rewards.functions import answer_format, choice, exact_answer, math_answer
+from pipeline.rewards.graders import grade_rows
 from pipeline.rewards.grading import has_steps
 
 PAID = [

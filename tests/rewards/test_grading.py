@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.evaluation.graders import grade_rows
+from pipeline.rewards.graders import grade_rows
 from pipeline.rewards.grading import contains, extract_code, grade, has_steps
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.evaluation.graders import grade_rows
+from pipeline.rewards.graders import grade_rows
 from pipeline.rewards.grading import contains, grade, has_steps
 from recipes.worlds.pocket.problems import KINDS
 from recipes.worlds.pocket.remarks import BRISK_CLOSINGS, KIND_CLOSINGS

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.evaluate_yaml import GRADES
 from pipeline.rewards.functions import exact_answer, math_answer
 from pipeline.rewards.loading import call_reward, load_rewards
 
@@ -11,6 +10,8 @@ Example = Mapping[str, Any]
 Grader = Callable[[Sequence[str], Sequence[Example]], list[bool]]
 """Answers, and the rows that they answer -> whether each is right."""
 
+GRADES = {"exact": "exact_answer", "math": "math_answer", "choice": "choice", "code": "code_tests"}
+"""Short names of rewards that grade answers, for `grade` in evaluate.yaml."""
 COMPARED = (None, "exact", "math", "choice", "reasoning_gym")
 """Grades that only compare the final answer with the row's `answer`, so that samples can vote on it."""
 
