@@ -38,7 +38,8 @@ def measure_reasoning(result: StageResult, chat: ChatModel, held_out: HeldOut, e
     `elicit` are texts with which answers to problems may begin; without any, and without `shots` of the held-out data,
     `elicited` is not measured.
     """
-    problems, grader = held_out.problems, held_out.grader
+    problems = held_out.problems
+    grader = held_out.grader
     # What a prompt alone can achieve: the model may be able to solve problems, but not do it unasked.
     ways = [Elicitation(text, beginning=text) for text in elicit]
     ways += [Elicitation(f"{len(shots) // 2} solved problems", shots=shots) for shots in held_out.shots]
@@ -85,7 +86,9 @@ def measure_constant(
     for metric, (ours, theirs) in matches.items():
         our_trials, their_trials = trials[metric]
         text = find_constant(_only_answers(our_trials), _only_answers(their_trials), validation, judge)
-        with_text = [[text.replace("…", answer) for answer in answers] for answers in ours]
+        with_text = []
+        for answers in ours:
+            with_text.append([text.replace("…", answer) for answer in answers])
         record_wins(result, f"constant/{metric}", with_text, theirs, prompts, judge)
         result.texts["constant"][metric.replace("win_rate", "text")] = text
 

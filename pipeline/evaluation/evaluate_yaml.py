@@ -180,9 +180,11 @@ class RunFacts:
         trained_on |= _further_sources(run, trained_on, home)
 
         base = _base_of(run, home)
-        against = BASE if base else None
+        against = None
         if OPPONENT in last:
             against = last[OPPONENT].name
+        elif base:
+            against = BASE
         reward_models: list[str] = []
         for stage in run:
             if stage.info.has_critic:
@@ -330,11 +332,10 @@ def _further_sources(run: Iterable[TrainedStage], measured: Mapping[str, Values]
 def _base_of(run: Sequence[TrainedStage], home: Path) -> Values:
     """Return the settings of the first stage that names a model, or {} if another stage writes that model."""
     written = {str(home / stage.name) for stage in run}
-    for stage in run:
-        model = stage.values.get("model_name_or_path")
-        if model:
-            return {} if str(model) in written else stage.values
-    return {}
+    starts = [stage.values for stage in run if stage.values.get("model_name_or_path")]
+    if not starts or str(starts[0]["model_name_or_path"]) in written:
+        return {}
+    return starts[0]
 
 
 def _place(name: object, source: Values) -> tuple[str, str]:
@@ -359,11 +360,11 @@ def complete(content: Values, facts: RunFacts, only_named: bool = False) -> dict
     if isinstance(completed["lm_eval_tasks"], str):
         completed["lm_eval_tasks"] = [completed["lm_eval_tasks"]]
     for key in HELD_OUT:
-        named = content.get(key)
-        if isinstance(named, str):
-            named = {"dataset_name": named}
-        if isinstance(named, Mapping):
-            completed[key] = _division_of(named, facts) | dict(named)
+        source = content.get(key)
+        if isinstance(source, str):
+            source = {"dataset_name": source}
+        if isinstance(source, Mapping):
+            completed[key] = _division_of(source, facts) | dict(source)
         elif key not in content and only_named:
             completed[key] = None
         elif key not in content and key in facts.trained_on:
@@ -377,15 +378,15 @@ def complete(content: Values, facts: RunFacts, only_named: bool = False) -> dict
     return completed
 
 
-def _division_of(named: Values, facts: RunFacts) -> dict[str, Any]:
+def _division_of(source: Values, facts: RunFacts) -> dict[str, Any]:
     """Return how a stage that trains on a data set divides it, perhaps by another path; {} if none trains on it.
 
     Only the rows that the stage holds out are measured.
     """
-    place = _place(named.get("dataset_name"), named)
-    for source in facts.trained_on.values():
-        if place in _places_of(source):
-            return {name: source[name] for name in DIVISION if name in source}
+    place = _place(source.get("dataset_name"), source)
+    for trained_on in facts.trained_on.values():
+        if place in _places_of(trained_on):
+            return {name: trained_on[name] for name in DIVISION if name in trained_on}
     return {}
 
 

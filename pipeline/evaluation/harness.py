@@ -167,5 +167,5 @@ def _use_examples(result: StageResult, name: str, task: str, key: str, samples: 
                 result.metrics[name] = replace(estimate, low=computed(mean.high), high=computed(mean.low))
 
 
-def _are_close(value: float, other: float) -> bool:
-    return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-9)
+def _are_close(mean: float, estimate: float) -> bool:
+    return math.isclose(mean, estimate, rel_tol=1e-6, abs_tol=1e-9)

@@ -99,12 +99,9 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     centre = share + Z * Z / (2 * n)
     half = Z * (share * (1 - share) / n + Z * Z / (4 * n * n)) ** 0.5
     scale = 1 + Z * Z / n
-    low, high = (centre - half) / scale, (centre + half) / scale
     # At 0 and n the ends are exactly 0 and 1.
-    if successes == 0:
-        low = 0.0
-    if successes == n:
-        high = 1.0
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
     return low, high
 
 
@@ -162,9 +159,10 @@ def outcome_mean(outcomes: Sequence[float], seed: int = 0, units: Sequence[Hasha
     """
     if not all(value in (0, 1) for value in outcomes):
         return mean(outcomes, seed, units)
-    n, successes = len(outcomes), float(sum(outcomes))
+    n = len(outcomes)
     if n == 0:
         return Estimate(math.nan, *wilson(0, 0), 0)
+    successes = float(sum(outcomes))
     if units is None:
         return Estimate(successes / n, *wilson(successes, n), n)
     # Eight answers to one prompt are worth between one and eight independent ones, depending on how alike they are. The

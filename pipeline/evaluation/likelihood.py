@@ -86,10 +86,12 @@ def answer_losses(
     return list(zip(sequence_losses(model, tokenizer, sequences), texts, strict=True))
 
 
-def _common_length(ids: Sequence[int], other: Sequence[int]) -> int:
+def _common_length(conversation: Sequence[int], prompt: Sequence[int]) -> int:
     """Return how many tokens two sequences have in common at their beginning."""
     length = 0
-    while length < min(len(ids), len(other)) and ids[length] == other[length]:
+    for token, token_of_prompt in zip(conversation, prompt, strict=False):
+        if token != token_of_prompt:
+            break
         length += 1
     return length
 

@@ -230,7 +230,8 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
     """Record `instruction_accuracy` (of gradable answers), `stop_rate` and `mean_length` of greedy answers."""
     rows = held_out.instructions
     completions = single_answers(chat.sample([row["messages"][:-1] for row in rows]))
-    gradable, texts = [], []
+    gradable = []
+    texts = []
     for row, completion in zip(rows, completions, strict=True):
         if is_gradable(row):
             gradable.append(row)
@@ -315,7 +316,9 @@ def record_calls(
 
     The score is 1 if an answer is right, else 0, minus what its calls cost. `right` is None if nobody knows.
     """
-    calls = [sum(len(turn.get("tool_calls") or ()) for turn in completion.messages) for completion in completions]
+    calls = []
+    for completion in completions:
+        calls.append(sum(len(turn.get("tool_calls") or ()) for turn in completion.messages))
     result.record("tool_calls", calls, rows, how=intervals.mean)
     if right is not None and all("call_cost" in row for row in rows):
         scores = [value - number * row["call_cost"] for value, number, row in zip(right, calls, rows, strict=True)]
@@ -338,7 +341,8 @@ def record_rewards(result: StageResult, chat: ChatModel, rows: Rows, completions
         untouched = [toolbox.environment_of(toolbox.open(row)[1]) for row in rows]
         environments["untouched/environment_reward"] = untouched
     for name, played in environments.items():
-        rewards, rewarded_rows = [], []
+        rewards = []
+        rewarded_rows = []
         for environment, row in zip(played, rows, strict=True):
             reward = environment.get_reward()
             if inspect.iscoroutine(reward):

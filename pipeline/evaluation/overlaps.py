@@ -38,7 +38,9 @@ class CopySearch:
     """
 
     def __init__(self, rows: Sequence[tuple[str, Sequence[str]]]) -> None:
-        self._rows = [(key, [tuple(words(text)) for text in row]) for key, row in rows]
+        self._rows: list[tuple[str, list[tuple[str, ...]]]] = []
+        for key, texts_of_row in rows:
+            self._rows.append((key, [tuple(words(text)) for text in texts_of_row]))
         # How many different rows of a key contain the short n-grams by which a template is recognised.
         self._in_rows: dict[str, Counter[int]] = defaultdict(Counter)
         for key, row in {(key, tuple(row)) for key, row in self._rows}:
@@ -74,7 +76,7 @@ class CopySearch:
         prompt = hash(min(row, key=len, default=""))
         for text in row:
             # It is the beginning of another text, in which it is found as well.
-            if any(other != text and other.startswith(text) for other in row):
+            if any(longer != text and longer.startswith(text) for longer in row):
                 continue
             tokens = words(text)
             for place, value in self._shared(tokens):

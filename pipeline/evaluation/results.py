@@ -83,9 +83,11 @@ class StageResult:
         for name in WRITTEN:
             setattr(result, name, content.get(name) or getattr(result, name))
         examples = path.with_suffix(".jsonl")
+        if not examples.is_file():
+            return result
         try:
             # Texts may contain other characters that `splitlines` treats as line ends.
-            lines = examples.read_text(encoding="utf-8").split("\n") if examples.is_file() else []
+            lines = examples.read_text(encoding="utf-8").split("\n")
             result.examples = [json.loads(line) for line in lines if line]
         except ValueError as error:
             notes.append(f"{examples}: cannot be read ({error}); skipped")
@@ -162,8 +164,10 @@ class StageResult:
         """
         # What is not a baseline's stays here.
         results: dict[str, StageResult] = {"": self}
-        metrics, self.metrics = self.metrics, {}
-        examples, self.examples = self.examples, []
+        metrics = self.metrics
+        examples = self.examples
+        self.metrics = {}
+        self.examples = []
         for name, estimate in metrics.items():
             baseline, _, metric = name.rpartition("/")
             if baseline not in results:

@@ -127,8 +127,11 @@ def measure_pairs(result: StageResult, rate: Rate, pairs: Rows) -> None:
 
     def correlation(index: np.ndarray) -> float:
         """Return Pearson's correlation of the lengths and scores of some pairs, 0 if either is constant."""
-        x, y = lengths[index].ravel(), scores[index].ravel()
-        return float(np.corrcoef(x, y)[0, 1]) if np.std(x) > 0 and np.std(y) > 0 else 0.0
+        x = lengths[index].ravel()
+        y = scores[index].ravel()
+        if np.std(x) == 0 or np.std(y) == 0:
+            return 0.0
+        return float(np.corrcoef(x, y)[0, 1])
 
     units = [json.dumps(row["prompt"]) for row in pairs]
     result.metrics["reward_length_correlation"] = intervals.statistic(correlation, units, result.seed)

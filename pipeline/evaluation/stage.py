@@ -189,14 +189,13 @@ def _measure_language_model(result: StageResult, settings: Settings, held_out: H
 
 def _find_match(measurement: Measurement, folder: Path) -> None:
     """Set who judges the answers to which prompts, and the opponent."""
-    settings, held_out = measurement.settings, measurement.held_out
-    judge = _find_judge(measurement.result, settings, held_out)
+    judge = _find_judge(measurement.result, measurement.settings, measurement.held_out)
     if judge is None:
         return
     measurement.judge = judge
-    measurement.judged = [row for row in held_out.prompts if judge.can_judge(row)]
+    measurement.judged = [row for row in measurement.held_out.prompts if judge.can_judge(row)]
     # People judge each answer, so one is enough.
-    measurement.samples = 1 if settings.requested.judge == VOTES else win_rate.SAMPLES
+    measurement.samples = 1 if measurement.settings.requested.judge == VOTES else win_rate.SAMPLES
     if measurement.judged:
         measurement.opponent = _find_opponent(measurement, folder)
 
@@ -216,10 +215,11 @@ def _count_answers(measurement: Measurement) -> int:
 
 def measure_text(measurement: Measurement) -> None:
     """Measure bits per byte of held-out text and, of a model with experts, how evenly it uses them."""
-    result, rows = measurement.result, measurement.held_out.text
-    chat = measurement.chats["instructions"]
+    result = measurement.result
+    rows = measurement.held_out.text
     if not rows:
         return
+    chat = measurement.chats["instructions"]
     with RouteCounter(chat.model) as counter:
         metrics.measure_bits(result, chat, rows)
     record_load(result, counter)
@@ -245,24 +245,28 @@ def measure_lm_eval(measurement: Measurement) -> None:
 
 def measure_instructions(measurement: Measurement) -> None:
     """Measure answers to instructions: their accuracy, or their bits per byte if nothing grades them; their length."""
-    result, held_out, chats = measurement.result, measurement.held_out, measurement.chats
+    result = measurement.result
+    held_out = measurement.held_out
+    chat = measurement.chats["instructions"]
     ungraded = [row for row in held_out.instructions if not is_gradable(row)]
     if ungraded:
-        metrics.measure_bits(result, chats["instructions"], ungraded, answers_only=True)
+        metrics.measure_bits(result, chat, ungraded, answers_only=True)
 
     # Likelihoods are computed in float32, answers in the precision that is fast on this machine, from here on.
-    chats["instructions"].model.to(hardware.fast_dtype())
+    chat.model.to(hardware.fast_dtype())
     if held_out.instructions:
-        metrics.measure_instructions(result, chats["instructions"], held_out)
+        metrics.measure_instructions(result, chat, held_out)
     elif held_out.prompts:
         # Without instructions, the answers to prompts say how long answers are.
-        completions = metrics.single_answers(chats["prompts"].sample([row["prompt"] for row in held_out.prompts]))
-        metrics.record_ends(result, chats["prompts"], completions, held_out.prompts, "mean_length")
+        chat = measurement.chats["prompts"]
+        completions = metrics.single_answers(chat.sample([row["prompt"] for row in held_out.prompts]))
+        metrics.record_ends(result, chat, completions, held_out.prompts, "mean_length")
 
 
 def measure_problems(measurement: Measurement) -> None:
     """Measure answers to problems, and to problems that are longer than any in training."""
-    result, held_out = measurement.result, measurement.held_out
+    result = measurement.result
+    held_out = measurement.held_out
     chat = measurement.chats["problems"]
     if held_out.problems:
         metrics.measure_problems(result, chat, held_out, measurement.settings.requested.samples)
@@ -273,13 +277,16 @@ def measure_problems(measurement: Measurement) -> None:
 
 def measure_prompts(measurement: Measurement) -> None:
     """Measure answers to prompts: win rates against the opponent, and what environments give."""
-    result, prompts = measurement.result, measurement.held_out.prompts
-    opponent, judge, judged = measurement.opponent, measurement.judge, measurement.judged
-    chat = measurement.chats["prompts"]
-    if opponent is not None and judge:
+    result = measurement.result
+    judge = measurement.judge
+    if judge is not None and measurement.opponent is not None:
+        rows = measurement.judged
+        chat = measurement.chats["prompts"]
+        matches = win_rate.answer_both(chat, measurement.opponent, rows, result.seed, measurement.samples)
+        win_rate.measure_matches(result, matches, rows, judge)
         result.judge = judge.name
-        measurement.matches = win_rate.answer_both(chat, opponent, judged, result.seed, measurement.samples)
-        win_rate.measure_matches(result, measurement.matches, judged, judge)
+        measurement.matches = matches
+    prompts = measurement.held_out.prompts
     if prompts and "environment_reward" not in result.metrics:
         metrics.record_rewards(result, measurement.uncounted("prompts"), prompts)
 
@@ -301,10 +308,11 @@ def measure_baselines_of_problems(measurement: Measurement) -> None:
 
 def measure_baselines_of_prompts(measurement: Measurement) -> None:
     """Measure how often the opponent wins with a constant text, or how far a later stage has moved away from it."""
-    result, opponent, judge = measurement.result, measurement.opponent, measurement.judge
+    result = measurement.result
     chat = measurement.uncounted("prompts")
-    if measurement.is_opponent and measurement.matches and judge:
-        baselines.measure_constant(result, chat, measurement.held_out, measurement.matches, judge)
+    if measurement.is_opponent and measurement.matches and measurement.judge:
+        baselines.measure_constant(result, chat, measurement.held_out, measurement.matches, measurement.judge)
+    opponent = measurement.opponent
     # Stages are numbered in the order of training. Those before the opponent did not start from it.
     if opponent is not None and result.name > result.against:
         if not isinstance(opponent, ChatModel):
@@ -363,7 +371,9 @@ def _find_judge(result: StageResult, settings: Settings, held_out: HeldOut) -> J
 
 def _find_opponent(measurement: Measurement, folder: Path) -> Opponent | None:
     """Return the opponent in the win rates, or its saved answers; None if there is none yet."""
-    result, settings, chat = measurement.result, measurement.settings, measurement.chats["prompts"]
+    result = measurement.result
+    settings = measurement.settings
+    chat = measurement.chats["prompts"]
     against = result.against
     path = settings.model_of(against)
     if not against or (path == settings.run / against and not holds_model(path)):
@@ -404,8 +414,10 @@ def _saved_answers(path: Path, fingerprint: str) -> dict[str, win_rate.Answers] 
         examples = [example for example in saved.examples if example["metric"] == metric]
         # A single answer is only recorded as such.
         answers[metric] = [example.get("opponents") or [example["opponent"]] for example in examples]
-    # The file with the examples may be missing.
-    return answers if all(answers.values()) else None
+        # The file with the examples may be missing.
+        if not examples:
+            return None
+    return answers
 
 
 def _load_chats(settings: Settings, stage: str, option: Literal["--stage", "--against"]) -> dict[str, ChatModel]:
@@ -414,14 +426,18 @@ def _load_chats(settings: Settings, stage: str, option: Literal["--stage", "--ag
     The opponent only answers, in the precision that is fast here. A stage without a chat template is measured on text.
     """
     path = str(settings.model_of(stage))
-    tokenizer_path = settings.facts.base_tokenizer if stage == BASE else None
+    tokenizer_path = None
+    if stage == BASE:
+        tokenizer_path = settings.facts.base_tokenizer
     is_opponent = option == "--against"
     can_chat = is_opponent or bool(load_tokenizer(tokenizer_path or path, option).chat_template)
     model, tokenizer = load_model(path, option, dtype=torch.float32, chat=can_chat, tokenizer=tokenizer_path)
     dtype = hardware.fast_dtype() if is_opponent else torch.float32
     model = model.to(hardware.accelerator() or "cpu", dtype).eval()
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    vllm = VLLMSampler(model, tokenizer) if settings.requested.vllm else None
+    vllm = None
+    if settings.requested.vllm:
+        vllm = VLLMSampler(model, tokenizer)
     tally = Tally("answers")
     chats = {}
     for key, limit in _length_limits(settings, positions).items():
@@ -448,9 +464,9 @@ def _length_limits(settings: Settings, positions: int | None) -> dict[str, int]:
     for key, length in settings.facts.lengths.items():
         limits[key] = length or defaults[HELD_OUT[key].length]
     # Data that no stage trains on are answered like the first that one trains on.
-    other = next(iter(limits.values()), DEFAULT_LENGTH)
+    default = next(iter(limits.values()), DEFAULT_LENGTH)
     most = positions or 1 << 30
-    return {key: min(limits.get(key, other), most) for key in answered}
+    return {key: min(limits.get(key, default), most) for key in answered}
 
 
 def record_load(result: StageResult, counter: RouteCounter) -> None:
@@ -460,4 +476,7 @@ def record_load(result: StageResult, counter: RouteCounter) -> None:
     # Each token is counted once for each expert that takes it.
     tokens = round(float(counter.counts[0].sum())) // counter.routers[0].top_k
     result.metrics["expert_load"] = Estimate(least_fair_share(counter.shares), n=tokens)
-    result.experts = {"layers": [[round(share, 4) for share in layer] for layer in counter.shares], "documents": []}
+    layers = []
+    for shares in counter.shares:
+        layers.append([round(share, 4) for share in shares])
+    result.experts = {"layers": layers, "documents": []}

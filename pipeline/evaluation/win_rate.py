@@ -76,7 +76,8 @@ def answer_both(
     ours = answer(chat, seed=2 * seed, **sampling)
     our_greedy = answer(chat)
     if isinstance(opponent, Mapping):
-        theirs, their_greedy = opponent["win_rate"], opponent["win_rate_greedy"]
+        theirs = opponent["win_rate"]
+        their_greedy = opponent["win_rate_greedy"]
     else:
         theirs = answer(opponent, seed=2 * seed + 1, **sampling)
         their_greedy = our_greedy if opponent is chat else answer(opponent)

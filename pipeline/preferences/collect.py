@@ -52,7 +52,7 @@ from pipeline.preferences.labels import Counts, label_answers, take_turns
 from pipeline.progress import report_progress
 from pipeline.rewards.grading import RULE_COLUMNS, validate_rule
 from pipeline.tools.chat_model import ChatModel
-from pipeline.tools.loading import ToolArguments, load_toolbox
+from pipeline.tools.loading import ToolArguments, Toolbox, load_toolbox
 
 logger = logging.getLogger("pipeline.preferences.collect")
 
@@ -176,25 +176,22 @@ def label_samples(
     model.to(state.device, hardware.fast_dtype())
     launch.log_threads()
     chat = None
-    template: dict[str, Any] = {}
-    shown = prompts
+    tools: dict[str, Any] = {}
+    opened = prompts
     toolbox = load_toolbox(vars(args), tokenizer)
     if toolbox is not None:
         options = {"template": args.chat_template_kwargs, "turns": vars(args)["max_tool_calling_iterations"]}
         chat = ChatModel(model, tokenizer, args.max_new_tokens, toolbox=toolbox, **options)
-        template = toolbox.template(tokenizer)
-        shown = {}
-        for name, rows in prompts.items():
-            # What an environment says at first is part of the prompt, as in training.
-            shown[name] = [{**row, "prompt": toolbox.open(row)[0]} for row in rows]
+        tools = toolbox.template(tokenizer)
+        opened = _open_environments(prompts, toolbox)
     # Of dialogues with tools, `chat` encodes the prompts again, and this only checks their lengths.
-    ids = encode(model, tokenizer, shown, args, template)
+    ids = encode(model, tokenizer, opened, args, tools)
 
     splits: dict[str, list[dict[str, Any]]] = {}
     counts: dict[str, Counts] = {}
     total = sum(map(len, ids.values()))
     answered = 0
-    for number, (name, rows) in enumerate(shown.items()):
+    for number, (name, rows) in enumerate(opened.items()):
         # The seeds of the splits are so far apart that the seeds of their batches never coincide.
         seed = (3 * args.seed + number) * 1_000_000
         asking: Sequence[Any] = ids[name] if chat is None else prompts[name]
@@ -209,15 +206,30 @@ def label_samples(
             judge=judge,
             read=str if chat is None else json.loads,
         )
-        if chat is not None:
-            schemas = json.dumps([get_json_schema(tool) for tool in template["tools"]])
-            for row in splits[name]:
-                row["tools"] = schemas
         logger.info("%-11s %s", name, ", ".join(f"{what} {text}" for what, text in counts[name].texts().items()))
     if not splits["train"]:
         remedy = "no two answers differ enough to be compared; raise temperature or max_prompts"
         raise UserError(Problem("temperature", args.temperature, remedy))
+    if tools:
+        _describe_tools(splits, tools["tools"])
     return splits, counts
+
+
+def _open_environments(
+    prompts: Mapping[str, Sequence[Mapping[str, Any]]], toolbox: Toolbox
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the prompts with what an environment says at first, which is part of the prompt, as in training."""
+    opened = {}
+    for split, rows in prompts.items():
+        opened[split] = [{**row, "prompt": toolbox.open(row)[0]} for row in rows]
+    return opened
+
+
+def _describe_tools(splits: Mapping[str, Sequence[dict[str, Any]]], tools: Sequence[Any]) -> None:
+    """Add the column `tools` to the rows: the JSON schema of each tool."""
+    schemas = json.dumps([get_json_schema(tool) for tool in tools])
+    for row in chain.from_iterable(splits.values()):
+        row["tools"] = schemas
 
 
 def read_prompts(
@@ -370,7 +382,8 @@ def sample_answers(
     }
     lengths: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
 
-    def usable_answer(completion: Completion) -> str:
+    def text_of(completion: Completion) -> str:
+        """Return the answer, or "" if it cannot be used."""
         if chat is not None:
             return _as_json(tokenizer, completion.messages, pattern)
         if pattern.search(completion.text):
@@ -384,7 +397,7 @@ def sample_answers(
             completions = chat.answer(batch, seed=1000 * (seed + number), **sampling)
         else:
             completions = generate(model, tokenizer, batch, seed=seed + number, **sampling, **lengths)
-        return [list(map(usable_answer, of_prompt)) for of_prompt in completions]
+        return [list(map(text_of, of_prompt)) for of_prompt in completions]
 
     return take_turns(batches, answer)
 

@@ -172,7 +172,8 @@ def score(
         while pad is not None and remaining and (len(batch) + 1) * max(width, len(remaining[-1])) <= batch_tokens:
             batch.append(remaining.pop())
             width = max(width, len(batch[-1]))
-        padded, mask = [], []
+        padded = []
+        mask = []
         for ids in batch:
             padding = width - len(ids)
             padded.append([*ids, *[pad] * padding])

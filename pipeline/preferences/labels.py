@@ -50,15 +50,17 @@ class Comparison:
 
     Attributes:
         index: Number of the prompt.
-        shown: The answers, in the order in which they are shown.
+        answers: The answers, in the order in which they are shown.
         annotator: Name of who compares them.
         choice: Place of the preferred answer, 0 or 1; None for a tie.
+        tastes: The noise-free taste of each answer; None with a judge.
     """
 
     index: int
-    shown: list[str]
+    answers: list[str]
     annotator: str
     choice: int | None = None
+    tastes: tuple[float, float] | None = None
 
 
 def label_answers(
@@ -89,56 +91,28 @@ def label_answers(
     Returns:
         The labelled pairs, as rows of the data set, and the counts.
     """
-    annotators = load_annotators()
     counts = Counts(prompts=len(rows), answers=sum(map(len, answers)))
     comparisons: list[Comparison] = []
-    # How the annotators see each answer to a prompt; empty with a judge.
-    components: list[dict[str, Any]] = []
     for index, (row, candidates) in enumerate(zip(rows, answers, strict=True)):
         distinct = _distinct_answers(candidates)
         counts.dropped += len(candidates) - len(distinct)
-        components.append({})
+        components = {}
         if judge is ANNOTATORS:
-            texts, _ = read_texts([read(answer) for answer in distinct], {})
-            for answer, text in zip(distinct, texts, strict=True):
-                components[index][answer] = annotators.judge_components(text, row)
+            components = _components_of(distinct, row, read)
         # Each row has its own generator, so that the answers to one prompt do not influence the labels of another.
         rng = random.Random(f"{seed}/{index}")
-        comparisons += _draw_comparisons(index, distinct, components[index], pairs_per_prompt, rng)
+        comparisons += _draw_comparisons(index, distinct, components, pairs_per_prompt, rng)
     if judge is not ANNOTATORS:
         _let_judge_choose(judge, comparisons, rows, read)
 
-    labelled: list[dict[str, Any]] = []
-    agreements: list[bool] = []
+    labelled = []
     for comparison in comparisons:
-        if comparison.choice is None:
-            continue
-        row = rows[comparison.index]
-        chosen = comparison.shown[comparison.choice]
-        rejected = comparison.shown[1 - comparison.choice]
-        tastes: tuple[float | None, float | None] = (None, None)
-        if judge is ANNOTATORS:
-            taste_chosen = annotators.mean_taste(components[comparison.index][chosen])
-            taste_rejected = annotators.mean_taste(components[comparison.index][rejected])
-            if abs(taste_chosen - taste_rejected) >= annotators.INDIFFERENCE:
-                agreements.append(taste_chosen > taste_rejected)
-            if keep_taste:
-                tastes = (taste_chosen, taste_rejected)
-        pair = labelled_pair(
-            row["prompt"],
-            read(chosen),
-            read(rejected),
-            annotator=comparison.annotator,
-            chosen_first=comparison.choice == 0,
-            kind=row.get("kind") or "",
-            tastes=tastes,
-        )
-        labelled.append(pair)
+        if comparison.choice is not None:
+            labelled.append(_as_row(comparison, comparison.choice, rows[comparison.index], keep_taste, read))
     counts.compared = len(comparisons)
     counts.pairs = len(labelled)
     counts.ties = counts.compared - counts.pairs
-    if agreements:
-        counts.agreement = sum(agreements) / len(agreements)
+    counts.agreement = _agreement(comparisons)
     return labelled, counts
 
 
@@ -146,6 +120,16 @@ def _distinct_answers(answers: Sequence[str]) -> list[str]:
     """Return the different answers without the white space around them, in order; not the empty one."""
     stripped = [answer.strip() for answer in answers]
     return list(dict.fromkeys(answer for answer in stripped if answer))
+
+
+def _components_of(answers: Sequence[str], row: Mapping[str, Any], read: Callable[[str], Any]) -> dict[str, Any]:
+    """Return how the annotators see each answer to the prompt of a row."""
+    annotators = load_annotators()
+    texts, _ = read_texts([read(answer) for answer in answers], {})
+    components = {}
+    for answer, text in zip(answers, texts, strict=True):
+        components[answer] = annotators.judge_components(text, row)
+    return components
 
 
 def _draw_comparisons(
@@ -159,14 +143,15 @@ def _draw_comparisons(
     pairs = list(itertools.combinations(answers, 2))
     comparisons = []
     for pair in rng.sample(pairs, min(most, len(pairs))):
-        shown = rng.sample(pair, 2)
+        in_order = rng.sample(pair, 2)
         annotator = rng.choice(annotators.PANEL)
-        if components:
-            first, second = (annotator.weigh(components[answer]) for answer in shown)
-            choice = annotators.choose(annotator, first, second, rng)
-            comparisons.append(Comparison(index, shown, annotator.name, choice))
-        else:
-            comparisons.append(Comparison(index, shown, "judge"))
+        if not components:
+            comparisons.append(Comparison(index, in_order, "judge"))
+            continue
+        first, second = (components[answer] for answer in in_order)
+        choice = annotators.choose(annotator, annotator.weigh(first), annotator.weigh(second), rng)
+        tastes = annotators.mean_taste(first), annotators.mean_taste(second)
+        comparisons.append(Comparison(index, in_order, annotator.name, choice, tastes))
     return comparisons
 
 
@@ -176,8 +161,8 @@ def _let_judge_choose(
     """Set the choice of each comparison, on every process."""
 
     def match(_: int, group: Sequence[Comparison]) -> Sequence[float | None]:
-        first = [read(comparison.shown[0]) for comparison in group]
-        second = [read(comparison.shown[1]) for comparison in group]
+        first = [read(comparison.answers[0]) for comparison in group]
+        second = [read(comparison.answers[1]) for comparison in group]
         return judge.match(first, second, [rows[comparison.index] for comparison in group])
 
     # The calls are independent of the number of processes.
@@ -187,6 +172,40 @@ def _let_judge_choose(
     places: dict[float | None, int] = {1.0: 0, 0.0: 1}
     for comparison, outcome in zip(comparisons, outcomes, strict=True):
         comparison.choice = places.get(outcome)
+
+
+def _as_row(
+    comparison: Comparison, chosen: int, row: Mapping[str, Any], keep_taste: bool, read: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Return a comparison as a row of the data set; `chosen` is its choice, and `row` has the prompt."""
+    tastes: tuple[float | None, float | None] = (None, None)
+    if keep_taste and comparison.tastes is not None:
+        tastes = comparison.tastes[chosen], comparison.tastes[1 - chosen]
+    return labelled_pair(
+        row["prompt"],
+        read(comparison.answers[chosen]),
+        read(comparison.answers[1 - chosen]),
+        annotator=comparison.annotator,
+        chosen_first=chosen == 0,
+        kind=row.get("kind") or "",
+        tastes=tastes,
+    )
+
+
+def _agreement(comparisons: Sequence[Comparison]) -> float | None:
+    """Return `Counts.agreement`."""
+    indifference = load_annotators().INDIFFERENCE
+    agreements = []
+    for comparison in comparisons:
+        if comparison.choice is None or comparison.tastes is None:
+            continue
+        taste_chosen = comparison.tastes[comparison.choice]
+        taste_rejected = comparison.tastes[1 - comparison.choice]
+        if abs(taste_chosen - taste_rejected) >= indifference:
+            agreements.append(taste_chosen > taste_rejected)
+    if not agreements:
+        return None
+    return sum(agreements) / len(agreements)
 
 
 def take_turns(batches: Sequence[T], work: Callable[[int, T], Sequence[R]]) -> list[R]:

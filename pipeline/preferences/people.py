@@ -140,9 +140,9 @@ def load_votes(path: Path) -> Judge:
     return Judge("people's votes", match, constants=0)
 
 
-def _unordered(prompt: Any, answer: str, other: str) -> str:
+def _unordered(prompt: Any, first: str, second: str) -> str:
     """Return what identifies two answers to a prompt, in whichever order."""
-    return json.dumps([prompt, *sorted((answer, other))])
+    return json.dumps([prompt, *sorted((first, second))])
 
 
 def _check_line(line: Any) -> dict[str, Any]:
