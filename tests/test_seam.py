@@ -106,7 +106,7 @@ TRAINER_ATTRIBUTES = {
     "reward_processing_classes": "the tokenizers of reward models",
     "reward_weights": "PPO's score is the weighted sum",
     "ref_model": "None as long as beta is 0",
-    "beta": "PPO sets it while a rollout is sampled, so that TRL computes what the reference gives",
+    "beta": "the weight of the KL in the loss, 0 in PPO, which computes what the reference gives by itself",
     "current_gradient_accumulation_steps": "the value loss is normalised as the policy loss is",
 }
 
