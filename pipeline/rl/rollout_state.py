@@ -86,14 +86,13 @@ class Rollout:
         else:
             logger.warning("%s: its rollout is sampled again, because it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        micro_batches = [batches[number] for number in sorted(batches, key=int)]
         # None lets TRL sample at the next step.
-        trainer._buffered_inputs = [batches[number] for number in sorted(batches, key=int)] or None
-        trainer._step = state["step"]
+        vars(trainer).update(_buffered_inputs=micro_batches or None, _step=state["step"])
         trainer._metrics["train"].update(state["metrics"])
         if "moments" in state:
             vars(trainer.score_moments).update(state["moments"])
-        for name, value in state.get("entropy_bonus", {}).items():
-            setattr(trainer, name, value)
+        vars(trainer).update(state.get("entropy_bonus", {}))
 
 
 def read_state(file: Path) -> dict[str, Any]:

@@ -218,8 +218,11 @@ class Reliable(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         # The state is that of the first process, which wrote it.
-        state.is_local_process_zero = self.is_local_process_zero()
-        state.is_world_process_zero = self.is_world_process_zero()
+        ranks = {
+            "is_local_process_zero": self.is_local_process_zero(),
+            "is_world_process_zero": self.is_world_process_zero(),
+        }
+        vars(state).update(ranks)
         for part in self.parts:
             if getattr(part, "evaluated_with", False):
                 part.load(checkpoint)

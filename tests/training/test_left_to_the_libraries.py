@@ -86,4 +86,7 @@ def test_a_trainer_of_trl_says_what_it_cannot_do(
 )
 def test_transformers_says_what_is_not_installed(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, RuntimeError, ImportError), match=sentence):
-        Trainer(toy.policy(), TrainingArguments(str(tmp_path), **QUIET | changes))
+        args = TrainingArguments(str(tmp_path), **QUIET | changes)
+        Trainer(
+            toy.policy(), args, train_dataset=Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 4]]})
+        ).train()
