@@ -95,7 +95,9 @@ def roll_out(site: Site, request: RolloutRequest) -> Generator[Event]:
     info = stage_info(request.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
     prompt = site.find(request.text, info.held_out)
-    row = dict(prompt.row) if prompt else {"prompt": [{"role": "user", "content": request.text}]}
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": request.text}]}
+    if prompt:
+        row = dict(prompt.row)
     if request.answer:
         row["answer"] = request.answer
     try:

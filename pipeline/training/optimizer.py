@@ -78,13 +78,13 @@ def build_optimizer(
 def _parameters_by_kind(model: torch.nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the trained matrices of the blocks, the embeddings (with the output layer), and all other parameters."""
     # Tied embeddings are one parameter with two names.
-    tables = set()
+    tables: set[int] = set()
     for name in ("get_input_embeddings", "get_output_embeddings"):
         layer = getattr(model, name)() if hasattr(model, name) else None
         if layer is not None:
             tables.update(id(parameter) for parameter in layer.parameters())
     # The weights of experts are stacks of matrices, with three dimensions.
-    stacks = set()
+    stacks: set[int] = set()
     for module in model.modules():
         if isinstance(module, Llama4TextExperts):
             stacks.update(id(parameter) for parameter in module.parameters())
