@@ -66,11 +66,13 @@ class EpochSampler(Sampler[int]):
 
 @contextmanager
 def _reference_by_trl(args: GRPOConfig, beta: float) -> Iterator[None]:
-    """Let TRL's constructor make a reference if `beta` is not 0, and none otherwise; `args` are as before at the end.
+    """Let TRL's constructor make a reference if `beta` is not 0, and none otherwise.
 
-    TRL decides by `args.beta`. This is the weight of a KL in GRPO's loss, which PPO does not have.
+    TRL decides by `args.beta`, the weight of the KL in GRPO's loss. PPO's loss has no KL, and its reference is for the
+    rewards. Afterwards, `args` are what they were.
     """
-    beta_of_loss, sync_ref_model = args.beta, args.sync_ref_model
+    beta_of_loss = args.beta
+    sync_ref_model = args.sync_ref_model
     args.beta = beta
     if beta == 0 and beta_of_loss != 0:
         # TRL's callback would have nothing to update.
@@ -139,7 +141,12 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = LENGTH_THAT_FITS
-        # TRL loads the reference by the policy's name. A model in memory may differ from that, or have no name.
+        # What the KL is measured from, by what the policy is given as:
+        #
+        #   a name                         what TRL loads by this name once more
+        #   a model in memory              a copy of it, because it may differ from what its name loads
+        #   a model and `peft_config`      the model without its new adapter
+        #   a `PeftModel`                  the copy of its adapter, named "ref", that TRL makes
         kl_weight = self.kl_weight(args)
         copies_reference = kl_weight != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
         with _reference_by_trl(args, 0.0 if copies_reference else kl_weight):
@@ -155,10 +162,10 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         self._prepare_rewards()
         # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        is_prompt = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
-        self._whole_and_bare = not (is_sharded or is_prompt)
+        learns_prompt = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        self._is_plain = not (is_sharded or learns_prompt)
         # On a CPU, sampling takes a third longer with an unmerged adapter.
-        self._merges = self._whole_and_bare and self.args.device.type == "cpu" and _can_merge(self.model)
+        self._merges = self._is_plain and self.args.device.type == "cpu" and _can_merge(self.model)
         if self.use_vllm:
             # vLLM in this process uses the global random state, which it seeds at startup, but only with the rank.
             set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
@@ -190,20 +197,21 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 rewards.append(guard_reward(function, name))
         self.reward_funcs: list[Any] = rewards
         # Rewards with weight 0 are only measured.
-        has_scores = False
-        for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True):
-            has_scores = has_scores or (weight != 0 and isinstance(reward, RewardModel))
-        self.add_callback(CollapseAlarms(checked=not has_scores))
+        paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
+        has_model = any(isinstance(reward, RewardModel) for reward in paying)
+        self.add_callback(CollapseAlarms(checked=not has_model))
 
     # ---- The rollout
 
     def get_train_dataloader(self) -> Any:
         """Leave rows where they are: accelerate would look for tensors to move in every number of every column."""
-        placed = self.accelerator.device_placement
-        # This setting would also change how a stream is split.
-        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
+        if isinstance(self.train_dataset, IterableDataset):
+            # The setting would also change how a stream is split.
+            return super().get_train_dataloader()
+        device_placement = self.accelerator.device_placement
+        self.accelerator.device_placement = False
         loader = super().get_train_dataloader()
-        self.accelerator.device_placement = placed
+        self.accelerator.device_placement = device_placement
         return loader
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -219,7 +227,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         config = self._sampling_config(model)
         if config is None:
-            is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
+            is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._is_plain
             # vLLM gets the policy's weights, with the adapter merged into them, once in each step.
             is_loaded = is_merged and self.state.global_step != self._last_loaded_step
             with self.accelerator.autocast(), unrounded(self.model) if is_loaded else nullcontext():
@@ -248,7 +256,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         Then TRL samples: with vLLM, continuous batching, sharded weights, images, a model that takes no positions
         (Mamba, for instance), or settings that only `model.generate` has.
         """
-        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._whole_and_bare:
+        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._is_plain:
             return None
         if not accepts_argument(model, "position_ids") or overrides_generate(model):
             return None
@@ -279,11 +287,14 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogue.add_turn(list(completion_ids[number]), first_logps, completions[number][0])
             dialogues.append(dialogue)
         # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
-        at_once = self.use_vllm or not self._whole_and_bare
+        at_once = self.use_vllm or not self._is_plain
         reduce, device = self.accelerator.reduce, self.accelerator.device
 
         def goes_on(has_turns: bool) -> bool:
-            return bool(reduce(torch.tensor(int(has_turns), device=device))) if at_once else has_turns
+            """Return whether to sample another turn: if this process has dialogues that go on, or any process has."""
+            if not at_once:
+                return has_turns
+            return bool(reduce(torch.tensor(int(has_turns), device=device)))
 
         converse(
             dialogues,
@@ -296,12 +307,13 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
             goes_on=goes_on,
         )
-        turns = 0
+        turns = tokens = 0
         for dialogue in dialogues:
             turns += sum(message["role"] == "assistant" for message in dialogue.messages)
-        sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        sampled, turns = reduce(torch.tensor([sampled, turns], device=device), reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
+            tokens += sum(dialogue.sampled)
+        tokens, turns = reduce(torch.tensor([tokens, turns], device=device), reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["tools/turn_length"].append(tokens / max(turns, 1))
         return (
             [dialogue.sampled for dialogue in dialogues],
             [dialogue.messages for dialogue in dialogues],
@@ -351,12 +363,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         exception are the entropies that TRL's own loss logs, unless `entropy_coef` makes them a part of it: without
         gradients, they cost less.
         """
-        is_plain = input_ids.device.type == "cpu" and self._whole_and_bare and accepts_argument(model, "logits_to_keep")
         # Images, and an auxiliary loss, are left to TRL.
-        if any(value is not None and value is not False for value in options.values()):
-            is_plain = False
+        has_options = any(value is not None and value is not False for value in options.values())
+        is_on_cpu = input_ids.device.type == "cpu"
         auxiliary_loss = None
-        if is_plain:
+        if is_on_cpu and self._is_plain and not has_options and accepts_argument(model, "logits_to_keep"):
             log_probs, entropies = token_log_probs(
                 model,
                 input_ids,
@@ -395,7 +406,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         if self.model.training and advantages.dim() == 1 and is_per_token and not learns_from_all:
             has_tokens = inputs["completion_mask"].any(1)
             is_learned = (advantages != 0) & has_tokens
-            # All processes keep as many rows. One that learns from fewer fills up, at first with completions.
+            # All processes keep the same number of rows. One that learns from fewer fills up, first with completions
+            # that have tokens, so that no mean over tokens is empty.
             number = max(1, int(self.accelerator.gather(is_learned.sum()).max()))
             rank = 2 * is_learned.int() + has_tokens.int()
             rows = rank.argsort(descending=True, stable=True)[:number]

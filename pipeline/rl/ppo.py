@@ -280,7 +280,8 @@ class PPOTrainer(GRPOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of the policy, and the critic's in the same way."""
-        # Call `Trainer`'s method on a shallow copy of the trainer with the critic's model and learning rate.
+        # `Trainer`'s method makes the optimizer of a trainer's own model, so it is called on a shallow copy of this
+        # trainer, which has the critic's model and learning rate.
         twin = copy.copy(self)
         twin.args, twin.optimizer = copy.copy(self.args), self.critic.optimizer
         if self.args.value_learning_rate is not None:
@@ -293,19 +294,21 @@ class PPOTrainer(GRPOTrainer):
 
         `Trainer` steps the policy afterwards.
         """
-        last = self.accelerator.sync_gradients
+        is_last = self.accelerator.sync_gradients
         # Processes exchange gradients once per optimizer step.
-        with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
+        with nullcontext() if is_last else self.accelerator.no_sync(self.critic.model):
             loss = super().training_step(*args, **kwargs)
-        if last:
-            schedule: Any = self.lr_scheduler
-            if isinstance(schedule, LambdaLR):
-                share = schedule.lr_lambdas[0](schedule.last_epoch)
-            else:
-                # Schedules that follow evaluations have no such factor, so derive it from the policy's learning rate.
-                share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
-            self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
+        if is_last:
+            self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._share_of_peak_rate()))
         return loss
+
+    def _share_of_peak_rate(self) -> float:
+        """Return the present learning rate as a share of the peak, by the schedule of policy and critic."""
+        schedule: Any = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            return schedule.lr_lambdas[0](schedule.last_epoch)
+        # Schedules that follow evaluations have no such factor, so derive it from the policy's learning rate.
+        return self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
@@ -318,11 +321,12 @@ class PPOTrainer(GRPOTrainer):
         values = self._values(ids, attention_mask, mask.shape[1])
         old_values, returns = inputs["old_values"], inputs["returns"]
         value_losses, clipped = ppo_math.clipped_value_loss(values, old_values, returns, self.args.cliprange_value)
-        # As TRL normalises loss_type="dapo": by the mean number of tokens in an optimizer step, per process.
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        # TRL divides the policy's loss by the same (loss_type="dapo"): by the mean number of tokens of an optimizer
+        # step, per process.
+        divisor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / tokens)
+            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / divisor)
         if self.model.training and trains_policy:
             # Immediately, so that only one network has activations in memory at a time.
             self.accelerator.backward(value_loss)
@@ -341,8 +345,10 @@ class PPOTrainer(GRPOTrainer):
         super().end()
 
     def _log_averages(self) -> None:
+        """Add the metrics of PPO since they were logged last, over all processes."""
+        mode = "train" if self.model.training else "eval"
         for name, value in self._averages.take(self._sum_over_processes).items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._metrics[mode][name].append(value)
 
 
 def _texts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

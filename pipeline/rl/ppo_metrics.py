@@ -35,10 +35,16 @@ class Averages:
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Return the metrics over all processes by name, NaN if nothing counted, and reset them."""
-        sums, self._sums = self._sums, {}
+        names = list(self._sums)
+        # (metrics, 2): the sum of each, and what it is divided by.
+        sums = reduce(torch.stack(list(self._sums.values()))).tolist()
+        self._sums = {}
         metrics = {}
-        for name, (total, count) in zip(sums, reduce(torch.stack([*sums.values()])).tolist(), strict=True):
-            metrics[name] = total if name in TOTALS else total / count if count else math.nan
+        for name, (total, count) in zip(names, sums, strict=True):
+            if name in TOTALS:
+                metrics[name] = total
+            else:
+                metrics[name] = total / count if count else math.nan
         if RETURN in metrics:
             mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
             metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
