@@ -27,7 +27,6 @@ NOT_YET = {
     "progress.py",
     "report",
     "rewards",
-    "rl",
     "runner",
     "stages",
     "tools",

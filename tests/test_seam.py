@@ -106,7 +106,7 @@ TRAINER_ATTRIBUTES = {
     "reward_processing_classes": "the tokenizers of reward models",
     "reward_weights": "PPO's score is the weighted sum",
     "ref_model": "None as long as beta is 0",
-    "beta": "PPO sets it while a rollout is sampled, so that TRL computes what the reference gives",
+    "beta": "the weight of the KL in the loss, 0 in PPO, which computes what the reference gives by itself",
     "current_gradient_accumulation_steps": "the value loss is normalised as the policy loss is",
 }
 
@@ -288,10 +288,11 @@ def private_attributes() -> Iterator[tuple[str, Path]]:
     nodes = [(node, path) for path, tree in trees.items() for node in ast.walk(tree)]
     defined = {node.name for node, _ in nodes if isinstance(node, ast.FunctionDef)}
     defined |= {node.attr for node, _ in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    theirs = inspect.getsource(inspect.getmodule(TRLGRPOTrainer)) + inspect.getsource(inspect.getmodule(Trainer))
+    sources = [inspect.getsource(inspect.getmodule(kind)) for kind in (TRLGRPOTrainer, Trainer)]
+    theirs = {name for source in sources for name in re.findall(r"self\.(\w+)", source)}
     for node, path in nodes:
         private = isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)
-        if private and (node.attr not in defined or f"self.{node.attr}" in theirs):
+        if private and (node.attr not in defined or node.attr in theirs):
             yield node.attr, path.relative_to(PIPELINE)
 
 

@@ -37,7 +37,12 @@ Event = dict[str, Any]
 """A piece of a rollout, which the page adds to the ones that it shows."""
 
 
-class Asked(BaseModel):
+class RolloutRequest(BaseModel):
+    """What the page asks for: the rollout of a stage, on a prompt, by the model of the stage `policy`.
+
+    `answer` is the reference answer of a prompt that is not among the held-out ones; empty if there is none.
+    """
+
     stage: str
     policy: str
     text: str = Field(min_length=1)
@@ -46,48 +51,62 @@ class Asked(BaseModel):
 
 
 def content(site: Site) -> dict[str, Any]:
+    """Return what the page shows before anything is sampled: the stages that can be watched, the latest first."""
     results = load_run(site.run).stages
     stages = []
     for name in reversed(site.models.stages):
         info = stage_info(name)
-        if info.watch:
-            # The success rate shown next to the prompt: one answer says little about how often answers are right.
-            solved = results[name].metrics.get("pass@1") if info.held_out == "problems" and name in results else None
-            tally = f"{name} solves {solved.value:.0%} of {solved.n} held-out problems." if solved else ""
-            shown_stage = {"name": name, "title": info.title, "key": info.held_out, "tally": tally}
-            stages.append({**shown_stage, "policy": before(site, name)})
+        if not info.watch:
+            continue
+        # The success rate shown next to the prompt: one answer says little about how often answers are right.
+        tally = ""
+        if info.held_out == "problems" and name in results:
+            pass_at_1 = results[name].metrics.get("pass@1")
+            if pass_at_1:
+                tally = f"{name} solves {pass_at_1.value:.0%} of {pass_at_1.n} held-out problems."
+        stages.append(
+            {
+                "name": name,
+                "title": info.title,
+                "key": info.held_out,
+                "tally": tally,
+                "policy": parent_stage(site, name),
+            }
+        )
     return {"stages": stages, "models": site.models.stages}
 
 
 def routes(site: Site) -> APIRouter:
+    """Return the routes of the page's rollouts. One is computed at a time, and the next request waits."""
     router, turns = APIRouter(), CapacityLimiter(1)
 
     @router.post("/rollout")
-    def rollout(asked: Asked) -> StreamingResponse:
-        if not {asked.stage, asked.policy} <= set(site.models.stages) or not stage_info(asked.stage).watch:
+    def rollout(request: RolloutRequest) -> StreamingResponse:
+        is_known = {request.stage, request.policy} <= set(site.models.stages)
+        if not is_known or not stage_info(request.stage).watch:
             raise HTTPException(422, "This page has no such stage or model.")
-        return stream(roll_out(site, asked), turns)
+        return stream(roll_out(site, request), turns)
 
     return router
 
 
-def roll_out(site: Site, asked: Asked) -> Generator[Event]:
-    info = stage_info(asked.stage)
+def roll_out(site: Site, request: RolloutRequest) -> Generator[Event]:
+    """Yield the pieces of a rollout as they are computed, or why they cannot be."""
+    info = stage_info(request.stage)
     # A held-out prompt comes with the columns by which its rewards are computed.
-    found = site.find(asked.text, info.held_out)
-    row = dict(found.row) if found else {"prompt": [{"role": "user", "content": asked.text}]}
-    row |= {"answer": asked.answer} if asked.answer else {}
+    prompt = site.find(request.text, info.held_out)
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": request.text}]}
+    if prompt:
+        row = dict(prompt.row)
+    if request.answer:
+        row["answer"] = request.answer
     try:
-        settings = watch.stage_settings(site.run, asked.stage)
-        policy, reference = site.models.get(asked.policy), site.models.get(before(site, asked.stage))
-        toolbox = load_toolbox(settings, policy.tokenizer)
-        opened = policy.open(row, toolbox, settings.get("chat_template_kwargs") or {})
-        messages = toolbox.open(row)[0] if toolbox else row["prompt"]
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        facts = [f"{len(opened.prompt)} tokens", *([f"may call {', '.join(opened.tools)}"] if toolbox else [])]
-        prompt = {"text": visible(text, SHOWN), "facts": " · ".join(facts)}
-        yield {"step": "prompt", "title": "Prompt", "about": info.watch, "completions": [prompt]}
-        yield from (ppo if info.has_critic else grpo)(site, asked, settings, policy, reference, row)
+        settings = watch.stage_settings(site.run, request.stage)
+        policy = site.models.get(request.policy)
+        reference = site.models.get(parent_stage(site, request.stage))
+        yield _prompt_event(info.watch, policy, settings, row)
+        steps = ppo if info.has_critic else grpo
+        yield from steps(site, request, settings, policy, reference, row)
     except UserError as error:
         yield {"failed": visible("; ".join(map(str, error.problems)), SHOWN)}
     except (RunStopped, *LIBRARY_ERRORS) as error:
@@ -96,8 +115,25 @@ def roll_out(site: Site, asked: Asked) -> Generator[Event]:
         yield {"failed": visible(f"{type(reason).__name__}: {reason}", SHOWN)}
 
 
-def before(site: Site, stage: str) -> str:
-    """Return the stage that `stage` was trained from, which is more instructive to watch, or else `stage`."""
+def _prompt_event(about: str, policy: Loaded, settings: Values, row: Values) -> Event:
+    """Return the first step: the prompt of a row, as a tool or an environment of the stage completes it."""
+    toolbox = load_toolbox(settings, policy.tokenizer)
+    dialogue = policy.open(row, toolbox, settings.get("chat_template_kwargs") or {})
+    facts = [f"{len(dialogue.prompt)} tokens"]
+    messages = row["prompt"]
+    if toolbox:
+        facts.append(f"may call {', '.join(dialogue.tools)}")
+        messages, _ = toolbox.open(row)
+    text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    completion = {"text": visible(text, SHOWN), "facts": " · ".join(facts)}
+    return {"step": "prompt", "title": "Prompt", "about": about, "completions": [completion]}
+
+
+def parent_stage(site: Site, stage: str) -> str:
+    """Return the stage that `stage` was trained from, or `stage` itself if the run does not have it.
+
+    It is more instructive to watch: there is something left to learn.
+    """
     try:
         name = Path(str(watch.stage_settings(site.run, stage).get("model_name_or_path"))).name
     except UserError:
@@ -105,40 +141,50 @@ def before(site: Site, stage: str) -> str:
     return name if name in site.models.stages else stage
 
 
-def grpo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
+def grpo(
+    site: Site, request: RolloutRequest, settings: Values, policy: Loaded, reference: Loaded, row: Values
+) -> Iterator[Event]:
     """Yield GRPO's steps after the prompt as they are computed."""
-    group = watch.sample_group(policy, row, settings, settings["num_generations"], asked.seed)
-    about = f"{len(group)} attempts of {asked.policy}, sampled at temperature {settings['temperature']:g}."
-    completions = [shown(policy, one) for one in group]
+    group = watch.sample_group(policy, row, settings, settings["num_generations"], request.seed)
+    about = f"{len(group)} attempts of {request.policy}, sampled at temperature {settings['temperature']:g}."
+    completions = [completion_text(policy, completion) for completion in group]
     yield {"step": "completions", "title": "Completions", "about": about, "completions": completions}
-    seen = watch.update(policy, reference, settings, row, group)
-    mean = sum(seen.totals) / len(seen.totals)
+
+    update = watch.update(policy, reference, settings, row, group)
+    mean = sum(update.totals) / len(update.totals)
     about = f"Mean reward {number(mean, 2)}. {SCALED[str(settings.get('scale_rewards', 'group')).lower()]}"
-    if max(seen.totals) == min(seen.totals):
+    if max(update.totals) == min(update.totals):
         about += " All are equal here, so nothing is learned from this prompt."
-    elif max(seen.totals) > 0:
+    elif max(update.totals) > 0:
         about += " A guess that happens to be right earns as much as a solution; over many problems, solutions win."
-    lines = [[visible(f"{name}: {number(one, 2)}") for one in column] for name, column in seen.rewards.items()]
-    rewards = [" · ".join(of_one) for of_one in zip(*lines, strict=True)]
-    advantages = list(map(finite, seen.advantages))
+    rewards = []
+    for index in range(len(group)):
+        texts = [visible(f"{name}: {number(column[index], 2)}") for name, column in update.rewards.items()]
+        rewards.append(" · ".join(texts))
+    advantages = list(map(finite, update.advantages))
     yield {"step": "check", "title": "Check", "about": about, "rewards": rewards, "advantages": advantages}
 
     about = "One step on a copy of the model, with only this group and the learning rate of the run "
     about += f"({settings['learning_rate']:g}). A step of the run takes {settings['per_device_train_batch_size']} "
     about += "completions."
-    yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, seen.changes))}
+    yield {"step": "update", "title": "Update", "about": about, "changes": list(map(finite, update.changes))}
 
 
-def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: Loaded, row: Values) -> Iterator[Event]:
+def ppo(
+    site: Site, request: RolloutRequest, settings: Values, policy: Loaded, reference: Loaded, row: Values
+) -> Iterator[Event]:
     """Yield the completion, and what PPO computes for each of its tokens."""
-    (one,) = watch.sample_group(policy, row, settings, 1, asked.seed)
-    about = f"One answer of {asked.policy}."
-    yield {"step": "completion", "title": "Completion", "about": about, "completions": [shown(policy, one)]}
-    view = watch.token_view(policy, reference, site.run, asked.stage, settings, row, one)
+    (completion,) = watch.sample_group(policy, row, settings, 1, request.seed)
+    about = f"One answer of {request.policy}."
+    completions = [completion_text(policy, completion)]
+    yield {"step": "completion", "title": "Completion", "about": about, "completions": completions}
+
+    view = watch.token_view(policy, reference, site.run, request.stage, settings, row, completion)
     about = f"Score of the reward model: {number(view.score, 2)}"
     if view.penalty:
         about += f", less {view.penalty:g} because the answer did not end"
-    about += f". KL from {reference.name}: {number(sum(filter(None, view.kl)), 2)} nats, each of which costs "
+    kl = sum(value for value in view.kl if value is not None)
+    about += f". KL from {reference.name}: {number(kl, 2)} nats, each of which costs "
     about += f"{settings['kl_coef']:g}. Value is what the critic, a model that is trained along, expects of the reward "
     about += "still to come. "
     gamma, lam = settings.get("gamma", 1.0), settings.get("lam", 0.95)
@@ -147,7 +193,7 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
     about += update_of(settings)
     if settings.get("reward_normalization", "none") != "none":
         about += " The trainer also normalises the score by those of earlier answers, which is left out here."
-    if 0 in one.sampled:
+    if 0 in completion.sampled:
         about += " Text that a tool wrote is not shown, because the model did not choose it."
     columns = {"KL": view.kl, "Reward": view.rewards, "Value": view.values, "Advantage": view.advantages}
     yield {
@@ -155,7 +201,7 @@ def ppo(site: Site, asked: Asked, settings: Values, policy: Loaded, reference: L
         "title": "What PPO sees",
         "about": about,
         "tokens": [visible(str(policy.tokenizer.decode([token]))) for token in view.tokens],
-        "chosen": one.sampled,
+        "chosen": completion.sampled,
         "logProbs": list(map(finite, view.log_probs)),
         "columns": {title: list(map(finite, values)) for title, values in columns.items()},
     }
@@ -175,11 +221,14 @@ def update_of(settings: Values) -> str:
     return "PPO's update makes tokens with an advantage above 0 more likely, and the others less likely."
 
 
-def shown(policy: Loaded, completion: Dialogue) -> dict[str, str]:
+def completion_text(policy: Loaded, completion: Dialogue) -> dict[str, str]:
     """Return the text of a completion, in turns if there are tools, and how many tokens it has."""
     # The trainers do not strip what the model wrote.
     text = readable(completion.messages) or str(policy.tokenizer.decode(completion.tokens, skip_special_tokens=True))
-    own, total = sum(completion.sampled), len(completion.tokens)
-    facts = f"{own} tokens" + (f" and {total - own} of tools" if own < total else "")
-    ended = "" if watch.has_ended(policy, completion) else ", cut off"
-    return {"text": visible(text, SHOWN) or "(nothing)", "facts": facts + ended}
+    sampled, total = sum(completion.sampled), len(completion.tokens)
+    facts = f"{sampled} tokens"
+    if sampled < total:
+        facts += f" and {total - sampled} of tools"
+    if not watch.has_ended(policy, completion):
+        facts += ", cut off"
+    return {"text": visible(text, SHOWN) or "(nothing)", "facts": facts}

@@ -15,6 +15,12 @@ from pipeline.files import as_list
 READ = ("model_name_or_path", "tokenizer_name_or_path", "dataset_name", "reward_model_path", "value_model_path")
 """Fields that may name a directory that a step reads."""
 
+REMOVED = {
+    "kl_estimator": "PPO's penalty always uses k1 (k3 is logged as objective/kl_k3), and needs no field; omit it",
+}
+"""Fields of earlier releases, and what to do instead. They are rejected in a YAML file; a run that recorded one is as
+it would be without it."""
+
 
 def argument_types(main: Callable[..., Any]) -> list[type]:
     """Return the argument dataclasses in the signature of a recipe's `main`, in order."""
@@ -70,7 +76,12 @@ def read_values(values: Mapping[str, Any], dataclass_types: Sequence[Any]) -> tu
 
 
 def unknown_field(name: str, value: object, names: Iterable[str]) -> Problem:
-    """Return the problem for a field that is none of `names`, with the nearest of them as a suggestion."""
+    """Return the problem for a field that is none of `names`, with what replaces it, or the nearest of them.
+
+    The first is for a field of an earlier release, the second for any other.
+    """
+    if name in REMOVED:
+        return Problem(name, value, REMOVED[name])
     nearest = difflib.get_close_matches(name, list(names), n=1)
     remedy = f"unknown field; did you mean `{nearest[0]}`?" if nearest else "unknown field; see --help for those known"
     return Problem(name, value, remedy)

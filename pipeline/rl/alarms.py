@@ -1,4 +1,4 @@
-"""Alarms that report the collapse of a policy during training, from figures that GRPO and PPO log anyway.
+"""Alarms that report the collapse of a policy during training, from metrics that GRPO and PPO log anyway.
 
 `tests/benchmarks/alarms.py` tests them on runs that are known to have broken or not, and has the results.
 """
@@ -16,11 +16,13 @@ logger = get_logger(__name__)
 
 # Share of the entropy at the start, and nats per token, below which samples of one prompt are nearly all the same. The
 # runs of `recipes/pocket` end at two thirds of it (PPO) and at an eighth (GRPO, which by then solves most problems).
-ENTROPY_SHARE, MIN_ENTROPY = 0.03, 0.005
+ENTROPY_SHARE = 0.03
+MIN_ENTROPY = 0.005
 # Share of completions that run into the limit. Above it, most rewards are for unfinished text.
 MAX_CUT_OFF = 0.5
 # Share of the initial length, and number of tokens: an empty completion has one token, its end of turn.
-LENGTH_SHARE, MIN_LENGTH = 0.1, 1.5
+LENGTH_SHARE = 0.1
+MIN_LENGTH = 1.5
 # Standard deviation of the rewards as a share of its maximum so far. Below it, nearly all rewards are equal.
 SPREAD_SHARE = 0.01
 # Share of groups in which rewards differ. Other groups have no advantages: below it, 19 of 20 samples are wasted.
@@ -31,10 +33,11 @@ MAX_KL = 1.0
 # it is success, and equal rewards and low entropy are fine. Scores of a reward model have no ceiling.
 MASTERY = 0.9
 # Consecutive bad log entries, and completions in them, for an alarm: small batches are often all right or all wrong.
-MIN_ENTRIES, MIN_COMPLETIONS = 3, 64
+MIN_ENTRIES = 3
+MIN_COMPLETIONS = 64
 
 EXPLORE = "lower learning_rate, or raise entropy_coef or the KL penalty (kl_coef in PPO, beta in GRPO)"
-# The unit of an alarm's figure, and what to try, by the alarm's name.
+# The unit of an alarm's metric, and what to try, by the alarm's name.
 ADVICE = {
     "entropy": f"nats per token; the policy hardly explores any more: {EXPLORE}",
     "length_at_limit": "of completions are cut off; raise max_completion_length, or set mask_truncated_completions",
@@ -47,21 +50,30 @@ ADVICE = {
 
 @dataclass(eq=False)
 class CollapseAlarms(TrainerCallback):
-    """Warn once of each kind of collapse, and add `{"alarm/<name>": figure, "step": N}` to the log.
+    """Warn once of each kind of collapse, and add `{"alarm/<name>": value, "step": N}` to the log.
 
     If most entries are bad, but too few in a row, the alarm is raised at the end. Everything is derived from the log,
-    so that a resumed run raises the same alarms as an uninterrupted one. `checked` says that rewards are checks with a
-    best value, and not scores of a reward model.
+    so that a resumed run raises the same alarms as an uninterrupted one.
+
+    Args:
+        checked: Whether rewards are checks with a best value, and not scores of a reward model.
     """
 
     checked: bool
 
     def __post_init__(self) -> None:
+        # The number of bad entries in a row for an alarm.
         self._patience = MIN_ENTRIES
+        # The first entropy and length that were logged.
         self._start: dict[str, float] = {}
-        self._reward, self._lowest, self._highest, self._deviation = math.nan, math.inf, -math.inf, 0.0
-        # The figures of each alarm so far, None where they are not bad.
-        self._figures: dict[str, list[float | None]] = {}
+        # The mean reward of the latest entry, the lowest one so far, and the highest reward of a single completion.
+        self._reward = math.nan
+        self._lowest = math.inf
+        self._highest = -math.inf
+        # The highest standard deviation of the rewards so far.
+        self._deviation = 0.0
+        # The values of each alarm so far, None where they are not bad.
+        self._values: dict[str, list[float | None]] = {}
         self._raised: set[str] = set()
 
     def on_train_begin(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -77,58 +89,69 @@ class CollapseAlarms(TrainerCallback):
 
     def on_log(self, args: GRPOConfig, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise the alarms of the latest entry."""
-        for name, figure in self._read(logs or {}).items():
-            self._raise(name, figure, state)
+        for name, value in self._read(logs or {}).items():
+            self._raise(name, value, state)
 
     def on_train_end(self, args: GRPOConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Raise each alarm that was not raised although most entries are bad, as in a short run with few entries."""
         if state.global_step < state.max_steps:
             return
         # A run that was killed after its last step does not begin again.
-        if not self._figures:
+        if not self._values:
             self._read_history(args, state)
-        for name, figures in self._figures.items():
-            bad = [figure for figure in figures if figure is not None]
-            if name not in self._raised and 2 * len(bad) > len(figures):
+        for name, values in self._values.items():
+            bad = [value for value in values if value is not None]
+            if name not in self._raised and 2 * len(bad) > len(values):
                 self._raise(name, bad[-1], state)
 
-    def _raise(self, name: str, figure: float, state: TrainerState) -> None:
-        state.log_history.append({f"alarm/{name}": figure, "step": state.global_step})
-        logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, figure, ADVICE[name])
+    def _raise(self, name: str, value: float, state: TrainerState) -> None:
+        state.log_history.append({f"alarm/{name}": value, "step": state.global_step})
+        logger.warning("%-11s %s at step %d: %.3g %s", "alarm", name, state.global_step, value, ADVICE[name])
 
     def _read(self, logged: Mapping[str, Any]) -> dict[str, float]:
-        """Process a log entry, and return the figures of the alarms that it raises, by name."""
+        """Process a log entry, and return the values of the alarms that it raises, by name."""
         entry = {name: value for name, value in logged.items() if value is not None}
+        raised = {}
+        for name, (value, is_bad) in self._judge(entry).items():
+            values = self._values.setdefault(name, [])
+            values.append(value if is_bad else None)
+            latest = values[-self._patience :]
+            if name not in self._raised and len(latest) == self._patience and None not in latest:
+                self._raised.add(name)
+                raised[name] = value
+        return raised
+
+    def _judge(self, entry: Mapping[str, Any]) -> dict[str, tuple[float, bool]]:
+        """Return the value for each alarm that a log entry has, and whether it is bad."""
         self._reward = entry.get("reward", self._reward)
         self._lowest = min(self._lowest, entry.get("reward", math.inf))
         self._highest = max(self._highest, entry.get("reward_max", -math.inf))
         # A mean reward that is nearly as high as the highest single one is success, not collapse.
         way = self._highest - self._lowest
-        collapsed = not (self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way)
-        # The figure for each alarm in the entry, and whether it is bad.
-        judged: dict[str, tuple[float, bool]] = {}
-        if (length := entry.get("completions/mean_length")) is not None:
+        has_mastered = self.checked and way > 0 and self._reward >= self._lowest + MASTERY * way
+        values: dict[str, tuple[float, bool]] = {}
+        length = entry.get("completions/mean_length")
+        if length is not None:
             limit = max(LENGTH_SHARE * self._start.setdefault("length", length), MIN_LENGTH)
-            judged["length_near_zero"] = length, length <= limit
+            values["length_near_zero"] = (length, length <= limit)
             cut_off = entry["completions/clipped_ratio"]
-            judged["length_at_limit"] = cut_off, cut_off >= MAX_CUT_OFF
-        if (entropy := entry.get("entropy")) is not None:
+            values["length_at_limit"] = (cut_off, cut_off >= MAX_CUT_OFF)
+        entropy = entry.get("entropy")
+        if entropy is not None:
             limit = max(ENTROPY_SHARE * self._start.setdefault("entropy", entropy), MIN_ENTROPY)
-            judged["entropy"] = entropy, collapsed and entropy <= limit
-        if (deviation := entry.get("reward_std")) is not None:
+            values["entropy"] = (entropy, entropy <= limit and not has_mastered)
+        deviation = entry.get("reward_std")
+        if deviation is not None:
             self._deviation = max(self._deviation, deviation)
-            judged["reward_spread"] = deviation, collapsed and deviation <= SPREAD_SHARE * self._deviation
-        if (useless := entry.get("frac_reward_zero_std")) is not None:
-            judged["uninformative_groups"] = useless, collapsed and 1 - useless <= MIN_INFORMATIVE
-        kl = entry["objective/kl"] / length if length and "objective/kl" in entry else entry.get("kl")
+            is_flat = deviation <= SPREAD_SHARE * self._deviation
+            values["reward_spread"] = (deviation, is_flat and not has_mastered)
+        useless = entry.get("frac_reward_zero_std")
+        if useless is not None:
+            values["uninformative_groups"] = (useless, 1 - useless <= MIN_INFORMATIVE and not has_mastered)
+        # PPO logs the KL of a completion, GRPO that of a token.
+        kl = entry.get("kl")
+        if length and "objective/kl" in entry:
+            kl = entry["objective/kl"] / length
         if kl is not None:
-            judged["kl"] = kl, kl >= MAX_KL
-        raised = {}
-        for name, (figure, is_bad) in judged.items():
-            figures = self._figures.setdefault(name, [])
-            figures.append(figure if is_bad else None)
-            latest = figures[-self._patience :]
-            if name not in self._raised and len(latest) == self._patience and None not in latest:
-                self._raised.add(name)
-                raised[name] = figure
-        return raised
+            values["kl"] = (kl, kl >= MAX_KL)
+        return values

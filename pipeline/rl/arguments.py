@@ -23,13 +23,13 @@ from pipeline.training.inputs import load_inputs
 
 @dataclass(kw_only=True)
 class SampledArguments(ToolArguments):
-    """Arguments shared by PPO and GRPO: tools and reward checks."""
+    """Arguments of PPO and GRPO alike: the tools. Their rewards are checked here as well."""
 
     # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False
 
     def load_tools(self) -> dict[str, Any]:
-        """Return the trainer's arguments for the tools."""
+        """Load the tools, and return the arguments by which a trainer of TRL gets them."""
         return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
 
     def preflight(
@@ -40,14 +40,17 @@ class SampledArguments(ToolArguments):
         Tokenizer and data are None if they failed to load. If `early`, reward models and critic may not exist yet.
         """
         problems = super().preflight(training_args, tokenizer, train, early)
-        models, functions = getattr(self, "reward_model_path", None) or [], getattr(self, "reward_funcs", None) or []
-        gives_rewards = False
+        models = getattr(self, "reward_model_path", None) or []
+        functions = getattr(self, "reward_funcs", None) or []
+        environment_rewards = False
         with suppress(UserError):
-            gives_rewards = hasattr(load_environment(self.environment), "get_reward")
-        if self.trains_critic and not (models or functions or gives_rewards):
-            problems.append(Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs"))
-        elif models or functions or not gives_rewards:
+            environment_rewards = hasattr(load_environment(self.environment), "get_reward")
+        if models or functions:
             problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
+        elif self.trains_critic and not environment_rewards:
+            problems.append(Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs"))
+        elif not environment_rewards:
+            problems += check_rewards([], [], getattr(training_args, "reward_weights", None), train, early)
         critic = getattr(self, "value_model_path", None)
         if critic is not None and not early:
             problems += check_value_model(critic, tokenizer)

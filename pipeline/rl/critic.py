@@ -27,8 +27,15 @@ STATE = "critic_optimizer.pt"
 class Critic:
     """A value model and its training. It is part of checkpoints and of the final model, in `value_model/`.
 
-    `accelerator` wraps the `model` for several processes, `torch.compile` and autocast. Its gradients are clipped to
-    `max_grad_norm` separately: large ones of the policy do not shrink them. `optimizer` is set when training begins.
+    Args:
+        model: The value model, without wrappers.
+        policy: The policy, whose adapter may share frozen weights with the critic.
+        accelerator: Wraps the model for several processes, `torch.compile` and autocast.
+        max_grad_norm: Its gradients are clipped to this norm, separately: large ones of the policy do not shrink them.
+
+    Attributes:
+        model: The value model, wrapped.
+        optimizer: Set by `PPOTrainer.create_optimizer` when training begins.
     """
 
     belongs_to_model = True
@@ -36,7 +43,9 @@ class Critic:
     def __init__(
         self, model: PreTrainedModel | PeftModel, policy: nn.Module, accelerator: Accelerator, max_grad_norm: float
     ) -> None:
-        self.policy, self.accelerator, self.max_grad_norm = policy, accelerator, max_grad_norm
+        self.policy = policy
+        self.accelerator = accelerator
+        self.max_grad_norm = max_grad_norm
         self.model: Any = accelerator.prepare_model(model)
         self.optimizer: Any = None
 
@@ -50,7 +59,8 @@ class Critic:
         for group in self.optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * share
         # The loss scale of fp16 is updated after the policy's step, which comes next.
-        if (scaler := self.accelerator.scaler) is not None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
             scaler.unscale_(self.optimizer)
         # As in `Trainer`, 0 disables clipping.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
@@ -71,11 +81,11 @@ class Critic:
         path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
-        saved_adapter = (path / "adapter_config.json").is_file()
-        if saved_adapter != isinstance(model, PeftModel):
-            remedy = f"{folder} was trained with {str(saved_adapter).lower()}; use that value"
-            raise UserError(Problem("value_use_peft", not saved_adapter, remedy))
-        if not saved_adapter:
+        is_adapter = (path / "adapter_config.json").is_file()
+        if is_adapter != isinstance(model, PeftModel):
+            remedy = f"{folder} was trained with {str(is_adapter).lower()}; use that value"
+            raise UserError(Problem("value_use_peft", not is_adapter, remedy))
+        if not is_adapter:
             saved = type(model).from_pretrained(path, config=model.config, dtype=model.dtype)
             model.load_state_dict(saved.state_dict())
             return
@@ -108,7 +118,15 @@ class CriticOptimizer:
 
 
 def token_values(critic: nn.Module, ids: Tensor, attention_mask: Tensor, length: int, *options: Any) -> Tensor:
-    """Compute a critic's estimates before each of the last `length` tokens, in passes: (B, `length`), float32."""
+    """Return a critic's estimates (B, `length`) before each of the last `length` tokens is chosen, in float32.
+
+    Args:
+        critic: A token classification model with one label, wrapped or not.
+        ids: Token ids of whole texts, (B, L).
+        attention_mask: 0 for padding, (B, L).
+        length: Number of tokens at the end of each text, for which estimates are returned.
+        *options: Further arguments of `pipeline.models.kernels.token_trees.compute_in_passes`.
+    """
 
     def of_pass(critic: nn.Module, batch: ForwardPass) -> tuple[Tensor]:
         return (critic(**batch.inputs).logits.flatten(0, 1).index_select(0, batch.predecessors)[:, 0].float(),)

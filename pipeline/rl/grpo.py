@@ -4,7 +4,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, set_seed
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOConfig, SyncRefModelCallback
 from trl import GRPOTrainer as TRLGRPOTrainer
@@ -46,6 +46,10 @@ class EpochSampler(Sampler[int]):
     """TRL's `RepeatSampler`, with an order that only depends on the number of the epoch, which `epoch` returns.
 
     TRL draws all orders from one generator, so a run resumed in the second epoch would repeat the first order.
+
+    Args:
+        sampler: A `RepeatSampler` of TRL, whose generator is seeded again for each epoch.
+        epoch: Returns the epoch so far, with a fraction such as 1.5; None before training begins.
     """
 
     sampler: Any
@@ -60,24 +64,76 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)
 
 
+@contextmanager
+def _reference_by_trl(args: GRPOConfig, beta: float) -> Iterator[None]:
+    """Let TRL's constructor make a reference if `beta` is not 0, and none otherwise.
+
+    TRL decides by `args.beta`, the weight of the KL in GRPO's loss. PPO's loss has no KL, and its reference is for the
+    rewards. Afterwards, `args` are what they were.
+    """
+    beta_of_loss = args.beta
+    sync_ref_model = args.sync_ref_model
+    args.beta = beta
+    if beta == 0 and beta_of_loss != 0:
+        # TRL's callback would have nothing to update.
+        args.sync_ref_model = False
+    try:
+        yield
+    finally:
+        args.beta = beta_of_loss
+        args.sync_ref_model = sync_ref_model
+
+
+def _can_merge(model: nn.Module) -> bool:
+    """Return whether a model is an adapter that can be merged into its base in place, and removed again.
+
+    This holds for plain LoRA that does not adapt the embeddings or the output layer. If these are tied, merging into
+    one would change the other.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    lora, base = model.active_peft_config, model.get_base_model()
+    if not isinstance(lora, LoraConfig) or lora.use_dora or lora.lora_bias or lora.alora_invocation_tokens:
+        return False
+    if getattr(base, "is_quantized", False):
+        return False
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return not any(isinstance(layer, BaseTunerLayer) for layer in ends)
+
+
 class GRPOTrainer(Reliable, TRLGRPOTrainer):
     """TRL's `GRPOTrainer`, but exactly resumable wherever it stopped.
 
-    A checkpoint contains the rest of the rollout, which TRL would sample again. Only with vLLM, whose probabilities
-    depend on the rest of the batch, does a resumed run sample different completions.
+    TRL samples again after it has resumed, although a rollout may serve several steps (`steps_per_generation` above
+    `gradient_accumulation_steps`, or `num_iterations` above 1). Here, a checkpoint contains the rest of the rollout, a
+    file for each process. With another number of processes or batch size, a rollout cannot be used, and is sampled
+    again. With vLLM, whose probabilities depend on the rest of the batch, a resumed run samples different completions.
 
     Evaluation, which also samples, uses its own random numbers. `evaluate` returns its metrics under the prefix of
     their data set. Every completion counts equally, even in an incomplete last batch.
 
-    `all_rewards`, (completions, rewards), has the latest rewards of each completion, NaN for None, and `latest_logps`
-    has the last log-probabilities, which TRL's loss does not return.
+    Completions are sampled by `pipeline.models.kernels.sampler`, or by TRL where that cannot
+    (`_generate_single_turn`). A reward with weight 0 is measured and logged without any other effect.
+
+    Guarded by `tests/rl/test_grpo.py`, `tests/rl/test_ppo_resume.py` and `tests/recipes/test_sampling_recipes.py`
+    (exact resume), `tests/rl/test_tools.py` (dialogues) and `tests/rl/test_positions.py` (log-probabilities).
+
+    Args:
+        model: The policy: a path, a Hub id, or a model. With `beta`, its present state is the reference.
+        reward_funcs: Reward models or functions, as for TRL's trainer.
+        args: The configuration. Default: `GRPOConfig()`.
+        *arguments, **kwargs: Any other argument of TRL's trainer.
+
+    Attributes:
+        all_rewards: The latest rewards of the completions of all processes, (completions, rewards), NaN for None.
+        latest_logps: The last log-probabilities, (B, T), which TRL's loss does not return.
     """
 
     # Whether the entropies that are computed at the moment are logged, and no part of a loss.
     _only_logs_entropy = False
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *others: Any, **kwargs: Any
+        self, model: Any, reward_funcs: Any = None, args: GRPOConfig | None = None, *arguments: Any, **kwargs: Any
     ) -> None:
         args = args or GRPOConfig()
         launch.use_one_gpu(args)
@@ -85,25 +141,51 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             args.model_init_kwargs = {"device_map": None} | (args.model_init_kwargs or {})
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = LENGTH_THAT_FITS
-        # TRL loads the reference by the policy's name. A model in memory may differ from that, or have no name.
-        copied = args.beta != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
-        beta, synced = args.beta, args.sync_ref_model
-        if copied:
-            args.beta, args.sync_ref_model = 0.0, False
-        super().__init__(model, reward_funcs, args, *others, **kwargs)
+        # What the KL is measured from, by what the policy is given as:
+        #
+        #   a name                         what TRL loads by this name once more
+        #   a model in memory              a copy of it, because it may differ from what its name loads
+        #   a model and `peft_config`      the model without its new adapter
+        #   a `PeftModel`                  the copy of its adapter, named "ref", that TRL makes
+        kl_weight = self.kl_weight(args)
+        copies_reference = kl_weight != 0 and isinstance(model, PreTrainedModel) and not kwargs.get("peft_config")
+        with _reference_by_trl(args, 0.0 if copies_reference else kl_weight):
+            super().__init__(model, reward_funcs, args, *arguments, **kwargs)
+        self.beta = args.beta
         self.parts.append(Rollout(self))
-        for network in filter(None, (self.model, self.ref_model) if args.cast_lm_head_to_fp32 else ()):
-            compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
-        if copied:
-            self.beta, args.beta, args.sync_ref_model = beta, beta, synced
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("FSDP and DeepSpeed do not shard the reference of a model in memory")
-            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
-            self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
-            if synced:
-                self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        if args.cast_lm_head_to_fp32:
+            for network in (self.model, self.ref_model):
+                if network is not None:
+                    compute_in_float32(extract_model_from_parallel(network).get_output_embeddings())
+        if copies_reference:
+            self._copy_reference()
+        self._prepare_rewards()
+        # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        learns_prompt = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+        self._is_plain = not (is_sharded or learns_prompt)
+        # On a CPU, sampling takes a third longer with an unmerged adapter.
+        self._merges = self._is_plain and self.args.device.type == "cpu" and _can_merge(self.model)
+        if self.use_vllm:
+            # vLLM in this process uses the global random state, which it seeds at startup, but only with the rank.
+            set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
+            logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
 
-        # Reward models become functions, and functions are guarded. Alarms watch the rewards for a collapse.
+    def kl_weight(self, args: Any) -> float:
+        """Return the weight of the KL to the reference, for which the constructor makes one; 0 for no reference."""
+        return args.beta
+
+    def _copy_reference(self) -> None:
+        """Make a frozen copy of the policy the reference, and keep it up to date if `sync_ref_model` asks for it."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed do not shard the reference of a model in memory")
+        reference = frozen_copy(self.model, self.temperature, self.args.cast_lm_head_to_fp32)
+        self.ref_model: Any = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        if self.args.sync_ref_model:
+            self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+
+    def _prepare_rewards(self) -> None:
+        """Make functions of reward models, guard other functions, and let alarms watch the rewards for a collapse."""
         rewards: list[Any] = []
         tokenizers = self.reward_processing_classes
         for function, tokenizer, name in zip(self.reward_funcs, tokenizers, self.reward_func_names, strict=True):
@@ -114,116 +196,152 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             else:
                 rewards.append(guard_reward(function, name))
         self.reward_funcs: list[Any] = rewards
+        # Rewards with weight 0 are only measured.
         paying = [reward for reward, weight in zip(rewards, self.reward_weights.tolist(), strict=True) if weight]
-        self.add_callback(CollapseAlarms(checked=not any(isinstance(reward, RewardModel) for reward in paying)))
-        # Sharded weights (FSDP, DeepSpeed) are whole only in TRL's methods; prompt learning prepends its own tokens.
-        prompted = isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
-        self._whole_and_bare = not (self.is_fsdp_enabled or self.is_deepspeed_enabled or prompted)
-        # On a CPU, sampling takes a third longer with an unmerged adapter. Only plain LoRA is merged in place, and not
-        # into the embeddings or the output layer: if these are tied, merging into one would change the other.
-        self._merges = self._whole_and_bare and isinstance(self.model, PeftModel) and self.args.device.type == "cpu"
-        if self._merges:
-            lora, body = self.model.active_peft_config, self.model.get_base_model()
-            own = not isinstance(lora, LoraConfig) or lora.use_dora or lora.lora_bias or lora.alora_invocation_tokens
-            own = own or getattr(body, "is_quantized", False)
-            ends = body.get_input_embeddings(), body.get_output_embeddings()
-            self._merges = not (own or any(isinstance(layer, BaseTunerLayer) for layer in ends))
-        if self.use_vllm:
-            # vLLM in this process uses the global random state, which it seeds at startup, but only with the rank.
-            set_seed(args.seed + self.accelerator.process_index // args.vllm_tensor_parallel_size)
-            logger.info("%-11s vLLM (%s); a resumed run is not exact to the bit", "sampling", args.vllm_mode)
+        has_model = any(isinstance(reward, RewardModel) for reward in paying)
+        self.add_callback(CollapseAlarms(checked=not has_model))
 
     # ---- The rollout
 
     def get_train_dataloader(self) -> Any:
         """Leave rows where they are: accelerate would look for tensors to move in every number of every column."""
-        placed = self.accelerator.device_placement
-        # This setting would also change how a stream is split.
-        self.accelerator.device_placement = placed and isinstance(self.train_dataset, IterableDataset)
+        if isinstance(self.train_dataset, IterableDataset):
+            # The setting would also change how a stream is split.
+            return super().get_train_dataloader()
+        device_placement = self.accelerator.device_placement
+        self.accelerator.device_placement = False
         loader = super().get_train_dataloader()
-        self.accelerator.device_placement = placed
+        self.accelerator.device_placement = device_placement
         return loader
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """Return TRL's sampler, with an order that a resumed run repeats."""
         return EpochSampler(super()._get_train_sampler(dataset), lambda: self.state.epoch)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Sample a completion of each prompt, without dropout. Return their token ids, and None for their logps."""
+        """Sample a completion of each prompt, without dropout.
+
+        Return their token ids, and None for their log-probabilities. vLLM returns these as well. Random numbers come
+        from the global generator, which checkpoints contain: see the tests of exact resume.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # Mamba, for instance, does not take positions.
-        plain = self._whole_and_bare and accepts_argument(model, "position_ids") and not overrides_generate(model)
-        plain = plain and not (self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm)
-        if plain:
-            # The trainer's settings take precedence over the model's, as in `model.generate`.
-            config = copy.deepcopy(self.generation_config)
-            config.update(**model.generation_config.to_dict(), defaults_only=True)
-            plain = not unsupported_settings(config)
-        merges = plain and self._merges
+        config = self._sampling_config(model)
+        if config is None:
+            is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._is_plain
+            # vLLM gets the policy's weights, with the adapter merged into them, once in each step.
+            is_loaded = is_merged and self.state.global_step != self._last_loaded_step
+            with self.accelerator.autocast(), unrounded(self.model) if is_loaded else nullcontext():
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+        lengths = [len(prompt) + config.max_new_tokens for prompt in prompt_ids]
+        completions: dict[int, list[int]] = {}
+        training = model.training
+        model.eval()
         # Trained modules are in float32, frozen ones may be in bf16. One context for all tokens casts weights once.
-        with unrounded(self.model, merge=True) if merges else nullcontext(), self.accelerator.autocast():
-            if not plain:
-                is_merged = self.use_vllm and isinstance(self.model, PeftModel) and self._whole_and_bare
-                is_loaded = is_merged and self.state.global_step != self._last_loaded_step
-                with unrounded(self.model) if is_loaded else nullcontext():
-                    return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            training = model.training
-            lengths = [len(prompt) + config.max_new_tokens for prompt in prompt_ids]
-            sampled: dict[int, list[int]] = {}
-            with profiling_context(self, "sample"):
-                for batch in map(sorted, batches(lengths, model.device)):
-                    sampled |= zip(batch, sample(model.eval(), [prompt_ids[i] for i in batch], config), strict=True)
-            model.train(training)
-            return [ids for _, ids in sorted(sampled.items())], None
+        with (
+            unrounded(self.model, merge=True) if self._merges else nullcontext(),
+            self.accelerator.autocast(),
+            profiling_context(self, "sample"),
+        ):
+            for batch in batches(lengths, model.device):
+                numbers = sorted(batch)
+                sampled = sample(model, [prompt_ids[number] for number in numbers], config)
+                completions |= zip(numbers, sampled, strict=True)
+        model.train(training)
+        return [completions[number] for number in range(len(prompt_ids))], None
+
+    def _sampling_config(self, model: Any) -> GenerationConfig | None:
+        """Return the settings for `pipeline.models.kernels.sampler`, or None if it cannot sample from the policy.
+
+        Then TRL samples: with vLLM, continuous batching, sharded weights, images, a model that takes no positions
+        (Mamba, for instance), or settings that only `model.generate` has.
+        """
+        if self.use_vllm or self.use_transformers_continuous_batching or self._is_vlm or not self._is_plain:
+            return None
+        if not accepts_argument(model, "position_ids") or overrides_generate(model):
+            return None
+        # The trainer's settings take precedence over the model's, as in `model.generate`.
+        config = copy.deepcopy(self.generation_config)
+        config.update(**model.generation_config.to_dict(), defaults_only=True)
+        return None if unsupported_settings(config) else config
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation."""
+        """Answer the calls of the first turns, and sample what follows, with the same loop as evaluation.
+
+        Return what TRL's method does, for each completion: which of its tokens were sampled (1) and which a tool wrote
+        (0), its messages, its tokens, their log-probabilities or None, and images; and the numbers of calls and of
+        failures.
+        """
         if self._is_vlm or any(map(is_async_callable, self.tools)):
             for tools in self._sync_tool_dicts:
                 tools |= {name: partial(call_tool, tool) for name, tool in tools.items()}
             return super()._tool_call_loop(*args, **kwargs)
         _, prompt_ids, completion_ids, completions, logprobs, *_ = args
-        dialogues = [Dialogue(*of_each) for of_each in zip(prompt_ids, self._sync_tool_dicts, strict=True)]
-        for number, dialogue in enumerate(dialogues):
-            first = None if logprobs is None else logprobs[number]
-            dialogue.logps = None if first is None else []
-            dialogue.add_turn(list(completion_ids[number]), first, completions[number][0])
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        if self.use_vllm and self.vllm_mode == "colocate":
-            # vLLM may have memory for fewer tokens than the model has positions.
-            context = self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        dialogues = []
+        for number, (prompt, tools) in enumerate(zip(prompt_ids, self._sync_tool_dicts, strict=True)):
+            dialogue = Dialogue(prompt, tools)
+            first_logps = None
+            if logprobs is not None:
+                first_logps = logprobs[number]
+            dialogue.logps = None if first_logps is None else []
+            dialogue.add_turn(list(completion_ids[number]), first_logps, completions[number][0])
+            dialogues.append(dialogue)
         # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
-        at_once = self.use_vllm or not self._whole_and_bare
+        at_once = self.use_vllm or not self._is_plain
         reduce, device = self.accelerator.reduce, self.accelerator.device
+
+        def goes_on(has_turns: bool) -> bool:
+            """Return whether to sample another turn: if this process has dialogues that go on, or any process has."""
+            if not at_once:
+                return has_turns
+            return bool(reduce(torch.tensor(int(has_turns), device=device)))
+
         converse(
             dialogues,
             self._sample_turn,
             self._tokenizer,
             ends=self.eos_token_ids,
             limit=self.max_completion_length,
-            context=context,
+            context=self._context_length(),
             turns=self.max_tool_calling_iterations,
             template={**self.chat_template_kwargs, "chat_template": self.chat_template},
-            goes_on=lambda own: bool(reduce(torch.tensor(int(own), device=device)) if at_once else own),
+            goes_on=goes_on,
         )
-        turns = sum(message["role"] == "assistant" for dialogue in dialogues for message in dialogue.messages)
-        sampled = sum(sum(dialogue.sampled) for dialogue in dialogues)
-        sampled, turns = reduce(torch.tensor([sampled, turns], device=device), reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["tools/turn_length"].append(sampled / max(turns, 1))
-        texts = [[getattr(dialogue, name) for dialogue in dialogues] for name in ("sampled", "messages", "tokens")]
-        logps = None if logprobs is None else [dialogue.logps for dialogue in dialogues]
-        counts = [sum(getattr(dialogue, name) for dialogue in dialogues) for name in ("calls", "failures")]
-        return *texts, logps, *counts, [[] for _ in dialogues]
+        turns = tokens = 0
+        for dialogue in dialogues:
+            turns += sum(message["role"] == "assistant" for message in dialogue.messages)
+            tokens += sum(dialogue.sampled)
+        tokens, turns = reduce(torch.tensor([tokens, turns], device=device), reduction="sum").tolist()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["tools/turn_length"].append(tokens / max(turns, 1))
+        return (
+            [dialogue.sampled for dialogue in dialogues],
+            [dialogue.messages for dialogue in dialogues],
+            [dialogue.tokens for dialogue in dialogues],
+            None if logprobs is None else [dialogue.logps for dialogue in dialogues],
+            sum(dialogue.calls for dialogue in dialogues),
+            sum(dialogue.failures for dialogue in dialogues),
+            [[] for _ in dialogues],
+        )
+
+    def _context_length(self) -> int:
+        """Return how many tokens a dialogue may have, prompt included."""
+        if self.use_vllm and self.vllm_mode == "colocate":
+            # vLLM may have memory for fewer tokens than the model has positions.
+            return self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
     def _sample_turn(self, texts: Sequence[list[int]], room: int) -> Any:
         """Sample a turn of at most `room` tokens after each text. vLLM applies its own limit."""
         config = self.generation_config
         config.max_new_tokens = room
+        # A process whose dialogues have ended may still have to take part.
+        prompts = list(texts) or [self.eos_token_ids[:1]]
         try:
-            # A process whose dialogues have ended may still have to take part.
-            sampled = self._generate_single_turn(list(texts) or [self.eos_token_ids[:1]], None, {}, num_generations=1)
-            return [part and part[: len(texts)] for part in sampled]
+            ids, logps = self._generate_single_turn(prompts, None, {}, num_generations=1)
         finally:
             config.max_new_tokens = self.max_completion_length
+        return [ids[: len(texts)], None if logps is None else logps[: len(texts)]]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -233,7 +351,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        **others: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probabilities (B, `logits_to_keep`), entropies in nats if requested, and an auxiliary loss.
 
@@ -245,15 +363,11 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         exception are the entropies that TRL's own loss logs, unless `entropy_coef` makes them a part of it: without
         gradients, they cost less.
         """
-        plain = input_ids.device.type == "cpu" and self._whole_and_bare
-        asked = any(value is not None and value is not False for value in others.values())
-        if not plain or asked or not accepts_argument(model, "logits_to_keep"):
-            positioned = model if self._is_vlm else with_positions(model)
-            log_probs, entropies, more = super()._get_per_token_logps_and_entropies(
-                positioned, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
-            )
-        else:
-            more = None
+        # Images, and an auxiliary loss, are left to TRL.
+        has_options = any(value is not None and value is not False for value in options.values())
+        is_on_cpu = input_ids.device.type == "cpu"
+        auxiliary_loss = None
+        if is_on_cpu and self._is_plain and not has_options and accepts_argument(model, "logits_to_keep"):
             log_probs, entropies = token_log_probs(
                 model,
                 input_ids,
@@ -265,16 +379,22 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
                 entropy_gradient=not self._only_logs_entropy,
                 autocast=self.accelerator.autocast,
             )
+        else:
+            positioned = model if self._is_vlm else with_positions(model)
+            log_probs, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(
+                positioned, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **options
+            )
         self.latest_logps = log_probs.detach()
-        return log_probs, entropies, more
+        return log_probs, entropies, auxiliary_loss
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Omit completions without an advantage, whose gradients are 0; each process keeps at least one completion.
 
         The entropy and the clipped shares that are logged are then those of the completions that are learned from.
         """
-        advantages, args = inputs["advantages"], self.args
-        others = (
+        advantages = inputs["advantages"]
+        # Then, other completions have a gradient as well.
+        learns_from_all = (
             self._is_vlm
             or self.beta
             or self.aux_loss_enabled
@@ -282,12 +402,20 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             or self.top_entropy_quantile < 1
         )
         # These losses are divided by the number of tokens of the whole rollout.
-        if self.model.training and advantages.dim() == 1 and args.loss_type in ("dapo", "cispo") and not others:
+        is_per_token = self.args.loss_type in ("dapo", "cispo")
+        if self.model.training and advantages.dim() == 1 and is_per_token and not learns_from_all:
             has_tokens = inputs["completion_mask"].any(1)
-            learned = (advantages != 0) & has_tokens
-            number = max(1, int(self.accelerator.gather(learned.sum()).max()))
-            rows = (2 * learned.int() + has_tokens.int()).argsort(descending=True, stable=True)[:number]
-            inputs = {name: x[rows] if isinstance(x, Tensor) and x.dim() else x for name, x in inputs.items()}
+            is_learned = (advantages != 0) & has_tokens
+            # All processes keep the same number of rows. One that learns from fewer fills up, first with completions
+            # that have tokens, so that no mean over tokens is empty.
+            number = max(1, int(self.accelerator.gather(is_learned.sum()).max()))
+            rank = 2 * is_learned.int() + has_tokens.int()
+            rows = rank.argsort(descending=True, stable=True)[:number]
+            selected = {}
+            for name, value in inputs.items():
+                is_by_row = isinstance(value, Tensor) and value.dim() > 0
+                selected[name] = value[rows] if is_by_row else value
+            inputs = selected
         self._only_logs_entropy = not self._entropy_bonus_enabled
         try:
             return super()._compute_loss(model, inputs)
@@ -298,7 +426,7 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate under a fixed random state, and restore training's state afterwards."""
-        # How many completions each batch has.
+        # The number of completions of each batch, over all processes.
         self._evaluated: list[int] = []
         with hardware.unchanged_rng():
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
@@ -309,10 +437,12 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         for name, values in self._metrics["eval"].items():
             # A mean over the whole evaluation is one value, and reward functions that log metrics may skip batches.
             rows = self._evaluated if len(values) == len(self._evaluated) else [1] * len(values)
-            known = [(value, count) for value, count in zip(values, rows, strict=True) if not math.isnan(value)]
-            total = sum(count for _, count in known)
-            mean = sum(value * count for value, count in known) / total if total else None
-            output.metrics[f"{prefix}_{name}"] = mean
+            total, count = 0.0, 0
+            for value, number in zip(values, rows, strict=True):
+                if not math.isnan(value):
+                    total += value * number
+                    count += number
+            output.metrics[f"{prefix}_{name}"] = total / count if count else None
         # TRL would log them under the prefix "eval" for any data set.
         self._metrics["eval"].clear()
         return output
@@ -339,8 +469,9 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
         """Sample and score as TRL does, and count the completions of an evaluation."""
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            scored = ~self.all_rewards.isnan().all(dim=1)
-            totals = (self.all_rewards * self.reward_weights.to(scored.device)).nansum(dim=1)[scored]
+            # The alarms compare the mean reward with the highest one.
+            is_scored = ~self.all_rewards.isnan().all(dim=1)
+            totals = (self.all_rewards * self.reward_weights.to(is_scored.device)).nansum(dim=1)[is_scored]
             self._metrics["train"]["reward_max"].append(max(totals.tolist(), default=math.nan))
         else:
             rows = torch.tensor(len(batch["completion_ids"]), device=self.accelerator.device)

@@ -1,10 +1,12 @@
 """PPO for language models, on the engine of TRL's `GRPOTrainer`.
 
 TRL removed its `PPOTrainer` after 1.12. This one adds the critic, the KL penalty per token inside the reward,
-generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`). `docs/ppo.md` has an example.
+generalised advantage estimation and the clipped value loss (`pipeline.rl.ppo_math`). `docs/ppo.md` has an example, and
+walks through one rollout, from file to file.
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -14,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from trl.trainer.utils import use_adapter
 
 from pipeline.models.classifiers import find_head
 from pipeline.rl import ppo_math, ppo_metrics
@@ -23,6 +26,15 @@ from pipeline.rl.ppo_config import PPOConfig
 from pipeline.rl.rewards import RewardModel
 from pipeline.rl.value_model import build_value_model
 from pipeline.training.frozen_weights import compute_in_float32, convert_frozen, share_frozen_weights
+
+Batch = dict[str, Any]
+"""A rollout of one process, or a micro-batch of it: B completions of up to T tokens, after prompts of up to P.
+
+TRL's trainer makes `prompt_ids` and `prompt_mask` (B, P), padded on the left; `completion_ids` and `completion_mask`
+(B, T), padded on the right; with tools, `tool_mask` (B, T), 0 for what a tool wrote. PPO adds `old_per_token_logps`,
+`advantages`, `returns` and `old_values`, with a reference also `ref_per_token_logps`, all (B, T). `num_items_in_batch`
+is the number of tokens, of all processes, that the whole rollout trains on.
+"""
 
 
 class PPOTrainer(GRPOTrainer):
@@ -37,6 +49,18 @@ class PPOTrainer(GRPOTrainer):
     The score of a completion belongs to its last token. A completion that was cut off is scored as it stands, unless
     `missing_eos_penalty` or `mask_truncated_completions` is set. Nothing is learned from one without any score.
 
+    A subclass can override what happens to a rollout once it is sampled, one step at a time: `score_completions`,
+    `compute_log_probs`, `token_rewards` and `estimate_advantages`. With this one, short answers score higher:
+
+        class BriefPPOTrainer(PPOTrainer):
+            def score_completions(self, batch):
+                scores = super().score_completions(batch)
+                length = batch["completion_mask"].sum(1)
+                return dataclasses.replace(scores, rewards=scores.rewards - 0.01 * length)
+
+    Guarded by `tests/rl/test_ppo.py` (what is learned), `tests/rl/test_ppo_resume.py` (a resumed run has the same bits)
+    and `tests/recipes/test_ppo_recipe.py` (two processes train as one does).
+
     Args:
         model: The policy. Its present state is also the reference. For a `PeftModel` with `peft_config`, the reference
             is the base model without the adapter; for one that has an adapter, a frozen copy of that adapter.
@@ -46,7 +70,13 @@ class PPOTrainer(GRPOTrainer):
             the policy. The head of a reward model is copied in the units of the score, times the weight, if that model
             is the only reward and is not normalised. Every other critic starts with estimates of 0.
         value_use_peft: If the policy is an adapter, make the critic one as well, on the frozen weights it starts from.
-        *others, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
+        *arguments, **kwargs: Any other argument of `GRPOTrainer`. An optimizer in `optimizers` is the policy's.
+
+    Attributes:
+        critic: The critic and its optimizer.
+        score_moments: Moments of all scores so far, for `reward_normalization: running`.
+        latest_rewards: What the tokens of the latest rollout were paid, as `token_rewards` returned it; None before the
+            first one.
     """
 
     _tag_names: ClassVar = ["trl", "ppo"]
@@ -58,7 +88,7 @@ class PPOTrainer(GRPOTrainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: PPOConfig | None = None,
-        *others: Any,
+        *arguments: Any,
         value_model: str | PreTrainedModel | PeftModel | None = None,
         value_use_peft: bool = True,
         **kwargs: Any,
@@ -66,25 +96,12 @@ class PPOTrainer(GRPOTrainer):
         args = args or PPOConfig()
         # Copied, because TRL modifies the list.
         rewards = list(reward_funcs) if isinstance(reward_funcs, list) else reward_funcs
-        # TRL only creates a reference if GRPO's loss has a KL term. PPO's loss has none.
-        args.beta = args.kl_coef
-        super().__init__(model, rewards, args, *others, **kwargs)
-        self.beta = args.beta = 0.0
-        # Compiled and wrapped models hide their class and the names of weights, which are needed here.
-        bare = partial(self.accelerator.unwrap_model, keep_torch_compile=False)
-        judges = [bare(judge.model) if isinstance(judge, RewardModel) else None for judge in self.reward_funcs]
-        frozen = [judge for judge in judges if judge is not None]
-        frozen += [] if self.ref_model is None else [bare(self.ref_model)]
-        # Frozen weights, except heads and adapters, get `frozen_dtype`, and equal ones are in memory once.
-        adapted = isinstance(self.model, PeftModel)
-        for network in frozen if adapted or args.frozen_dtype == "bfloat16" else []:
-            network.requires_grad_(False)
-        if args.frozen_dtype == "bfloat16" or (args.frozen_dtype == "auto" and adapted and args.bf16):
-            for network in (self.model, *frozen):
-                convert_frozen(network, torch.bfloat16)
-            for network in frozen:
-                compute_in_float32(find_head(network)[1])
-        share_frozen_weights(self.model, frozen)
+        super().__init__(model, rewards, args, *arguments, **kwargs)
+        # The models of the rewards; None for a function.
+        judges: list[Any] = []
+        for reward in self.reward_funcs:
+            judges.append(self._bare(reward.model) if isinstance(reward, RewardModel) else None)
+        self._share_frozen_weights(judges)
         critic = build_value_model(
             value_model,
             policy=self.model,
@@ -95,10 +112,39 @@ class PPOTrainer(GRPOTrainer):
         ).to(self.accelerator.device)
         self.critic = Critic(critic, self.model, self.accelerator, args.max_grad_norm)
         self.parts += [self.critic, CriticOptimizer(self.critic, args)]
-        # Moments of all scores so far, for `reward_normalization="running"`.
         self.score_moments = ppo_math.Moments()
+        self.latest_rewards: ppo_math.Rewards | None = None
         self._averages = ppo_metrics.Averages()
         self._sum_over_processes = partial(self.accelerator.reduce, reduction="sum")
+
+    def kl_weight(self, args: PPOConfig) -> float:
+        """Return the weight of the KL to the reference, which is a part of the rewards; 0 for no reference."""
+        return args.kl_coef
+
+    def _bare(self, model: nn.Module) -> Any:
+        """Return a model without the wrappers that hide its class and the names of its weights."""
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _share_frozen_weights(self, judges: Sequence[nn.Module | None]) -> None:
+        """Convert frozen weights to `frozen_dtype`, except heads and adapters, and keep equal ones in memory once.
+
+        `judges` are the models of the rewards, None for a function. Besides them, the reference is frozen and, under an
+        adapter, the weights of the policy.
+        """
+        frozen = [judge for judge in judges if judge is not None]
+        if self.ref_model is not None:
+            frozen.append(self._bare(self.ref_model))
+        dtype, is_adapter = self.args.frozen_dtype, isinstance(self.model, PeftModel)
+        if is_adapter or dtype == "bfloat16":
+            for network in frozen:
+                network.requires_grad_(False)
+        if dtype == "bfloat16" or (dtype == "auto" and is_adapter and self.args.bf16):
+            for network in (self.model, *frozen):
+                convert_frozen(network, torch.bfloat16)
+            for network in frozen:
+                _, head = find_head(network)
+                compute_in_float32(head)
+        share_frozen_weights(self.model, frozen)
 
     @property
     def value_model(self) -> Any:
@@ -107,74 +153,135 @@ class PPOTrainer(GRPOTrainer):
 
     # ---- The rollout
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Let the parent class sample and score, then replace its advantages (B,) by PPO's (B, T)."""
-        args, mode = self.args, "train" if self.model.training else "eval"
-        # If it is above 0, TRL computes `ref_per_token_logps`.
-        self.beta = args.kl_coef
-        batch = super()._generate_and_score_completions(inputs)
-        self.beta = 0.0
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Batch:
+        """Let the parent class sample and reward, then replace its advantages (B,) by PPO's (B, T)."""
+        mode = "train" if self.model.training else "eval"
+        batch: Batch = super()._generate_and_score_completions(inputs)
         # PPO does not compare the completions of a prompt.
         self._metrics[mode].pop("frac_reward_zero_std", None)
-        ids, attention_mask, mask = _texts(batch)
-        rows, length = mask.shape
 
-        # Scores are normalised over all processes. A completion has none if none of its tokens is trained on.
-        all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
-        all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
-        running = args.reward_normalization == "running"
-        moments = self.score_moments if running else ppo_math.Moments()
-        if args.reward_normalization == "batch" or (running and mode == "train"):
-            moments.update(all_scores[all_scored])
-        own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
-        scores, scored = moments.normalize(all_scores[own]), all_scored[own]
-        ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
-        if args.missing_eos_penalty is not None:
-            scores = scores - args.missing_eos_penalty * ~ended
-        scores = torch.where(scored, scores, 0.0)
+        scores = self.score_completions(batch)
+        _, _, mask = _texts(batch)
         # Tokens of completions without a score are excluded, so that the loss is an average over the others.
-        if not scored.all():
-            mask = batch["tool_mask"] = mask * scored.unsqueeze(1).int()
+        if not scores.scored.all():
+            mask = batch["tool_mask"] = mask * scores.scored.unsqueeze(1).int()
+        # TRL's number includes them.
         batch["num_items_in_batch"] = self._sum_over_processes(mask.sum())
 
-        # Computed before the first update: later log ratios and clipping ranges are relative to these values.
-        size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
-        with torch.no_grad():
-            if "old_per_token_logps" not in batch:
-                sampled = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, length, size)
-                batch["old_per_token_logps"] = sampled[0]
-            values = self._values(ids, attention_mask, length, size)
-        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
-        penalty = torch.zeros_like(logps)
-        if ref_logps is not None:
-            penalty = args.kl_coef * ppo_math.kl_estimate(logps, ref_logps, "k1")
+        batch |= self.compute_log_probs(batch)
+        rewards = self.latest_rewards = self.token_rewards(batch, scores)
+        batch |= self.estimate_advantages(batch, rewards)
+        self._log_rollout(batch, rewards)
+        if self.args.whiten_advantages:
+            batch["advantages"] = ppo_math.masked_whiten(batch["advantages"], mask, self._sum_over_processes)
+        return batch
 
-        # Each token is rewarded by minus its KL penalty, and the last one by the score as well.
-        rewards = ppo_math.token_rewards(scores, penalty, mask)
-        advantages, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.lam)
+    def score_completions(self, batch: Batch) -> ppo_math.Scores:
+        """Return the scores of this process's completions, from the rewards that all processes have gathered.
+
+        A completion has no score if every reward function with a weight returned None, or if none of its tokens is
+        trained on (`mask_truncated_completions`).
+        """
+        args = self.args
+        _, _, mask = _texts(batch)
+        # Rewards (completions, functions) are of all processes, because scores are normalised over all of them.
+        all_scores = (self.all_rewards * self.reward_weights.to(mask.device)).nansum(dim=1)
+        all_scored = ~self.all_rewards.isnan().all(dim=1) & self.accelerator.gather(mask.any(dim=1))
+        is_running = args.reward_normalization == "running"
+        moments = self.score_moments if is_running else ppo_math.Moments()
+        if args.reward_normalization == "batch" or (is_running and self.model.training):
+            moments.update(all_scores[all_scored])
+        first = self.accelerator.process_index * len(mask)
+        of_process = slice(first, first + len(mask))
+
+        ended = ppo_math.ended(batch["completion_ids"], batch["completion_mask"], self.eos_token_ids)
+        return ppo_math.Scores(
+            rewards=moments.normalize(all_scores[of_process]),
+            missing_end=(args.missing_eos_penalty or 0.0) * ~ended,
+            ended=ended,
+            scored=all_scored[of_process],
+        )
+
+    @torch.no_grad()
+    def compute_log_probs(self, batch: Batch) -> Batch:
+        """Return `old_per_token_logps` and, with a reference, `ref_per_token_logps`, both (B, T), in nats.
+
+        They are computed before the first update: log ratios, clipping and KL are relative to the policy that sampled.
+        """
+        ids, attention_mask, mask = _texts(batch)
+        text = (ids, attention_mask, mask.shape[1], self._pass_size())
+        # TRL has computed them if it needs them as well.
+        logps = batch.get("old_per_token_logps")
+        if logps is None:
+            logps, _, _ = self._get_per_token_logps_and_entropies(self.model, *text)
+        if self.args.kl_coef == 0:
+            return {"old_per_token_logps": logps}
+        if self.ref_model is not None:
+            ref_logps, _, _ = self._get_per_token_logps_and_entropies(self.ref_model, *text)
+        else:
+            # The reference of an adapter is the copy of it that TRL has made, or else the model without adapters.
+            policy = self.accelerator.unwrap_model(self.model)
+            with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                ref_logps, _, _ = self._get_per_token_logps_and_entropies(self.model, *text)
+        return {"old_per_token_logps": logps, "ref_per_token_logps": ref_logps}
+
+    def token_rewards(self, batch: Batch, scores: ppo_math.Scores) -> ppo_math.Rewards:
+        """Return what each token is paid: minus its KL penalty, and for the last one the score as well.
+
+        Everything that shows or measures rewards reads them from here: the metrics, and the page of `fourstage app`.
+        """
+        _, _, mask = _texts(batch)
+        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        if ref_logps is None:
+            kl, penalty = None, torch.zeros_like(logps)
+        else:
+            kl = ppo_math.kl_estimate(logps, ref_logps, "k1") * mask
+            penalty = self.args.kl_coef * kl
+        return ppo_math.Rewards(scores, kl, penalty, ppo_math.token_rewards(scores.total, penalty, mask))
+
+    @torch.no_grad()
+    def estimate_advantages(self, batch: Batch, rewards: ppo_math.Rewards) -> Batch:
+        """Return `advantages`, `returns`, which the critic learns, and its `old_values`, all (B, T).
+
+        If `whiten_advantages` is set, the advantages are whitened afterwards.
+        """
+        args = self.args
+        ids, attention_mask, mask = _texts(batch)
+        values = self._values(ids, attention_mask, mask.shape[1], self._pass_size())
+        advantages, returns = ppo_math.generalized_advantages(rewards.tokens, values, mask, args.gamma, args.lam)
         if args.value_lam is not None:
-            _, returns = ppo_math.generalized_advantages(rewards, values, mask, args.gamma, args.value_lam)
-        self._averages.add(scored, ppo_metrics.of_completions(scores, penalty, logps, ref_logps, ended, mask))
-        self._averages.add(mask, ppo_metrics.of_estimates(returns, values))
-        # The logged table of completions, at most one rollout, shows the mean advantage over each one's tokens.
-        shown = self.accelerator.gather((advantages * mask).sum(1) / mask.sum(1).clamp(min=1)).tolist()
-        for _ in shown[: len(self._logs["advantages"])]:
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(shown)
-        if args.whiten_advantages:
-            advantages = ppo_math.masked_whiten(advantages, mask, self._sum_over_processes)
-        return batch | {"advantages": advantages, "returns": returns, "old_values": values}
+            _, returns = ppo_math.generalized_advantages(rewards.tokens, values, mask, args.gamma, args.value_lam)
+        return {"advantages": advantages, "returns": returns, "old_values": values}
+
+    def _pass_size(self) -> int:
+        """Return how many completions go through a model at once when nothing is learned from them."""
+        args = self.args
+        return args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
 
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int, batch_size: int | None = None) -> Tensor:
         """Return the critic's estimates (B, `length`), before each of the last `length` tokens is chosen."""
         self.value_model.train(self.model.training)
         return token_values(self.value_model, ids, attention_mask, length, batch_size, self.accelerator.autocast)
 
+    def _log_rollout(self, batch: Batch, rewards: ppo_math.Rewards) -> None:
+        """Add a rollout to the metrics, and its advantages, before whitening, to TRL's table of completions."""
+        _, _, mask = _texts(batch)
+        logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
+        self._averages.add(rewards.scores.scored, ppo_metrics.of_completions(rewards, logps, ref_logps, mask))
+        self._averages.add(mask, ppo_metrics.of_estimates(batch["returns"], batch["old_values"]))
+        # The table, which has at most one rollout, shows the mean advantage over each completion's tokens.
+        means = (batch["advantages"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+        advantages = self.accelerator.gather(means).tolist()
+        for _ in advantages[: len(self._logs["advantages"])]:
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages)
+
     # ---- The update
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer of the policy, and the critic's in the same way."""
-        # Call `Trainer`'s method on a shallow copy of the trainer with the critic's model and learning rate.
+        # `Trainer`'s method makes the optimizer of a trainer's own model, so it is called on a shallow copy of this
+        # trainer, which has the critic's model and learning rate.
         twin = copy.copy(self)
         twin.args, twin.optimizer = copy.copy(self.args), self.critic.optimizer
         if self.args.value_learning_rate is not None:
@@ -187,19 +294,21 @@ class PPOTrainer(GRPOTrainer):
 
         `Trainer` steps the policy afterwards.
         """
-        last = self.accelerator.sync_gradients
+        is_last = self.accelerator.sync_gradients
         # Processes exchange gradients once per optimizer step.
-        with nullcontext() if last else self.accelerator.no_sync(self.critic.model):
+        with nullcontext() if is_last else self.accelerator.no_sync(self.critic.model):
             loss = super().training_step(*args, **kwargs)
-        if last:
-            schedule: Any = self.lr_scheduler
-            if isinstance(schedule, LambdaLR):
-                share = schedule.lr_lambdas[0](schedule.last_epoch)
-            else:
-                # Schedules that follow evaluations have no such factor, so derive it from the policy's learning rate.
-                share = self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
-            self._metrics["train"]["val/grad_norm"].append(self.critic.step(share))
+        if is_last:
+            self._metrics["train"]["val/grad_norm"].append(self.critic.step(self._share_of_peak_rate()))
         return loss
+
+    def _share_of_peak_rate(self) -> float:
+        """Return the present learning rate as a share of the peak, by the schedule of policy and critic."""
+        schedule: Any = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            return schedule.lr_lambdas[0](schedule.last_epoch)
+        # Schedules that follow evaluations have no such factor, so derive it from the policy's learning rate.
+        return self.optimizer.param_groups[0]["lr"] / self.args.learning_rate
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the clipped policy loss, which TRL computes from the advantages (B, T), plus the critic's loss.
@@ -212,11 +321,12 @@ class PPOTrainer(GRPOTrainer):
         values = self._values(ids, attention_mask, mask.shape[1])
         old_values, returns = inputs["old_values"], inputs["returns"]
         value_losses, clipped = ppo_math.clipped_value_loss(values, old_values, returns, self.args.cliprange_value)
-        # As TRL normalises loss_type="dapo": by the mean number of tokens in an optimizer step, per process.
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        # TRL divides the policy's loss by the same (loss_type="dapo"): by the mean number of tokens of an optimizer
+        # step, per process.
+        divisor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if self.model.training:
-            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / tokens)
+            divisor = divisor * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        value_loss = self.args.vf_coef * ((value_losses * mask).sum() / divisor)
         if self.model.training and trains_policy:
             # Immediately, so that only one network has activations in memory at a time.
             self.accelerator.backward(value_loss)
@@ -235,12 +345,14 @@ class PPOTrainer(GRPOTrainer):
         super().end()
 
     def _log_averages(self) -> None:
+        """Add the metrics of PPO since they were logged last, over all processes."""
+        mode = "train" if self.model.training else "eval"
         for name, value in self._averages.take(self._sum_over_processes).items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._metrics[mode][name].append(value)
 
 
-def _texts(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids and attention mask (B, L) of whole texts, and the mask of the completions as in `ppo_math`."""
+def _texts(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids and attention mask (B, P + T) of whole texts, and the mask (B, T) of `ppo_math`."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     return ids, attention_mask, batch["completion_mask"] * batch.get("tool_mask", 1)

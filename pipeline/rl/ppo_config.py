@@ -43,7 +43,6 @@ class PPOConfig(GRPOConfig):
     num_iterations: int = option(4, "PPO epochs over each rollout.")
     disable_dropout: bool = option(True, "Train policy and critic without dropout.")
     kl_coef: float = option(0.05, "Reward subtracted at each token per nat of KL; 0 means no reference.")
-    kl_estimator: str = option("k1", "Estimator of the KL in that penalty; k3 is refused.", choices=["k1", "k3"])
     gamma: float = option(1.0, "Discount per token, in [0, 1].")
     lam: float = option(0.95, "Lambda of generalised advantage estimation, in [0, 1].")
     value_lam: float | None = option(None, "Lambda of the returns that the critic learns. Default: `lam`.")
@@ -68,46 +67,62 @@ class PPOConfig(GRPOConfig):
     missing_eos_penalty: float | None = option(None, "Subtracted from the score if a completion has no end of turn.")
 
     def __post_init__(self) -> None:
-        # Number of completions in a rollout. There is no process group yet, and a preflight sets the future world size.
-        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
-        accumulated = self.steps_per_generation or self.gradient_accumulation_steps
-        rows = self.generation_batch_size or self.per_device_train_batch_size * accumulated * processes
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name in PPOConfig.__annotations__}
-        wrong: dict[str, str] = {}
-        for item in fields(self):
-            choices = item.metadata.get("choices")
-            if item.name in own and choices and own[item.name] not in choices:
-                wrong[item.name] = f"must be {' or '.join(choices)}"
-        if self.kl_estimator == "k3":
-            remedy = "as a part of the reward, its gradient vanishes near the reference; use k1"
-            wrong["kl_estimator"] = f"{remedy} (k3 is logged as objective/kl_k3)"
-        if self.trust_remote_code:
-            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
-            wrong["trust_remote_code"] = f"code from the Hub is never run here: {remedy}"
-        if vars(self)["epsilon"] not in (GRPOConfig.epsilon, self.cliprange):
-            wrong["epsilon"] = "must be unset: set cliprange"
-        if self.num_generations == 1 and rows == 1:
-            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
-            wrong[name] = "makes rollouts of a single completion; raise it to 2 or more"
-        problems = check_ranges(own) + check_unused(vars(self), PPOConfig, UNUSED)
-        problems += [Problem(name, getattr(self, name), remedy) for name, remedy in wrong.items()]
-        sharding = filter(launch.is_sharded_by, launch.SHARDING)
-        problems += [Problem("distributed_type", name, NOT_SHARDED) for name in sharding]
-        refuse_values(*problems)
+        rows = self._rows()
+        refuse_values(*self._problems(rows))
 
         # Choose precision and device for this machine unless they are set, as the recipes do.
         if self.use_cpu and hardware.accelerator() is not None:
             hardware.keep_to_cpu()
-        precision = ("bf16", "fp16") if self.bf16 is None and not self.fp16 else ()
+        is_precision_open = self.bf16 is None and not self.fp16
         for name, choice in hardware.training_defaults().items():
-            if name in precision or (name in ("use_cpu", "ddp_backend") and not getattr(self, name)):
+            if name in ("bf16", "fp16"):
+                is_open = is_precision_open
+            else:
+                is_open = name in ("use_cpu", "ddp_backend") and not getattr(self, name)
+            if is_open:
                 setattr(self, name, choice.value)
         self.epsilon = self.cliprange
-        given = self.num_generations, self.num_generations_eval
+        numbers = self.num_generations, self.num_generations_eval
         if self.num_generations == 1:
-            # GRPO compares two or more; PPO does not. Any divisor of the generation batch passes its check.
-            self.num_generations, self.num_generations_eval = rows, given[1] or 1
+            # TRL's check demands two or more to compare, and PPO compares none. A group of all rows passes that check.
+            self.num_generations = rows
+            self.num_generations_eval = self.num_generations_eval or 1
         try:
             super().__post_init__()
         finally:
-            self.num_generations, self.num_generations_eval = given
+            self.num_generations, self.num_generations_eval = numbers
+
+    def _rows(self) -> int:
+        """Return the number of completions in a rollout of all processes."""
+        if self.generation_batch_size:
+            return self.generation_batch_size
+        # There is no process group yet. Before a launch, `config.parser.check_values` sets the number to come.
+        processes = vars(type(self)).get("world_size", int(os.environ.get("WORLD_SIZE", "1")))
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * micro_batches * processes
+
+    def _problems(self, rows: int) -> list[Problem]:
+        """Return what is wrong with the values of PPO's fields, and with those that it shares with GRPO.
+
+        `rows` is the number of completions in a rollout.
+        """
+        # This class alone has a choice of values, and ranges, for these fields.
+        of_ppo = {item.name: item for item in fields(self) if item.name in PPOConfig.__annotations__}
+        values = {name: getattr(self, name) for name in of_ppo}
+        problems = check_ranges(values) + check_unused(vars(self), PPOConfig, UNUSED)
+        for name, item in of_ppo.items():
+            choices = item.metadata.get("choices")
+            if choices and values[name] not in choices:
+                problems.append(Problem(name, values[name], f"must be {' or '.join(choices)}"))
+        if self.trust_remote_code:
+            remedy = "load the policy yourself, and pass it with a value_model and a tokenizer"
+            problems.append(Problem("trust_remote_code", True, f"code from the Hub is never run here: {remedy}"))
+        if vars(self)["epsilon"] not in (GRPOConfig.epsilon, self.cliprange):
+            problems.append(Problem("epsilon", self.epsilon, "must be unset: set cliprange"))
+        if self.num_generations == 1 and rows == 1:
+            name = "generation_batch_size" if self.generation_batch_size else "per_device_train_batch_size"
+            remedy = "makes rollouts of a single completion; raise it to 2 or more"
+            problems.append(Problem(name, getattr(self, name), remedy))
+        for name in filter(launch.is_sharded_by, launch.SHARDING):
+            problems.append(Problem("distributed_type", name, NOT_SHARDED))
+        return problems

@@ -8,7 +8,7 @@ docstring says otherwise. Names have the same meaning everywhere in `pipeline.rl
   follows a token is the value of the next unmasked one.
 - `logps`, `ref_logps`: Log-probabilities of the tokens under the policy and the reference, in nats.
 - `log_ratio`: Log-probability under the current policy minus log-probability under the policy that sampled.
-- `scores`: (B,), the reward of each completion as a whole.
+- `scores`: (B,), the reward of each completion as a whole: `Scores.total`.
 - `values`: The critic's estimate before each token is chosen, in units of the reward.
 - `reduce`: Sums a tensor over all processes, element by element. By default, there is only one.
 
@@ -50,6 +50,45 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator) -> Ten
     """
     log_ratio = logps - ref_logps
     return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of the completions of a rollout, each (B,).
+
+    Attributes:
+        rewards: The sum of all rewards, by weight, normalised if the configuration asks for it.
+        missing_end: What is subtracted because a completion has no end of turn; 0 for one that has it.
+        ended: Whether a completion ended with an end of turn.
+        scored: Whether a completion has a score. Nothing is learned from the others.
+    """
+
+    rewards: Tensor
+    missing_end: Tensor
+    ended: Tensor
+    scored: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The score that is learned from, (B,); 0 for a completion without one."""
+        return torch.where(self.scored, self.rewards - self.missing_end, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Rewards:
+    """What each token of a rollout is paid, and what that consists of.
+
+    Attributes:
+        scores: The scores of the completions.
+        kl: The estimated KL to the reference at each token, in nats, 0 if masked; None without a reference.
+        penalty: What is subtracted at each token for that KL, in units of the reward; 0 without a reference.
+        tokens: The reward of each token: see `token_rewards`.
+    """
+
+    scores: Scores
+    kl: Tensor | None
+    penalty: Tensor
+    tokens: Tensor
 
 
 def token_rewards(scores: Tensor, penalty: Tensor, mask: Tensor) -> Tensor:

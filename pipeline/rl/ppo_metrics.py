@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline import hardware
-from pipeline.rl.ppo_math import Reduce, kl_estimate
+from pipeline.rl.ppo_math import Reduce, Rewards, kl_estimate
 
 # Metrics that are sums over all completions, not means.
 TOTALS = ("val/num_eos_tokens",)
@@ -35,10 +35,16 @@ class Averages:
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Return the metrics over all processes by name, NaN if nothing counted, and reset them."""
-        sums, self._sums = self._sums, {}
+        names = list(self._sums)
+        # (metrics, 2): the sum of each, and what it is divided by.
+        sums = reduce(torch.stack(list(self._sums.values()))).tolist()
+        self._sums = {}
         metrics = {}
-        for name, (total, count) in zip(sums, reduce(torch.stack([*sums.values()])).tolist(), strict=True):
-            metrics[name] = total if name in TOTALS else total / count if count else math.nan
+        for name, (total, count) in zip(names, sums, strict=True):
+            if name in TOTALS:
+                metrics[name] = total
+            else:
+                metrics[name] = total / count if count else math.nan
         if RETURN in metrics:
             mean, square, error = (metrics.pop(name) for name in (RETURN, SQUARE, ERROR))
             metrics["val/explained_variance"] = 1 - error / max(square - mean**2, 1e-8)
@@ -53,29 +59,27 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(hardware.sum_dtype(x.device))
 
 
-def of_completions(
-    scores: Tensor, penalty: Tensor, logps: Tensor, ref_logps: Tensor | None, ended: Tensor, mask: Tensor
-) -> dict[str, Tensor]:
+def of_completions(rewards: Rewards, logps: Tensor, ref_logps: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
     """Return the statistics of the completions of a rollout, each (B,).
 
-    `scores` are normalised and penalised, `penalty` is the reward subtracted at each token for its KL, `ref_logps` is
-    None without a reference, and `ended` (B,) says whether a completion ended with an end of turn.
+    `rewards` are what `PPOTrainer.token_rewards` returns, and `ref_logps` is None without a reference.
     """
-    penalties = (penalty * mask).sum(1)
-    values = {
+    scores = rewards.scores.total
+    penalties = (rewards.penalty * mask).sum(1)
+    statistics = {
         # Negative log-probability of a completion, in nats.
         "objective/entropy": -(logps * mask).sum(1),
         # KL penalty of a completion, as a reward, and together with its score.
         "objective/non_score_reward": -penalties,
         "objective/rlhf_reward": scores - penalties,
         "objective/scores": scores,
-        "val/num_eos_tokens": ended,
+        "val/num_eos_tokens": rewards.scores.ended,
     }
-    if ref_logps is not None:
-        # KL to the reference, in nats per completion.
-        values["objective/kl"] = (kl_estimate(logps, ref_logps, "k1") * mask).sum(1)
-        values["objective/kl_k3"] = (kl_estimate(logps, ref_logps, "k3") * mask).sum(1)
-    return values
+    if rewards.kl is not None and ref_logps is not None:
+        # KL to the reference, in nats per completion: as it is penalised, and by an estimate that varies less.
+        statistics["objective/kl"] = (rewards.kl * mask).sum(1)
+        statistics["objective/kl_k3"] = (kl_estimate(logps, ref_logps, "k3") * mask).sum(1)
+    return statistics
 
 
 def of_estimates(returns: Tensor, values: Tensor) -> dict[str, Tensor]:

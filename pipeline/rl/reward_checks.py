@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, TrainerState
@@ -29,48 +29,79 @@ def check_rewards(
 ) -> list[Problem]:
     """Check that reward models and functions can be used, with these weights and data.
 
-    There is a weight for each, models first; by default 1. `train` is None if it failed to load. If `early`, the models
-    may not exist yet, and are not checked.
+    Args:
+        models: Reward models, by path or Hub id.
+        functions: Reward functions, by name.
+        weights: A weight for each, models first. None means 1 for each.
+        train: The training data; None if they failed to load.
+        early: Whether other steps run first, which may write the models. Then these are not checked.
     """
     problems, number = [], len(models) + len(functions)
     if weights is not None:
-        shown = " ".join(f"{weight:g}" for weight in weights)
+        text = " ".join(f"{weight:g}" for weight in weights)
         if len(weights) != number:
-            problems.append(Problem("reward_weights", shown, f"give one weight for each of the {number} rewards"))
+            problems.append(Problem("reward_weights", text, f"give one weight for each of the {number} rewards"))
         elif not any(weights):
-            problems.append(Problem("reward_weights", shown, "all weights are 0; set at least one to another value"))
-    for path in [] if early else models:
-        problems += check_reward_model(path)
+            problems.append(Problem("reward_weights", text, "all weights are 0; set at least one to another value"))
+    if not early:
+        for path in models:
+            problems += check_reward_model(path)
     if models and not functions:
         return problems
     with collect(problems):
-        for index, (name, function) in enumerate(zip(functions, load_rewards(functions), strict=True), len(models)):
-            if name in functions[: index - len(models)]:
+        loaded = load_rewards(functions)
+        for index, (name, function) in enumerate(zip(functions, loaded, strict=True)):
+            if name in functions[:index]:
                 problems.append(Problem("reward_funcs", name, "is named twice; raise its weight instead"))
-            weight = 1.0 if weights is None else weights[index] if len(weights) == number else 0.0
+            weight = 1.0
+            if weights is not None:
+                # With a wrong number of weights, it is not known whose they are.
+                weight = weights[len(models) + index] if len(weights) == number else 0.0
             if built_in_name(inspect.unwrap(function)) in MEASURED_ONLY and weight != 0:
                 remedy = f"{name} is only for measuring and must not be trained on; give it the weight 0"
                 problems.append(Problem("reward_weights", weight if weights else "nothing", remedy))
-            if train is None:
-                continue
-            columns = column_names(train)
-            parameters = inspect.signature(function).parameters.values()
-            required = [item.name for item in parameters if item.default is item.empty and item.kind in BY_NAME]
-            if missing := [column for column in required if column not in (*PASSED_BY_TRL, *columns)]:
-                hint = " (set answer_column)" if missing == ["answer"] else ""
-                remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
-                problems.append(Problem("reward_funcs", name, remedy + ", ".join(columns)))
-            elif ":" in name:
-                # Call the user's function once, to find failures before training. TRL passes each column as a list.
-                row = next(iter(train))
-                given: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
-                given |= {"prompts": [row["prompt"]] * 2, "completion_ids": [[0], [0]], "trainer_state": TrainerState()}
-                given["completions"] = [[{"role": "assistant", "content": "The answer is 1."}]] * 2
-                with collect(problems):
-                    returned = function(**given, log_extra=lambda *_: None, log_metric=lambda *_: None)
-                    if is_async_callable(function):
-                        asyncio.run(returned)
+            if train is not None:
+                problems += _check_columns(name, function, train)
     return problems
+
+
+def _check_columns(name: str, function: Callable[..., Any], train: Split) -> list[Problem]:
+    """Check that the data have the columns that a reward function requires, and call a function of the user once."""
+    columns = column_names(train)
+    missing = []
+    for parameter in inspect.signature(function).parameters.values():
+        is_required = parameter.default is parameter.empty and parameter.kind in BY_NAME
+        if is_required and parameter.name not in (*PASSED_BY_TRL, *columns):
+            missing.append(parameter.name)
+    if missing:
+        hint = " (set answer_column)" if missing == ["answer"] else ""
+        remedy = f"the data have no column {', '.join(missing)}, which it requires{hint}; they have: "
+        return [Problem("reward_funcs", name, remedy + ", ".join(columns))]
+    problems: list[Problem] = []
+    if ":" in name:
+        with collect(problems):
+            _try_on_first_row(function, train)
+    return problems
+
+
+def _try_on_first_row(function: Callable[..., Any], train: Split) -> None:
+    """Call a reward function on two completions of the first prompt, to find failures before training.
+
+    A function that `load_rewards` returned raises a `UserError` if it fails. TRL passes each column as a list.
+    """
+    row = next(iter(train))
+    arguments: dict[str, Any] = {column: [value] * 2 for column, value in row.items() if column != "prompt"}
+    arguments |= {
+        "prompts": [row["prompt"]] * 2,
+        "completions": [[{"role": "assistant", "content": "The answer is 1."}]] * 2,
+        "completion_ids": [[0], [0]],
+        "trainer_state": TrainerState(),
+        "log_extra": lambda *_: None,
+        "log_metric": lambda *_: None,
+    }
+    rewards = function(**arguments)
+    if is_async_callable(function):
+        asyncio.run(rewards)
 
 
 def check_reward_model(path: str) -> list[Problem]:

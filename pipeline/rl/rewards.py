@@ -16,8 +16,14 @@ class RewardModel:
     """A sequence classifier with one label, perhaps wrapped or compiled, as a reward function.
 
     It reads a truncated completion without the end of turn that the chat template would add. Special tokens in a
-    completion are encoded as text, so that it cannot forge a turn. `ends` are the token ids that end a turn of the
-    policy, and `template` has further arguments of the chat template.
+    completion are encoded as text, so that it cannot forge a turn.
+
+    Args:
+        model: The classifier, on its device.
+        tokenizer: The classifier's tokenizer, with its chat template.
+        ends: Token ids that end a turn of the policy.
+        template: Further arguments of the chat template, such as `enable_thinking`.
+        name: The name of the reward in messages.
     """
 
     def __init__(
@@ -28,7 +34,11 @@ class RewardModel:
         template: Mapping[str, Any],
         name: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.ends, self.template, self.name = model, tokenizer, ends, template, name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.template = template
+        self.name = name
         self._special = special_tokens(tokenizer)
         share_beginnings(model)
 
@@ -36,16 +46,23 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
     ) -> list[float]:
-        """Return the score of each completion, which is a list of messages or, like its prompt, a text.
+        """Return the score of each completion.
 
-        Raise a `UserError` if one is NaN or infinite: TRL would take NaN for "not scored", and learn from the others.
+        Args:
+            prompts: A list of messages each, or a text.
+            completions: Of the same kind as the prompts.
+            completion_ids: The tokens of each completion, which say whether it has ended.
+
+        Raises:
+            UserError: If a score is NaN or infinite. TRL would take NaN for "not scored", and learn from the rest.
         """
         texts = []
         for prompt, completion, ids in zip(prompts, completions, completion_ids, strict=True):
             if isinstance(prompt, str):
                 texts.append(prompt + completion)
             else:
-                texts.append(self.render(prompt + completion, ended=len(ids) > 0 and ids[-1] in self.ends))
+                ended = len(ids) > 0 and ids[-1] in self.ends
+                texts.append(self.render(prompt + completion, ended))
         batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
         scores = self.model(**batch.to(next(self.model.parameters()).device)).logits[:, 0].float()
         broken = scores[~scores.isfinite()]
@@ -55,8 +72,9 @@ class RewardModel:
         return scores.tolist()
 
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
-        """Return a conversation's text, without what the template adds to a last turn that has not `ended`."""
-        conversation, options = as_text(messages, self._special), {"tokenize": False, **self.template}
+        """Return a conversation's text, without what the template adds to a last turn that has not ended."""
+        conversation = as_text(messages, self._special)
+        options = {"tokenize": False, **self.template}
         # A template that omits parts of a message may omit its end.
         with suppress(ValueError):
             return self.tokenizer.apply_chat_template(conversation, continue_final_message=not ended, **options)

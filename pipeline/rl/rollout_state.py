@@ -24,7 +24,10 @@ ENTROPY_BONUS = ("entropy_coef", "_last_world_entropy")
 
 
 class Rollout:
-    """The rollout of a `GRPOTrainer`, as a part of its checkpoints."""
+    """The rollout of a `GRPOTrainer`, as a part of its checkpoints (see `Reliable`).
+
+    Guarded by `tests/rl/test_ppo_resume.py` and `tests/rl/test_grpo.py`.
+    """
 
     belongs_to_model = False
     # Evaluations normalise scores by the moments of the rollouts so far, and their losses have the entropy bonus.
@@ -33,9 +36,14 @@ class Rollout:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         # The sizes that determine how a rollout is split; a resumed run must use the same ones.
-        sizes = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations"
-        self.layout = {name: getattr(trainer.args, name) for name in sizes.split()}
-        self.layout["processes"] = trainer.accelerator.num_processes
+        args = trainer.args
+        self.layout = {
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "steps_per_generation": args.steps_per_generation,
+            "num_iterations": args.num_iterations,
+            "processes": trainer.accelerator.num_processes,
+        }
 
     def save(self, folder: Path) -> None:
         """Write the rest of the rollout or, if only the model is saved, what evaluations need."""
@@ -43,13 +51,15 @@ class Rollout:
         # After the last step of a rollout, the next step samples again. The model alone is never trained further.
         steps_of_rollout = trainer.args.steps_per_generation * trainer.num_iterations
         in_use = not trainer.args.save_only_model and trainer._step % steps_of_rollout != 0
-        # Micro-batches are slices of the same storage, which safetensors refuses.
-        tensors = {
-            f"{number}.{name}": tensor.clone().contiguous()
-            for number, batch in enumerate((trainer._buffered_inputs or []) if in_use else [])
-            for name, tensor in batch.items()
-            if tensor is not None
-        }
+        batches = []
+        if in_use and trainer._buffered_inputs:
+            batches = trainer._buffered_inputs
+        tensors = {}
+        for number, batch in enumerate(batches):
+            for name, tensor in batch.items():
+                if tensor is not None:
+                    # Micro-batches are slices of the same storage, which safetensors rejects.
+                    tensors[f"{number}.{name}"] = tensor.clone().contiguous()
         state = {"layout": self.layout, "step": trainer._step, "metrics": trainer._metrics["train"]}
         if hasattr(trainer, "score_moments"):
             state["moments"] = vars(trainer.score_moments)
@@ -68,16 +78,17 @@ class Rollout:
         state = read_state(first)
         batches: dict[str, dict[str, Tensor]] = {}
         if state["layout"] == self.layout:
-            own = folder / ROLLOUT.format(trainer.accelerator.process_index)
-            state = read_state(own)
-            for key, tensor in safetensors.torch.load_file(own).items():
+            file = folder / ROLLOUT.format(trainer.accelerator.process_index)
+            state = read_state(file)
+            for key, tensor in safetensors.torch.load_file(file).items():
                 number, _, name = key.partition(".")
                 batches.setdefault(number, {})[name] = tensor.to(trainer.accelerator.device)
         else:
             logger.warning("%s: its rollout is sampled again, because it was split by %s", folder, state["layout"])
             state["step"] = trainer.state.global_step * trainer.args.gradient_accumulation_steps
-        left = [batches[number] for number in sorted(batches, key=int)]
-        vars(trainer).update(_buffered_inputs=left or None, _step=state["step"])
+        micro_batches = [batches[number] for number in sorted(batches, key=int)]
+        # None lets TRL sample at the next step.
+        vars(trainer).update(_buffered_inputs=micro_batches or None, _step=state["step"])
         trainer._metrics["train"].update(state["metrics"])
         if "moments" in state:
             vars(trainer.score_moments).update(state["moments"])
@@ -85,6 +96,6 @@ class Rollout:
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """Return the metadata of a file."""
+    """Return the state that the metadata of a file contain: see the picture at the top of this module."""
     with safetensors.safe_open(file, framework="pt") as opened:
         return json.loads(opened.metadata()["state"])

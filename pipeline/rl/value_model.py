@@ -31,43 +31,54 @@ from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.ppo_config import PPOConfig
 from pipeline.training.frozen_weights import compute_in_float32, convert_frozen, plain_name, share_frozen_weights
 
+Reward = tuple[Any, PreTrainedTokenizerBase | None, float]
+"""A reward model, or a function of any kind; the tokenizer of a model; and the weight in the score."""
+
 
 def build_value_model(
     value_model: str | PreTrainedModel | None,
     policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    rewards: Sequence[tuple[Any, PreTrainedTokenizerBase | None, float]],
+    rewards: Sequence[Reward],
     args: PPOConfig,
     use_peft: bool = True,
 ) -> PreTrainedModel | PeftModel:
-    """Return the given critic or make one, ready for training. `value_model` is as for `PPOTrainer`.
+    """Return the given critic, or make one, ready for training.
 
-    `rewards` are reward functions of any kind, each with its tokenizer, if it is a model, and its weight. With
-    `use_peft`, only an adapter and the head are trained if the policy has an adapter, unless `value_model` is itself
-    trained. Trained weights have the policy's dtype, unless they were given as a critic.
+        value_model          is trained itself, if it is a critic; a reward model or a language model is copied
+        a reward model       is copied, with its head, if `value_model` is None and its vocabulary is the policy's
+        the policy           is copied otherwise, with a head of zeros
+
+    Args:
+        value_model: As for `PPOTrainer`.
+        policy: The policy, with or without an adapter.
+        tokenizer: The policy's tokenizer.
+        rewards: All rewards, models and functions.
+        args: The configuration, which decides on dropout, activation checkpointing and normalised scores.
+        use_peft: Train only an adapter and the head if the policy has an adapter, unless `value_model` is itself
+            trained.
+
+    Returns:
+        The critic. Trained weights have the policy's dtype, unless they were given as a critic.
+
+    Raises:
+        ValueError: If `value_model` has several labels, or transformers cannot make a critic of its kind.
     """
-    # The critic's adapter is configured like the policy's, unless the critic is trained in full.
-    adapter = None
+    # The critic's adapter is configured like the policy's. It has none if it is trained in full.
+    adapter: PeftConfig | None = None
     if isinstance(policy, PeftModel):
-        adapter = policy.active_peft_config if use_peft and not policy.active_peft_config.is_prompt_learning else None
+        if use_peft and not policy.active_peft_config.is_prompt_learning:
+            adapter = policy.active_peft_config
         policy = policy.get_base_model()
     dtype = next((weight.dtype for weight in policy.parameters() if weight.requires_grad), policy.dtype)
+    # A reward that is only measured says nothing about the score.
+    rewards = [(reward, words, weight) for reward, words, weight in rewards if weight]
     source: Any = value_model
     if isinstance(value_model, str):
-        name = local_copy(value_model, VALUE_MODEL_FOLDER)
-        config = load_config(name)
-        cls = auto_class(config)
-        if cls is AutoModelForTokenClassification and type(config) is type(policy.config):
-            cls = classifier(type(config), "TokenClassification")
-        source = cls.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False)
-    # A reward that is only measured says nothing about the score.
-    rewards = [reward for reward in rewards if reward[2]]
-    if source is None:
-        # The critic has to read all that a policy may sample: unused ids, too, and models pad embeddings differently.
-        vocabulary, rows = tokenizer.get_vocab(), len(policy.get_input_embeddings().weight)
-        judges = ((model, own) for model, own, _ in rewards if isinstance(model, nn.Module) and own is not None)
-        readers = (model for model, own in judges if own.get_vocab() == vocabulary)
-        source = next((model for model in readers if len(model.get_input_embeddings().weight) >= rows), policy)
+        source = _load(value_model, policy, dtype)
+    elif source is None:
+        source = _readable_reward_model(rewards, policy, tokenizer) or policy
+
     if type(source.config) is not type(policy.config) and not hasattr(source, "peft_config"):
         # It lacks the modules that the policy's adapter targets, so it is trained in full.
         adapter = None
@@ -75,22 +86,20 @@ def build_value_model(
     is_critic = not is_reward_model and source.get_output_embeddings() is None
     if (is_reward_model or is_critic) and source.config.num_labels != 1:
         raise ValueError(f"value_model has {source.config.num_labels} labels; a critic or a reward model has one")
-    # A critic from a path is itself trained, like one that was passed, unless it is an adapter, which is copied.
-    is_given = is_critic and (source is value_model or not hasattr(source, "peft_config"))
     critic: PreTrainedModel | PeftModel
     if adapter is not None and source is not value_model:
         critic = adapter_value_model(source.to(policy.device), adapter)
         convert_frozen(critic, policy.dtype)
         share_frozen_weights(policy, [critic])
+    elif is_critic and (source is value_model or not hasattr(source, "peft_config")):
+        # It is trained itself, whether it was passed or loaded. An adapter that was loaded is copied.
+        critic = source
     else:
-        critic = source if is_given else value_model_from(source).to(dtype)
+        critic = value_model_from(source).to(dtype)
     if is_reward_model:
         # The head only fits if the score is the reward that it predicts, times its weight.
         is_score = len(rewards) == 1 and args.reward_normalization == "none" and _is_copy(source, rewards[0][0])
-        _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
-        with torch.no_grad():
-            for weight in head.parameters():
-                weight.mul_(rewards[0][2] if is_score else 0.0)
+        _scale_head(critic, rewards[0][2] if is_score else 0.0)
     critic.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if args.disable_dropout:
         disable_dropout_in_model(critic)
@@ -102,18 +111,61 @@ def build_value_model(
     return critic
 
 
+def _load(name: str, policy: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a critic, a reward model or a language model from a path or the Hub, in the class that it was saved with."""
+    name = local_copy(name, VALUE_MODEL_FOLDER)
+    config = load_config(name)
+    model_class = auto_class(config)
+    if model_class is AutoModelForTokenClassification and type(config) is type(policy.config):
+        # transformers may have no critic of this architecture.
+        model_class = classifier(type(config), "TokenClassification")
+    return model_class.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False)
+
+
+def _readable_reward_model(
+    rewards: Sequence[Reward], policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> nn.Module | None:
+    """Return the first reward model that can read whatever the policy samples, or None.
+
+    It needs the same vocabulary and, as a policy may sample unused ids, at least as many embeddings: models differ in
+    how they pad these.
+    """
+    vocabulary = tokenizer.get_vocab()
+    size = len(policy.get_input_embeddings().weight)
+    for model, words, _ in rewards:
+        if not isinstance(model, nn.Module) or words is None or words.get_vocab() != vocabulary:
+            continue
+        if len(model.get_input_embeddings().weight) >= size:
+            return model
+    return None
+
+
+def _scale_head(critic: PreTrainedModel | PeftModel, factor: float) -> None:
+    """Multiply the estimates of a critic by a factor, in place."""
+    _, head = find_head(critic.get_base_model() if isinstance(critic, PeftModel) else critic)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.mul_(factor)
+
+
 def _is_copy(source: PreTrainedModel, reward: Any) -> bool:
     """Return whether a reward is a model with the weights of `source`, from any folder and in any dtype."""
-    if source is reward or not isinstance(reward, nn.Module):
-        return source is reward
-    # The original head that an adapter replaces is not used, and its weights are random.
-    own, others = (
-        {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
-        for model in (source, reward)
-    )
-    return own.keys() == others.keys() and all(
-        torch.equal(weight.bfloat16(), others[name].to(weight.device).bfloat16()) for name, weight in own.items()
-    )
+    if source is reward:
+        return True
+    if not isinstance(reward, nn.Module):
+        return False
+    source_weights, reward_weights = _used_weights(source), _used_weights(reward)
+    if source_weights.keys() != reward_weights.keys():
+        return False
+    for name, weight in source_weights.items():
+        if not torch.equal(weight.bfloat16(), reward_weights[name].to(weight.device).bfloat16()):
+            return False
+    return True
+
+
+def _used_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights by name, without the random ones of an original head that an adapter replaces."""
+    return {name: weight for name, weight in model.state_dict().items() if ".original_module." not in name}
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -121,7 +173,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
     saved_as = (config.architectures or ["ForTokenClassification"])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
-    return AutoModelForTokenClassification if saved_as.endswith("ForTokenClassification") else AutoModelForCausalLM
+    if saved_as.endswith("ForTokenClassification"):
+        return AutoModelForTokenClassification
+    return AutoModelForCausalLM
 
 
 def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
@@ -129,6 +183,9 @@ def value_model_from(source: PreTrainedModel) -> PreTrainedModel:
 
     With the head of a reward model, the critic starts with the reward that the text so far would get. From a policy, it
     starts with a head of zeros, so it estimates 0.
+
+    Raises:
+        ValueError: If transformers cannot make a critic from a model of this kind.
     """
     source = without_adapters(source)
     critic = _untrained_critic(source.config).to(device=source.device, dtype=source.dtype)
@@ -143,7 +200,8 @@ def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
     if kind not in MODEL_MAPPING:
         raise ValueError(f"transformers cannot make a critic from a {kind.__name__}: pass your own `value_model`")
     config = copy.deepcopy(config)
-    config.num_labels, config.classifier_dropout = 1, 0.0
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
     # This must not affect the random numbers of training.
     with torch.random.fork_rng(devices=[]):
         return classifier(kind, "TokenClassification")(config)
@@ -152,12 +210,14 @@ def _untrained_critic(config: PreTrainedConfig) -> PreTrainedModel:
 def _weights_for(critic: PreTrainedModel, source: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of `source` under a critic's names, with zeros for a head that `source` lacks."""
     head, _ = find_head(critic)
-    wanted = critic.state_dict()
-    weights = {_renamed(plain_name(name), head): weight for name, weight in source.state_dict().items()}
-    for name in wanted.keys() - weights.keys():
+    of_critic = critic.state_dict()
+    weights = {}
+    for name, weight in source.state_dict().items():
+        weights[_renamed(plain_name(name), head)] = weight
+    for name in of_critic.keys() - weights.keys():
         if name.startswith(f"{head}."):
-            weights[name] = torch.zeros(wanted[name].shape, device=source.device)
-    return {name: weight for name, weight in weights.items() if name in wanted}
+            weights[name] = torch.zeros(of_critic[name].shape, device=source.device)
+    return {name: weight for name, weight in weights.items() if name in of_critic}
 
 
 def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -179,27 +239,40 @@ def adapter_value_model(source: PreTrainedModel, peft_config: PeftConfig) -> Pef
         # Only buffers are left to move.
         critic.to(source.device)
         adapters = getattr(source, "peft_config", {})
-        name, adapter = next(iter(adapters.items()), ("default", peft_config))
-        base = adapter.base_model_name_or_path if adapters else source.name_or_path
-        adapter = copy.deepcopy(adapter)
+        if adapters:
+            name = next(iter(adapters))
+            adapter = copy.deepcopy(adapters[name])
+            base = adapter.base_model_name_or_path
+        else:
+            name = "default"
+            adapter = copy.deepcopy(peft_config)
+            base = source.name_or_path
         # PEFT loads a critic from just its adapter, which names the base model.
-        adapter.task_type, adapter.inference_mode, adapter.base_model_name_or_path = TaskType.TOKEN_CLS, False, base
-        if saved := getattr(adapter, "modules_to_save", None):
-            modules = [f".{module}" for module, _ in critic.named_modules()]
-            found = [end for end in saved if any(module.endswith(f".{end}") for module in modules)]
+        adapter.task_type = TaskType.TOKEN_CLS
+        adapter.inference_mode = False
+        adapter.base_model_name_or_path = base
+        if getattr(adapter, "modules_to_save", None):
             # PEFT adds the head to these modules itself.
-            adapter.modules_to_save = [end for end in found if end not in HEAD_NAMES]
+            adapter.modules_to_save = [
+                end for end in adapter.modules_to_save if end not in HEAD_NAMES and _has_module(critic, end)
+            ]
         # PEFT takes the name of the base model from this attribute.
         critic.name_or_path = base
         adapted = get_peft_model(critic, adapter, adapter_name=name)
-    own = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+    trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
     for name, weight in source.named_parameters():
-        if (copied := own.get(_renamed(name, head))) is not None:
+        copied = trained.get(_renamed(name, head))
+        if copied is not None:
             copied.data.copy_(weight)
     if hasattr(source, MERGED):
         setattr(critic, MERGED, getattr(source, MERGED))
     compute_in_float32(find_head(critic)[1])
     return adapted
+
+
+def _has_module(model: nn.Module, end: str) -> bool:
+    """Return whether the name of a module ends with `end`, as a whole word."""
+    return any(f".{name}".endswith(f".{end}") for name, _ in model.named_modules())
 
 
 def _renamed(name: str, head: str) -> str:

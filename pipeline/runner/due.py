@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config.fields import convert, field_types
+from pipeline.config.fields import REMOVED, convert, field_types
 from pipeline.config.weight_fields import continues, has_effect, newest_state, number_of
 from pipeline.errors import Problem, UserError, refuse
 from pipeline.evaluation.evaluate_yaml import DEFAULTS
@@ -273,6 +273,8 @@ def find_changes(step: Step, recorded: Mapping[str, Any]) -> tuple[Changes, Chan
         recorded = {**DEFAULTS, **recorded}
     changed: Changes = {}
     for name in {**recorded, **present}:
+        if name in REMOVED:
+            continue
         earlier_value = recorded.get(name)
         present_value = present.get(name)
         if earlier_value != present_value:

@@ -28,38 +28,43 @@ class InterruptCallback(TrainerCallback):
 
     A second signal has its usual effect immediately, with two exceptions. A terminal that closes may send several. And
     Ctrl-C under a launcher gives two at once: SIGINT from the terminal and, from accelerate 1.16 on, its SIGTERM.
+
+    Attributes:
+        received: The signal that any process has received, or None; the same on every process.
     """
 
     def __init__(self) -> None:
-        # The signal that any process has received; the same on every process.
         self.received: signal.Signals | None = None
         # The first signal that this process has received, or 0, and when.
-        self._own, self._time = 0, 0.0
-        self._earlier = {number: signal.signal(number, self._receive) for number in stop_signals()}
+        self._first_signal = 0
+        self._time = 0.0
+        self._earlier_handlers = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         leave_closed_terminal()
-        if self._own:
-            is_repeated = number == self._own or time.monotonic() > self._time + SAME_SIGNAL_SECONDS
+        if self._first_signal:
+            is_repeated = number == self._first_signal or time.monotonic() > self._time + SAME_SIGNAL_SECONDS
             if is_repeated and number != getattr(signal, "SIGHUP", None):
                 self.restore()
                 signal.raise_signal(number)
             return
         # Only note the signal: this handler may interrupt anything, and the step has to finish first.
-        self._own, self._time, name = number, time.monotonic(), signal.Signals(number).name
+        self._first_signal = number
+        self._time = time.monotonic()
+        name = signal.Signals(number).name
         # `print` is not safe in a signal handler that may interrupt another `print`.
         os.write(2, f"\n{name}: saving after this step; repeat to stop without saving.\n".encode())
         report_progress(stopping=name)
 
     def restore(self) -> None:
         """Restore the earlier signal handlers."""
-        for number, handler in self._earlier.items():
+        for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop if any process has received a signal."""
         # A later signal counts for the next step: a process that stopped alone would leave the others waiting.
-        agreed = self._own
+        agreed = self._first_signal
         if args.world_size > 1 and torch.distributed.is_initialized():
             number = torch.tensor(agreed, device=args.device)
             torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
@@ -70,7 +75,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def reason_to_stop(self, state: TrainerState, output_dir: str) -> RunStopped | None:
-        """Return an error with exit code 128 + the signal's number if a signal has stopped training early."""
+        """Return an error with exit code 128 + the signal's number, or None if no signal has stopped training early."""
         if self.received is None or state.global_step >= state.max_steps:
             return None
         return RunStopped(
@@ -82,7 +87,7 @@ class InterruptCallback(TrainerCallback):
 
 @dataclass(eq=False)
 class FiguresCallback(TrainerCallback):
-    """Add figures to every log of training, where trackers see them and in the trainer's state.
+    """Add metrics to every log of training, where trackers see them and in the trainer's state.
 
     - `tokens_per_second` (of all processes), `mfu` and `eta_seconds`. `mfu` is the speed of the model's arithmetic
       relative to large matrix products (`hardware.matmul_peak`), with evaluations and checkpoints as lost time. Without
@@ -90,9 +95,11 @@ class FiguresCallback(TrainerCallback):
     - If the model has experts: `router/layer_<n>/expert_<m>`, an expert's tokens since the last log, relative to a fair
       share, and `router/layer_<n>/entropy`, the mean entropy of the router's distribution in nats. Layers are
       counted from 0 among those that have experts.
+
+    Args:
+        length: Tokens per training sequence, which determine the cost of attention; 0 if unknown.
     """
 
-    # Tokens per training sequence, which determine the cost of attention.
     length: int
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -103,7 +110,7 @@ class FiguresCallback(TrainerCallback):
         self.counter = RouteCounter(model, training=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the figures."""
+        """Add the metrics of the steps since the last log."""
         # The trainer has already copied the log into its history.
         history = [entry for entry in state.log_history[-1:] if entry.get("step") == state.global_step]
         for entry in (logs or {}, *history):
@@ -113,28 +120,41 @@ class FiguresCallback(TrainerCallback):
             entry.pop("eval_num_tokens", None)
         if logs is None or "loss" not in logs:
             return
-        figures: dict[str, float] = {}
-        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
-        seconds, steps, tokens = (a - b for a, b in zip(now, self.last, strict=True))
-        if steps > 0 and seconds > 0:
-            self.last = now
-            figures["eta_seconds"] = round(seconds / steps * (state.max_steps - state.global_step))
-            if tokens > 0:
-                dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-                peak = hardware.matmul_peak(dtype) * args.world_size
-                figures["tokens_per_second"] = round(tokens / seconds)
-                figures["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
-        if (counter := self.counter).routers:
-            counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
-            entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
-            # A token is counted once for each expert that it goes to.
-            means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
-            for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
-                figures |= {f"router/layer_{layer}/expert_{i}": round(share, 3) for i, share in enumerate(shares)}
-                figures[f"router/layer_{layer}/entropy"] = round(mean, 4)
-            counter.clear()
+        metrics = self._speed(args, state) | self._routes(args)
         for entry in (logs, *history):
-            entry.update(figures)
+            entry.update(metrics)
+
+    def _speed(self, args: Any, state: Any) -> dict[str, float]:
+        """Return speed and time left, from what happened since the last log; nothing if that was no step."""
+        now = (time.perf_counter(), state.global_step, float(state.num_input_tokens_seen))
+        seconds, steps, tokens = (present - last for present, last in zip(now, self.last, strict=True))
+        if steps <= 0 or seconds <= 0:
+            return {}
+        self.last = now
+        metrics: dict[str, float] = {"eta_seconds": round(seconds / steps * (state.max_steps - state.global_step))}
+        if tokens > 0:
+            dtype = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+            peak = hardware.matmul_peak(dtype) * args.world_size
+            metrics["tokens_per_second"] = round(tokens / seconds)
+            metrics["mfu"] = round(tokens / seconds * self.flops_per_token / peak, 3)
+        return metrics
+
+    def _routes(self, args: Any) -> dict[str, float]:
+        """Return the load of each expert and the entropy of each router since the last log; nothing without experts."""
+        counter = self.counter
+        if not counter.routers:
+            return {}
+        counter.counts = reduce(counter.counts.to(args.device), "sum").cpu()
+        entropy = reduce(counter.entropy.to(args.device), "sum").cpu()
+        # A token is counted once for each expert that it goes to.
+        means = entropy / (counter.counts.sum(1) / counter.routers[0].top_k)
+        metrics: dict[str, float] = {}
+        for layer, (shares, mean) in enumerate(zip(counter.shares, means.tolist(), strict=True)):
+            for expert, share in enumerate(shares):
+                metrics[f"router/layer_{layer}/expert_{expert}"] = round(share, 3)
+            metrics[f"router/layer_{layer}/entropy"] = round(mean, 4)
+        counter.clear()
+        return metrics
 
 
 class ReportCallback(TrainerCallback):
@@ -148,18 +168,21 @@ class ReportCallback(TrainerCallback):
     on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log the main figures in `logs`, including the ones that `FiguresCallback` adds."""
+        """Log the main metrics in `logs`, including the ones that `FiguresCallback` adds."""
         logs = logs or {}
         # All metrics are in `trainer_state.json`.
         main = ("loss", "reward", "bits_per_byte", "accuracy", "mean_token_accuracy")
-        figures = [f"{n.replace('_', ' ')} {logs[n]:.4g}" for n in logs if n.removeprefix("eval_") in main]
-        if figures and state.is_world_process_zero:
+        texts = []
+        for name, value in logs.items():
+            if name.removeprefix("eval_") in main:
+                texts.append(f"{name.replace('_', ' ')} {value:.4g}")
+        if texts and state.is_world_process_zero:
             if "learning_rate" in logs:
-                figures.append(f"learning rate {logs['learning_rate']:.2e}")
+                texts.append(f"learning rate {logs['learning_rate']:.2e}")
             if "tokens_per_second" in logs:
-                figures.append(f"{logs['tokens_per_second']:,} tokens/s")
+                texts.append(f"{logs['tokens_per_second']:,} tokens/s")
             if logs.get("eta_seconds"):
-                figures.append(f"{time_in_words(logs['eta_seconds'])} left")
+                texts.append(f"{time_in_words(logs['eta_seconds'])} left")
             step = str(state.global_step).rjust(len(str(state.max_steps)))
-            logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(figures))
+            logger.info("step %s/%d: %s", step, state.max_steps, ", ".join(texts))
         report_progress(**{name: logs[name] for name in ("loss", "reward", "tokens_per_second") if name in logs})

@@ -41,15 +41,20 @@ def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """Return all checkpoints in an output directory, damaged or not, ordered by step."""
     start = f"{PREFIX_CHECKPOINT_DIR}-"
-    # Other programs may write folders such as checkpoint-best.
-    steps = {path: path.name.removeprefix(start) for path in Path(output_dir).glob(f"{start}*") if path.is_dir()}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
+    steps = {}
+    for path in Path(output_dir).glob(f"{start}*"):
+        step = path.name.removeprefix(start)
+        # Other programs may write folders such as checkpoint-best.
+        if path.is_dir() and step.isdecimal():
+            steps[path] = int(step)
+    return sorted(steps, key=lambda path: steps[path])
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None. Skip damaged ones with a warning."""
     for checkpoint in reversed(checkpoints(output_dir)):
-        if (damage := validate_checkpoint(checkpoint)) is None:
+        damage = validate_checkpoint(checkpoint)
+        if damage is None:
             return checkpoint
         logger.warning("%s is skipped because it is damaged: %s", checkpoint, damage)
     return None
@@ -61,13 +66,24 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 def write_manifest(checkpoint: Path, step: int, evaluation_due: bool, seconds: float = 0.0) -> None:
     """Write the manifest of a checkpoint, and flush all files to the disk.
 
-    `seconds` is the time that the run has trained so far, in all processes that it took.
+    Args:
+        checkpoint: The folder, with all other files.
+        step: The step that it was saved after.
+        evaluation_due: Whether the evaluation of that step comes after the checkpoint.
+        seconds: For how long the run has trained so far, also before it was resumed.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != STATE]
     checksums = _checksums({path: path.stat().st_size <= BLOCK for path in files})
-    entries = {str(path.relative_to(checkpoint)): {"size": path.stat().st_size, **checksums[path]} for path in files}
-    states = [hash_file(checkpoint / STATE)]
-    content = {"step": step, "evaluation_due": evaluation_due, "seconds": seconds, "states": states, "files": entries}
+    entries = {}
+    for path in files:
+        entries[str(path.relative_to(checkpoint))] = {"size": path.stat().st_size, **checksums[path]}
+    content = {
+        "step": step,
+        "evaluation_due": evaluation_due,
+        "seconds": seconds,
+        "states": [hash_file(checkpoint / STATE)],
+        "files": entries,
+    }
     write_text(checkpoint / MANIFEST, json.dumps(content, indent=1) + "\n")
     # The folder comes last: when its entries are on the disk, so are the files that they name.
     for path in [*files, checkpoint / STATE, checkpoint]:
@@ -75,7 +91,7 @@ def write_manifest(checkpoint: Path, step: int, evaluation_due: bool, seconds: f
 
 
 def validate_checkpoint(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest, and return the first damage found, or None."""
+    """Compare a checkpoint with its manifest, and return its first damage in words, or None if it is complete."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -125,25 +141,30 @@ def replace_state(checkpoint: Path, state: TrainerState) -> None:
 
 def _checksums(files: Mapping[Path, bool]) -> dict[Path, dict[str, str]]:
     """Compute each file's checksum, on all cores: of its whole content if True (`sha256`), otherwise of its blocks."""
-
-    def hash_block(path: Path, start: int) -> str:
-        digest, left = hashlib.sha256(), BLOCK
-        with path.open("rb") as file:
-            file.seek(start)
-            while left > 0 and (piece := file.read(min(1 << 20, left))):
-                digest.update(piece)
-                left -= len(piece)
-        return digest.hexdigest()
-
     checksums = {}
     with ThreadPoolExecutor(hardware.cores()) as pool:
+        # All files begin before the first one is waited for.
         hashing = {}
-        for path, whole in files.items():
-            starts = range(0, path.stat().st_size, BLOCK)
-            hashing[path] = pool.map(hash_file, [path]) if whole else pool.map(partial(hash_block, path), starts)
+        for path, is_whole in files.items():
+            if is_whole:
+                hashing[path] = pool.map(hash_file, [path])
+            else:
+                hashing[path] = pool.map(partial(_hash_block, path), range(0, path.stat().st_size, BLOCK))
         for path, digests in hashing.items():
             if files[path]:
                 checksums[path] = {"sha256": next(digests)}
             else:
                 checksums[path] = {"sha256_of_blocks": hashlib.sha256("".join(digests).encode()).hexdigest()}
     return checksums
+
+
+def _hash_block(path: Path, start: int) -> str:
+    """Return the SHA-256 of the block of a file that begins at `start`, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    remaining = BLOCK
+    with path.open("rb") as file:
+        file.seek(start)
+        while remaining > 0 and (piece := file.read(min(1 << 20, remaining))):
+            digest.update(piece)
+            remaining -= len(piece)
+    return digest.hexdigest()

@@ -26,9 +26,10 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     if argv is None:
         search_here_last()
     words = sys.argv[1:] if argv is None else argv
-    if asked := set(FLAGS).intersection(words):
+    help_flags = set(FLAGS).intersection(words)
+    if help_flags:
         module = f"recipes.{Path(sys.argv[0]).stem}"
-        print(describe_options(argument_types(main), module, everything=not asked <= {"-h", "--help"}))
+        print(describe_options(argument_types(main), module, everything=not help_flags <= {"-h", "--help"}))
         return
     # Importing torch and transformers takes seconds, too long for `--help`.
     from pipeline.config.parser import parse
@@ -39,9 +40,12 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         arguments = parse(*argument_types(main), argv=argv)
-        parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-        values = {name: value for item in arguments for name, value in vars(item).items()}
-        if "--config" in parts and (missing := missing_input(values, parts[parts.index("--config") + 1])):
+        values: dict[str, Any] = {}
+        for item in arguments:
+            values |= vars(item)
+        config = _config_of(words)
+        missing = missing_input(values, config) if config is not None else None
+        if missing:
             raise UserError(missing)
         # `recipes/__init__.py` disables the garbage collector while a recipe's modules are imported. Their million
         # objects live as long as the process: unless they are frozen, each collection traverses all of them. At exit,
@@ -49,14 +53,24 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         gc.enable()
         if "triton" not in sys.modules:
             gc.freeze()
-        output = Path(next((item.output_dir for item in arguments if hasattr(item, "output_dir")), ".")).absolute()
+        output = Path(values.get("output_dir", ".")).absolute()
         new = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:
             with stop_as_one():
                 main(*arguments)
         except UserError:
-            # A trainer's constructor may have created the directory of a refused run. It is removed if it is empty.
+            # A trainer's constructor may have created the directory of a rejected run. It is removed if it is empty.
             for folder in new:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise
+
+
+def _config_of(words: Sequence[str]) -> str | None:
+    """Return the value of `--config` on a command line, with or without `=`; None if there is none."""
+    for position, word in enumerate(words):
+        if word == "--config":
+            return words[position + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None

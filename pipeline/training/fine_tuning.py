@@ -24,14 +24,24 @@ class SFTTrainer(Reliable, trl.SFTTrainer):
 
     def __init__(self, *args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        packs = self.args.packing and self.args.packing_strategy != "wrapped" and not self.args.pad_to_multiple_of
-        layers = DynamicCache(config=self.model.config.get_text_config()).layers
-        attends = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-        # With packing, TRL takes no collator as an argument. FlashAttention and convolutions need TRL's flattened rows.
-        if packs and attends and "flash" not in (self.model.config._attn_implementation or ""):
+        # With packing, TRL takes no collator as an argument.
+        if self._packs_rows():
             self.data_collator = PackedRows(self.processing_class.pad_token_id, return_position_ids=True)
         project_labelled_positions(self.model)
         choose_attention(self.model, attn_implementation)
+
+    def _packs_rows(self) -> bool:
+        """Return whether several texts share a row, and attention alone tells them apart.
+
+        FlashAttention, and layers other than attention, such as convolutions, need TRL's flattened rows.
+        """
+        args, config = self.args, self.model.config
+        if not args.packing or args.packing_strategy == "wrapped" or args.pad_to_multiple_of:
+            return False
+        if "flash" in (config._attn_implementation or ""):
+            return False
+        layers = DynamicCache(config=config.get_text_config()).layers
+        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 class RewardTrainer(Reliable, trl.RewardTrainer):
@@ -45,11 +55,12 @@ class RewardTrainer(Reliable, trl.RewardTrainer):
         if not (self.token_loss_coef and model.training):
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         # The head scores all tokens, of which transformers returns the last.
-        seen: list[Tensor] = []
-        with find_head(self.model)[1].register_forward_hook(lambda head, given, scores: seen.append(scores)):
+        scores: list[Tensor] = []
+        _, head = find_head(self.model)
+        with head.register_forward_hook(lambda module, arguments, output: scores.append(output)):
             loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
         texts = (inputs["input_ids"], inputs["attention_mask"], inputs.get("margin", 0.0))
-        loss = loss + self.token_loss_coef * token_loss(seen[0].squeeze(-1), *texts)
+        loss = loss + self.token_loss_coef * token_loss(scores[0].squeeze(-1), *texts)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -58,7 +69,16 @@ class WithReference(Reliable):
 
     The reference is the policy as it was before training. TRL loads it by the policy's name or, with LoRA, disables the
     adapter. A policy that was merged in memory still has the name of its base model, without the merged adapter, so it
-    is copied. `attn_implementation` is the attention if one was requested.
+    is copied.
+
+    Args:
+        model: The policy: a path, a Hub id, or a model.
+        args: The trainer's configuration.
+        attn_implementation: The attention that was requested. None for the one that suits the machine.
+        **kwargs: Any other argument of TRL's trainer.
+
+    Raises:
+        UserError: If the reference is to be computed beforehand on a stream, which cannot be read twice.
     """
 
     def __init__(self, model: Any, args: Any, attn_implementation: str | None = None, **kwargs: Any) -> None:

@@ -33,7 +33,13 @@ def _linear_in_float32(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
-    """Copy a policy, which may have no path for TRL to load, as a reference with logits divided by `temperature`."""
+    """Copy a policy, which may have no path for TRL to load, as a reference.
+
+    Args:
+        policy: The policy, as a trainer of TRL has prepared it.
+        temperature: What the logits are divided by.
+        cast_lm_head_to_fp32: Whether the logits are computed in float32.
+    """
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
     # The forward method that TRL gave the policy would still refer to the original.
     reference.__dict__.pop("forward", None)
@@ -48,12 +54,13 @@ def convert_frozen(model: nn.Module, dtype: torch.dtype) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def share_frozen_weights(policy: nn.Module, others: Sequence[nn.Module]) -> None:
+def share_frozen_weights(policy: nn.Module, models: Sequence[nn.Module]) -> None:
     """Make weights of other models share storage with equal frozen weights of the policy, wherever they come from."""
-    known = _frozen(policy)
-    for model in others:
+    of_policy = _frozen(policy)
+    for model in models:
         for name, weight in _frozen(model).items():
-            if (shared := known.get(name)) is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
+            shared = of_policy.get(name)
+            if shared is not None and shared.dtype == weight.dtype and torch.equal(shared, weight):
                 weight.data = shared.data
 
 
@@ -61,13 +68,13 @@ def _frozen(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the frozen weights, except heads and adapters, by plain name."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters = getattr(model, "peft_config", {})
-    return {
-        plain_name(name): weight
-        for name, weight in model.named_parameters()
-        if not weight.requires_grad
-        and name.partition(".")[0] not in HEAD_NAMES
-        and not any(f".{adapter}." in f"{name}." for adapter in adapters)
-    }
+    weights = {}
+    for name, weight in model.named_parameters():
+        is_head = name.partition(".")[0] in HEAD_NAMES
+        is_adapter = any(f".{adapter}." in f"{name}." for adapter in adapters)
+        if not weight.requires_grad and not is_head and not is_adapter:
+            weights[plain_name(name)] = weight
+    return weights
 
 
 def plain_name(name: str) -> str:
@@ -82,10 +89,13 @@ def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
     Unmerging rounds them, by up to 0.4% each time in 16 bits, and other models may share them. Only layers with an
     adapter are merged, and copied to CPU memory.
     """
-    adapted = (layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer))
-    # Adapters of several parameters of one layer wrap each other, so a weight may be found several times.
-    frozen = {weight: None for layer in adapted for weight in layer.parameters() if not weight.requires_grad}
-    kept = [(weight, weight.detach().to("cpu", copy=True)) for weight in frozen]
+    # Adapters of several parameters of one layer wrap each other, so a weight may be seen several times.
+    copies: dict[nn.Parameter, torch.Tensor] = {}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for weight in layer.get_base_layer().parameters():
+                if not weight.requires_grad and weight not in copies:
+                    copies[weight] = weight.detach().to("cpu", copy=True)
     try:
         if merge:
             model.merge_adapter()
@@ -93,5 +103,5 @@ def unrounded(model: PeftModel, merge: bool = False) -> Iterator[None]:
     finally:
         if merge:
             model.unmerge_adapter()
-        for weight, copied in kept:
+        for weight, copied in copies.items():
             weight.data.copy_(copied)

@@ -55,29 +55,50 @@ def build_optimizer(
 
     Muon or AdamW updates these, and AdamW everything else. Parameters that do not require gradients are skipped.
     """
-    lr, embedding_lr = args.learning_rate, optimizer_args.embedding_learning_rate
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    layers = [getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    # Tied embeddings are one parameter with two names.
-    tables = {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
-    # The weights of experts are stacks of matrices, with three dimensions.
-    experts = [module for module in model.modules() if isinstance(module, Llama4TextExperts)]
-    stacks = {id(parameter) for module in experts for parameter in module.parameters()}
-    embeddings = [parameter for parameter in trained if id(parameter) in tables]
-    others = [parameter for parameter in trained if id(parameter) not in tables]
-    matrices = [parameter for parameter in others if parameter.ndim == 2 or id(parameter) in stacks]
-    vectors = [parameter for parameter in others if parameter.ndim != 2 and id(parameter) not in stacks]
-    rates = ((embeddings, lr if embedding_lr is None else embedding_lr), (vectors, lr))
-    # torch refuses a group without parameters.
-    groups: list[dict[str, Any]] = [{"params": params, "lr": rate} for params, rate in rates if params]
+    embedding_rate = optimizer_args.embedding_learning_rate
+    if embedding_rate is None:
+        embedding_rate = args.learning_rate
+    matrices, embeddings, vectors = _parameters_by_kind(model)
+    # torch rejects a group without parameters.
+    groups: list[dict[str, Any]] = []
     if not optimizer_args.use_muon:
-        groups.insert(0, {"params": matrices, "lr": lr, "weight_decay": args.weight_decay})
+        groups.append({"params": matrices, "lr": args.learning_rate, "weight_decay": args.weight_decay})
+    if embeddings:
+        groups.append({"params": embeddings, "lr": embedding_rate})
+    if vectors:
+        groups.append({"params": vectors, "lr": args.learning_rate})
     # Weight decay is for matrices, which are in Muon or in AdamW's first group.
     betas = (args.adam_beta1, args.adam_beta2)
-    adamw = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, betas=betas, eps=args.adam_epsilon)
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=0.0, betas=betas, eps=args.adam_epsilon)
     if not optimizer_args.use_muon:
         return adamw
     return MuonWithAdamW(Muon(matrices, lr=optimizer_args.muon_learning_rate, weight_decay=args.weight_decay), adamw)
+
+
+def _parameters_by_kind(model: torch.nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the trained matrices of the blocks, the embeddings (with the output layer), and all other parameters."""
+    # Tied embeddings are one parameter with two names.
+    tables: set[int] = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, name)() if hasattr(model, name) else None
+        if layer is not None:
+            tables.update(id(parameter) for parameter in layer.parameters())
+    # The weights of experts are stacks of matrices, with three dimensions.
+    stacks: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Llama4TextExperts):
+            stacks.update(id(parameter) for parameter in module.parameters())
+    matrices, embeddings, vectors = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in tables:
+            embeddings.append(parameter)
+        elif parameter.ndim == 2 or id(parameter) in stacks:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    return matrices, embeddings, vectors
 
 
 def optimizer_cls_and_kwargs(

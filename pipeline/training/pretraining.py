@@ -43,17 +43,21 @@ class PretrainConfig(TrainingArguments):
 
 
 def adapt_to_machine(args: PretrainConfig, model: PreTrainedModel, train_dataset: object) -> None:
-    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons."""
+    """Choose the attention of a model, and `args.torch_compile` unless the user has set it; log the reasons.
+
+    Compiling pays off in a long run only, so the size of the model and of `train_dataset` decide.
+    """
     choose_attention(model, args.attn_implementation)
     # Compiling the whole model would take longer, and be done again, because attention blocks differ between batches.
     os.environ.setdefault("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
     if args.torch_compile is not None:
         logger.info("torch.compile: %s (requested)", args.torch_compile)
         return
+    # The number of sequences that this process will train on.
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.max_steps
     if args.max_steps <= 0 and isinstance(train_dataset, Sized):
         sequences = int(len(train_dataset) * args.num_train_epochs / args.world_size)
-    # Compiling takes a minute or more, which only pays off in a long run.
+    # Compiling takes a minute or more.
     choice = hardware.compilation(training_flops_per_token(model, args.block_size) * args.block_size * sequences)
     args.torch_compile = choice.value
     args.torch_compile_backend = "inductor" if choice.value else None
@@ -66,7 +70,11 @@ class PretrainTrainer(Reliable):
     Each process reads its part of a stream in a thread rather than in workers. Checkpoints contain the place in it.
 
     A model with experts also learns from the load-balancing loss and the z-loss of its routers, each averaged over the
-    layers with experts, and multiplied by a factor of `router_losses`. Evaluations only measure the loss on the text.
+    layers with experts. Evaluations only measure the loss on the text.
+
+    Args:
+        *args, **kwargs: Any argument of transformers' `Trainer`.
+        router_losses: The weights of the load-balancing loss and of the z-loss. 0 turns one off.
     """
 
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
@@ -105,11 +113,11 @@ class PretrainTrainer(Reliable):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         balance, size = self.router_losses
         rows = len(inputs["input_ids"])
-        # The router z-loss (Zoph et al. 2022, "ST-MoE", eq. 5) keeps logits small.
-        added = sum(
-            balance * balancing_loss(router, logits, rows) + size * logits.float().logsumexp(-1).square().mean()
-            for router, logits in zip(self._routers, outputs.router_logits, strict=True)
-        )
+        added: Any = 0
+        for router, logits in zip(self._routers, outputs.router_logits, strict=True):
+            # The router z-loss (Zoph et al. 2022, "ST-MoE", eq. 5) keeps logits small.
+            z_loss = logits.float().logsumexp(-1).square().mean()
+            added = added + (balance * balancing_loss(router, logits, rows) + size * z_loss)
         loss = loss + added / len(self._routers) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -136,7 +144,12 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def bits_per_byte(tokenizer: PreTrainedTokenizerBase, prediction: EvalPrediction) -> dict[str, float]:
-    """Return the bits that the model needs per byte of held-out text, from predictions that are `sequence_losses`."""
+    """Return the bits that the model needs per byte of held-out text.
+
+    Args:
+        tokenizer: The model's tokenizer, which makes text of the labels.
+        prediction: Its predictions are `sequence_losses`, in nats.
+    """
     # The first token of a row is never predicted.
     predicted = [row[row != IGNORED] for row in np.asarray(prediction.label_ids)[:, 1:]]
     texts = tokenizer.batch_decode(predicted, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -59,6 +59,10 @@ class Reliable(Trainer):
     - Epochs only have whole batches, so that two processes train as one does.
     - A loss that is not a number ends the run before its gradient is applied.
 
+    Guarded by `tests/training/test_checkpoints.py` and `tests/rl/test_ppo_resume.py` (a resumed run has the same bits),
+    `tests/training/test_full_disk.py`, `tests/training/test_lost_rows.py` (whole batches), the tests of each recipe
+    (two processes train as one does), and `python -m tests.benchmarks.kills`.
+
     Attributes:
         parts: What checkpoints contain besides the files of transformers: objects with `save(folder)` and
             `load(folder)`, which is called after transformers has loaded its own files. A part that `belongs_to_model`
@@ -74,15 +78,17 @@ class Reliable(Trainer):
         self._written_to: Path | None = None
         self._evaluation_due = False
         self._resumed_from: Path | None = None
-        # When training began in this process, and for how long the run had trained before.
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        # When training began in this process, and the seconds that the run had trained in earlier ones.
+        self._began = time.monotonic()
+        self._earlier_seconds = 0.0
         self._uncounted_tokens = 0
         # The rows of each batch that was fetched and not yet trained on.
         self._fetched: deque[list[int]] = deque()
         super().__init__(*args, **kwargs)
         # Autocast would cast the weights that are frozen under an adapter again and again. PPO has `frozen_dtype`.
-        whole = isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if whole and self.args.bf16 and getattr(self.args, "frozen_dtype", "auto") == "auto":
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_automatic = getattr(self.args, "frozen_dtype", "auto") == "auto"
+        if isinstance(self.model, PeftModel) and not is_sharded and self.args.bf16 and is_automatic:
             convert_frozen(self.model, torch.bfloat16)
         self.parts.append(RenamedWeights(self))
         # This must run after the callbacks that the trainer was made with.
@@ -92,9 +98,9 @@ class Reliable(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Do what is due after a step. A checkpoint is saved before the evaluation, which may take long."""
-        control, counts = self.control, self.args.include_num_input_tokens_seen == "all"
+        control = self.control
         is_due = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
-        if counts and is_due:
+        if is_due and self.args.include_num_input_tokens_seen == "all":
             counted = torch.tensor(self._uncounted_tokens, dtype=torch.int64)
             self.state.num_input_tokens_seen += int(reduce(counted.to(self.args.device), "sum"))
             self._uncounted_tokens = 0
@@ -104,7 +110,8 @@ class Reliable(Trainer):
         if not both_due or follows or self.args.save_strategy == SaveStrategy.BEST:
             super()._maybe_log_save_evaluate(*args, **kwargs)
             return
-        control.should_evaluate, self._evaluation_due = False, True
+        control.should_evaluate = False
+        self._evaluation_due = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._evaluation_due = False
         # A run stopped by a signal evaluates when it is resumed.
@@ -139,7 +146,7 @@ class Reliable(Trainer):
                 (written / "training_args.bin").unlink(missing_ok=True)
                 (written / "README.md").unlink(missing_ok=True)
                 folders.save_state(state, written / STATE)
-                seconds = self._seconds_before + time.monotonic() - self._began
+                seconds = self._earlier_seconds + time.monotonic() - self._began
                 folders.write_manifest(written, state.global_step, self._evaluation_due, seconds)
                 # An existing checkpoint of this step is damaged, or the run would have resumed from it.
                 target = checkpoint_folder(args.output_dir, state.global_step)
@@ -148,35 +155,42 @@ class Reliable(Trainer):
                 self._delete_surplus(target)
             self.accelerator.wait_for_everyone()
         except WRITE_ERRORS as error:
-            free, reason = shutil.disk_usage(args.output_dir).free, " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             # torch reports a full disk as an unexpected file position.
+            free = shutil.disk_usage(args.output_dir).free
             if free < DISK_IS_FULL:
                 reason = f"the disk is full, {free / 2**20:.1f} MiB are free ({reason})"
             shutil.rmtree(unfinished, ignore_errors=True)
             last = newest_complete(args.output_dir)
+            start = f"resumes from {last}" if last else "starts again"
             raise RunStopped(
                 f"The checkpoint of step {state.global_step} could not be written to {args.output_dir}: {reason}. Free "
-                "some space or correct the cause; the same command then "
-                + (f"resumes from {last}." if last else "starts again.")
+                f"some space or correct the cause; the same command then {start}."
             ) from error
         finally:
             self._written_to = None
 
     def _delete_surplus(self, newest: Path) -> None:
         """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best one."""
-        args, unfinished = self.args, Path(self.args.output_dir) / folders.UNFINISHED
-        keep = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
-        found = folders.checkpoints(args.output_dir)
-        surplus = max(0, len(found) - max(args.save_total_limit or len(found), len(keep)))
-        for oldest in [path for path in found if path.name not in keep][:surplus]:
+        output_dir, limit = self.args.output_dir, self.args.save_total_limit
+        if not limit:
+            return
+        unfinished = Path(output_dir) / folders.UNFINISHED
+        protected = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+        checkpoints = folders.checkpoints(output_dir)
+        number = max(0, len(checkpoints) - max(limit, len(protected)))
+        deletable = [path for path in checkpoints if path.name not in protected]
+        for oldest in deletable[:number]:
             # Renamed first, so that a kill does not leave a partial checkpoint.
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(oldest.rename(unfinished), ignore_errors=True)
 
     def _get_output_dir(self, trial: Any = None) -> str:
+        """Return where transformers writes checkpoints: below `.unfinished`, while one is written."""
         return super()._get_output_dir(trial) if self._written_to is None else str(self._written_to)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model, also the final one, with the parts that belong to it."""
         folder = output_dir or self.args.output_dir
         with cache_enabled(self.model):
             super()._save(folder, state_dict)
@@ -204,8 +218,11 @@ class Reliable(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         # The state is that of the first process, which wrote it.
-        own = {"is_local_process_zero": self.is_local_process_zero()}
-        vars(state).update(own, is_world_process_zero=self.is_world_process_zero())
+        ranks = {
+            "is_local_process_zero": self.is_local_process_zero(),
+            "is_world_process_zero": self.is_world_process_zero(),
+        }
+        vars(state).update(ranks)
         for part in self.parts:
             if getattr(part, "evaluated_with", False):
                 part.load(checkpoint)
@@ -236,7 +253,7 @@ class Reliable(Trainer):
         if checkpoint is not None:
             self._load_parts(checkpoint, belongs_to_model=False)
             self._resumed_from = Path(checkpoint)
-            self._seconds_before = read_json(Path(checkpoint) / MANIFEST).get("seconds", 0.0)
+            self._earlier_seconds = read_json(Path(checkpoint) / MANIFEST).get("seconds", 0.0)
 
     def _load_parts(self, checkpoint: str, belongs_to_model: bool) -> None:
         for part in self.parts:
@@ -245,14 +262,16 @@ class Reliable(Trainer):
 
     def _find_best(self) -> None:
         """Set the path of the best checkpoint. A state on disk only contains its name."""
-        state, saving = self.state, self._written_to is not None
+        state = self.state
         if not state.best_global_step:
             return
         best = checkpoint_folder(self.args.output_dir, state.best_global_step)
-        if best.is_dir() or (saving and state.best_global_step == state.global_step):
+        is_saving = self._written_to is not None
+        # The checkpoint that is being saved has another path until it is complete.
+        if best.is_dir() or (is_saving and state.best_global_step == state.global_step):
             state.best_model_checkpoint = str(best)
-        elif self.args.load_best_model_at_end and not saving:
-            logger.warning("%s, the best checkpoint so far, is missing; later ones are compared with its figure.", best)
+        elif self.args.load_best_model_at_end and not is_saving:
+            logger.warning("%s, the best checkpoint so far, is missing; later ones are compared with its metric.", best)
 
     def _evaluate_if_missed(self) -> None:
         """Run the evaluation after the checkpoint that the run resumed from, if a kill prevented it."""
@@ -260,9 +279,11 @@ class Reliable(Trainer):
         manifest = read_json(checkpoint_folder(self.args.output_dir, step) / MANIFEST)
         if step == 0 or not manifest.get("evaluation_due"):
             return
-        if not any("eval_loss" in entry for entry in self.state.log_history if entry.get("step") == step):
-            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-            self._record_evaluation()
+        entries = [entry for entry in self.state.log_history if entry.get("step") == step]
+        if any("eval_loss" in entry for entry in entries):
+            return
+        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+        self._record_evaluation()
 
     def _record_evaluation(self) -> None:
         """Write an evaluation's results into the checkpoint of the same step."""
@@ -277,15 +298,16 @@ class Reliable(Trainer):
 
         transformers restores how often to log, save and evaluate, and the learning rate for the earlier total.
         """
-        checkpoint, self._resumed_from = self._resumed_from, None
+        checkpoint = self._resumed_from
         if checkpoint is None:
             return
+        self._resumed_from = None
         state, schedule, groups = self.state, self.lr_scheduler, self.optimizer.param_groups
-        before = TrainerState.load_from_json(str(checkpoint / STATE)).max_steps
+        earlier_total = TrainerState.load_from_json(str(checkpoint / STATE)).max_steps
         state.compute_steps(self.args, state.max_steps)
-        if state.max_steps == before:
+        if state.max_steps == earlier_total:
             return
-        rate_before = groups[0]["lr"]
+        earlier_rate = groups[0]["lr"]
         # These are all schedules except those that follow evaluations.
         if isinstance(schedule, LambdaLR):
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
@@ -293,7 +315,12 @@ class Reliable(Trainer):
         logger.info(
             "%-11s at step %d, to %d steps instead of %d: the learning rate follows the schedule of the new total, "
             "%.2e instead of %.2e here",
-            *("continuing", state.global_step, state.max_steps, before, groups[0]["lr"], rate_before),
+            "continuing",
+            state.global_step,
+            state.max_steps,
+            earlier_total,
+            groups[0]["lr"],
+            earlier_rate,
         )
 
     # ---- Steps, batches, tokens and evaluations
@@ -305,7 +332,8 @@ class Reliable(Trainer):
         """
         rows = self._fetched.popleft() if self._fetched else "unknown"
         # Autocast undoes the casts of LoRA's inputs, so they are skipped. Other methods, such as IA3, cannot skip them.
-        with disable_input_dtype_casting(model, self.args.bf16 and getattr(self.model, "peft_type", None) == "LORA"):
+        is_lora = getattr(self.model, "peft_type", None) == "LORA"
+        with disable_input_dtype_casting(model, self.args.bf16 and is_lora):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if torch.isfinite(loss).all():
             return loss
@@ -322,17 +350,20 @@ class Reliable(Trainer):
         if not isinstance(dataset, Sized) or len(dataset) < args.train_batch_size * args.world_size:
             return super().get_train_dataloader()
         # If it were set permanently, it would also drop rows from evaluations.
-        asked, args.dataloader_drop_last = args.dataloader_drop_last, True
+        drop_last = args.dataloader_drop_last
+        args.dataloader_drop_last = True
         try:
             return super().get_train_dataloader()
         finally:
-            args.dataloader_drop_last = asked
+            args.dataloader_drop_last = drop_last
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """With accumulation, also drop the rows of each epoch that do not fill all batches of an optimizer step."""
         sampler = super()._get_train_sampler(*args, **kwargs)
-        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        if type(sampler) is RandomSampler and len(sampler) >= step > self.args.train_batch_size * self.args.world_size:
+        # Rows of a batch of all processes, and of an optimizer step.
+        batch = self.args.train_batch_size * self.args.world_size
+        step = batch * self.args.gradient_accumulation_steps
+        if type(sampler) is RandomSampler and batch < step <= len(sampler):
             # It draws the same order, and ends earlier.
             sampler = RandomSampler(sampler.data_source, num_samples=len(sampler) // step * step)
         return sampler
@@ -342,7 +373,7 @@ class Reliable(Trainer):
         # Only an evaluation without training prepares the model.
         logs.pop("eval_model_preparation_time", None)
         if "train_runtime" in logs:
-            logs["train_runtime"] += self._seconds_before
+            logs["train_runtime"] += self._earlier_seconds
         super().log(logs, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -350,16 +381,21 @@ class Reliable(Trainer):
         # host for its GPU. Here, counts are only added up when a step logs or saves.
         if self.args.include_num_input_tokens_seen != "all":
             super()._track_num_input_tokens(inputs)
-        elif (ids := inputs.get(self.model.main_input_name)) is not None:
+            return
+        ids = inputs.get(self.model.main_input_name)
+        if ids is not None:
             self._uncounted_tokens += ids.numel()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as transformers does while it trains, without an effect on training."""
         with unchanged_random_state():
             return super()._evaluate(*args, **kwargs)
 
 
 @dataclass(eq=False)
 class _TrainingBegins(TrainerCallback):
+    """What `Reliable` does when the first step is about to begin, after a checkpoint was loaded."""
+
     trainer: Reliable
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -377,23 +413,25 @@ class _TrainingBegins(TrainerCallback):
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
     """Restore the random state of Python, NumPy and torch at the end of the block."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with hardware.unchanged_rng():
         yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
 
 
 @contextmanager
 def cache_enabled(model: Any) -> Iterator[None]:
     """Enable `use_cache` in a model's configuration while it is saved; transformers only disables it for training."""
     config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not None:
-        config.use_cache = True
+    use_cache = getattr(config, "use_cache", None)
+    if use_cache is None:
+        yield
+        return
+    config.use_cache = True
     yield
-    if before is not None:
-        config.use_cache = before
+    config.use_cache = use_cache
 
 
 # transformers warns about a missing best checkpoint before `_find_best` has set its path.

@@ -1,4 +1,4 @@
-"""The loss of a reward model at every token of an answer, beside the one at its last token.
+"""The loss of a reward model at every token of an answer, in addition to the one at its last token.
 
 A mistake is easiest to see at the token that makes it, and the last token has to find it again. Verifiers that learn to
 judge at every token are also better at the last one (Cobbe et al. 2021, "Training verifiers …", 2110.14168).
@@ -31,7 +31,10 @@ def token_loss(scores: Tensor, input_ids: Tensor, attention_mask: Tensor, margin
     All but `margin` are (2 B, T): the chosen texts, then the rejected ones, padded on the right. The means begin at the
     first token that differs between the two texts of a pair.
     """
+    # Padding is different from every token, so that a text differs from its own beginning.
     chosen, rejected = input_ids.masked_fill(attention_mask == 0, -1).chunk(2)
+    # True from the first token that differs, for both texts.
     differs = ((chosen != rejected).cumsum(1) > 0).repeat(2, 1) & attention_mask.bool()
-    better, worse = ((scores.float() * differs).sum(1) / differs.sum(1).clamp(min=1)).chunk(2)
+    means = (scores.float() * differs).sum(1) / differs.sum(1).clamp(min=1)
+    better, worse = means.chunk(2)
     return -torch.nn.functional.logsigmoid(better - worse - margin).mean()

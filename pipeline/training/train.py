@@ -8,7 +8,7 @@ import os
 import pickle
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -43,13 +43,17 @@ def run_callbacks(args: TrainingArguments) -> list[TrainerCallback]:
     # search for unused ones. Any other trainer needs `ddp_find_unused_parameters: true`.
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False
-    if length := getattr(args, "block_size", None) or getattr(args, "max_length", None):
+    length = getattr(args, "block_size", None) or getattr(args, "max_length", None) or 0
+    if length:
         args.include_num_input_tokens_seen = "all"
-    return [FiguresCallback(length or 0), PushCallback(args)]
+    return [FiguresCallback(length), PushCallback(args)]
 
 
 def train_and_save(trainer: Reliable) -> None:
     """Train from the latest checkpoint, save the model with tokenizer and card, and push it if requested.
+
+    The run logs the hardware and settings in use, writes only complete checkpoints, and saves and stops after a signal.
+    Other runs cannot write to the output directory meanwhile.
 
     Raises:
         RunStopped: After a signal, a loss that is not a number, a failing reward function, a failed save or push.
@@ -57,45 +61,69 @@ def train_and_save(trainer: Reliable) -> None:
     """
     launch.check_active(trainer)
     args, name = trainer.args, trainer.args.resume_from_checkpoint
-    # A name that is not a folder is a checkpoint on the Hub, which is downloaded with the best one so far.
-    fetched = fetch_checkpoints(name, "resume_from_checkpoint") if name and not os.path.isdir(name) else []
-    named = fetched or ([Path(name)] if name else [])
+    downloaded: list[Path] = []
+    named: list[Path] = []
+    if name:
+        # A name that is not a folder is a checkpoint on the Hub, which is downloaded with the best one so far.
+        downloaded = [] if os.path.isdir(name) else fetch_checkpoints(name, "resume_from_checkpoint")
+        named = downloaded or [Path(name)]
+        _check_named(trainer, named)
+    is_first = trainer.is_world_process_zero()
+    with files.lock(Path(args.output_dir) / ".lock") if is_first else contextlib.nullcontext():
+        if is_first:
+            output_directory.record_arguments(args)
+        copies = [_copy_checkpoint(folder, trainer) for folder in downloaded]
+        trainer.accelerator.wait_for_everyone()
+        _train_and_save(trainer, next(iter(copies or named), None))
+
+
+def _check_named(trainer: Reliable, named: Sequence[Path]) -> None:
+    """Raise a `UserError` if the checkpoints of `resume_from_checkpoint` are damaged, or do not fit the run.
+
+    The first one is trained from. A second one is the best one so far.
+    """
     for folder in named:
         # A checkpoint written by another program has no manifest.
-        has_manifest = (folder / files.MANIFEST).exists()
-        damage = _on_first(trainer, partial(folders.validate_checkpoint, folder)) if has_manifest else None
+        damage = None
+        if (folder / files.MANIFEST).exists():
+            damage = _on_first(trainer, partial(folders.validate_checkpoint, folder))
         if damage:
+            name = trainer.args.resume_from_checkpoint
             raise UserError(Problem("resume_from_checkpoint", name, f"is damaged: {damage}"))
-    if named:
-        check_architecture(named[0], trainer.model.config)
-        done, total = TrainerState.load_from_json(str(named[0] / files.STATE)).global_step, total_steps(trainer)
-        if done > total:
-            remedy = f"the checkpoint already has {done} steps; raise it, or resume from an earlier checkpoint"
-            raise UserError(Problem("max_steps", total, remedy))
-    first = trainer.is_world_process_zero()
-    with files.lock(Path(args.output_dir) / ".lock") if first else contextlib.nullcontext():
-        if first:
-            output_directory.record_arguments(args)
-        own = []
-        for folder in fetched:
-            step = TrainerState.load_from_json(str(folder / files.STATE)).global_step
-            own.append(folders.checkpoint_folder(args.output_dir, step))
-            try:
-                if first:
-                    with files.write_folder(own[-1]) as copied:
-                        shutil.copytree(folder, copied, dirs_exist_ok=True)
-            except OSError as error:
-                fault = f"The checkpoint could not be copied to {own[-1]}: {shorten(str(error), 200)}"
-                raise RunStopped(f"{fault}. Free some space.") from error
-        trainer.accelerator.wait_for_everyone()
-        _train_and_save(trainer, next(iter(own or named), None))
+    check_architecture(named[0], trainer.model.config)
+    steps, total = _step_of(named[0]), total_steps(trainer)
+    if steps > total:
+        remedy = f"the checkpoint already has {steps} steps; raise it, or resume from an earlier checkpoint"
+        raise UserError(Problem("max_steps", total, remedy))
+
+
+def _copy_checkpoint(checkpoint: Path, trainer: Reliable) -> Path:
+    """Copy a checkpoint into the trainer's output directory, on the first process. Return where it is there.
+
+    Raises:
+        RunStopped: If it cannot be written.
+    """
+    target = folders.checkpoint_folder(trainer.args.output_dir, _step_of(checkpoint))
+    if trainer.is_world_process_zero():
+        try:
+            with files.write_folder(target) as folder:
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        except OSError as error:
+            fault = f"The checkpoint could not be copied to {target}: {shorten(str(error), 200)}"
+            raise RunStopped(f"{fault}. Free some space.") from error
+    return target
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint was trained for."""
+    return TrainerState.load_from_json(str(checkpoint / files.STATE)).global_step
 
 
 def _on_first(trainer: Reliable, compute: Callable[[], Any]) -> Any:
     """Compute something on the first process, and return it on all: reading a large checkpoint takes minutes."""
-    found = [compute() if trainer.is_world_process_zero() else None]
-    broadcast_object_list(found)
-    return found[0]
+    results = [compute() if trainer.is_world_process_zero() else None]
+    broadcast_object_list(results)
+    return results[0]
 
 
 def check_architecture(checkpoint: Path, config: Any) -> None:
@@ -106,26 +134,23 @@ def check_architecture(checkpoint: Path, config: Any) -> None:
     )  # fmt: skip
     # The checkpoints of adapters do not contain a model configuration.
     saved, present = files.read_json(checkpoint / "config.json"), config.to_dict()
-    both = [name for name in sizes if name in saved and name in present]
-    if changed := [f"{name} {saved[name]} instead of {present[name]}" for name in both if saved[name] != present[name]]:
-        remedy = f"has a different architecture ({', '.join(changed)}); choose another checkpoint or output_dir"
+    changes = []
+    for name in sizes:
+        if name in saved and name in present and saved[name] != present[name]:
+            changes.append(f"{name} {saved[name]} instead of {present[name]}")
+    if changes:
+        remedy = f"has a different architecture ({', '.join(changes)}); choose another checkpoint or output_dir"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy))
 
 
 def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
+    """Train from a checkpoint, by default the newest complete one of the output directory, save, and push."""
     launch.log_active(trainer)
     _name_base(trainer)
     interrupts = InterruptCallback()
     trainer.add_callback(interrupts)
-    found = (one for one in trainer.callback_handler.callbacks if isinstance(one, PushCallback))
-    pushes = next(found, None) or PushCallback(trainer.args)
-    # Log lines replace transformers' dictionaries and progress bars.
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ReportCallback())
-    # Trackers come last, so that they see what other callbacks add to a log, or remove from it.
-    for tracker in trainer.args.report_to:
-        trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
+    pushes = _push_callback(trainer)
+    _replace_loggers(trainer)
     if checkpoint is None:
         checkpoint = _on_first(trainer, partial(folders.newest_complete, trainer.args.output_dir))
     if checkpoint is not None:
@@ -146,28 +171,54 @@ def _train_and_save(trainer: Reliable, checkpoint: Path | None) -> None:
         save_final(trainer)
         logger.info("%-11s in %s", "saved", trainer.args.output_dir)
     pushes.finish(is_complete=stop is None)
-    # Finish the trackers and the process group. If that is still alive at exit, it may abort ("terminate called without
-    # an active exception"). Models wrapped for several processes refer to it, so they are released first.
+    _end(trainer)
+    if stop is not None:
+        raise stop
+    pushes.push_model()
+
+
+def _push_callback(trainer: Reliable) -> PushCallback:
+    """Return the trainer's callback that pushes, or a new one that is not called while it trains."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PushCallback):
+            return callback
+    return PushCallback(trainer.args)
+
+
+def _replace_loggers(trainer: Reliable) -> None:
+    """Log lines instead of transformers' dictionaries and progress bars, and let trackers see what callbacks add."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ReportCallback())
+    # Trackers come last, so that they see what other callbacks add to a log, or remove from it.
+    for tracker in trainer.args.report_to:
+        trainer.add_callback(trainer.pop_callback(INTEGRATION_TO_CALLBACK[tracker]))
+
+
+def _end(trainer: Reliable) -> None:
+    """Finish the trackers and the process group.
+
+    If the group is still alive at exit, it may abort ("terminate called without an active exception"). Models wrapped
+    for several processes refer to it, so they are released first.
+    """
     for name, value in list(vars(trainer).items()):
         if isinstance(value, DistributedDataParallel):
             setattr(trainer, name, value.module)
     trainer.accelerator.free_memory()
     trainer.end()
     gc.collect()
-    if stop is not None:
-        raise stop
-    pushes.push_model()
 
 
 def _train(trainer: Reliable, checkpoint: Path | None) -> None:
+    """Train, and turn what only fails then into errors that say what to do."""
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
         if "metric_for_best_model" not in str(error):
             raise
         # Metric names are only known after the first evaluation.
-        named = trainer.args.metric_for_best_model
-        raise UserError(Problem("metric_for_best_model", named, str(error.args[0]))) from error
+        metric = trainer.args.metric_for_best_model
+        raise UserError(Problem("metric_for_best_model", metric, str(error.args[0]))) from error
     except pickle.UnpicklingError as error:
         remedy = "has a file that is damaged or would run code; delete the checkpoint, or resume from another one"
         raise UserError(Problem("resume_from_checkpoint", checkpoint, remedy)) from error
@@ -188,8 +239,10 @@ def _name_base(trainer: Reliable) -> None:
             copy.deepcopy(model).unload().to(model.config.dtype).save_pretrained(folder)
             # TRL looks for the tokenizer of a reward model with an adapter in the folder of its base model.
             trainer.processing_class.save_pretrained(folder)
-    critic = [trainer.accelerator.unwrap_model(trainer.value_model)] if hasattr(trainer, "value_model") else []
-    for adapted in (model, *critic):
+    models: list[Any] = [model]
+    if hasattr(trainer, "value_model"):
+        models.append(trainer.accelerator.unwrap_model(trainer.value_model))
+    for adapted in models:
         for config in getattr(adapted, "peft_config", {}).values():
             if hasattr(adapted.get_base_model(), MERGED):
                 config.base_model_name_or_path = str(base)
@@ -216,14 +269,7 @@ def save_final(trainer: Reliable) -> None:
                 if path.name != "training_args.bin":
                     os.replace(path, output_dir / path.name)
             folders.save_state(trainer.state, output_dir / files.STATE)
-            # This card says what the recipe knows. `fourstage push` writes a more detailed one.
-            asked = getattr(args, output_directory.REQUESTED, {"settings": {}, "command": []})
-            kind = type(args).__name__.removesuffix("Config").lower()
-            command = shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *asked["command"]])
-            runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
-            step = {"command": command, "seconds": runtimes[-1] if runtimes else None, **describe_machine()}
-            trained = Trained(output_dir, kind, args.hub_model_id or args.output_dir, asked["settings"], step)
-            files.write_text(output_dir / "README.md", model_card(trained))
+            files.write_text(output_dir / "README.md", model_card(_trained(trainer)))
     except WRITE_ERRORS as error:
         remedy = "Free some space or correct the cause; the same command then resumes from the last checkpoint."
         raise RunStopped(f"The model could not be written to {output_dir}: {error}. {remedy}") from error
@@ -231,3 +277,21 @@ def save_final(trainer: Reliable) -> None:
         if args.should_save:
             shutil.rmtree(tmp_dir, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _trained(trainer: Reliable) -> Trained:
+    """Return what the recipe knows for the model's card. `fourstage push` writes a more detailed one."""
+    args = trainer.args
+    settings: dict[str, Any] = {}
+    options: list[str] = []
+    if hasattr(args, output_directory.REQUESTED):
+        requested = getattr(args, output_directory.REQUESTED)
+        settings, options = requested["settings"], requested["command"]
+    kind = type(args).__name__.removesuffix("Config").lower()
+    runtimes = [log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log]
+    step = {
+        "command": shlex.join(["accelerate", "launch", "-m", f"recipes.{kind}", *options]),
+        "seconds": runtimes[-1] if runtimes else None,
+        **describe_machine(),
+    }
+    return Trained(Path(args.output_dir), kind, args.hub_model_id or args.output_dir, settings, step)

@@ -136,7 +136,7 @@ def test_ppo_has_no_figures_for_what_a_tool_wrote_and_estimates_across_it(site: 
 
 @pytest.mark.parametrize("stage", ["3_ppo", "4_grpo"])
 def test_a_rollout_shows_calls_and_results_as_lines(site: Site, stage: str) -> None:
-    asked = rollout.Asked(stage=stage, policy=stage, text=site.prompts[0].text, answer="yes", seed=5)
+    asked = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, answer="yes", seed=5)
     events = list(rollout.roll_out(site, asked))
     assert [event.get("failed") for event in events] == [None] * len(events)
     assert "may call double" in events[0]["completions"][0]["facts"]
@@ -148,7 +148,7 @@ def test_a_rollout_shows_calls_and_results_as_lines(site: Site, stage: str) -> N
 
 def rolled(site: Site, stage: str, seed: int) -> list[dict[str, str]]:
     """Return the completions that are shown."""
-    asked = rollout.Asked(stage=stage, policy=stage, text=site.prompts[0].text, seed=seed)
+    asked = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, seed=seed)
     event = next(one for one in rollout.roll_out(site, asked) if one["step"].startswith("completion"))
     found: list[dict[str, str]] = event["completions"]
     return found

@@ -21,7 +21,8 @@ ANSWERS = ("7", "12", "no", "5")
 
 
 def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
-    settings = watch.stage_settings(run, "3_ppo")
+    # A field that earlier releases recorded.
+    settings = watch.stage_settings(run, "3_ppo") | {"kl_estimator": "k1"}
     assert settings["reward_model_path"] == [str(run / "3_reward")], "the run was moved"
     models = Models(run)
     policy, reference = models.get("3_ppo"), models.get("2_sft")
@@ -61,7 +62,7 @@ def test_the_page_says_how_ppos_advantages_come_about_and_what_its_update_does_w
     site = site_of(run)
     policies = {stage["name"]: stage["policy"] for stage in rollout.content(site)["stages"]}
     assert policies["3_ppo"] == "2_sft", "the model before the stage, in which there is something to change"
-    asked = rollout.Asked(stage="3_ppo", policy="2_sft", text="What is 12?", seed=3)
+    asked = rollout.RolloutRequest(stage="3_ppo", policy="2_sft", text="What is 12?", seed=3)
     *_, shown = rollout.roll_out(site, asked)
     about, columns = shown["about"], shown["columns"]
     assert "γ = 1 and λ = 0.9 (GAE)" in about

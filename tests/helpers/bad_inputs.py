@@ -394,15 +394,12 @@ CASES |= {
     "attention that isn't installed": Case(
         "sft", "--attn_implementation flash_attention_2", ("attn_implementation: flash_attention_2", "installed")
     ),
-    "a tracker that isn't installed": Case("sft", "--report_to wandb", ("report_to: wandb", "not installed")),
-    "an unknown tracker": Case("sft", "--report_to foo", ("report_to: foo", "no such tracker", "tensorboard")),
     "pushed without a token": Case("sft", "--push_to_hub", ("push_to_hub: ", "needs a token")),
     "FSDP on a CPU": Case("sft", "--fsdp full_shard", ("fsdp:", "never active on CPUs")),
     "DeepSpeed that isn't there": Case("sft", "--deepspeed nope.json", ("deepspeed: nope.json",)),
     "no CPU where nothing else is": Case("sft", "--use_cpu false", ("use_cpu: False", "only a CPU")),
     "quantised": Case("sft", "--load_in_4bit --use_peft", ("load_in_4bit: True", "not supported")),
     "half precision to evaluate": Case("sft", "--fp16_full_eval", ("fp16_full_eval: True", "not supported")),
-    "liger that isn't installed": Case("sft", "--use_liger_kernel", ("use_liger_kernel: True", "not installed")),
     "an unknown way to compile": Case("sft", "--torch_compile_mode foo", ("torch_compile_mode: foo", "max-autotune")),
     "an eos token that isn't known": Case("sft", "--eos_token <foo>", ("eos_token: <foo>", "not found")),
     "a template that isn't there": Case(
@@ -474,30 +471,13 @@ CASES |= {
     "two labels to reward with": model("two-labels", "2 labels", recipe="reward"),
     "a template that refuses": model("refusing", "rejects a conversation", "too polite"),
     # preferences
-    "a loss that DPO does not have": Case("dpo", "--loss_type grpo", ("loss_type: ['grpo']", "sigmoid, ")),
-    "one of two losses": Case("dpo", "--loss_type sigmoid foo", ("loss_type:", "must be of")),
     "a weight for another number of losses": Case("dpo", "--loss_weights 1 2", ("loss_weights:", "same length")),
     "a beta of 0": Case("dpo", "--beta 0", ("beta: 0.0", "above 0")),
-    "a divergence that is not known": Case("dpo", "--f_divergence_type foo", ("f_divergence_type: foo", "forward_kl")),
-    "a divergence of another loss": Case(
-        "dpo", "--f_divergence_type forward_kl --loss_type apo_zero", ("f_divergence_type: forward_kl", "hinge")
-    ),
     "labels that say nothing": Case(
         "dpo", "--loss_type robust --label_smoothing 0.5", ("label_smoothing: 0.5", "below 0.5")
     ),
-    "EXO without smoothing": Case("dpo", "--loss_type exo_pair", ("label_smoothing: 0.0", "exo_pair")),
-    "weights of sorted pairs": Case("dpo", "--loss_type aot --use_weighting", ("use_weighting: True", "aot")),
     "a reference that moves": Case("dpo", "--sync_ref_model", ("sync_ref_model: True", "resumed")),
-    "pairs grouped by length": Case(
-        "dpo", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: ", "two lengths")
-    ),
     "a loss of DPO": Case("kto", "--loss_type sigmoid", ("loss_type: 'sigmoid'", "apo_zero_unpaired")),
-    "a batch without neighbours": Case(
-        "kto", "--per_device_train_batch_size 1", ("per_device_train_batch_size: 1", "at least 2")
-    ),
-    "neighbours torn apart": Case(
-        "kto", "--train_sampling_strategy random", ("train_sampling_strategy: random", "shuffled once")
-    ),
     "a reward model as a policy": model("two-labels", "is a reward model", recipe="dpo"),
     "pairs that are too long": Case("dpo", "--max_length 4", ("max_length: 4", "every pair is longer")),
     "a stream that is read beforehand": Case(
@@ -633,9 +613,6 @@ CASES |= {
     "a reference that moves, in GRPO": Case("grpo", "--sync_ref_model --beta 0.1", ("sync_ref_model: True", "resumed")),
     "smoothing that no loss takes": Case("reward", "--label_smoothing_factor 0.1", ("label_smoothing_factor: 0.1",)),
     "metrics by batch": Case("pretrain", "--batch_eval_metrics", ("batch_eval_metrics: True", "whole evaluation")),
-    "a length of pairs": Case(
-        "reward", "--train_sampling_strategy group_by_length", ("train_sampling_strategy: group_by_length", "lengths")
-    ),
     "an unknown compiler": Case(
         "sft", "--torch_compile --torch_compile_backend foo", ("torch_compile_backend: foo", "inductor")
     ),

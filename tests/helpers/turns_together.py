@@ -26,7 +26,7 @@ def main(output: str, how: str) -> None:
         toy.policy(0.5), toy.says_yes, args,
         train_dataset=toy.prompts(), processing_class=toy.tokenizer(), tools=[toy.double],
     )  # fmt: skip
-    run._whole_and_bare = False
+    run._is_plain = False
     turns: list[int] = []
     single = run._generate_single_turn
 

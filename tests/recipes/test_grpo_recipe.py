@@ -91,7 +91,7 @@ def test_lora_and_the_control_experiment(tmp_path: Path, options: list[str]) -> 
         (["--shuffle_answers", "--dataset_streaming"], ["shuffle_answers"]),
         (["--max_completion_length", "100"], ["max_completion_length"]),
         (["--lr_scheduler_type", "cosine_with_min_lr", "--reward_funcs", "os:getcwd"], ["min_lr", "**columns"]),
-        (["--reward_funcs", "hidden_taste", "--report_to", "foo", "--reward_weights", "1"], ["weight 0", "tracker"]),
+        (["--reward_funcs", "hidden_taste", "--optim_args", "a", "--reward_weights", "1"], ["weight 0", "optim_args"]),
     ],
 )  # fmt: skip
 def test_refuses_arguments_that_do_not_fit_together(

@@ -58,7 +58,7 @@ USED = """
     use_bias_correction_kl log_completions num_completions_to_print log_unique_prompts log_completions_hub_repo
 """
 OF_PPO = """
-    kl_coef kl_estimator frozen_dtype gamma lam value_lam cliprange cliprange_value vf_coef value_learning_rate
+    kl_coef frozen_dtype gamma lam value_lam cliprange cliprange_value vf_coef value_learning_rate
     value_warmup_steps whiten_advantages reward_normalization missing_eos_penalty
 """
 FOR_VLLM = """

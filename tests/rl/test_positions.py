@@ -57,7 +57,7 @@ def test_padding_changes_nothing(
 ) -> None:
     """Log-probabilities, entropies, those of the reference, and the critic's estimates."""
     # Weights that FSDP splits are not whole.
-    monkeypatch.setattr(trainer, "_whole_and_bare", path == "whole logits")
+    monkeypatch.setattr(trainer, "_is_plain", path == "whole logits")
 
     @torch.no_grad()
     def computed(ids: Tensor, mask: Tensor, length: int, size: int | None) -> list[Tensor]:

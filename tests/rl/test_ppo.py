@@ -1,5 +1,8 @@
 """What `PPOTrainer` learns, and what its options do."""
 
+import dataclasses
+import re
+import textwrap
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -411,6 +414,26 @@ class EntropyBonus(PPOTrainer):
             model, ids, attention_mask, mask.shape[1], compute_entropy=True
         )
         return loss - self.bonus * (entropies * mask).sum() / mask.sum()
+
+
+def test_a_subclass_can_score_completions_as_the_docstring_shows(tmp_path: Path) -> None:
+    """The metrics follow, and so does what is learned."""
+    code = re.search(r"^        class .*?\n\n", PPOTrainer.__doc__, re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {"PPOTrainer": PPOTrainer, "dataclasses": dataclasses}
+    exec(textwrap.dedent(code.group()), namespace)  # noqa: S102
+    runs = []
+    for kind in (PPOTrainer, namespace["BriefPPOTrainer"]):
+        args = toy.config(tmp_path / kind.__name__, max_steps=1)
+        ppo = kind(toy.policy(), toy.share_of_red, args, toy.prompts(), processing_class=toy.tokenizer())
+        ppo.train()
+        runs.append(ppo)
+    plain, brief = runs
+    length = logged(plain, "completions/mean_length")[0]
+    assert logged(brief, "completions/mean_length")[0] == length, "the same rollout"
+    assert logged(brief, "reward") == logged(plain, "reward")
+    scores = [logged(ppo, "objective/scores")[0] for ppo in runs]
+    assert scores[0] - scores[1] == pytest.approx(0.01 * length, rel=1e-4)
+    assert not torch.equal(weights(plain.value_model), weights(brief.value_model))
 
 
 def test_an_entropy_bonus_of_a_subclass_trains_the_policy_as_entropy_coef_does(tmp_path: Path) -> None:

@@ -1,11 +1,16 @@
 """`PPOConfig`: its defaults, also those that depend on the machine, and the options that it refuses."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import hardware
+from pipeline.config.output_directory import RESOLVED
+from pipeline.config.parser import parse
+from pipeline.errors import UserError
 from pipeline.hardware import Choice
 from pipeline.rl.ppo import PPOConfig
 from tests.helpers import ppo_toy as toy
@@ -45,7 +50,6 @@ def test_leaves_the_device_alone_where_there_is_an_accelerator(tmp_path: Path, m
         {"cliprange": 0.0},
         {"cliprange_value": -1.0},
         {"kl_coef": -0.1},
-        {"kl_estimator": "k2"},
         {"value_lam": 1.1},
         {"value_warmup_steps": -1},
         {"reward_normalization": "max"},
@@ -81,6 +85,23 @@ def test_a_launch_file_that_shards_is_refused_before_anything_loads(
         PPOConfig(str(tmp_path))
 
 
-def test_k3_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"kl_estimator: k3: .*gradient vanishes.*use k1.*objective/kl_k3"):
-        toy.config(tmp_path, kl_estimator="k3")
+def test_the_estimator_of_earlier_releases_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """It had one allowed value. For a run that recorded it, see `test_due.py` and `test_watch.py` as well."""
+    file = tmp_path / "3_ppo.yaml"
+    file.write_text(f"output_dir: {tmp_path / 'run'}\nkl_estimator: k1\n")
+    for argv in (["--config", str(file)], ["--output_dir", str(tmp_path / "run"), "--kl_estimator", "k1"]):
+        with pytest.raises(UserError) as caught:
+            parse(PPOConfig, argv=argv)
+        (problem,) = caught.value.problems
+        assert problem.field == "kl_estimator"
+        assert re.search(r"always uses k1.*objective/kl_k3.*omit it", problem.remedy)
+
+
+def test_a_run_of_an_earlier_release_that_recorded_its_estimator_is_resumed(tmp_path: Path) -> None:
+    argv = ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--report_to", "none"]
+    (args,) = parse(PPOConfig, argv=argv)
+    (tmp_path / "run").mkdir()
+    record = {**getattr(args, RESOLVED), "kl_estimator": "k1"}
+    (tmp_path / "run" / "arguments.json").write_text(json.dumps(record))
+    (again,) = parse(PPOConfig, argv=argv)
+    assert getattr(again, RESOLVED) == getattr(args, RESOLVED)

@@ -97,6 +97,16 @@ def test_an_evaluation_of_an_earlier_version_had_the_defaults_of_later_keys(reci
     assert due(recipe) == {}
 
 
+@pytest.mark.usefixtures("own_run")
+def test_a_field_that_was_removed_makes_no_step_due(recipe: Path) -> None:
+    """The YAML file of an earlier release had `kl_estimator: k1`, which has to be omitted now."""
+    path = Path("runs/pocket/run.json")
+    record = json.loads(path.read_text())
+    record["steps"]["3_ppo"]["values"]["kl_estimator"] = "k1"
+    path.write_text(json.dumps(record))
+    assert due(recipe) == {}
+
+
 def run_again(recipe: Path) -> None:
     """Record all steps as finished, as far as the runner can see."""
     plan = read_plan(recipe)

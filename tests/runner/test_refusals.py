@@ -122,7 +122,7 @@ def test_a_path_that_cannot_follow_to_another_folder_is_refused(folder: Path, ru
 def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_one_runs(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    values = {"model_name_or_path": None, "dataset_name": "/nowhere/a.jsonl", "env": [1], "report_to": "nobody"}
+    values = {"model_name_or_path": None, "dataset_name": "/nowhere/a.jsonl", "env": [1], "optim_args": "foo"}
     configure(folder, "2_sft", warmup_steps=50, max_steps=2, load_best_model_at_end=True, **values)
     (folder / "3_reward.yaml").unlink()
     lines = sorted(refused(capfd, "run", "recipe").splitlines())
@@ -133,7 +133,7 @@ def test_settings_that_a_later_step_would_refuse_are_reported_before_the_first_o
             "2_sft: env: [1]: must be a mapping",
             "2_sft: load_best_model_at_end: True: ",
             "2_sft: model_name_or_path: nothing: give a Hub id",
-            "2_sft: report_to: nobody: no such tracker",
+            "2_sft: optim_args: foo: ",
             "2_sft: warmup_steps: 50: is more than max_steps",
         ),
         strict=True,
