@@ -49,12 +49,12 @@ def test_prompts_have_a_number_of_completions(kind: type) -> None:
 
 def of_type(*types: type) -> list[Any]:
     """Return the fields whose type is, or contains, one of `types`, except for mappings."""
-    found, hints = [], {kind: get_type_hints(kind) for kind in {kind for _, kind in FIELDS}}
+    parameters, hints = [], {kind: get_type_hints(kind) for kind in {kind for _, kind in FIELDS}}
     for name, kind in FIELDS:
         hint = str(hints[kind][name])
         if "dict" not in hint and any(item.__name__ in hint for item in types):
-            found.append(pytest.param(name, kind, id=f"{kind.__name__}.{name}"))
-    return found
+            parameters.append(pytest.param(name, kind, id=f"{kind.__name__}.{name}"))
+    return parameters
 
 
 @pytest.mark.parametrize(("name", "kind"), of_type(int, float))
