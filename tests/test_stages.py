@@ -164,7 +164,7 @@ def tables(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def test_no_other_table_has_kinds_of_stages_or_metrics_as_keys() -> None:
     """Words about a kind of stage are fields of `StageKind`, and words about a metric are fields of `MetricInfo`."""
-    found = []
+    tables_elsewhere = []
     for path in (ROOT / "pipeline").rglob("*.py"):
         package = path.relative_to(ROOT / "pipeline").parts[0]
         for line, keys in tables(path):
@@ -172,8 +172,8 @@ def test_no_other_table_has_kinds_of_stages_or_metrics_as_keys() -> None:
             if (package != "stages" and set(keys) <= set(STAGES)) or (
                 package != "evaluation" and set(keys) <= set(METRICS)
             ):
-                found.append(f"{path}:{line}: {keys}")
-    assert not found
+                tables_elsewhere.append(f"{path}:{line}: {keys}")
+    assert not tables_elsewhere
 
 
 def test_one_file_names_the_title_of_a_stage() -> None:

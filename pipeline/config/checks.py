@@ -231,10 +231,12 @@ def _check_precision(values: Mapping[str, Any]) -> list[Problem]:
     best = hardware.precision()
     for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval", "dtype", "frozen_dtype"):
         value = values.get(name)
+        precision = None
         if name.endswith("dtype"):
             precision = {"bfloat16": "bf16", "float16": "fp16"}.get(str(value))
-        else:
-            precision = name[:4] if value else None
+        elif value:
+            # "bf16_full_eval" asks for bf16.
+            precision = name[:4]
         # Training in fp16 multiplies in fp16, with any dtype of the frozen weights.
         is_cast = name == "frozen_dtype" and values.get("fp16", best.value == "fp16")
         if precision is not None and not is_cast and not hardware.supports(precision):

@@ -71,7 +71,9 @@ def _split_options(arguments: Sequence[str]) -> tuple[dict[str, list[str]], list
             words.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
-        words = [value] if equals else []
+        words = []
+        if equals:
+            words.append(value)
         options[name.replace("-", "_")] = words
     return options, strays
 
@@ -108,8 +110,9 @@ def describe_options(dataclass_types: Sequence[Any], module: str, everything: bo
     width = min(shutil.get_terminal_size().columns, 120)
 
     def describe(item: dataclasses.Field[Any]) -> str:
-        kind = describe_type(hints[item.name]) if everything else ""
-        return _describe_option(item, kind, width)
+        if everything:
+            return _describe_in_full(item, describe_type(hints[item.name]), width)
+        return _describe_briefly(item, width)
 
     lines = [f"usage: python -m {module} [--config FILE.yaml] [--OPTION VALUE ...]", ""]
     lines += ["Every option is also a key of the YAML file, which the command line overrides.", ""]
@@ -131,17 +134,27 @@ def _often_set(dataclass_types: Sequence[Any]) -> set[str]:
     return names
 
 
-def _describe_option(item: dataclasses.Field[Any], kind: str, width: int) -> str:
-    """Return an option with its meaning: in full if its type `kind` is to be shown, else the first sentence."""
-    meaning = " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
-    notes = []
-    if kind:
-        notes.append(kind)
-    else:
-        # A sentence does not end with "e.g."
-        meaning = re.split(r"(?<=\w\w)\. ", meaning)[0].rstrip(".")
+def _describe_briefly(item: dataclasses.Field[Any], width: int) -> str:
+    """Return an option with the first sentence of its meaning, and its default if it has one."""
+    # A sentence does not end with "e.g."
+    meaning = re.split(r"(?<=\w\w)\. ", _meaning(item))[0].rstrip(".")
+    return _format_option(item, meaning, [], width)
+
+
+def _describe_in_full(item: dataclasses.Field[Any], kind: str, width: int) -> str:
+    """Return an option with its meaning, its type `kind` in words, and its default if it has one."""
+    return _format_option(item, _meaning(item), [kind], width)
+
+
+def _meaning(item: dataclasses.Field[Any]) -> str:
+    """Return the help of a field as one line."""
+    return " ".join(str(item.metadata.get("help") or "").replace("%%", "%").split())
+
+
+def _format_option(item: dataclasses.Field[Any], meaning: str, notes: list[str], width: int) -> str:
+    """Return an option, its meaning and the notes behind it, in a column of its own."""
     if item.default not in (None, "", dataclasses.MISSING):
-        notes.append(f"default: {item.default}")
+        notes = [*notes, f"default: {item.default}"]
     if notes:
         meaning += f" ({'; '.join(notes)})"
     start = f"  --{item.name}".ljust(32) + " "

@@ -15,6 +15,7 @@ MAX_BYTES = 1 << 20
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 that reads `1e-4` as a number (without a dot it would be a string) and rejects duplicate keys."""
 
+    # How many of the values that are being read have an anchor.
     _anchors = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -23,10 +24,11 @@ class _Loader(yaml.SafeLoader):
         # In a file of somebody else, nine lines of aliases of aliases could expand to 8^9 values.
         if is_alias and self._anchors:
             raise yaml.composer.ComposerError(None, None, "an alias inside a value with an anchor", event.start_mark)
-        opens = not is_alias and event.anchor is not None
-        self._anchors += opens
+        if is_alias or event.anchor is None:
+            return super().compose_node(parent, index)
+        self._anchors += 1
         node = super().compose_node(parent, index)
-        self._anchors -= opens
+        self._anchors -= 1
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

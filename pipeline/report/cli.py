@@ -57,14 +57,14 @@ def main(args: argparse.Namespace) -> int:
         for note in run.notes:
             print(note, file=sys.stderr)
     changes = [differences(run) for run in runs]
-    # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
-    apply = [bool(args.targets) or is_pocket(run) for run in runs]
     # If there are several runs, the last directory is that of the report over all of them.
-    for run, run_changes, applies, directory in zip(runs, changes, apply, directories, strict=False):
-        summary = summarise(run, run_changes, targets if applies else [])
+    for run, run_changes, directory in zip(runs, changes, directories, strict=False):
+        # The targets of recipes/pocket do not apply to other recipes, unless the user names them.
+        summary = summarise(run, run_changes, targets if args.targets or is_pocket(run) else [])
         print(write_files(directory, "report", summary, page_content(run, summary, run_changes)))
     if is_several:
-        print(write_seeds(runs, changes, targets if all(apply) else [], directories[-1]))
+        apply = args.targets or all(map(is_pocket, runs))
+        print(write_seeds(runs, changes, targets if apply else [], directories[-1]))
     return 0
 
 

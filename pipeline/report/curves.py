@@ -216,8 +216,10 @@ def layout(chart: Chart) -> dict[str, Any]:
             "points": points,
             "marked": course if len(course) <= 12 else course[-1:],
             "course": _svg_path(course),
-            "raw": _svg_path(points) if size > 1 else "",
+            "raw": "",
         }
+        if size > 1:
+            drawing["raw"] = _svg_path(points)
         lines.append(drawing)
         if not line.dots:
             ends.append((course[-1][1], index, means[-1][1]))

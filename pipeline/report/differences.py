@@ -187,8 +187,11 @@ def compare(pairs: Pairs) -> Changes:
         if not all((stage, metric) in side for pair in results for side in pair):
             continue
         by_seed = [_difference(ours[stage, metric], theirs[stage, metric], metric) for ours, theirs in results]
-        bounds = (-1.0, 1.0) if metric_info(metric).share else ()
-        changes.setdefault(stage, {})[metric] = over_seeds(by_seed, *bounds)
+        if metric_info(metric).share:
+            mean = over_seeds(by_seed, -1.0, 1.0)
+        else:
+            mean = over_seeds(by_seed)
+        changes.setdefault(stage, {})[metric] = mean
     return changes
 
 

@@ -186,9 +186,13 @@ class Run:
         if start == self.settings_of(stage).get("model_name_or_path") and start not in self.stages:
             # It is not a stage of this run. The first such model is measured as 0_base.
             base = self.steps.get(EVALUATE + BASE, {}).get("values", {}).get("base")
-            start = BASE if base in (None, start) else ""
+            if base not in (None, start):
+                return None
+            start = BASE
         parent = self.stages.get(start)
-        return parent if parent is not None and parent.metrics else None
+        if parent is None or not parent.metrics:
+            return None
+        return parent
 
     def first_variant(self, stage: StageResult) -> StageResult | None:
         """Return the first measured stage of the same kind and start, or None if that is `stage` itself."""
@@ -238,9 +242,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     problems = []
     for run in runs:
         if not any(stage.metrics or stage.history for stage in run.stages.values()):
-            reason = f" ({run.notes[0]})" if run.notes else ""
-            remedy = f"has neither an evaluation nor a training log{reason}; run `{as_typed('evaluate', run.path)}`"
-            problems.append(Problem("RUN", run.path, remedy))
+            fault = "has neither an evaluation nor a training log"
+            if run.notes:
+                fault += f" ({run.notes[0]})"
+            problems.append(Problem("RUN", run.path, f"{fault}; run `{as_typed('evaluate', run.path)}`"))
         if names.count(run.name) > 1:
             run.name = str(run.path)
     refuse(*problems)

@@ -113,7 +113,9 @@ def _figure(run: Run, stage: StageResult, start: StageResult | None) -> dict[str
         return f"{number(100 * value, 0)}%" if info.share else number(value, 2)
 
     lengths = [int(length) for length in by_length(stage)]
-    range_of_lengths = f" of {min(lengths)} to {max(lengths)} steps" if len(lengths) > 1 else ""
+    range_of_lengths = ""
+    if len(lengths) > 1:
+        range_of_lengths = f" of {min(lengths)} to {max(lengths)} steps"
     phrase = info.phrase or info.label.lower()
     was = ""
     # The previous stage's win rate is often its win rate against itself.

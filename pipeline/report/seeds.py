@@ -185,8 +185,11 @@ def _spreads(runs: Sequence[Mapping[str, Mapping[str, Any]]], lowest: float = 0.
             elif name == "pass@1_by_length":
                 spreads[group][name] = _spreads_by_length([value or {} for value in values])
             else:
-                bounds = (lowest, 1.0) if metric_info(name).share else ()
-                spreads[group][name] = spread([value and Estimate.from_json(value) for value in values], *bounds)
+                estimates = [None if value is None else Estimate.from_json(value) for value in values]
+                if metric_info(name).share:
+                    spreads[group][name] = spread(estimates, lowest, 1.0)
+                else:
+                    spreads[group][name] = spread(estimates)
     return spreads
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import importlib
 import math
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from trl import GRPOConfig, SFTConfig
+from trl import GRPOConfig, RLOOConfig, SFTConfig
 
 from pipeline import hardware
 from pipeline.config.checks import check_supported
@@ -15,6 +16,7 @@ from pipeline.config.parser import check_values
 from pipeline.files.bounded import MAX_LAYERS
 from pipeline.models.scratch import ScratchArguments
 from pipeline.rl.ppo_config import PPOConfig
+from pipeline.training.checks import preflight
 
 RECIPES = ("data", "tokenizer", "pretrain", "sft", "preferences", "reward", "dpo", "kto", "ppo", "grpo")
 TYPES = {kind for name in RECIPES for kind in argument_types(importlib.import_module(f"recipes.{name}").main)}
@@ -47,12 +49,12 @@ def test_prompts_have_a_number_of_completions(kind: type) -> None:
 
 def of_type(*types: type) -> list[Any]:
     """Return the fields whose type is, or contains, one of `types`, except for mappings."""
-    found, hints = [], {kind: get_type_hints(kind) for kind in {kind for _, kind in FIELDS}}
+    parameters, hints = [], {kind: get_type_hints(kind) for kind in {kind for _, kind in FIELDS}}
     for name, kind in FIELDS:
         hint = str(hints[kind][name])
         if "dict" not in hint and any(item.__name__ in hint for item in types):
-            found.append(pytest.param(name, kind, id=f"{kind.__name__}.{name}"))
-    return found
+            parameters.append(pytest.param(name, kind, id=f"{kind.__name__}.{name}"))
+    return parameters
 
 
 @pytest.mark.parametrize(("name", "kind"), of_type(int, float))
@@ -106,3 +108,22 @@ def test_a_precision_that_the_machine_emulates_is_refused(
         assert refused == ([] if native else [name])
     monkeypatch.setattr(hardware, "precision", lambda: hardware.Choice("fp16", "because"))
     assert check_supported({"frozen_dtype": "bfloat16", "fp16": False})
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"num_generations": 1}, "num_generations"),
+        ({"per_device_train_batch_size": 2}, "num_generations"),
+        ({"data_seed": 3}, "data_seed"),
+        ({"top_p": 0.9}, "top_p"),
+        ({}, ""),
+    ],
+)
+def test_another_method_that_samples_is_checked_as_grpo_is(values: dict[str, Any], field: str, tmp_path: Path) -> None:
+    # Each of the two processes has half of a group of 8, if its batch is 4.
+    valid = {"per_device_train_batch_size": 4, "num_generations": 8, "report_to": "none"}
+    values = {"output_dir": str(tmp_path / "run"), **valid, **values}
+    built, problems = check_values(values, [RLOOConfig], processes=2)
+    problems += [problem for args in built for problem in preflight(args, early=True)]
+    assert [problem.field for problem in problems] == ([field] if field else [])

@@ -73,12 +73,12 @@ def change(a: list[Path], b: list[Path]) -> Any:
 
 def test_a_shift_is_found(tmp_path: Path, run_compare: Compare) -> None:
     for seed in range(3):
-        before = coins(seed)
-        make_run(tmp_path / "b" / f"seed{seed}", seed, before)
-        make_run(tmp_path / "a" / f"seed{seed}", seed, shifted(before, 0.2))
-    code, found, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
+        outcomes = coins(seed)
+        make_run(tmp_path / "b" / f"seed{seed}", seed, outcomes)
+        make_run(tmp_path / "a" / f"seed{seed}", seed, shifted(outcomes, 0.2))
+    code, differences, err = run_compare(tmp_path / "a", "--against", tmp_path / "b")
     assert code == 0
-    entry = found["2_sft"]["pass@1"]
+    entry = differences["2_sft"]["pass@1"]
     assert set(entry) == {"value", "ci95", "n"} and entry["n"] == 3
     assert entry["value"] == pytest.approx(0.2)
     # The shift is the same for each seed, so the interval is that over the rows.
@@ -86,16 +86,16 @@ def test_a_shift_is_found(tmp_path: Path, run_compare: Compare) -> None:
         [0.2 - 1.96 * (0.16 / ROWS) ** 0.5, 0.2 + 1.96 * (0.16 / ROWS) ** 0.5], abs=0.01
     )
     assert "+0.200" in err and "better" in err
-    _, found, err = run_compare(tmp_path / "b", "--against", tmp_path / "a")
-    assert found["2_sft"]["pass@1"]["value"] == pytest.approx(-0.2)
+    _, differences, err = run_compare(tmp_path / "b", "--against", tmp_path / "a")
+    assert differences["2_sft"]["pass@1"]["value"] == pytest.approx(-0.2)
     assert "−0.200" in err and "worse" in err
 
 
 def test_a_run_against_itself_has_no_difference(whole_run: Path, run_compare: Compare) -> None:
-    code, found, err = run_compare(whole_run, "--against", whole_run)
+    code, differences, err = run_compare(whole_run, "--against", whole_run)
     assert code == 0
-    assert set(found) >= {"0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
-    for stage, metrics in found.items():
+    assert set(differences) >= {"0_random", "1_pretrain", "2_sft", "3_reward", "3_ppo", "4_grpo"}
+    for stage, metrics in differences.items():
         for metric, entry in metrics.items():
             low, high = entry["ci95"]
             assert entry["value"] == 0 and low <= 0 <= high
@@ -106,26 +106,26 @@ def test_a_run_against_itself_has_no_difference(whole_run: Path, run_compare: Co
 
 
 def test_one_seed_has_the_paired_interval_over_rows(tmp_path: Path) -> None:
-    before = coins(0)
-    a, b = make_run(tmp_path / "a", 0, shifted(before, 0.1)), make_run(tmp_path / "b", 0, before)
-    found = change([a], [b])
-    assert found.value == pytest.approx(0.1) and found.n == ROWS
+    outcomes = coins(0)
+    a, b = make_run(tmp_path / "a", 0, shifted(outcomes, 0.1)), make_run(tmp_path / "b", 0, outcomes)
+    difference = change([a], [b])
+    assert difference.value == pytest.approx(0.1) and difference.n == ROWS
     half = 1.96 * (0.09 / ROWS) ** 0.5
-    assert (found.low, found.high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
+    assert (difference.low, difference.high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
 
 
 def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:
-    before = coins(0)
+    outcomes = coins(0)
     pairs = [
         (
-            make_run(tmp_path / f"a{seed}", seed, shifted(before, gain)),
-            make_run(tmp_path / f"b{seed}", seed, before),
+            make_run(tmp_path / f"a{seed}", seed, shifted(outcomes, gain)),
+            make_run(tmp_path / f"b{seed}", seed, outcomes),
         )
         for seed, gain in enumerate((0.0, 0.2, 0.1))
     ]
-    found = change([a for a, _ in pairs], [b for _, b in reversed(pairs)])
+    difference = change([a for a, _ in pairs], [b for _, b in reversed(pairs)])
     half = 4.3027 * 0.1 / 3**0.5
-    assert (found.value, found.low, found.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
 
 
 def test_without_a_difference_the_interval_contains_0(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_without_a_difference_the_interval_contains_0(tmp_path: Path) -> None:
             for seed in range(3):
                 of_seed = np.clip(chance + rng.normal(0, 0.03), 0, 1)
                 made.append(make_run(tmp_path / f"{trial}{side}{seed}", seed, rng.random(ROWS) < of_seed))
-        found = change(runs["a"], runs["b"])
-        contained += found.low <= 0 <= found.high
+        difference = change(runs["a"], runs["b"])
+        contained += difference.low <= 0 <= difference.high
     assert contained >= 55
 
 
@@ -165,7 +165,7 @@ def test_all_that_does_not_fit_is_refused_at_once_and_nothing_written(tmp_path: 
     twin = make_run(tmp_path / "twin", 0, coins(0))
     make_run(b[0], 1, coins(1)[:-1])
     make_run(b[1], 2, [*coins(2), 1.0])
-    before = sorted(tmp_path.rglob("*"))
+    files = sorted(tmp_path.rglob("*"))
     code, _, err = run_compare(*a, twin, "--against", tmp_path / "b", "--output", tmp_path / "a")
     assert code == 2
     assert [line.split(";")[0] for line in err.splitlines()] == [
@@ -176,7 +176,7 @@ def test_all_that_does_not_fit_is_refused_at_once_and_nothing_written(tmp_path: 
         f"--against: {b[0]}: was measured on different test rows than {a[1]} (pass@1 of 2_sft)",
         f"--against: {b[1]}: was measured on different test rows than {a[2]} (pass@1 of 2_sft)",
     ]
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_rows_with_the_same_number_and_another_content_are_other_rows(tmp_path: Path, run_compare: Compare) -> None:
@@ -205,8 +205,8 @@ def test_wrong_arguments_are_refused(
     monkeypatch.chdir(tmp_path)
     make_run(Path("RUN"), 0, coins(0))
     make_run(Path("OTHER"), 0, coins(0), stage="4_grpo")
-    code, found, err = run_compare(*argv)
-    assert code == 2 and not found
+    code, differences, err = run_compare(*argv)
+    assert code == 2 and not differences
     assert expected in err and err.count("\n") == 1
 
 
@@ -224,22 +224,22 @@ def test_the_json_goes_to_a_file_and_the_table_to_stdout(
 def test_figures_that_a_run_lacks_are_named(whole_run: Path, tmp_path: Path, run_compare: Compare) -> None:
     partial = shutil.copytree(whole_run, tmp_path / "partial")
     (partial / "evaluations" / "4_grpo.json").unlink()
-    code, found, err = run_compare(whole_run, "--against", partial)
-    assert code == 0 and "4_grpo" not in found and "3_ppo" in found
+    code, differences, err = run_compare(whole_run, "--against", partial)
+    assert code == 0 and "4_grpo" not in differences and "3_ppo" in differences
     assert "Omitted, because not every run has them: bits_per_byte of 4_grpo" in err
 
 
 def test_stages_of_one_run_are_compared_with_each_other(tmp_path: Path, run_compare: Compare) -> None:
     """`compare` takes the folders of two variants of a stage."""
-    before = coins(0)
+    outcomes = coins(0)
     for seed in (0, 1):
         run = tmp_path / f"seed{seed}"
-        make_run(run, seed, shifted(before, 0.1 + 0.1 * seed), stage="4_dapo")
-        make_run(run, seed, before, stage="4_grpo")
+        make_run(run, seed, shifted(outcomes, 0.1 + 0.1 * seed), stage="4_dapo")
+        make_run(run, seed, outcomes, stage="4_grpo")
     first, second = run / "4_dapo", run / "4_grpo"
-    code, found, err = run_compare(first, second)
-    assert code == 0 and list(found) == ["4_dapo"]
-    assert found["4_dapo"]["pass@1"]["value"] == pytest.approx(0.2)
+    code, differences, err = run_compare(first, second)
+    assert code == 0 and list(differences) == ["4_dapo"]
+    assert differences["4_dapo"]["pass@1"]["value"] == pytest.approx(0.2)
     assert f"A: {first}" in err and f"B: {second}" in err and "Omitted" not in err
     _, turned, _ = run_compare(second, "--against", first)
     assert turned["4_grpo"]["pass@1"]["value"] == pytest.approx(-0.2)
@@ -254,8 +254,8 @@ def test_anything_but_two_measured_stages_needs_an_opponent(
 ) -> None:
     for stage in ("4_dapo", "4_grpo"):
         make_run(tmp_path / "run", 0, coins(0), stage=stage)
-    code, found, err = run_compare(*(tmp_path / "run" / name for name in names))
-    assert code == 2 and not found and "the following arguments are required: --against" in err
+    code, differences, err = run_compare(*(tmp_path / "run" / name for name in names))
+    assert code == 2 and not differences and "the following arguments are required: --against" in err
     assert err.count("\n") == 1
 
 
@@ -264,9 +264,9 @@ def test_reward_models_are_compared_on_pairs_of_their_own(tmp_path: Path, run_co
     a, b = write_run(tmp_path / "a", examples=60), write_run(tmp_path / "b", examples=60)
     file = b / "evaluations" / "3_reward.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-5]))
-    code, found, _ = run_compare(a, "--against", b)
+    code, differences, _ = run_compare(a, "--against", b)
     assert code == 0
-    low, high = found["3_reward"]["reward_margin"]["ci95"]
+    low, high = differences["3_reward"]["reward_margin"]["ci95"]
     assert (low, high) == pytest.approx((-0.2 * 2**0.5, 0.2 * 2**0.5))
 
 

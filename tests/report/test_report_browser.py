@@ -132,7 +132,7 @@ def test_everything_drawn_and_every_table_has_a_name(browser: Any, pages: dict[s
     assert unnamed == []
     levels = browser.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(e => +e.tagName[1])")
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert all(next_level - level <= 1 for level, next_level in pairwise(levels))
     targets = browser.execute_script(
         "return [...document.querySelectorAll('a')].filter(a => !document.querySelector(a.hash)).length"
     )

@@ -103,7 +103,7 @@ def test_differences_compare_each_stage_with_the_one_it_started_from(whole_run: 
         ("3_ppo", "2_sft"),
         ("4_grpo", "3_ppo"),
     }
-    assert {before for stage, before in pairs if stage == "4_grpo"} == {"3_ppo", "elicited", "majority"}
+    assert {start for stage, start in pairs if stage == "4_grpo"} == {"3_ppo", "elicited", "majority"}
     gain = next(x for x in summary["differences"] if (x["stage"], x["metric"]) == ("4_grpo", "pass@1"))
     stages = summary["stages"]
     assert gain["value"] == pytest.approx(stages["4_grpo"]["pass@1"]["value"] - stages["3_ppo"]["pass@1"]["value"])
@@ -121,8 +121,8 @@ def test_a_second_reward_model_is_no_stage_that_others_start_from(whole_run: Pat
         for name in ("3_judge", "3_reward_2"):
             shutil.copy(run / "evaluations" / f"3_reward.{suffix}", run / "evaluations" / f"{name}.{suffix}")
     assert report(run, "--output_dir", tmp_path) == 0
-    before = {item["before"] for item in read_json(tmp_path / "metrics.json")["differences"]}
-    assert "2_sft" in before and not before & {"3_judge", "3_reward_2"}
+    compared = {item["before"] for item in read_json(tmp_path / "metrics.json")["differences"]}
+    assert "2_sft" in compared and not compared & {"3_judge", "3_reward_2"}
 
 
 def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> None:
@@ -138,13 +138,13 @@ def test_baselines_are_beside_the_stages(whole_run: Path, tmp_path: Path) -> Non
         **TEXTS["constant"],
     }
     assert not any("/" in metric for metric in summary["stages"]["2_sft"])
-    shown = f"{baselines['elicited']['pass@1']['value']:.3f}"
+    value = f"{baselines['elicited']['pass@1']['value']:.3f}"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "2_sft, prompted with “Working:”" in page
     assert "2_sft, always with “Have a nice day.” or “That is all.” after the answer" in page
-    assert re.search(rf"<li><b>elicited</b>.*pass@1 <b>{shown}</b>", page)
+    assert re.search(rf"<li><b>elicited</b>.*pass@1 <b>{value}</b>", page)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert f"| `elicited` | 2_sft, prompted with “Working:” | pass@1 | {shown} (" in text
+    assert f"| `elicited` | 2_sft, prompted with “Working:” | pass@1 | {value} (" in text
     (change,) = [line for line in text.splitlines() if line.startswith("| `4_grpo` − `elicited` |")]
     assert "| pass@1 | aim |" in change
 
@@ -249,8 +249,8 @@ def test_a_step_whose_directory_has_another_name_is_counted_once(whole_run: Path
     record["steps"]["2_sft_mine"] = {**step, "seconds": 321.0, "values": {"output_dir": "runs/r/2_sft"}}
     (run / "run.json").write_text(json.dumps(record))
     assert report(run) == 0
-    taken = read_json(run / "report" / "metrics.json")["seconds"]
-    assert taken["2_sft"] == 321.0 and "2_sft_mine" not in taken
+    seconds = read_json(run / "report" / "metrics.json")["seconds"]
+    assert seconds["2_sft"] == 321.0 and "2_sft_mine" not in seconds
 
 
 def test_memory_is_reported_where_it_was_recorded(whole_run: Path, tmp_path: Path) -> None:
@@ -370,9 +370,9 @@ def test_a_report_does_not_leave_a_run_by_a_link(
     run = tmp_path / "run"
     shutil.copytree(short_run, run, ignore=shutil.ignore_patterns("report"))
     (run / "report").symlink_to(tmp_path / "elsewhere")
-    others = [short_run] if several else []
+    more_runs = [short_run] if several else []
     with pytest.raises(SystemExit) as stopped:
-        report(run, *others, *(["--output_dir", tmp_path / "seeds"] if several else []))
+        report(run, *more_runs, *(["--output_dir", tmp_path / "seeds"] if several else []))
     assert stopped.value.code == 2 and not list((tmp_path / "elsewhere").iterdir())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"RUN: {run / 'report'}: is a link to {tmp_path / 'elsewhere'}, outside of the run;")
@@ -536,15 +536,15 @@ def test_without_a_browser_the_tests_of_the_pages_are_skipped_but_fail_in_ci(
     file = Path(__file__).with_name("test_report_browser.py")
     command = [sys.executable, "-m", "pytest", "-ra", "-k", "dark_and_light", str(file)]
     environment = os.environ | {"CI": ci, "PATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=file.parents[2], env=environment)
-    assert done.returncode == code and outcome in done.stdout, done.stdout
-    assert done.stdout.count("to run the tests of the pages: apt-get install") == 1 + bool(ci)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=file.parents[2], env=environment)
+    assert process.returncode == code and outcome in process.stdout, process.stdout
+    assert process.stdout.count("to run the tests of the pages: apt-get install") == 1 + bool(ci)
 
 
 def run_python(code: str) -> str:
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    return done.stdout.strip()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    return process.stdout.strip()
 
 
 def test_what_is_not_a_file_is_not_read(short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

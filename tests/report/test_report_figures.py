@@ -36,9 +36,9 @@ def run_with(**values: float) -> Run:
 
 
 def test_paired_difference_uses_shared_examples_and_weights() -> None:
-    before = {"a": (1.0, 1.0, ""), "b": (2.0, 3.0, ""), "only before": (9.0, 1.0, "")}
-    after = {"a": (3.0, 1.0, ""), "b": (1.0, 3.0, ""), "only after": (9.0, 1.0, "")}
-    change = paired(before, after)
+    earlier = {"a": (1.0, 1.0, ""), "b": (2.0, 3.0, ""), "only before": (9.0, 1.0, "")}
+    later = {"a": (3.0, 1.0, ""), "b": (1.0, 3.0, ""), "only after": (9.0, 1.0, "")}
+    change = paired(earlier, later)
     assert change is not None
     assert change.value == pytest.approx((2.0 * 1 + -1.0 * 3) / 4)
     assert change.n == 2
@@ -53,10 +53,12 @@ def test_an_unchanged_metric_is_the_same() -> None:
     run = run_with(before=0.5, after=0.5)
     for stage in run.stages.values():
         stage.examples = [{"metric": "pass@1", "id": i, "value": float(i % 2)} for i in range(20)]
-    (found,) = differences(run)
-    assert found.change.value == 0 and found.verdict == "same"
+    (change,) = differences(run)
+    assert change.change.value == 0 and change.verdict == "same"
     # One gain and one loss more in 22: 1.96 * sqrt(2 / 22 / 22).
-    assert found.change.high == pytest.approx(1.96 * 2**0.5 / 22, abs=1e-4) and found.change.low == -found.change.high
+    assert (
+        change.change.high == pytest.approx(1.96 * 2**0.5 / 22, abs=1e-4) and change.change.low == -change.change.high
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,20 +80,20 @@ def test_targets_are_met_or_missed(target: Target, measured: float, met: bool) -
 
 def test_a_stage_is_compared_with_the_baselines_of_its_aims(whole_run: Path) -> None:
     run = load_run(whole_run)
-    found = {
+    changes = {
         (item.stage, item.reference, item.metric): item for item in differences(run) if item.reference in run.baselines
     }
-    assert set(found) == {
+    assert set(changes) == {
         ("3_ppo", "constant", "win_rate"),
         ("3_ppo", "constant", "win_rate_greedy"),
         ("4_grpo", "elicited", "pass@1"),
         ("4_grpo", "majority", "pass@1"),
     }
-    for (stage, baseline, metric), item in found.items():
+    for (stage, baseline, metric), item in changes.items():
         of, by = run.stages[stage].outcomes(metric), run.baselines[baseline].outcomes(metric)
         by_hand = sum(of[key][0] - by[key][0] for key in of) / len(of)
         assert item.change.value == pytest.approx(by_hand) and item.change.n == len(of) == 60
-    assert found["4_grpo", "elicited", "pass@1"].verdict == "better"
+    assert changes["4_grpo", "elicited", "pass@1"].verdict == "better"
 
 
 def test_targets_may_be_about_baselines(whole_run: Path) -> None:
@@ -150,10 +152,10 @@ def test_ticks_are_round_few_and_inside(low: float, width: float) -> None:
     high = low + width
     if high - low < abs(low) * 1e-9:
         return
-    found = ticks(low, high)
-    assert 1 <= len(found) <= 6
+    values = ticks(low, high)
+    assert 1 <= len(values) <= 6
     slack = (high - low) * 1e-6 + abs(low) * 1e-9
-    assert all(low - slack <= tick <= high + slack for tick in found)
+    assert all(low - slack <= tick <= high + slack for tick in values)
 
 
 POINTS = st.lists(st.tuples(st.floats(0, 1e6), st.floats(-1e6, 1e6)), min_size=2, max_size=150)
@@ -285,8 +287,8 @@ def test_a_second_pretraining_is_beside_the_first_and_not_before_the_next_stage(
         )
         for name, bits in (("1_pretrain", 1.0), ("1_pretrain_dense", 1.25), ("2_sft", 1.5))
     }
-    found = [(item.stage, item.reference, item.change.value) for item in differences(Run(Path("run"), stages=stages))]
-    assert found == [("1_pretrain", "1_pretrain_dense", -0.25), ("2_sft", "1_pretrain", 0.5)]
+    changes = [(item.stage, item.reference, item.change.value) for item in differences(Run(Path("run"), stages=stages))]
+    assert changes == [("1_pretrain", "1_pretrain_dense", -0.25), ("2_sft", "1_pretrain", 0.5)]
 
 
 def test_ways_to_tune_one_model_are_compared_with_it_and_not_with_each_other() -> None:
@@ -297,9 +299,9 @@ def test_ways_to_tune_one_model_are_compared_with_it_and_not_with_each_other() -
         for name, rate in (("2_sft", 0.5), ("3_ppo", 0.75), ("3_dpo", 0.625), ("4_grpo", 0.25))
     }
     start = {"3_ppo": "2_sft", "3_dpo": "2_sft", "4_grpo": "3_ppo"}
-    steps = {name: {"values": {"model_name_or_path": f"runs/mine/{before}"}} for name, before in start.items()}
-    found = differences(Run(Path("run"), stages=stages, steps=steps))
-    assert {item.stage: (item.reference, item.change.value) for item in found} == {
+    steps = {name: {"values": {"model_name_or_path": f"runs/mine/{parent}"}} for name, parent in start.items()}
+    changes = differences(Run(Path("run"), stages=stages, steps=steps))
+    assert {item.stage: (item.reference, item.change.value) for item in changes} == {
         "3_ppo": ("2_sft", 0.25),
         "3_dpo": ("2_sft", 0.125),
         "4_grpo": ("3_ppo", -0.5),
@@ -357,8 +359,8 @@ def test_what_a_stage_started_from_is_read_from_its_arguments_where_the_run_has_
     (run / "run.json").unlink()
     settings = {"model_name_or_path": "x/run/2_sft/checkpoint-20", "output_dir": "x/run/4_grpo"}
     (run / "4_grpo" / "arguments.json").write_text(json.dumps(settings))
-    found = differences(load_run(run))
-    assert {item.reference for item in found if item.stage == "4_grpo"} == {"2_sft", "elicited", "majority"}
+    changes = differences(load_run(run))
+    assert {item.reference for item in changes if item.stage == "4_grpo"} == {"2_sft", "elicited", "majority"}
 
 
 def test_a_directory_of_another_name_has_the_kind_of_its_step(tmp_path: Path) -> None:
@@ -383,9 +385,9 @@ def test_the_experts_are_in_a_table_in_curves_and_in_the_colours_of_a_text() -> 
     logged = {"router/layer_0/expert_0": 0.5, "router/layer_0/expert_1": 1.5, "router/layer_0/entropy": 0.6}
     stage.state = {"log_history": [{"step": step, **logged} for step in (1, 2)]}
     run = Run(Path("run"), stages={"1_pretrain": stage})
-    shown = experts(run)
-    assert shown["rows"] == [{"stage": "1_pretrain", "layer": "1", "shares": ["0.50", "1.50"]}]
-    assert shown["drawn"][0][0]["runs"] == [{"expert": 1, "text": "ab"}, {"expert": 0, "text": "c"}]
+    content = experts(run)
+    assert content["rows"] == [{"stage": "1_pretrain", "layer": "1", "shares": ["0.50", "1.50"]}]
+    assert content["drawn"][0][0]["runs"] == [{"expert": 1, "text": "ab"}, {"expert": 0, "text": "c"}]
     assert [(chart.title, len(chart.series)) for chart in charts_of(run)] == [
         ("Load of the experts, layer 1", 2),
         ("Entropy of the routers, nats", 1),

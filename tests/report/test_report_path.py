@@ -39,13 +39,13 @@ def test_the_showcase_is_the_first_problem_right_or_wrong_with_the_tally_beside_
     sample = path_boxes(run, {})[-1]["sample"]
     assert sample["problem"] == run.stages["4_grpo"].traces[0]["problem"]
     sides = [(side["stage"], side["text"], side["correct"], side["of_all"]) for side in sample["sides"]]
-    before, after = (run.stages[name].traces[0]["answer"] for name in ("3_ppo", "4_grpo"))
+    ppo_answer, grpo_answer = (run.stages[name].traces[0]["answer"] for name in ("3_ppo", "4_grpo"))
     assert sides == [
-        ("3_ppo", before, True, f"{solved['3_ppo']:.0f} of 60"),
-        ("4_grpo", after, False, f"{solved['4_grpo']:.0f} of 60"),
+        ("3_ppo", ppo_answer, True, f"{solved['3_ppo']:.0f} of 60"),
+        ("4_grpo", grpo_answer, False, f"{solved['4_grpo']:.0f} of 60"),
     ]
-    shown = render("path.html.jinja", {"steps": path_boxes(run, {})})
-    assert shown.index("✓&nbsp;right") < shown.index("✗&nbsp;wrong")
+    html = render("path.html.jinja", {"steps": path_boxes(run, {})})
+    assert html.index("✓&nbsp;right") < html.index("✗&nbsp;wrong")
     kinds = [(item["kind"], [side["correct"] for side in item["sides"]]) for item in showcase(run)]
     assert kinds == [
         ("arithmetic", [True, False]),
@@ -90,13 +90,13 @@ def test_a_second_pretraining_is_not_in_the_path(whole_run: Path) -> None:
 
 def test_stages_that_a_run_does_not_have_are_explained_all_the_same(short_run: Path) -> None:
     steps = path_boxes(load_run(short_run), {})
-    shown = render("path.html.jinja", {"steps": steps})
-    assert shown.count("not in this run") == 2
+    html = render("path.html.jinja", {"steps": steps})
+    assert html.count("not in this run") == 2
     boxes = {kind.name: kind.box.about for kind in STAGES.values() if kind.box}
-    assert len(boxes) == 5 and all(name in shown and about in shown for name, about in boxes.items())
+    assert len(boxes) == 5 and all(name in html and about in html for name, about in boxes.items())
 
 
 def test_texts_of_a_run_are_escaped_in_the_picture(hostile_run: Path) -> None:
-    shown = render("path.html.jinja", {"steps": path_boxes(load_run(hostile_run), {})})
-    assert "&lt;script&gt;" in shown
-    assert not any(text in shown for text in ("<script", "<img", "\u202e", "\x1b"))
+    html = render("path.html.jinja", {"steps": path_boxes(load_run(hostile_run), {})})
+    assert "&lt;script&gt;" in html
+    assert not any(text in html for text in ("<script", "<img", "\u202e", "\x1b"))

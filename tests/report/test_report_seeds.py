@@ -135,8 +135,12 @@ def test_baselines_and_differences_to_them_are_spread_as_well(tmp_path: Path) ->
                 assert summary["baselines"][name][metric]["values"] == [value["value"] for value in values]
                 assert summary["baselines"][name][metric]["ci95"][0] >= 0
     gains = [
-        next(x for x in of_run["differences"] if (x["stage"], x["before"], x["metric"]) == ("4_grpo", before, "pass@1"))
-        for before in ("3_ppo", "elicited")
+        next(
+            x
+            for x in of_run["differences"]
+            if (x["stage"], x["before"], x["metric"]) == ("4_grpo", reference, "pass@1")
+        )
+        for reference in ("3_ppo", "elicited")
         for of_run in single
     ]
     values = [gain["value"] for gain in gains]

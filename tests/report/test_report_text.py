@@ -18,8 +18,8 @@ from tests.helpers.fake_run import HOSTILE
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_visible_text_hides_nothing(text: str) -> None:
-    shown = visible(text, limit=10_000)
-    assert not {unicodedata.category(c) for c in shown if c not in "\n\t"} & {
+    text_shown = visible(text, limit=10_000)
+    assert not {unicodedata.category(c) for c in text_shown if c not in "\n\t"} & {
         "Cc",
         "Cf",
         "Cs",
@@ -27,7 +27,7 @@ def test_visible_text_hides_nothing(text: str) -> None:
         "Zl",
         "Zp",
     }
-    shown.encode("utf-8")
+    text_shown.encode("utf-8")
 
 
 @given(st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S"))))
@@ -59,8 +59,8 @@ def test_markdown_is_one_literal_line(text: str) -> None:
     for source, tag in ((line, "p"), (f"- {line}", "li"), (f"| a |\n| --- |\n| {line} |", "td")):
         html_text = parser.render(source).replace("<br>", " ")
         if literal:
-            shown = re.findall(rf"<{tag}>(.*?)</{tag}>", html_text, re.DOTALL)[-1]
-            assert " ".join(html.unescape(shown).split()) == literal, source
+            content = re.findall(rf"<{tag}>(.*?)</{tag}>", html_text, re.DOTALL)[-1]
+            assert " ".join(html.unescape(content).split()) == literal, source
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,14 @@ def stage(name: str, history: list[dict[str, float]] | None = None, **outcomes: 
 
 
 def run_of(*stages: StageResult, **more: Any) -> Run:
-    return Run(Path("none"), stages={one.name: one for one in stages}, name="none", **more)
+    return Run(Path("none"), stages={stage.name: stage for stage in stages}, name="none", **more)
 
 
-def found(run: Run) -> dict[tuple[str, str], str]:
+def remedies_of(run: Run) -> dict[tuple[str, str], str]:
     """Return the remedy of each finding, by its stage and the first words of what is wrong."""
-    return {(one.stage, " ".join(one.what.split()[:2]).lower()): one.remedy for one in find_failures(run)}
+    return {
+        (finding.stage, " ".join(finding.what.split()[:2]).lower()): finding.remedy for finding in find_failures(run)
+    }
 
 
 def test_a_run_that_learned_has_no_findings_and_says_what_it_reached(whole_run: Path, tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_run_that_learned_nothing_names_each_thing_that_failed() -> None:
         baselines={"elicited": stage("elicited", pass_at_1=[1.0] * 12 + [0.0] * 12)},
     )
     run.steps = {"2_sft": {"lost": [LOST, LOST | {"rows": 3}]}}
-    remedies = found(run)
+    remedies = remedies_of(run)
     assert list(remedies) == [
         ("2_sft", "98 of"),
         ("2_sft", "32 of"),
@@ -92,7 +94,7 @@ def test_a_miniature_is_named_and_not_judged(short_run: Path, tmp_path: Path, sm
     (run / "run.json").write_text(json.dumps(record | {"smoke": smoke}))
     loaded = load_run(run)
     findings = find_failures(loaded)
-    assert [one.stage for one in findings] == ([] if smoke else ["2_sft"])
+    assert [finding.stage for finding in findings] == ([] if smoke else ["2_sft"])
     name = "recipes/pocket, smoke: two steps of each stage; the figures mean nothing"
     assert (conclude(loaded, findings) == name) == smoke
 
@@ -139,9 +141,9 @@ def test_the_conclusion_counts_the_stages_that_were_compared_and_names_the_other
 def test_a_stage_is_compared_with_the_one_that_it_started_from() -> None:
     poor, good = [0.0] * 30, [1.0] * 30
     stages = stage("2_sft", pass_at_1=poor), stage("3_ppo", pass_at_1=good), stage("4_grpo", pass_at_1=good)
-    assert list(found(run_of(*stages))) == [("4_grpo", "pass@1 went")]
+    assert list(remedies_of(run_of(*stages))) == [("4_grpo", "pass@1 went")]
     steps = {"4_grpo": {"values": {"model_name_or_path": "runs/mine/2_sft"}}}
-    assert found(run_of(*stages, steps=steps)) == {}
+    assert remedies_of(run_of(*stages, steps=steps)) == {}
 
 
 @pytest.mark.parametrize(("right", "beats"), [(12, True), (24, False)])
@@ -152,7 +154,7 @@ def test_a_stage_has_to_beat_its_baselines(right: int, beats: bool) -> None:
         stage("4_grpo", pass_at_1=[1.0] * 26 + [0.0] * 4),
         baselines={"elicited": stage("elicited", pass_at_1=[1.0] * right + [0.0] * (30 - right))},
     )
-    assert list(found(run)) == ([] if beats else [("4_grpo", "pass@1 is")])
+    assert list(remedies_of(run)) == ([] if beats else [("4_grpo", "pass@1 is")])
 
 
 @pytest.mark.parametrize("name", ["best_of_4", "one of another release"])
@@ -162,14 +164,14 @@ def test_a_stage_need_not_beat_every_baseline(name: str) -> None:
         stage("4_grpo", pass_at_1=[1.0] * 26 + [0.0] * 4),
         baselines={name: stage(name, pass_at_1=[1.0] * 30)},
     )
-    assert found(run) == {} and path_boxes(run, {})[-1]["figure"]["baselines"] == []
+    assert remedies_of(run) == {} and path_boxes(run, {})[-1]["figure"]["baselines"] == []
 
 
 @pytest.mark.parametrize(("right", "fails"), [(9, True), (60, False)])
 def test_a_significant_gain_that_leaves_nearly_all_answers_wrong_is_named(right: int, fails: bool) -> None:
     sft = stage("2_sft", instruction_accuracy=[1.0] * right + [0.0] * (400 - right))
     run = run_of(stage("1_pretrain", instruction_accuracy=[0.0] * 400), sft)
-    assert (("2_sft", "instruction accuracy") in found(run)) is fails
+    assert (("2_sft", "instruction accuracy") in remedies_of(run)) is fails
 
 
 @pytest.mark.parametrize("kind", [kind for kind, info in STAGES.items() if info.aims])
@@ -209,7 +211,7 @@ def test_an_environment_whose_rewards_fall_is_named_although_more_answers_are_ri
         stage("2_sft", pass_at_1=[0.0] * 30, environment_reward=REWARDS),
         stage("4_grpo", pass_at_1=[1.0] * 30, environment_reward=[reward - 1 for reward in REWARDS]),
     )
-    assert list(found(run)) == [("4_grpo", "reward went")]
+    assert list(remedies_of(run)) == [("4_grpo", "reward went")]
 
 
 BITS, ACCURACY, WIN, PASS = "bits per byte", "instruction accuracy", "win rate", "pass@1"
