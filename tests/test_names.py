@@ -26,11 +26,9 @@ NOT_YET = {
     "preferences",
     "progress.py",
     "report",
-    "rewards",
     "rl",
     "runner",
     "stages",
-    "tools",
     "training",
 }
 """Packages and modules of `pipeline/` whose variables have not been renamed yet."""
