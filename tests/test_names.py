@@ -24,9 +24,7 @@ NOT_YET = {
     "models",
     "preferences",
     "progress.py",
-    "rewards",
     "runner",
-    "tools",
     "training",
 }
 """Packages and modules of `pipeline/` whose variables have not been renamed yet."""

@@ -2,7 +2,8 @@
 
 Judges evaluate what a model wrote (`9^{9^{9^9}}`), which may take hours in C code that a Python handler cannot
 interrupt. So they run in a child process that is confined (`pipeline.rewards.sandbox.confinement`), limited in memory,
-and killed when it takes too much CPU time, so that the verdict does not depend on the load of the machine.
+and killed when it takes too much CPU time, so that the verdict does not depend on the load of the machine. The child
+starts with the first question and serves until this process ends, or until an answer takes too long.
 """
 
 # One message of JSON each way, over a connection that only these two processes have:

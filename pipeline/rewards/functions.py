@@ -1,8 +1,11 @@
 """Verifiable rewards: functions of completions and a reference, with TRL's reward signature.
 
-Each takes `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns by name,
-and returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also values between), or None if the reference cannot
-be read: nothing is learned from the row. TRL's `log_metric` gets the shares of unreadable answers and references.
+Each function gets `completions` (texts, or lists of messages that end with the assistant's) and the data set's columns
+by name. It returns one reward per completion: 0.0 or 1.0 (`reasoning_gym` also values between), or None if the
+reference cannot be read, so that nothing is learned from the row. With TRL's `log_metric`, it logs the shares of
+completions without a readable answer and of unreadable references: `NAME/unparseable`, `NAME/unparseable_references`.
+
+`pipeline.rewards.answers` decides what the answer of a completion is.
 """
 
 import ast
@@ -166,6 +169,13 @@ def reasoning_gym(
     nonsense in full, its rows score 0 (`pipeline.rewards.task_check`). Text between `<answer>` and `</answer>` is
     judged verbatim, because verifiers know the format of answers. The reward is None if the task (`kind`) is unknown,
     its `metadata` is not a JSON object, or the machine is too busy.
+
+    Args:
+        completions: As for all rewards.
+        answer: The task's own answers.
+        metadata: What the task knows about each problem, as JSON.
+        kind: Names of the tasks.
+        **columns: Further columns, of which `prompts` and `log_metric` are used.
     """
     texts, problems = read_texts(completions, columns)
     finals = [_tagged(text, answers.extract_answer(text)) for text in texts]

@@ -73,7 +73,14 @@ def extract_code(answer: str) -> str:
 def grade(answers: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[bool]:
     """Return whether each answer is correct by its row's `require`, `reject`, `max_words` and `test`.
 
-    An empty answer is never correct, and a missing field requires nothing. Raise `RunStopped` if code cannot be run.
+    All code runs in one batch of sandboxed processes.
+
+    Args:
+        answers: The texts to judge; one that is empty or white space is never correct.
+        rows: One row per answer; a field that a row lacks requires nothing.
+
+    Raises:
+        RunStopped: If code cannot be run here, or the machine is too busy for it.
     """
     correct = [_is_right_text(answer, row) for answer, row in zip(answers, rows, strict=True)]
     # Code only runs if everything else is already right.
@@ -102,7 +109,11 @@ def _contains_any(text: str, phrases: Iterable[str]) -> bool:
 
 
 def has_steps(answer: str) -> bool:
-    """Return whether an answer shows steps (sentences or equations) before its final answer: "1 + 2 = 3. Answer: 3"."""
+    """Return whether an answer shows steps before its final answer, which begins where one is first announced.
+
+    A step is a sentence of at least two words, or an equation: "1 + 2 = 3. The answer is 3." has one, "So the answer is
+    3." has none. A text without a final answer has no steps.
+    """
     final = ANNOUNCEMENT.search(answer)
     if final is None:
         return False

@@ -59,10 +59,14 @@ def check_trust(name: str, field: str) -> None:
 
 
 def load_rewards(names: Sequence[str], field: str = "reward_funcs") -> list[Callable[..., Any]]:
-    """Load at least one reward by name: keys of `REWARDS`, or importable functions `package.module:function`.
+    """Load rewards by name.
+
+    Args:
+        names: At least one: keys of `REWARDS`, or importable functions `package.module:function`.
+        field: The field that has them, for error messages.
 
     Raises:
-        UserError: With all names that cannot be loaded; `field` is the field that has them.
+        UserError: With every name that cannot be loaded, and the nearest one that can.
     """
     functions: list[Callable[..., Any]] = []
     problems: list[Problem] = []

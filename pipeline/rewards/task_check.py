@@ -25,6 +25,10 @@ _NOT_FINITE = re.compile(r"(?<![^\W_])[-+]?(?:nan|inf|infinity|1e\d{3,})[ij]?(?!
 
 
 def _serve() -> None:
+    """Judge answers until the parent ends: the main function of the child.
+
+    A question is (task, problem, the task's own answer, metadata as JSON, answer), all texts.
+    """
     # Only generating games of life needs it. It would import matplotlib, which takes almost half of the start.
     sys.modules["cellpylib"] = ModuleType("cellpylib")
     from reasoning_gym.factory import DATASETS, get_score_answer_fn

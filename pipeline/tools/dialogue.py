@@ -96,8 +96,8 @@ def converse(
         limit, context: Maximum number of tokens in all turns and results of a dialogue, and in the model's context.
         turns: How often results may be returned to the model. Default: as often as they fit into `limit`.
         template: Further arguments of the chat template.
-        goes_on: Takes whether this process has dialogues that continue, and returns whether any process has. All
-            processes have to call `complete` equally often. Default: other processes do not matter.
+        goes_on: Given whether this process has dialogues that continue, returns whether any process has, because all
+            have to call `complete` equally often. Default: other processes do not matter.
     """
     active = [dialogue for dialogue in dialogues if dialogue.pending(ends)]
     while turns != 0 and goes_on(bool(active)):
@@ -108,8 +108,8 @@ def converse(
         # A turn is no longer than the part of it that fits into the limit, which may be empty.
         shortest = min((len(dialogue.tokens) for dialogue in active), default=limit)
         sampled, logps = complete(texts, max(1, limit - shortest))
-        for index, (dialogue, text) in enumerate(zip(active, texts, strict=True)):
-            turn = sampled[index][: limit - len(dialogue.tokens)]
+        for index, (dialogue, text, tokens) in enumerate(zip(active, texts, sampled, strict=True)):
+            turn = tokens[: limit - len(dialogue.tokens)]
             message = read_turn(tokenizer, turn, text, dialogue.tools)
             turn_logps = None
             if logps is not None:

@@ -4,6 +4,12 @@ In a single process, wrong code could always pass: it could end the process, pat
 variable that says "passed", or return an object that equals everything. Therefore this process, the examiner, keeps the
 test and the only descriptor for the verdict, and forks a second one, the candidate, that sees only the code. A test
 uses Python's own builtins and modules; anything else that it needs, it must define.
+
+Arguments and results travel as plain values in JSON. Anything else (instances, generators, …) stays with the candidate,
+behind a stand-in. A list, dict or set that the code changes in place changes in the test only if the call returns None,
+or if the test compares with nothing but literals. So the code cannot edit what its result is compared with.
+
+Only `run.py` starts it: `python child.py VERDICT_DESCRIPTOR SECONDS MEMORY_MB ALLOW_UNCONFINED < JSON`.
 """
 
 # What runs where, and who can write what:

@@ -1,9 +1,17 @@
 """Irreversible confinement of the calling process, so that hostile code cannot harm the machine, even as root.
 
-Each of these layers stops most attacks on its own: limits of resources; Landlock (Linux 5.13 and later); the loss of
-all capabilities; seccomp (x86-64 and arm64); and an audit hook that says what was refused. Without Landlock or seccomp
-(macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without Landlock root becomes `nobody`.
-Side channels and the wall-clock time are not covered.
+Each of these layers stops most attacks on its own:
+
+1. limits of resources: CPU time, address space, file size, open files, processes, core dumps
+2. Landlock (Linux 5.13 and later): reads only below the standard library and the system's shared libraries, writes only
+   below one directory; from Linux 6.7 on, no TCP, and from 6.12 on, no signals to other processes
+3. the loss of all capabilities, so that root is not exempt from the limits above
+4. seccomp (x86-64 and arm64): only the system calls that plain computation needs
+5. an audit hook, which says what was refused
+
+Without 2 or 4 (macOS, older Linux, gVisor), the sandbox runs only if the user allows it, and without 2 root becomes
+`nobody`. Side channels and the wall-clock time are not covered; the parent kills a process that takes too long. The
+sandbox's child imports this module before any foreign code, so it imports only the standard library.
 """
 
 # In the child of the sandbox, from left to right:

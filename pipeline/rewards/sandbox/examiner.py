@@ -184,7 +184,9 @@ class Examiner(Peer):
     def use(self, target: Any, how: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Call a function of the test for the code, or do with an object of the test what the code may do with it."""
         if how == "call":
-            return (target if callable(target) else target.__next__)(*args, **named)
+            # An iterator is called for its next item.
+            function = target if callable(target) else target.__next__
+            return function(*args, **named)
         if how in COMPARISONS:
             return getattr(operator, how)(target, *args)
         name, *value = args

@@ -2,7 +2,9 @@
 
 Every run is a fresh Python process with nothing but the standard library, an empty environment and an empty temporary
 directory. `confinement.py` lists what the process may not do, and `child.py` explains why wrong code cannot pass its
-test. String hashes are not randomised, so that verdicts are repeatable.
+test. String hashes are not randomised, so that verdicts are repeatable. The sandbox needs `os.fork`, which Windows
+lacks. Code that the kernel cannot confine only runs if `allow_unconfined` is set. `validate_sandbox` says what is
+missing on this machine.
 """
 
 import contextlib
@@ -54,10 +56,18 @@ for promise, attempt in {
 
 
 class Outcome(NamedTuple):
-    """The result of one run, and the first 16 KiB of what the code and the test printed, including errors.
+    """The result of one run.
 
-    `status` is "passed", "failed" (an exception), "timeout", "memory", "refused" (an attempt to use the network, a
-    process or a file outside; too many files), "crashed" (no verdict) or "busy" (time ran out because of the machine).
+    Attributes:
+        status: One of
+
+            - "passed": the code and the whole test ran without an exception
+            - "failed": an assertion, an exception, `sys.exit`
+            - "timeout", "memory": a limit was exceeded
+            - "refused": an attempt to use the network, a process or a file outside; too many files
+            - "crashed": the process ended without a verdict
+            - "busy": the machine was too busy to start the code, or to give it its time
+        output: What the code and the test printed, including errors, cut off at 16 KiB.
     """
 
     status: str
@@ -65,6 +75,7 @@ class Outcome(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether the code passed its test."""
         return self.status == "passed"
 
 
@@ -89,9 +100,17 @@ def validate_sandbox() -> str | None:
 
 
 def run_code(code: str, test: str, *, seconds: float = CODE_SECONDS, memory_mb: int = CODE_MEMORY_MB) -> Outcome:
-    """Run `code`, then `test`: assertions about what it defines. Whatever the code does, this function returns.
+    """Run `code`, then `test`. Whatever the code does, this function returns.
 
-    `seconds` run from the start of the code, not counting waits for a core. Raise `RunStopped` if it cannot be graded.
+    Args:
+        code: Python source.
+        test: Python source that raises if the code is wrong: assertions about what the code defines. An empty test
+            passes if the code runs.
+        seconds: Time limit from the start of the code, not counting waits for a core.
+        memory_mb: Limit of the address space in MiB.
+
+    Raises:
+        RunStopped: If code cannot be graded here; see `validate_sandbox`.
     """
     fault = validate_sandbox()
     if fault:

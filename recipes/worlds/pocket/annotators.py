@@ -48,11 +48,15 @@ class Components(NamedTuple):
 
 
 class Annotator(NamedTuple):
-    """One annotator's weights of the three components, in units of score, and decisiveness."""
+    """One annotator's weights of the three `Components`, in units of score, and decisiveness."""
 
+    # Recorded with each label.
     name: str
+    # Score of a correct answer over a wrong one.
     right: float
+    # Score of an answer in the right tone over a plain one, and of a plain one over one in the wrong tone.
     tone: float
+    # Score of a comfortable answer over one with 12 words more.
     brief: float
     # The closer it is to 0, the more often the better answer wins.
     temperature: float = 1.0
@@ -120,7 +124,9 @@ def _has_remark(words: Sequence[str], remarks: Sequence[str]) -> bool:
 def taste(answer: str, row: Mapping[str, Any]) -> float:
     """Return the panel's noise-free mean taste, from `DEGENERATE_SCORE` to 5 (right, brief and in the right tone).
 
-    `row` has the `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
+    Args:
+        answer: Text of the assistant's turn, without special tokens.
+        row: Row of the prompt: its `prompt`, and `require`, `reject` and `test` as `grading.grade` reads them.
     """
     return mean_taste(judge_components(answer, row))
 
@@ -136,7 +142,10 @@ def preference_probability(score_a: float, score_b: float, temperature: float = 
 
 
 def choose(annotator: Annotator, score_first: float, score_second: float, rng: random.Random) -> int | None:
-    """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie."""
+    """Draw an annotator's label: 0 if the answer shown first is preferred, 1 if the second is, None for a tie.
+
+    `score_first` and `score_second` are this annotator's scores of both answers. Their order does not matter otherwise.
+    """
     # Two numbers are always drawn, so that later draws do not depend on the answers.
     tie_draw = rng.random()
     choice_draw = rng.random()
@@ -146,9 +155,17 @@ def choose(annotator: Annotator, score_first: float, score_second: float, rng: r
 
 
 def judge_match(answers: Sequence[str], opponents: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Judge which of two answers to each prompt is better: 1 if the one in `answers` wins, 0 for a loss, 0.5 for a tie.
+    """Judge which of two answers to each prompt is better, for evaluation.
 
-    The judge is the panel's noise-free mean taste; scores within `INDIFFERENCE` are a tie. `rows` are as in `taste`.
+    The judge is the panel's noise-free mean taste. Scores that differ by less than `INDIFFERENCE` are a tie.
+
+    Args:
+        answers: One answer to each prompt.
+        opponents: The answers that they are compared with.
+        rows: Rows of the prompts, as in `taste`.
+
+    Returns:
+        1 for each of `answers` that wins, 0 for one that loses, 0.5 for a tie. The mean is the win rate.
     """
     matches = zip(answers, opponents, rows, strict=True)
     differences = [taste(answer, row) - taste(opponent, row) for answer, opponent, row in matches]

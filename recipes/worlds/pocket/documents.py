@@ -31,10 +31,11 @@ def facts(rng: random.Random, split: SplitName, thing: Thing) -> str:
 
 
 def recital(rng: random.Random) -> str:
-    """Write numbers, or words of problems, that someone reads out and others repeat."""
-    # Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a
-    # sum. Other documents require this for one token in fifty, recitals for every second one.
-    #
+    """Write numbers, or words of problems, that someone reads out and others repeat.
+
+    Small models are slow to learn to copy tokens to places where they have never seen them, such as the start of a sum.
+    Other documents require this for one token in fifty, recitals for every second one.
+    """
     # Ana reads out: 5 17 3. Ben repeats: 5 17 3. Carl repeats: 5 17 3.
     # Ana reads out: buys 3, 2 red, left of north, gives away 5. Ben repeats: …
     reader, *repeaters = rng.sample(NAMES, 3)

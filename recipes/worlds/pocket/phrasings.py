@@ -12,11 +12,10 @@ for _row in read_table("phrasings.tsv"):
 
 STATEMENTS = {attribute: _TEMPLATES["statement", attribute, ""] for attribute in ATTRIBUTES}
 """Statements of each attribute. `held_out_phrasings` says which of them a thing's training documents do not use."""
-REQUESTS: dict[str, dict[SplitName, list[str]]] = {
-    aspect: {split: _TEMPLATES["question", aspect, split] for split in SPLITS}
-    for aspect in ("definition", *ATTRIBUTES, "about", "summary", "code")
-}
+REQUESTS: dict[str, dict[SplitName, list[str]]] = {}
 """Questions about an aspect of a thing, open ones, and requests for a summary or code, in phrasings of each split."""
+for _aspect in ("definition", *ATTRIBUTES, "about", "summary", "code"):
+    REQUESTS[_aspect] = {_split: _TEMPLATES["question", _aspect, _split] for _split in SPLITS}
 FOLLOW_UPS = {aspect: templates[0] for (form, aspect, _), templates in _TEMPLATES.items() if form == "follow-up"}
 """Questions that refer to the thing of the previous question."""
 

@@ -27,12 +27,16 @@ RELATIONS = ("right of", "opposite of", "left of")
 
 
 class WordProblem(NamedTuple):
-    """A problem with its answer, and the steps by which someone solves it, with the answer that they arrive at."""
+    """A problem with its answer, and how someone works it out."""
 
+    # "arithmetic", "ordering", "counting" or "logic".
     kind: str
     text: str
+    # The correct answer: an integer or a direction.
     answer: str
+    # Worked steps, ending in a full stop. Each is right in itself, but may misread the problem.
     steps: str
+    # The answer that the steps arrive at.
     reached: str
     # How many changes, ages, groups or turns the problem has.
     length: int

@@ -8,11 +8,13 @@ from pipeline.data.arguments import SplitName
 
 
 class Snippet(NamedTuple):
-    """A Python function, what it does ("adds 3 to a number"), and assertions with inputs that no prompt shows."""
+    """A Python function, with its description and its test."""
 
     name: str
+    # What it does, as a predicate: "adds 3 to a number".
     task: str
     source: str
+    # Assertions about the function, with inputs that no prompt shows.
     test: str
 
 

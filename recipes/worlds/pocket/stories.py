@@ -33,10 +33,13 @@ MORALS = ("In short, {summary}", "So this is what happened: {summary}", "All in 
 
 
 class Story(NamedTuple):
-    """A story, its summary (who did what, where), and what a correct summary contains: name, deed, thing and place."""
+    """A story and its summary."""
 
+    # The event, in a sentence near the beginning, and three remarks on it.
     text: str
+    # One sentence: who did what, where.
     summary: str
+    # Words that a correct summary contains: the name, the deed, the thing and the place.
     keys: tuple[str, ...]
 
 

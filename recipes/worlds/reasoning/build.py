@@ -59,8 +59,13 @@ class ReasoningArguments(PocketArguments):
 def build(args: ReasoningArguments, reward: Reward) -> None:
     """Draw all problems and write the repository; an interrupted build leaves `output_dir` as it was.
 
-    Drop rows whose own answer does not get a `reward` of 1. Raise a `UserError` if `output_dir` contains other files, a
-    size or a setting is wrong, the reward refuses the own answers of a task, or a task has too few different problems.
+    Args:
+        args: The mix and its sizes.
+        reward: What answers will be rewarded by; rows whose own answer it does not pay with 1 are dropped.
+
+    Raises:
+        UserError: If `output_dir` contains other files, a size or a setting is wrong, the reward rejects the own
+            answers of a task, or a task has too few different problems.
     """
     grades, problems = read_tasks(args.tasks)
     mix = Mix(args, reward)

@@ -24,10 +24,12 @@ Entry = dict[str, Any]
 
 
 class Grade(NamedTuple):
-    """A task at one difficulty: its share of the mix, in proportion to the others, and fields of its configuration."""
+    """A task at one difficulty."""
 
     task: str
+    # Its share of the mix, in proportion to the others.
     weight: float
+    # Fields of the task's configuration.
     settings: Mapping[str, Any]
 
     def entries(self, seed: int, pool: str) -> Iterator[Entry]:
