@@ -13,20 +13,7 @@ PRONOUNS = {"found", "one", "own", "before", "asked", "given", "shown", "known",
 EXCEPTIONS: dict[str, str] = {}
 """Reasons for which a name is right, by `module:name`, such as a field of a file format."""
 
-NOT_YET = {
-    "app",
-    "data",
-    "errors.py",
-    "evaluation",
-    "files",
-    "hardware.py",
-    "launch.py",
-    "models",
-    "preferences",
-    "progress.py",
-    "runner",
-    "training",
-}
+NOT_YET = {"app", "data", "evaluation", "preferences", "training"}
 """Packages and modules of `pipeline/` whose variables have not been renamed yet."""
 
 

@@ -559,9 +559,7 @@ def test_a_held_out_split_without_pairs_is_left_out(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": len(pairs)}
 
 
-def test_a_run_waits_until_there_are_enough_votes_and_simulated_annotators_can_give_them(
-    arguments: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_run_waits_for_votes_or_has_them_simulated(arguments: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "run" / "votes"
     asked = VoteArguments(**arguments, output_dir=str(folder), min_votes=3)
     with pytest.raises(RunStopped, match=f"0 of 3 votes.*fourstage app {folder.parent}") as stopped:

@@ -94,7 +94,8 @@ def test_every_stage_depends_on_the_right_ones() -> None:
     assert needs["4_grpo"] == {"0_data", "3_ppo"}
 
 
-def test_an_existing_model_goes_from_stage_to_stage_whether_or_not_it_has_adapters() -> None:
+def test_an_existing_model_goes_from_stage_to_stage() -> None:
+    """With adapters, with all weights, and by DPO instead of PPO."""
     for folder in ("existing-model", "existing-model/full"):
         needs = {step.name: set(step.needs) for step in read_plan(RECIPES / folder).steps}
         assert needs["2_sft"] == set(), folder
@@ -104,7 +105,7 @@ def test_an_existing_model_goes_from_stage_to_stage_whether_or_not_it_has_adapte
     assert needs["3_dpo"] == {"2_sft"} and needs["4_grpo"] == {"3_dpo"}
 
 
-def test_the_starting_model_is_measured_with_the_tokenizer_that_the_first_stage_gives_it() -> None:
+def test_the_starting_model_is_measured_with_the_tokenizer_of_the_first_stage() -> None:
     steps = {step.name: step for step in read_plan(RECIPES / "existing-model" / "full").steps}
     settings, first = steps["evaluate_0_base"].values, steps["2_sft"].values
     assert settings["base"] == first["model_name_or_path"]

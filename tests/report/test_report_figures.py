@@ -354,7 +354,7 @@ def test_a_stage_is_not_compared_with_a_model_that_it_did_not_start_from() -> No
     assert "4_dr was not compared (runs/pocket/4_grpo was not measured)" in find_unjudged(run)
 
 
-def test_what_a_stage_started_from_is_read_from_its_arguments_where_the_run_has_no_record(tmp_path: Path) -> None:
+def test_without_a_record_arguments_say_what_a_stage_started_from(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "run.json").unlink()
     settings = {"model_name_or_path": "x/run/2_sft/checkpoint-20", "output_dir": "x/run/4_grpo"}

@@ -182,9 +182,7 @@ def test_the_code_of_a_process_without_a_group_is_its_own(project: Path) -> None
 
 # Three seconds of imports pass before a recipe can handle a signal.
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_ctrl_c_while_processes_import_their_libraries_leaves_neither_a_traceback_nor_a_process(
-    project: Path, processes: str
-) -> None:
+def test_ctrl_c_during_imports_leaves_no_traceback_and_no_process(project: Path, processes: str) -> None:
     launcher = [*ACCELERATE, "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", processes]
     process = subprocess.Popen(
         [*launcher, "-m", "recipes.sft", "--config", str(ROOT / "recipes/pocket/2_sft.yaml")],

@@ -247,9 +247,10 @@ def test_a_killed_runners_step_saves(runner: Callable[[str], subprocess.Popen[st
 
 @pytest.mark.parametrize("runner", ["fork"], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_warm_processs_step_saves_and_has_failed_and_the_next_one_is_a_new_process(
+def test_a_killed_warm_process_is_replaced(
     runner: Callable[[str], subprocess.Popen[str]], number: signal.Signals
 ) -> None:
+    """Its step saves, and counts as failed; the next step runs in a new process."""
     process = runner(SAVES)
     psutil.Process(wait_for("pid")).parent().send_signal(number)
     out, _ = process.communicate(timeout=60)

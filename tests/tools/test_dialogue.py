@@ -61,10 +61,18 @@ def test_results_stand_between_the_turns_of_the_model() -> None:
     assert dialogue.messages[-1]["content"] == "yes" and (dialogue.calls, dialogue.failures) == (2, 0)
 
 
-def test_a_result_that_does_not_fit_is_left_out_and_a_turn_is_cut_off_at_the_limit() -> None:
-    assert len(talk([CALL], limit=8).messages) == 1, "the result takes four more tokens than the call's five"
+def test_a_result_that_does_not_fit_is_left_out() -> None:
+    """A call has five tokens, and its result four more."""
+    assert len(talk([CALL], limit=8).messages) == 1
+
+
+def test_a_turn_is_cut_off_at_the_limit() -> None:
+    """A call that was cut off is not answered."""
     cut_off = talk([CALL, CALL], limit=12)
-    assert len(cut_off.tokens) == 12 and cut_off.calls == 1, "a call that was cut off is not answered"
+    assert len(cut_off.tokens) == 12 and cut_off.calls == 1
+
+
+def test_after_the_last_turn_no_call_is_answered() -> None:
     assert talk([CALL, "yes<|end|>"], turns=1).calls == 1
     assert len(talk([CALL, CALL], turns=1).messages) == 3
 
@@ -184,7 +192,8 @@ def test_halves_of_surrogate_pairs_that_a_call_spells_are_replaced() -> None:
     assert dialogue.messages[1]["name"] == "?" and dialogue.failures == 1
 
 
-def test_an_argument_of_another_name_is_an_error_for_tools_that_answer_many_calls_at_once() -> None:
+def test_a_wrong_argument_of_a_batched_tool_is_an_error() -> None:
+    """`python` answers the calls of many dialogues at once."""
     call = {"type": "function", "function": {"name": "python", "arguments": {"program": "print(1)"}}}
     dialogue = Dialogue([1, 6], {"python": python}, [5, END], [1, 1], [{"role": "assistant", "tool_calls": [call]}])
     converse([dialogue], lambda texts, room: ([ids("no<|end|>")], None), TOKENIZER, ends=[END], limit=60, context=64)
@@ -251,9 +260,8 @@ def test_evaluation_lists_the_tools_in_the_prompt_as_training_does(monkeypatch: 
         assert encoded[0] == ids("double")[0]
 
 
-def test_a_template_that_rewrites_a_turn_before_results_gives_way_to_the_one_for_training(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's template for training replaces it, if there is one; otherwise it is an error."""
     tokenizer, results = toy.tokenizer(), [{"role": "tool", "name": "double", "content": "4"}]
     own = str(tokenizer.chat_template)
     tokenizer.chat_template = "{%- if messages[-1].role == 'tool' -%}no{%- endif -%}" + own

@@ -217,9 +217,10 @@ def test_what_a_kill_left_of_an_old_checkpoint_is_not_published_with_the_final_m
     assert files == ["README.md", "model.safetensors", "trainer_state.json"]
 
 
-def test_a_checkpoint_that_is_too_many_goes_if_a_kill_prevented_that_after_the_last_step(
+def test_a_surplus_checkpoint_that_a_killed_run_left_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The run was killed after its last step, before it deleted what exceeds `save_total_limit`."""
     trainer = make_trainer(tmp_path, save_total_limit=2)
     with monkeypatch.context() as patch:
         patch.setattr(folders, "checkpoints", lambda folder: checkpoints(folder) if not at_last(trainer) else stop())
@@ -427,9 +428,8 @@ def test_the_last_good_checkpoint_survives_a_failed_save(
     assert not (tmp_path / folders.UNFINISHED).exists()
 
 
-def test_an_earlier_checkpoint_stays_until_the_checksums_of_the_next_one_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_stays_until_the_next_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is complete once its manifest is written."""
     trainer = make_trainer(tmp_path, eval_strategy="no", save_total_limit=1)
     seen, write = {}, folders.write_manifest
 
@@ -524,9 +524,10 @@ def test_a_callback_that_reads_checkpoints_finds_them_complete(tmp_path: Path) -
     assert reader.found == [None] * 4
 
 
-def test_large_files_have_checksums_of_their_blocks_and_manifests_without_them_stay_valid(
+def test_large_files_have_checksums_of_their_blocks(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Manifests without such checksums stay valid."""
     folder = tmp_path / "checkpoint-12"
     shutil.copytree(finished / "checkpoint-12", folder)
     monkeypatch.setattr(folders, "BLOCK", 100)

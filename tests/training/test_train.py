@@ -93,10 +93,9 @@ def test_an_adapter_names_a_local_base_by_its_absolute_path(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, None)])
-def test_a_terminal_that_closes_saves_however_often_it_says_so_unless_nohup_asked_to_go_on(
-    handler: signal.Handlers, code: int | None
-) -> None:
-    before = signal.signal(signal.SIGHUP, handler)
+def test_a_terminal_that_closes_saves_unless_nohup_ignores_it(handler: signal.Handlers, code: int | None) -> None:
+    """SIGHUP may come more than once."""
+    earlier_handler = signal.signal(signal.SIGHUP, handler)
     interrupts = InterruptCallback()
     state, control = TrainerState(global_step=1, max_steps=3), TrainerControl()
     try:
@@ -105,7 +104,7 @@ def test_a_terminal_that_closes_saves_however_often_it_says_so_unless_nohup_aske
         interrupts.on_step_end(SimpleNamespace(world_size=1), state, control)
     finally:
         interrupts.restore()
-        assert signal.signal(signal.SIGHUP, before) is handler
+        assert signal.signal(signal.SIGHUP, earlier_handler) is handler
     assert control.should_save is control.should_training_stop is (code is not None)
     assert getattr(interrupts.reason_to_stop(state, "out"), "exit_code", None) == code
 

@@ -191,7 +191,8 @@ def test_every_length_is_trained_and_tested_and_longer_ones_are_apart(rows: Rows
         assert seen == (longer if split == "test_longer" else lengths), split
 
 
-def test_problems_in_conversations_are_answered_right_straight_away_and_carelessly_with_steps(rows: Rows) -> None:
+def test_answers_with_steps_are_careless(rows: Rows) -> None:
+    """Problems in conversations are answered with and without steps; only those without them are always right."""
     right: dict[bool, list[bool]] = {True: [], False: []}
     for row in rows("sft", "train"):
         if row["kind"] != "reasoning":
