@@ -171,11 +171,11 @@ class VoteLog:
                     raise Conflict("another vote has this id")
                 return False
             if vote.get("undoes"):
-                if self._valid.get(key, {}).get("id") != vote["undoes"]:
+                if self._vote_on_pair.get(key, {}).get("id") != vote["undoes"]:
                     raise Conflict("that vote has been taken back or corrected already")
             elif vote["choice"] is None:
                 raise Conflict("it does not say which vote it takes back")
-            elif key in self._valid:
+            elif key in self._vote_on_pair:
                 raise Conflict("this pair has your vote already")
 
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
@@ -187,16 +187,16 @@ class VoteLog:
     def _count(self) -> None:
         """Find out which votes count: at most one of an annotator on a pair."""
         votes = valid_votes(list(self._by_id.values()))
-        self._valid = {(vote["annotator"], vote["pair"]): vote for vote in votes}
+        self._vote_on_pair = {(vote["annotator"], vote["pair"]): vote for vote in votes}
 
     def valid_votes(self, annotator: str | None = None) -> list[Vote]:
         """Return the votes that count, the oldest first: of one annotator, or of all if it is None."""
         with self._mutex:
-            return [vote for (name, _), vote in self._valid.items() if annotator in (None, name)]
+            return [vote for (name, _), vote in self._vote_on_pair.items() if annotator in (None, name)]
 
     def has_vote(self, annotator: str, pair: str) -> bool:
         """Return whether an annotator has voted on a pair."""
-        return (annotator, pair) in self._valid
+        return (annotator, pair) in self._vote_on_pair
 
 
 def split_of(prompt: Sequence[dict[str, str]]) -> str:
