@@ -89,7 +89,7 @@ class ColumnPlan:
     Attributes:
         kind: Content of the rows, as for `load_splits`.
         columns: All columns of the training split.
-        used: The columns that `read` reads. For pairs without a separate prompt, it names a column that does not exist.
+        used: The columns that `read` needs. For pairs without a separate prompt, it names a column that does not exist.
         outputs: The columns that `read` makes, with TRL's names.
         read: Converts a row. Raises a `ShapeError` if the row does not have the expected shape.
     """
@@ -327,9 +327,12 @@ def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object)
         _require(columns, answer_column=args.answer_column)
     pattern = _compile_answer_pattern(args.answer_pattern)
     read_the_prompt, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
+    if not prompt:
+        used += [chosen, rejected]
 
     def read_any_prompt(row: Row) -> Messages:
-        if has_pairs:
+        # Another split of the data set may have prompts alone.
+        if has_pairs and chosen in row and rejected in row:
             pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
             if not has_prompt(pair, pair.get(prompt)):
                 return read_pair(pair, None, args.system_prompt)["prompt"]

@@ -116,7 +116,7 @@ def _load_one(
     rows, numbers = keep_rows(split, args)
     _check_kept(rows, args)
     _check_filled(rows, args)
-    plan = plan_columns(rows, args, kind, column_names(split))
+    plan = plan_columns(rows, args, kind)
     # A single row is trained on if there is no evaluation.
     is_single_row = isinstance(rows, Dataset) and len(rows) == 1
     divides = is_divided(source, args) and (evaluation or not is_single_row)
@@ -445,7 +445,7 @@ def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Seq
     rows, numbers = keep_rows(source[names[0]], args)
     if next(iter(rows), None) is None:
         return
-    plan = plan_columns(rows, args, kind, column_names(source[names[0]]))
+    plan = plan_columns(rows, args, kind)
     if args.drop_bad_rows:
         return
     most = min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS
