@@ -78,10 +78,14 @@ class DataArguments:
     tokenizer_name_or_path: str | None = option(None, "Tokenizer (default: the one of `model_name_or_path`).")
 
     def __post_init__(self) -> None:
-        if isinstance(self.dataset_name, list) and len(self.dataset_name) < 2:
-            self.dataset_name = self.dataset_name[0] if self.dataset_name else None
+        if self.dataset_name == []:
+            self.dataset_name = None
+        elif isinstance(self.dataset_name, list) and len(self.dataset_name) == 1:
+            self.dataset_name = self.dataset_name[0]
 
     @property
     def dataset_names(self) -> list[str]:
-        """The data sets, in order."""
-        return self.dataset_name if isinstance(self.dataset_name, list) else [self.dataset_name or ""]
+        """The data sets, in order; [""] if none is named."""
+        if isinstance(self.dataset_name, list):
+            return self.dataset_name
+        return [self.dataset_name or ""]

@@ -84,20 +84,20 @@ class ColumnPlan:
 
     With the columns `Question`, `answer` and `level`, and the kind "conversation":
 
-        ColumnPlan(columns=["Question", "answer", "level"], used=["Question", "answer"], made=["messages"], …)
+        ColumnPlan(columns=["Question", "answer", "level"], used=["Question", "answer"], outputs=["messages"], …)
 
     Attributes:
         kind: Content of the rows, as for `load_splits`.
         columns: All columns of the training split.
-        used: The columns that `read` reads. For pairs without a separate prompt, it names a column that does not exist.
-        made: The columns that `read` makes, with TRL's names.
+        used: The columns that `read` needs. For pairs without a separate prompt, it names a column that does not exist.
+        outputs: The columns that `read` makes, with TRL's names.
         read: Converts a row. Raises a `ShapeError` if the row does not have the expected shape.
     """
 
     kind: Kind
     columns: list[str]
     used: list[str]
-    made: list[str]
+    outputs: list[str]
     read: RowReader
 
     def passed_on(self, columns: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ class ColumnPlan:
         if self.kind != "prompt":
             return []
         # TRL passes arguments of these names to rewards, or reads images in them.
-        left_out = (*self.made, *PASSED_BY_TRL, "image", "images")
+        left_out = (*self.outputs, *PASSED_BY_TRL, "image", "images")
         return [name for name in columns if name not in left_out]
 
     def apply_to(self, split: Split, args: DataArguments) -> tuple[ColumnPlan, Split]:
@@ -124,7 +124,7 @@ class ColumnPlan:
             raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
         plan = self
         if missing:
-            plan = replace(self, made=[name for name in self.made if name != "margin"])
+            plan = replace(self, outputs=[name for name in self.outputs if name != "margin"])
         renamed = {spelling: name for name, spelling in spellings.items() if spelling not in ("", name)}
         if renamed:
             split = split.rename_columns(renamed)
@@ -142,7 +142,7 @@ def plan_columns(rows: Split, args: DataArguments, kind: Kind, columns: list[str
     Raises:
         UserError: If a column that is needed does not exist.
     """
-    # What is read and what is made, with optional columns in brackets:
+    # What is read and what is made of it, with optional columns in brackets:
     #
     #   tokens         input_ids                                                    input_ids
     #   text           text_column                                                  text
@@ -199,15 +199,20 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
         names += CONVERSATIONS
     messages_column = find_column(columns, *names)
     tools = find_column(columns, "tools")
-    tools_used = [tools] if tools else []
-    made = ["messages", "tools"] if tools else ["messages"]
+    tools_used = []
+    outputs = ["messages"]
+    if tools:
+        tools_used.append(tools)
+        outputs.append("tools")
 
     def read_tools(row: Row) -> dict[str, Any]:
         if not tools:
             return {}
         schemas = read_functions(without_none(row[tools]), tools, schemas=True)
-        # Some templates distinguish an empty list from none.
-        return {"tools": json.dumps(schemas, ensure_ascii=False) if schemas else None}
+        if not schemas:
+            # Some templates distinguish an empty list from none.
+            return {"tools": None}
+        return {"tools": json.dumps(schemas, ensure_ascii=False)}
 
     if messages_column and args.completion_column is None:
 
@@ -220,7 +225,7 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
                 raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages, **read_tools(row)}
 
-        return ColumnPlan("conversation", columns, [messages_column, *tools_used], made, from_messages)
+        return ColumnPlan("conversation", columns, [messages_column, *tools_used], outputs, from_messages)
 
     if args.completion_column is not None:
         prompt = _find_prompt(args, columns)
@@ -228,7 +233,9 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
         if not prompt or not completion:
             _refuse_missing(columns, prompt_column=args.prompt_column, completion_column=args.completion_column)
     else:
-        pair = _find_usual_pair(columns) if has_default_name else None
+        pair = None
+        if has_default_name:
+            pair = _find_usual_pair(columns)
         if pair is None:
             _refuse_missing(columns, NAME_OR_CONVERT, messages_column=args.messages_column)
         prompt, completion = pair
@@ -238,7 +245,7 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
         messages = [*read_the_prompt(row), *read_answer(row[completion], completion)]
         return {"messages": messages, **read_tools(row)}
 
-    return ColumnPlan("conversation", columns, [*prompt_used, completion, *tools_used], made, from_pair)
+    return ColumnPlan("conversation", columns, [*prompt_used, completion, *tools_used], outputs, from_pair)
 
 
 def _find_usual_pair(columns: list[str]) -> tuple[str, str] | None:
@@ -267,8 +274,8 @@ def _plan_single_answers(args: DataArguments, columns: list[str]) -> ColumnPlan:
         answer = read_answer(row[completion], completion)
         return {"prompt": read_the_prompt(row), "completion": answer, "label": bool(row[label])}
 
-    made = ["prompt", "completion", "label"]
-    return ColumnPlan("unpaired", columns, [*prompt_used, completion, label], made, read)
+    outputs = ["prompt", "completion", "label"]
+    return ColumnPlan("unpaired", columns, [*prompt_used, completion, label], outputs, read)
 
 
 def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answer: object) -> ColumnPlan:
@@ -296,11 +303,11 @@ def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answe
         return read_pair(pair, messages, args.system_prompt)
 
     used += [chosen, rejected]
-    made = ["prompt", "chosen", "rejected"]
+    outputs = ["prompt", "chosen", "rejected"]
     if margin:
         used.append(margin)
-        made.append("margin")
-    return ColumnPlan(kind, columns, used, made, read)
+        outputs.append("margin")
+    return ColumnPlan(kind, columns, used, outputs, read)
 
 
 def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object) -> ColumnPlan:
@@ -320,9 +327,12 @@ def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object)
         _require(columns, answer_column=args.answer_column)
     pattern = _compile_answer_pattern(args.answer_pattern)
     read_the_prompt, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
+    if not prompt:
+        used += [chosen, rejected]
 
     def read_any_prompt(row: Row) -> Messages:
-        if has_pairs:
+        # Another split of the data set may have prompts alone.
+        if has_pairs and chosen in row and rejected in row:
             pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
             if not has_prompt(pair, pair.get(prompt)):
                 return read_pair(pair, None, args.system_prompt)["prompt"]
@@ -334,11 +344,11 @@ def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object)
             converted["answer"] = _read_final_answer(row[answer], answer, pattern)
         return converted
 
-    made = ["prompt"]
+    outputs = ["prompt"]
     if answer:
         used.append(answer)
-        made.append("answer")
-    return ColumnPlan("prompt", columns, used, made, read)
+        outputs.append("answer")
+    return ColumnPlan("prompt", columns, used, outputs, read)
 
 
 def _compile_answer_pattern(pattern: str | None) -> re.Pattern[str] | None:

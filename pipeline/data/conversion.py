@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
 from pipeline.data.arguments import DataArguments
-from pipeline.data.columns import ColumnPlan, Split, log_once, normalise, place_of
+from pipeline.data.columns import ColumnPlan, Kind, Split, log_once, normalise, place_of
 from pipeline.data.messages import Row, ShapeError, is_informative, refuse_special_tokens, unread_keys
 from pipeline.data.writing import ANSWERED, CALLING, MESSAGES
 from pipeline.errors import Problem, UserError
@@ -92,14 +92,14 @@ def _map_stored(
     rows: Dataset, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None, calls: bool
 ) -> Dataset:
     """Convert rows, and add the column `FAULT`. With `calls`, messages have the type `CALLING`."""
-    nothing = dict.fromkeys(plan.made)
+    nothing = dict.fromkeys(plan.outputs)
 
     def convert(row: Row) -> dict[str, Any]:
         try:
             converted = _read(row, plan, tokens)
         except ShapeError as error:
             return {**nothing, FAULT: str(error)}
-        if "chosen" in plan.made and not is_informative(converted):
+        if "chosen" in plan.outputs and not is_informative(converted):
             return {**nothing, FAULT: UNINFORMATIVE}
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but not the numbers in a text.
@@ -126,7 +126,7 @@ def _fingerprint(
     """Return the name of the converted rows in the cache: it depends on the rows, all arguments, and this code."""
     # datasets would take longer to disassemble the function, and not notice changes in those that it calls.
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    columns = (plan.columns, plan.used, plan.made)
+    columns = (plan.columns, plan.used, plan.outputs)
     return Hasher.hash((rows._fingerprint, vars(args), plan.kind, columns, tokens, calls, code))
 
 
@@ -172,7 +172,7 @@ def convert_stream(
 
 def drop_uninformative(stream: IterableDataset, plan: ColumnPlan) -> IterableDataset:
     """Drop the pairs of a converted stream that do not say which answer is better."""
-    return stream.filter(is_informative) if "chosen" in plan.made else stream
+    return stream.filter(is_informative) if "chosen" in plan.outputs else stream
 
 
 def _read(row: Row, plan: ColumnPlan, tokens: re.Pattern[str] | None) -> dict[str, Any]:
@@ -199,14 +199,14 @@ def _features(types: Features | None, columns: list[str], plan: ColumnPlan, call
         if not types:
             return {}
         features[name] = types[name]
-    for name in plan.made:
+    for name in plan.outputs:
         features[name] = CALLING if calls and name in ANSWERED else FEATURES[name]
     return features
 
 
 def _removed(columns: list[str], plan: ColumnPlan) -> list[str]:
     """Return the columns that a converted split does not have any more."""
-    staying = (*plan.made, *plan.passed_on(columns))
+    staying = (*plan.outputs, *plan.passed_on(columns))
     return [name for name in columns if name not in staying]
 
 
@@ -259,17 +259,24 @@ def _describe_faults(faults: Mapping[int, str], rows: int) -> str:
     return f"{first}; {CORRECT}{more}; {DROP}"
 
 
+def _unread_keys(row: Row, kind: Kind) -> list[str]:
+    """Return the keys of a row's messages that are not read, such as "messages.weight"."""
+    names = []
+    for column, value in row.items():
+        if isinstance(value, list):
+            keys = unread_keys(value, is_answer=kind in ("preference", "unpaired"))
+            names += [f"{column}.{key}" for key in keys]
+    return names
+
+
 def _log_unread(split: Split, columns: list[str], plan: ColumnPlan, args: DataArguments) -> None:
     """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
     unread = [column for column in columns if column not in plan.used]
     if plan.kind not in ("text", "prompt"):
         may_have_messages = [column for column in columns if column in plan.used and normalise(column) != "tools"]
-        first_rows: Any = split.select_columns(may_have_messages).take(100) if may_have_messages else ()
-        for row in first_rows:
-            for name in may_have_messages:
-                if isinstance(row[name], list):
-                    keys = unread_keys(row[name], is_answer=plan.kind in ("preference", "unpaired"))
-                    unread += [f"{name}.{key}" for key in keys]
+        if may_have_messages:
+            for row in split.select_columns(may_have_messages).take(100):
+                unread += _unread_keys(row, plan.kind)
     if unread:
         listed = ", ".join(map(repr, dict.fromkeys(unread)))
         use = "are passed to rewards, and not part of the prompts" if plan.kind == "prompt" else "are not used"

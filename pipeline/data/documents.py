@@ -312,6 +312,7 @@ def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
         tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
         lengths = {len(values) for values in lists}
         if not tables and len(lists) == len(table) and len(lengths) == 1:
+            # Each value is a column.
             return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
         if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
             tables = [[*table.values()]]

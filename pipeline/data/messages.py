@@ -186,8 +186,7 @@ def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
 
 def _refuse_tokens_in(value: object, column: str, tokens: re.Pattern[str]) -> None:
     for text in leaves(value):
-        match = tokens.search(text) if isinstance(text, str) else None
-        if match:
+        if isinstance(text, str) and (match := tokens.search(text)):
             raise ShapeError(f"{column} contains {match.group()}, which the tokenizer reads as a special token")
 
 
@@ -266,11 +265,11 @@ def unread_keys(turns: list[Any], is_answer: bool) -> list[str]:
 
 def _other_keys(messages: list[Any], keys: Sequence[str]) -> list[str]:
     """Return the keys of messages that have a value and are not among `keys`."""
-    others = []
+    other_keys = []
     for message in messages:
         if isinstance(message, Mapping):
-            others += [key for key in message if message[key] is not None and key not in keys]
-    return others
+            other_keys += [key for key in message if message[key] is not None and key not in keys]
+    return other_keys
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:

@@ -175,8 +175,10 @@ def main(args: argparse.Namespace) -> int:
         if result.share > args.max_share:
             too_much = True
         shared = f"{len(result.matches)} of {result.test_rows} rows ({result.share:.2%}) share {args.n} words in a row"
-        counted = "; rows count from 0" if result.matches else ""
-        print(f"{name}: {shared}, or all their words, with {result.train_rows} training rows{counted}")
+        line = f"{name}: {shared}, or all their words, with {result.train_rows} training rows"
+        if result.matches:
+            line += "; rows count from 0"
+        print(line)
         for match in result.matches[: args.examples]:
             print(f"  test row {match.test_row}, training row {match.train_row}: {match.shared}")
     return int(too_much)

@@ -23,8 +23,10 @@ from pipeline.errors import Problem, refuse
 from pipeline.files import read_json
 
 Arguments = TypeVar("Arguments", bound=DataArguments)
-TOKENIZER, RECORD = "tokenizer.json", "documents.json"
-"""Files of `pipeline.data.shard_writer` next to shards: the result of `document_tokenizer`, and what was tokenized."""
+TOKENIZER = "tokenizer.json"
+"""File next to shards of `pipeline.data.shard_writer`: the result of `document_tokenizer`."""
+RECORD = "documents.json"
+"""File next to shards of `pipeline.data.shard_writer`: what was tokenized."""
 
 
 def is_shards(path: Path) -> bool:
@@ -128,7 +130,8 @@ def _count_tokens(file: Path) -> int | None:
         end = 0
         if tokens:
             end = int(np.memmap(f"{file}.index", "<u8", "r")[-1])
-        is_whole = file.stat().st_size == size * tokens and end == tokens
+        if file.stat().st_size != size * tokens or end != tokens:
+            return None
     except (OSError, ValueError):
         return None
-    return tokens if is_whole else None
+    return tokens

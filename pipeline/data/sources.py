@@ -327,7 +327,9 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
                 rows = Dataset.from_list(object_rows, split=NamedSplit(split))
                 parts.append((file, rows.to_iterable_dataset() if streaming else rows))
                 continue
-        options = choose_table(file) if builder == "csv" else {}
+        options: dict[str, Any] = {}
+        if builder == "csv":
+            options = choose_table(file)
         _, _, group = groups.setdefault(repr((builder, options)), (builder, options, []))
         group.append(file)
     for builder, options, group in groups.values():

@@ -116,7 +116,7 @@ def _load_one(
     rows, numbers = keep_rows(split, args)
     _check_kept(rows, args)
     _check_filled(rows, args)
-    plan = plan_columns(rows, args, kind, column_names(split))
+    plan = plan_columns(rows, args, kind)
     # A single row is trained on if there is no evaluation.
     is_single_row = isinstance(rows, Dataset) and len(rows) == 1
     divides = is_divided(source, args) and (evaluation or not is_single_row)
@@ -176,8 +176,8 @@ def _load_only_split(
     is None if there is no `evaluation`.
     """
     share = args.validation_share
-    which = f"every {round(1 / share)}th row is held out for it"
-    logger.info("The data set has no split %s: %s.", args.dataset_test_split, which)
+    rule = f"every {round(1 / share)}th row is held out for it"
+    logger.info("The data set has no split %s: %s.", args.dataset_test_split, rule)
     trained_on: Split
     held_out: Split
     if isinstance(rows, Dataset):
@@ -237,11 +237,11 @@ def first_file(stream: IterableDataset) -> IterableDataset:
 def _divide_stream(stream: IterableDataset, share: float) -> tuple[IterableDataset, IterableDataset]:
     """Return the rows of a stream to train on, and those of its first file that are held out."""
     first = first_file(stream)
-    others = [stream.shard(stream.num_shards, file) for file in range(1, stream.num_shards)]
+    other_files = [stream.shard(stream.num_shards, file) for file in range(1, stream.num_shards)]
     trained_on = first.filter(lambda _, number: not is_held_out(number, share), with_indices=True)
     held_out = first.filter(lambda _, number: is_held_out(number, share), with_indices=True)
-    if others:
-        trained_on = concatenate_datasets([trained_on, *others])
+    if other_files:
+        trained_on = concatenate_datasets([trained_on, *other_files])
     return trained_on, held_out
 
 
@@ -279,8 +279,8 @@ def _report_read(rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: Da
         place += f" ({args.dataset_config})"
     if args.dataset_train_split != "train":
         place += f", split {args.dataset_train_split}"
-    others = [name for name in plan.columns if name not in plan.used]
-    report_read(place, row_count, held_out_count, used=plan.used, made=plan.made, others=others)
+    unread = [name for name in plan.columns if name not in plan.used]
+    report_read(place, row_count, held_out_count, used=plan.used, made=plan.outputs, others=unread)
 
 
 def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
@@ -288,11 +288,13 @@ def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
 
     Raise a `UserError` if it is not COLUMN=VALUE.
     """
-    if not args.keep_rows:
-        return split, range(len(split)) if isinstance(split, Dataset) else ()
-    is_kept = row_filter(args, column_names(split))
     if not isinstance(split, Dataset):
-        return split.filter(is_kept), ()
+        if args.keep_rows:
+            split = split.filter(row_filter(args, column_names(split)))
+        return split, ()
+    if not args.keep_rows:
+        return split, range(len(split))
+    is_kept = row_filter(args, column_names(split))
     # Only these columns are read, because others may be long.
     columns = dict.fromkeys(condition.partition("=")[0] for condition in args.keep_rows)
     numbers = [number for number, row in enumerate(split.select_columns(list(columns))) if is_kept(row)]
@@ -443,7 +445,7 @@ def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Seq
     rows, numbers = keep_rows(source[names[0]], args)
     if next(iter(rows), None) is None:
         return
-    plan = plan_columns(rows, args, kind, column_names(source[names[0]]))
+    plan = plan_columns(rows, args, kind)
     if args.drop_bad_rows:
         return
     most = min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS
@@ -461,6 +463,8 @@ def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Seq
     if len(faults) == row_count > 1:
         remedy = f"{faults[first]}; the first {row_count} rows are all like this: {CONVERT}"
     else:
-        others = f" and {len(faults) - 1} more of the first {row_count}" if len(faults) > 1 else ""
-        remedy = f"{faults[first]}; {CORRECT}{others}; {DROP}"
+        more = ""
+        if len(faults) > 1:
+            more = f" and {len(faults) - 1} more of the first {row_count}"
+        remedy = f"{faults[first]}; {CORRECT}{more}; {DROP}"
     raise UserError(Problem("dataset_name", f"{args.dataset_name}, split {names[0]}, row {first}", remedy))

@@ -206,10 +206,12 @@ def pack_splits(
         # Each of the processes tokenizes with one thread.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     processes = f"{args.dataset_num_proc} processes" if args.dataset_num_proc else "one process, all cores"
-    logger.info("%-11s %s%s", "packing", processes, ", on each node once" if args.world_size > 1 else "")
+    if args.world_size > 1:
+        processes += ", on each node once"
+    logger.info("%-11s %s", "packing", processes)
     packed: list[Dataset | PackedStream | None] = []
-    for which, split in zip(("training", "evaluation"), splits, strict=True):
-        if isinstance(split, IterableDataset) and which == "training":
+    for purpose, split in zip(("training", "evaluation"), splits, strict=True):
+        if isinstance(split, IterableDataset) and purpose == "training":
             seed = args.seed if args.data_seed is None else args.data_seed
             names = ("max_train_samples", "validation_share", "keep_rows")
             selection = {name: getattr(data_args, name) for name in names}
@@ -226,7 +228,7 @@ def pack_splits(
         with once_per_node(args):
             blocks = pack_documents(split, tokenizer, args.block_size, column, args.dataset_num_proc)
         if not len(blocks):
-            remedy = f"the {which} data do not fill a block; lower it or give more text"
+            remedy = f"the {purpose} data do not fill a block; lower it or give more text"
             raise UserError(Problem("block_size", args.block_size, remedy))
         packed.append(blocks)
     return packed

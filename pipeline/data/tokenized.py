@@ -165,7 +165,9 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
         return
     unlabelled = 0
     for batch in dataset.select_columns("labels").iter(1000):
-        unlabelled += sum(all(label == IGNORED for label in row[: args.max_length]) for row in batch["labels"])
+        for labels in batch["labels"]:
+            if all(label == IGNORED for label in labels[: args.max_length]):
+                unlabelled += 1
     if unlabelled:
         what = f"conversations have a prompt that fills max_length {args.max_length}, "
         what += "so that nothing is learned from them"
@@ -207,7 +209,9 @@ def add_tokens(
     Raises:
         UserError: If the assistant's tokens cannot be found.
     """
-    template = template_for_labels(tokenizer) if answers_only else None
+    template = None
+    if answers_only:
+        template = template_for_labels(tokenizer)
     has_tools = kind == "conversation" and "tools" in column_names(split)
 
     def encode_pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:

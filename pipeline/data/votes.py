@@ -26,7 +26,7 @@ from typing import Any
 from pipeline.data.arguments import SPLITS
 from pipeline.data.messages import labelled_pair
 from pipeline.errors import Problem, UserError
-from pipeline.files import append_line, check_regular, hash_file, lock, open_log, read_run, whole_lines, write_text
+from pipeline.files import append_line, check_regular, hash_file, lock, read_run, write_text
 
 VOTES_FILE = "votes.jsonl"
 CHOICES = ("a", "b", "tie", "bad", "skip")
@@ -62,9 +62,19 @@ def read_votes(path: Path) -> list[Vote]:
     except OSError as error:
         raise UserError(Problem("dataset_name", path, f"cannot be read ({error.strerror or error})")) from None
     votes: dict[str, Vote] = {}
-    for vote in parse_lines(whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
+    for vote in parse_lines(_whole_lines(content), check_vote, path, "dataset_name", "correct or remove it"):
         votes.setdefault(vote["id"], vote)
     return list(votes.values())
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Return the complete lines of a log. The last line is incomplete if it is not valid JSON."""
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        return content[:end]
+    return content + b"\n"
 
 
 def parse_lines(
@@ -133,8 +143,13 @@ class VoteLog:
         # If anything fails here, the stack closes the file and releases the lock.
         with ExitStack() as stack:
             stack.enter_context(lock(folder / ".votes.lock", orphans_only=True))
-            # A line that was not written whole is removed: its vote was never confirmed.
-            self._file = stack.enter_context(open_log(self.path))
+            self._file = stack.enter_context(self.path.open("a+b", buffering=0))
+            # Half a line was written when the process or the machine died: its vote was never confirmed.
+            content = self.path.read_bytes()
+            whole = _whole_lines(content)
+            self._file.truncate(min(len(whole), len(content)))
+            self._file.write(whole[len(content) :])
+            os.fsync(self._file.fileno())
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
             self._held = stack.pop_all()
         self._count()
@@ -156,11 +171,11 @@ class VoteLog:
                     raise Conflict("another vote has this id")
                 return False
             if vote.get("undoes"):
-                if self._votes_that_count.get(key, {}).get("id") != vote["undoes"]:
+                if self._vote_on_pair.get(key, {}).get("id") != vote["undoes"]:
                     raise Conflict("that vote has been taken back or corrected already")
             elif vote["choice"] is None:
                 raise Conflict("it does not say which vote it takes back")
-            elif key in self._votes_that_count:
+            elif key in self._vote_on_pair:
                 raise Conflict("this pair has your vote already")
 
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
@@ -172,16 +187,16 @@ class VoteLog:
     def _count(self) -> None:
         """Find out which votes count: at most one of an annotator on a pair."""
         votes = valid_votes(list(self._by_id.values()))
-        self._votes_that_count = {(vote["annotator"], vote["pair"]): vote for vote in votes}
+        self._vote_on_pair = {(vote["annotator"], vote["pair"]): vote for vote in votes}
 
     def valid_votes(self, annotator: str | None = None) -> list[Vote]:
         """Return the votes that count, the oldest first: of one annotator, or of all if it is None."""
         with self._mutex:
-            return [vote for (name, _), vote in self._votes_that_count.items() if annotator in (None, name)]
+            return [vote for (name, _), vote in self._vote_on_pair.items() if annotator in (None, name)]
 
     def has_vote(self, annotator: str, pair: str) -> bool:
         """Return whether an annotator has voted on a pair."""
-        return (annotator, pair) in self._votes_that_count
+        return (annotator, pair) in self._vote_on_pair
 
 
 def split_of(prompt: Sequence[dict[str, str]]) -> str:

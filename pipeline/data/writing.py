@@ -81,6 +81,8 @@ def write_rows(path: Path, schema: pa.Schema, rows: Rows) -> None:
         while group := list(islice(rows, 2_000)):
             converted = []
             for row in group:
-                as_json = {name: [json.dumps(message) for message in row[name]] for name in calling}
-                converted.append({**row, **as_json})
+                row = dict(row)
+                for name in calling:
+                    row[name] = [json.dumps(message) for message in row[name]]
+                converted.append(row)
             writer.write_table(pa.Table.from_pylist(converted, plain).cast(schema))

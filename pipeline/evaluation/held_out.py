@@ -103,11 +103,13 @@ def read_held_out(settings: Settings, flags: Collection[str], baselines: bool) -
         if part is not None:
             parts[key] = part
             # Problems have metrics of their own, which compare final answers instead of looking for words.
-            without = "reasoning" if key == "instructions" else None
-            rows[key] = reader.read(key, part, most[key], without)
+            excluded_kind = "reasoning" if key == "instructions" else None
+            rows[key] = reader.read(key, part, most[key], excluded_kind)
     _warn_of_missing_system_prompts(reader, rows)
     problems = rows["problems"]
-    grade = parts["problems"].source.grade if "problems" in parts else None
+    grade = None
+    if "problems" in parts:
+        grade = parts["problems"].source.grade
     for_baselines: dict[str, Any] = {}
     if baselines:
         for_baselines = _read_for_baselines(reader, parts, problems, settings, most["prompts"])

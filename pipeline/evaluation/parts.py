@@ -196,8 +196,8 @@ class Reader:
         """Return one side of the only split of a data set, as training divides it."""
         place = f"{source.dataset_names[0]}, split {source.dataset_train_split}"
         if isinstance(rows, Dataset):
-            kept, numbers = keep_rows(rows, source)
-            return Part(kept, source, place, source.validation_share, trained_on, numbers)
+            rows, numbers = keep_rows(rows, source)
+            return Part(rows, source, place, source.validation_share, trained_on, numbers)
         return Part(first_file(rows), source, place, source.validation_share, trained_on)
 
     def _whole_split(self, rows: Split | Path, source: Source, split: str) -> Part:
@@ -278,7 +278,7 @@ class Reader:
             if not isinstance(rows, Dataset):
                 rows, _ = keep_rows(rows, part.source)
             plan = plan_columns(rows, part.source, HELD_OUT[key].data, columns)
-            lacks_answer = key == "problems" and part.source.grade in COMPARED and "answer" not in plan.made
+            lacks_answer = key == "problems" and part.source.grade in COMPARED and "answer" not in plan.outputs
             if lacks_answer and not hasattr(load_environment(self.environment), "get_reward"):
                 remedy = f"does not exist; choose from: {', '.join(columns)}"
                 raise UserError(Problem("answer_column", part.source.answer_column, remedy))

@@ -439,8 +439,10 @@ def _show_first_row(kind: Kind, split: Split, tokenizer: Any, args: Any) -> str:
     if kind == "conversation":
         return render(row["messages"])
     if kind == "prompt":
-        answer = f" (answer: {row['answer']})" if row.get("answer") else ""
-        return render(row["prompt"], add_generation_prompt=True) + answer
+        text = render(row["prompt"], add_generation_prompt=True)
+        if row.get("answer"):
+            text += f" (answer: {row['answer']})"
+        return text
     if "chosen" in row:
         return f"{render(row['prompt'] + row['chosen'])} (rejected: {row['rejected'][-1].get('content')})"
     return f"{render(row['prompt'] + row['completion'])} (label: {row['label']})"

@@ -370,3 +370,20 @@ def test_margins_are_optional_in_either_split(tmp_path: Path, lacks: str) -> Non
     assert train.column_names == (columns if lacks == "train" else [*columns, "margin"])
     # Without margins in training, those of the evaluation would give its loss another meaning.
     assert test.column_names == columns
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_evaluation_split_may_have_prompts_without_answers_if_they_have_a_column(
+    tmp_path: Path, streaming: bool
+) -> None:
+    pairs = [{"prompt": f"What is {i}?", "chosen": "That.", "rejected": "No."} for i in range(6)]
+    write_rows(tmp_path / "train.jsonl", pairs)
+    write_rows(tmp_path / "test.jsonl", [{"prompt": row["prompt"]} for row in pairs[:2]])
+    args = DataArguments(str(tmp_path), dataset_streaming=streaming)
+    _, test = load_splits(args, "prompt", evaluation=True)
+    assert test is not None
+    assert [row["prompt"][0]["content"] for row in test] == ["What is 0?", "What is 1?"]
+    whole = [{side: conversation(row["prompt"], row[side]) for side in ("chosen", "rejected")} for row in pairs]
+    write_rows(tmp_path / "train.jsonl", whole)
+    with pytest.raises(UserError, match="dataset_test_split: test: has no column chosen, rejected, unlike train"):
+        load_splits(args, "prompt", evaluation=True)
