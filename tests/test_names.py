@@ -13,9 +13,6 @@ PRONOUNS = {"found", "one", "own", "before", "asked", "given", "shown", "known",
 EXCEPTIONS: dict[str, str] = {}
 """Reasons for which a name is right, by `module:name`, such as a field of a file format."""
 
-NOT_YET = {"app", "data", "evaluation", "preferences", "training"}
-"""Packages and modules of `pipeline/` whose variables have not been renamed yet."""
-
 
 def stored_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Return the line and the name of every variable, argument, field of a class, and target of a loop or of `as`."""
@@ -36,7 +33,7 @@ def stored_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def modules() -> list[str]:
     """Return the paths of the modules from the root of the repository, such as `pipeline/rl/ppo.py`."""
     paths = [path.relative_to(ROOT) for package in ("pipeline", "recipes") for path in (ROOT / package).rglob("*.py")]
-    return sorted(path.as_posix() for path in paths if not (path.parts[0] == "pipeline" and path.parts[1] in NOT_YET))
+    return sorted(path.as_posix() for path in paths)
 
 
 @pytest.mark.parametrize("module", modules())
