@@ -83,8 +83,8 @@ def refuse(*problems: Problem | None) -> None:
 def refuse_values(*problems: Problem) -> None:
     """Raise a `ValueError` with the problems, if there are any, as constructors of the libraries' arguments do."""
     if problems:
-        refused = UserError(*problems)
-        raise ValueError(str(refused)) from refused
+        error = UserError(*problems)
+        raise ValueError(str(error)) from error
 
 
 class RunStopped(Exception):

@@ -154,8 +154,8 @@ class RunConsole:
             self.event(f"    {lost['rows']:,} of {lost['of']:,} {lost['what']}")
         stage = self.state.end(step, seconds, finished=True)
         line = f"{'measured' if step.kind == 'evaluate' else 'done'} in {time_in_words(seconds)}"
-        if stage.figure:
-            line = f"{stage.name}: {stage.figure}, {line}"
+        if stage.metric:
+            line = f"{stage.name}: {stage.metric}, {line}"
         self.event(f"    {line}")
 
     def stop(self, step: Step, seconds: float, code: int, *messages: str) -> None:
@@ -176,7 +176,7 @@ class RunConsole:
             print(f"its whole output: {self.log(step)}")
 
     def _view(self) -> RenderableType:
-        """Return the current content of the live view: for each stage, its state or figure, and a time.
+        """Return the current content of the live view: for each stage, its state or main metric, and a time.
 
         pocket, seed 0, in runs/pocket
         ✓  1_pretrain  bits per byte 2.640 -> 0.183                      1 min 38 s
@@ -228,11 +228,11 @@ class RunConsole:
                 return bar, f"{time_in_words(step_left)} left"
             return bar, time_in_words(progress.elapsed)
         if stage.status == "kept":
-            return Text(stage.figure), "kept"
+            return Text(stage.metric), "kept"
         if stage.status == "stopped":
             return Text(str(progress)), time_in_words(stage.seconds)
         if stage.status == "done":
-            return Text("; ".join(filter(None, [stage.figure, stage.lost]))), time_in_words(stage.seconds)
+            return Text("; ".join(filter(None, [stage.metric, stage.lost]))), time_in_words(stage.seconds)
         if stage.status == "waiting":
             return Text(stage.note, "dim"), ""
         return Text(stage.note), ""

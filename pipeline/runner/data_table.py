@@ -8,7 +8,7 @@ LONGEST_ROW = 160
 
 
 def describe_data(steps: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the lines of the table; `steps` are the entries of `run.json`, of which those of training have `read`.
+    """Return the lines of the table; `steps` are the entries of `run.json`; training steps have `read`.
 
     Steps that read the same rows in the same way are described together:
 

@@ -1,7 +1,7 @@
 """Make `accelerate launch` end with the exit code of the launched program, and without a traceback of its own.
 
 torch loads the entry points `torchrun.handlers` in every launcher, including `install_exit_hook`, which acts if the
-launcher starts a module of this project. The runner starts this module instead. It takes the arguments of `accelerate
+launcher starts a module of this project. The runner starts this module instead. It accepts the arguments of `accelerate
 launch`, does not need the project to be installed, and checks the launch file.
 """
 
@@ -91,7 +91,7 @@ def count_processes(num_processes: int | None, launch_file: str) -> int:
 
 
 def shards_model(launch_file: str) -> bool:
-    """Return whether a launch file splits the model over the processes, which PPO refuses."""
+    """Return whether a launch file splits the model over the processes, which PPO rejects."""
     return read_yaml(launch_file).get("distributed_type") in ("FSDP", "DEEPSPEED")
 
 

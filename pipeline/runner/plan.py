@@ -115,7 +115,7 @@ def read_plan(folder: Path, output_dir: Path | None = None, seed: int | None = N
         folder: Folder with files named `<number>_<kind>[_<anything>].yaml`, or one that is installed, such as pocket.
         output_dir: Directory of the run. Default: the parent of the files' `output_dir`, with `-smoke` if `smoke`.
         seed: Seed of every step. Default: each step's own.
-        smoke: Whether every stage takes two steps in miniature.
+        smoke: Whether every stage trains for two steps in miniature.
 
     Raises:
         UserError: With all files that are not steps, paths that no step writes and directories that cannot be used.
@@ -196,7 +196,7 @@ def _or_download(folder: Path) -> str:
 
 
 def _check_output_dir(output_dir: object, kind: str, path: Path) -> Problem | None:
-    """Check the directory that a file of this kind names: those of the runner and of a few kinds have fixed names."""
+    """Check the directory that a file of this kind names: the runner and a few kinds have fixed names."""
     fixed_name = STAGES[kind].directory
     if not isinstance(output_dir, str):
         return Problem("output_dir", path, "must name the directory that this step writes")

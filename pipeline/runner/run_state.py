@@ -1,4 +1,4 @@
-"""The state of a run in progress: its stages, their figures, and the time that is left."""
+"""The state of a run in progress: its stages, their main metrics, and the time that is left."""
 
 import signal
 import time
@@ -20,14 +20,15 @@ FEW_ROWS = 30
 
 @dataclass
 class Stage:
-    """A step of the recipe and, if it writes a model, its evaluation, which measures `figure`."""
+    """A step of the recipe and, if it writes a model, its evaluation, which measures `metric`."""
 
     name: str
     # Why the step is due; "" if it has never run.
     note: str = ""
     status: Literal["waiting", "running", "done", "kept", "stopped", "for people"] = "kept"
     seconds: float = 0.0
-    figure: str = ""
+    # Its main metric, such as "win rate 0.507 -> 0.772".
+    metric: str = ""
     # The rows that it truncated or dropped.
     lost: str = ""
 
@@ -37,6 +38,7 @@ class Progress:
     """The running step's reports, and their times, by `time.monotonic`.
 
     Attributes:
+        began: Time at which the step began.
         facts: The last value of each fact, see `pipeline.progress`.
         begin: Units done at the first report.
         first, last: Time and number of units of the second report, before which models are compiled, and of the last.
@@ -136,7 +138,7 @@ class RunState:
             name = directory if step.kind == "evaluate" else step.name
             stage = self.stages.setdefault(directory, Stage(name))
             if decision.action == "skip":
-                stage.figure = self.figure(directory)
+                stage.metric = self.main_metric(directory)
             elif stage.status == "kept":
                 stage.status = "waiting"
                 if decision.reason != "has not run yet":
@@ -170,9 +172,9 @@ class RunState:
             stage.note = ""
             return stage
         self.taken[step.name] = seconds
-        stage.figure = ""
+        stage.metric = ""
         if step.kind == "evaluate":
-            stage.figure = self.figure(directory)
+            stage.metric = self.main_metric(directory)
         lost = self.progress.facts.get("lost")
         if lost:
             stage.lost = ", ".join(f"{item['rows']:,} of {item['of']:,} {item['what']}" for item in lost)
@@ -209,7 +211,7 @@ class RunState:
 
     @property
     def doing(self) -> str:
-        """The running step's progress, in one line: "measuring  120 of 400 answers"."""
+        """The running step's progress, in one line: "measuring 120 of 400 answers"."""
         progress = str(self.progress)
         if self.running is None or self.running.kind != "evaluate":
             return progress
@@ -226,7 +228,7 @@ class RunState:
             number += " more"
         return f"waits for {number} {facts['unit']}"
 
-    def figure(self, stage: str) -> str:
+    def main_metric(self, stage: str) -> str:
         """Return the first aim of a stage that was measured, such as "win rate 0.507 -> 0.772"; "" if none was.
 
         The first number is the metric of the stage that it starts from, if that stage was measured, too.

@@ -49,7 +49,7 @@ class RunOptions:
         launch_file: Launch file of accelerate.
         num_processes: Processes of each training step. Default: as in the launch file.
         launcher: Words of the command that starts training steps on all machines of a cluster.
-        smoke: Whether every stage takes two steps in miniature.
+        smoke: Whether every stage trains for two steps in miniature.
         dry_run: Whether nothing is run or written.
         plain: Whether a line is printed for each event instead of a live view.
         verbose: Whether the steps' output is printed.
@@ -260,7 +260,7 @@ def conclusion(report: Path) -> list[str]:
 
 
 def _promises(promises: Sequence[Mapping[str, Any]], not_measured: Sequence[object]) -> str:
-    """Return how many of a recipe's promised figures a run keeps, as the end of a line; "" if it promises none."""
+    """Return how many promised metrics a run reaches, as the end of a line; "" if it promises none."""
     broken = sum(not promise["kept"] for promise in promises)
     if broken:
         return f", {broken} of {len(promises)} promised figures fall short"

@@ -162,7 +162,7 @@ def smoke_overrides(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         if not is_lower or name.startswith(("per_device_", "num_generations")):
             overrides[name] = limit
     if stage.samples and stage.measured:
-        # TRL refuses configurations with both fields.
+        # TRL rejects configurations with both fields.
         if "generation_batch_size" in values:
             overrides["generation_batch_size"] = stage.smoke["per_device_train_batch_size"]
         else:

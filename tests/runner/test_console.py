@@ -299,19 +299,19 @@ def test_the_main_figure_of_a_stage_is_shown() -> None:
     Path("runs/r/evaluations/3_ppo.json").write_text("{")
     state = RunState(Path("runs/r"), STEPS, TODO, {})
     shown = ["bits per byte 2.644", "", "instruction accuracy 0.930", ""]
-    assert [state.figure(step.name) for step in STEPS] == shown
+    assert [state.main_metric(step.name) for step in STEPS] == shown
 
 
 def test_without_grades_a_stage_is_judged_by_the_likelihood_of_answers() -> None:
     state = RunState(Path("runs/r"), STEPS, TODO, {})
     path = Path("runs/r/evaluations/2_sft.json")
-    assert state.figure("2_sft") == ""
+    assert state.main_metric("2_sft") == ""
     path.parent.mkdir(parents=True)
     own = {"stop_rate": {"value": 0.5}, "answer_bits_per_byte": {"value": 1.25}}
     path.write_text(json.dumps({"metrics": own}))
-    assert state.figure("2_sft") == "bits per byte of answers 1.250"
+    assert state.main_metric("2_sft") == "bits per byte of answers 1.250"
     path.write_text(json.dumps({"metrics": own | {"instruction_accuracy": {"value": 0.25}}}))
-    assert state.figure("2_sft") == "instruction accuracy 0.250"
+    assert state.main_metric("2_sft") == "instruction accuracy 0.250"
 
 
 def test_answers_and_votes_are_counted_and_a_run_that_waits_has_not_failed(
@@ -485,8 +485,14 @@ def test_few_rows_are_named_and_two_reward_models_are_not_compared() -> None:
     models = [Step(name, "reward", (), Path("runs/r", name)) for name in ("3_reward", "3_reward_judge")]
     todo = [(step, TODO[0][1]) for step in models]
     state = RunState(Path("runs/r"), models, todo, {})
-    assert [state.figure(step.name) for step in models] == ["reward accuracy 0.500", "reward accuracy 1.000 (n = 1)"]
-    assert RunState(Path("runs/r"), models, todo, {}, is_smoke=True).figure("3_reward_judge") == "reward accuracy 1.000"
+    assert [state.main_metric(step.name) for step in models] == [
+        "reward accuracy 0.500",
+        "reward accuracy 1.000 (n = 1)",
+    ]
+    assert (
+        RunState(Path("runs/r"), models, todo, {}, is_smoke=True).main_metric("3_reward_judge")
+        == "reward accuracy 1.000"
+    )
 
 
 def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
@@ -505,11 +511,11 @@ def test_a_figure_is_shown_against_the_stage_before_that_has_it() -> None:
     steps = [*STEPS[:2], twin, replace(STEPS[2], needs=("0_data", "1_pretrain")), STEPS[3]]
     steps.append(Step("evaluate_2_sft", "evaluate", (), Path("runs/r"), (Path("runs/r/evaluations/2_sft.json"),)))
     state = RunState(Path("runs/r"), steps, TODO, {})
-    assert state.figure("0_random") == "bits per byte 2.644"
-    assert state.figure("1_pretrain") == "bits per byte 2.644 -> 0.194"
-    assert state.figure("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
-    assert state.figure("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
-    assert state.figure("3_ppo") == ""
+    assert state.main_metric("0_random") == "bits per byte 2.644"
+    assert state.main_metric("1_pretrain") == "bits per byte 2.644 -> 0.194"
+    assert state.main_metric("1_pretrain_dense") == "bits per byte 2.644 -> 0.200", "it starts where the first one does"
+    assert state.main_metric("2_sft") == "instruction accuracy 0.020 -> 0.930", "which starts from the first"
+    assert state.main_metric("3_ppo") == ""
 
 
 def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
@@ -520,4 +526,4 @@ def test_two_ways_to_tune_one_model_are_shown_against_it() -> None:
     tuned = [Step(f"3_{kind}", kind, (), Path("runs/r", f"3_{kind}"), needs=("2_sft",)) for kind in ("ppo", "dpo")]
     steps = [*STEPS[:3], *tuned]
     state = RunState(Path("runs/r"), steps, [(step, TODO[0][1]) for step in steps], {})
-    assert [state.figure(step.name) for step in tuned] == ["win rate 0.500 -> 0.750", "win rate 0.500 -> 0.625"]
+    assert [state.main_metric(step.name) for step in tuned] == ["win rate 0.500 -> 0.750", "win rate 0.500 -> 0.625"]

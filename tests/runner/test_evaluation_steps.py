@@ -129,7 +129,7 @@ def test_the_model_that_the_first_stage_starts_from_has_a_figure(folder: Path) -
     Path("runs/r/evaluations/0_base.json").write_text('{"metrics": {"bits_per_byte": {"value": 1.5}}}')
     done = Decision("skip", "has finished", "")
     todo = [(step, done) for step in plan.steps if step.kind != "report"]
-    figures = {stage.name: stage.figure for stage in RunState(plan.run_dir, plan.steps, todo, {}).stages.values()}
+    figures = {stage.name: stage.metric for stage in RunState(plan.run_dir, plan.steps, todo, {}).stages.values()}
     assert list(figures) == ["0_base", "2_sft", "3_reward", "3_reward_judge", "3_ppo"]
     assert figures.pop("0_base") == "bits per byte 1.500" and not any(figures.values())
 
