@@ -37,11 +37,11 @@ from pipeline.runner.workload import (
     VLLM_LAYER,
     Machine,
     Outputs,
-    Settings,
+    Workload,
     advice,
     evaluation_seconds,
     memory,
-    read_stage,
+    read_workload,
 )
 
 ASSUMED = """
@@ -82,25 +82,25 @@ def main(args: argparse.Namespace) -> int:
     machine, steps = _check_steps([step for step in planned if step.stage.module], args)
 
     outputs = Outputs()
-    stages: dict[str, Settings] = {}
+    stages: dict[str, Workload] = {}
     other_entries: dict[str, dict[str, Any]] = {"other steps": {"hours": 0.0}, "evaluations": {"hours": 0.0}}
     for step in steps:
         with problems_of(step.name):
-            stage = read_stage(step, outputs, machine)
-        if stage is None:
+            work = read_workload(step, outputs, machine)
+        if work is None:
             text = 1e6 * (step.values.get("size_mb") or 0) + DOCUMENT * (step.values.get("max_train_samples") or 0)
             other_entries["other steps"]["hours"] += (START + text / TEXT_RATE) / 3600
         else:
             print(f"planning {step.output.name} ...", file=sys.stderr, flush=True)
-            stages[step.output.name] = stage
+            stages[step.output.name] = work
     if stages:
         first_stage = next(iter(stages.values()))
         for step in planned:
             if step.kind == "evaluate":
                 # Untrained models have as many weights as the models trained from them.
-                stage = stages.get(step.product.stem, first_stage)
-                other_entries["evaluations"]["hours"] += evaluation_seconds(step, stage, machine) / 3600
-    entries = {name: _entry(stage, machine) for name, stage in stages.items()}
+                work = stages.get(step.product.stem, first_stage)
+                other_entries["evaluations"]["hours"] += evaluation_seconds(step, work, machine) / 3600
+    entries = {name: _entry(work, machine) for name, work in stages.items()}
     for entry in [*entries.values(), *other_entries.values()]:
         entry["cost"] = machine.cost(entry["hours"])
     if args.json:
@@ -136,35 +136,35 @@ def _check_steps(steps: Sequence[Step], args: argparse.Namespace) -> tuple[Machi
     return Machine(processes, shards_model(launch_file), processor, args.mfu, args.price), changed
 
 
-def _entry(stage: Settings, machine: Machine) -> dict[str, Any]:
+def _entry(work: Workload, machine: Machine) -> dict[str, Any]:
     """Return what a stage takes, as `--json` prints it."""
     from pipeline.training.checks import disk_bytes
 
     peak = machine.processor.single
-    if stage.size == 2 and machine.processor.half:
+    if work.size == 2 and machine.processor.half:
         peak = machine.processor.half
-    seconds = stage.flops / stage.processes / (machine.mfu * peak)
+    seconds = work.flops / work.processes / (machine.mfu * peak)
     sampling = 0.0
-    if stage.kind.samples:
+    if work.kind.samples:
         # A batch of answers is sampled position by position, up to the longest answer.
-        positions = stage.rows / (stage.at_once * stage.processes) * stage.cut
-        layers = stage.model.config.get_text_config().num_hidden_layers
-        sampling = positions * layers * (VLLM_LAYER if stage.use_vllm else LAYER)
-    parts = {part: round(size) for part, size in memory(stage).items()}
+        positions = work.rows / (work.at_once * work.processes) * work.cut
+        layers = work.model.config.get_text_config().num_hidden_layers
+        sampling = positions * layers * (VLLM_LAYER if work.settings.use_vllm else LAYER)
+    parts = {part: round(size) for part, size in memory(work).items()}
     total = sum(parts.values())
     fits = total <= machine.processor.memory
     suggestion = ""
-    if machine.sharded and not stage.sharded:
+    if machine.sharded and not work.sharded:
         suggestion = "PPO cannot be sharded; run it separately with another launch file"
     elif not fits:
-        suggestion = advice(stage, machine.processor.memory)
+        suggestion = advice(work, machine.processor.memory)
     disk = 0
-    if stage.trained:
-        disk = disk_bytes(stage.trained, stage)[1]
+    if work.trained:
+        disk = disk_bytes(work.trained, work.settings)[1]
     return {
-        "parameters": stage.model.num_parameters(),
-        "tokens": round(stage.rows * stage.average),
-        "flops": stage.flops,
+        "parameters": work.model.num_parameters(),
+        "tokens": round(work.rows * work.average),
+        "flops": work.flops,
         "memory_bytes": {**parts, "total": total},
         "disk_bytes": disk,
         "hours": (START + seconds + sampling) / 3600,
