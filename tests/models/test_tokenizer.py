@@ -13,7 +13,7 @@ from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_re
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, as_text, special_tokens, train_tokenizer
+from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, escape_tokens, special_tokens, train_tokenizer
 from recipes.tokenizer import main
 from tests.helpers.files import write_rows
 
@@ -184,7 +184,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
 @given(parts=st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<|", "|>", "end"]), min_size=1, max_size=8))
 def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
     plain, spelled = (messages([text, text]) for text in ("a", "".join(parts)))
-    broken = as_text(spelled, special_tokens(tokenizer()))
+    broken = escape_tokens(spelled, special_tokens(tokenizer()))
     special = set(tokenizer().all_special_ids)
     assert [i for i in ids(broken) if i in special] == [i for i in ids(plain) if i in special]
     assert [m["content"].replace(" ", "") for m in broken] == [m["content"].replace(" ", "") for m in spelled]
@@ -192,7 +192,7 @@ def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
 
 def test_other_texts_are_left_alone() -> None:
     conversation = messages(["<end> <|end| >", "<think>a</think>"])
-    assert as_text(conversation, special_tokens(tokenizer())) == conversation
+    assert escape_tokens(conversation, special_tokens(tokenizer())) == conversation
 
 
 def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_templates(tmp_path: Path) -> None:
