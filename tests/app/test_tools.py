@@ -157,7 +157,7 @@ def rolled(site: Site, stage: str, seed: int) -> list[dict[str, str]]:
 def answers(site: Site, text: str, **options: Any) -> dict[str, dict[str, Any]]:
     """Return the last state of each column, with all of its tokens."""
     columns: dict[str, dict[str, Any]] = {}
-    for changed in compare.answer_all(site, compare.Asked(text=text, models=site.models.stages, **options)):
+    for changed in compare.answer_all(site, compare.CompareRequest(text=text, models=site.models.stages, **options)):
         for one in changed:
             before = columns.get(one["model"], {"tokens": []})["tokens"]
             columns[one["model"]] = {**one, "tokens": [*before, *one["tokens"]]}
