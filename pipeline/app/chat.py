@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.app.prompts import HeldOutPrompt
 
 HELP = """/example KIND  ask a held-out prompt of the run, optionally of a kind such as counting
-/stage NAME    go on with another stage of the run, such as 2_sft, or another folder or Hub id
+/stage NAME    continue with another stage of the run, such as 2_sft, or another folder or Hub id
 /new           begin a new conversation
 /keep          remember the conversation from now on, or, the next time, begin anew with each question
 /things        list all things that the run's data are about, if they are pocket's

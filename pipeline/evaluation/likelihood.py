@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.packing import IGNORED
 from pipeline.models.generation import encode_prompts
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 
 BATCH_TOKENS = 16384
 """Tokens in a batch, padding included."""
@@ -67,7 +67,7 @@ def answer_losses(
     options = dict(template or {})
     whole = []
     for conversation in conversations:
-        messages = as_text(conversation, pattern)
+        messages = escape_tokens(conversation, pattern)
         whole.append(tokenizer.apply_chat_template(messages, return_dict=False, **options))
     prompts = encode_prompts(tokenizer, [conversation[:-1] for conversation in conversations], template)
     sequences = []

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.files import as_list
 from pipeline.models.kernels.sampler import batches, sample
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 
 Messages = Sequence[dict[str, str]]
 
@@ -42,7 +42,9 @@ def encode_prompts(
     tokens = special_tokens(tokenizer)
     options = dict(template or {})
     return [
-        tokenizer.apply_chat_template(as_text(prompt, tokens), add_generation_prompt=True, return_dict=False, **options)
+        tokenizer.apply_chat_template(
+            escape_tokens(prompt, tokens), add_generation_prompt=True, return_dict=False, **options
+        )
         for prompt in prompts
     ]
 

@@ -4,8 +4,10 @@ Weights become float32 (Q5_0 and Q5_1 cannot be read); precision lost to quantis
 makes the same tokens as llama.cpp.
 
 transformers reads the header, the values and the metadata. Its conversion of a whole Llama or Qwen (`gguf_file=`) is
-not used: it needs the package gguf, ignores the divisors of Llama 3's frequencies, marks the model as quantised, which
-cannot be saved, and makes a tokenizer that splits numbers as no SmolLM model does, and pads with the end of turn.
+not used, because it needs the package gguf and marks the model as quantised, so that it cannot be saved. Moreover, it
+ignores the divisors of Llama 3's frequencies, leaves the biases of queries and keys in llama.cpp's order, fails for
+heads that are wider than their share of the hidden size, and makes a tokenizer that splits numbers as no SmolLM model
+does, and pads with the end of turn.
 """
 
 import argparse

@@ -177,8 +177,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)))
 
 
-def as_text(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:
-    """Insert spaces into special tokens in messages, so that only the chat template writes any.
+def escape_tokens(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]) -> list[dict[str, Any]]:
+    """Insert a space into each special token in messages, so that only the chat template writes any.
 
     "<|end|>" becomes "< |end|>". In the text of a conversation, the tokenizer cannot distinguish them from the
     template's own. `apply_chat_template(sanitize_control_tokens=True)` fails for tokenizers that also have them as

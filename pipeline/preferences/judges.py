@@ -20,7 +20,7 @@ from pipeline.data.messages import Row, as_messages
 from pipeline.errors import Problem, UserError
 from pipeline.models.kernels.token_trees import share_beginnings
 from pipeline.models.loading import is_reward_model, load_config, load_model, user_error_for
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 from pipeline.rewards.grading import is_gradable
 from pipeline.rewards.loading import call_reward, load_function
 
@@ -159,7 +159,7 @@ def score(
     positions = getattr(config, "max_position_embeddings", None) or 0
     encoded = []
     for conversation in conversations:
-        ids = tokenizer.apply_chat_template(as_text(conversation, pattern), return_dict=False)
+        ids = tokenizer.apply_chat_template(escape_tokens(conversation, pattern), return_dict=False)
         encoded.append(tuple(ids[-positions:]))
     pad = config.pad_token_id
     # Conversations that begin alike are in one batch, or else those of similar length.

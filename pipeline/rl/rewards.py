@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import Problem, UserError
 from pipeline.models.kernels.token_trees import share_beginnings
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 
 
 class RewardModel:
@@ -73,7 +73,7 @@ class RewardModel:
 
     def render(self, messages: list[dict[str, Any]], ended: bool) -> str:
         """Return a conversation's text, without what the template adds to a last turn that has not ended."""
-        conversation = as_text(messages, self._special)
+        conversation = escape_tokens(messages, self._special)
         options = {"tokenize": False, **self.template}
         # A template that omits parts of a message may omit its end.
         with suppress(ValueError):

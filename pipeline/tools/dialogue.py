@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import get_training_chat_template, parse_response
 
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 from pipeline.tools.functions import MANY
 
 # transformers would parse a tool's docstring again for each turn.
@@ -272,7 +272,7 @@ def result_tokens(
     """
     call = {"type": "function", "function": {"name": results[0]["name"], "arguments": {}}}
     calling = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    answered = [*calling, *as_text(results, special_tokens(tokenizer))]
+    answered = [*calling, *escape_tokens(results, special_tokens(tokenizer))]
     prefix = tokenizer.apply_chat_template(calling, return_dict=False, **template)
     whole = tokenizer.apply_chat_template(answered, add_generation_prompt=True, return_dict=False, **template)
     # Some templates write a line feed after the end of a turn, which the model has not sampled.

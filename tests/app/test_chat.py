@@ -23,52 +23,52 @@ def chat(path: Path, typed: str, monkeypatch: pytest.MonkeyPatch, *options: str)
 def test_it_answers_in_turns_and_switches_stages(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[list[dict[str, str]]] = []
+    conversations: list[list[dict[str, str]]] = []
     encode = Loaded.encode
 
-    def remember(self: Loaded, messages: list[dict[str, str]], *others: Any) -> list[int]:
-        asked.append(list(messages))
-        return encode(self, messages, *others)
+    def remember(self: Loaded, messages: list[dict[str, str]], *options: Any) -> list[int]:
+        conversations.append(list(messages))
+        return encode(self, messages, *options)
 
     monkeypatch.setattr(Loaded, "encode", remember)
     assert chat(run / "4_grpo", "What is 12?\nAnd 21?\n/stage 2_sft\nWho?\n/new\nA cat.\n/stage x\n", monkeypatch) == 0
     assert chat(run / "4_grpo", "/help\n/example fish\nOne.\n/example\n/example problem\nTwo.\n", monkeypatch) == 0
-    assert [len(messages) for messages in asked] == [1, 3, 5, 1, 1, 1, 1, 3], "an example begins anew"
-    assert asked[1][0]["content"] == "What is 12?" and asked[1][1]["role"] == "assistant"
-    shown = capsys.readouterr().out
-    assert "2_sft answers from now on" in shown
-    assert "/stage: x: " in shown, "a stage that is not there ends nothing"
-    assert "/example KIND" in shown and "/example: fish: choose from: problem, prompt" in shown
-    assert asked[5][0]["content"] == asked[6][0]["content"] == "What is 0 and 0?"
-    assert shown.count("Asked: What is 0 and 0?") == 2 and shown.count("The right result is 0.") >= 1
+    assert [len(messages) for messages in conversations] == [1, 3, 5, 1, 1, 1, 1, 3], "an example begins anew"
+    assert conversations[1][0]["content"] == "What is 12?" and conversations[1][1]["role"] == "assistant"
+    printed = capsys.readouterr().out
+    assert "2_sft answers from now on" in printed
+    assert "/stage: x: " in printed, "a stage that is not there ends nothing"
+    assert "/example KIND" in printed and "/example: fish: choose from: problem, prompt" in printed
+    assert conversations[5][0]["content"] == conversations[6][0]["content"] == "What is 0 and 0?"
+    assert printed.count("Asked: What is 0 and 0?") == 2 and printed.count("The right result is 0.") >= 1
 
 
 def test_each_question_begins_anew_in_a_run_of_single_questions(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pocket's models answered the second question with the words of the first."""
-    asked: list[list[dict[str, str]]] = []
+    conversations: list[list[dict[str, str]]] = []
     encode = Loaded.encode
 
-    def remember(self: Loaded, messages: list[dict[str, str]], *others: Any) -> list[int]:
-        asked.append(list(messages))
-        return encode(self, messages, *others)
+    def remember(self: Loaded, messages: list[dict[str, str]], *options: Any) -> list[int]:
+        conversations.append(list(messages))
+        return encode(self, messages, *options)
 
     monkeypatch.setattr(Loaded, "encode", remember)
     (tmp_path / "4_grpo").symlink_to(run / "4_grpo")
     (tmp_path / "run.json").write_text("{}")
     question, answer = {"role": "user", "content": "What is 12?"}, {"role": "assistant", "content": "12"}
-    conversations = tmp_path / "data" / "sft" / "test.parquet"
-    conversations.parent.mkdir(parents=True)
-    Dataset.from_list([{"messages": [question, answer]}] * 2).to_parquet(conversations)
+    data = tmp_path / "data" / "sft" / "test.parquet"
+    data.parent.mkdir(parents=True)
+    Dataset.from_list([{"messages": [question, answer]}] * 2).to_parquet(data)
     assert chat(tmp_path / "4_grpo", "What is 12?\nAnd 21?\n/keep\nWho?\nA cat.\n", monkeypatch) == 0
-    assert [len(messages) for messages in asked] == [1, 1, 3, 5]
+    assert [len(messages) for messages in conversations] == [1, 1, 3, 5]
     assert capsys.readouterr().err.count("/keep") == 1, "it says so, once"
 
-    asked.clear()
-    Dataset.from_list([{"messages": [question, answer] * 2}] * 2).to_parquet(conversations)
+    conversations.clear()
+    Dataset.from_list([{"messages": [question, answer] * 2}] * 2).to_parquet(data)
     assert chat(tmp_path / "4_grpo", "What is 12?\nAnd 21?\n", monkeypatch) == 0
-    assert [len(messages) for messages in asked] == [1, 3], "a run with longer conversations"
+    assert [len(messages) for messages in conversations] == [1, 3], "a run with longer conversations"
     assert "/keep" not in capsys.readouterr().err
 
 
@@ -76,9 +76,9 @@ def test_a_conversation_beyond_the_context_is_refused_with_both_numbers(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat(run / "4_grpo", "cat " * 300 + "\nWhat is 12?\n", monkeypatch)
-    shown = capsys.readouterr().out.splitlines()
-    assert "tokens: is longer than the context of 4_grpo, which is 256 tokens" in shown[0]
-    assert len(shown) >= 2, "the next question is answered"
+    lines = capsys.readouterr().out.splitlines()
+    assert "tokens: is longer than the context of 4_grpo, which is 256 tokens" in lines[0]
+    assert len(lines) >= 2, "the next question is answered"
 
 
 def test_control_characters_of_an_answer_are_shown_and_not_sent_to_the_terminal(
@@ -87,9 +87,9 @@ def test_control_characters_of_an_answer_are_shown_and_not_sent_to_the_terminal(
     hostile = "\x1b]0;owned\x07\x1b[31m\u202egnp"
     monkeypatch.setattr("pipeline.app.models.Answer.text", hostile)
     chat(run / "2_sft", "What is 12?\n", monkeypatch)
-    shown = capsys.readouterr().out
-    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
-    assert "␛]0;owned␇" in shown and "⟨U+202E⟩" in shown
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\u202e"} & set(printed)
+    assert "␛]0;owned␇" in printed and "⟨U+202E⟩" in printed
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_streamed_answers_are_those_of_the_sampler(run: Path) -> None:
         for place, token in enumerate(answer.tokens):
             assert token.log_prob == pytest.approx(float(log_probs[place, token.id]), abs=1e-3)
             best = log_probs[place].topk(5).indices.tolist()
-            assert [other for other, _ in token.alternatives] == [tokenizer.decode([one]) for one in best]
+            assert [text for text, _ in token.alternatives] == [tokenizer.decode([ids]) for ids in best]
 
 
 def test_an_adapter_is_a_stage_of_the_run(run: Path, tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def until(browser: Any, condition: Any, message: str = "") -> Any:
 
 def columns(browser: Any) -> dict[str, str]:
     """The text of each column that is shown, by the name of its model."""
-    shown = browser.find_elements(By.CSS_SELECTOR, "#answers article:not([hidden])")
-    return {column.get_attribute("data-model"): column.get_property("innerText") for column in shown}
+    columns = browser.find_elements(By.CSS_SELECTOR, "#answers article:not([hidden])")
+    return {column.get_attribute("data-model"): column.get_property("innerText") for column in columns}
 
 
 def wait_for_answers(browser: Any) -> dict[str, str]:
@@ -178,11 +178,11 @@ def test_sections_have_addresses_and_the_path_leads_to_them(browser: Any, page: 
 def test_every_stage_answers_and_text_stays_text(browser: Any, page: str) -> None:
     visit(browser, page)
     typed = HOSTILE.translate({0: "", 7: "", 0x1B: "", 0xD800: ""}) + "[x](https://example.com) **bold**"
-    shown = ask(browser, typed)
-    assert [name for name in shown if name in STAGES] == STAGES
+    answers = ask(browser, typed)
+    assert [name for name in answers if name in STAGES] == STAGES
     for name in STAGES:
-        assert re.search(r"\d+ tokens · \d+ tokens/s · (ended its answer|limit of|the context of)", shown[name])
-    (failed,) = (text for name, text in shown.items() if name not in STAGES)
+        assert re.search(r"\d+ tokens · \d+ tokens/s · (ended its answer|limit of|the context of)", answers[name])
+    (failed,) = (text for name, text in answers.items() if name not in STAGES)
     assert "no tokenizer can be loaded" in failed, "a model that fails to load is a message in its column"
     # A prompt of the report, which is hostile too, fills the box and is sent.
     browser.find_element(By.CSS_SELECTOR, "#compare .chips button[data-text]").click()
@@ -204,11 +204,11 @@ def test_an_answer_never_stands_below_another_prompt(browser: Any, page: str) ->
     until(browser, lambda: "tokens" in columns(browser)["0_random"])
     type_prompt(browser, "What is 12?")
     ActionChains(browser).double_click(send).perform()
-    asked = browser.find_element(By.CSS_SELECTOR, "#compare-status q")
-    assert asked.text.strip("“”") == "What is 12?"
+    question = browser.find_element(By.CSS_SELECTOR, "#compare-status q")
+    assert question.text.strip("“”") == "What is 12?"
     timed = re.compile(r"\d+ tokens/s")
-    shown = wait_for_answers(browser)
-    assert [timed.sub("", text) for text in shown.values()] == [timed.sub("", text) for text in alone.values()]
+    answers = wait_for_answers(browser)
+    assert [timed.sub("", text) for text in answers.values()] == [timed.sub("", text) for text in alone.values()]
     send_and_stop = "document.getElementById('compare-form').requestSubmit(); document.getElementById('stop').click()"
     browser.execute_script(send_and_stop)
     assert all("stopped" in text for text in columns(browser).values()), "a stopped answer says so"
@@ -246,10 +246,10 @@ def test_each_token_shows_its_alternatives_beside_it_by_pointer_and_by_key(brows
     place += "p.bottom, t.top, t.bottom, innerHeight]"
     top, bottom, above, below, height = browser.execute_script(place, popover, tokens[1])
     assert top >= 0 and bottom <= height and (0 <= top - below < 9 or 0 <= above - bottom < 9), "it is at the token"
-    before, focused = popover.text, browser.switch_to.active_element
+    text, focused = popover.text, browser.switch_to.active_element
     focused.send_keys(Keys.ARROW_RIGHT)
     assert browser.switch_to.active_element == tokens[2]
-    assert popover.text != before or tokens[2].text == tokens[1].text
+    assert popover.text != text or tokens[2].text == tokens[1].text
     reachable = [token for token in tokens if token.get_attribute("tabindex") == "0"]
     assert len(reachable) <= 2, "one stop for the tabulator, not one for each token"
     ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "#sections a")).perform()
@@ -285,9 +285,9 @@ def test_a_rollout_is_watched_step_by_step(browser: Any, page: str) -> None:
     browser.find_element(By.ID, "rollout-go").click()
     until(browser, lambda: len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown section")) == 4)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#rollout-shown .group li")) == 4, "one card for each attempt"
-    shown = browser.find_element(By.ID, "rollout-shown").text
+    text = browser.find_element(By.ID, "rollout-shown").text
     for words in ("1. Prompt", "2. Completions", "exact_answer: 0.00", "All are equal here", "times as likely"):
-        assert words in shown
+        assert words in text
     browser.find_element(By.CSS_SELECTOR, "#rollout input[value='3_ppo']").click()
     until(browser, lambda: not browser.find_element(By.ID, "rollout-answer").is_displayed())
     assert browser.find_element(By.ID, "rollout-shown").text == "", "nothing of GRPO stands below PPO"
@@ -342,19 +342,19 @@ def use(browser: Any, control: Any) -> None:
 def test_every_control_does_something_and_nothing_fails(browser: Any, page: str) -> None:
     visit(browser, page, 1280)
     used: list[str] = []
-    while found := browser.execute_script(UNUSED, used):
-        key, control = found
+    while controls := browser.execute_script(UNUSED, used):
+        key, control = controls
         used.append(key)
         # Several boxes of the path lead to the same section.
         browser.execute_script("history.replaceState(null, '', location.pathname)")
         browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", control)
-        before = browser.execute_script(STATE)
+        state = browser.execute_script(STATE)
         use(browser, control)
-        until(browser, lambda: browser.execute_script(STATE) != before, f"{key} does nothing")  # noqa: B023
+        until(browser, lambda: browser.execute_script(STATE) != state, f"{key} does nothing")  # noqa: B023
         until(browser, lambda: browser.execute_script(IDLE), f"{key} does not end")
     assert {"send", "answer-a", "vote-tie", "vote-undo", "prefer-send", "prefer-others", "rollout-go"} <= set(used)
     assert len(used) > 50
     log = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    answers = [one["params"]["response"] for one in log if one["method"] == "Network.responseReceived"]
+    answers = [entry["params"]["response"] for entry in log if entry["method"] == "Network.responseReceived"]
     assert [answer["url"] for answer in answers if answer["status"] >= 400] == []
     assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import socket
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,11 @@ RECIPE: dict[str, dict[str, Any]] = {
 OUTPUTS = {"3_votes": "runs/toy/votes", "3_reward": "runs/toy/3_reward", "3_ppo": "runs/toy/3_ppo"}
 
 
-def vote(client: TestClient, name: str, wanted: int) -> dict[str, Any]:
+def vote(client: TestClient, name: str, votes: int) -> dict[str, Any]:
     """Prefer the answer with the larger share of "red", until so many votes are there; returns the state."""
     who = {"annotator": name, "page": "page"}
     answer = client.post("/prefer/next", json=who).json()
-    while answer["state"]["usable"] < wanted:
+    while answer["state"]["usable"] < votes:
         pair = answer["pair"]
         red = [toy.share_of_red([[{"content": pair[place]}]])[0] for place in ("first", "second")]
         choice = "tie" if red[0] == red[1] else ("first", "second")[red[0] < red[1]]
@@ -77,7 +78,8 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     monkeypatch.chdir(tmp_path)
     toy.policy().save_pretrained("policy")
     toy.tokenizer().save_pretrained("policy")
-    write_rows(Path("prompts.jsonl"), [{"prompt": f"{one} {other}"} for one in toy.WORDS for other in toy.WORDS])
+    pairs = product(toy.WORDS, repeat=2)
+    write_rows(Path("prompts.jsonl"), [{"prompt": f"{first} {second}"} for first, second in pairs])
     Path("accelerate_config.yaml").symlink_to(ROOT / "accelerate_config.yaml")
     Path("recipe").mkdir()
     for name, values in RECIPE.items():
@@ -93,12 +95,12 @@ def test_a_run_waits_for_people_and_its_policy_follows_their_taste(
     status.main(argparse.Namespace(run=Path("runs/toy")))
     assert re.search(r"3_votes +waiting .*waits for people's votes", capfd.readouterr().out)
 
-    shown: list[Site] = []
-    monkeypatch.setattr(server, "serve", shown.append)
+    sites: list[Site] = []
+    monkeypatch.setattr(server, "serve", sites.append)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     assert main(["app", "runs/toy", "--min_p", "0", "--max_new_tokens", "6", "--port", port]) == 0
-    (site,), app = shown, FastAPI()
+    (site,), app = sites, FastAPI()
     assert site.models.names == ["policy"], "the command that the waiting run names works as it is"
     app.include_router(routes(site))
     with TestClient(app) as client:

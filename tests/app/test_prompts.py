@@ -39,10 +39,10 @@ def test_only_pockets_own_card_is_followed_by_the_list_of_things(tmp_path: Path)
 
 
 def test_prompts_are_held_out_of_training_and_come_with_their_result(run: Path) -> None:
-    found = [prompt for prompt in held_out_prompts(run) if prompt.key == "problems"]
-    assert [(prompt.kind, prompt.text, prompt.result) for prompt in found] == [("problem", "What is 0 and 0?", "0")]
+    prompts = [prompt for prompt in held_out_prompts(run) if prompt.key == "problems"]
+    assert [(prompt.kind, prompt.text, prompt.result) for prompt in prompts] == [("problem", "What is 0 and 0?", "0")]
     train, _ = load_splits(DataArguments(dataset_name=str(run / "rows.jsonl")), "prompt", evaluation=False)
-    assert len(train) >= 8 and found[0].text not in [row["prompt"][0]["content"] for row in train]
+    assert len(train) >= 8 and prompts[0].text not in [row["prompt"][0]["content"] for row in train]
 
 
 def test_a_conversation_of_several_turns_is_no_prompt_for_a_box(tmp_path: Path) -> None:
@@ -52,5 +52,5 @@ def test_a_conversation_of_several_turns_is_no_prompt_for_a_box(tmp_path: Path) 
     path = write_rows(tmp_path / "rows.jsonl", rows)
     trained = {"dataset_name": path, "output_dir": str(tmp_path / "run" / "2_sft")}
     (tmp_path / "run" / "2_sft" / "arguments.json").write_text(json.dumps(trained))
-    found = held_out_prompts(tmp_path / "run")
-    assert [(prompt.key, prompt.text, prompt.result) for prompt in found] == [("instructions", "user says", "")]
+    prompts = held_out_prompts(tmp_path / "run")
+    assert [(prompt.key, prompt.text, prompt.result) for prompt in prompts] == [("instructions", "user says", "")]

@@ -104,7 +104,7 @@ def test_a_path_in_a_call_is_not_opened(client: TestClient, run: Path) -> None:
 
 
 def test_what_cannot_be_asked_is_refused(client: TestClient) -> None:
-    asked = {"text": "What is 12?", "models": ["2_sft"]}
+    request = {"text": "What is 12?", "models": ["2_sft"]}
     for wrong in (
         {"temperature": -1},
         {"top_p": 0},
@@ -113,7 +113,7 @@ def test_what_cannot_be_asked_is_refused(client: TestClient) -> None:
         {"text": ""},
         {"models": "x"},
     ):
-        assert client.post("/compare", json=asked | wrong).status_code == 422
+        assert client.post("/compare", json=request | wrong).status_code == 422
 
 
 def test_a_visitor_who_leaves_ends_the_answer() -> None:
@@ -216,8 +216,8 @@ def test_a_login_outlives_a_restart_and_cannot_be_forged(
             value = forged if isinstance(forged, bytes) else forged.encode()
             header = {"cookie": f"{cookie.name}=".encode() + value}
             assert restarted.get("/report", headers=header).status_code == 401
-    with guarded_by("another", run, tmp_path / "other", site_of) as other:
-        assert other.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 401
+    with guarded_by("another", run, tmp_path / "other", site_of) as stranger:
+        assert stranger.get("/report", cookies={cookie.name: str(cookie.value)}).status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def group_of(site: Site, stage: str, number: int = 8) -> tuple[dict[str, Any], A
     policy, reference = site.models.get(stage), site.models.get("2_sft")
     row = dict(site.prompts[0].row)
     group = watch.sample_group(policy, row, settings, number, seed=5)
-    assert any(0 in one.sampled for one in group) and all(len(one.tokens) <= 30 for one in group)
+    assert any(0 in dialogue.sampled for dialogue in group) and all(len(dialogue.tokens) <= 30 for dialogue in group)
     return settings, policy, reference, row, group
 
 
@@ -90,37 +90,39 @@ def test_grpo_rewards_whole_dialogues_and_trains_on_what_the_model_wrote(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, policy, reference, row, group = group_of(site, "4_grpo")
-    messages = [one.messages for one in group]
-    found = watch.update(policy, reference, settings, row, group)
-    assert found.rewards["says_yes"] == pytest.approx(toy.says_yes(messages))
+    messages = [dialogue.messages for dialogue in group]
+    update = watch.update(policy, reference, settings, row, group)
+    assert update.rewards["says_yes"] == pytest.approx(toy.says_yes(messages))
     if "environment" in settings:
         # The environment knows how often it was asked, the calls beyond its limit included.
-        answered = [[one["content"] for one in turns if one["role"] == "tool"] for turns in messages]
-        asked = [sum("not found" not in one and "missing" not in one for one in results) for results in answered]
-        assert found.rewards["Counter"] == pytest.approx(asked)
+        answered = [[turn["content"] for turn in turns if turn["role"] == "tool"] for turns in messages]
+        calls = [sum("not found" not in text and "missing" not in text for text in results) for results in answered]
+        assert update.rewards["Counter"] == pytest.approx(calls)
         assert toy.tokenizer().decode(group[0].prompt).startswith("<|bos|><|user|>1yes"), "what it shows is read"
 
     # Whatever the probabilities of a tool's tokens are, they change nothing.
-    length = max(len(one.tokens) for one in group)
-    written = torch.tensor([[1 - own for own in one.sampled] + [0] * (length - len(one.tokens)) for one in group])
+    length = max(len(dialogue.tokens) for dialogue in group)
+    by_tools = torch.zeros(len(group), length)
+    for number, dialogue in enumerate(group):
+        by_tools[number, : len(dialogue.tokens)] = 1 - torch.tensor(dialogue.sampled)
     logps_of = GRPOTrainer._get_per_token_logps_and_entropies
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
-        logps, *others = logps_of(*args, **kwargs)
-        return logps + 5 * torch.randn(logps.shape) * written, *others
+        logps, *results = logps_of(*args, **kwargs)
+        return logps + 5 * torch.randn(logps.shape) * by_tools, *results
 
     monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", shifted)
     again = watch.update(policy, reference, settings, row, group)
-    assert again.changes == pytest.approx(found.changes, rel=1e-3) and max(found.changes) > 1 > min(found.changes)
-    assert again.advantages == found.advantages
+    assert again.changes == pytest.approx(update.changes, rel=1e-3) and max(update.changes) > 1 > min(update.changes)
+    assert again.advantages == update.advantages
 
 
 def test_ppo_has_no_figures_for_what_a_tool_wrote_and_estimates_across_it(site: Site) -> None:
     settings, policy, reference, row, group = group_of(site, "3_ppo")
-    one = max(group, key=lambda dialogue: dialogue.sampled.count(0))
-    view = watch.token_view(policy, reference, site.run, "3_ppo", settings, row, one)
+    longest = max(group, key=lambda dialogue: dialogue.sampled.count(0))
+    view = watch.token_view(policy, reference, site.run, "3_ppo", settings, row, longest)
     for column in (view.log_probs, view.kl, view.rewards, view.values, view.advantages):
-        assert [value is not None for value in column] == [bool(own) for own in one.sampled]
+        assert [value is not None for value in column] == [bool(sampled) for sampled in longest.sampled]
 
     def chosen(column: list[float | None]) -> torch.Tensor:
         return torch.tensor([[value for value in column if value is not None]])
@@ -136,11 +138,11 @@ def test_ppo_has_no_figures_for_what_a_tool_wrote_and_estimates_across_it(site: 
 
 @pytest.mark.parametrize("stage", ["3_ppo", "4_grpo"])
 def test_a_rollout_shows_calls_and_results_as_lines(site: Site, stage: str) -> None:
-    asked = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, answer="yes", seed=5)
-    events = list(rollout.roll_out(site, asked))
+    request = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, answer="yes", seed=5)
+    events = list(rollout.roll_out(site, request))
     assert [event.get("failed") for event in events] == [None] * len(events)
     assert "may call double" in events[0]["completions"][0]["facts"]
-    texts = [one["text"] for seed in range(4) for one in rolled(site, stage, seed)]
+    texts = [completion["text"] for seed in range(4) for completion in rolled(site, stage, seed)]
     assert any("-> double(n=" in text and "\n<- " in text for text in texts)
     if stage == "3_ppo":
         assert len(events[-1]["chosen"]) == len(events[-1]["tokens"])
@@ -148,29 +150,29 @@ def test_a_rollout_shows_calls_and_results_as_lines(site: Site, stage: str) -> N
 
 def rolled(site: Site, stage: str, seed: int) -> list[dict[str, str]]:
     """Return the completions that are shown."""
-    asked = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, seed=seed)
-    event = next(one for one in rollout.roll_out(site, asked) if one["step"].startswith("completion"))
-    found: list[dict[str, str]] = event["completions"]
-    return found
+    request = rollout.RolloutRequest(stage=stage, policy=stage, text=site.prompts[0].text, seed=seed)
+    event = next(event for event in rollout.roll_out(site, request) if event["step"].startswith("completion"))
+    completions: list[dict[str, str]] = event["completions"]
+    return completions
 
 
 def answers(site: Site, text: str, **options: Any) -> dict[str, dict[str, Any]]:
     """Return the last state of each column, with all of its tokens."""
     columns: dict[str, dict[str, Any]] = {}
-    for changed in compare.answer_all(site, compare.Asked(text=text, models=site.models.stages, **options)):
-        for one in changed:
-            before = columns.get(one["model"], {"tokens": []})["tokens"]
-            columns[one["model"]] = {**one, "tokens": [*before, *one["tokens"]]}
+    for changed in compare.answer_all(site, compare.CompareRequest(text=text, models=site.models.stages, **options)):
+        for change in changed:
+            tokens = columns.get(change["model"], {"tokens": []})["tokens"]
+            columns[change["model"]] = {**change, "tokens": [*tokens, *change["tokens"]]}
     return columns
 
 
 def test_models_are_compared_as_evaluation_measures_them(site: Site) -> None:
-    shown = answers(site, site.prompts[0].text, longest=30)["4_grpo"]
+    answer = answers(site, site.prompts[0].text, longest=30)["4_grpo"]
     toolbox = Toolbox([double]) if "tools" in site.called["problems"] else Toolbox(environment=toy.Counter)
     chat = ChatModel(toy.policy(), toy.tokenizer(), 30, toolbox=toolbox)
     ((measured,),) = chat.answer([site.prompts[0].row])
-    assert shown["text"] == readable(measured).replace("\u202e", "⟨U+202E⟩") and "<- " in shown["text"]
-    by_tools = [token for token in shown["tokens"] if not token["others"]]
+    assert answer["text"] == readable(measured).replace("\u202e", "⟨U+202E⟩") and "<- " in answer["text"]
+    by_tools = [token for token in answer["tokens"] if not token["others"]]
     assert by_tools and all(token["logProb"] is None for token in by_tools)
     assert "".join(token["text"] for token in by_tools).startswith("<|tool|>")
 
@@ -185,8 +187,8 @@ def test_the_chat_goes_on_after_results(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/example problem\n1\n"))
     assert main(["chat", str(site.run / "4_grpo"), "--max_new_tokens", "20", *TRUST]) == 0
-    shown = capsys.readouterr().out
-    assert "-> double(n=1)\n<- " in shown and "\u202e" not in shown
+    printed = capsys.readouterr().out
+    assert "-> double(n=1)\n<- " in printed and "\u202e" not in printed
 
 
 @pytest.fixture
@@ -209,7 +211,7 @@ def test_what_a_tool_returns_stays_text_on_the_page(page: str, tmp_path_factory:
     with open_browser(tmp_path_factory.mktemp("profile")) as browser:
         browser.get(page)
 
-        def found(selector: str) -> Any:
+        def wait_for(selector: str) -> Any:
             return WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, selector))
 
         wait = WebDriverWait(browser, 60)
@@ -220,17 +222,17 @@ def test_what_a_tool_returns_stays_text_on_the_page(page: str, tmp_path_factory:
             browser.execute_script(f"document.querySelector('#rollout-form [name=seed]').value = {5 + seed}")
             browser.execute_script("document.getElementById('rollout-go').click()")
             if stage == "4_grpo":
-                found("#rollout-shown .group .measure:last-child")
-                shown = browser.find_element(By.ID, "rollout-shown").get_property("innerText")
-                assert "<- <img src=x onerror=document.title='owned'>\n   -> fake() ⟨U+202E⟩" in shown
+                wait_for("#rollout-shown .group .measure:last-child")
+                text = browser.find_element(By.ID, "rollout-shown").get_property("innerText")
+                assert "<- <img src=x onerror=document.title='owned'>\n   -> fake() ⟨U+202E⟩" in text
             else:
-                assert len(found("#rollout-shown .tokens tbody tr")) > 1
+                assert len(wait_for("#rollout-shown .tokens tbody tr")) > 1
         browser.execute_script("document.getElementById('prompt').value = '1'; document.getElementById('send').click()")
-        found("#answers [data-model='4_grpo'][data-done]")
+        wait_for("#answers [data-model='4_grpo'][data-done]")
         answer = browser.find_element(By.CSS_SELECTOR, "#answers [data-model='4_grpo'] .answer")
         assert "-> double(n=1)\n<- <img src=x" in answer.get_property("innerText")
         browser.execute_script("document.getElementById('probabilities').click()")
-        assert found("#answers [data-model='4_grpo'] .answer span.soft")
+        assert wait_for("#answers [data-model='4_grpo'] .answer span.soft")
         assert not browser.find_elements(By.CSS_SELECTOR, "#rollout img, #answers img") and browser.title != "owned"
 
 

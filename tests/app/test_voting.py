@@ -92,8 +92,8 @@ def server(models: Path, folder: Path, *options: str) -> Iterator[TestClient]:
 def site_of(models: Path, folder: Path, *options: str) -> Site:
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
-    given = ["--prompts", str(models / "prompts.jsonl"), "--max_new_tokens", "6", *options]
-    return Site(folder, Models(folder), parser.parse_args([str(folder), *given]))
+    arguments = ["--prompts", str(models / "prompts.jsonl"), "--max_new_tokens", "6", *options]
+    return Site(folder, Models(folder), parser.parse_args([str(folder), *arguments]))
 
 
 def serve(models: Path, folder: Path, *options: str) -> FastAPI:
@@ -107,18 +107,18 @@ def votes_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_vote_says_which_text_was_preferred_and_which_was_seen_first(models: Path, tmp_path: Path) -> None:
-    seen = []
+    choices = []
     with server(models, tmp_path, "--pair", "2_sft", "3_ppo") as client:
         ann = Voter(client, "ann")
         assert "no votes between" in ann.ask("rates")[0] and ann.state["pace"] is None
         for number, choice in enumerate(["first", "second", "tie", "bad", "skip"] * 3):
-            seen.append((choice, ann.pair))
+            choices.append((choice, ann.pair))
             assert "2_sft" not in json.dumps(ann.pair) and "3_ppo" not in json.dumps(ann.pair)
             ann.vote(choice, comment=f"no. {number}")
             assert ann.state["count"] == number + 1 == len(votes_in(tmp_path)), "on disk before the page says so"
-        own = [vote["choice"] == {"2_sft": "b"}.get(vote["model_a"]) for vote in votes_in(tmp_path)]
+        wins = [vote["choice"] == {"2_sft": "b"}.get(vote["model_a"]) for vote in votes_in(tmp_path)]
         ties = sum(vote["choice"] in ("tie", "bad") for vote in votes_in(tmp_path))
-        percent = round(100 * (sum(own) + ties / 2) / 12)
+        percent = round(100 * (sum(wins) + ties / 2) / 12)
         (rate,) = ann.ask("rates")
         assert rate.startswith(f"3_ppo against 2_sft: preferred in {percent}% (") and rate.endswith("of 12 votes")
         assert ann.state["pace"] == 1.0 and "alpha" not in ann.state
@@ -126,9 +126,9 @@ def test_a_vote_says_which_text_was_preferred_and_which_was_seen_first(models: P
     assert len({vote["pair"] for vote in votes}) == 15
     assert {(vote["model_a"], vote["model_b"]) for vote in votes} == {("2_sft", "3_ppo")}
     assert {vote["shown_first"] for vote in votes} == {"a", "b"}, "the order is random"
-    for number, (vote, (choice, pair)) in enumerate(zip(votes, seen, strict=True)):
-        other = "b" if vote["shown_first"] == "a" else "a"
-        assert vote["choice"] == {"first": vote["shown_first"], "second": other}.get(choice, choice)
+    for number, (vote, (choice, pair)) in enumerate(zip(votes, choices, strict=True)):
+        second = "b" if vote["shown_first"] == "a" else "a"
+        assert vote["choice"] == {"first": vote["shown_first"], "second": second}.get(choice, choice)
         if HOSTILE not in vote["prompt"][0]["content"]:
             assert pair["prompt"] == vote["prompt"]
         assert (vote["annotator"], vote["comment"], vote["undoes"]) == ("ann", f"no. {number}", None)
@@ -236,11 +236,11 @@ def test_a_prompt_can_be_typed_unless_it_is_too_long_or_spells_a_special_token(m
     end = tokenizer().eos_token
     with server(models, tmp_path) as client:
         ann = Voter(client, "ann")
-        before = ann.pair
+        pair = ann.pair
         ann.show(ann.ask("prompt", text=HOSTILE))
         assert "\x1b" not in json.dumps(ann.pair) and "\u202e" not in ann.pair["prompt"][0]["content"]
         ann.vote("first")
-        assert ann.pair == before, "the pair that was shown before comes back"
+        assert ann.pair == pair, "the pair that was shown before comes back"
         assert "256 tokens" in ann.ask("prompt", text="cat " * 30_000)["pair"]["error"]
         assert "special token" in ann.ask("prompt", text=f"What is {end}?")["pair"]["error"]
     (vote,) = votes_in(tmp_path)
@@ -255,8 +255,8 @@ def test_what_others_would_have_said_is_told_after_the_vote(models: Path, tmp_pa
         assert client.post(f"/prefer/opinions?pair={pair}", json=ann.who).status_code == 403
         ann.vote("first")
         bob.vote("second")
-        said = "\n".join(ann.ask(f"opinions?pair={pair}"))
-        assert "simulated annotators" in said and "other people" in said and "2_sft" in said
+        opinions = "\n".join(ann.ask(f"opinions?pair={pair}"))
+        assert "simulated annotators" in opinions and "other people" in opinions and "2_sft" in opinions
 
 
 def test_what_a_page_may_not_ask_for_is_refused(models: Path, tmp_path: Path) -> None:
@@ -329,10 +329,10 @@ def test_guidelines_are_a_file_of_which_nothing_runs_or_is_fetched(models: Path,
     text = "# Be fair\n\n**Right** first.\n\n<script>alert(1)</script>\n\n![x](https://example.com/x.png)\n"
     (tmp_path / "rules.md").write_text(text)
     options = ("--guidelines", str(tmp_path / "rules.md"), "--pair", "2_sft", "3_ppo")
-    shown = content(site_of(models, tmp_path, *options))
-    assert "<h1>Be fair</h1>" in shown["guidelines"] and "<strong>Right</strong>" in shown["guidelines"]
-    assert "<script" not in shown["guidelines"] and "<img" not in shown["guidelines"]
-    assert shown["chosen"] == ("2_sft", "3_ppo")
+    variables = content(site_of(models, tmp_path, *options))
+    assert "<h1>Be fair</h1>" in variables["guidelines"] and "<strong>Right</strong>" in variables["guidelines"]
+    assert "<script" not in variables["guidelines"] and "<img" not in variables["guidelines"]
+    assert variables["chosen"] == ("2_sft", "3_ppo")
 
 
 def test_answers_that_are_always_the_same_are_said_to_be(models: Path, tmp_path: Path) -> None:

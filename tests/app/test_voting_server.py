@@ -110,9 +110,9 @@ class Page:
 
     def act(self, do: Callable[[], None], count: int) -> None:
         """Do something that writes a line, after which there are so many votes."""
-        before = len(self.votes())
+        count_before = len(self.votes())
         do()
-        wait(lambda: self.text("votes-count") == str(count) and len(self.votes()) == before + 1)
+        wait(lambda: self.text("votes-count") == str(count) and len(self.votes()) == count_before + 1)
         wait(lambda: self.find("prefer-ballot").get_attribute("aria-busy") == "false")
 
     def press(self, key: str, count: int) -> None:
@@ -150,8 +150,8 @@ def wait(condition: Callable[[], Any]) -> Any:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         with suppress(Exception):
-            if found := condition():
-                return found
+            if value := condition():
+                return value
         time.sleep(0.05)
     raise TimeoutError
 
@@ -232,14 +232,14 @@ def test_two_hundred_votes_of_four_clients_and_a_page_survive_a_killed_server(
     for thread in threads:
         thread.join()
     votes = [vote for vote in valid_votes(read_votes(run / "votes" / "votes.jsonl")) if vote["annotator"] in names]
-    wanted = {f"{name}-{number}" for name in names for number in range(VOTES)}
-    assert len(votes) == 4 * VOTES and {vote["id"] for vote in votes} == wanted
-    seen = Counter((vote["annotator"], vote["pair"]) for vote in votes)
-    assert set(seen.values()) == {1}
+    ids = {f"{name}-{number}" for name in names for number in range(VOTES)}
+    assert len(votes) == 4 * VOTES and {vote["id"] for vote in votes} == ids
+    counts = Counter((vote["annotator"], vote["pair"]) for vote in votes)
+    assert set(counts.values()) == {1}
     assert Counter(Counter(vote["pair"] for vote in votes).values()) == {1: 4 * (VOTES - 5), 4: 5}, "a tenth is shared"
     for vote in votes:
-        other = "b" if vote["choice"] == "a" else "a"
-        assert len(visible(vote[vote["choice"]])) <= len(visible(vote[other])), "the text that the client chose"
+        rejected = "b" if vote["choice"] == "a" else "a"
+        assert len(visible(vote[vote["choice"]])) <= len(visible(vote[rejected])), "the text that the client chose"
     if page:
         wait(lambda: page.text("votes-count") == str(count + 1))
         assert page.chosen() == place[0].split(), "the vote of the page arrives once, and late"

@@ -27,9 +27,9 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     models = Models(run)
     policy, reference = models.get("3_ppo"), models.get("2_sft")
     (completion,) = watch.sample_group(policy, {"prompt": PROMPT}, settings, 1, seed=3)
-    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    weights = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
     view = watch.token_view(policy, reference, run, "3_ppo", settings, {"prompt": PROMPT}, completion)
-    assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
+    assert all(torch.equal(weights[name], weight) for name, weight in policy.model.state_dict().items())
 
     config = PPOConfig(
         str(tmp_path), kl_coef=0.5, lam=0.9, missing_eos_penalty=1.0, max_completion_length=8, use_cpu=True, bf16=False,
@@ -48,8 +48,8 @@ def test_ppo_shows_what_the_trainer_computes(run: Path, tmp_path: Path) -> None:
     trainer._generate_single_turn = lambda prompts, *_, **__: ([completion.tokens] * len(prompts), None)
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": PROMPT}] * 2)
-    for name, shown in (("old_per_token_logps", view.log_probs), ("old_values", view.values)):
-        assert rollout[name][0].tolist() == pytest.approx(shown, abs=1e-3)
+    for name, expected in (("old_per_token_logps", view.log_probs), ("old_values", view.values)):
+        assert rollout[name][0].tolist() == pytest.approx(expected, abs=1e-3)
     assert rollout["advantages"][0].tolist() == pytest.approx(view.advantages, abs=2e-3)
     assert any(abs(kl) > 1e-3 for kl in view.kl)
     assert sum(view.rewards) == pytest.approx(view.score - view.penalty - 0.5 * sum(view.kl), abs=1e-3)
@@ -62,9 +62,9 @@ def test_the_page_says_how_ppos_advantages_come_about_and_what_its_update_does_w
     site = site_of(run)
     policies = {stage["name"]: stage["policy"] for stage in rollout.content(site)["stages"]}
     assert policies["3_ppo"] == "2_sft", "the model before the stage, in which there is something to change"
-    asked = rollout.RolloutRequest(stage="3_ppo", policy="2_sft", text="What is 12?", seed=3)
-    *_, shown = rollout.roll_out(site, asked)
-    about, columns = shown["about"], shown["columns"]
+    request = rollout.RolloutRequest(stage="3_ppo", policy="2_sft", text="What is 12?", seed=3)
+    *_, event = rollout.roll_out(site, request)
+    about, columns = event["about"], event["columns"]
     assert "γ = 1 and λ = 0.9 (GAE)" in about
     assert "above that mean more likely" in about and "an advantage above 0 more likely" not in about
     advantage = following = 0.0
@@ -77,7 +77,7 @@ def test_the_page_says_how_ppos_advantages_come_about_and_what_its_update_does_w
     assert "an advantage above 0 more likely" in rollout.update_of({"whiten_advantages": False})
 
 
-def seen(run: Path, models: Models | None = None, **changes: Any) -> Any:
+def watch_answers(run: Path, models: Models | None = None, **changes: Any) -> Any:
     """Watch four answers, of which the second is right."""
     models = models or Models(run)
     policy, reference = models.get("4_grpo"), models.get("3_ppo")
@@ -86,15 +86,15 @@ def seen(run: Path, models: Models | None = None, **changes: Any) -> Any:
     texts = [f"The answer is {text}." for text in ANSWERS]
     tokens = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     group = [Dialogue(policy.encode(PROMPT), {}, ids, [1] * len(ids)) for ids in tokens]
-    before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    weights = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
     row = {"prompt": PROMPT, "answer": "12"}
-    found = watch.update(policy, reference, settings, row, group)
-    assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
-    return found
+    update = watch.update(policy, reference, settings, row, group)
+    assert all(torch.equal(weights[name], weight) for name, weight in policy.model.state_dict().items())
+    return update
 
 
 def test_grpo_shows_trls_rewards_and_advantages_and_an_update_that_follows_them(run: Path) -> None:
-    update = seen(run, reward_weights=[2.0])
+    update = watch_answers(run, reward_weights=[2.0])
     assert update.rewards == {"exact_answer": [0.0, 1.0, 0.0, 0.0]} and update.totals == [0.0, 2.0, 0.0, 0.0]
     assert update.advantages == pytest.approx([-0.5, 1.5, -0.5, -0.5], abs=1e-3)
     assert update.changes[1] > 1 and update.changes[1] == max(update.changes)
@@ -102,9 +102,9 @@ def test_grpo_shows_trls_rewards_and_advantages_and_an_update_that_follows_them(
 
 def test_grpo_shows_the_stages_own_settings(run: Path) -> None:
     """How advantages are scaled, and a step that is so held to the reference that it goes to it."""
-    assert seen(run, scale_rewards="none").advantages == pytest.approx([-0.25, 0.75, -0.25, -0.25])
-    assert seen(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
-    free, held = seen(run, max_grad_norm=0.0), seen(run, max_grad_norm=0.0, beta=100.0)
+    assert watch_answers(run, scale_rewards="none").advantages == pytest.approx([-0.25, 0.75, -0.25, -0.25])
+    assert watch_answers(run, learning_rate=0.0).changes == pytest.approx([1.0] * 4, abs=1e-4)
+    free, held = watch_answers(run, max_grad_norm=0.0), watch_answers(run, max_grad_norm=0.0, beta=100.0)
     assert free.changes != pytest.approx(held.changes, rel=1e-3)
 
 
@@ -114,6 +114,6 @@ def test_a_stage_that_trains_an_adapter_changes_what_its_page_shows(run: Path) -
     frozen = Models(run)
     frozen.get("4_grpo").model.requires_grad_(False)
     for models in (Models(run), frozen):
-        update = seen(run, models, learning_rate=1e-2, **options)
+        update = watch_answers(run, models, learning_rate=1e-2, **options)
         assert update.changes[1] > 1.001 and update.changes[1] == max(update.changes)
-    assert seen(run, frozen).changes[1] > 1.001
+    assert watch_answers(run, frozen).changes[1] > 1.001

@@ -17,7 +17,7 @@ from pipeline.data.messages import ShapeError, is_informative, read_messages, re
 from pipeline.data.splits import has_calls, load_splits
 from pipeline.data.writing import CALLING, MESSAGES
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import as_text, special_tokens
+from pipeline.models.tokenizer import escape_tokens, special_tokens
 from pipeline.training.inputs import load_inputs
 from tests.helpers.files import write_rows
 from tests.helpers.small_model import CHATML, conversation, save_model, tokenizer
@@ -218,11 +218,11 @@ def test_names_and_arguments_may_not_spell_special_tokens(function: dict[str, An
         messages = [USER, {**calling(one), "content": None}]
         with pytest.raises(ShapeError, match=r"messages contains <\|(end|user)\|>, which the tokenizer reads"):
             refuse_special_tokens({"messages": messages}, tokens)
-        (broken,) = as_text(messages[1:], tokens)
+        (broken,) = escape_tokens(messages[1:], tokens)
         refuse_special_tokens({"messages": [broken]}, tokens)
         assert json.loads(json.dumps(broken).replace("< |", "<|")) == messages[1]
     refuse_special_tokens({"messages": WHOLE}, tokens)
-    assert as_text(WHOLE, tokens) == WHOLE
+    assert escape_tokens(WHOLE, tokens) == WHOLE
 
 
 @pytest.mark.parametrize("marked", [True, False])

@@ -47,6 +47,22 @@ def test_a_decoder_comes_back_with_the_same_logits(tmp_path: Path, name: str) ->
     assert settings.eos_token_id == [words.eos_token_id] and settings.pad_token_id == words.pad_token_id
 
 
+@pytest.mark.parametrize("name", ["llama", "llama 3", "llama with biases", "qwen3"])
+def test_transformers_does_not_convert_such_a_file_itself(tmp_path: Path, name: str) -> None:
+    """If this fails, `import_gguf` may be able to leave more to transformers."""
+    file = write_gguf(tmp_path / "model", DECODERS[name], tokenizer())
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    if name == "qwen3":
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
+        return
+    after = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    rows = torch.arange(100)[None]
+    assert torch.equal(before(rows).logits, after(rows).logits) == (name == "llama")
+    with pytest.raises(ValueError, match="not serializable"):
+        after.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 def test_weights_of_any_type_become_float32(tmp_path: Path, outtype: str) -> None:
     """What they are is compared with the reader of the package gguf."""

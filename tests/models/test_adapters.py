@@ -74,10 +74,10 @@ def test_training_starts_from_the_adapter_merged_into_its_base(adapter: Path, tm
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(name)), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("asked", [None, "auto"])
+@pytest.mark.parametrize("dtype", [None, "auto"])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_training_never_multiplies_in_the_dtype_of_the_file_if_the_machine_emulates_it(
-    adapter: Path, tmp_path: Path, asked: str | None, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, tmp_path: Path, dtype: str | None, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = adapter.parent / "model"
     AutoModelForCausalLM.from_pretrained(folder).to(stored).save_pretrained(folder)
@@ -87,7 +87,7 @@ def test_training_never_multiplies_in_the_dtype_of_the_file_if_the_machine_emula
         native = stored == torch.bfloat16 and machine == "bf16"
         for name in (folder, adapter):
             args = SFTConfig(**options(tmp_path / "run"))
-            model = starting_model(ModelConfig(model_name_or_path=str(name), dtype=asked), args)
+            model = starting_model(ModelConfig(model_name_or_path=str(name), dtype=dtype), args)
             if isinstance(model, str):
                 model = create_model_from_path(model, **args.model_init_kwargs)
             assert model.dtype == (stored if native else torch.float32), (machine, name)
@@ -177,8 +177,8 @@ def test_under_autocast_frozen_weights_take_half_the_memory_and_inputs_are_not_c
     monkeypatch.setattr("pipeline.training.reliable.disable_input_dtype_casting", lambda *_, **__: nullcontext())
     other, casts = in_bfloat16(tmp_path, "other")
     assert casts and all(casts)
-    found = other.model.state_dict()
-    assert all(torch.equal(weight, found[name]) for name, weight in trainer.model.state_dict().items())
+    weights = other.model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def grpo_trainer(adapter: Path, folder: Path, peft_config: LoraConfig | None = N
 def test_the_reference_of_grpo_is_the_merged_model(adapter: Path, tmp_path: Path) -> None:
     trainer = grpo_trainer(adapter, tmp_path / "run", beta=0.1, sync_ref_model=True)
     assert trainer.beta == trainer.args.beta == 0.1 and trainer.args.sync_ref_model
-    for one, other in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
-        assert one is not other and torch.equal(one, other) and not one.requires_grad
+    for reference, trained in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
+        assert reference is not trained and torch.equal(reference, trained) and not reference.requires_grad
     trainer.train()
     assert "kl" in trainer.state.log_history[0] or "kl" in trainer._metrics["train"]
 

@@ -36,17 +36,17 @@ def test_the_seed_decides_the_weights_and_nothing_else_does() -> None:
     for global_seed, seed in ((1, 0), (2, 0), (1, 3)):
         torch.manual_seed(global_seed)
         models.append(build_model(ScratchArguments(**SIZES), tokenizer(), seed).state_dict())
-    one, same, other = models
-    assert one.keys() == same.keys() and all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    first, same, third = models
+    assert first.keys() == same.keys() and all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["model.embed_tokens.weight"], third["model.embed_tokens.weight"])
 
 
 def test_the_global_random_state_is_left_alone() -> None:
-    before = (torch.get_rng_state(), random.getstate(), np.random.get_state())
+    states = (torch.get_rng_state(), random.getstate(), np.random.get_state())
     build_model(ScratchArguments(**SIZES), tokenizer(), seed=5)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert np.array_equal(np.random.get_state()[1], before[2][1])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2][1])
 
 
 def test_fields_become_the_configuration() -> None:
@@ -105,10 +105,10 @@ def test_embeddings_share_their_mean_and_keep_their_spread() -> None:
     plain, shifted = (build_model(ScratchArguments(**SIZES, embedding_mean=m), tokenizer(), 0) for m in (0.0, 0.5))
     weights = [model.get_input_embeddings().weight for model in (plain, shifted)]
     assert torch.allclose(weights[1] - weights[0], torch.tensor(0.5)) and shifted.lm_head.weight is weights[1]
-    others = [
+    outputs = [
         [weight for name, weight in model.named_parameters() if "embed" not in name] for model in (plain, shifted)
     ]
-    assert all(torch.equal(one, other) for one, other in zip(*others, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -119,9 +119,9 @@ def test_attention_is_causal(kind: Any) -> None:
     changed = tokens.clone()
     changed[0, 12] = 40
     with torch.no_grad():
-        one, other = model(tokens).logits[0], model(changed).logits[0]
-    assert torch.equal(one[:12], other[:12])
-    assert not torch.allclose(one[12:], other[12:])
+        logits, changed_logits = model(tokens).logits[0], model(changed).logits[0]
+    assert torch.equal(logits[:12], changed_logits[:12])
+    assert not torch.allclose(logits[12:], changed_logits[12:])
 
 
 def test_all_wrong_sizes_are_reported_at_once() -> None:
@@ -138,8 +138,8 @@ def test_all_wrong_sizes_are_reported_at_once() -> None:
 def test_sizes_that_do_not_fit_together_are_reported_at_once() -> None:
     with pytest.raises(UserError) as refused:
         ScratchArguments(hidden_size=30, num_attention_heads=4, num_key_value_heads=3)
-    told = {problem.field: problem.remedy for problem in refused.value.problems}
-    assert told == {
+    remedies = {problem.field: problem.remedy for problem in refused.value.problems}
+    assert remedies == {
         "hidden_size": "must be a multiple of 2 x num_attention_heads (8)",
         "num_key_value_heads": "must be a divisor of num_attention_heads (4)",
     }

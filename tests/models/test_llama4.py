@@ -188,18 +188,18 @@ def test_the_loss_balances_routers_that_otherwise_collapse(tmp_path: Path, balan
 
 
 def test_the_losses_count_once_whatever_is_computed_again_and_not_in_an_evaluation(tmp_path: Path) -> None:
-    found = []
+    records = []
     for options in ({}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}):
         built = model()
         # Two equal halves, so that the mean over two micro-batches is that of one.
-        made = trainer(built, tmp_path, 0.5, learning_rate=0.0, **options)
-        made.train_dataset = [made.train_dataset[0]] * 8
-        made.train()
-        record = next(entry for entry in made.state.log_history if "grad_norm" in entry)
-        found.append((record["loss"], record["grad_norm"]))
-    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=1e-4)
+        trained = trainer(built, tmp_path, 0.5, learning_rate=0.0, **options)
+        trained.train_dataset = [trained.train_dataset[0]] * 8
+        trained.train()
+        record = next(entry for entry in trained.state.log_history if "grad_norm" in entry)
+        records.append((record["loss"], record["grad_norm"]))
+    assert records[1] == pytest.approx(records[0], rel=1e-4) and records[2] == pytest.approx(records[0], rel=1e-4)
     plain = trainer(model(), tmp_path, 0.0)
-    measured = [one.evaluate(plain.train_dataset)["eval_loss"] for one in (made, plain)]
+    measured = [each.evaluate(plain.train_dataset)["eval_loss"] for each in (trained, plain)]
     assert measured[0] == pytest.approx(measured[1])
 
 
@@ -245,10 +245,10 @@ def test_reward_model_and_critic_load_where_only_the_models_of_the_project_are_i
         "print([policy, reward.sum().item(), critic.sum().item()])"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(ids.tolist())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     mine = [loaded.eval()(input_ids=ids).logits.sum().item() for loaded in (policy, reward, critic)]
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(mine, rel=1e-3, abs=1e-3)
+    assert json.loads(process.stdout.splitlines()[-1]) == pytest.approx(mine, rel=1e-3, abs=1e-3)
     assert torch.allclose(critic(input_ids=ids).logits[:, -1], reward.eval()(input_ids=ids).logits, atol=1e-5)
 
 
@@ -319,5 +319,5 @@ def test_two_processes_learn_what_one_learns(whole: tuple[Path, Path]) -> None:
     more = (*MIXED, "--output_dir", str(inputs / "two"), "--per_device_train_batch_size", "2")
     result = run_forked([sys.executable, *RANKS, "2", *recipe_command("pretrain", inputs, *more)])
     assert result.returncode == 0, result.stderr
-    one, other = weights(output), weights(inputs / "two")
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
+    first, second = weights(output), weights(inputs / "two")
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-3

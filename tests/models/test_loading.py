@@ -103,13 +103,13 @@ def test_an_adapter_is_merged_into_the_model_that_is_loaded(tmp_path: Path, rewa
     adapted = kind.from_pretrained(folder, **({"num_labels": 1} if reward else {}))
     ids = torch.arange(4)[None]
     with torch.no_grad():
-        found, expected = model.eval()(ids).logits, adapted.eval()(ids).logits
+        logits, expected = model.eval()(ids).logits, adapted.eval()(ids).logits
         without = type(model).from_pretrained(tmp_path / "base").eval()(ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(found, without, atol=1e-2)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, without, atol=1e-2)
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
-        torch.testing.assert_close(type(model).from_pretrained(tmp_path / "saved").eval()(ids).logits, found)
+        torch.testing.assert_close(type(model).from_pretrained(tmp_path / "saved").eval()(ids).logits, logits)
 
 
 CODE = "evil.Class"
@@ -133,14 +133,14 @@ def test_code_of_a_model_is_never_run_and_nobody_is_asked(
         names = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
         mapped = {name: CODE for name in names if part != "model" or name != "AutoConfig"}
         edit_json(where / "config.json", auto_map=mapped, model_type="vit" if part == "model" else "of_its_own")
-    asked: list[str] = []
-    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": questions.append(prompt) or "y")
     for reward in (False, True):
         refusal(folder, reward)
     if part == "base of an adapter":
         with pytest.raises(ValueError, match="custom code"):
             merge_into_base(str(folder))
-    assert not asked
+    assert not questions
 
 
 def edit_json(file: Path, **values: object) -> None:
@@ -191,7 +191,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "fault"),
     [
         ("{{ raise_exception('too polite') }}", "too polite"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -200,17 +200,17 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ("{% if false %}never{% endif %}", "makes no tokens"),
     ],
 )
-def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str, said: str) -> None:
+def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str, fault: str) -> None:
     folder = save_model(tmp_path / "model")
     tokenizer = word_tokenizer(WORDS)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     message = refusal(folder)
-    assert "its chat template does not work" in message and said in message
+    assert "its chat template does not work" in message and fault in message
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "said"),
+    ("file", "changes", "fault"),
     [
         ("config.json", {"num_hidden_layers": 10**7}, "10000000 layers"),
         ("config.json", {"num_labels": 10**9}, "1000000000 labels"),
@@ -229,12 +229,12 @@ def test_a_template_that_does_not_work_is_refused(tmp_path: Path, template: str,
     ],
 )
 def test_settings_of_a_model_that_cannot_be_are_refused(
-    tmp_path: Path, file: str, changes: dict[str, object], said: str
+    tmp_path: Path, file: str, changes: dict[str, object], fault: str
 ) -> None:
     folder = save_model(tmp_path / "model")
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    assert said in refusal(folder)
+    assert fault in refusal(folder)
 
 
 DOUBLINGS = "{% set x = namespace(y='x') %}{% for a in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}{{ x.y }}"
@@ -274,11 +274,11 @@ def test_a_tokenizer_that_doubles_its_text_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_files_that_are_read_as_a_whole_have_a_largest_size(tmp_path: Path) -> None:
-    for file, said in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "32 MiB")):
+    for file, fault in (("tokenizer.json", "64 MiB"), ("config.json", "8 MiB"), ("tokenizer_config.json", "32 MiB")):
         folder = save_model(tmp_path / file / "model")
         # The file is one hole, and takes no space on the disk.
         os.truncate(folder / file, 1 << 34)
-        assert f"its {file} is larger than {said}" in refusal(folder)
+        assert f"its {file} is larger than {fault}" in refusal(folder)
 
 
 def test_what_does_not_count_layers_labels_or_tokens_may_be_large(tmp_path: Path) -> None:
@@ -312,14 +312,14 @@ def test_added_tokens_that_take_long_are_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
 def test_configurations_that_are_not_readable_are_one_line(tmp_path: Path, file: str) -> None:
     folder = save_model(tmp_path / "model")
-    for content, said in (
+    for content, fault in (
         ((folder / file).read_text().encode("utf-16"), "is not JSON in UTF-8"),
         (b"[" * 100_000, "is not JSON in UTF-8"),
         (b"null", "is not a JSON object"),
     ):
         (folder / file).write_bytes(content)
-        assert f"its {file} {said}" in refusal(folder)
-        with pytest.raises(ValueError, match=said):
+        assert f"its {file} {fault}" in refusal(folder)
+        with pytest.raises(ValueError, match=fault):
             load_config(str(folder))
 
 
@@ -392,7 +392,7 @@ def test_a_configuration_that_is_large_for_a_reason_is_built(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "fault"),
     [
         ({"model_type": "gpt_neo", "max_position_embeddings": 10**6, "num_layers": 2}, "in addition to the weights"),
         (
@@ -402,7 +402,7 @@ def test_a_configuration_that_is_large_for_a_reason_is_built(tmp_path: Path) -> 
     ],
 )
 def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], fault: str
 ) -> None:
     monkeypatch.setattr(bounded, "SECONDS", 1)
     # Importing these classes is not what takes time.
@@ -410,7 +410,7 @@ def test_a_model_of_endless_parts_or_of_large_buffers_is_refused(
     folder = save_model(tmp_path / "model")
     attention = {"attention_types": [[["global", "local"], 1]]}
     (folder / "config.json").write_text(json.dumps({"vocab_size": 50, "hidden_size": 16, **attention, **changes}))
-    assert said in refusal(folder)
+    assert fault in refusal(folder)
 
 
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": {"a": 5}}', None])

@@ -13,7 +13,7 @@ from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_re
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, as_text, special_tokens, train_tokenizer
+from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, escape_tokens, special_tokens, train_tokenizer
 from recipes.tokenizer import main
 from tests.helpers.files import write_rows
 
@@ -61,9 +61,9 @@ def test_any_text_round_trips(algorithm: Algorithm, text: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @EXAMPLES
-@given(number=st.integers(min_value=0), before=st.sampled_from(["", " ", "x", "é", "= "]))
-def test_digits_stand_alone(algorithm: Algorithm, number: int, before: str) -> None:
-    tokens = tokenizer(algorithm).tokenize(f"{before}{number}")
+@given(number=st.integers(min_value=0), text=st.sampled_from(["", " ", "x", "é", "= "]))
+def test_digits_stand_alone(algorithm: Algorithm, number: int, text: str) -> None:
+    tokens = tokenizer(algorithm).tokenize(f"{text}{number}")
     assert tokens[-len(str(number)) :] == list(str(number))
 
 
@@ -110,15 +110,15 @@ def test_the_assistant_mask_covers_what_it_says_and_its_end_of_turn(
 ) -> None:
     words = tokenizer()
     encoded = words.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-    said, expected = [], []
+    answers, expected = [], []
     for end, message in enumerate(conversation):
         if message["role"] == "assistant":
             begin = len(ids(conversation[:end], generation_prompt=True))
             expected += range(begin, len(ids(conversation[: end + 1])))
-            said.append(message["content"] + words.eos_token)
+            answers.append(message["content"] + words.eos_token)
     covered = [position for position, inside in enumerate(encoded["assistant_masks"]) if inside]
     assert covered == expected
-    assert words.decode([encoded["input_ids"][position] for position in covered]) == "".join(said)
+    assert words.decode([encoded["input_ids"][position] for position in covered]) == "".join(answers)
 
 
 @EXAMPLES
@@ -158,8 +158,8 @@ def test_the_vocabulary_has_the_size_asked_for() -> None:
 
 
 def test_the_same_texts_make_the_same_tokenizer() -> None:
-    one, other = (train_tokenizer(iter(TEXTS), vocab_size=400) for _ in range(2))
-    assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    first, second = (train_tokenizer(iter(TEXTS), vocab_size=400) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
 def test_the_command_trains_on_the_training_split_and_replaces_the_folder(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
 @given(parts=st.lists(st.sampled_from([*SPECIAL_TOKENS, "a", " ", "<|", "|>", "end"]), min_size=1, max_size=8))
 def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
     plain, spelled = (messages([text, text]) for text in ("a", "".join(parts)))
-    broken = as_text(spelled, special_tokens(tokenizer()))
+    broken = escape_tokens(spelled, special_tokens(tokenizer()))
     special = set(tokenizer().all_special_ids)
     assert [i for i in ids(broken) if i in special] == [i for i in ids(plain) if i in special]
     assert [m["content"].replace(" ", "") for m in broken] == [m["content"].replace(" ", "") for m in spelled]
@@ -192,7 +192,7 @@ def test_only_the_chat_template_writes_special_tokens(parts: list[str]) -> None:
 
 def test_other_texts_are_left_alone() -> None:
     conversation = messages(["<end> <|end| >", "<think>a</think>"])
-    assert as_text(conversation, special_tokens(tokenizer())) == conversation
+    assert escape_tokens(conversation, special_tokens(tokenizer())) == conversation
 
 
 def test_calls_of_tools_and_their_results_make_a_round_trip_through_the_templates(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@
     const text = field.value, answer = form.dataset.answer;
     if (!text.trim()) { field.focus(); return; }
     requests.stop("stopped");
-    const given = new FormData(form);
-    const body = { text, models: given.getAll("models") };
-    for (const name of ["temperature", "top_p", "top_k", "longest", "seed"]) body[name] = Number(given.get(name));
+    const settings = new FormData(form);
+    const body = { text, models: settings.getAll("models") };
+    for (const name of ["temperature", "top_p", "top_k", "longest", "seed"]) body[name] = Number(settings.get(name));
     for (const [name, column] of columns) {
       column.hidden = !body.models.includes(name);
       column.tokens = [];
@@ -24,36 +24,37 @@
       part(column, ".more").hidden = true;
     }
     hide();
-    const asked = ["Asked: ", make("q", {}, text)];
-    if (answer) asked.push(" The right result is ", make("b", {}, answer), ".");
-    const say = (note) => status.replaceChildren(...asked, " ", make("span", { className: "soft" }, note));
+    const question = ["Asked: ", make("q", {}, text)];
+    if (answer) question.push(" The right result is ", make("b", {}, answer), ".");
+    const say = (note) => status.replaceChildren(...question, " ", make("span", { className: "soft" }, note));
     const count = () => [...columns.values()].filter((column) => !column.hidden && isDone(column)).length;
     if (!body.models.length) { status.textContent = "Choose a model below “Models and sampling”."; return; }
     say(`0 of ${body.models.length} done`);
-    requests.send("compare", body, (changed) => {
-      const before = count();
-      for (const one of changed) show(columns.get(one.model), one);
-      if (count() > before) say(`${count()} of ${body.models.length} done`);
+    requests.send("compare", body, (updates) => {
+      const previous = count();
+      for (const update of updates) show(columns.get(update.model), update);
+      if (count() > previous) say(`${count()} of ${body.models.length} done`);
     }, (why) => {
       for (const column of columns.values()) if (!isDone(column)) end(column, why || "stopped by the server");
       if (why) say(why);
     });
   });
 
-  function show(column, one) {
+  // Shows what `compare.column` of the server says of a model.
+  function show(column, update) {
     const facts = part(column, ".facts"), text = part(column, ".answer");
-    if (one.failed) {
-      facts.textContent = one.failed;
+    if (update.failed) {
+      facts.textContent = update.failed;
       facts.classList.add("failed");
       column.dataset.done = "1";
       return;
     }
-    column.text = one.text || (one.stopped ? "(nothing)" : "");
-    column.tokens.push(...one.tokens);
-    const count = written(column), speed = one.seconds ? [`${Math.round(count / one.seconds)} tokens/s`] : [];
-    facts.textContent = [tokens(count), ...speed, one.stopped || "writing"].join(" · ");
-    if (one.stopped) column.dataset.done = "1";
-    if (byId("probabilities").checked) text.append(...one.tokens.map(shaded));
+    column.text = update.text || (update.stopped ? "(nothing)" : "");
+    column.tokens.push(...update.tokens);
+    const count = written(column), speed = update.seconds ? [`${Math.round(count / update.seconds)} tokens/s`] : [];
+    facts.textContent = [tokens(count), ...speed, update.stopped || "writing"].join(" · ");
+    if (update.stopped) column.dataset.done = "1";
+    if (byId("probabilities").checked) text.append(...update.tokens.map(shaded));
     else text.textContent = column.text;
     part(column, ".more").hidden = text.scrollHeight <= text.clientHeight || column.classList.contains("open");
     first(text);
@@ -76,7 +77,7 @@
   const shaded = (token) => (token.others.length
     ? make("span", { className: `token p${shade(token.logProb)}`, tabIndex: -1, token }, token.text)
     : make("span", { className: "soft" }, token.text));
-  // One tab stop in each column; arrow keys go on from there.
+  // One tab stop in each column; arrow keys move on from there.
   const first = (text) => { if (!text.querySelector("[tabindex='0']")) text.querySelector(".token")?.setAttribute("tabindex", "0"); };
   byId("probabilities").addEventListener("change", ({ target }) => {
     byId("legend").hidden = !target.checked;
@@ -101,10 +102,11 @@
     popover.hidden = false;
     span.setAttribute("aria-describedby", "popover");
     // Below the token, or above it where there is no room.
-    const box = span.getBoundingClientRect(), own = popover.getBoundingClientRect();
-    const below = box.bottom + own.height + 8 < innerHeight;
-    popover.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - own.width - 8))}px`;
-    popover.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - own.height - 4)}px`;
+    const box = span.getBoundingClientRect();
+    const size = popover.getBoundingClientRect();
+    const below = box.bottom + size.height + 8 < innerHeight;
+    popover.style.left = `${Math.max(8, Math.min(box.left, document.documentElement.clientWidth - size.width - 8))}px`;
+    popover.style.top = `${below ? box.bottom + 4 : Math.max(8, box.top - size.height - 4)}px`;
   }
   for (const kind of ["mouseover", "focusin", "click"]) document.addEventListener(kind, inspect);
   // A token that got the focus may have scrolled into view, with its alternatives.

@@ -4,9 +4,9 @@ const LOST = "The connection is lost. Send again once the server is back.";
 
 // Makes an element: make("p", {className: "soft"}, "text", child, ...). Text stays text.
 function make(name, properties, ...children) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
+  const element = Object.assign(document.createElement(name), properties);
+  element.append(...children);
+  return element;
 }
 
 // A probability in percent, of its logarithm; null is the NaN of a model that is broken.
@@ -14,9 +14,9 @@ const percent = (logProb) => (logProb === null ? "?" : Math.exp(logProb) >= 0.01
 
 // A bar of a share from 0 to 1.
 function bar(share, kind = "") {
-  const made = make("span", { className: `bar ${kind}` });
-  made.style.setProperty("--size", `${100 * share}%`);
-  return made;
+  const element = make("span", { className: `bar ${kind}` });
+  element.style.setProperty("--size", `${100 * share}%`);
+  return element;
 }
 
 // Sends `body` as JSON. Resolves to the response, whatever its status.
@@ -43,28 +43,28 @@ class Streamed {
 
   // Calls `use` with each object of the answer, and `end` with why it ended, "" if it is whole. Stop the older one first.
   async send(path, body, use, end) {
-    const own = (this.current = { controller: new AbortController(), end });
+    const request = (this.current = { controller: new AbortController(), end });
     this.stopButton.disabled = false;
     let why = "";
     try {
-      const response = await post(path, body, own.controller.signal);
+      const response = await post(path, body, request.controller.signal);
       if (!response.ok) throw Object.assign(new Error(await reason(response)), { refused: true });
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = ""; ;) {
         const { done, value } = await reader.read();
-        if (own !== this.current) return;
+        if (request !== this.current) return;
         if (done) break;
         const lines = (rest + value).split("\n");
         rest = lines.pop();
         for (const line of lines) use(JSON.parse(line));
       }
     } catch (error) {
-      if (own !== this.current) return;
+      if (request !== this.current) return;
       // The browser's own words for a lost connection say little.
       why = error.refused ? error.message : LOST;
       if (!error.refused) console.error(error);
     }
-    if (own === this.current) this.finish(why);
+    if (request === this.current) this.finish(why);
   }
 
   finish(why) {
@@ -104,14 +104,15 @@ document.addEventListener("click", (event) => {
   form.requestSubmit();
 });
 
-// The held-out prompts of the run: {key, kind, text, answer}. `offer` shows a button for each kind of those that `wanted`
-// selects, which sends the next prompt of its kind at each click.
+// The held-out prompts of the run: {key, kind, text, answer}. `offer` shows a button for each kind of those that `select`
+// returns true for, which sends the next prompt of its kind at each click.
 const prompts = post("prompts", {}).then((response) => (response.ok ? response.json() : [])).catch(() => []);
-async function offer(formId, wanted) {
+async function offer(formId, select) {
   const kinds = new Map();
-  for (const one of (await prompts).filter(wanted)) kinds.set(one.kind, [...(kinds.get(one.kind) ?? []), one]);
-  const chips = [...kinds].map(([kind, own]) => {
-    const chip = make("button", { type: "button", prompts: own, turn: 0, title: `Send the next held-out prompt: ${own[0].text}` }, kind);
+  for (const prompt of (await prompts).filter(select)) kinds.set(prompt.kind, [...(kinds.get(prompt.kind) ?? []), prompt]);
+  const chips = [...kinds].map(([kind, examples]) => {
+    const title = `Send the next held-out prompt: ${examples[0].text}`;
+    const chip = make("button", { type: "button", prompts: examples, turn: 0, title }, kind);
     chip.dataset.form = formId;
     return chip;
   });

@@ -1,6 +1,6 @@
 // The section Watch a rollout: sends a prompt, and shows the steps as they are made.
 if (byId("rollout-form")) {
-  const form = byId("rollout-form"), shown = byId("rollout-shown"), status = byId("rollout-status");
+  const form = byId("rollout-form"), steps = byId("rollout-shown"), status = byId("rollout-status");
   const requests = new Streamed(byId("rollout-stop"));
   let cards = [], place = 0;
 
@@ -8,13 +8,13 @@ if (byId("rollout-form")) {
   async function choose() {
     const { key, policy, tally } = chosen().dataset, stage = chosen().value;
     requests.stop("");
-    shown.replaceChildren();
+    steps.replaceChildren();
     status.textContent = "";
     form.elements.policy.value = policy;
     byId("rollout-tally").textContent = tally;
     byId("rollout-result").hidden = key !== "problems";
     fill(form, "");
-    const offered = await offer("rollout-form", (one) => one.key === key);
+    const offered = await offer("rollout-form", (prompt) => prompt.key === key);
     // Another stage was chosen, or something typed, meanwhile.
     if (stage === chosen().value && offered.length && !form.elements.text.value) fill(form, offered[0].text, offered[0].answer);
   }
@@ -22,31 +22,31 @@ if (byId("rollout-form")) {
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    const given = Object.fromEntries(new FormData(form));
-    if (!given.text.trim()) { form.elements.text.focus(); return; }
+    const body = Object.fromEntries(new FormData(form));
+    if (!body.text.trim()) { form.elements.text.focus(); return; }
     requests.stop("stopped");
-    shown.replaceChildren();
+    steps.replaceChildren();
     cards = [];
     place = 0;
     status.textContent = "The model writes …";
-    requests.send("rollout", { ...given, seed: Number(given.seed) }, show, (why) => { status.textContent = why; });
+    requests.send("rollout", { ...body, seed: Number(body.seed) }, show, (why) => { status.textContent = why; });
   });
 
   // Adds a step. Those of GRPO that follow the completions fill in their cards.
   function show(event) {
     if (event.failed) {
-      shown.append(make("p", { className: "failed", role: "alert" }, event.failed));
+      steps.append(make("p", { className: "failed", role: "alert" }, event.failed));
       return;
     }
     place += 1;
     const section = make("section", { className: "rollout-part" }, make("h3", {}, `${place}. ${event.title}`), make("p", {}, event.about));
-    const grid = shown.querySelector(".group");
+    const grid = steps.querySelector(".group");
     if (grid) grid.before(section);
-    else shown.append(section);
+    else steps.append(section);
     if (event.completions) {
-      const made = event.completions.map((one) => make("li", {}, make("div", { className: "answer" }, one.text), make("p", { className: "facts soft" }, one.facts)));
-      const list = make("ol", { className: event.step === "completions" ? "group" : "single" }, ...made);
-      if (event.step === "completions") { cards = made; section.after(list); }
+      const items = event.completions.map(({ text, facts }) => make("li", {}, make("div", { className: "answer" }, text), make("p", { className: "facts soft" }, facts)));
+      const list = make("ol", { className: event.step === "completions" ? "group" : "single" }, ...items);
+      if (event.step === "completions") { cards = items; section.after(list); }
       else section.append(list);
     }
     if (event.step === "check") {

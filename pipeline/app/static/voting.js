@@ -16,10 +16,10 @@
   const DOUBLE_CLICK = 400;
   let pair = null, shownAt = 0, busy = true, lost = false, losses = 0, typing = 0, stack = tab.get("stack") || [];
 
-  const asked = new URLSearchParams(location.search).get("annotator");
+  const requested = new URLSearchParams(location.search).get("annotator");
   let remembered = "";
   try { remembered = localStorage.getItem("prefer.annotator") || ""; } catch { /* private */ }
-  if (!byId("annotator").readOnly) byId("annotator").value = asked || remembered;
+  if (!byId("annotator").readOnly) byId("annotator").value = requested || remembered;
   // The annotator whose pair is shown. The address may name somebody else than the tab did before.
   let named = byId("annotator").value;
   if (tab.get("named") !== named) tab.set("stack", stack = []);
@@ -68,17 +68,18 @@
     const name = byId("annotator");
     if (document.activeElement !== name && (state.annotator !== "anonymous" || name.value)) name.value = state.annotator;
     const parts = [`${state.all} in all, by ${state.people} ${state.people === 1 ? "person" : "people"}`];
-    const left = state.goal - state.usable, minutes = Math.ceil((left * state.pace) / 60);
+    const missing = state.goal - state.usable, minutes = Math.ceil((missing * state.pace) / 60);
     if (state.goal) parts.push(`${state.usable} of ${state.goal} votes for A or B. Ties and skips do not count.`);
-    if (left > 0 && state.pace) parts.push(`about ${minutes} min left at your pace`);
-    if (left <= 0 && state.command) parts.push(make("span", {}, "Enough: ", make("code", {}, state.command), " trains on them."));
+    if (missing > 0 && state.pace) parts.push(`about ${minutes} min left at your pace`);
+    if (missing <= 0 && state.command) parts.push(make("span", {}, "Enough: ", make("code", {}, state.command), " trains on them."));
     byId("prefer-progress").replaceChildren(...parts.flatMap((part) => [" · ", part]).slice(1));
     byId("prefer-goal").hidden = !state.goal;
     if (state.goal) byId("prefer-goal").value = Math.min(1, state.usable / state.goal);
   }
 
-  function showPair(found) {
-    pair = found && !found.error ? found : null;
+  // Shows a pair, or the error that there is none.
+  function showPair(answer) {
+    pair = answer && !answer.error ? answer : null;
     tab.set("pair", pair && pair.pair);
     shownAt = performance.now();
     const turns = byId("prefer-turns");
@@ -97,31 +98,31 @@
     byId("answer-a").replaceChildren(...first);
     byId("answer-b").replaceChildren(...second);
     for (const id of ["prefer-turns", "answer-a", "answer-b"]) byId(id).scrollTop = 0;
-    if (found && found.error) say(found.error, true);
+    if (answer && answer.error) say(answer.error, true);
   }
 
   // Marks the words in which two texts differ. Returns what to show of each; without marks if they have little in common.
   function marked(...texts) {
-    const [one, other] = texts.map((text) => text.match(/\s+|[^\s]+/g) ?? []);
-    if (one.length * other.length > 1e6) return texts.map((text) => [text]);
-    // lengths[i][j] is how many words one.slice(i) and other.slice(j) have in common, in the same order.
-    const lengths = Array.from({ length: one.length + 1 }, () => new Uint32Array(other.length + 1));
-    for (let i = one.length - 1; i >= 0; i--) {
-      for (let j = other.length - 1; j >= 0; j--) {
-        lengths[i][j] = one[i] === other[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
+    const [firstWords, secondWords] = texts.map((text) => text.match(/\s+|[^\s]+/g) ?? []);
+    if (firstWords.length * secondWords.length > 1e6) return texts.map((text) => [text]);
+    // lengths[i][j] is how many words firstWords.slice(i) and secondWords.slice(j) have in common, in the same order.
+    const lengths = Array.from({ length: firstWords.length + 1 }, () => new Uint32Array(secondWords.length + 1));
+    for (let i = firstWords.length - 1; i >= 0; i--) {
+      for (let j = secondWords.length - 1; j >= 0; j--) {
+        lengths[i][j] = firstWords[i] === secondWords[j] ? lengths[i + 1][j + 1] + 1 : Math.max(lengths[i + 1][j], lengths[i][j + 1]);
       }
     }
-    if (lengths[0][0] * 3 < Math.min(one.length, other.length)) return texts.map((text) => [text]);
-    const shown = [[], []];
+    if (lengths[0][0] * 3 < Math.min(firstWords.length, secondWords.length)) return texts.map((text) => [text]);
+    const pieces = [[], []];
     const mark = (word) => (word.trim() ? make("mark", {}, word) : word);
-    for (let i = 0, j = 0; i < one.length || j < other.length;) {
-      if (i < one.length && j < other.length && one[i] === other[j]) {
-        shown[0].push(one[i++]);
-        shown[1].push(other[j++]);
-      } else if (j === other.length || (i < one.length && lengths[i + 1][j] >= lengths[i][j + 1])) shown[0].push(mark(one[i++]));
-      else shown[1].push(mark(other[j++]));
+    for (let i = 0, j = 0; i < firstWords.length || j < secondWords.length;) {
+      if (i < firstWords.length && j < secondWords.length && firstWords[i] === secondWords[j]) {
+        pieces[0].push(firstWords[i++]);
+        pieces[1].push(secondWords[j++]);
+      } else if (j === secondWords.length || (i < firstWords.length && lengths[i + 1][j] >= lengths[i][j + 1])) pieces[0].push(mark(firstWords[i++]));
+      else pieces[1].push(mark(secondWords[j++]));
     }
-    return shown;
+    return pieces;
   }
 
   async function next() {
@@ -164,7 +165,7 @@
       say(error.message, true);
       if (error.status === 410) {
         tab.set("pair", null);
-        tab.set("stack", stack = stack.filter((one) => one.vote !== ballot.undoes));
+        tab.set("stack", stack = stack.filter((entry) => entry.vote !== ballot.undoes));
         showLast();
         await next();
         say(error.message, true);
@@ -207,22 +208,22 @@
   }
 
   async function listOwn() {
-    let own = [];
-    try { own = await ask("votes", who()); } catch (error) { say(error.message, true); }
-    byId("prefer-list").replaceChildren(...own.map((one) => {
+    let votes = [];
+    try { votes = await ask("votes", who()); } catch (error) { say(error.message, true); }
+    byId("prefer-list").replaceChildren(...votes.map((entry) => {
       const item = document.createElement("li");
-      const comment = one.comment ? `\nComment: ${one.comment}` : "";
-      item.appendChild(document.createElement("div")).textContent = `${one.prompt}\nA: ${one.first}\nB: ${one.second}${comment}`;
+      const comment = entry.comment ? `\nComment: ${entry.comment}` : "";
+      item.appendChild(document.createElement("div")).textContent = `${entry.prompt}\nA: ${entry.first}\nB: ${entry.second}${comment}`;
       for (const [choice, name] of Object.entries(NAMES)) {
         const button = item.appendChild(document.createElement("button"));
         button.type = "button";
         button.textContent = name;
-        button.setAttribute("aria-pressed", String(choice === one.choice));
-        button.classList.toggle("chosen", choice === one.choice);
+        button.setAttribute("aria-pressed", String(choice === entry.choice));
+        button.classList.toggle("chosen", choice === entry.choice);
         button.addEventListener("click", () => {
-          if (busy || choice === one.choice) return;
-          stack = stack.filter((other) => other.vote !== one.vote);
-          send({ ...who(), vote: newId(), pair: one.pair, choice, undoes: one.vote });
+          if (busy || choice === entry.choice) return;
+          stack = stack.filter((saved) => saved.vote !== entry.vote);
+          send({ ...who(), vote: newId(), pair: entry.pair, choice, undoes: entry.vote });
         });
       }
       return item;
@@ -299,13 +300,13 @@
     for (;;) {
       await new Promise((done) => setTimeout(done, 4000));
       if (busy || document.hidden) continue;
-      const before = losses, name = named;
+      const lossesSoFar = losses, name = named;
       try {
         const state = await ask("state", who());
         if (typing || name !== named) continue;
         showState(state);
-        if (!pair || losses > before) await next();
-      } catch { /* said at the next vote */ }
+        if (!pair || losses > lossesSoFar) await next();
+      } catch { /* shown at the next vote */ }
     }
   })();
 }

@@ -41,18 +41,18 @@ def model() -> LlamaForCausalLM:
 def inputs(case: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(tokenizer()), (3, LENGTH), generator=generator)
-    given = {"input_ids": ids, "labels": ids}
+    batch = {"input_ids": ids, "labels": ids}
     if case == "packed":
         lengths = [[70, 1, 79], [20] * 7 + [10], [150]]
-        given["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+        batch["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
     elif case != "whole":
         mask = torch.ones_like(ids)
         for row, padding in enumerate((0, 5, 100)):
             mask[row, slice(LENGTH - padding, None) if case == "right" else slice(padding)] = 0
-        given["attention_mask"] = mask
+        batch["attention_mask"] = mask
         # Nothing is predicted from padding.
-        given["labels"] = ids.where((mask * mask.roll(1, 1)).bool(), -100)
-    return given
+        batch["labels"] = ids.where((mask * mask.roll(1, 1)).bool(), -100)
+    return batch
 
 
 @pytest.fixture
@@ -92,17 +92,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], int
 def test_losses_and_gradients_are_those_of_transformers_attention(
     kind: str, case: str, calls: list[tuple[list[int], int]]
 ) -> None:
-    other = model()
-    one = copy.deepcopy(other).to(torch.float32 if kind == BLOCKWISE else torch.float64)
-    one.set_attn_implementation(kind)
-    other.set_attn_implementation("eager")
+    eager = model()
+    tested = copy.deepcopy(eager).to(torch.float32 if kind == BLOCKWISE else torch.float64)
+    tested.set_attn_implementation(kind)
+    eager.set_attn_implementation("eager")
     losses = []
-    for trained in (one, other):
+    for trained in (tested, eager):
         loss = trained(**inputs(case), use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for (name, x), y in zip(one.named_parameters(), other.parameters(), strict=True):
+    for (name, x), y in zip(tested.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(x.grad.float(), y.grad, rtol=1e-3, atol=1e-5, msg=name)
     assert bool(calls) == (kind == VARLEN and case in ("packed", "whole")), "padding is left to torch's kernels"
 
@@ -112,14 +112,14 @@ def test_losses_and_gradients_are_those_of_transformers_attention(
 def test_a_document_does_not_see_the_one_before(kind: str, calls: list[tuple[list[int], int]]) -> None:
     trained = model().to(torch.float64 if kind == VARLEN else torch.float32)
     trained.set_attn_implementation(kind)
-    given = inputs("packed")
-    before = trained(input_ids=given["input_ids"], position_ids=given["position_ids"], use_cache=False).logits
-    changed = given["input_ids"].clone()
+    batch = inputs("packed")
+    logits = trained(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    changed = batch["input_ids"].clone()
     changed[0, :70] = changed[0, :70].flip(0)
-    after = trained(input_ids=changed, position_ids=given["position_ids"], use_cache=False).logits
-    assert torch.equal(before[0, 70:], after[0, 70:])
-    assert torch.equal(before[1:], after[1:])
-    assert not torch.equal(before[0, :70], after[0, :70])
+    changed_logits = trained(input_ids=changed, position_ids=batch["position_ids"], use_cache=False).logits
+    assert torch.equal(logits[0, 70:], changed_logits[0, 70:])
+    assert torch.equal(logits[1:], changed_logits[1:])
+    assert not torch.equal(logits[0, :70], changed_logits[0, :70])
     assert bool(calls) == (kind == VARLEN)
 
 
@@ -171,8 +171,8 @@ def test_answers_are_the_same_with_a_cache() -> None:
     for name in (BLOCKWISE, "eager"):
         trained = model()
         trained.set_attn_implementation(name)
-        given = inputs("left")
-        answers.append(trained.generate(given["input_ids"], attention_mask=given["attention_mask"], **greedy))
+        batch = inputs("left")
+        answers.append(trained.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **greedy))
     assert torch.equal(*answers)
 
 
@@ -199,8 +199,8 @@ def test_flash_attention_is_used_on_a_gpu_that_has_it(
         trained = model()
         trained.config.update(changes)
         choose_attention(trained, requested)
-        found: str | None = trained.config._attn_implementation
-        return found
+        chosen: str | None = trained.config._attn_implementation
+        return chosen
 
     assert chosen() == VARLEN and calls
     assert chosen(attention_dropout=0.1) == chosen(sliding_window=64) == "sdpa"

@@ -37,12 +37,13 @@ texts = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 7), st.integers(0, 
 
 def padded(texts: Texts) -> tuple[Tensor, Tensor, int]:
     """Return token ids, attention mask, and the number of columns of the completions."""
-    before, after = max(p for _, p, _ in texts), max(1, *(c for _, _, c in texts))
-    mask = torch.tensor([[0] * (before - p) + [1] * (p + c) + [0] * (after - c) for _, p, c in texts])
+    prompt_length = max(p for _, p, _ in texts)
+    length = max(1, *(c for _, _, c in texts))
+    mask = torch.tensor([[0] * (prompt_length - p) + [1] * (p + c) + [0] * (length - c) for _, p, c in texts])
     generator = torch.Generator().manual_seed(sum(p * 31 + c for _, p, c in texts))
-    prompts = torch.randint(3, 15, (3, before), generator=generator)
-    completions = torch.randint(3, 15, (len(texts), after), generator=generator)
-    return torch.cat([prompts[[which for which, _, _ in texts]], completions], dim=1) * mask, mask, after
+    prompts = torch.randint(3, 15, (3, prompt_length), generator=generator)
+    completions = torch.randint(3, 15, (len(texts), length), generator=generator)
+    return torch.cat([prompts[[number for number, _, _ in texts]], completions], dim=1) * mask, mask, length
 
 
 def computed(model: nn.Module, ids: Tensor, mask: Tensor, length: int, batch_size: int | None) -> Tensor:

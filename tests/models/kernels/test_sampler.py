@@ -115,19 +115,19 @@ def rows_of_each_pass(model):
 
 def test_samples_share_a_row_until_they_part(model, prompts, monkeypatch):
     monkeypatch.setattr(model, "num_parameters", lambda: 10**8)
-    asked = [prompt for prompt in prompts[:3] for _ in range(6)]
+    copies = [prompt for prompt in prompts[:3] for _ in range(6)]
     one_token, config = (GenerationConfig(do_sample=True, temperature=0.2, max_new_tokens=n) for n in (1, 9))
     with rows_of_each_pass(model) as rows:
-        sampled = sample(model, asked, config, torch.Generator().manual_seed(0))
-    begun = [{(*prompt, *ids[:step]) for prompt, ids in zip(asked, sampled, strict=True)} for step in range(9)]
+        sampled = sample(model, copies, config, torch.Generator().manual_seed(0))
+    begun = [{(*prompt, *ids[:step]) for prompt, ids in zip(copies, sampled, strict=True)} for step in range(9)]
     assert rows == list(map(len, begun))
     assert 3 < rows[1] < rows[-1]
 
     # The same random numbers give the same tokens if every text is read anew for each of them.
-    texts, generator = asked, torch.Generator().manual_seed(0)
+    texts, generator = copies, torch.Generator().manual_seed(0)
     for _ in range(9):
         texts = [text + token for text, token in zip(texts, sample(model, texts, one_token, generator), strict=True)]
-    assert texts == [prompt + ids for prompt, ids in zip(asked, sampled, strict=True)]
+    assert texts == [prompt + ids for prompt, ids in zip(copies, sampled, strict=True)]
 
 
 def test_the_cache_forgets_rows_that_have_ended():
@@ -146,9 +146,9 @@ def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_en
     At a temperature of 1e-4, a token whose logit is 2e-4 below the best one is drawn in one case of eight.
     """
     monkeypatch.setattr(model, "num_parameters", lambda: 10**8)
-    asked = [prompt for prompt in prompts for _ in range(4)]
+    copies = [prompt for prompt in prompts for _ in range(4)]
     options = {"max_new_tokens": 20, "eos_token_id": common_end}
-    greedy = sample(model, asked, GenerationConfig(**options))
+    greedy = sample(model, copies, GenerationConfig(**options))
     expected = []
     for prompt in prompts:
         answer = greedy_alone(model, prompt)
@@ -158,7 +158,7 @@ def test_samples_that_end_leave_those_that_go_on_alone(model, prompts, common_en
     assert len({*map(len, greedy)}) > 1
     config = GenerationConfig(do_sample=True, temperature=1e-7, **options)
     with rows_of_each_pass(model) as rows:
-        assert sample(model, asked, config, torch.Generator().manual_seed(0)) == greedy
+        assert sample(model, copies, config, torch.Generator().manual_seed(0)) == greedy
     unfinished = [sum(len(ids) > step for ids in greedy[::4]) for step in range(1, len(rows))]
     assert rows[1:] == unfinished
 
@@ -184,11 +184,11 @@ def test_what_all_prompts_begin_with_is_encoded_once(model, tokenizer, attention
     )
     model.set_attn_implementation(attention)
     try:
-        found = generate(model, tokenizer, prompts, max_new_tokens=20)
+        completions = generate(model, tokenizer, prompts, max_new_tokens=20)
     finally:
         model.set_attn_implementation("sdpa")
         hook.remove()
-    assert [completion.tokens for (completion,) in found] == expected
+    assert [completion.tokens for (completion,) in completions] == expected
     shared = shapes[0][1]
     assert shared >= 16
     assert len({tuple(prompt[:shared]) for prompt in prompts}) == 1
@@ -208,8 +208,8 @@ def test_windows_of_attention_do_not_count_padding_after_a_shared_beginning(toke
     torch.manual_seed(0)
     model = with_larger_weights(MistralForCausalLM(config))
     prompts = with_system_prompt(tokenizer)
-    found = generate(model, tokenizer, prompts, max_new_tokens=20)
-    assert [completion.tokens for (completion,) in found] == [greedy_alone(model, prompt) for prompt in prompts]
+    completions = generate(model, tokenizer, prompts, max_new_tokens=20)
+    assert [completion.tokens for (completion,) in completions] == [greedy_alone(model, prompt) for prompt in prompts]
 
 
 def test_the_head_is_not_copied_for_each_prompt_where_it_is_not_trained(tokenizer):
@@ -244,10 +244,10 @@ def test_samples_repeat_with_the_seed_and_follow_the_distribution(model, tokeniz
     options = {"max_new_tokens": 1, "samples": 4000, "temperature": 1.0, "batch_size": 8000}
     (drawn,) = generate(model, tokenizer, prompts[:1], seed=3, **options)
     (again,) = generate(model, tokenizer, prompts[:1], seed=3, **options)
-    (other,) = generate(model, tokenizer, prompts[:1], seed=4, **options)
+    (completions,) = generate(model, tokenizer, prompts[:1], seed=4, **options)
     tokens = [completion.tokens[0] for completion in drawn]
     assert tokens == [completion.tokens[0] for completion in again]
-    assert tokens != [completion.tokens[0] for completion in other]
+    assert tokens != [completion.tokens[0] for completion in completions]
     with torch.no_grad():
         expected = model(torch.tensor(prompts[:1])).logits[0, -1].softmax(-1)
     observed = torch.bincount(torch.tensor(tokens), minlength=len(expected)) / len(tokens)
@@ -277,11 +277,11 @@ def test_min_p_leaves_out_what_is_improbable_and_nothing_else(model, tokenizer, 
     completions = generate(model, tokenizer, prompts[:1], **options)[0]
     with torch.no_grad():
         probabilities = torch.softmax(model(torch.tensor([prompts[0]])).logits[0, -1], -1)
-    kept = torch.where(probabilities >= 0.3 * probabilities.max(), probabilities, 0)
-    assert 1 < (kept > 0).sum() < len(kept)
-    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=len(kept))
-    assert torch.allclose(counts / 4000, kept / kept.sum(), atol=4 * 0.5 / math.sqrt(4000))
-    assert counts[kept == 0].sum() == 0
+    possible = torch.where(probabilities >= 0.3 * probabilities.max(), probabilities, 0)
+    assert 1 < (possible > 0).sum() < len(possible)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=len(possible))
+    assert torch.allclose(counts / 4000, possible / possible.sum(), atol=4 * 0.5 / math.sqrt(4000))
+    assert counts[possible == 0].sum() == 0
 
 
 def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
@@ -292,10 +292,10 @@ def test_each_prompt_gets_its_samples(model, tokenizer, prompts):
 
 def test_on_a_cpu_batches_of_long_prompts_have_fewer_rows(model, tokenizer):
     def sizes(lengths, **options):
-        done = []
+        sizes = []
         prompts = [[place % 7 + 5] * length for place, length in enumerate(lengths)]
-        generate(model, tokenizer, prompts, max_new_tokens=1, on_batch=done.append, **options)
-        return done
+        generate(model, tokenizer, prompts, max_new_tokens=1, on_batch=sizes.append, **options)
+        return sizes
 
     assert sizes([9] * 300) == [256, 44]
     # 32,768 tokens: 163 prompts of 200 tokens, with one more to each.

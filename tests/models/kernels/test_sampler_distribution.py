@@ -67,8 +67,8 @@ def excess(first: Counter[Any], second: Counter[Any]) -> float:
     """Return by how many of its standard deviations chi-squared of two samples is above its mean."""
     common = [key for key in first | second if first[key] + second[key] >= 10]
     rare = sum(first.values()) - sum(first[key] for key in common)
-    other = sum(second.values()) - sum(second[key] for key in common)
-    pairs = [*((first[key], second[key]) for key in common), *([(rare, other)] if rare + other else [])]
+    remaining = sum(second.values()) - sum(second[key] for key in common)
+    pairs = [*((first[key], second[key]) for key in common), *([(rare, remaining)] if rare + remaining else [])]
     chi_squared = sum((a - b) ** 2 / (a + b) for a, b in pairs)
     degrees = len(pairs) - 1
     return (chi_squared - degrees) / (2 * max(degrees, 1)) ** 0.5
@@ -130,8 +130,10 @@ def test_each_setting_gives_the_distribution_of_generate(changes: dict[str, Any]
 def test_what_the_sampler_does_not_honour_is_named() -> None:
     assert unsupported_settings(settings(num_beams=2, no_repeat_ngram_size=0)) == {"num_beams": 2}
     assert unsupported_settings(settings(stop_strings=["a"])) == {"stop_strings": ["a"]}
-    own = model().generation_config
-    assert own._from_model_config and not unsupported_settings(own), "a model saved without generation_config.json"
+    config = model().generation_config
+    assert config._from_model_config and not unsupported_settings(config), (
+        "a model saved without generation_config.json"
+    )
 
 
 def test_samples_of_one_prompt_differ_and_repeat_with_the_random_state() -> None:

@@ -38,9 +38,9 @@ def test_scores_and_gradients_are_those_of_one_batch(ids: torch.Tensor, share: f
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     for model in (plain, shared):
         model(**inputs).logits.square().sum().backward()
-    for (name, one), (_, other) in zip(plain.named_parameters(), shared.named_parameters(), strict=True):
-        if one.grad is not None:
-            torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, weight), (_, shared_weight) in zip(plain.named_parameters(), shared.named_parameters(), strict=True):
+        if weight.grad is not None:
+            torch.testing.assert_close(shared_weight.grad, weight.grad, msg=lambda text, name=name: f"{name}: {text}")
     with torch.inference_mode():
         torch.testing.assert_close(shared(**inputs).logits, plain(**inputs).logits)
     assert sum(shared.tokens) < 2 * share * mask.sum() < 2 * 0.8 * ids.numel()
@@ -54,5 +54,5 @@ def test_unusual_inputs_are_computed_as_without_passes() -> None:
     with torch.inference_mode():
         for inputs in ({"inputs_embeds": embeds, "attention_mask": torch.ones(2, 5)}, {"input_ids": IDS[:1]}):
             assert torch.equal(shared(**inputs).logits, plain(**inputs).logits)
-        kept = torch.tensor([0, 2, 3])
-        torch.testing.assert_close(shared(**empty).logits[kept], plain(**empty).logits[kept])
+        rows = torch.tensor([0, 2, 3])
+        torch.testing.assert_close(shared(**empty).logits[rows], plain(**empty).logits[rows])
