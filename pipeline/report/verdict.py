@@ -306,16 +306,16 @@ def _endless_answers(run: Run, stage: StageResult) -> Iterator[Finding]:
 def _missed_aims(run: Run, stage: StageResult) -> Iterator[Finding]:
     """Find a main aim that is not improved, rewards of an environment that fall, and baselines that are not beaten."""
     judgement = judge_stage(run, stage)
-    if judgement.aim is None:
+    aim = judgement.aim
+    if aim is None:
         return
-    estimate = stage.metrics[judgement.aim]
+    estimate = stage.metrics[aim]
     # An accuracy of 0 needs no comparison.
-    if judgement.gained is None and _is_share_to_raise(judgement.aim) and estimate.value == 0:
-        what = f"{_label(judgement.aim)} is {_with_interval(judgement.aim, estimate)}"
-        judgement = replace(judgement, gained=False, what=what)
-    yield from _missed_main_aim(judgement, judgement.aim)
+    if judgement.gained is None and _is_share_to_raise(aim) and estimate.value == 0:
+        judgement = replace(judgement, gained=False, what=f"{_label(aim)} is {_with_interval(aim, estimate)}")
+    yield from _missed_main_aim(judgement, aim)
     # What an environment pays is an aim next to right answers.
-    if judgement.aim != ENVIRONMENT:
+    if aim != ENVIRONMENT:
         yield from _fallen_rewards(run, stage)
     yield from _unbeaten_baselines(run, judgement)
 
