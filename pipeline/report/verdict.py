@@ -1,4 +1,4 @@
-"""The verdict on a run: what did not work, according to its figures, and what to do about it."""
+"""The verdict on a run: what did not work, according to its metrics, and what to do about it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
