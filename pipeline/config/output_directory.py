@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,22 @@ def _conflict_with_content(path: Path, values: Mapping[str, Any], machine: Colle
         return None
     differences = "; ".join(f"{name} was {earlier[name]!r} and is {values[name]!r}" for name in changed)
     return f"contains a run with other settings ({differences}); choose another directory or delete it"
+
+
+def keep_arguments(
+    training: TrainingArguments, arguments: Iterable[Any], requested: Mapping[str, Any], command: Sequence[str]
+) -> None:
+    """Keep what a run was asked for in its training arguments, until `record_arguments` and the trainer need it.
+
+    Args:
+        training: The training arguments, to which two attributes are added.
+        arguments: All argument dataclasses of the run.
+        requested: What the user gave, by field.
+        command: The command line.
+    """
+    setattr(training, RESOLVED, to_record(arguments))
+    settings = json.loads(json.dumps(requested, default=str))
+    setattr(training, REQUESTED, {"settings": settings, "command": command})
 
 
 def record_arguments(args: TrainingArguments) -> None:

@@ -12,7 +12,6 @@ A rejected field is omitted from the later checks, and what is wrong only becaus
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -96,9 +95,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     if training is not None:
         # Trainers set the seed themselves, but only after TRL has initialised adapters and score heads.
         set_seed(training.seed)
-        setattr(training, output_directory.RESOLVED, output_directory.to_record(built))
-        settings = json.loads(json.dumps(requested, default=str))
-        setattr(training, output_directory.REQUESTED, {"settings": settings, "command": words})
+        output_directory.keep_arguments(training, built, requested, words)
     for item in built:
         targets = getattr(item, "lora_target_modules", None)
         # TRL turns a list of one name into a string, which PEFT reads as a pattern that must match whole names.

@@ -4,7 +4,7 @@
     python -m pipeline compare runs/new/seed* --against runs/old/seed* --output difference.json
     python -m pipeline compare runs/losses/4_dapo runs/losses/4_grpo
 
-A and B are runs, folders of the runs of several seeds, or folders of stages, whose names may differ. Every figure that
+A and B are runs, folders of the runs of several seeds, or folders of stages, whose names may differ. Every metric that
 all runs have is compared, paired by seed and by test row (of reward models, by seed only). The JSON maps each stage (of
 A) or baseline and metric to A minus B, as `{"value", "ci95", "n"}`: an interval over the `n` rows or, with several
 seeds, Student's over the `n` seeds, which is at least as wide as the widest interval over rows.

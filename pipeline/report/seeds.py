@@ -23,7 +23,7 @@ from pipeline.report.verdict import Finding
 Spread = dict[str, Any]
 """`mean`, `sd` (n - 1; None for one run), `ci95`, `min`, `max`, `n` (runs) and `values` (None where a run lacks it)."""
 Spreads = dict[str, dict[str, Any]]
-"""The spread of each figure, by stage (or another group) and name."""
+"""The spread of each metric, by stage (or another group) and name."""
 
 
 def find_seeds(path: Path) -> list[Path]:

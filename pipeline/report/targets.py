@@ -1,4 +1,4 @@
-"""Targets: the figures that a recipe promises, and whether a run meets them."""
+"""Targets: the metrics that a recipe promises, and whether a run meets them."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one figure of a stage or a baseline; templates/targets.yaml says what the fields mean."""
+    """A bound on one metric of a stage or a baseline; templates/targets.yaml says what the fields mean."""
 
     stage: str
     metric: str

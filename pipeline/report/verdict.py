@@ -1,7 +1,7 @@
-"""The verdict on a run: what did not work, according to its figures, and what to do about it."""
+"""The verdict on a run: what did not work, according to its metrics, and what to do about it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +21,8 @@ CHANCE = 0.5
 """Accuracy and win rate of a random guess."""
 MIN_STOP_RATE = 0.5
 """Below it, most answers run into the limit (`MAX_CUT_OFF` of rl.alarms)."""
+ENVIRONMENT = "environment_reward"
+"""The metric of what an environment pays."""
 NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -307,31 +309,50 @@ def _missed_aims(run: Run, stage: StageResult) -> Iterator[Finding]:
     aim = judgement.aim
     if aim is None:
         return
-    info = metric_info(aim)
+    estimate = stage.metrics[aim]
+    # An accuracy of 0 needs no comparison.
+    if judgement.gained is None and _is_share_to_raise(aim) and estimate.value == 0:
+        judgement = replace(judgement, gained=False, what=f"{_label(aim)} is {_with_interval(aim, estimate)}")
+    yield from _missed_main_aim(judgement, aim)
+    # What an environment pays is an aim next to right answers.
+    if aim != ENVIRONMENT:
+        yield from _fallen_rewards(run, stage)
+    yield from _unbeaten_baselines(run, judgement)
+
+
+def _is_share_to_raise(metric: str) -> bool:
+    info = metric_info(metric)
+    return info.share and info.better == "up"
+
+
+def _missed_main_aim(judgement: Judgement, aim: str) -> Iterator[Finding]:
+    """Find a main aim in which a stage gained nothing, or in which nearly all answers are wrong."""
+    stage = judgement.stage
     estimate = stage.metrics[aim]
     remedy = stage_info(stage).remedy
-    gained = judgement.gained
-    what = judgement.what
-    is_share_to_raise = info.share and info.better == "up"
-    # An accuracy of 0 needs no comparison.
-    if gained is None and is_share_to_raise and estimate.value == 0:
-        gained = False
-        what = f"{_label(aim)} is {_with_interval(aim, estimate)}"
     most = estimate.value if estimate.high is None else estimate.high
-    if gained is False:
-        yield Finding(stage.name, what, estimate.value, remedy)
+    if judgement.gained is False:
+        yield Finding(stage.name, judgement.what, estimate.value, remedy)
     # With fewer than a tenth right, the next stage has little to start from, whatever this one gained.
-    elif aim != "win_rate" and is_share_to_raise and most < 0.1:
+    elif aim != "win_rate" and _is_share_to_raise(aim) and most < 0.1:
         what = f"{_label(aim)} is {_with_interval(aim, estimate)}: nearly all answers are wrong"
         yield Finding(stage.name, what, estimate.value, remedy)
-    # What an environment pays is an aim next to right answers.
-    reward = "environment_reward"
+
+
+def _fallen_rewards(run: Run, stage: StageResult) -> Iterator[Finding]:
+    """Find an environment whose rewards are lower than before the stage."""
     parent = run.parent_stage(stage)
-    if aim != reward and parent is not None and reward in parent.metrics and reward in stage.metrics:
-        change = paired(parent.outcomes(reward), stage.outcomes(reward), reward)
-        if change is not None and judge(reward, change) == "worse":
-            what = _describe_change(reward, parent, stage, change)
-            yield Finding(stage.name, what, stage.metrics[reward].value, remedy)
+    if parent is None or ENVIRONMENT not in parent.metrics or ENVIRONMENT not in stage.metrics:
+        return
+    change = paired(parent.outcomes(ENVIRONMENT), stage.outcomes(ENVIRONMENT), ENVIRONMENT)
+    if change is not None and judge(ENVIRONMENT, change) == "worse":
+        what = _describe_change(ENVIRONMENT, parent, stage, change)
+        yield Finding(stage.name, what, stage.metrics[ENVIRONMENT].value, stage_info(stage).remedy)
+
+
+def _unbeaten_baselines(run: Run, judgement: Judgement) -> Iterator[Finding]:
+    """Find baselines that are better than a stage in one of its aims, or as good although the stage gained."""
+    stage = judgement.stage
     for baseline in run.baselines_to_beat:
         for metric in stage_info(stage).aims:
             change = paired(baseline.outcomes(metric), stage.outcomes(metric), metric)
@@ -339,10 +360,10 @@ def _missed_aims(run: Run, stage: StageResult) -> Iterator[Finding]:
                 continue
             verdict = judge(metric, change)
             # A stage that gained nothing is not reported again for each baseline.
-            is_equal = verdict == "same" and gained is not False and metric_info(metric).better
+            is_equal = verdict == "same" and judgement.gained is not False and metric_info(metric).better
             if verdict == "worse" or is_equal:
                 figure = _with_interval(metric, stage.metrics[metric])
                 bar = f"{_with_interval(metric, baseline.metrics[metric])} without training"
                 what = f"{metric_info(metric).label.lower()} is {figure}, not better than {bar}"
                 what += f" ({run.baseline_title(baseline)})"
-                yield Finding(stage.name, what, stage.metrics[metric].value, remedy)
+                yield Finding(stage.name, what, stage.metrics[metric].value, stage_info(stage).remedy)

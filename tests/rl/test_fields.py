@@ -4,6 +4,7 @@ A new field of TRL or transformers belongs in one of the lists: find out what re
 in `UNUSED_IN_ROLLOUTS` of `pipeline.config.checks`, or `UNUSED` of `pipeline.rl.ppo_config`, which refuse it.
 """
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -15,9 +16,9 @@ import pytest
 from transformers import trainer_callback, trainer_optimizer
 from transformers.integrations import integration_utils
 from trl import GRPOConfig
-from trl.trainer import callbacks
+from trl.trainer import callbacks, grpo_trainer
 
-from pipeline.config.checks import UNSUPPORTED, UNUSED_IN_ROLLOUTS
+from pipeline.config.checks import ROLLOUT_CHOICES, UNSUPPORTED, UNUSED_IN_ROLLOUTS
 from pipeline.config.parser import parse
 from pipeline.errors import UserError
 from pipeline.rl import critic, value_model
@@ -159,3 +160,13 @@ def test_what_is_refused_is_refused(kind: Any, name: str, tmp_path: Path) -> Non
         problems = list(error.problems)
     assert [problem.field for problem in problems] == [name]
     assert {**UNUSED, **UNSUPPORTED}.get(name, "") in problems[0].remedy
+
+
+@pytest.mark.parametrize("name", [name for name in ROLLOUT_CHOICES if not name.startswith("vllm_mod")])
+def test_the_choices_of_a_field_are_the_words_with_which_trl_compares_it(name: str) -> None:
+    """TRL rejects other words only after the first rollout, without naming the field."""
+    words = set()
+    for node in ast.walk(ast.parse(inspect.getsource(grpo_trainer))):
+        if isinstance(node, ast.Compare) and getattr(node.left, "attr", "") == name:
+            words |= {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+    assert words == set(ROLLOUT_CHOICES[name])
