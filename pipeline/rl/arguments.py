@@ -101,7 +101,9 @@ def load_rl_inputs(
     Return the rewards (models, then functions), the tokenizer, the training split, and the evaluation split or None.
     """
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
-    functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
+    functions: list[Callable[..., Any]] = []
+    if reward_args.reward_funcs:
+        functions = load_rewards(reward_args.reward_funcs)
     # TRL would load them with the policy's options.
     models = [
         load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0]
