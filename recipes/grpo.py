@@ -38,6 +38,7 @@ def main(
     from pipeline.models.adapters import starting_model
     from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.grpo import GRPOTrainer
+    from pipeline.tools.loading import load_environment, load_tools
     from pipeline.training.train import run_callbacks, train_and_save
 
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
@@ -51,7 +52,8 @@ def main(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        **reward_args.load_tools(),
+        tools=load_tools(reward_args.tools),
+        environment_factory=load_environment(reward_args.environment),
         callbacks=run_callbacks(training_args),
     )
     train_and_save(trainer)

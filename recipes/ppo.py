@@ -34,6 +34,7 @@ def main(
     from pipeline.models.adapters import starting_model
     from pipeline.rl.arguments import load_rl_inputs
     from pipeline.rl.ppo import PPOTrainer
+    from pipeline.tools.loading import load_environment, load_tools
     from pipeline.training.train import run_callbacks, train_and_save
 
     reward_funcs, tokenizer, train_dataset, eval_dataset = load_rl_inputs(
@@ -48,7 +49,8 @@ def main(
         processing_class=tokenizer,
         value_model=reward_args.value_model_path,
         peft_config=get_peft_config(model_args),
-        **reward_args.load_tools(),
+        tools=load_tools(reward_args.tools),
+        environment_factory=load_environment(reward_args.environment),
         value_use_peft=reward_args.value_use_peft,
         callbacks=run_callbacks(training_args),
     )

@@ -119,8 +119,9 @@ def update(policy: Loaded, reference: Loaded, settings: Values, row: Values, gro
     # A stage with LoRA trained a new adapter, which changes less than all weights would at the same learning rate.
     adapter = ModelConfig(**{item.name: settings[item.name] for item in fields(ModelConfig) if item.name in settings})
     # Without reward functions, only an environment gives a reward.
-    names = settings["reward_funcs"]
-    functions = load_rewards(names) if names else []
+    functions: list[Any] = []
+    if settings["reward_funcs"]:
+        functions = load_rewards(settings["reward_funcs"])
     options = {"reward_funcs": functions, "peft_config": get_peft_config(adapter)}
     with _trainer(_ReplayGRPO, policy, settings, row, group, **options) as trainer:
         if settings.get("beta"):

@@ -17,7 +17,7 @@ from pipeline.errors import Problem, UserError
 from pipeline.models.loading import load_model
 from pipeline.rewards.loading import load_rewards
 from pipeline.rl.reward_checks import check_rewards, check_value_model
-from pipeline.tools.loading import ToolArguments, load_environment, load_tools
+from pipeline.tools.loading import ToolArguments, load_environment
 from pipeline.training.inputs import load_inputs
 
 
@@ -27,10 +27,6 @@ class SampledArguments(ToolArguments):
 
     # Whether a critic as large as the model is trained and saved with it.
     trains_critic: ClassVar[bool] = False
-
-    def load_tools(self) -> dict[str, Any]:
-        """Load the tools, and return the arguments by which a trainer of TRL gets them."""
-        return {"tools": load_tools(self.tools), "environment_factory": load_environment(self.environment)}
 
     def preflight(
         self, training_args: Any, tokenizer: PreTrainedTokenizerBase | None, train: Split | None, early: bool = False
@@ -42,15 +38,16 @@ class SampledArguments(ToolArguments):
         problems = super().preflight(training_args, tokenizer, train, early)
         models = getattr(self, "reward_model_path", None) or []
         functions = getattr(self, "reward_funcs", None) or []
+        weights = getattr(training_args, "reward_weights", None)
+        # Without models and functions, an environment may give the only reward.
         environment_rewards = False
         with suppress(UserError):
             environment_rewards = hasattr(load_environment(self.environment), "get_reward")
-        if models or functions:
-            problems += check_rewards(models, functions, getattr(training_args, "reward_weights", None), train, early)
-        elif self.trains_critic and not environment_rewards:
+        has_rewards = bool(models or functions)
+        if self.trains_critic and not has_rewards and not environment_rewards:
             problems.append(Problem("reward_model_path", "nothing", "name a reward model, or set reward_funcs"))
-        elif not environment_rewards:
-            problems += check_rewards([], [], getattr(training_args, "reward_weights", None), train, early)
+        elif has_rewards or not environment_rewards:
+            problems += check_rewards(models, functions, weights, train, early)
         critic = getattr(self, "value_model_path", None)
         if critic is not None and not early:
             problems += check_value_model(critic, tokenizer)
@@ -104,7 +101,9 @@ def load_rl_inputs(
     Return the rewards (models, then functions), the tokenizer, the training split, and the evaluation split or None.
     """
     tokenizer, train, evaluation = load_inputs("prompt", data_args, training_args, model_args, reward_args)
-    functions = load_rewards(reward_args.reward_funcs) if reward_args.reward_funcs else []
+    functions: list[Callable[..., Any]] = []
+    if reward_args.reward_funcs:
+        functions = load_rewards(reward_args.reward_funcs)
     # TRL would load them with the policy's options.
     models = [
         load_model(name, "reward_model_path", reward=True, dtype=torch.float32)[0]

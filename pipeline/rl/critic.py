@@ -78,7 +78,8 @@ class Critic:
 
     def load(self, folder: Path) -> None:
         """Load the model. Raise a `ValueError` if it is missing, a `UserError` if only one of the two is an adapter."""
-        path, model, policy = folder / VALUE_MODEL_FOLDER, self.bare, self.policy
+        path = folder / VALUE_MODEL_FOLDER
+        model, policy = self.bare, self.policy
         if not path.is_dir():
             raise ValueError(f"{folder} does not contain {VALUE_MODEL_FOLDER}/: PPOTrainer did not save it")
         is_adapter = (path / "adapter_config.json").is_file()

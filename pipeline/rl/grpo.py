@@ -288,7 +288,8 @@ class GRPOTrainer(Reliable, TRLGRPOTrainer):
             dialogues.append(dialogue)
         # With sharded weights or vLLM, all processes sample together, so none may sample more turns than another.
         at_once = self.use_vllm or not self._is_plain
-        reduce, device = self.accelerator.reduce, self.accelerator.device
+        reduce = self.accelerator.reduce
+        device = self.accelerator.device
 
         def goes_on(has_turns: bool) -> bool:
             """Return whether to sample another turn: if this process has dialogues that go on, or any process has."""

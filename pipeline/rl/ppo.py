@@ -134,7 +134,8 @@ class PPOTrainer(GRPOTrainer):
         frozen = [judge for judge in judges if judge is not None]
         if self.ref_model is not None:
             frozen.append(self._bare(self.ref_model))
-        dtype, is_adapter = self.args.frozen_dtype, isinstance(self.model, PeftModel)
+        dtype = self.args.frozen_dtype
+        is_adapter = isinstance(self.model, PeftModel)
         if is_adapter or dtype == "bfloat16":
             for network in frozen:
                 network.requires_grad_(False)
@@ -232,9 +233,9 @@ class PPOTrainer(GRPOTrainer):
         """
         _, _, mask = _texts(batch)
         logps, ref_logps = batch["old_per_token_logps"], batch.get("ref_per_token_logps")
-        if ref_logps is None:
-            kl, penalty = None, torch.zeros_like(logps)
-        else:
+        kl = None
+        penalty = torch.zeros_like(logps)
+        if ref_logps is not None:
             kl = ppo_math.kl_estimate(logps, ref_logps, "k1") * mask
             penalty = self.args.kl_coef * kl
         return ppo_math.Rewards(scores, kl, penalty, ppo_math.token_rewards(scores.total, penalty, mask))

@@ -124,7 +124,8 @@ def generalized_advantages(
     #   delta[t]     = reward[t] + gamma * value[t + 1] - value[t]
     #
     # If t is masked, nothing is written, and t + 1 remains the next unmasked token.
-    real, advantages = mask > 0, torch.zeros_like(values)
+    real = mask > 0
+    advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -164,7 +165,8 @@ class Moments:
         x = x.cpu().double()
         count, mean = float(x.numel()), float(x.mean())
         m2 = float((x - mean).square().sum())
-        total, delta = self.count + count, mean - self.mean
+        total = self.count + count
+        delta = mean - self.mean
         self.m2 += m2 + delta**2 * self.count * count / total
         self.mean += delta * count / total
         self.count = total

@@ -36,7 +36,8 @@ def check_rewards(
         train: The training data; None if they failed to load.
         early: Whether other steps run first, which may write the models. Then these are not checked.
     """
-    problems, number = [], len(models) + len(functions)
+    problems = []
+    number = len(models) + len(functions)
     if weights is not None:
         text = " ".join(f"{weight:g}" for weight in weights)
         if len(weights) != number:

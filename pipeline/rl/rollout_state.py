@@ -71,7 +71,8 @@ class Rollout:
 
     def load(self, folder: Path) -> None:
         """Continue with the rollout of a checkpoint if this run would split it in the same way."""
-        trainer, first = self.trainer, folder / ROLLOUT.format(0)
+        trainer = self.trainer
+        first = folder / ROLLOUT.format(0)
         if not first.is_file():
             return
         # The first process's file decides for all: if only some sampled again, they would wait for each other forever.

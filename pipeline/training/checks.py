@@ -93,7 +93,8 @@ def _check_targets(model_args: ModelConfig, model: PreTrainedModel) -> list[Prob
 def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> list[Problem]:
     """Let PEFT add the adapter, without memory for it. Return what it rejects, under the field that it names."""
     config = get_peft_config(model_args)
-    field, remedy = "lora_target_modules", ""
+    field = "lora_target_modules"
+    remedy = ""
     if "SequenceClassification" in type(model).__name__:
         # PEFT saves the head of a reward model in full, as `recipes.reward` requests, so LoRA cannot adapt it.
         config.task_type = "SEQ_CLS"
@@ -135,7 +136,8 @@ def check_generation_config(name: str, revision: str | None) -> list[Problem]:
 
 def check_batches(rows: int, args: TrainingArguments) -> list[Problem]:
     """Check that a data set of `rows` rows fills at least one batch."""
-    field, needed = "per_device_train_batch_size", 1
+    field = "per_device_train_batch_size"
+    needed = 1
     if args.dataloader_drop_last:
         needed = args.per_device_train_batch_size * args.world_size
     if samples_completions(args) and args.generation_batch_size:

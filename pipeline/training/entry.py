@@ -44,9 +44,10 @@ def run(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
         for item in arguments:
             values |= vars(item)
         config = _config_of(words)
-        missing = missing_input(values, config) if config is not None else None
-        if missing:
-            raise UserError(missing)
+        if config is not None:
+            missing = missing_input(values, config)
+            if missing:
+                raise UserError(missing)
         # `recipes/__init__.py` disables the garbage collector while a recipe's modules are imported. Their million
         # objects live as long as the process: unless they are frozen, each collection traverses all of them. At exit,
         # triton, which torch for CUDA imports, would print frozen types as leaks.

@@ -80,7 +80,9 @@ class PretrainTrainer(Reliable):
     def __init__(self, *args: Any, router_losses: tuple[float, float] = (0.0, 0.0), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.router_losses = router_losses
-        self._routers = routers(self.model) if any(router_losses) else []
+        self._routers: list[Any] = []
+        if any(router_losses):
+            self._routers = routers(self.model)
         if isinstance(self.train_dataset, PackedStream):
             # A stream resumes by itself. transformers would first read and discard all earlier batches.
             self.args.ignore_data_skip = True

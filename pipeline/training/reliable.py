@@ -172,7 +172,8 @@ class Reliable(Trainer):
 
     def _delete_surplus(self, newest: Path) -> None:
         """Delete the oldest checkpoints beyond `save_total_limit`, but neither the newest nor the best one."""
-        output_dir, limit = self.args.output_dir, self.args.save_total_limit
+        output_dir = self.args.output_dir
+        limit = self.args.save_total_limit
         if not limit:
             return
         unfinished = Path(output_dir) / folders.UNFINISHED

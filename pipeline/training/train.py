@@ -232,7 +232,8 @@ def _name_base(trainer: Reliable) -> None:
 
     A base model that was itself merged from an adapter only exists in memory, so it is saved next to the new adapter.
     """
-    model, base = trainer.model, Path(trainer.args.output_dir).absolute() / BASE
+    model = trainer.model
+    base = Path(trainer.args.output_dir).absolute() / BASE
     if isinstance(model, PeftModel) and hasattr(model.get_base_model(), MERGED) and trainer.args.should_save:
         with files.write_folder(base) as folder, cache_enabled(model):
             # Its frozen weights may have been converted for training.
