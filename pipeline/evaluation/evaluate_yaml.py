@@ -42,7 +42,7 @@ DEFAULT_LENGTH = 64
 
 TOOLS = ("tools", "environment")
 """Fields with the tools that a model may call."""
-DIVISION = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
+DIVISION_FIELDS = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
 """Fields that decide which rows of a data set are held out."""
 
 Values = Mapping[str, Any]
@@ -386,7 +386,7 @@ def _division_of(source: Values, facts: RunFacts) -> dict[str, Any]:
     place = _place(source.get("dataset_name"), source)
     for trained_on in facts.trained_on.values():
         if place in _places_of(trained_on):
-            return {name: trained_on[name] for name in DIVISION if name in trained_on}
+            return {name: trained_on[name] for name in DIVISION_FIELDS if name in trained_on}
     return {}
 
 
