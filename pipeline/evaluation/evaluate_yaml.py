@@ -42,7 +42,7 @@ DEFAULT_LENGTH = 64
 
 TOOLS = ("tools", "environment")
 """Fields with the tools that a model may call."""
-DIVISION = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
+DIVISION_FIELDS = ("validation_share", "dataset_train_split", "dataset_streaming", "document", "keep_rows")
 """Fields that decide which rows of a data set are held out."""
 
 Values = Mapping[str, Any]
@@ -151,38 +151,28 @@ class RunFacts:
     def of_stages(cls, stages: Iterable[tuple[str, str, Values]], home: Path) -> Self:
         """Derive the facts from the name, kind and settings of each stage, in order. They write to `home`."""
         run = [TrainedStage(*stage) for stage in stages]
-        # The last stage of each kind. The first reward model is the one that PPO is trained with; others are judges.
-        last: dict[str, TrainedStage] = {}
-        for stage in run:
-            if stage.kind not in last or stage.info.generates:
-                last[stage.kind] = stage
-
-        templates = _templates_of(run)
         trained_on: dict[str, Values] = {}
         lengths: dict[str, int | None] = {}
+        templates = _templates_of(run)
         called: dict[str, Any] = {}
-        for key, held_out in HELD_OUT.items():
-            # The last kind, in the order of training, whose own data serve this purpose.
-            kinds = [kind for kind, info in STAGES.items() if info.held_out == key and kind in last]
-            if not kinds:
-                continue
-            stage = last[kinds[-1]]
-            if not stage.values.get("dataset_name"):
-                continue
+        for key, stage in _stages_by_data(run).items():
             trained_on[key] = _with_common_division(_measured_source(key, stage.values), run)
-            if held_out.length:
-                lengths[key] = stage.values.get(held_out.length)
-                if stage.name in templates:
-                    templates[key] = templates[stage.name]
-                tools = {name: stage.values[name] for name in TOOLS if stage.values.get(name)}
-                if tools:
-                    called[key] = tools
+            field_of_length = HELD_OUT[key].length
+            if not field_of_length:
+                continue
+            lengths[key] = stage.values.get(field_of_length)
+            if stage.name in templates:
+                templates[key] = templates[stage.name]
+            tools = {name: stage.values[name] for name in TOOLS if stage.values.get(name)}
+            if tools:
+                called[key] = tools
         trained_on |= _further_sources(run, trained_on, home)
 
         base = _base_of(run, home)
+        opponents = [stage.name for stage in run if stage.kind == OPPONENT]
         against = None
-        if OPPONENT in last:
-            against = last[OPPONENT].name
+        if opponents:
+            against = opponents[-1]
         elif base:
             against = BASE
         reward_models: list[str] = []
@@ -246,6 +236,24 @@ class Settings:
         if stage == BASE and self.facts.base:
             return Path(self.facts.base)
         return self.run / stage
+
+
+def _stages_by_data(run: Iterable[TrainedStage]) -> dict[str, TrainedStage]:
+    """Return the stage on whose data the others are measured as well, for each key of evaluate.yaml with such a stage.
+
+    Of several kinds of stages with such data, it is the last in the order of training.
+    """
+    # The last stage of each kind. The first reward model is the one that PPO is trained with; others are judges.
+    last: dict[str, TrainedStage] = {}
+    for stage in run:
+        if stage.kind not in last or stage.info.generates:
+            last[stage.kind] = stage
+    stages = {}
+    for key in HELD_OUT:
+        candidates = [last[kind] for kind, info in STAGES.items() if info.held_out == key and kind in last]
+        if candidates and candidates[-1].values.get("dataset_name"):
+            stages[key] = candidates[-1]
+    return stages
 
 
 def _templates_of(run: Iterable[TrainedStage]) -> dict[str, Any]:
@@ -386,7 +394,7 @@ def _division_of(source: Values, facts: RunFacts) -> dict[str, Any]:
     place = _place(source.get("dataset_name"), source)
     for trained_on in facts.trained_on.values():
         if place in _places_of(trained_on):
-            return {name: trained_on[name] for name in DIVISION if name in trained_on}
+            return {name: trained_on[name] for name in DIVISION_FIELDS if name in trained_on}
     return {}
 
 
