@@ -67,7 +67,7 @@ def test_names_that_are_not_utf8_are_printed(capsys: pytest.CaptureFixture[str],
 
 
 def test_modules_of_the_working_folder_do_not_shadow_ours(tmp_path: Path) -> None:
-    """A `pipeline.py` or `json.py` of the user is not imported in place of the library; functions there are found."""
+    """A `pipeline.py` or `json.py` of the user is not imported instead of the library; other modules are found."""
     for name in ("pipeline.py", "recipes.py", "json.py"):
         (tmp_path / name).write_text("raise SystemExit(f'{__file__} was run')")
     (tmp_path / "my_rewards.py").write_text("")

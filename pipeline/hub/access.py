@@ -42,7 +42,8 @@ def check_access(ids: Iterable[str], field: str, repo_type: str = "model", token
     Returns:
         At most one problem: the first repository that the token may not write to, or why the Hub did not answer.
     """
-    api, ids = HfApi(token=token), list(ids)
+    api = HfApi(token=token)
+    ids = list(ids)
     try:
         user = retry(lambda: whoami(token, cache=True))
         for name in ids:

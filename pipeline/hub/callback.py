@@ -98,7 +98,9 @@ class PushCallback(TrainerCallback):
             return
         folder = Path(str(self._args.output_dir)).absolute()
         name = self._args.hub_model_id or folder.name
-        stale = [f"{LAST}/"] if self._args.hub_strategy == HubStrategy.EVERY_SAVE else []
+        stale = []
+        if self._args.hub_strategy == HubStrategy.EVERY_SAVE:
+            stale.append(f"{LAST}/")
         try:
             name = full_id(self._args.hub_model_id, folder)
             outputs = Outputs(path=folder.parent, repo_id=name, only=[folder.name])

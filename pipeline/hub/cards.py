@@ -61,6 +61,11 @@ class Trained:
         """What is known about its kind."""
         return STAGES.get(self.kind, StageKind(name=self.kind))
 
+    @property
+    def task(self) -> str:
+        """Its task, as the Hub calls it."""
+        return "text-generation" if self.about.generates else "text-classification"
+
     def on_hub(self, name: Any) -> str | None:
         """Return the Hub id for a setting's value: the id of a folder that is pushed, or the value if it is an id.
 
@@ -74,8 +79,9 @@ class Trained:
         # The run's other directories need not exist on this machine.
         home = Path(str(self.settings.get("output_dir") or ".")).parent
         is_output = home != Path() and Path(name).is_relative_to(home)
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() and not is_output
-        return name if is_id else None
+        if is_output or Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return None
+        return name
 
     def all_on_hub(self, field: str) -> list[str]:
         """Return the Hub ids among the values of a setting."""
@@ -125,7 +131,7 @@ def model_card(trained: Trained) -> str:
     adapter = read_json(trained.folder / "adapter_config.json")
     entries = _entries(trained)
     baselines = trained.metrics.get("baselines", {})
-    # The settings as in the YAML file, with Hub ids for what was pushed.
+    # As in the YAML file, with Hub ids for what was pushed.
     settings = with_hub_ids(public_settings(trained.settings), trained.ids.get)
     card = _render(
         "model.md.jinja",
@@ -139,7 +145,8 @@ def model_card(trained: Trained) -> str:
         },
         columns=_columns(trained, entries),
         config=config,
-        critic=CRITIC if (trained.folder / CRITIC).is_dir() else "",
+        critic=CRITIC,
+        has_critic=(trained.folder / CRITIC).is_dir(),
         datasets=trained.all_on_hub("dataset_name"),
         entries=entries,
         imports=_class_of_fourstage(config),
@@ -149,9 +156,15 @@ def model_card(trained: Trained) -> str:
         steps=read_json(trained.folder / STATE).get("global_step"),
         tokens=trained.metrics.get("tokens", {}).get(stage),
         trained=trained,
-        yaml=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True) if settings else "",
+        yaml=_to_yaml(settings),
     )
     return str(ModelCard(without_paths(card, local_paths(trained.folder))))
+
+
+def _to_yaml(settings: Values) -> str:
+    if not settings:
+        return ""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _entries(trained: Trained) -> dict[str, Values]:
@@ -167,6 +180,10 @@ def _entries(trained: Trained) -> dict[str, Values]:
 def _metadata(trained: Trained, entries: Mapping[str, Values], is_adapter: bool) -> ModelCardData:
     """Return what the Hub reads of a card, for its search and its pages."""
     results = [_result(trained, metric, entry) for metric, entry in entries.items()]
+    model_name = None
+    if results:
+        # The Hub asks for the name with the results.
+        model_name = trained.name.rsplit("/", 1)[-1]
     return ModelCardData(
         base_model=trained.on_hub(trained.settings.get("model_name_or_path")),
         datasets=trained.all_on_hub("dataset_name") or None,
@@ -174,9 +191,8 @@ def _metadata(trained: Trained, entries: Mapping[str, Values], is_adapter: bool)
         language=trained.language,
         library_name="peft" if is_adapter else "transformers",
         license=trained.license,
-        # The Hub asks for the name with the results.
-        model_name=trained.name.rsplit("/", 1)[-1] if results else None,
-        pipeline_tag="text-generation" if trained.about.generates else "text-classification",
+        model_name=model_name,
+        pipeline_tag=trained.task,
         tags=["fourstage", *trained.about.card.tags],
     )
 
@@ -236,7 +252,7 @@ def _result(trained: Trained, metric: str, entry: Values) -> EvalResult:
         title = dataset.rsplit("/", 1)[-1]
         split = "test_longer" if metric.endswith("_longer") else "test"
     return EvalResult(
-        task_type="text-generation" if trained.about.generates else "text-classification",
+        task_type=trained.task,
         dataset_type=dataset,
         dataset_name=title,
         dataset_config=source.get("dataset_config"),
@@ -259,8 +275,10 @@ def base_card(name: str, trained: Trained) -> str:
 def load_card(folder: Path) -> DatasetCard:
     """Return the card of a folder of data, empty if it has none. Raise a `UserError` if it cannot be read."""
     path = folder / "README.md"
+    if not path.exists():
+        return DatasetCard("---\n{}\n---\n")
     try:
-        return DatasetCard.load(path) if path.exists() else DatasetCard("---\n{}\n---\n")
+        return DatasetCard.load(path)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(Problem("RUN", path, f"cannot be read as a data card ({reason}); correct it")) from None
@@ -284,8 +302,10 @@ def dataset_card(folder: Path, name: str, ids: Mapping[str, str], license: Any =
         # A path that ends in the directory, such as `runs/pocket/2_sft`.
         text = re.sub(rf"(?<![\w/.~-])[\w/.~-]*/{re.escape(output)}(?![\w/-])", repo_id, text)
     configs = [config["config_name"] for config in card.data.get("configs") or []]
-    # The example loads the first configuration.
-    config = configs[0] if configs and configs != ["default"] else ""
+    config = ""
+    if configs and configs != ["default"]:
+        # The example loads the first configuration.
+        config = configs[0]
     return without_paths(_render("data.md.jinja", card.data, text=text, name=name, config=config), local_paths(folder))
 
 

@@ -94,7 +94,9 @@ def public_content(path: Path, paths: set[str], ids: Mapping[Path, str] | None =
         with contextlib.suppress(ValueError):
             paths = paths | _absolute_paths(json.loads(text))
     public = to_bytes(without_paths(text, paths))
-    return path if public == content else public
+    if public == content:
+        return path
+    return public
 
 
 def to_bytes(text: str) -> bytes:
@@ -118,7 +120,10 @@ def with_hub_ids(settings: Any, find_id: Callable[[str], str | None]) -> Any:
         find_id: Returns the Hub id of a name, or None to leave it as it is.
     """
     if isinstance(settings, dict):
-        return {key: value if key == "output_dir" else with_hub_ids(value, find_id) for key, value in settings.items()}
+        renamed = {key: with_hub_ids(value, find_id) for key, value in settings.items()}
+        if "output_dir" in settings:
+            renamed["output_dir"] = settings["output_dir"]
+        return renamed
     if isinstance(settings, list):
         return [with_hub_ids(item, find_id) for item in settings]
     if isinstance(settings, str) and settings:
@@ -229,8 +234,10 @@ def _replace(text: str, names: Mapping[str, str]) -> str:
         return text
     patterns = []
     for spelling in sorted(spellings, key=len, reverse=True):
-        end = "" if spelling.endswith("/") else END_OF_NAME
-        patterns.append(re.escape(spelling) + end)
+        pattern = re.escape(spelling)
+        if not spelling.endswith("/"):
+            pattern += END_OF_NAME
+        patterns.append(pattern)
     return re.sub(f"{BEFORE_PATH}(?:{'|'.join(patterns)})", lambda match: spellings[match.group()], text)
 
 

@@ -62,15 +62,15 @@ def main(args: argparse.Namespace) -> int:
     if args.repo_id and "/" not in args.repo_id and not args.dry_run:
         refuse(*check_access([], "--repo_id"))
         args.repo_id = full_id(args.repo_id, args.run)
-    run = Outputs(
-        path=args.run if args.namespace else args.run.absolute().parent,
-        namespace=args.namespace or "",
-        repo_id=args.repo_id or "",
-        only=args.stage if args.namespace else [args.run.absolute().name],
-        license=args.license,
-        checkpoints=args.checkpoints,
-        api=None if args.dry_run else api,
-    )
+    if args.namespace:
+        run = Outputs(args.run, namespace=args.namespace, only=args.stage)
+    else:
+        folder = args.run.absolute()
+        run = Outputs(folder.parent, repo_id=args.repo_id, only=[folder.name])
+    run.license = args.license
+    run.checkpoints = args.checkpoints
+    if not args.dry_run:
+        run.api = api
     _warn(run, args)
     if args.dry_run:
         _print_files(run.repositories())
@@ -112,7 +112,8 @@ def _print_files(repositories: list[Repository]) -> None:
     sizes: list[int] = []
     for repository in repositories:
         for branch, files in [("", repository.files), *repository.checkpoints.items()]:
-            print(f"{repository.type} {repository.id}{f' (branch {branch})' if branch else ''}")
+            title = f"{repository.type} {repository.id}"
+            print(f"{title} (branch {branch})" if branch else title)
             for name, content in sorted(files.items()):
                 sizes.append(len(content) if isinstance(content, bytes) else content.stat().st_size)
                 print(f"  {sizes[-1]:>12,}  {name}")
@@ -137,12 +138,16 @@ def _push(api: HfApi, repository: Repository, args: argparse.Namespace) -> None:
     """Push to a repository and to the branches of its checkpoints, and print a line for each."""
     from pipeline.hub.upload import push
 
-    is_model = repository.type == "model"
-    label = repository.id if is_model else f"{repository.id} ({repository.type})"
+    label = repository.id
+    if repository.type != "model":
+        label += f" ({repository.type})"
     options: dict[str, Any] = {"repo_type": repository.type, "private": args.private}
+    # A pull request is made against main.
+    branch = None if args.create_pr else args.revision
     with _stop_if_it_fails(label, repository.id):
-        main_options = {"create_pr": True} if args.create_pr else {"revision": args.revision}
-        changed = push(api, repository.id, repository.files, MESSAGE, **options, **main_options)
+        changed = push(
+            api, repository.id, repository.files, MESSAGE, revision=branch, create_pr=args.create_pr, **options
+        )
         _print_result(label, args.revision, changed)
         for branch, files in repository.checkpoints.items():
             changed = push(api, repository.id, files, MESSAGE, **options, revision=branch)
@@ -171,7 +176,9 @@ def _check(args: argparse.Namespace) -> list[Problem]:
         remedy = "is not a run (there is no run.json); for a single output directory, give --repo_id NAME/REPO"
     elif any(is_locked(args.run / lock) for lock in ("run.lock", ".lock")):
         remedy = "is being written by another process; wait until it has ended"
-    problems = [Problem("RUN", args.run, remedy)] if remedy else []
+    problems = []
+    if remedy:
+        problems.append(Problem("RUN", args.run, remedy))
     if args.create_pr and args.revision not in (None, "main"):
         problems.append(Problem("--create-pr", args.revision, "pull requests are made against main; omit --revision"))
     if args.repo_id and args.stage:

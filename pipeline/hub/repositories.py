@@ -179,8 +179,10 @@ class Outputs:
                 bases[name] = Base(base, f"{self.id_of(name)}-{BASE}", is_merged=True)
             elif base.is_absolute():
                 # It may lie in the cache of the Hub's client, or be a stage of this run, which may have moved.
-                cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/")
-                bases[name] = Base(base, "/".join(cached.groups()) if cached else self.ids.get(base.name))
+                repo_id = self.ids.get(base.name)
+                if match := re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{base}/"):
+                    repo_id = f"{match[1]}/{match[2]}"
+                bases[name] = Base(base, repo_id)
         return bases
 
     def repositories(self) -> list[Repository]:
@@ -217,7 +219,8 @@ class Outputs:
         return None, language
 
     def _dataset(self, output: str) -> Repository:
-        folder, repo_id = self.folders[output], self.id_of(output)
+        folder = self.folders[output]
+        repo_id = self.id_of(output)
         # Data are published unchanged: only models and reports contain paths.
         files: Files = {path: folder / path for path in publishable(folder)}
         files["README.md"] = to_bytes(dataset_card(folder, repo_id, self.ids, self._license[0]))
@@ -236,12 +239,13 @@ class Outputs:
             for checkpoint in sorted(filter(holds_model, folder.glob("checkpoint-*"))):
                 step = checkpoint.name.rpartition("-")[2]
                 branches[f"step-{step}"] = self._model_files(output, checkpoint)
-        return Repository(self.id_of(output), "model", self._model_files(output, folder), branches)
+        files = self._model_files(output, folder)
+        return Repository(self.id_of(output), "model", files, branches)
 
     def _model_files(self, output: str, source: Path) -> Files:
         """Return the files of a model, whose folder is `source`, or of one of its checkpoints, in `source`."""
-        folder, trained = self.folders[output], self._trained(output)
-        if source != folder:
+        trained = self._trained(output)
+        if source != self.folders[output]:
             # The metrics belong to the final model.
             step = {**trained.step, "seconds": None}
             trained = replace(trained, folder=source, metrics={}, evaluation={}, step=step)
@@ -277,26 +281,29 @@ class Outputs:
         step_name, step = self._step_of(output)
         kind = step_name.split("_")[1] if "_" in step_name else step_name
         settings = step.get("values", {})
-        # A stage without a file of its own has the settings of another stage, which its card does not show.
-        is_shared = kind in STAGES and bool(STAGES[kind].file_of)
         measured_on = self.record.get(f"evaluate_{output}", {}).get("values", {})
         # Settings name directories as the YAML files do, even if the run is elsewhere.
         home = measured_on.get("home") or Path(str(settings.get("output_dir") or output)).parent
         license, language = self._license
-        return Trained(
+        trained = Trained(
             folder=self.folders[output],
             kind=kind,
             name=self.id_of(output),
-            settings={} if is_shared else settings,
+            settings=settings,
             step=step,
             metrics=_read_newer(self.path / REPORT / "metrics.json", step),
             evaluation=_read_newer(self.path / "evaluations" / f"{output}.json", step),
             measured_on=measured_on,
             ids=self._ids_in_settings(str(home)),
-            report=f"https://huggingface.co/spaces/{self.id_of(REPORT)}" if self.has_report else "",
             license=license,
             language=language,
         )
+        if kind in STAGES and STAGES[kind].file_of:
+            # A stage without a file of its own has the settings of another stage, which its card does not show.
+            trained.settings = {}
+        if self.has_report:
+            trained.report = f"https://huggingface.co/spaces/{self.id_of(REPORT)}"
+        return trained
 
     def _step_of(self, output: str) -> tuple[str, Mapping[str, Any]]:
         """Return the name and the entry in run.json of the step that wrote an output directory.
@@ -343,7 +350,10 @@ def _read_newer(path: Path, step: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     finished = step.get("finished_at")
     if finished is None:
-        return {} if "started_at" in step else read_json(path)
+        if "started_at" in step:
+            # It has begun again.
+            return {}
+        return read_json(path)
     if path.stat().st_mtime < datetime.fromisoformat(str(finished)).timestamp():
         return {}
     return read_json(path)

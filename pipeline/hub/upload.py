@@ -89,10 +89,14 @@ def push(
         commit = api.create_commit(operations=[*additions, *deletions], commit_message=message, **options)
         return commit.oid != info.sha
 
-    sdk = "static" if repo_type == "space" else None
+    options: dict[str, Any] = {"exist_ok": True, **repository}
+    if private:
+        options["private"] = True
+    if repo_type == "space":
+        options["space_sdk"] = "static"
     # The client fails with a KeyError if a conflict (409) does not name the repository.
     with contextlib.suppress(KeyError):
-        retry(lambda: api.create_repo(private=private or None, exist_ok=True, space_sdk=sdk, **repository))
+        retry(lambda: api.create_repo(**options))
     # For a moment, the Hub may not find a repository that it has just created.
     return retry(attempt, (*TRANSIENT, 404))
 
