@@ -55,7 +55,7 @@ def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
 
 
 def convert_stored(
-    rows: Dataset, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None, numbers: Sequence[int]
+    rows: Dataset, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None, numbers: Sequence[int]
 ) -> tuple[Dataset, Sequence[int]]:
     """Convert every row to TRL's columns, and drop or reject those that cannot be converted.
 
@@ -64,7 +64,7 @@ def convert_stored(
 
     Args:
         args: The arguments, which name only this data set.
-        tokens: Special tokens of the tokenizer, which no message may contain as text; None if any text is accepted.
+        special_tokens: As for `load_splits`.
         numbers: Numbers of the rows in their file, by which messages name them.
 
     Returns:
@@ -79,24 +79,24 @@ def convert_stored(
         # If each row is text, there is nothing to convert, and so nothing to copy.
         if rows.features[column] == Value("string") and not rows.data.column(column).null_count:
             return rows.select_columns(column).rename_columns({column: "text"}), numbers
-    converted = _map_stored(rows, plan, args, tokens, calls=False)
+    converted = _map_stored(rows, plan, args, special_tokens, calls=False)
     if not len(rows):
         return converted, numbers
     # Whether any row calls a tool is only known now. Most data sets call none, and are converted once.
     if HAS_CALLS in converted.unique(FAULT):
-        converted = _map_stored(rows, plan, args, tokens, calls=True)
+        converted = _map_stored(rows, plan, args, special_tokens, calls=True)
     return _drop_faulty(converted, place_of(rows, args), args, numbers)
 
 
 def _map_stored(
-    rows: Dataset, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None, calls: bool
+    rows: Dataset, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None, calls: bool
 ) -> Dataset:
     """Convert rows, and add the column `FAULT`. With `calls`, messages have the type `CALLING`."""
     nothing = dict.fromkeys(plan.outputs)
 
     def convert(row: Row) -> dict[str, Any]:
         try:
-            converted = _read(row, plan, tokens)
+            converted = _read(row, plan, special_tokens)
         except ShapeError as error:
             return {**nothing, FAULT: str(error)}
         if "chosen" in plan.outputs and not is_informative(converted):
@@ -116,22 +116,22 @@ def _map_stored(
         convert,
         remove_columns=_removed(rows.column_names, plan),
         features=Features(features),
-        new_fingerprint=_fingerprint(rows, plan, args, tokens, calls),
+        new_fingerprint=_fingerprint(rows, plan, args, special_tokens, calls),
     )
 
 
 def _fingerprint(
-    rows: Dataset, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None, calls: bool
+    rows: Dataset, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None, calls: bool
 ) -> str:
     """Return the name of the converted rows in the cache: it depends on the rows, all arguments, and this code."""
     # datasets would take longer to disassemble the function, and not notice changes in those that it calls.
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
     columns = (plan.columns, plan.used, plan.outputs)
-    return Hasher.hash((rows._fingerprint, vars(args), plan.kind, columns, tokens, calls, code))
+    return Hasher.hash((rows._fingerprint, vars(args), plan.kind, columns, special_tokens, calls, code))
 
 
 def convert_stream(
-    stream: IterableDataset, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None
+    stream: IterableDataset, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None
 ) -> IterableDataset:
     """Convert the rows of a stream to TRL's columns when they are read; arguments as for `convert_stored`.
 
@@ -156,7 +156,7 @@ def convert_stream(
 
     def convert(row: Row, index: int) -> dict[str, Any]:
         try:
-            return _read(row, plan, tokens)
+            return _read(row, plan, special_tokens)
         except ShapeError as error:
             if not may_be_empty:
                 remedy = f"{error}; {CORRECT}; {DROP}"
@@ -175,11 +175,11 @@ def drop_uninformative(stream: IterableDataset, plan: ColumnPlan) -> IterableDat
     return stream.filter(is_informative) if "chosen" in plan.outputs else stream
 
 
-def _read(row: Row, plan: ColumnPlan, tokens: re.Pattern[str] | None) -> dict[str, Any]:
+def _read(row: Row, plan: ColumnPlan, special_tokens: re.Pattern[str] | None) -> dict[str, Any]:
     """Convert a row. Raise a `ShapeError` if that is not possible, or a message spells a special token."""
     converted = plan.read(row)
-    if tokens is not None:
-        refuse_special_tokens(converted, tokens)
+    if special_tokens is not None:
+        refuse_special_tokens(converted, special_tokens)
     return converted
 
 

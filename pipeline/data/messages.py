@@ -16,7 +16,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 MESSAGE_KEYS: tuple[str, ...] = ("role", "content", "from", "value", "tool_calls", "function_call")
 """Keys of messages that are read everywhere."""
 RENDERED: tuple[str, ...] = ("name", "reasoning_content", "thinking")
-"""Keys of messages in an answer that some chat templates write, besides role, content and calls."""
+"""Keys of messages in an answer that some chat templates write, in addition to role, content and calls."""
 
 
 class ShapeError(ValueError):
@@ -176,8 +176,11 @@ def read_prompt(value: object, column: str, system_prompt: str | None = None) ->
 
 
 def refuse_special_tokens(row: Row, tokens: re.Pattern[str]) -> None:
-    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens."""
-    # Chat templates write one text, in which the tokenizer would take such a text for the template's special tokens.
+    """Raise a `ShapeError` if a message of a row in TRL's columns contains the text of one of the special tokens.
+
+    Chat templates write a conversation as one text, in which the tokenizer would take such a text for the template's
+    own special tokens. So a user, or an answer of a model, could end a turn or begin another.
+    """
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in row.get(column) or ():
             _refuse_tokens_in([message["content"], message.get("tool_calls")], column, tokens)
@@ -221,10 +224,12 @@ def read_answer(value: object, column: str) -> Messages:
 
 
 def has_prompt(pair: Row, prompt: object) -> bool:
-    """Return whether `prompt`, the value in the column of prompts, is the prompt of a pair; None stands for none."""
+    """Return whether `prompt`, the value in the column of prompts, is the prompt of a pair; None stands for none.
+
+    If the answers are whole conversations, a text in that column is only the last message of their prompt.
+    """
     if prompt is None:
         return False
-    # If the answers are whole conversations, a text in that column is only the last message of their prompt.
     are_whole = all(is_whole(pair[side]) for side in ("chosen", "rejected"))
     return not (are_whole and isinstance(prompt, str))
 
@@ -238,7 +243,7 @@ def is_whole(answer: object) -> bool:
 def split_answer(turns: list[Any]) -> tuple[list[Any], list[Any]]:
     """Split a conversation into its prompt, [] if it has none, and the answer: what the assistant and tools say last.
 
-    What does not end with the assistant has no answer: its last message counts as one, and is refused later.
+    What does not end with the assistant has no answer: its last message counts as one, and is rejected later.
     """
     begin = len(turns)
     while begin and isinstance(turns[begin - 1], Mapping) and turns[begin - 1].get("role") in ("assistant", "tool"):
@@ -273,9 +278,19 @@ def _other_keys(messages: list[Any], keys: Sequence[str]) -> list[str]:
 
 
 def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = None) -> dict[str, Any]:
-    """Read two answers to a prompt, which is extracted from them if it is None, or raise a `ShapeError`.
+    """Read two answers to a prompt.
 
-    Return `prompt`, `chosen` and `rejected`, lists of messages, and `margin`, by how much chosen is better, if known.
+    Args:
+        row: `chosen` and `rejected`, each the text of an answer, its message, a dialogue with tools, or a whole
+            conversation. Optionally `margin`, by how much the chosen answer is better.
+        prompt: The messages before the answers. If it is None, the answers are conversations that begin with it.
+        system_prompt: As for `read_messages`.
+
+    Returns:
+        `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the row has it.
+
+    Raises:
+        ShapeError: If the row has a different shape.
     """
     # The shapes that data sets have, with M for a message and Q, A, B for texts:
     #

@@ -26,7 +26,13 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 class Match(NamedTuple):
-    """A test row, the first training row that shares words with it, and these words."""
+    """A test row that was found in the training data.
+
+    Attributes:
+        test_row: Its number, from 0.
+        train_row: Number of the first training row that shares words with it.
+        shared: The first words that they share.
+    """
 
     test_row: int
     train_row: int
@@ -34,7 +40,13 @@ class Match(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """The test rows that were found in the training data, and the numbers of test and training rows."""
+    """How much of a test data set occurs in the training data.
+
+    Attributes:
+        matches: The test rows that were found, in order.
+        test_rows: Number of test rows.
+        train_rows: Number of training rows.
+    """
 
     matches: list[Match]
     test_rows: int
@@ -97,7 +109,7 @@ def ngrams(tokens: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
 def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]], n: int = 8) -> Overlap:
     """Look for test rows with `n` consecutive words in common with a training row; both are read once.
 
-    A test row of fewer words overlaps with a training row that contains all of them.
+    A test row of fewer words overlaps with a training row that contains all of them. `n` is at least 1.
     """
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
@@ -185,7 +197,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _open_rows(name: str, field: str, document: str | None) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of DATASET[:CONFIG[:SPLIT]], by default of the split `field` if there are several."""
+    """Return the rows of DATASET[:CONFIG[:SPLIT]], by default of the split `field` if there are several.
+
+    Raise a `UserError` if the data set, configuration or split does not exist, or its rows do not contain text.
+    """
     # Imported here, because `datasets` takes seconds, and `--help` does not need it.
     from pipeline.data.sources import open_source
 

@@ -37,7 +37,13 @@ def pack_documents(
     than 65,536.
 
     Args:
-        num_proc: Number of processes that tokenize. Default: this one, on all cores.
+        tokenizer: A tokenizer with bos and eos tokens.
+        block_size: Number of tokens in a block.
+        column: Column of the texts, or of their tokens. All columns are replaced.
+        num_proc: Number of processes that tokenize, each a part of the documents. Default: this one, on all cores.
+
+    Returns:
+        The blocks; `PackedBlocks` makes batches of them.
     """
     encode = Encoder.of(tokenizer)
 
@@ -53,13 +59,20 @@ def pack_documents(
 
 @dataclass
 class Encoder:
-    """Tokens of documents: `bos + text + eos`, one document after the other. `largest` is the last token's id."""
+    """Tokens of documents: `bos + text + eos`, one document after the other.
+
+    Attributes:
+        backend: The tokenizer of the library `tokenizers`, without truncation or padding.
+        bos: Token before a text.
+        eos: Token after a text.
+        largest: The last token.
+        dtype: Unsigned integers that hold all tokens, in 16 bits if possible: "uint16" or "uint32".
+    """
 
     backend: Tokenizer
     bos: int
     eos: int
     largest: int
-    # Unsigned integers that hold all tokens, in 16 bits if possible.
     dtype: str
 
     @classmethod
@@ -110,6 +123,10 @@ class PackedBlocks:
 
     A document begins with a bos token that follows an eos token. If both are the same token, they alternate in each run
     of it: the first one after a text is an eos, and the last one before a text is a bos.
+
+    Attributes:
+        bos: Token before each document.
+        eos: Token after each document.
     """
 
     bos: int

@@ -47,7 +47,13 @@ def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: i
 def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: ShardArguments) -> None:
     """Tokenize the rows of `dataset_train_split`, each file into a shard, or continue where this was stopped.
 
-    Raise a `UserError` if an argument is wrong, or the folder has shards of other documents or another tokenizer.
+    Args:
+        tokenizer: A tokenizer with bos and eos tokens.
+        data_args: The documents. No row is held out: that is for those who read the shards.
+        args: Where shards are written, and by which processes.
+
+    Raises:
+        UserError: If an argument is wrong, or the folder has shards of other documents or another tokenizer.
     """
     # By default, loguru logs the values of all variables with an error.
     for name in ("LOGURU_BACKTRACE", "LOGURU_DIAGNOSE"):

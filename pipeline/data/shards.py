@@ -61,7 +61,8 @@ def documents_of(args: Arguments) -> Arguments:
 def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the JSON, for the library `tokenizers`, of a tokenizer that makes `bos + text + eos`, as `Encoder` does.
 
-    It does not recognise special tokens, because `datatrove` has no option to encode them as text.
+    It does not recognise special tokens, because `datatrove` has no option to encode them as text. Raise a `UserError`
+    if the tokenizer does not use the library `tokenizers`.
     """
     backend = Encoder.of(tokenizer).backend
     around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]

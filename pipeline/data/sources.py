@@ -79,12 +79,20 @@ UNREADABLE = (
 def open_source(
     name: str | None, config: str | None = None, streaming: bool = False, document: str | None = None
 ) -> Splits:
-    """Open all splits of a data set; a plain file is one split, `train`. A `UserError` says why it cannot be opened.
+    """Open all splits of a data set.
 
     Args:
         name: A Hub id, also with a revision (`NAME/repo@revision`), a file or a folder: the argument `dataset_name`.
         config: Configuration of a data set repository; plain files ignore it.
+        streaming: Whether rows are read only when they are needed. The splits are streams then.
         document: What is a document of a text file: see `pipeline.data.documents`.
+
+    Returns:
+        The splits by name; a plain file is one split, `train`.
+
+    Raises:
+        UserError: If the data set or the configuration does not exist, or a file cannot be parsed (with the number of
+            the line in JSON Lines).
     """
     if not name:
         raise UserError(Problem("dataset_name", "nothing", "give a Hub id, a file or a folder"))

@@ -44,7 +44,7 @@ HELD_OUT_OF_STREAM = 1000
 
 
 def load_splits(
-    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None = None, seed: int = 0
+    args: DataArguments, kind: Kind, evaluation: bool, special_tokens: re.Pattern[str] | None = None, seed: int = 0
 ) -> tuple[Split, Split | None]:
     """Load the training split of a data set and its evaluation split, or None if `evaluation` is off.
 
@@ -62,7 +62,8 @@ def load_splits(
             `"unpaired"`: the same, or `prompt`, `completion` and `label` for single answers.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
         evaluation: Whether the evaluation split is wanted.
-        tokens: Special tokens of the tokenizer, which no message may contain as text. Default: any text is accepted.
+        special_tokens: What no message may contain as text (`pipeline.models.tokenizer.special_tokens`). Default: any
+            text is accepted.
         seed: Seed of the order of a stream. Documents stay in their order: `pipeline.data.streams` shuffles them.
 
     Returns:
@@ -76,7 +77,7 @@ def load_splits(
     tests: list[Split] = []
     for name in args.dataset_names:
         try:
-            train, test = _load_one(replace(args, dataset_name=name), kind, evaluation, tokens)
+            train, test = _load_one(replace(args, dataset_name=name), kind, evaluation, special_tokens)
         except UnicodeDecodeError as error:
             # The texts in JSON are decoded only now.
             raise UserError(*locate_error(Path(name), error)) from None
@@ -94,7 +95,7 @@ def load_splits(
 
 
 def _load_one(
-    args: DataArguments, kind: Kind, evaluation: bool, tokens: re.Pattern[str] | None
+    args: DataArguments, kind: Kind, evaluation: bool, special_tokens: re.Pattern[str] | None
 ) -> tuple[Split, Split | None]:
     """Load the only data set that `args` names: its training split, and its evaluation split or None."""
     # What happens to the rows, from left to right; `keep` leaves those that `keep_rows` asks for:
@@ -122,11 +123,11 @@ def _load_one(
     divides = is_divided(source, args) and (evaluation or not is_single_row)
     held_out = None
     if divides:
-        trained_on, held_out = _load_only_split(split, rows, numbers, plan, args, evaluation, tokens)
+        trained_on, held_out = _load_only_split(split, rows, numbers, plan, args, evaluation, special_tokens)
     else:
-        trained_on = _load_train_split(rows, numbers, plan, args, tokens)
+        trained_on = _load_train_split(rows, numbers, plan, args, special_tokens)
         if evaluation:
-            held_out = _load_test_split(source[args.dataset_test_split], plan, args, tokens)
+            held_out = _load_test_split(source[args.dataset_test_split], plan, args, special_tokens)
     _report_read(rows, numbers, plan, args, divides)
     return trained_on, held_out
 
@@ -168,7 +169,7 @@ def _load_only_split(
     plan: ColumnPlan,
     args: DataArguments,
     evaluation: bool,
-    tokens: re.Pattern[str] | None,
+    special_tokens: re.Pattern[str] | None,
 ) -> tuple[Split, Split | None]:
     """Divide the only split of a data set into a part to train on and a part to evaluate on.
 
@@ -181,7 +182,7 @@ def _load_only_split(
     trained_on: Split
     held_out: Split
     if isinstance(rows, Dataset):
-        converted, numbers = convert_stored(rows, plan, args, tokens, numbers)
+        converted, numbers = convert_stored(rows, plan, args, special_tokens, numbers)
         if len(converted) < 2:
             remedy = f"has {len(converted)} rows, too few to hold any out; give more rows, or --eval_strategy no"
             raise UserError(Problem("dataset_name", args.dataset_name, remedy))
@@ -192,9 +193,9 @@ def _load_only_split(
         parts: Sequence[Split]
         if args.keep_rows:
             kept_parts = [keep_rows(part, args)[0] for part in _divide_stream(split, share)]
-            parts = [convert_stream(part, plan, args, tokens) for part in kept_parts]
+            parts = [convert_stream(part, plan, args, special_tokens) for part in kept_parts]
         else:
-            parts = _divide_stream(convert_stream(split, plan, args, tokens), share)
+            parts = _divide_stream(convert_stream(split, plan, args, special_tokens), share)
         trained_on, held_out = [drop_uninformative(part, plan) for part in parts]
     if not evaluation:
         return _limit(trained_on, args.max_train_samples, args), None
@@ -246,24 +247,26 @@ def _divide_stream(stream: IterableDataset, share: float) -> tuple[IterableDatas
 
 
 def _load_train_split(
-    rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None
+    rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None
 ) -> Split:
     """Convert the rows to train on of a data set with other splits; arguments as for `_load_only_split`."""
     if isinstance(rows, Dataset):
-        converted, _ = convert_stored(rows, plan, args, tokens, numbers)
+        converted, _ = convert_stored(rows, plan, args, special_tokens, numbers)
         return _limit(converted, args.max_train_samples, args)
     limited = _limit(rows, args.max_train_samples, args)
-    return drop_uninformative(convert_stream(limited, plan, args, tokens), plan)
+    return drop_uninformative(convert_stream(limited, plan, args, special_tokens), plan)
 
 
-def _load_test_split(split: Split, plan: ColumnPlan, args: DataArguments, tokens: re.Pattern[str] | None) -> Split:
+def _load_test_split(
+    split: Split, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None
+) -> Split:
     """Convert the evaluation split by the `plan` of the training split, whose columns it must have."""
     rows, numbers = keep_rows(split, args)
     rows = _limit(rows, args.max_eval_samples, args)
     plan, rows = plan.apply_to(rows, args)
     if isinstance(rows, Dataset):
-        return convert_stored(rows, plan, args, tokens, numbers)[0]
-    return drop_uninformative(convert_stream(rows, plan, args, tokens), plan)
+        return convert_stored(rows, plan, args, special_tokens, numbers)[0]
+    return drop_uninformative(convert_stream(rows, plan, args, special_tokens), plan)
 
 
 def _report_read(rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, divides: bool) -> None:

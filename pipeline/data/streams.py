@@ -199,8 +199,17 @@ def pack_splits(
 ) -> list[Dataset | PackedStream | None]:
     """Pack documents for pretraining: once on each node, or while a stream is read.
 
-    `splits` are documents to train on, and to evaluate on or None; `args` are `PretrainConfig`. Return the blocks of
-    each split, or raise a `UserError` if its documents do not fill one.
+    Args:
+        splits: Documents to train on, and to evaluate on or None.
+        tokenizer: A tokenizer with bos and eos tokens.
+        args: A `pipeline.training.pretraining.PretrainConfig`.
+        data_args: With `max_train_samples`, a stream is read as one file.
+
+    Returns:
+        The blocks of each split, or None. Those of an evaluation are stored, so that a stream of them is read once.
+
+    Raises:
+        UserError: If the documents of a split do not fill a block.
     """
     if args.dataset_num_proc:
         # Each of the processes tokenizes with one thread.

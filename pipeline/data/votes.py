@@ -53,7 +53,11 @@ Vote = dict[str, Any]
 
 
 def read_votes(path: Path) -> list[Vote]:
-    """Return the votes in a log, each once; none if the file does not exist, and a `UserError` if it is damaged."""
+    """Return the votes in a log, each once; none if the file does not exist.
+
+    A last line that was not written whole is omitted, because its vote was never confirmed. Raise a `UserError` if
+    another line is not a vote, or the file cannot be read.
+    """
     if not path.exists():
         return []
     try:
@@ -236,7 +240,10 @@ def as_judgements(votes: Sequence[Vote]) -> list[dict[str, Any]]:
 
 
 def update_data_set(folder: Path) -> int:
-    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its rows."""
+    """Write the data set of the votes in `folder`, unless it is up to date, and return the number of its pairs.
+
+    Raise a `UserError` if a line of the log is not a vote.
+    """
     # Imported here, because `datasets` takes a second, and the report only reads votes.
     from datasets import Features, Value
 

@@ -66,7 +66,10 @@ class Part:
     numbers: Sequence[int] | None = None
 
     def sample(self, most: int, without: str | None = None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the number and content of at most `most` rows that are not of the kind `without`."""
+        """Yield the number and content of at most `most` rows, in order; of a stream, the first ones.
+
+        Rows of the kind `without` are omitted.
+        """
         if isinstance(self.data, Dataset):
             yield from self._sample_stored(self.data, most, without)
         else:

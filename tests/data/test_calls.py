@@ -281,7 +281,7 @@ def test_tools_that_cannot_be_read_are_refused_by_their_row(tmp_path: Path, tool
     rows = [{"messages": [USER, ANSWER], "tools": one} for one in (None, tools)]
     args = DataArguments([write_rows(tmp_path / "a.jsonl", rows)], validation_share=0.0)
     with pytest.raises(UserError, match=f"row 1: {said}") as error:
-        load_splits(args, "conversation", evaluation=False, tokens=special_tokens(tokenizer()))
+        load_splits(args, "conversation", evaluation=False, special_tokens=special_tokens(tokenizer()))
     assert len(error.value.problems) == 1
 
 
