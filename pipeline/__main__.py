@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
+    # Only `plan` sets a default for `overrides`: it also accepts the options of its steps, and parses them itself.
     if rest and not hasattr(args, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = rest
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 remedy = f"{error.strerror}; correct it and try again"
                 raise UserError(Problem("file", error.filename, remedy)) from error
             if _has_closed_output():
-                # `| head` has read enough.
+                # A reader such as `| head` has read enough.
                 if isinstance(error, BrokenPipeError):
                     return 1
                 raise UserError(Problem("output", "stdout", f"{error.strerror}; redirect it elsewhere")) from error

@@ -232,11 +232,12 @@ class Voting:
         set_annotator(request, ballot)
         annotator = ballot.annotator
         pair = self._find(ballot.pair)
-        # Another annotator may have seen the answers in the other order, in which "first" means the other one.
+        # The visitor may have changed the name meanwhile. Another name may see the answers in the other order, so that
+        # "first" means the other one.
         sequence = self.pairs.sequence(annotator, (pair.model_a, pair.model_b))
         if pair not in sequence and not self.log.has_vote(annotator, pair.pair):
             raise HTTPException(410, "This pair was shown under another name; here is another one.")
-        # The page knows the answers by their order, the log as `a` and `b`.
+        # The page calls the answers "first" and "second", the log "a" and "b".
         first = pair.shown_first(annotator)
         choice = ballot.choice
         if choice == "first":
@@ -253,6 +254,7 @@ class Voting:
             "seconds": ballot.seconds,
             "comment": ballot.comment,
         }
+        # pairs.jsonl has the rule, which lines of votes.jsonl do not need.
         del vote["rule"]
         conflict = ""
         try:
@@ -364,11 +366,14 @@ class Voting:
         }
         return {"pair": content, "state": self._summary(name)}
 
-    def _choose(self, page: Page, have: str) -> Pair:
-        """Return the pair to show on a page.
+    def _choose(self, page: Page, current: str) -> Pair:
+        """Return the pair to show on a page, which the annotator has not voted on.
 
-        That is the one with the id `have`, if it has no vote of the annotator; else the first pair of the annotator's
-        sequence that has none and is on no other page of the same person; else a new one.
+        The first of these that exists:
+
+        1. the pair that the page shows already, whose id is `current` ("" if there is none)
+        2. the first pair of the annotator's sequence that is on no other page of the same person
+        3. a new pair
         """
         annotator = page.annotator
         source = self._source_of(page)
@@ -378,7 +383,7 @@ class Voting:
             if person == annotator and page_id != page.page:
                 on_other_pages.add(pair.pair)
         sequence = self.pairs.sequence(annotator, source)
-        candidates = [pair for pair in sequence if pair.pair == have]
+        candidates = [pair for pair in sequence if pair.pair == current]
         candidates += [pair for pair in sequence if pair.pair not in on_other_pages]
         for pair in candidates:
             if not self.log.has_vote(annotator, pair.pair):

@@ -96,7 +96,8 @@ def sample_group(policy: Loaded, row: Values, settings: Values, number: int, see
     toolbox = load_toolbox(settings, policy.tokenizer)
     template = settings.get("chat_template_kwargs") or {}
     group = [policy.open(row, toolbox, template) for _ in range(number)]
-    limit, turns = settings["max_completion_length"], settings.get("max_tool_calling_iterations")
+    limit = settings["max_completion_length"]
+    turns = settings.get("max_tool_calling_iterations")
     chat = ChatModel(policy.model, policy.tokenizer, limit, toolbox=toolbox, turns=turns)
     chat.conduct(group, template, temperature=settings["temperature"], seed=seed)
     return group
@@ -154,9 +155,10 @@ def token_view(
         "reward_processing_classes": tokenizers,
         "value_model": str(run / stage / VALUE_MODEL_FOLDER),
     }
-    # PPO compares every completion with the policy as it was when the trainer was made. A rollout has two of them.
+    # A new trainer copies its model as the reference, so it starts with the reference, then gets the policy's weights.
     start = replace(policy, model=reference.model)
     settings = {**settings, "reward_weights": weights}
+    # `PPOConfig` rejects a rollout of a single completion, so it is passed twice, and the first result is used.
     with _trainer(_ReplayPPO, start, settings, row, [completion] * 2, **options) as trainer:
         trainer.model.load_state_dict(policy.model.state_dict())
         trainer.model.train()
@@ -170,12 +172,13 @@ def token_view(
         "values": batch["old_values"],
         "advantages": batch["advantages"],
     }
-    # Text of tools is read, but the policy did not choose it.
+    # The policy reads what tools wrote, but did not choose it.
     lists = {}
     for name, column in columns.items():
         pairs = zip(column[0].tolist(), completion.sampled, strict=True)
         lists[name] = [value if is_sampled else None for value, is_sampled in pairs]
-    score, penalty = float(rewards.scores.rewards[0]), float(rewards.scores.missing_end[0])
+    score = float(rewards.scores.rewards[0])
+    penalty = float(rewards.scores.missing_end[0])
     return SimpleNamespace(tokens=completion.tokens, **lists, score=score, penalty=penalty)
 
 
@@ -219,7 +222,8 @@ def _trainer(kind: Any, loaded: Loaded, settings: Values, row: Values, group: Gr
             rollout_func=lambda *_: {"prompt_ids": prompts, "completion_ids": tokens, "logprobs": None},
             **options,
         )
-        trainer.group, trainer.toolbox = group, toolbox
+        trainer.group = group
+        trainer.toolbox = toolbox
         trainer.remove_callback(PrinterCallback)
         yield trainer
 

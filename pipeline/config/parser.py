@@ -139,7 +139,11 @@ def check_values(
 
 
 def _read_config(words: Sequence[str]) -> tuple[dict[str, Any], list[str], list[Problem]]:
-    """Read the file that `--config` names. Return its content, the other words, and why it cannot be read."""
+    """Read the file that `--config` names.
+
+    Returns:
+        The content of the file ({} if none is named), the command line without `--config`, and the problems with it.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", action="append", nargs="?", const="", default=[])
     namespace, options = parser.parse_known_args(words)

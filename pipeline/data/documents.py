@@ -190,30 +190,38 @@ def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
             yield line[:end]
 
 
-def _join_lines(pieces: Iterator[str], longest: int | None) -> Iterator[str]:
-    """Yield paragraphs or, with `longest`, as many at a time as fit into that many characters."""
-    # The lines of the current document, their characters, and the number of lines up to the last blank one.
-    lines: list[str] = []
+def _join_lines(lines: Iterator[str], longest: int | None) -> Iterator[str]:
+    """Join lines into documents, and yield these.
+
+    Args:
+        lines: Lines of a file, each of at most `longest` characters.
+        longest: Maximum number of characters of a document. It ends after the last blank line within this limit or, if
+            there is none, after the last line. None makes each paragraph a document.
+    """
+    # The lines of the current document, how many characters they have, and how many lines end with the last blank one.
+    document: list[str] = []
     size = 0
-    ended = 0
+    paragraphs_end = 0
 
-    def is_full(piece: str) -> bool:
+    def is_full(line: str) -> bool:
+        """Return whether the current document has to end before this line."""
         if longest is None:
-            return ended > 0 and bool(piece.strip())
-        return size + len(piece) > longest
+            return paragraphs_end > 0 and bool(line.strip())
+        return size + len(line) > longest
 
-    for piece in pieces:
-        while lines and is_full(piece):
-            end = ended or len(lines)
-            yield "".join(lines[:end])
-            lines = lines[end:]
-            size = sum(len(line) for line in lines)
-            ended = 0
-        lines.append(piece)
-        size += len(piece)
-        if not piece.strip():
-            ended = len(lines)
-    yield "".join(lines)
+    for line in lines:
+        while document and is_full(line):
+            end = paragraphs_end or len(document)
+            yield "".join(document[:end])
+            # An unfinished paragraph begins the next document.
+            document = document[end:]
+            size = sum(map(len, document))
+            paragraphs_end = 0
+        document.append(line)
+        size += len(line)
+        if not line.strip():
+            paragraphs_end = len(document)
+    yield "".join(document)
 
 
 def _header_of(table: str) -> str:

@@ -406,7 +406,7 @@ def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], need
 
 def _mean_tokens(rows: Dataset) -> float:
     """Return the approximate number of tokens of a row, with about 4 characters per token."""
-    # Each of these columns, and an answer to a prompt, makes one sequence.
+    # The columns of one sequence: a text, a conversation, a prompt, or the prompt and the preferred answer of a pair.
     columns = [column for column in ("text", "messages", "prompt", "chosen") if column in rows.column_names]
     characters = 0
     for column in columns:

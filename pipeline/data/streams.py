@@ -45,8 +45,14 @@ DOCUMENTS = 256
 STATE = "stream.json"
 """File of a checkpoint that contains the place in the stream."""
 Place = dict[str, Any]
-"""Where a lane is: `file` and `epoch` that it reads, `rows` (the state of that file), `chunk` and `block` that come
-next, and the tokens before that block (`rest`)."""
+"""Where a lane is, as JSON.
+
+- `file`: how many files it has read to the end, counted over all epochs, and so which one comes next
+- `rows`: state of the reader of that file; None at its beginning
+- `whole`: whether the lane reads the files of all lanes, because its own have no rows
+- `chunk`, `block`: numbers of its next chunk of documents and of its next block
+- `rest`: tokens before that block, too few to fill one
+"""
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -95,8 +101,8 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.start: dict[int, Place] = {}
         self.places: dict[int, Place] = {}
         self.share = math.gcd(processes, self.lanes)
-        read = "all documents" if self.share == 1 else f"one document in {self.share}"
-        logger.info("stream      files %d, lanes %d; each process tokenizes %s", files, self.lanes, read)
+        documents = "all documents" if self.share == 1 else f"one document in {self.share}"
+        logger.info("stream      files %d, lanes %d; each process tokenizes %s", files, self.lanes, documents)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         lanes: dict[int, Iterator[tuple[int, np.ndarray]]] = {}
@@ -140,7 +146,11 @@ class PackedStream(torch.utils.data.IterableDataset):
             yield from enumerate(blocks, start=place["block"])
 
     def _chunks(self, lane: int) -> Iterator[tuple[Place, np.ndarray]]:
-        """Yield the blocks of some documents at a time, of shape (blocks, block size), and the place before them."""
+        """Yield the place before each chunk of documents, and its blocks, of shape (blocks, block size).
+
+        A chunk has `DOCUMENTS` documents, or fewer at the end of an epoch. This never ends: the lane starts over when
+        it has read all of its files.
+        """
         seed = self.kind["seed"]
         size = self.kind["block_size"]
         place = self.places.get(lane, {"file": 0, "rows": None, "whole": False, "chunk": 0, "block": 0, "rest": []})
@@ -149,23 +159,24 @@ class PackedStream(torch.utils.data.IterableDataset):
         while True:
             place_of_chunk = place
             place = dict(place)
-            # How many files in a row had no rows.
-            ended = 0
+            # Number of files in a row that ended without giving a document.
+            empty_files = 0
             documents: list[Any] = []
             while len(documents) < DOCUMENTS:
-                read = [row[self.column] for row in islice(rows, DOCUMENTS - len(documents))]
-                documents += read
+                next_documents = [row[self.column] for row in islice(rows, DOCUMENTS - len(documents))]
+                documents += next_documents
                 place["rows"] = reader.state_dict()
                 if len(documents) == DOCUMENTS:
                     break
                 place |= {"file": place["file"] + 1, "rows": None}
-                ended = 0 if read else ended + 1
-                if ended > files:
+                empty_files = 0 if next_documents else empty_files + 1
+                # The first of them may have rows: the chunk before may have read it exactly to its end.
+                if empty_files > files:
                     if place["whole"]:
                         raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
                     # The files of this lane are empty, so it reads the files of all lanes.
                     place |= {"file": 0, "whole": True}
-                    ended = 0
+                    empty_files = 0
                 reader, rows, files = self._open(lane, place)
                 # End the chunk with the epoch, so that no document is repeated before all others have been read.
                 if documents and place["file"] % files == 0:
@@ -180,8 +191,10 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     def _open(self, lane: int, place: Place) -> tuple[IterableDataset, Iterator[Mapping[str, Any]], int]:
         """Return the current file of a lane, its remaining rows, and how many files the lane reads in each epoch."""
-        dealt = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
-        files = dealt if place["whole"] else dealt[lane :: self.lanes]
+        # The files are shuffled and dealt to the lanes like cards.
+        files = np.random.default_rng(self.kind["seed"]).permutation(self.kind["files"])
+        if not place["whole"]:
+            files = files[lane :: self.lanes]
         epoch, number = divmod(place["file"], len(files))
         if number == 0 and epoch:
             logger.info("stream      lane %d has read its files %d times, and starts over", lane, epoch)

@@ -40,7 +40,7 @@ def drop_long_prompts(
     length: int,
     positions: int | None,
     template: Mapping[str, Any] | None = None,
-    added: int = 0,
+    tool_tokens: int = 0,
 ) -> Split:
     """Drop prompts that leave no room for an answer of `length` tokens, and report how many.
 
@@ -48,28 +48,29 @@ def drop_long_prompts(
         length: Maximum number of tokens of an answer, which the field `max_completion_length` sets.
         positions: The model's `max_position_embeddings`. If it is None, no prompt is dropped.
         template: Further arguments of the chat template (`chat_template_kwargs`).
-        added: Number of tokens that tools add to a prompt.
+        tool_tokens: Number of tokens that tools add to a prompt.
 
     Raises:
-        UserError: If no prompt leaves room (of a stream, none of the first).
+        UserError: If no prompt leaves room or, in a stream, none of the first 100 does.
         ValueError: If the chat template makes no tokens from a prompt.
     """
 
-    def count(prompts: list[Any]) -> list[int]:
+    def count_tokens(prompts: list[Any]) -> list[int]:
         encoded = _encode(tokenizer, prompts, add_generation_prompt=True, **(template or {}))
         return [len(ids) for ids in encoded["input_ids"]]
 
     # Only the first prompts are counted here, because those of a stream may have to be downloaded.
-    first_sizes = count([row["prompt"] for row in split.take(100)])
-    if not min(first_sizes):
+    first_sizes = count_tokens([row["prompt"] for row in split.take(100)])
+    if min(first_sizes) == 0:
         raise ValueError("it makes no tokens from a prompt")
     if positions is None:
         return split
 
-    room = positions - length - added
+    room = positions - length - tool_tokens
     fitting = split.filter(
-        lambda prompts: [size <= room for size in count(prompts)], batched=True, input_columns="prompt"
+        lambda prompts: [size <= room for size in count_tokens(prompts)], batched=True, input_columns="prompt"
     )
+    # The length of a filtered stream is unknown.
     is_empty = len(fitting) == 0 if isinstance(fitting, Dataset) else min(first_sizes) > room
     if is_empty:
         remedy = f"every prompt takes more than the {max(0, room)} tokens that it leaves of the model's context of "

@@ -192,7 +192,7 @@ class RunFacts:
         )
 
     def recorded_in(self, record: Values) -> Self:
-        """Return the facts, with the values of those that a record contains."""
+        """Return a copy with the values of a record of `to_record`. Facts that the record lacks stay."""
         recorded = {item.name: record[item.name] for item in fields(self) if item.name in record}
         # `to_record` writes None for mappings that are empty.
         for name in ("chat_template_kwargs", "called"):
@@ -215,7 +215,7 @@ class RunFacts:
 
 
 FACTS = {item.name for item in fields(RunFacts)}
-"""Keys of a record that do not come from `evaluate.yaml`, but for `against`, which the file may set."""
+"""Keys of a record that do not come from `evaluate.yaml`, except for `against`, which the file may set."""
 
 
 @dataclass(frozen=True)

@@ -246,9 +246,12 @@ def measure_instructions(result: StageResult, chat: ChatModel, held_out: HeldOut
 def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, samples: int) -> None:
     """Record how problems are answered, greedily and `samples` times at temperature 1.
 
-    Greedy: `pass@1`, `step_rate`, `reasoning_length`; without instructions, also `stop_rate`. With tools, also
-    `tool_calls` and, given a `call_cost`, `tool_score`. Sampled: see `measure_samples`. Problems that only an
-    environment rewards have no right answers.
+    Greedy answers give `pass@1`, `step_rate` and `reasoning_length`, and `stop_rate` unless `measure_instructions` has
+    recorded it. With tools, they also give `tool_calls` and, if the rows have a `call_cost`, `tool_score`. Sampled
+    answers give the metrics of `measure_samples`.
+
+    If only an environment rewards the problems (`held_out.graded` is False), no answer is known to be right: `pass@1`,
+    `tool_score` and the metrics of sampled answers are left out.
     """
     rows = held_out.problems
     completions = single_answers(chat.answer(rows))
@@ -263,7 +266,7 @@ def measure_problems(result: StageResult, chat: ChatModel, held_out: HeldOut, sa
     if chat.toolbox is not None:
         record_calls(result, rows, completions, right)
     record_rewards(result, chat, rows, completions)
-    # The report shows the first problem of each kind.
+    # The report shows the first problem of each kind and its answer.
     for index, (row, completion) in enumerate(zip(rows, completions, strict=True)):
         if any(trace["kind"] == row["kind"] for trace in result.traces):
             continue
@@ -314,7 +317,8 @@ def record_calls(
 ) -> None:
     """Record `tool_calls` and, if the rows have a `call_cost`, `tool_score`.
 
-    The score is 1 if an answer is right, else 0, minus what its calls cost. `right` is None if nobody knows.
+    The score is 1 if an answer is right, else 0, minus what its calls cost. `right` is None if the answers cannot be
+    graded; then there is no score.
     """
     calls = []
     for completion in completions:

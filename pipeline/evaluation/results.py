@@ -121,12 +121,14 @@ class StageResult:
         """Add a metric: its estimate, also by kind of example, and the value of each row.
 
         Args:
-            name: Name of the metric; that of a baseline is `<baseline>/<metric>`.
+            name: Name of the metric, or `<baseline>/<metric>` for a metric of a baseline.
             measured: What `compute` of a metric returned, or the value of each example.
             rows: The examples, with `id` and `kind`.
-            how: Makes an estimate of values.
+            how: Estimates the metric from values, a seed and `units`: for each kind and, unless `measured` contains the
+                estimate, for all examples.
             by_kind: Whether to estimate each kind as well, if there are several.
-            units: The unit that each row belongs to, if several rows may share one.
+            units: The unit of each row, such as its prompt, if rows that share one are not independent. Intervals are
+                then over units. None if each row is its own unit.
             extras: Further fields of each example, its answer for instance.
         """
         if not isinstance(measured, Mapping):

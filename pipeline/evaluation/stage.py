@@ -118,7 +118,7 @@ def _measure_reward_model(result: StageResult, settings: Settings, held_out: Hel
     # Only PPO's reward model picks the best: a judge would pick the answers that it then judges.
     best_of = settings.requested.best_of
     if best_of and path in map(Path, settings.facts.reward_models):
-        # Answers are scored in the precision that is fast on this machine, pairs in float32.
+        # The pairs above were scored in float32. Choosing the best of many answers needs fewer digits.
         model.to(hardware.fast_dtype())
         judge = _find_judge(result, settings, held_out)
         chats = _load_chats(settings, settings.against, "--against")
@@ -276,7 +276,7 @@ def measure_problems(measurement: Measurement) -> None:
 
 
 def measure_prompts(measurement: Measurement) -> None:
-    """Measure answers to prompts: win rates against the opponent, and what environments give."""
+    """Measure answers to prompts: win rates against the opponent, and the rewards that environments give."""
     result = measurement.result
     judge = measurement.judge
     if judge is not None and measurement.opponent is not None:

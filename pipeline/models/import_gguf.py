@@ -158,7 +158,8 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in enumerate(content["tokens"])}
     backend = Tokenizer(models.BPE(vocabulary, mapping.get_merges(content), ignore_merges=is_llama3))
     backend.decoder = decoders.ByteLevel()
-    # transformers has patterns for all but GPT-2's, and sets them below.
+    # For qwen2 and llama-bpe, `set_split_regex` below replaces this. transformers has no pattern for the other two:
+    # SmolLM's splits off digits, and GPT-2's is built into ByteLevel.
     if pre == "smollm":
         backend.pre_tokenizer = pre_tokenizer("bpe")
     else:
@@ -266,16 +267,16 @@ def set_llama3_rope(config: Any, divisors: torch.Tensor) -> None:
 
 
 def validate_setting(field: str, value: Any) -> str | None:
-    """Return what the value of a configuration's field must be, as the end of a sentence, or None if it is that."""
+    """Return what a field of a configuration must be, as the end of "must be ...", or None if its value is valid."""
     if field not in ("rope_theta", "rms_norm_eps"):
         is_size = type(value) is int and value > 0
         return None if is_size else "a positive whole number"
     if type(value) not in (int, float) or not np.isfinite(np.float32(value)):
         return "a finite number"
-    # With less than 1, the frequencies would grow from one dimension to the next.
+    # Below 1, the rotary frequencies would grow from one dimension to the next instead of falling.
     if field == "rope_theta" and value < 1:
         return "at least 1"
-    # With 0, a row of zeros would become NaN.
+    # With an epsilon of 0, normalising a row of zeros would give NaN.
     if value <= 0:
         return "positive"
     return None

@@ -221,9 +221,11 @@ _verdicts: dict[bytes, str | None] = {}
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Report a tokenizer or chat template that exceeds the limits of `files.bounded` for a few words, or return None.
+    """Try a tokenizer and its chat template on a few words, within the limits of `files.bounded`.
 
     Both come with downloaded models, and may double their text sixty times or never end.
+
+    Return which of them exceeds which limit, or None.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [getattr(backend, name, None) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]

@@ -17,7 +17,7 @@ WEIGHTS = "model.safetensors"
 
 
 def _validate_file(file: Path) -> str | None:
-    """Report a safetensors file that is missing, or whose header cannot be read; None if neither is so."""
+    """Return what is wrong with a safetensors file that is missing or has an unreadable header; None if it is fine."""
     if not file.exists():
         return f"does not contain {file.name}; copy the model again"
     try:
@@ -70,7 +70,9 @@ def validate_files(folder: Path, model: Any) -> str | None:
 
 
 def validate_adapter(folder: Path) -> str | None:
-    """Report an adapter with a damaged file, or a rank larger than its weights, which PEFT would first allocate.
+    """Check the file of an adapter, and that its weights have the ranks that its configuration names.
+
+    Before PEFT reads the weights, it allocates matrices of these ranks, however large they are.
 
     Return the remedy of a `Problem`, or None if nothing is wrong.
     """
@@ -78,7 +80,11 @@ def validate_adapter(folder: Path) -> str | None:
     if fault := _validate_file(file):
         return fault
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    largest_size = max((max(shape, default=0) for shape in read_shapes(file).values()), default=0)
+    # A rank is one dimension of a weight, so it cannot be larger than the largest one of all.
+    largest_size = 0
+    for shape in read_shapes(file).values():
+        largest_size = max([largest_size, *shape])
+    # Prompt tuning has a number of virtual tokens instead of a rank.
     ranks = [config.get("r"), config.get("num_virtual_tokens"), *(config.get("rank_pattern") or {}).values()]
     for rank in ranks:
         if isinstance(rank, int) and rank > largest_size:

@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     if not theirs and len(ours) == 2 and all(map(is_stage, ours)):
         ours, theirs = ours[:1], ours[1:]
     if not theirs:
-        remedy = "the following arguments are required: --against (unless A are two folders of stages)"
+        remedy = "the following arguments are required: --against (it may only be omitted between two stages)"
         refuse(Problem("compare", " ".join(args.runs), remedy))
     problems = []
     if args.output and Path(args.output).is_dir():

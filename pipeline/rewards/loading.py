@@ -207,13 +207,13 @@ def guard_reward(function: Callable[..., Any], name: str, field: str = "reward_f
             return check_returned(rewards, completions, columns)
 
     @functools.wraps(function)
-    async def awaited(completions: Any = None, **columns: Any) -> Any:
+    async def guarded_async(completions: Any = None, **columns: Any) -> Any:
         with user_code(name, field):
             rewards = await function(**copy_data(completions, columns))
             return check_returned(rewards, completions, columns)
 
     # TRL checks beforehand whether a function is asynchronous, and logs the reward under its name.
-    guard: Any = awaited if is_async_callable(function) else guarded
+    guard: Any = guarded_async if is_async_callable(function) else guarded
     guard.__name__ = get_callable_name(function)
     guard.is_guarded = True
     return guard

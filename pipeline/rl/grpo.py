@@ -92,7 +92,8 @@ def _can_merge(model: nn.Module) -> bool:
     """
     if not isinstance(model, PeftModel):
         return False
-    lora, base = model.active_peft_config, model.get_base_model()
+    lora = model.active_peft_config
+    base = model.get_base_model()
     if not isinstance(lora, LoraConfig) or lora.use_dora or lora.lora_bias or lora.alora_invocation_tokens:
         return False
     if getattr(base, "is_quantized", False):

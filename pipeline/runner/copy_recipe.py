@@ -57,10 +57,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _replacements(name: str, folder: Path, run_dir: str) -> dict[str, str]:
-    """Return patterns of the paths in a recipe's files, and the paths in a copy of it.
+    """Return regular expressions for the paths in a recipe's files, and the path that replaces each in the copy.
 
     The text is edited rather than the values, to keep comments and order. Only whole names match: `runs/pocket` does
-    not match `runs/pocket-people`, and `recipes/existing-model/full` is another recipe than `recipes/existing-model`.
+    not match `runs/pocket-people`, and `recipes/existing-model/full` is not a file of `recipes/existing-model`.
     """
     inner_recipes = [recipe.removeprefix(name) for recipe in shipped_recipes() if recipe.startswith(f"{name}/")]
     end_of_name = f"(?!{'|'.join([*inner_recipes, '[-0-9A-Za-z_]'])})"

@@ -125,7 +125,16 @@ def _now() -> str:
 
 
 def share_steps(steps: Sequence[Step], run_dir: Path, seed_dir: Path, since: str) -> None:
-    """Link finished `steps` of the run in `run_dir` into a new run, without checkpoints, and record `since`."""
+    """Link the output of finished steps of a run into a new run, so that it need not run them again.
+
+    Checkpoints are left out.
+
+    Args:
+        steps: The steps to share, finished or not.
+        run_dir: Directory of the run.
+        seed_dir: Directory of the new run.
+        since: Name of the first step that is not shared, which the record of the new run gets.
+    """
     record = RunRecord.read(run_dir)
     new_record = RunRecord.read(seed_dir)
     for step in steps:

@@ -194,7 +194,7 @@ def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
         trash = plan.run_dir / TRASH / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")
         is_replaced = any(decision.replaced for _, decision in decisions)
         if is_replaced and options.seed is not None and options.seed != earlier_seed:
-            print(_replaced_seed(run, earlier_seed, trash), flush=True)
+            print(_replacement_note(run, earlier_seed, trash), flush=True)
         title = _title(run)
         with contextlib.closing(RunConsole(title, state, began, options.plain, options.verbose)) as console:
             code = Session(options, record, console, trash, locks, warm, began).run(decisions)
@@ -204,6 +204,7 @@ def run_steps(run: CheckedRun, warm: WarmProcess | None, began: float) -> int:
         for line in describe_data(record.steps):
             print(line)
     steps = [step for step, _ in decisions]
+    # A failed push comes after the report has been written.
     if code in (0, EXIT_PUSH_FAILED) and steps and steps[-1].kind == "report" and steps[-1].product.exists():
         for line in conclusion(steps[-1].product):
             print(line)
@@ -221,8 +222,8 @@ def _title(run: CheckedRun) -> str:
     return ", ".join([*parts, f"in {run.plan.run_dir}"])
 
 
-def _replaced_seed(run: CheckedRun, earlier_seed: object, trash: Path) -> str:
-    """Say that a run of another seed is replaced, and how to keep both."""
+def _replacement_note(run: CheckedRun, earlier_seed: object, trash: Path) -> str:
+    """Return a line which says that a run of another seed is replaced, and how to keep both."""
     seed = "another seed"
     if earlier_seed is not None:
         seed = f"seed {earlier_seed}"

@@ -145,7 +145,10 @@ def find_code_file(text: str) -> Path | None:
 
 
 def names_file(key: str, text: str) -> bool:
-    """Return whether a setting names a file or folder on this disk, except for a parent of the runs."""
+    """Return whether a setting names a file or folder on this disk.
+
+    A folder that contains the working directory, such as "..", does not count: the runs are in it, and change it.
+    """
     may_be_path = key.endswith(("_name", "_path", "_file", "_files", "_dir")) or os.sep in text
     return may_be_path and os.path.exists(text) and not Path.cwd().is_relative_to(os.path.realpath(text))
 

@@ -189,7 +189,7 @@ def _count_training(work: Workload) -> None:
     if not kind.samples:
         work.passes = training + work.has_reference
         if kind.data == "unpaired":
-            # Policy and reference of KTO also read each prompt with the answer to another one.
+            # To estimate the KL divergence, both models also read each prompt with the answer to another prompt.
             work.passes += 2
     elif kind.has_critic:
         # Sampling, old log-probabilities and values; then policy and critic are trained.
@@ -291,9 +291,11 @@ def advice(work: Workload, room: float) -> str:
     """Suggest what makes a stage fit into `room` bytes, the smallest change first."""
     batch = work.settings.per_device_train_batch_size or 0
     divisors = [size for size in range(batch, 0, -1) if batch % size == 0]
+    # Smaller batches take less time than recomputing activations, so they come first.
     for recompute in (work.recompute, True):
         for size in divisors:
-            settings = Settings(**{**vars(work.settings), "per_device_train_batch_size": size})
+            settings = Settings(**vars(work.settings))
+            settings.per_device_train_batch_size = size
             smaller = replace(work, recompute=recompute, settings=settings)
             if sum(memory(smaller).values()) > room:
                 continue
@@ -304,10 +306,11 @@ def advice(work: Workload, room: float) -> str:
                 times = batch // size
                 changes.append(f"--per_device_train_batch_size {size} and {times} times the gradient accumulation")
             return ", ".join(changes)
-    larger = "LoRA (use_peft: true), more or larger GPUs"
+    remedies = "LoRA (use_peft: true), more or larger GPUs"
+    # PPO does not support sharded models.
     if work.kind.has_critic:
-        return larger
-    return f"{larger}, or recipes/accelerate/fsdp2.yaml or zero3.yaml"
+        return remedies
+    return f"{remedies}, or recipes/accelerate/fsdp2.yaml or zero3.yaml"
 
 
 @dataclass

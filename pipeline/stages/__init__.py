@@ -286,8 +286,8 @@ STAGES: dict[str, StageKind] = {
     "dpo": _preference_tuning(
         "DPO",
         how="By DPO on pairs of answers, one of them preferred, without a reward model, with `trl.DPOTrainer`.",
-        limit="It learned from a fixed set of answers which of them were preferred, which is not the same as being "
-        "right, and says little about answers that are unlike them.",
+        limit="It learned which answers of a fixed set were preferred. That is not the same as being right, and says "
+        "little about answers that are unlike them.",
         remedy="DPO is as good as its pairs: sample more of them from the model that it starts from, then train longer "
         "(max_steps, num_train_epochs), raise learning_rate or lower beta",
         seconds=80,
@@ -311,8 +311,8 @@ STAGES: dict[str, StageKind] = {
     "kto": _preference_tuning(
         "KTO",
         how="By KTO on answers that were wanted or not, one by one, without a reward model, with `trl.KTOTrainer`.",
-        limit="It learned from a fixed set of answers which of them were wanted, which is not the same as being "
-        "right, and says little about answers that are unlike them.",
+        limit="It learned which answers of a fixed set were wanted. That is not the same as being right, and says "
+        "little about answers that are unlike them.",
         remedy="KTO is as good as its labels: give it more answers, both wanted and unwanted (or weight the rarer ones "
         "with desirable_weight or undesirable_weight), then train longer (max_steps, num_train_epochs), raise "
         "learning_rate or lower beta",

@@ -1,6 +1,6 @@
 """Tools that models may call: functions with type hints and a docstring, as TRL and transformers describe them.
 
-Each limits its own time and memory. If it raises, the answer is the exception's message.
+Each limits its own time and memory. If it raises an exception, the model reads its message as the result.
 """
 
 import ast

@@ -37,6 +37,7 @@ class ToolArguments:
 
         `tokenizer` is None if it could not be loaded. The other arguments are for subclasses.
         """
+        # Everything that runs code reads this, from now on and in this whole process.
         sandbox.allow_unconfined = self.allow_unconfined_code
         problems: list[Problem] = []
         with collect(problems):
@@ -88,7 +89,10 @@ class Toolbox:
 
 
 def load_toolbox(names: Mapping[str, Any] | None, tokenizer: PreTrainedTokenizerBase) -> Toolbox | None:
-    """Load the `tools` and the `environment` of a mapping. None if there are none, or the model cannot call them."""
+    """Load the `tools` and the `environment` of a mapping.
+
+    Return None if it has neither, or if the tokenizer's chat template cannot write calls.
+    """
     if not names or not (names.get("tools") or names.get("environment")) or _validate_template(tokenizer):
         return None
     return Toolbox(load_tools(names.get("tools")), load_environment(names.get("environment")))

@@ -224,7 +224,7 @@ def _check_model(
     model_args: Any,
     reward_args: ToolArguments | None,
 ) -> list[Problem]:
-    """Check a model to load by its `config`, or a new one (None) by its sizes."""
+    """Check the model to load by its `config`, or a new model (`config` is None) by the sizes in `model_args`."""
     # The fields that limit the length of this stage's sequences, such as `max_length`.
     fields = {stage.length for stage in STAGES.values() if stage.data == kind and stage.length}
     lengths = {field: getattr(training_args, field, None) for field in fields}
@@ -235,6 +235,7 @@ def _check_model(
         return problems
     name = str(model_args.model_name_or_path)
     problems = check_model(config, tokenizer, name, reward=isinstance(training_args, RewardConfig), **lengths)
+    # If anything but a length is wrong, the model may be of a kind that `check_weights` cannot build.
     if all(problem.field in lengths for problem in problems):
         problems += check_weights(config, training_args, model_args, reward_args)
     if kind == "prompt":
@@ -311,11 +312,11 @@ def _fit_prompts(
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = args.max_completion_length or 0
     template = _template_options(args)
-    added = _tokens_of_tools(splits[0], tokenizer, template, tool_args)
+    tool_tokens = _tokens_of_tools(splits[0], tokenizer, template, tool_args)
     train, held_out = splits
-    train = drop_long_prompts(train, tokenizer, length, positions, template, added)
+    train = drop_long_prompts(train, tokenizer, length, positions, template, tool_tokens)
     if held_out is not None:
-        held_out = drop_long_prompts(held_out, tokenizer, length, positions, template, added)
+        held_out = drop_long_prompts(held_out, tokenizer, length, positions, template, tool_tokens)
     return train, held_out
 
 

@@ -88,11 +88,13 @@ def _probe() -> Outcome:
 def validate_sandbox() -> str | None:
     """Test the sandbox. Return in one line why code cannot be graded on this machine, or None."""
     outcome = _probe()
+    # Each line names something that the probe could do, such as "read files (Landlock is missing)", or is an error.
     lines = outcome.output.strip().splitlines()
     if outcome.status == "busy":
         return f"the machine is too busy to run code ({outcome.output or 'it took too long'}); start again later"
     if not outcome.passed:
         reason = lines[-1] if lines else outcome.status
+        # Without capabilities, even root cannot import modules from a folder that is closed to others.
         return f"right code fails here ({reason}); every user must be able to read {sys.base_prefix}"
     if lines and not allow_unconfined:
         return f"code could {' and '.join(lines)}; use Linux 5.13 or later, or accept it with allow_unconfined_code"
@@ -137,7 +139,8 @@ def run_many(
 def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool) -> Outcome:
     """Run the child on code and test, and kill it and its session.
 
-    The outcome also may be "unconfined": the kernel does not confine the child, and `unconfined` does not allow that.
+    Besides the statuses in `Outcome`, there is "unconfined": the kernel does not confine the child, and the argument
+    `unconfined` does not allow that.
     """
     # The verdict comes through a pipe, and is only believed with this token.
     token = secrets.token_hex(16)
@@ -170,7 +173,7 @@ def _run(code: str, test: str, seconds: float, memory_mb: int, unconfined: bool)
             try:
                 status = _wait(process.pid, reader, token.encode(), directory, seconds)
             finally:
-                # Kill the child's session, which seccomp keeps the candidate in, too.
+                # Kill the whole session. The candidate is in it as well: seccomp does not let it start another one.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
