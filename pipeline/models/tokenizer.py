@@ -217,7 +217,7 @@ def escape_tokens(messages: Iterable[Mapping[str, Any]], tokens: re.Pattern[str]
 
 
 _verdicts: dict[bytes, str | None] = {}
-"""What `validate_tokenizer` returned, by a digest of the tokenizer's settings."""
+"""What `validate_tokenizer` returned, by the pickled settings of the tokenizer."""
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str | None:
