@@ -249,7 +249,7 @@ def _fit_rows(
     args: Any,
     config: Any,
     named_by: tuple[str, str | None],
-    reward_args: ToolArguments | None,
+    tool_args: ToolArguments | None,
 ) -> tuple[Split, Split | None]:
     """Drop prompts that leave no room for an answer, and pairs that are too long for DPO and KTO; check the first rows.
 
@@ -259,14 +259,14 @@ def _fit_rows(
         args: The training arguments.
         config: The configuration of the model; None for a new one.
         named_by: The field that names the tokenizer, and its value, for messages.
-        reward_args: The tools that the model may call, if any.
+        tool_args: The tools that the model may call, if any.
 
     Raises:
         UserError: If no row has room, or the chat template rejects one of the first rows.
     """
     try:
         if kind == "prompt":
-            return _fit_prompts(splits, tokenizer, args, config, reward_args)
+            return _fit_prompts(splits, tokenizer, args, config, tool_args)
         if kind == "text":
             _check_documents(splits[0], tokenizer)
             return splits
