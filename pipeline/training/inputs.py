@@ -68,7 +68,8 @@ def load_inputs(
         reward_args: The rewards and tools, if any: one of the dataclasses of `pipeline.rl.arguments`.
 
     Returns:
-        The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
+        The tokenizer, the training split, and the evaluation split or None. They have the columns of `load_splits` and
+        those that `add_tokens` adds.
 
     Raises:
         UserError: With everything that is wrong.
