@@ -83,7 +83,7 @@ def test_what_a_tool_wrote_is_not_trained_on(tmp_path: Path, kind: type, called:
 def test_logits_and_values_at_the_tokens_of_a_tool_change_nothing(
     tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Advantages, returns, the loss and its gradients stay the same if noise is added to both at those tokens."""
+    """Advantages, returns, the loss and its gradients stay the same if noise changes both at those tokens."""
     is_sampled = rollout(trainer(tmp_path, kind))["tool_mask"].bool()
 
     def outcome(noise: torch.Tensor) -> list[torch.Tensor]:
@@ -92,7 +92,8 @@ def test_logits_and_values_at_the_tokens_of_a_tool_change_nothing(
 
         def shifted(*args: Any, **kwargs: Any) -> Any:
             logps, *others = logps_of(*args, **kwargs)
-            return logps + noise, *others
+            # A sum would cancel out of the ratio to the policy that sampled. A product changes its gradient.
+            return logps * (1 + noise), *others
 
         monkeypatch.setattr(run, "_get_per_token_logps_and_entropies", shifted)
         if kind is PPOTrainer:
