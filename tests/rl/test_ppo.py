@@ -601,13 +601,22 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     for parameter in ppo.ref_model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     batch = {}
-    original = ppo._generate_and_score_completions
+    generate = ppo._generate_and_score_completions
+    score = ppo._get_per_token_logps_and_entropies
+    noise = torch.Generator().manual_seed(0)
 
     def record(inputs: Any) -> Any:
-        batch.update(original(inputs))
+        batch.update(generate(inputs))
         return batch
 
+    def score_padding_at_random(model: Any, ids: Any, attention_mask: Any, length: int, *args: Any, **kw: Any) -> Any:
+        # On a CPU, padding would have log-probabilities of 0, which change no sum. On a GPU, they are arbitrary.
+        logps, *others = score(model, ids, attention_mask, length, *args, **kw)
+        is_padding = attention_mask[:, -length:] == 0
+        return logps + is_padding * torch.randn(logps.shape, generator=noise), *others
+
     ppo._generate_and_score_completions = record
+    ppo._get_per_token_logps_and_entropies = score_padding_at_random
     # A copy of the policy that samples, because training changes the weights.
     sampling_policy = toy.policy()
     sampling_policy.load_state_dict(ppo.model.state_dict())
