@@ -67,14 +67,22 @@ def test_imports_leave_the_garbage_collector_alone() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+# `python -m recipes.data` and its options: the first element of `sys.argv` tells `recipes` that a module is run.
+RECIPE_WITH_COLLECTOR = """
+import atexit, gc, runpy, sys
+
+atexit.register(lambda: print(gc.isenabled(), file=sys.stderr))
+sys.argv[0] = "-m"
+import recipes
+
+assert not gc.isenabled(), "modules are imported without it"
+runpy.run_module("recipes.data", run_name="__main__")
+"""
+
+
 def test_the_garbage_collector_works_once_a_recipe_runs(tmp_path: Path) -> None:
-    code = (
-        "import atexit, gc, runpy, sys; atexit.register(lambda: print(gc.isenabled(), file=sys.stderr)); "
-        "name, sys.argv = sys.argv[1], ['-m', *sys.argv[2:]]; import recipes; assert not gc.isenabled(); "
-        "runpy.run_module(name, run_name='__main__')"
-    )
     sizes = ["--size_mb", "0.1", "--sft_rows", "50", "--preference_rows", "50", "--reasoning_rows", "50"]
-    command = [sys.executable, "-c", code, "recipes.data", "--output_dir", str(tmp_path / "data"), *sizes]
+    command = [sys.executable, "-c", RECIPE_WITH_COLLECTOR, "--output_dir", str(tmp_path / "data"), *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stderr.splitlines()[-1] == "True", done.stderr
 

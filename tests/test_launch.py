@@ -106,13 +106,18 @@ def test_each_of_several_processes_trains_on_its_own_gpu(tmp_path: Path) -> None
         assert (args.n_gpu, args.world_size, str(args.device)) == (1, 2, "cuda:1")
 
 
-@pytest.mark.parametrize(("option", "line"), [(["--use_cpu"], "seed: 1"), ([], "use_cpu: true")])
-def test_use_cpu_wins_over_a_gpu(option: list[str], line: str, tmp_path: Path) -> None:
-    """All choices, some of which are made before the arguments are read, are then those of a machine without GPU."""
-    (tmp_path / "config.yaml").write_text(line)
-    options = ["--config", str(tmp_path / "config.yaml"), "--output_dir", str(tmp_path / "out"), *option]
+@pytest.mark.parametrize("place", ["command line", "config"])
+def test_use_cpu_wins_over_a_gpu(place: str, tmp_path: Path) -> None:
+    """All choices are then those of a machine without a GPU, also if they were made before the arguments are read."""
+    config = tmp_path / "config.yaml"
+    options = ["--config", str(config), "--output_dir", str(tmp_path / "out")]
+    if place == "config":
+        config.write_text("use_cpu: true")
+    else:
+        config.write_text("seed: 1")
+        options.append("--use_cpu")
     with emulated_gpus(1):
-        assert hardware.attention().value == "varlen", "asked before the arguments are read"
+        assert hardware.attention().value == "varlen", "the choice for the GPU, before the arguments are read"
         with patch.object(hardware, "keep_freed_memory") as memory, patch("torch.set_num_threads") as threads:
             (args,) = parse(SFTConfig, argv=options)
         assert (hardware.accelerator(), hardware.attention().value) == (None, "blockwise")

@@ -311,7 +311,10 @@ def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answe
 
 
 def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object) -> ColumnPlan:
-    """Plan to read prompts and, if the data have them, final answers; `first_answer` as for `_plan_pairs`."""
+    """Plan to read prompts and, if the data have them, final answers.
+
+    `first_answer` is the value of `chosen_column` in the first row, None if there is no such column or no row.
+    """
     prompt = _find_prompt(args, columns, first_answer)
     # Pairs of conversations also work: their prompt is what both begin with.
     chosen = find_column(columns, args.chosen_column)
@@ -321,7 +324,7 @@ def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object)
         _require(columns, prompt_column=args.prompt_column)
     answer_names = [args.answer_column]
     if args.answer_column == "answer":
-        answer_names += ["answer", "a"]
+        answer_names.append("a")
     answer = find_column(columns, *answer_names)
     if not answer and (args.answer_pattern is not None or args.answer_column != "answer"):
         _require(columns, answer_column=args.answer_column)

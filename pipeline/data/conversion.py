@@ -64,7 +64,7 @@ def convert_stored(
 
     Args:
         args: The arguments, which name only this data set.
-        special_tokens: As for `load_splits`.
+        special_tokens: What no message may contain as text; None to accept any text.
         numbers: Numbers of the rows in their file, by which messages name them.
 
     Returns:

@@ -57,7 +57,8 @@ def load_splits(
         kind: Content of the rows, and the columns that are returned:
             `"text"`: `text`, a document.
             `"tokens"`: `input_ids`, the tokens of a document, from `pipeline.data.shards`.
-            `"conversation"`: `messages`, which end with the assistant's; also made of a question and an answer column.
+            `"conversation"`: `messages`, which end with the assistant's, also made of a question and an answer column;
+                and `tools` if the data have it.
             `"preference"`: `prompt`, `chosen` and `rejected`, lists of messages, and `margin` if the data have it.
             `"unpaired"`: the same, or `prompt`, `completion` and `label` for single answers.
             `"prompt"`: `prompt`, a list of messages, `answer` if the data have it, and all other columns, for rewards.
@@ -85,6 +86,7 @@ def load_splits(
         if test is not None:
             tests.append(test)
     _check_optional_columns(args.dataset_names, trains, kind)
+    # `_load_one` has limited each data set; this limits all of them together.
     train = _join(trains, args.max_train_samples)
     if isinstance(train, IterableDataset) and kind not in ("text", "tokens"):
         # Trainers only shuffle data with a length. The order of a stream depends on the seed and the epoch.
@@ -171,10 +173,13 @@ def _load_only_split(
     evaluation: bool,
     special_tokens: re.Pattern[str] | None,
 ) -> tuple[Split, Split | None]:
-    """Divide the only split of a data set into a part to train on and a part to evaluate on.
+    """Divide the only split of a data set into rows to train on and rows to evaluate on, None without `evaluation`.
 
-    `rows` are those of the `split` that `keep_rows` asks for, and `numbers` are their numbers in it. The second part
-    is None if there is no `evaluation`.
+    Args:
+        split: All rows. A stream is divided by its numbers before the argument `keep_rows` drops any of them.
+        rows: The rows that `keep_rows` has left.
+        numbers: Their numbers in `split`; of a stream, ().
+        special_tokens: What no message may contain as text; None to accept any text.
     """
     share = args.validation_share
     rule = f"every {round(1 / share)}th row is held out for it"
@@ -249,7 +254,10 @@ def _divide_stream(stream: IterableDataset, share: float) -> tuple[IterableDatas
 def _load_train_split(
     rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None
 ) -> Split:
-    """Convert the rows to train on of a data set with other splits; arguments as for `_load_only_split`."""
+    """Convert the training split of a data set that has other splits, and limit it.
+
+    `numbers` are those of the `rows` in the split, from which `keep_rows` may have dropped some; of a stream, ().
+    """
     if isinstance(rows, Dataset):
         converted, _ = convert_stored(rows, plan, args, special_tokens, numbers)
         return _limit(converted, args.max_train_samples, args)

@@ -68,7 +68,8 @@ def load_inputs(
         reward_args: The rewards and tools, if any: one of the dataclasses of `pipeline.rl.arguments`.
 
     Returns:
-        The tokenizer, the training split, and the evaluation split or None; see `add_tokens` for their columns.
+        The tokenizer, the training split, and the evaluation split or None. They have the columns of `load_splits` and
+        those that `add_tokens` adds.
 
     Raises:
         UserError: With everything that is wrong.
@@ -250,7 +251,7 @@ def _fit_rows(
     args: Any,
     config: Any,
     named_by: tuple[str, str | None],
-    reward_args: ToolArguments | None,
+    tool_args: ToolArguments | None,
 ) -> tuple[Split, Split | None]:
     """Drop prompts that leave no room for an answer, and pairs that are too long for DPO and KTO; check the first rows.
 
@@ -260,14 +261,14 @@ def _fit_rows(
         args: The training arguments.
         config: The configuration of the model; None for a new one.
         named_by: The field that names the tokenizer, and its value, for messages.
-        reward_args: The tools that the model may call, if any.
+        tool_args: The tools that the model may call, if any.
 
     Raises:
         UserError: If no row has room, or the chat template rejects one of the first rows.
     """
     try:
         if kind == "prompt":
-            return _fit_prompts(splits, tokenizer, args, config, reward_args)
+            return _fit_prompts(splits, tokenizer, args, config, tool_args)
         if kind == "text":
             _check_documents(splits[0], tokenizer)
             return splits

@@ -61,6 +61,7 @@ def of_type(*types: type) -> list[Any]:
 def test_a_number_is_finite_and_not_astronomical_and_not_of_another_type(name: str, kind: type) -> None:
     for value in (math.nan, math.inf, -math.inf, True, {"a": 1}, [[1]]):
         assert is_refused(name, kind, value), value
+    # A weight may have any sign and size.
     if name != "reward_weights":
         assert is_refused(name, kind, -2)
         assert is_refused(name, kind, 10**30)

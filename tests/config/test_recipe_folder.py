@@ -33,9 +33,10 @@ def test_one_line_names_the_command_to_run_first(
     assert sorted(path.name for path in Path("runs/pocket").iterdir()) == ["1_pretrain"]
 
 
-def test_a_path_that_no_step_writes_is_a_mistake_of_its_own(
+def test_no_command_is_named_for_a_path_that_no_step_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The path on the command line is a mistake of the user, which running another step would not correct."""
     monkeypatch.chdir(tmp_path)
     Path("runs/pocket/data").mkdir(parents=True)
     options = ["--config", "recipes/pocket/2_sft.yaml", "--model_name_or_path", "./elsewhere"]

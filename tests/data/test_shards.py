@@ -49,16 +49,16 @@ def make_shards(documents: Path, folder: Path, **options: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_shards(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     make_shards(documents, folder)
     return folder
 
 
 @pytest.fixture
-def shards(made: Path, tmp_path: Path) -> Path:
+def shards(original_shards: Path, tmp_path: Path) -> Path:
     """A copy, to be damaged."""
-    return shutil.copytree(made, tmp_path / "shards")
+    return shutil.copytree(original_shards, tmp_path / "shards")
 
 
 def splits(folder: Path, kind: Kind) -> tuple[IterableDataset, IterableDataset]:
@@ -83,34 +83,43 @@ def preflight(folder: Path, words: str, streaming: bool = True, **more: str) -> 
     return str(refused.value)
 
 
-def test_the_blocks_are_those_of_the_documents(documents: Path, made: Path) -> None:
-    """Over the end of the data, and for two processes that are resumed; the rows that are held out are the same too."""
+def test_the_blocks_are_those_of_the_documents(documents: Path, original_shards: Path) -> None:
+    """Beyond the end of the data, where they repeat; the rows that are held out are the same, too."""
     texts, held_out = splits(documents, "text")
-    tokens, held_out_tokens = splits(made, "tokens")
+    tokens, held_out_tokens = splits(original_shards, "tokens")
     expected = blocks(PackedStream(texts, tokenizer(), 32, 3), 600)
     assert blocks(PackedStream(tokens, tokenizer(), 32, 3), 600) == expected
-    assert len(list(held_out)) == 5
-    assert [tokenizer().decode(row["input_ids"][1:-1]) for row in held_out_tokens] == [row["text"] for row in held_out]
-    given, state = [], None
+    held_out_texts = [row["text"] for row in held_out]
+    assert len(held_out_texts) == 5
+    assert [tokenizer().decode(row["input_ids"][1:-1]) for row in held_out_tokens] == held_out_texts
+
+
+def test_two_processes_that_are_resumed_take_the_blocks_in_turn(documents: Path, original_shards: Path) -> None:
+    texts, _ = splits(documents, "text")
+    tokens, _ = splits(original_shards, "tokens")
+    expected = blocks(PackedStream(texts, tokenizer(), 32, 3), 400)
+    taken: list[list[int]] = []
+    state = None
     for steps in (70, 30, 100):
         processes = [PackedStream(tokens, tokenizer(), 32, 3, process, 2) for process in range(2)]
-        for stream in processes if state else ():
-            stream.load_state_dict(state)
-        parts = [blocks(stream, steps) for stream in processes]
-        given += [block for pair in zip(*parts, strict=True) for block in pair]
+        if state is not None:
+            for stream in processes:
+                stream.load_state_dict(state)
+        first, second = [blocks(stream, steps) for stream in processes]
+        taken += itertools.chain(*zip(first, second, strict=True))
         state = join_states([stream.state_dict() for stream in processes])
-    assert given == expected[: len(given)]
+    assert taken == expected
 
 
-def test_tokens_of_four_bytes_and_several_folders_are_read(made: Path, shards: Path) -> None:
+def test_tokens_of_four_bytes_and_several_folders_are_read(original_shards: Path, shards: Path) -> None:
     """As a vocabulary of more than 65,536 tokens needs them."""
     for file in shards.rglob("*.ds"):
         np.fromfile(file, "<u2").astype("<u4").tofile(file)
         metadata = Path(f"{file}.metadata")
         metadata.write_text(metadata.read_text().replace("|2\n", "|4\n"))
-    streams = [PackedStream(splits(folder, "tokens")[0], tokenizer(), 32, 3) for folder in (made, shards)]
+    streams = [PackedStream(splits(folder, "tokens")[0], tokenizer(), 32, 3) for folder in (original_shards, shards)]
     assert blocks(streams[0], 100) == blocks(streams[1], 100)
-    both = DataArguments([str(made), str(shards)], dataset_streaming=True, validation_share=0)
+    both = DataArguments([str(original_shards), str(shards)], dataset_streaming=True, validation_share=0)
     rows = load_splits(both, "tokens", evaluation=False)[0]
     assert rows.num_shards == 2 * len(FILES) and len(list(rows)) == 2 * sum(FILES.values())
 
@@ -121,8 +130,8 @@ def test_folders_inside_are_splits(shards: Path) -> None:
     assert len(list(train)) == len(list(validation)) == sum(FILES.values())
 
 
-def test_what_measures_on_text_reads_the_documents(documents: Path, made: Path) -> None:
-    args = DataArguments(str(made), dataset_streaming=True, validation_share=0.1)
+def test_what_measures_on_text_reads_the_documents(documents: Path, original_shards: Path) -> None:
+    args = DataArguments(str(original_shards), dataset_streaming=True, validation_share=0.1)
     assert documents_of(args) == replace(args, dataset_name=str(documents))
     assert documents_of(DataArguments(str(documents))) == DataArguments(str(documents))
 
@@ -240,9 +249,9 @@ def test_shards_that_others_made_must_have_the_tokens_of_the_tokenizer(shards: P
     assert "documents must begin with the tokenizer's bos" in preflight(shards, words)
 
 
-def test_what_reads_text_does_not_read_shards(documents: Path, made: Path, tmp_path: Path) -> None:
+def test_what_reads_text_does_not_read_shards(documents: Path, original_shards: Path, tmp_path: Path) -> None:
     words = save_tokenizer(tmp_path / "words")
     with pytest.raises(UserError, match=r"text_column: text: there is no such column; choose from: input_ids"):
-        splits(made, "text")
-    assert "has text, and others of dataset_name have tokens" in preflight(made, words, other=str(documents))
-    assert "dataset_streaming: False: must be true" in preflight(made, words, streaming=False)
+        splits(original_shards, "text")
+    assert "has text, and others of dataset_name have tokens" in preflight(original_shards, words, other=str(documents))
+    assert "dataset_streaming: False: must be true" in preflight(original_shards, words, streaming=False)

@@ -364,23 +364,31 @@ def test_prompts_are_written_with_the_template_arguments_of_the_stages(
     assert {end for limit, end in ends if limit != "12"} == {"quick"}
 
 
-def test_settings_say_with_which_template_arguments_stages_are_asked(run: Path) -> None:
-    own = {"dataset_name": "q.jsonl"}
-    stages: list[Any] = [
-        ("2_sft", "sft", own),
-        ("3_ppo", "ppo", own),
-        ("4_grpo", "grpo", {**own, "chat_template_kwargs": '{"quick": true}'}),
-    ]
-    facts = RunFacts.of_stages(stages, Path("runs/x"))
-    templates = [facts.template_for(stage, key) for stage in ("2_sft", "4_grpo") for key in ANSWERED]
-    assert templates == [{}, {"quick": True}, {}] + [{"quick": True}] * 3
-    without = RunFacts.of_stages(stages[:2], Path("runs/x"))
-    assert without.to_record()["chat_template_kwargs"] is None, "as in earlier records"
-    # A record may lack the key, which the arguments of the stages still tell.
+def facts_of(**of_grpo: Any) -> RunFacts:
+    """Return the facts of a run of SFT, PPO and GRPO; the arguments are further ones of GRPO."""
+    data = {"dataset_name": "q.jsonl"}
+    stages = [("2_sft", "sft", data), ("3_ppo", "ppo", data), ("4_grpo", "grpo", data | of_grpo)]
+    return RunFacts.of_stages(stages, Path("runs/x"))
+
+
+def test_a_stage_without_template_arguments_is_asked_with_those_of_the_stage_that_trains_on_the_data() -> None:
+    facts = facts_of(chat_template_kwargs='{"quick": true}')
+    quick = {"quick": True}
+    # GRPO trains on problems.
+    by_key = {key: facts.template_for("2_sft", key) for key in ANSWERED}
+    assert by_key == {"instructions": {}, "problems": quick, "prompts": {}}
+    by_key = {key: facts.template_for("4_grpo", key) for key in ANSWERED}
+    assert by_key == {"instructions": quick, "problems": quick, "prompts": quick}
+
+
+def test_template_arguments_are_recorded_or_follow_from_the_stages(run: Path) -> None:
+    assert facts_of().to_record()["chat_template_kwargs"] is None, "as in earlier records"
+    # A record of an earlier release lacks the key, so the arguments in the directory of the stage apply.
+    facts = facts_of(chat_template_kwargs='{"quick": true}')
     record = to_record(complete({"limit": 7}, facts), facts)
     del record["chat_template_kwargs"]
     (run / "run.json").write_text(json.dumps({"steps": {"evaluate_2_sft": {"values": record}}}))
-    write_stage(run, "4_grpo", **own, chat_template_kwargs={"quick": False})
+    write_stage(run, "4_grpo", dataset_name="q.jsonl", chat_template_kwargs={"quick": False})
     templates = {"4_grpo": {"quick": False}, "problems": {"quick": False}}
     assert to_record(*read_record(run, "2_sft")) == record | {"chat_template_kwargs": templates}
 

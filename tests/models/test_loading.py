@@ -123,16 +123,19 @@ def test_code_of_a_model_is_never_run_and_nobody_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """With `trust_remote_code` unset, transformers asks on stdin, and takes the first line of a pipe for the answer."""
-    folder = save_model(tmp_path / "model", adapter=part == "base of an adapter")
-    where = tmp_path / "base" if part == "base of an adapter" else folder
-    (where / "evil.py").write_text(EVIL)
+    is_adapter = part == "base of an adapter"
+    folder = save_model(tmp_path / "model", adapter=is_adapter)
+    infected = tmp_path / "base" if is_adapter else folder
+    (infected / "evil.py").write_text(EVIL)
+    models = {"AutoModelForCausalLM": CODE, "AutoModelForSequenceClassification": CODE}
     if part == "tokenizer":
-        edit_json(where / "tokenizer_config.json", auto_map={"AutoTokenizer": [CODE, CODE]}, tokenizer_class="Mine")
-        (where / "config.json").unlink()
+        edit_json(infected / "tokenizer_config.json", auto_map={"AutoTokenizer": [CODE, CODE]}, tokenizer_class="Mine")
+        (infected / "config.json").unlink()
+    elif part == "model":
+        # transformers has this type, but no language model of it, and so looks for the class of the model.
+        edit_json(infected / "config.json", auto_map=models, model_type="vit")
     else:
-        names = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
-        mapped = {name: CODE for name in names if part != "model" or name != "AutoConfig"}
-        edit_json(where / "config.json", auto_map=mapped, model_type="vit" if part == "model" else "of_its_own")
+        edit_json(infected / "config.json", auto_map={"AutoConfig": CODE, **models}, model_type="of_its_own")
     questions: list[str] = []
     monkeypatch.setattr("builtins.input", lambda prompt="": questions.append(prompt) or "y")
     for reward in (False, True):

@@ -87,20 +87,21 @@ def test_answers_are_dialogues_and_are_judged_as_rewards_judge_them(collected: P
         assert chosen > rejected and row["annotator"] == "judge"
         (schema,) = json.loads(row["tools"])
         assert schema["function"]["name"] == "double"
-    said = answers(splits["train"])
-    assert {tuple(one["role"] for one in answer[:3]) for answer in said} >= {
-        ("assistant",),
-        ("assistant", "tool", "assistant"),
-    }
-    for answer in said:
+    openings = set()
+    results = []
+    for answer in answers(splits["train"]):
+        openings.add(tuple(message["role"] for message in answer[:3]))
         assert answer[0]["role"] == answer[-1]["role"] == "assistant"
-        for before, result in itertools.pairwise(answer):
+        for message, result in itertools.pairwise(answer):
             if result["role"] == "tool":
-                (call,) = before["tool_calls"]
+                results.append(result["content"])
+                (call,) = message["tool_calls"]
                 assert result["name"] == call["function"]["name"]
-                known = call["function"]["arguments"].get("n") in (1, 2)
-                assert "error" in result["content"] or (known and result["content"] in ("2", "4"))
-    assert any("error" in one["content"] for answer in said for one in answer), "a call may fail"
+                if "error" not in result["content"]:
+                    assert call["function"]["arguments"].get("n") in (1, 2)
+                    assert result["content"] in ("2", "4")
+    assert openings >= {("assistant",), ("assistant", "tool", "assistant")}, "answers with and without a call"
+    assert any("error" in result for result in results), "a call may fail"
 
 
 def test_sampling_again_and_on_two_processes_gives_the_same_rows(
@@ -163,12 +164,15 @@ def test_a_reward_model_judges_the_whole_dialogue(tmp_path: Path) -> None:
         {"role": "tool", "name": "double", "content": "4"},
         {"role": "assistant", "content": "yes"},
     ]
-    row = {"prompt": [{"role": "user", "content": "1"}]}
+    last_turn = dialogue[2:]
+    prompt = [{"role": "user", "content": "1"}]
+    row = {"prompt": prompt}
     judge = load_judge(str(tmp_path / "judge"))
-    scores = score(reward_model(), TOKENIZER, [[*row["prompt"], *one] for one in (dialogue, dialogue[2:])])
-    assert scores[0] != scores[1]
-    expected = float(scores[0] > scores[1])
-    assert judge.match([dialogue, dialogue], [dialogue[2:], dialogue], [row, row]) == [expected, 0.5]
+    score_of_dialogue, score_of_last_turn = score(reward_model(), TOKENIZER, [prompt + dialogue, prompt + last_turn])
+    assert score_of_dialogue != score_of_last_turn
+    share_won = float(score_of_dialogue > score_of_last_turn)
+    # The second match is between equal dialogues: a draw.
+    assert judge.match([dialogue, dialogue], [last_turn, dialogue], [row, row]) == [share_won, 0.5]
 
 
 # ---- What later stages read
@@ -240,7 +244,7 @@ def test_a_reward_model_is_trained_on_the_tokens_that_ppo_scores(
     assert compared > 20
 
 
-HARD = [
+HARD_ARGUMENTS = [
     {"n": 0.1234, "m": [1, {"b": 2.5e-07}]},
     {"n": 10**30, "m": -(2**63)},
     {"n": "é\u2028 \\ \"' </s> 0.10", "m": True},
@@ -249,10 +253,11 @@ HARD = [
 ]
 
 
-@pytest.mark.parametrize("arguments_of_call", HARD, ids=str)
+@pytest.mark.parametrize("arguments_of_call", HARD_ARGUMENTS, ids=str)
 def test_no_argument_of_a_call_changes_between_the_answer_and_training(
     tmp_path: Path, arguments_of_call: dict[str, Any]
 ) -> None:
+    """JSON or Arrow could round such numbers or reorder such keys; training would then see other tokens than PPO."""
     call = {"type": "function", "function": {"name": "double", "arguments": arguments_of_call}}
     answer = [
         {"role": "assistant", "content": " yes ", "tool_calls": [call, CALL]},
@@ -262,9 +267,10 @@ def test_no_argument_of_a_call_changes_between_the_answer_and_training(
     ]
     prompt = [{"role": "user", "content": "1"}]
     words = small_model.tokenizer()
-    (ids,) = reward_inputs(small_model.save_model(tmp_path / "model"), [(prompt, answer)], tmp_path / "pairs", words)
+    model = small_model.save_model(tmp_path / "model")
+    (trained_on,) = reward_inputs(model, [(prompt, answer)], tmp_path / "pairs", words)
     text = RewardModel(reward_model(), words, [words.eos_token_id], {}).render([*prompt, *answer], ended=True)
-    assert ids == words(text, add_special_tokens=False)["input_ids"]
+    assert trained_on == words(text, add_special_tokens=False)["input_ids"], "PPO scores the same tokens"
     (row,) = contents(tmp_path / "pairs")["train"]
     assert row["chosen"] == answer, "TRL reads the same messages"
 

@@ -107,11 +107,13 @@ def test_a_run_against_itself_has_no_difference(whole_run: Path, run_compare: Co
 
 def test_one_seed_has_the_paired_interval_over_rows(tmp_path: Path) -> None:
     outcomes = coins(0)
-    a, b = make_run(tmp_path / "a", 0, shifted(outcomes, 0.1)), make_run(tmp_path / "b", 0, outcomes)
+    a = make_run(tmp_path / "a", 0, shifted(outcomes, 0.1))
+    b = make_run(tmp_path / "b", 0, outcomes)
     difference = change([a], [b])
     assert difference.value == pytest.approx(0.1) and difference.n == ROWS
-    half = 1.96 * (0.09 / ROWS) ** 0.5
-    assert (difference.low, difference.high) == pytest.approx((0.1 - half, 0.1 + half), abs=0.01)
+    # A tenth of the rows differ by 1 and the others by 0: a variance of 0.1 * 0.9.
+    half_width = 1.96 * (0.09 / ROWS) ** 0.5
+    assert (difference.low, difference.high) == pytest.approx((0.1 - half_width, 0.1 + half_width), abs=0.01)
 
 
 def test_seeds_that_differ_widen_the_interval(tmp_path: Path) -> None:

@@ -103,10 +103,11 @@ def test_targets_may_be_about_baselines(whole_run: Path) -> None:
         Target("4_grpo", "pass@1", against="elicited", at_least=0.15),
         Target("4_grpo", "pass@1", against="elicited", how="interval", at_least=0.0),
     ]
-    constant, over, lower = check_targets(run, differences(run), targets)
-    assert constant["measured"] == run.baselines["constant"].metrics["win_rate"].value and not constant["kept"]
-    assert lower["measured"] < over["measured"] and over["kept"] and lower["kept"]
-    assert over["promise"] == "pass@1 of 4_grpo minus elicited: at least 0.15"
+    baseline, gain, lower_end_of_gain = check_targets(run, differences(run), targets)
+    assert baseline["measured"] == run.baselines["constant"].metrics["win_rate"].value and not baseline["kept"]
+    assert lower_end_of_gain["measured"] < gain["measured"]
+    assert gain["kept"] and lower_end_of_gain["kept"]
+    assert gain["promise"] == "pass@1 of 4_grpo minus elicited: at least 0.15"
 
 
 @pytest.mark.parametrize(
@@ -172,8 +173,6 @@ def test_any_curve_is_drawn_inside_of_its_chart(points: list[tuple[float, float]
 
 
 def test_curves_come_from_the_newest_checkpoint(whole_run: Path, tmp_path: Path) -> None:
-    import json
-
     for step in (5, 40, 100):
         folder = tmp_path / "1_pretrain" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -198,8 +197,6 @@ def test_a_whole_run_has_every_curve(whole_run: Path) -> None:
 
 
 def test_score_and_taste_of_ppo_are_drawn_against_its_kl(tmp_path: Path) -> None:
-    import json
-
     def record(step: int) -> dict[str, float]:
         return {"step": step, "reward": 10.0 + step, "objective/kl": step / 10, "objective/scores": 0.0,
                 "rewards/reward/mean": 10.0 + step, "rewards/hidden_taste/mean": float(step),
@@ -215,8 +212,6 @@ def test_score_and_taste_of_ppo_are_drawn_against_its_kl(tmp_path: Path) -> None
 
 
 def test_rewards_beside_the_model_are_drawn_apart_from_its_score(tmp_path: Path) -> None:
-    import json
-
     def record(step: int) -> dict[str, float]:
         return {"step": step, "reward": -20.0 * step, "objective/kl": step / 10, "rewards/judge/mean": 1.0 * step,
                 "rewards/brevity/mean": -1.0 * step, "rewards/hidden_taste/mean": 0.5}  # fmt: skip

@@ -600,30 +600,45 @@ def test_metrics_count_real_tokens_only(tmp_path: Path) -> None:
     ppo = trainer(tmp_path, max_steps=1, max_completion_length=12, kl_coef=0.5)
     for parameter in ppo.ref_model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    seen = {}
-    original = ppo._generate_and_score_completions
+    batch = {}
+    generate = ppo._generate_and_score_completions
+    score = ppo._get_per_token_logps_and_entropies
+    noise = torch.Generator().manual_seed(0)
 
-    def keep(inputs: Any) -> Any:
-        seen.update(original(inputs))
-        return seen
+    def record(inputs: Any) -> Any:
+        batch.update(generate(inputs))
+        return batch
 
-    ppo._generate_and_score_completions = keep
-    before = toy.policy()
-    before.load_state_dict(ppo.model.state_dict())
+    def score_padding_at_random(model: Any, ids: Any, attention_mask: Any, length: int, *args: Any, **kw: Any) -> Any:
+        # On a CPU, padding would have log-probabilities of 0, which change no sum. On a GPU, they are arbitrary.
+        logps, *others = score(model, ids, attention_mask, length, *args, **kw)
+        is_padding = attention_mask[:, -length:] == 0
+        return logps + is_padding * torch.randn(logps.shape, generator=noise), *others
+
+    ppo._generate_and_score_completions = record
+    ppo._get_per_token_logps_and_entropies = score_padding_at_random
+    # A copy of the policy that samples, because training changes the weights.
+    sampling_policy = toy.policy()
+    sampling_policy.load_state_dict(ppo.model.state_dict())
     ppo.train()
 
-    kls, k3s, entropies = [], [], []
-    for i in range(len(seen["completion_ids"])):
-        prompt = seen["prompt_ids"][i][seen["prompt_mask"][i] > 0]
-        completion = seen["completion_ids"][i][seen["completion_mask"][i] > 0]
-        text = torch.cat([prompt, completion])
+    def log_probs(model: Any, prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities of all words, before each token of the completion: (tokens, vocabulary)."""
         with torch.no_grad():
-            logits = [m(input_ids=text[None]).logits[0, len(prompt) - 1 : -1] for m in (before, ppo.ref_model)]
-        ours, theirs = (x.log_softmax(-1).gather(1, completion[:, None])[:, 0] for x in logits)
-        kls.append((ours - theirs).sum().item())
-        k3s.append(((theirs - ours).exp() - 1 - (theirs - ours)).sum().item())
-        entropies.append(-(logits[0].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
-    assert len({len(x) for x in entropies}) > 1
+            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits
+        return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    kls, k3s, entropies = [], [], []
+    for i in range(len(batch["completion_ids"])):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i] > 0]
+        completion = batch["completion_ids"][i][batch["completion_mask"][i] > 0]
+        of_policy = log_probs(sampling_policy, prompt, completion)
+        of_reference = log_probs(ppo.ref_model, prompt, completion)
+        log_ratio = (of_reference - of_policy).gather(1, completion[:, None])
+        kls.append(-log_ratio.sum().item())
+        k3s.append((log_ratio.exp() - 1 - log_ratio).sum().item())
+        entropies.append(-(of_policy.exp() * of_policy).sum(-1))
+    assert len({len(entropy) for entropy in entropies}) > 1, "completions of different lengths"
     assert logged(ppo, "objective/kl")[0] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
     assert logged(ppo, "objective/kl_k3")[0] == pytest.approx(sum(k3s) / len(k3s), rel=1e-3)
     assert logged(ppo, "objective/non_score_reward")[0] == pytest.approx(-0.5 * sum(kls) / len(kls), rel=1e-3)

@@ -83,8 +83,8 @@ def test_what_a_tool_wrote_is_not_trained_on(tmp_path: Path, kind: type, called:
 def test_logits_and_values_at_the_tokens_of_a_tool_change_nothing(
     tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mask = rollout(trainer(tmp_path, kind))["tool_mask"].bool()
-    noise = 5 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(3)) * ~mask
+    """Advantages, returns, the loss and its gradients stay the same if noise changes both at those tokens."""
+    is_sampled = rollout(trainer(tmp_path, kind))["tool_mask"].bool()
 
     def outcome(noise: torch.Tensor) -> list[torch.Tensor]:
         run = trainer(tmp_path, kind)
@@ -92,26 +92,32 @@ def test_logits_and_values_at_the_tokens_of_a_tool_change_nothing(
 
         def shifted(*args: Any, **kwargs: Any) -> Any:
             logps, *others = logps_of(*args, **kwargs)
-            return logps + noise, *others
+            # A sum would cancel out of the ratio to the policy that sampled. A product changes its gradient.
+            return logps * (1 + noise), *others
 
         monkeypatch.setattr(run, "_get_per_token_logps_and_entropies", shifted)
-        names = ["advantages"]
         if kind is PPOTrainer:
             values_of = run._values
             monkeypatch.setattr(run, "_values", lambda *args, **kwargs: values_of(*args, **kwargs) + noise)
-            names.append("returns")
         batch = rollout(run)
-        found = [batch[name] * (mask if batch[name].dim() == 2 else 1) for name in names]
+        if kind is PPOTrainer:
+            # What they are at the tokens of a tool has no effect.
+            learned_from = [batch["advantages"] * is_sampled, batch["returns"] * is_sampled]
+        else:
+            # GRPO has one advantage for each completion.
+            learned_from = [batch["advantages"]]
         run.current_gradient_accumulation_steps = 1
         run._step = 1
         loss = run.compute_loss(run.model, batch)
         loss.backward()
         gradients = [weight.grad for weight in run.model.parameters() if weight.grad is not None]
         assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
-        return [*found, loss.detach(), *gradients]
+        return [*learned_from, loss.detach(), *gradients]
 
-    for one, other in zip(outcome(torch.zeros(mask.shape)), outcome(noise), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    expected = outcome(torch.zeros(is_sampled.shape))
+    noise = 5 * torch.randn(is_sampled.shape, generator=torch.Generator().manual_seed(3)) * ~is_sampled
+    for with_noise, without in zip(outcome(noise), expected, strict=True):
+        torch.testing.assert_close(with_noise, without, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("called", CALLED, ids=["tools", "environment"])

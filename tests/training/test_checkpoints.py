@@ -256,15 +256,21 @@ def test_when_it_is_evaluated_has_no_effect_on_the_weights(tmp_path: Path, optio
 
 
 def test_a_schedule_that_follows_evaluations_is_resumed_as_it_was(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "eval_loss"}
-    options |= {"lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, "threshold": 0.9}, "greater_is_better": False}
+    options: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        # The rate is halved by each evaluation whose loss is not 90 % lower than the best one.
+        "lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, "threshold": 0.9},
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
     whole = make_trainer(tmp_path / "whole", **options)
     rates = learning_rates(whole)
     whole.train()
     again = make_trainer(tmp_path / "again", **options)
     resumed = learning_rates(again)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
-    assert resumed == rates[6:] and len(set(rates)) > 1
+    assert len(set(rates)) > 1, "the schedule lowered the rate"
+    assert resumed == rates[6:]
     assert torch.equal(again.model.layer.weight, whole.model.layer.weight)
 
 

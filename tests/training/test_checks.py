@@ -124,9 +124,8 @@ def test_a_models_own_options_of_generation(tmp_path: Path, saved: dict[str, Any
 
 
 @pytest.mark.parametrize(("targets", "fits"), [(["score"], False), (["q_proj", "score"], True), (["q_proj"], True)])
-def test_lora_of_a_reward_model_needs_a_target_beside_the_head_which_is_saved_whole(
-    targets: list[str], fits: bool
-) -> None:
+def test_lora_of_a_reward_model_needs_a_target_besides_the_head(targets: list[str], fits: bool) -> None:
+    """PEFT trains and saves the head, `score`, as a whole, and makes no adapter for it."""
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(LlamaConfig(vocab_size=9, num_labels=1, **sizes))
