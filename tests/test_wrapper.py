@@ -96,6 +96,8 @@ class Checkout:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell starts jobs in the background with Ctrl-C ignored, and the tests may run in one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def call(self, *words: str, cwd: Path | None = None, **environment: str) -> tuple[int, str, str]:
