@@ -128,6 +128,16 @@ def test_an_invented_stage_is_in_report_page_and_card(recipe: Path) -> None:
     assert "**Stage 5, distillation.** A small chat model." in card and "- distil" in card
 
 
+def test_an_invented_variant_of_a_stage_is_in_its_box(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STAGES, "distil", replace(DISTIL, box=None, box_of="grpo"))
+    run = write_run(recipe.parent / "runs/r")
+    for path in (run / "evaluations").glob("4_grpo.*"):
+        text = path.read_text().replace("4_grpo", "5_distil")
+        path.rename(path.with_stem("5_distil")).write_text(text)
+    (run / "4_grpo").rename(run / "5_distil")
+    assert path_boxes(load_run(run), {})[-1]["stage"] == "5_distil"
+
+
 def test_an_invented_metric_is_one_entry_of_a_table(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = MetricInfo(
         "Politeness", "held-out instructions, answered politely", "instructions", phrase="of answers polite"

@@ -66,7 +66,8 @@ def path_boxes(run: Run, links: Mapping[str, str]) -> list[dict[str, Any]]:
         box = info.box
         if box is None:
             continue
-        stage = next((last[name] for name in (kind, *box.other_kinds) if name in last), None)
+        kinds = [kind, *(name for name, other in STAGES.items() if other.box_of == kind)]
+        stage = next((last[name] for name in kinds if name in last), None)
         parts = []
         for name, what in box.parts:
             if name in STAGES:

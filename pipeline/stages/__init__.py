@@ -118,7 +118,6 @@ STAGES: dict[str, StageKind] = {
             goes_in="nothing",
             trains="nothing yet",
             drawing="noise",
-            other_kinds=("base",),
         ),
         card=Card(
             summary="A model that has learned nothing yet. It is what pretraining starts from, and what the other "
@@ -128,7 +127,7 @@ STAGES: dict[str, StageKind] = {
         ),
     ),
     # Not a step: if the first stage starts from a model from the Hub, that is measured as 0_base.
-    "base": StageKind(name="The model to start from", trained=False),
+    "base": StageKind(name="The model to start from", trained=False, box_of="random"),
     "pretrain": _training(
         name="Pretraining",
         module="recipes.pretrain",
@@ -277,7 +276,6 @@ STAGES: dict[str, StageKind] = {
             drawing="score",
             section="prefer",
             place="gains",
-            other_kinds=("dpo", "kto"),
         ),
         watch="PPO gives each token its own reward: minus the distance that the model has moved from its reference, "
         "and for the last token the score of the reward model. The critic guesses before each token what is still to "
@@ -291,6 +289,7 @@ STAGES: dict[str, StageKind] = {
         remedy="DPO is as good as its pairs: sample more of them from the model that it starts from, then train longer "
         "(max_steps, num_train_epochs), raise learning_rate or lower beta",
         seconds=80,
+        box_of="ppo",
         data="preference",
         held_out="pairs",
         charts=(
@@ -317,6 +316,7 @@ STAGES: dict[str, StageKind] = {
         "with desirable_weight or undesirable_weight), then train longer (max_steps, num_train_epochs), raise "
         "learning_rate or lower beta",
         seconds=150,
+        box_of="ppo",
         data="unpaired",
         charts=(
             LoggedChart(

@@ -32,7 +32,6 @@ class Box:
         drawing: Name of the drawing in path.html.jinja, "" for none.
         section: Section of the page that it links to.
         place: Part of the report that it links to.
-        other_kinds: Kinds that the box stands for if the run has no stage of its own kind.
     """
 
     about: str
@@ -42,7 +41,6 @@ class Box:
     drawing: str = ""
     section: str = "compare"
     place: str = "answers"
-    other_kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ class StageKind:
         remedy: What the verdict proposes if it missed its aims, in the imperative, without a full stop.
         smoke: Settings that `--smoke` overrides.
         charts: Charts of what it logs, in the order in which they are shown.
-        box: Its box in the picture of the path, None if another kind's box stands for it.
+        box: Its box in the picture of the path, None if it has none of its own.
+        box_of: Kind whose box stands for it if the run has no stage of that kind; "" for none.
         watch: Text of the page about its rollouts; "" if they cannot be watched.
         card: What its model card says.
     """
@@ -117,6 +116,7 @@ class StageKind:
     smoke: Mapping[str, Any] = field(default_factory=dict)
     charts: tuple[LoggedChart, ...] = ()
     box: Box | None = None
+    box_of: str = ""
     watch: str = ""
     card: Card = Card()
 
