@@ -7,7 +7,7 @@ It rejects tokenizers whose hash of one encoded text is unknown; this command id
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +15,7 @@ from pipeline.errors import Problem, UserError, as_typed, refuse
 from pipeline.files import check_directory, read_json
 from pipeline.models.loading import base_of, is_reward_model, load_config, user_error_for
 from pipeline.models.patches import replace_method
-from pipeline.models.tokenizer import pre_tokenizer
+from pipeline.models.tokenizer import Algorithm, pre_tokenizer
 
 PRE_TOKENIZER = "smollm"
 """llama.cpp's name for single digits and GPT-2's pattern.
@@ -78,5 +78,5 @@ def main(args: argparse.Namespace) -> int:
 def is_trained_here(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return whether a tokenizer splits texts like the ones that this project trains."""
     # Pre-tokenizers cannot be compared, but their printed form can.
-    ours = (str(pre_tokenizer("bpe")), str(pre_tokenizer("character")))
+    ours = [str(pre_tokenizer(algorithm)) for algorithm in get_args(Algorithm)]
     return str(tokenizer.backend_tokenizer.pre_tokenizer) in ours

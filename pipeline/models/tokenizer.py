@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,6 +24,8 @@ from pipeline.files.bounded import TOO_LONG, exceeded_limit
 
 logger = logging.getLogger(__name__)
 
+Algorithm: TypeAlias = Literal["bpe", "character"]
+"""What a tokenizer learns: "bpe" merges bytes into frequent pieces of words, "character" into characters."""
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 """Padding, the start of a document or conversation, and the end of a document or turn (the end-of-sequence token)."""
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -65,7 +67,7 @@ class TokenizerArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write, for AutoTokenizer.from_pretrained."})
     vocab_size: int = field(default=2048, metadata={"help": "Maximum size, including special tokens and 256 bytes."})
-    algorithm: Literal["bpe", "character"] = field(
+    algorithm: Algorithm = field(
         default="bpe", metadata={"help": "bpe merges bytes into frequent pieces of words, character into characters."}
     )
     model_max_length: int = field(default=512, metadata={"help": "Context length of the model to train, in tokens."})
@@ -75,7 +77,7 @@ class TokenizerArguments:
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
-    algorithm: Literal["bpe", "character"] = "bpe",
+    algorithm: Algorithm = "bpe",
     model_max_length: int = 512,
     tools: bool = False,
 ) -> PreTrainedTokenizerFast:
@@ -86,7 +88,7 @@ def train_tokenizer(
     Args:
         texts: Documents to learn merges from.
         vocab_size: Maximum number of tokens, including special tokens and 256 bytes. Few or short texts give fewer.
-        algorithm: "bpe" merges bytes into frequent pieces of words, "character" into characters.
+        algorithm: See `Algorithm`.
         model_max_length: Context length of the model to train, in tokens.
         tools: Whether to reserve `TOOL_TOKENS`, and to parse calls of tools.
 
@@ -128,7 +130,7 @@ def train_tokenizer(
     )
 
 
-def pre_tokenizer(algorithm: Literal["bpe", "character"]) -> PreTokenizer:
+def pre_tokenizer(algorithm: Algorithm) -> PreTokenizer:
     """Return the pre-tokenizer, which splits a text before merges: SmolLM's, or one that splits it into characters."""
     if algorithm == "character":
         split = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")

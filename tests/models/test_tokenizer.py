@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,14 @@ from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_re
 
 from pipeline.data.arguments import DataArguments
 from pipeline.errors import UserError
-from pipeline.models.tokenizer import SPECIAL_TOKENS, TokenizerArguments, escape_tokens, special_tokens, train_tokenizer
+from pipeline.models.tokenizer import (
+    SPECIAL_TOKENS,
+    Algorithm,
+    TokenizerArguments,
+    escape_tokens,
+    special_tokens,
+    train_tokenizer,
+)
 from recipes.tokenizer import main
 from tests.helpers.files import write_rows
 
@@ -21,8 +28,7 @@ TEXTS = [
     "The cat sat on the mat, and the dog didn't. 12 + 34 = 46.\n\tWho's there? It's 2026!",
     "def add(x):\n    return x + 1\n\n# naïve café: 日本語, emoji 🦊🏳️‍🌈, Ελληνικά",
 ] * 50
-Algorithm = Literal["bpe", "character"]
-ALGORITHMS: tuple[Algorithm, ...] = ("bpe", "character")
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 EXAMPLES = settings(max_examples=60, deadline=None)
 CONTENTS = st.one_of(st.text(), st.sampled_from(["", " ", "\n", " a ", "é", "日本", "🦊", "12 12", "it's\r\n"]))
 
