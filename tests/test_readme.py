@@ -24,8 +24,8 @@ from pipeline.evaluation import harness
 from pipeline.evaluation.checks import check
 from pipeline.evaluation.evaluate_yaml import RunFacts, complete
 from pipeline.preferences.judges import load_judge
-from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.loading import load_function
+from pipeline.rewards.table import REWARDS
 from pipeline.tools.environments import ENVIRONMENTS
 from pipeline.tools.functions import TOOLS
 from pipeline.tools.loading import ToolArguments

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 
 from pipeline.data.arguments import DataArguments, option
 from pipeline.files import as_list, read_json, read_run, relocate
+from pipeline.rewards.table import NO_VERDICT
 from pipeline.stages import HELD_OUT, OPPONENT, STAGES
 from pipeline.stages.kinds import StageKind
 
@@ -289,8 +290,8 @@ def _measured_source(key: str, values: Values) -> dict[str, Any]:
     """Return how a stage reads its data, with the reward that also grades answers to held-out problems."""
     source = _source_of(values)
     rewards = as_list(values.get("reward_funcs") or [])
-    # By default, problems are graded as `exact_answer` and `math_answer` do. The others do not say what is right.
-    without_grade = ("exact_answer", "math_answer", "answer_format", "hidden_taste", "")
+    # By default, problems are graded as `exact_answer` and `math_answer` do.
+    without_grade = ("exact_answer", "math_answer", *NO_VERDICT, "")
     if key == "problems" and rewards and rewards[0] not in without_grade:
         source["grade"] = rewards[0]
     return source

@@ -200,22 +200,6 @@ def _tagged(text: str, final: str | None) -> str | None:
     return verbatim if final == answers.unwrap(verbatim) else final
 
 
-REWARDS = {
-    "math_answer": "pipeline.rewards.functions:math_answer",
-    "exact_answer": "pipeline.rewards.functions:exact_answer",
-    "choice": "pipeline.rewards.functions:choice",
-    "answer_format": "pipeline.rewards.functions:answer_format",
-    "call_cost": "pipeline.rewards.functions:call_cost",
-    "code_tests": "pipeline.rewards.functions:code_tests",
-    "reasoning_gym": "pipeline.rewards.functions:reasoning_gym",
-    "hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste",
-}
-"""Built-in rewards: the name in YAML files -> the function, which `pipeline.rewards.loading` imports."""
-
-MEASURED_ONLY = ("hidden_taste",)
-"""Rewards that may not be trained on: their weight must be 0."""
-
-
 def read_texts(completions: Sequence[Completion], columns: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the text to judge in each completion, and the text of each problem.
 

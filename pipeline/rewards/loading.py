@@ -24,8 +24,8 @@ from typing import Any, SupportsFloat
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.errors import Problem, RunStopped, UserError, collect, refuse
-from pipeline.rewards.functions import REWARDS
 from pipeline.rewards.sandbox.run import validate_sandbox
+from pipeline.rewards.table import REWARDS
 
 MOVED = {"pipeline.rewards.functions:hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste"}
 """Functions of ours that YAML files and runs may name by an earlier place: that place -> the present one."""

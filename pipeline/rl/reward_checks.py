@@ -11,8 +11,8 @@ from trl.trainer.utils import is_async_callable
 from pipeline.data.columns import PASSED_BY_TRL, Split, column_names
 from pipeline.errors import Problem, UserError, collect
 from pipeline.models import loading
-from pipeline.rewards.functions import MEASURED_ONLY
 from pipeline.rewards.loading import built_in_name, load_rewards
+from pipeline.rewards.table import MEASURED_ONLY
 from pipeline.rl.critic import VALUE_MODEL_FOLDER
 from pipeline.rl.value_model import auto_class
 

@@ -514,6 +514,13 @@ def test_text_is_cut_as_the_stage_that_trained_on_it_cut_it(
     assert content["text"].get("document") == measured
 
 
+@pytest.mark.parametrize(("reward", "grade"), [("choice", "choice"), ("math_answer", None), ("call_cost", None)])
+def test_the_first_reward_grades_held_out_problems_if_it_says_what_is_right(reward: str, grade: str | None) -> None:
+    values = {"dataset_name": "q.jsonl", "reward_funcs": [reward]}
+    facts = RunFacts.of_stages([("4_grpo", "grpo", values)], Path("runs/x"))
+    assert to_record(complete({}, facts), facts)["trained_on"]["problems"].get("grade") == grade
+
+
 def test_settings_follow_from_the_stages() -> None:
     facts = RunFacts.of_stages(STAGES, Path("runs/x"))
     settings = to_record(complete({"limit": 3, "problems": "q.jsonl", "pairs": None}, facts), facts)

@@ -12,8 +12,9 @@ from trl import GRPOConfig
 
 from pipeline.errors import RunStopped, UserError
 from pipeline.rewards import loading
-from pipeline.rewards.functions import REWARDS, math_answer
+from pipeline.rewards.functions import math_answer
 from pipeline.rewards.loading import built_in_name, guard_reward, load_function
+from pipeline.rewards.table import REWARDS
 from pipeline.rl.grpo import GRPOTrainer
 from pipeline.rl.ppo import PPOTrainer
 from pipeline.rl.reward_checks import check_rewards

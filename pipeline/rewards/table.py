@@ -1,0 +1,19 @@
+"""The built-in rewards, and which of them are neither trained on nor used to grade answers."""
+
+REWARDS = {
+    "math_answer": "pipeline.rewards.functions:math_answer",
+    "exact_answer": "pipeline.rewards.functions:exact_answer",
+    "choice": "pipeline.rewards.functions:choice",
+    "answer_format": "pipeline.rewards.functions:answer_format",
+    "call_cost": "pipeline.rewards.functions:call_cost",
+    "code_tests": "pipeline.rewards.functions:code_tests",
+    "reasoning_gym": "pipeline.rewards.functions:reasoning_gym",
+    "hidden_taste": "recipes.worlds.pocket.annotators:hidden_taste",
+}
+"""Built-in rewards: the name in YAML files -> the function, which `pipeline.rewards.loading` imports."""
+
+MEASURED_ONLY = ("hidden_taste",)
+"""Rewards that may not be trained on: their weight must be 0."""
+
+NO_VERDICT = ("answer_format", "call_cost", "hidden_taste")
+"""Rewards of which 1 does not mean that the answer is right, so that they do not grade held-out problems."""
