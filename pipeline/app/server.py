@@ -34,6 +34,12 @@ from pipeline.report.text import visible
 from pipeline.report.verdict import find_failures, verdict_content
 from pipeline.stages import STAGES
 
+SECTIONS = {"compare": ("Compare", compare), "prefer": ("Prefer", voting), "rollout": ("Watch a rollout", rollout)}
+"""The sections of the page between the path and the report: the title of each, and the module that fills it.
+
+A section named `prefer`, of the module `voting`, has the template `prefer.html.jinja`, the script `voting.js`, and what
+`voting.content` returns as the template's variable `voting`.
+"""
 LARGEST_REQUEST = 1 << 20
 """Maximum size of a request's body, in bytes."""
 SECONDS_AFTER_WRONG = 1.0
@@ -164,8 +170,8 @@ def login_form(message: str = "", status: int = 200, name: str = "") -> Response
 def build_app(site: Site) -> ASGIApp:
     """Return the page's application: its routes behind a `Gate`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    for section in (compare, rollout, voting):
-        app.include_router(section.routes(site))
+    for _, module in SECTIONS.values():
+        app.include_router(module.routes(site))
 
     # FastAPI's own answer repeats what was sent, and fails if that cannot be encoded.
     message = "The server does not understand this request."
@@ -174,8 +180,14 @@ def build_app(site: Site) -> ASGIApp:
     @app.get("/")
     def show(request: Request) -> HTMLResponse:
         run = load_run(site.run)
-        sections = {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box}
-        steps = path_boxes(run, sections)
+        links = {kind: f"#{info.box.section}" for kind, info in STAGES.items() if info.box}
+        steps = path_boxes(run, links)
+        sections = []
+        contents = {}
+        for name, (heading, module) in SECTIONS.items():
+            module_name = module.__name__.rpartition(".")[2]
+            sections.append({"name": name, "title": heading, "script": module_name})
+            contents[module_name] = module.content(site)
         page = TEMPLATES.get_template("page.html.jinja").render(
             title=visible(title(run)),
             headline=visible(headline(run)),
@@ -184,9 +196,8 @@ def build_app(site: Site) -> ASGIApp:
             about=visible(question_advice(site.run), limit=2000),
             things=pocket_things(site.run),
             annotator=getattr(request.state, "annotator", None),
-            compare=compare.content(site),
-            voting=voting.content(site),
-            rollout=rollout.content(site),
+            sections=sections,
+            **contents,
         )
         return HTMLResponse(page)
 
