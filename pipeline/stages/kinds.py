@@ -86,7 +86,8 @@ class StageKind:
         charts: Charts of what it logs, in the order in which they are shown.
         box: Its box in the picture of the path, None if it has none of its own.
         box_of: Kind whose box stands for it if the run has no stage of that kind; "" for none.
-        watch: Text of the page about its rollouts; "" if they cannot be watched.
+        watch: Text of the page about its rollouts; "" if they cannot be watched. The page replays GRPO's and PPO's own
+            trainers (`pipeline.app.watch`).
         card: What its model card says.
     """
 
