@@ -65,11 +65,13 @@ def normalise(name: str) -> str:
 
 def find_column(columns: Iterable[str], *names: str) -> str:
     """Return the first of some names that is a column, as the data set spells it; "" if there is none."""
-    spelled = {normalise(column): column for column in columns} | {column: column for column in columns}
+    # A column's spelling comes last, so that it wins: `answer` is this column, although `Answer` may exist as well.
+    columns_by_name = {normalise(column): column for column in columns} | {column: column for column in columns}
     for name in names:
-        for spelling in (name, normalise(name)):
-            if spelling in spelled:
-                return spelled[spelling]
+        if name in columns_by_name:
+            return columns_by_name[name]
+        if normalise(name) in columns_by_name:
+            return columns_by_name[normalise(name)]
     return ""
 
 
@@ -89,7 +91,8 @@ class ColumnPlan:
     Attributes:
         kind: Content of the rows, as for `load_splits`.
         columns: All columns of the training split.
-        used: The columns that `read` needs. For pairs without a separate prompt, it names a column that does not exist.
+        used: The columns that `read` needs. Pairs of conversations contain their prompt. Without a column of prompts,
+            `used` has the value of `prompt_column` nevertheless, which names no column.
         outputs: The columns that `read` makes, with TRL's names.
         read: Converts a row. Raises a `ShapeError` if the row does not have the expected shape.
     """
@@ -101,7 +104,10 @@ class ColumnPlan:
     read: RowReader
 
     def passed_on(self, columns: list[str]) -> list[str]:
-        """Return which `columns` of a split stay as they are: for prompts, all others, which rewards read."""
+        """Return the `columns` of a split that conversion leaves as they are.
+
+        Only prompts have such columns: all that they are not made of, which rewards may read.
+        """
         if self.kind != "prompt":
             return []
         # TRL passes arguments of these names to rewards, or reads images in them.
@@ -109,18 +115,18 @@ class ColumnPlan:
         return [name for name in columns if name not in left_out]
 
     def apply_to(self, split: Split, args: DataArguments) -> tuple[ColumnPlan, Split]:
-        """Return the plan and the rows of another split of the same data set.
+        """Return this plan, adapted to another split of the same data set, and the rows of that split.
 
-        Its columns are renamed if it spells them differently. Only margins are optional: the plan that is returned does
-        not make them if the split has none. Raise a `UserError` if any other column that is read is missing.
+        Columns that the split spells differently are renamed. If the split has no margins, the adapted plan does not
+        make them. Raise a `UserError` if any other column that is read is missing.
         """
         columns = column_names(split)
         spellings = {name: find_column(columns, name) for name in self.used if name in self.columns}
         missing = [name for name, spelling in spellings.items() if not spelling]
-        lacking = [name for name in missing if normalise(name) != "margin"]
-        if lacking:
+        required = [name for name in missing if normalise(name) != "margin"]
+        if required:
             train = args.dataset_train_split
-            remedy = f"has no column {', '.join(lacking)}, unlike {train}; add it, or remove this split"
+            remedy = f"has no column {', '.join(required)}, unlike {train}; add it, or remove this split"
             raise UserError(Problem("dataset_test_split", args.dataset_test_split, remedy))
         plan = self
         if missing:
@@ -162,7 +168,7 @@ def plan_columns(rows: Split, args: DataArguments, kind: Kind, columns: list[str
     chosen = find_column(columns, args.chosen_column)
     if kind == "unpaired" and not chosen:
         return _plan_single_answers(args, columns)
-    # Only the first row says whether answers are texts, or conversations that contain their prompt.
+    # Column names do not say whether answers are texts, or conversations that contain their prompt. The first row does.
     first_answer = None
     if chosen:
         first_row = next(iter(rows), None)
@@ -199,10 +205,10 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
         names += CONVERSATIONS
     messages_column = find_column(columns, *names)
     tools = find_column(columns, "tools")
-    tools_used = []
+    tool_columns = []
     outputs = ["messages"]
     if tools:
-        tools_used.append(tools)
+        tool_columns.append(tools)
         outputs.append("tools")
 
     def read_tools(row: Row) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
                 raise ShapeError(f"{messages_column} begins with the assistant: there is no prompt")
             return {"messages": messages, **read_tools(row)}
 
-        return ColumnPlan("conversation", columns, [messages_column, *tools_used], outputs, from_messages)
+        return ColumnPlan("conversation", columns, [messages_column, *tool_columns], outputs, from_messages)
 
     if args.completion_column is not None:
         prompt = _find_prompt(args, columns)
@@ -239,13 +245,13 @@ def _plan_conversations(args: DataArguments, columns: list[str]) -> ColumnPlan:
         if pair is None:
             _refuse_missing(columns, NAME_OR_CONVERT, messages_column=args.messages_column)
         prompt, completion = pair
-    read_the_prompt, prompt_used = _prompt_reader(args, columns, prompt, completion)
+    prompt_of, prompt_columns = _prompt_reader(args, columns, prompt, completion)
 
     def from_pair(row: Row) -> dict[str, Any]:
-        messages = [*read_the_prompt(row), *read_answer(row[completion], completion)]
+        messages = [*prompt_of(row), *read_answer(row[completion], completion)]
         return {"messages": messages, **read_tools(row)}
 
-    return ColumnPlan("conversation", columns, [*prompt_used, completion, *tools_used], outputs, from_pair)
+    return ColumnPlan("conversation", columns, [*prompt_columns, completion, *tool_columns], outputs, from_pair)
 
 
 def _find_usual_pair(columns: list[str]) -> tuple[str, str] | None:
@@ -266,16 +272,16 @@ def _plan_single_answers(args: DataArguments, columns: list[str]) -> ColumnPlan:
         "label": "label",
     }
     prompt, completion, label = _require(columns, "or, for pairs, chosen and rejected; ", **names)
-    read_the_prompt, prompt_used = _prompt_reader(args, columns, prompt, completion)
+    prompt_of, prompt_columns = _prompt_reader(args, columns, prompt, completion)
 
     def read(row: Row) -> dict[str, Any]:
         if row[label] not in (True, False):
             raise ShapeError(f"{label} is {row[label]!r:.60}, not true or false")
         answer = read_answer(row[completion], completion)
-        return {"prompt": read_the_prompt(row), "completion": answer, "label": bool(row[label])}
+        return {"prompt": prompt_of(row), "completion": answer, "label": bool(row[label])}
 
     outputs = ["prompt", "completion", "label"]
-    return ColumnPlan("unpaired", columns, [*prompt_used, completion, label], outputs, read)
+    return ColumnPlan("unpaired", columns, [*prompt_columns, completion, label], outputs, read)
 
 
 def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answer: object) -> ColumnPlan:
@@ -290,7 +296,7 @@ def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answe
         remedy = "there is no such column, and chosen and rejected contain only answers; "
         remedy += "move what precedes the answers to a column of prompts"
         raise UserError(Problem("prompt_column", args.prompt_column, remedy))
-    read_the_prompt, used = _prompt_reader(args, columns, prompt or args.prompt_column)
+    prompt_of, used = _prompt_reader(args, columns, prompt or args.prompt_column)
     margin = find_column(columns, "margin")
 
     def read(row: Row) -> dict[str, Any]:
@@ -299,7 +305,7 @@ def _plan_pairs(args: DataArguments, columns: list[str], kind: Kind, first_answe
             pair["margin"] = row[margin]
         messages = None
         if prompt and has_prompt(pair, row[prompt]):
-            messages = read_the_prompt(row)
+            messages = prompt_of(row)
         return read_pair(pair, messages, args.system_prompt)
 
     used += [chosen, rejected]
@@ -324,22 +330,23 @@ def _plan_prompts(args: DataArguments, columns: list[str], first_answer: object)
         _require(columns, prompt_column=args.prompt_column)
     answer_names = [args.answer_column]
     if args.answer_column == "answer":
+        # Data sets with the columns `q` and `a`.
         answer_names.append("a")
     answer = find_column(columns, *answer_names)
     if not answer and (args.answer_pattern is not None or args.answer_column != "answer"):
         _require(columns, answer_column=args.answer_column)
     pattern = _compile_answer_pattern(args.answer_pattern)
-    read_the_prompt, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
+    prompt_of, used = _prompt_reader(args, columns, prompt or args.prompt_column, answer)
     if not prompt:
         used += [chosen, rejected]
 
     def read_any_prompt(row: Row) -> Messages:
-        # Another split of the data set may have prompts alone.
+        # Another split of the data set may have prompts without answers.
         if has_pairs and chosen in row and rejected in row:
             pair = {**row, "chosen": row[chosen], "rejected": row[rejected]}
             if not has_prompt(pair, pair.get(prompt)):
                 return read_pair(pair, None, args.system_prompt)["prompt"]
-        return read_the_prompt(row)
+        return prompt_of(row)
 
     def read(row: Row) -> dict[str, Any]:
         converted: dict[str, Any] = {"prompt": read_any_prompt(row)}
@@ -385,7 +392,7 @@ def _find_prompt(args: DataArguments, columns: list[str], first_answer: object =
     """Return the column of the prompts: the named one, by default one with a usual name, or ""."""
     if args.prompt_column != "prompt":
         return find_column(columns, args.prompt_column)
-    # Whole conversations contain their prompt; next to other answers, it may be a conversation.
+    # The prompt of answers that do not contain it may be a column of conversations.
     if first_answer is None or is_whole(first_answer):
         return find_column(columns, *PROMPTS)
     return find_column(columns, *PROMPTS, *CONVERSATIONS)
@@ -416,9 +423,18 @@ def _prompt_reader(
 
 
 def _require(columns: list[str], remedy: str = "", **names: str) -> list[str]:
-    """Return the columns with these names, given by the field that names each, as the data set spells them.
+    """Return the columns with some names, as the data set spells them.
 
-    Raise a `UserError` that lists the missing ones. `remedy` is what else the user can do about it.
+    Example:
+        _require(["Chosen", "rejected"], chosen_column="chosen") -> ["Chosen"]
+
+    Args:
+        columns: All columns of the data set.
+        remedy: What the user can do besides choosing or renaming a column, such as "convert the rows, or ".
+        **names: The name of each column, by the field of `DataArguments` that sets it, if any.
+
+    Raises:
+        UserError: If any of them does not exist. It lists them all.
     """
     spellings = [find_column(columns, name) for name in names.values()]
     if not all(spellings):

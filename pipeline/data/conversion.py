@@ -49,9 +49,11 @@ def drops_rows(args: DataArguments) -> bool:
 
 def may_drop(args: DataArguments, lost: int, rows: int) -> bool:
     """Return whether `lost` of a data set's `rows` may be dropped."""
-    if args.drop_bad_rows:
-        return lost < rows
-    return drops_rows(args) and lost < min(rows, 2 + MOST_LEFT_OUT * rows)
+    # At least one row must be left.
+    if lost >= rows or not drops_rows(args):
+        return False
+    # In a small data set, a single faulty row may exceed the share.
+    return args.drop_bad_rows or lost < 2 + MOST_LEFT_OUT * rows
 
 
 def convert_stored(
@@ -92,22 +94,22 @@ def _map_stored(
     rows: Dataset, plan: ColumnPlan, args: DataArguments, special_tokens: re.Pattern[str] | None, calls: bool
 ) -> Dataset:
     """Convert rows, and add the column `FAULT`. With `calls`, messages have the type `CALLING`."""
-    nothing = dict.fromkeys(plan.outputs)
+    empty_row = dict.fromkeys(plan.outputs)
 
     def convert(row: Row) -> dict[str, Any]:
         try:
             converted = _read(row, plan, special_tokens)
         except ShapeError as error:
-            return {**nothing, FAULT: str(error)}
+            return {**empty_row, FAULT: str(error)}
         if "chosen" in plan.outputs and not is_informative(converted):
-            return {**nothing, FAULT: UNINFORMATIVE}
+            return {**empty_row, FAULT: UNINFORMATIVE}
         if calls:
             # `Json` would round the numbers of a dict to ten digits, but not the numbers in a text.
             for name in ANSWERED:
                 if name in converted:
                     converted[name] = [json.dumps(message) for message in converted[name]]
         elif calls_tools(converted):
-            return {**nothing, FAULT: HAS_CALLS}
+            return {**empty_row, FAULT: HAS_CALLS}
         return {**converted, FAULT: None}
 
     features = _features(rows.features, rows.column_names, plan, calls)
@@ -148,6 +150,7 @@ def convert_stream(
         remedy = "rows of a stream cannot be dropped; turn dataset_streaming off, or correct them"
         raise UserError(Problem("drop_bad_rows", True, remedy))
     place = place_of(stream, args)
+    # Whether a document that is not text is read as an empty one.
     may_be_empty = False
     if plan.kind == "text" and drops_rows(args):
         # If none of the first documents is text, it is the wrong column.
@@ -190,9 +193,15 @@ def calls_tools(converted: Mapping[str, Any]) -> bool:
 
 
 def _features(types: Features | None, columns: list[str], plan: ColumnPlan, calls: bool) -> dict[str, Any]:
-    """Return the types of the columns of a converted split; {} if a stream does not know those that stay as they are.
+    """Return the types of the columns of a converted split.
 
-    `types` are those of the `columns` before, None or {} if a stream does not know them.
+    Args:
+        types: The types of the `columns` before they are converted; None or {} if a stream does not know them.
+        columns: All columns before they are converted.
+        calls: Whether any row calls tools.
+
+    Returns:
+        The types by column; {} if the type of a column that stays as it is (`ColumnPlan.passed_on`) is unknown.
     """
     features: dict[str, Any] = {}
     for name in plan.passed_on(columns):
@@ -205,7 +214,7 @@ def _features(types: Features | None, columns: list[str], plan: ColumnPlan, call
 
 
 def _removed(columns: list[str], plan: ColumnPlan) -> list[str]:
-    """Return the columns that a converted split does not have any more."""
+    """Return the columns that conversion removes."""
     staying = (*plan.outputs, *plan.passed_on(columns))
     return [name for name in columns if name not in staying]
 
@@ -245,17 +254,20 @@ def _drop_faulty(
     return rows.select(remaining), [numbers[index] for index in remaining]
 
 
-def _describe_faults(faults: Mapping[int, str], rows: int) -> str:
-    """Return what is wrong with the first of some rows, and how many more of all `rows` have a fault."""
+def _describe_faults(faults: Mapping[int, str], row_count: int) -> str:
+    """Return what is wrong with the first faulty row, and the numbers of the next ones.
+
+    `faults` are by the number of the row, in ascending order; `row_count` also counts the rows without a fault.
+    """
     first = faults[min(faults)]
-    if len(faults) == rows > 1:
-        return f"{first}; all {rows} rows are like this: {CONVERT}"
+    if row_count > 1 and len(faults) == row_count:
+        return f"{first}; all {row_count} rows are like this: {CONVERT}"
     more = ""
     if len(faults) > 1:
         listed = ", ".join(map(str, [*faults][1:5]))
         if len(faults) > 5:
             listed += ", ..."
-        more = f" and {len(faults) - 1} more of {rows} ({listed})"
+        more = f" and {len(faults) - 1} more of {row_count} ({listed})"
     return f"{first}; {CORRECT}{more}; {DROP}"
 
 
@@ -270,7 +282,7 @@ def _unread_keys(row: Row, kind: Kind) -> list[str]:
 
 
 def _log_unread(split: Split, columns: list[str], plan: ColumnPlan, args: DataArguments) -> None:
-    """Log the columns that are not read and, of the first rows, the keys of messages that are not read."""
+    """Log the columns that are not read, and the keys that the messages of the first rows have and nobody reads."""
     unread = [column for column in columns if column not in plan.used]
     if plan.kind not in ("text", "prompt"):
         may_have_messages = [column for column in columns if column in plan.used and normalise(column) != "tools"]

@@ -39,6 +39,7 @@ PART_BYTES = 4 << 20
 TO_UTF8 = "if it is text, convert it to UTF-8: `iconv -f WINDOWS-1252 -t UTF-8`, with the encoding that it has"
 """Remedy for a file that is not UTF-8."""
 ZERO_FIRST = re.compile(r"0\d")
+"""The beginning of a cell such as 007, which is not a number but an id."""
 NULLS = ("", "NULL", "null", "NaN", "nan", "<NA>", "#N/A", r"\N")
 """Cells of a table without a value. pandas also takes None and NA for such cells, but they may be answers."""
 
@@ -71,23 +72,25 @@ def open_documents(
     # A stream reads each part as one of its files.
     parts: list[list[str]] = [[]]
     size = 0
-    with_settings = 0
+    front_matter_count = 0
     for file in files:
         if skipped_characters(file) > 0:
-            with_settings += 1
+            front_matter_count += 1
         _check_is_prose(file)
         if size > PART_BYTES:
             parts.append([])
             size = 0
         parts[-1].append(str(file))
         size += file.stat().st_size
-    if with_settings:
-        logger.info("%-11s %d files begin with front matter (---), which is not read", "data", with_settings)
+    if front_matter_count:
+        logger.info("%-11s %d files begin with front matter (---), which is not read", "data", front_matter_count)
     longest = LONGEST
     if is_single:
         with open_text(files[0]) as text:
+            # A file with more characters than these has parts of `LONGEST`.
             characters = len(text.read(PARTS * LONGEST))
-        longest = min(LONGEST, max(SHORTEST, characters // PARTS))
+        longest = max(SHORTEST, characters // PARTS)
+        longest = min(longest, LONGEST)
     options = {"parts": parts, "rule": rule or "auto", "longest": longest}
     features = Features({"text": Value("string")})
     name = NamedSplit(split)
@@ -170,6 +173,7 @@ def _cut(file: Path, rule: str, longest: int) -> Iterator[str]:
         yield from _join_lines(lines, None)
     else:
         number = int(rule.removeprefix("lines:"))
+        # The loop takes the first line of each document, and `islice` the next ones from the same iterator.
         for line in lines:
             yield "".join([line, *islice(lines, number - 1)])
 
@@ -179,13 +183,17 @@ def _read_lines(path: Path, longest: int | None) -> Iterator[str]:
     skipped = skipped_characters(path)
     with open_text(path) as text:
         text.read(skipped)
+        # What follows the place where a line was cut.
         rest = ""
         while line := rest + text.readline(-1 if longest is None else longest - len(rest)):
             if "\0" in line:
                 raise UserError(Problem("dataset_name", path, "is not text in UTF-8; save it as such"))
             end = len(line)
             if end == longest and not line.endswith("\n"):
-                end = line.rfind(" ", longest // 2) + 1 or end
+                # The last space, if it is in the second half.
+                space = line.rfind(" ", longest // 2)
+                if space >= 0:
+                    end = space + 1
             rest = line[end:]
             yield line[:end]
 
@@ -198,9 +206,10 @@ def _join_lines(lines: Iterator[str], longest: int | None) -> Iterator[str]:
         longest: Maximum number of characters of a document. It ends after the last blank line within this limit or, if
             there is none, after the last line. None makes each paragraph a document.
     """
-    # The lines of the current document, how many characters they have, and how many lines end with the last blank one.
+    # The lines of the current document, and their number of characters.
     document: list[str] = []
     size = 0
+    # Index after the last blank line of the document; 0 if it has none.
     paragraphs_end = 0
 
     def is_full(line: str) -> bool:
@@ -246,19 +255,20 @@ def choose_table(file: Path) -> dict[str, Any]:
         encoding = text.encoding
     if "\0" in sample:
         raise UserError(Problem("dataset_name", file, "is not text in UTF-8; save it as such"))
-    line = _header_of(sample)
+    header_line = _header_of(sample)
     if ".tsv" in map(str.lower, file.suffixes):
         separator = "\t"
     else:
         # The separator is the most frequent one of the header outside quotes.
-        unquoted = re.sub('"[^"]*"', "", line)
+        unquoted = re.sub('"[^"]*"', "", header_line)
         separator = max(",;\t|", key=unquoted.count)
-    header = next(csv.reader(io.StringIO(line, newline=""), delimiter=separator), [])
+    header = next(csv.reader(io.StringIO(header_line, newline=""), delimiter=separator), [])
     rows = csv.reader(io.StringIO(sample, newline=""), delimiter=separator, strict=True)
-    # Places of columns whose cells are not converted to numbers.
-    texts = {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
+    # Places of columns whose cells stay text.
+    text_places = {place for place, name in enumerate(header) if normalise(name) in TEXT_COLUMNS}
     faulty_line = 0
     try:
+        # The first row after the header. Blank lines are [].
         row = next(islice(filter(None, rows), 1, None), [])
         if not row:
             raise UserError(Problem("dataset_name", file, "does not have rows; give a file that has some"))
@@ -269,19 +279,19 @@ def choose_table(file: Path) -> dict[str, Any]:
             raise UserError(Problem("dataset_name", file, remedy))
         for cells in chain([row], rows):
             # A conversion would turn 007 into 7.
-            texts |= {place for place, cell in enumerate(cells) if ZERO_FIRST.match(cell)}
+            text_places |= {place for place, cell in enumerate(cells) if ZERO_FIRST.match(cell)}
     except csv.Error as error:
-        # Other errors: a field is too long for Python's limit, or is cut at the end of the sample.
+        # Only a misplaced quote, such as in `"a"b,c`, is a fault of the table. Other errors mean that the sample ends
+        # within a field, or that a field is too long for Python.
         if "expected after" in str(error):
             faulty_line = rows.line_num + skipped
-    # pandas would read all lines up to the next quote as one field.
+    # pandas would read all lines up to the next quote as one field. In tab-separated fields, a quote may be text.
     if faulty_line and separator != "\t":
         remedy = "has a quote within a field in quotes, or text after it; double the quote, or save the file as JSONL"
         raise UserError(Problem("dataset_name", f"{file}, line {faulty_line}", remedy))
-    text_columns = [name for place, name in enumerate(header) if place in texts]
+    text_columns = [name for place, name in enumerate(header) if place in text_places]
     return {
         "sep": separator,
-        # In tab-separated fields, a quote may be part of the text.
         "quoting": csv.QUOTE_NONE if faulty_line else csv.QUOTE_MINIMAL,
         "encoding": encoding,
         "skiprows": skipped,
@@ -309,10 +319,22 @@ def rows_of_json(file: Path, is_lines: bool) -> list[dict[str, Any]]:
 
 
 def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
-    """Return the rows of a JSON file that is a single object containing all of them; return [] for any other file."""
-    # {"question": ["2 + 3?", ...], "answer": ["5", ...]}, {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
-    # or rows by their ids, {"q1": {"question": "2 + 3?", ...}, ...}. Between lines of JSON Lines, there is no comma.
-    if re.match(rb"[^{]*\[", sample) or re.search(rb"\}\s*\n\s*\{", sample):
+    """Return the rows of a JSON file that is a single object containing all of them; return [] for any other file.
+
+    Args:
+        file: The file.
+        sample: Its beginning.
+    """
+    # The objects that contain rows:
+    #
+    #   columns        {"question": ["2 + 3?", ...], "answer": ["5", ...]}
+    #   a list         {"version": 1, "data": [{"question": "2 + 3?", ...}, ...]}
+    #   rows by id     {"q1": {"question": "2 + 3?", ...}, ...}
+    if re.match(rb"[^{]*\[", sample):
+        # The file is a list of rows.
+        return []
+    if re.search(rb"\}\s*\n\s*\{", sample):
+        # The file is JSON Lines in spite of its name: there is no comma between two objects.
         return []
     with suppress(ValueError, RecursionError), open_bytes(file) as content:
         table = json.load(content)
@@ -324,7 +346,7 @@ def _rows_of_object(file: Path, sample: bytes) -> list[dict[str, Any]]:
             return [dict(zip(table, row, strict=True)) for row in zip(*lists, strict=True)]
         if len(table) > 1 and all(isinstance(row, dict) for row in table.values()):
             tables = [[*table.values()]]
-        # A single row may have a list as well.
+        # With a column of text, the object is itself a single row, one of whose values is a list.
         if len(tables) == 1 and not find_column(table, *CONVERSATIONS, *TEXT_COLUMNS):
             return tables[0]
     return []

@@ -40,7 +40,7 @@ def read_messages(value: object, column: str, system_prompt: str | None = None, 
         if not value.strip():
             raise ShapeError(f"{column} is empty")
         value = [{"role": "user", "content": _as_text(value, column)}]
-    value = _with_roles(value)
+    value = _from_sharegpt(value)
     if not isinstance(value, list) or not value:
         raise ShapeError(f"{column} is {value!r:.60}, not a list of messages")
     messages: Messages = []
@@ -58,11 +58,11 @@ def _read_message(message: object, column: str, calls: bool) -> dict[str, Any]:
     """Return the role, the content and the tool calls of a message, or raise a `ShapeError`; see `read_messages`."""
     tool_calls: list[dict[str, Any]] = []
     if isinstance(message, Mapping):
-        called = message.get("tool_calls") or message.get("function_call")
-        if called:
+        raw_calls = message.get("tool_calls") or message.get("function_call")
+        if raw_calls:
             if not calls:
                 raise ShapeError(f"{column} calls a tool, which is not supported here; write the call into the content")
-            tool_calls = read_functions(without_none(called), column)
+            tool_calls = read_functions(without_none(raw_calls), column)
             message = {**message, "content": message.get("content") or ""}
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise ShapeError(f"{column} contains {message!r:.60}, not {{role, content}}")
@@ -88,10 +88,11 @@ def _as_text(value: str, column: str) -> str:
     return value
 
 
-def _with_roles(value: object) -> object:
-    """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`; a single message as a list.
+def _from_sharegpt(value: object) -> object:
+    """Return the messages of ShareGPT, `{from, value}`, as `{role, content}`, and anything else as it is.
 
-    Tool calls, which are separate messages there, are added to the assistant's message before them.
+    A single message becomes a list. In ShareGPT, a tool call is a message of its own; it is added to the assistant's
+    message before it.
     """
     if isinstance(value, Mapping):
         value = [value]
@@ -103,6 +104,7 @@ def _with_roles(value: object) -> object:
             case {"role": "function"}:
                 message = {**message, "role": "tool"}
             case {"from": "function_call", "value": call}:
+                # Without a message of the assistant before the call, a new one contains it.
                 answer: Mapping[str, Any] = {"role": "assistant", "content": ""}
                 if messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
                     answer = messages.pop()
@@ -114,9 +116,20 @@ def _with_roles(value: object) -> object:
 
 
 def read_functions(value: object, column: str, schemas: bool = False) -> list[dict[str, Any]]:
-    """Return calls of tools or, with `schemas`, their descriptions, in OpenAI's form.
+    """Return calls of tools or, with `schemas`, the schemas of tools, in OpenAI's form.
 
-    Each of them, its arguments, or a list of them may be JSON as text. None and "" are no calls.
+    Example:
+        '{"name": "add", "arguments": "{\\"x\\": 1}"}' -> [{"type": "function", "function": {"name": "add", "arguments":
+        {"x": 1}}}]
+
+    Args:
+        value: A call or a schema, with or without OpenAI's `{"function": ...}` around it, or a list of them. Each, the
+            list, and the arguments of a call may be JSON as text. None and "" are no calls.
+        column: Name of the column, for messages.
+        schemas: Whether these are schemas, which are not changed.
+
+    Raises:
+        ShapeError: If it is anything else.
     """
     match _parse(value):
         case None | "":
@@ -148,7 +161,7 @@ def _parse(value: object) -> Any:
 
 
 def without_none(value: object) -> Any:
-    """Remove the keys that are None: in a table, every call has the arguments of all others."""
+    """Remove the keys whose value is None: a table gives every call the arguments of all other calls, as None."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -194,11 +207,15 @@ def _refuse_tokens_in(value: object, column: str, tokens: re.Pattern[str]) -> No
 
 
 def as_answer(value: object) -> object:
-    """Return a number as text, None for NaN. 72.0 becomes "72", because missing answers turn integers into floats."""
+    """Return a number as text, None for NaN, and any other value as it is.
+
+    72.0 becomes "72", because a column of integers with missing values is read as floats. Raise a `ShapeError` for a
+    date, and for a float that may have lost digits.
+    """
     if isinstance(value, float):
         if math.isnan(value):
             return None
-        # A number of this size may have lost digits when it was read: JSON's 2^70 and 2^70 + 1 become the same one.
+        # A number of this size may have lost digits when it was read: 2^70 and 2^70 + 1 in JSON become the same float.
         if abs(value) >= 2.0**53:
             raise ShapeError(f"the number {value} is not exact; write it as text")
         if value.is_integer():
@@ -217,7 +234,10 @@ def as_messages(answer: str | Messages) -> Messages:
 
 def read_answer(value: object, column: str) -> Messages:
     """Return the messages of an answer, which is a text, a message, or a dialogue with tools."""
-    answer = _read_answer("" if as_answer(value) is None else value, column)
+    if as_answer(value) is None:
+        value = ""
+    answer = _read_answer(value, column)
+    # A message with more keys than role and content calls tools.
     if not answer[0]["content"].strip() and len(answer[0]) == 2:
         raise ShapeError(f"{column} is empty")
     return answer
@@ -236,26 +256,31 @@ def has_prompt(pair: Row, prompt: object) -> bool:
 
 def is_whole(answer: object) -> bool:
     """Return whether an answer is a whole conversation, with its prompt, and not a dialogue with tools."""
-    turns = _with_roles(answer)
+    turns = _from_sharegpt(answer)
     return isinstance(turns, list) and bool(split_answer(turns)[0])
 
 
 def split_answer(turns: list[Any]) -> tuple[list[Any], list[Any]]:
     """Split a conversation into its prompt, [] if it has none, and the answer: what the assistant and tools say last.
 
-    What does not end with the assistant has no answer: its last message counts as one, and is rejected later.
+    The last message of a conversation that ends with the user or the system counts as the answer, and is rejected
+    later.
     """
     begin = len(turns)
     while begin and isinstance(turns[begin - 1], Mapping) and turns[begin - 1].get("role") in ("assistant", "tool"):
         begin -= 1
-    begin = max(min(begin, len(turns) - 1), 0)
+    if turns and begin == len(turns):
+        begin -= 1
     return turns[:begin], turns[begin:]
 
 
 def unread_keys(turns: list[Any], is_answer: bool) -> list[str]:
-    """Return the keys of messages that are not read; chat templates may render some of an answer that is a dialogue.
+    """Return the keys of messages that nobody reads, each as often as it occurs.
+
+    The keys in `RENDERED` are read only in an answer that is a dialogue with tools.
 
     Args:
+        turns: The messages.
         is_answer: Whether the messages end with one of the answers of a pair.
     """
     prompt = turns
@@ -299,7 +324,7 @@ def read_pair(row: Row, prompt: Messages | None, system_prompt: str | None = Non
     #   Q or [M]   [M]         [M]         one message each
     #   - or Q     [M, M, M]   [M, M, M]   conversations, which begin alike, with the user or the system
     #   Q or [M]   [M, M, M]   [M, M, M]   conversations that repeat the prompt, or dialogues with tools
-    sides = {side: _with_roles(row[side]) for side in ("chosen", "rejected")}
+    sides = {side: _from_sharegpt(row[side]) for side in ("chosen", "rejected")}
     if prompt is None:
         prompts = []
         for side, turns in sides.items():
@@ -344,9 +369,12 @@ def labelled_pair(
     Args:
         chosen_first: Whether the annotator saw the chosen answer first.
         kind: Kind of the prompt.
-        tastes: Noise-free tastes of the chosen and the rejected answer, if known.
+        tastes: The annotator's noise-free scores of the chosen and the rejected answer. Default: unknown.
     """
-    taste_chosen, taste_rejected = tastes or (None, None)
+    taste_chosen = None
+    taste_rejected = None
+    if tastes:
+        taste_chosen, taste_rejected = tastes
     return {
         "prompt": prompt,
         "chosen": as_messages(chosen),

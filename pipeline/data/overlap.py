@@ -71,15 +71,15 @@ class NgramIndex:
 
     def add(self, texts: Iterable[str]) -> list[int]:
         """Index the n-grams of texts, and return their hashes in order."""
-        added: list[int] = []
+        hashes_of_texts: list[int] = []
         for text in texts:
             tokens = words(text)
             size = min(self.n, len(tokens))
             if size:
                 hashes = [hash(ngram) for ngram in ngrams(tokens, size)]
                 self._hashes.setdefault(size, set()).update(hashes)
-                added += hashes
-        return added
+                hashes_of_texts += hashes
+        return hashes_of_texts
 
     def find(self, text: str) -> Iterator[tuple[int, str]]:
         """Yield the hash and words of each indexed n-gram in a text, in order, shorter indexed texts last."""
@@ -113,20 +113,21 @@ def overlap(train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping
     """
     index = NgramIndex(n)
     hashes_per_row = [index.add(texts(row)) for row in test_rows]
-    # The first training row with an n-gram of the test data, and its words, by the hash of the n-gram.
-    first: dict[int, tuple[int, str]] = {}
+    # For the hash of each n-gram of the test data: the first training row that contains it, and its words.
+    first_matches: dict[int, tuple[int, str]] = {}
     train_count = 0
     for row in train_rows:
         for text in texts(row):
-            for value, shared in index.find(text):
-                first.setdefault(value, (train_count, shared))
+            for ngram_hash, shared in index.find(text):
+                first_matches.setdefault(ngram_hash, (train_count, shared))
         train_count += 1
     matches = []
     for test_row, hashes in enumerate(hashes_per_row):
-        shared_hash = next((value for value in hashes if value in first), None)
-        if shared_hash is not None:
-            train_row, shared = first[shared_hash]
-            matches.append(Match(test_row, train_row, shared))
+        for ngram_hash in hashes:
+            if ngram_hash in first_matches:
+                train_row, shared = first_matches[ngram_hash]
+                matches.append(Match(test_row, train_row, shared))
+                break
     return Overlap(matches, len(hashes_per_row), train_count)
 
 
@@ -145,8 +146,11 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     for name in CONVERSATIONS:
         turns = row.get(name)
         if isinstance(turns, list | tuple):
-            # What the user says alone, which may be a prompt of the test data.
-            questions = [turn for turn in turns if not {turn.get("role"), turn.get("from")} & {"assistant", "gpt"}]
+            # All that the user says, without the answers, may be a prompt of the test data.
+            questions = []
+            for turn in turns:
+                if turn.get("role") != "assistant" and turn.get("from") != "gpt":
+                    questions.append(turn)
             row_texts.append(_flatten(questions))
     return list(dict.fromkeys(text for text in row_texts if text))
 
@@ -179,11 +183,11 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(Problem("n", args.n, "must be at least 1"))
     if not 0 <= args.max_share <= 1:
         raise UserError(Problem("max_share", args.max_share, "must be between 0 and 1"))
-    tests = {name: _open_rows(name, "test", args.document) for name in args.test}
-    trains = [_open_rows(name, "train", args.document) for name in args.train]
+    test_sets = {name: _open_rows(name, "test", args.document) for name in args.test}
+    train_sets = [_open_rows(name, "train", args.document) for name in args.train]
     too_much = False
-    for name, rows in tests.items():
-        result = overlap(chain.from_iterable(trains), rows, args.n)
+    for name, rows in test_sets.items():
+        result = overlap(chain.from_iterable(train_sets), rows, args.n)
         if result.share > args.max_share:
             too_much = True
         shared = f"{len(result.matches)} of {result.test_rows} rows ({result.share:.2%}) share {args.n} words in a row"
@@ -208,7 +212,9 @@ def _open_rows(name: str, field: str, document: str | None) -> Sequence[Mapping[
     config = ""
     split = ""
     if not Path(name).exists():
-        dataset, config, split = (*name.split(":"), "", "")[:3]
+        dataset, _, rest = name.partition(":")
+        config, _, rest = rest.partition(":")
+        split = rest.partition(":")[0]
     splits = open_source(dataset, config or None, document=document)
     if not split:
         split = next(iter(splits)) if len(splits) == 1 else field

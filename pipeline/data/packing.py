@@ -54,6 +54,7 @@ def pack_documents(
         return pa.table({TOKENS: pa.FixedSizeListArray.from_arrays(pa.array(ids), block_size)})
 
     options = {"batch_size": 10_000, "remove_columns": dataset.column_names, "num_proc": num_proc}
+    # Arrow tables pass the ids on without Python lists.
     return dataset.with_format("arrow").map(pack, batched=True, **options).with_format("numpy")
 
 
@@ -65,14 +66,14 @@ class Encoder:
         backend: The tokenizer of the library `tokenizers`, without truncation or padding.
         bos: Token before a text.
         eos: Token after a text.
-        largest: The last token.
+        largest_id: The largest id of a token.
         dtype: Unsigned integers that hold all tokens, in 16 bits if possible: "uint16" or "uint32".
     """
 
     backend: Tokenizer
     bos: int
     eos: int
-    largest: int
+    largest_id: int
     dtype: str
 
     @classmethod
@@ -86,9 +87,9 @@ class Encoder:
         backend.no_truncation()
         backend.no_padding()
         # Ids may have gaps, so the size of the vocabulary is not enough.
-        largest = max(tokenizer.get_vocab().values())
-        dtype = "uint16" if largest < 2**16 else "uint32"
-        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest, dtype)
+        largest_id = max(tokenizer.get_vocab().values())
+        dtype = "uint16" if largest_id < 2**16 else "uint32"
+        return cls(backend, tokenizer.bos_token_id, tokenizer.eos_token_id, largest_id, dtype)
 
     def __call__(self, documents: Sequence[Any]) -> np.ndarray:
         """Return the tokens, shape (tokens,), of documents, which are texts or already tokens.
@@ -96,23 +97,24 @@ class Encoder:
         Raise a `UserError` if tokens are not `bos + text + eos`, or not from this tokenizer.
         """
         if isinstance(documents[0], str):
-            # A document that spells a special token must not end there.
+            # A text such as "<eos>" in a document is encoded as ordinary text, and does not end the document.
             self.backend.encode_special_tokens = True
-            pieces = []
+            arrays = []
             for begin in range(0, len(documents), DOCUMENTS_AT_ONCE):
                 batch = documents[begin : begin + DOCUMENTS_AT_ONCE]
                 encoded = self.backend.encode_batch_fast(batch, add_special_tokens=False)
                 tokens = chain.from_iterable((self.bos, *text.ids, self.eos) for text in encoded)
                 # Convert directly to an array: lists of Python integers take 30 bytes a token.
-                pieces.append(np.fromiter(tokens, self.dtype))
-            return np.concatenate(pieces)
+                arrays.append(np.fromiter(tokens, self.dtype))
+            return np.concatenate(arrays)
         if not all(len(ids) and ids[0] == self.bos and ids[-1] == self.eos for ids in documents):
             remedy = f"documents must begin with the tokenizer's bos ({self.bos}) and end with its eos ({self.eos})"
             raise UserError(Problem("dataset_name", "the shards", f"{remedy}; make them with recipes.shards"))
         ids = np.concatenate(documents)
-        largest = ids.max()
-        if largest > self.largest:
-            remedy = f"contain the token {largest}, but the tokenizer's last is {self.largest}; give a matching one"
+        largest_id = ids.max()
+        if largest_id > self.largest_id:
+            remedy = f"contain the token {largest_id}, but the tokenizer's last is {self.largest_id}; "
+            remedy += "give a matching one"
             raise UserError(Problem("dataset_name", "the shards", remedy))
         return ids.astype(self.dtype)
 
@@ -141,11 +143,18 @@ class PackedBlocks:
         places = np.arange(ids.shape[1])
         begins = ids == self.bos
         if self.bos == self.eos:
-            # Position of the latest text token. After it, eos and bos alternate.
+            # The position of each token in its run, from 0. In a run after a text, the odd ones are bos:
+            #
+            #   tokens          text  eos  bos  text  eos  bos  eos  bos  text
+            #   position              0    1          0    1    2    3
             last_text = np.maximum.accumulate(np.where(begins, -1, places), 1)
-            # A block may begin with the eos of the document before it. Its first run ends with a bos.
-            first_run = np.where(begins.all(1), 1, begins.argmin(1))[:, None]
-            begins &= (places - last_text - 1 + np.where(last_text < 0, first_run, 0)) % 2 == 1
+            run_positions = places - last_text - 1
+            # The run at the beginning of a block may begin with the eos of the document before it, but it ends with a
+            # bos. So its last position has to become odd, which adding the length of the run does. A block without any
+            # text is taken to begin with a bos.
+            first_run_length = np.where(begins.all(1), 1, begins.argmin(1))[:, None]
+            run_positions += np.where(last_text < 0, first_run_length, 0)
+            begins &= run_positions % 2 == 1
         else:
             begins[:, 1:] &= ids[:, :-1] == self.eos
         begins[:, 0] = True

@@ -34,7 +34,10 @@ class ShardArguments:
 
 
 def read_documents(data_args: DataArguments, data: Any, rank: int, world_size: int) -> Iterator[Any]:
-    """Yield the documents of file number `rank` of `world_size`: the first step of a datatrove pipeline."""
+    """Yield the documents of file number `rank` of `world_size` files: the first step of a datatrove pipeline.
+
+    datatrove passes the result of the step before as `data`, which is None here.
+    """
     from datatrove.data import Document
 
     rows, _ = load_splits(data_args, "text", evaluation=False)
@@ -70,9 +73,11 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     name = data_args.dataset_names[0]
     source = Path(name).expanduser()
     if source.exists():
+        # A job of Slurm or Ray may have another current directory.
         name = str(source.absolute())
     data_args = replace(data_args, dataset_name=name, dataset_streaming=True, validation_share=0.0)
     rows, _ = load_splits(data_args, "text", evaluation=False)
+    # A task tokenizes a file. The first rows of the whole stream, however, are read by a single task.
     tasks = rows.num_shards if data_args.max_train_samples is None else 1
     folder = Path(args.output_dir, data_args.dataset_train_split).absolute()
     record = json.dumps(_describe_documents(data_args, source, tasks), indent=2)
@@ -82,12 +87,12 @@ def write_shards(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, a
     for file_name, content in files.items():
         write_text(folder / file_name, content)
     # Not shuffled, because a stream of shards is shuffled when it is read.
-    options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
-    write = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **options)
-    # datatrove would derive the size from the vocabulary, without counting special tokens.
-    write.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
-    steps = [partial(read_documents, data_args), write]
-    options = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
+    writer_options: dict[str, Any] = {"batch_size": DOCUMENTS_AT_ONCE, "shuffle_documents": False}
+    writer = DocumentTokenizer(str(folder), str(folder / TOKENIZER), **writer_options)
+    # Bytes of a token. datatrove would derive them from the vocabulary, without counting special tokens.
+    writer.token_size = np.dtype(Encoder.of(tokenizer).dtype).itemsize
+    steps = [partial(read_documents, data_args), writer]
+    options: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs"), "workers": args.workers or -1}
     if args.executor == "slurm":
         SlurmPipelineExecutor(steps, time=args.time, partition=args.partition, mem_per_cpu_gb=4, **options).run()
     elif args.executor == "ray":

@@ -53,7 +53,7 @@ def open_shards(folder: Path) -> IterableDatasetDict:
 
 
 def documents_of(args: Arguments) -> Arguments:
-    """Return arguments that read, as text, the documents that shards were made from; leave any others unchanged."""
+    """Return arguments that read the texts that shards were made from; without shards, the arguments as they are."""
     record = read_json(Path(args.dataset_names[0], args.dataset_train_split, RECORD))
     return replace(args, **{name: value for name, value in record.items() if name not in ("tasks", "digest")})
 
@@ -65,8 +65,8 @@ def document_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     if the tokenizer does not use the library `tokenizers`.
     """
     backend = Encoder.of(tokenizer).backend
-    around = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
-    backend.post_processor = TemplateProcessing(single=["bos", "$A", "eos"], special_tokens=around)
+    bos_and_eos = [("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single=["bos", "$A", "eos"], special_tokens=bos_and_eos)
     settings = json.loads(backend.to_str())
     settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
     return json.dumps(settings)
@@ -94,6 +94,7 @@ def _documents(files: Sequence[Path]) -> Iterator[dict[str, np.ndarray]]:
         ends = np.fromfile(f"{file}.index", "<u8")
         if not len(ends):
             continue
+        # Bytes of a token.
         size = file.stat().st_size // int(ends[-1])
         tokens: np.ndarray = np.memmap(file, f"<u{size}", "r")
         begin = 0

@@ -147,8 +147,9 @@ def _open_of_hub(name: str, config: str | None, streaming: bool) -> Splits:
         folder = Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)).parent
     if streaming and constants.HF_HUB_OFFLINE:
         with contextlib.suppress(LocalEntryNotFoundError):
-            place = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
-            repo_id = snapshot_download(repo_id, allow_patterns="README.md", **place)
+            download_options = {"repo_type": "dataset", "revision": revision, "local_files_only": True}
+            # From here on, `repo_id` is the folder of the downloaded files, which `datasets` reads as a data set.
+            repo_id = snapshot_download(repo_id, allow_patterns="README.md", **download_options)
             # Without file names, `datasets` looks for the first configuration, which may not be the fetched one.
             files = _read_configs(Path(repo_id)).get(config or "default", {}).get("data_files")
             options = {"name": config, "data_files": files}
@@ -185,7 +186,8 @@ def _check_card(folder: Path, name: str) -> None:
     `datasets` would read them: whoever wrote the card would choose which files of this machine are data.
     """
     for settings in _read_configs(folder).values():
-        # {"data_files": "a.csv"}, {"data_files": [{"split": "test", "path": ["a.csv"]}]}
+        # {"data_files": "a.csv"}, {"data_files": [{"split": "test", "path": ["a.csv"]}]}: all strings count as paths,
+        # because a name of a split or a key does not look like a path outside of the folder.
         texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps([settings.get("data_files"), settings.get("data_dir")]))
         for text in texts:
             if Path(text).is_absolute() or text.startswith("~") or ".." in Path(text).parts or "://" in text:
@@ -213,11 +215,11 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
     files, unread = _list_files(path)
     if not files:
         _refuse_unreadable(path, unread)
-    about_data = [str(file.relative_to(path)) for file in unread if NO_DATA.fullmatch(file.name)]
-    texts = [name for name in about_data if _suffix(Path(name)) in (".txt", ".md")]
-    if texts:
+    descriptions = [str(file.relative_to(path)) for file in unread if NO_DATA.fullmatch(file.name)]
+    text_names = [name for name in descriptions if _suffix(Path(name)) in (".txt", ".md")]
+    if text_names:
         what = "not read, because of its name; if it is a document, rename it"
-        logger.info("%-11s %s: %s: %s", "data", path, ", ".join(texts[:5]), what)
+        logger.info("%-11s %s: %s: %s", "data", path, ", ".join(text_names[:5]), what)
     if unread:
         logger.info("%s: not read, because they are not data, or empty: %s", path, _name_some(unread))
 
@@ -227,42 +229,52 @@ def _open_files(path: Path, document: str | None, streaming: bool) -> Splits:
         example = next(file for file in files if split_of[file] is not None)
         remedy = f"does not name a split, as {example} does ({split_of[example]}); rename or move one of them"
         raise UserError(Problem("dataset_name", without_split[0], remedy))
+    # The splits train, validation and test come first. Some of them may have no files.
+    split_names = dict.fromkeys((*SPLITS, *sorted(filter(None, split_of.values()))))
     joined: dict[str, Split] = {}
-    for split in dict.fromkeys((*SPLITS, *sorted(filter(None, split_of.values())))):
+    for split in split_names:
         files_of_split = [file for file in files if (split_of[file] or "train") == split]
         if files_of_split:
             joined[split] = _open_split(files_of_split, split, document, streaming)
             rows = "a stream" if streaming else f"{len(joined[split]):,} rows"
             logger.info("%-11s %s, split %s: read %d files, %s", "data", path, split, len(files_of_split), rows)
-    return (IterableDatasetDict if streaming else DatasetDict)(joined)
+    if streaming:
+        return IterableDatasetDict(joined)
+    return DatasetDict(joined)
 
 
 def _list_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the files with data of a folder, sorted, and its other files; of a file, this file.
+    """Return the files that have data at a path, which is a file or a folder, and the other files; both sorted.
 
-    Hidden files, and everything in folders that begin with `.` or `__`, are in neither list.
+    Files and folders whose names begin with `.` or `__` are left out. Raise a `UserError` if the path is a file of
+    another type.
     """
     if path.is_file():
         if _suffix(path) not in BUILDERS:
             remedy = CONVERSIONS.get(_suffix(path), f"save it as one of {_supported_types()}")
             raise UserError(Problem("dataset_name", path, f"this type of file is not supported; {remedy}"))
-        return ([path], []) if path.stat().st_size > 0 else ([], [path])
-    listed: list[Path] = []
-    entered: set[str] = set()
+        if path.stat().st_size == 0:
+            return [], [path]
+        return [path], []
+    paths: list[Path] = []
+    visited: set[str] = set()
     for root, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(root)
+        real_path = os.path.realpath(root)
         # Links to folders may form a loop.
-        if real in entered:
+        if real_path in visited:
             folders.clear()
             continue
-        entered.add(real)
+        visited.add(real_path)
+        # `os.walk` enters the folders that stay in this list.
         folders[:] = sorted(folder for folder in folders if not folder.startswith((".", "__")))
-        listed += [Path(root, name) for name in names if not name.startswith((".", "__"))]
+        paths += [Path(root, name) for name in names if not name.startswith((".", "__"))]
     files: list[Path] = []
     unread: list[Path] = []
-    for file in sorted(filter(Path.is_file, listed)):
-        is_data = _suffix(file) in BUILDERS and not NO_DATA.fullmatch(file.name) and _has_rows(file)
-        (files if is_data else unread).append(file)
+    for file in sorted(filter(Path.is_file, paths)):
+        if _suffix(file) in BUILDERS and not NO_DATA.fullmatch(file.name) and _has_rows(file):
+            files.append(file)
+        else:
+            unread.append(file)
     return files, unread
 
 
@@ -290,7 +302,7 @@ def _name_some(files: list[Path]) -> str:
 
 
 def _refuse_unreadable(path: Path, unread: list[Path]) -> NoReturn:
-    """Raise a `UserError` for a file or folder without data, which may say how to convert the files."""
+    """Raise a `UserError` for a file or folder without data; it says how to convert the first file for which it can."""
     advice = ""
     for file in unread:
         if _suffix(file) in CONVERSIONS:
@@ -302,9 +314,10 @@ def _refuse_unreadable(path: Path, unread: list[Path]) -> NoReturn:
 
 def _split_of(name: Path) -> str | None:
     """Return the split that a file belongs to by the names of its folders or its own, or None if they name none."""
-    sharded = SHARDED.fullmatch(name.as_posix())
-    if sharded:
-        return SPLIT_NAMES.get(sharded[1].lower(), sharded[1])
+    # "dev" is one of the names of the split `validation`.
+    match = SHARDED.fullmatch(name.as_posix())
+    if match:
+        return SPLIT_NAMES.get(match[1].lower(), match[1])
     for part in name.parts:
         match = SPLIT.fullmatch(part)
         if match:
@@ -322,9 +335,10 @@ def _suffix(path: Path) -> str:
 
 def _open_split(files: list[Path], split: str, document: str | None, streaming: bool) -> Split:
     """Open the files of a split, and join their rows or, if columns differ, their texts."""
-    # Each part is the first of some files, which messages name, and their rows. First come the JSON files that are a
-    # single object, then the files that are opened together, because they are read in the same way.
+    # Each part is the first of some files, which messages name, and their rows. JSON files that are a single object
+    # come first, each as a part.
     parts: list[tuple[Path, Split]] = []
+    # Then come groups of files that have the same builder and options, and so are opened together.
     groups: dict[str, tuple[str, dict[str, Any], list[Path]]] = {}
     for file in files:
         _refuse_lfs_pointer(file)
@@ -338,6 +352,7 @@ def _open_split(files: list[Path], split: str, document: str | None, streaming: 
         options: dict[str, Any] = {}
         if builder == "csv":
             options = choose_table(file)
+        # Options are a dictionary, which cannot be a key.
         _, _, group = groups.setdefault(repr((builder, options)), (builder, options, []))
         group.append(file)
     for builder, options, group in groups.values():
@@ -375,6 +390,7 @@ def _open_group(
             if file.stat().st_size > 0:
                 # Even for a single stream, joining determines the types of a table.
                 parts.append((file, concatenate_datasets([load([file], options=sample)])))
+    # There are no parts yet if the files are stored, or there is only one.
     if all(rows.features == parts[0][1].features for _, rows in parts):
         try:
             return [(files[0], load(files))]
@@ -419,9 +435,13 @@ def _join_parts(parts: list[tuple[Path, Split]]) -> Split:
 
 
 def _unify(parts: list[tuple[Path, Split]], is_json: bool = False) -> Features:
-    """Return types that fit the columns of all files. Types that do not match become `Json` in JSON, otherwise text.
+    """Return types that fit the columns of all files, which have the same columns.
 
-    A column without values in one file has the type of the others. Raise a `UserError` if nothing fits.
+    - A column without values in one file gets the type that it has in the other files, and integers next to floats
+      become floats.
+    - Any other types that differ become `Json` if `is_json`, and otherwise text.
+
+    Raise a `UserError` if they cannot become text, because they are lists or dictionaries.
     """
     first, rows_of_first = parts[0]
     common = Features(rows_of_first.features)
@@ -457,7 +477,7 @@ def _load(files: list[Path], builder: str, split: str, options: dict[str, Any]) 
 
 
 def locate_error(path: Path, error: Exception) -> list[Problem]:
-    """Explain an error of `datasets`: name the lines of JSON Lines that cannot be parsed, or else repeat its reason."""
+    """Explain an error of `datasets`: name the first faulty line of each JSON Lines file, or else repeat the reason."""
     problems = []
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     for file in files:

@@ -36,7 +36,7 @@ T = TypeVar("T", int, np.ndarray)
 FIRST_ROWS = 100
 """Rows that are checked before a run begins."""
 SMALL_BYTES = 16 * 2**20
-"""Size of a data set up to which its files are read for that; of a larger one, only the beginning."""
+"""Size of a data set up to which its whole files are read to check the first rows. Larger ones are streamed."""
 SHUFFLE_BUFFER = 1000
 """Rows among which a stream is shuffled."""
 HELD_OUT_OF_STREAM = 1000
@@ -73,14 +73,14 @@ def load_splits(
     Raises:
         UserError: If the data set, a split or a column does not exist, a split is empty, or a row is malformed.
     """
-    # Only this function handles several data sets: everything below is about one, and names only that.
+    # Only this function handles several data sets: below, `args` name a single one.
     trains: list[Split] = []
     tests: list[Split] = []
     for name in args.dataset_names:
         try:
             train, test = _load_one(replace(args, dataset_name=name), kind, evaluation, special_tokens)
         except UnicodeDecodeError as error:
-            # The texts in JSON are decoded only now.
+            # `datasets` only decodes the texts in JSON when it reads the rows.
             raise UserError(*locate_error(Path(name), error)) from None
         trains.append(train)
         if test is not None:
@@ -196,23 +196,26 @@ def _load_only_split(
         held_out = converted.select(np.flatnonzero(are_held_out))
     else:
         parts: Sequence[Split]
+        # The drawing in `_load_one` shows the two orders, and says why.
         if args.keep_rows:
-            kept_parts = [keep_rows(part, args)[0] for part in _divide_stream(split, share)]
-            parts = [convert_stream(part, plan, args, special_tokens) for part in kept_parts]
+            remaining_parts = [keep_rows(part, args)[0] for part in _divide_stream(split, share)]
+            parts = [convert_stream(part, plan, args, special_tokens) for part in remaining_parts]
         else:
             parts = _divide_stream(convert_stream(split, plan, args, special_tokens), share)
         trained_on, held_out = [drop_uninformative(part, plan) for part in parts]
     if not evaluation:
         return _limit(trained_on, args.max_train_samples, args), None
     if next(iter(held_out), None) is None:
+        # Holds out every 21st row instead of every 20th.
         other_share = 1 / (round(1 / share) + 1)
         remedy = f"holds out none of the rows that are left; give another share, such as {other_share:.3g}"
         raise UserError(Problem("validation_share", share, f"{remedy}, or --eval_strategy no"))
-    most = args.max_eval_samples
-    if most is None and isinstance(held_out, IterableDataset):
+    trained_on = _limit(trained_on, args.max_train_samples, args)
+    held_out_limit = args.max_eval_samples
+    if held_out_limit is None and isinstance(held_out, IterableDataset):
         logger.info("max_eval_samples %d (default for a stream)", HELD_OUT_OF_STREAM)
-        most = HELD_OUT_OF_STREAM
-    return _limit(trained_on, args.max_train_samples, args), _limit(held_out, most, args)
+        held_out_limit = HELD_OUT_OF_STREAM
+    return trained_on, _limit(held_out, held_out_limit, args)
 
 
 def is_divided(splits: Collection[str], args: DataArguments) -> bool:
@@ -226,11 +229,12 @@ def is_divided(splits: Collection[str], args: DataArguments) -> bool:
 def is_held_out(numbers: T, share: float) -> T:
     """Return which rows of a single split are held out: every `1 / share`-th one, 0, 20, 40, … for a share of 0.05.
 
-    This is the only rule, guarded by tests/evaluation/test_held_out.py. The numbers, an integer or an array, are those
-    in the data set as it lies on the disk, before any row is dropped or left out. So it makes no difference for what a
-    row is read, and which others are: no stage trains on what another one holds out of the same data set with the same
-    share. Of a stream, only the first file is divided (`first_file`), because processes that read other files do not
-    know the numbers of their rows.
+    This is the only rule, guarded by tests/evaluation/test_held_out.py. The numbers, an integer or an array, count the
+    rows of the data set as it lies on the disk, before any row is dropped. So all stages hold out the same rows of a
+    data set with the same share, and none trains on what another one holds out.
+
+    Of a stream, only the first file is divided (`first_file`), because processes that read other files do not know the
+    numbers of their rows.
     """
     return numbers % round(1 / share) == 0
 
@@ -256,7 +260,7 @@ def _load_train_split(
 ) -> Split:
     """Convert the training split of a data set that has other splits, and limit it.
 
-    `numbers` are those of the `rows` in the split, from which `keep_rows` may have dropped some; of a stream, ().
+    `numbers` are the numbers of `rows` in the split before `keep_rows` dropped some; () for a stream.
     """
     if isinstance(rows, Dataset):
         converted, _ = convert_stored(rows, plan, args, special_tokens, numbers)
@@ -295,9 +299,9 @@ def _report_read(rows: Split, numbers: Sequence[int], plan: ColumnPlan, args: Da
 
 
 def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
-    """Return the rows that `args.keep_rows` asks for, and their numbers in the split; of a stream, ().
+    """Return the rows that `args.keep_rows` asks for, and their numbers in the split, which are () for a stream.
 
-    Raise a `UserError` if it is not COLUMN=VALUE.
+    Raise a `UserError` if one of its conditions is not COLUMN=VALUE.
     """
     if not isinstance(split, Dataset):
         if args.keep_rows:
@@ -306,7 +310,7 @@ def keep_rows(split: Split, args: DataArguments) -> tuple[Split, Sequence[int]]:
     if not args.keep_rows:
         return split, range(len(split))
     is_kept = row_filter(args, column_names(split))
-    # Only these columns are read, because others may be long.
+    # Only the columns of the conditions are read, because others may be long.
     columns = dict.fromkeys(condition.partition("=")[0] for condition in args.keep_rows)
     numbers = [number for number, row in enumerate(split.select_columns(list(columns))) if is_kept(row)]
     return split.select(numbers), numbers
@@ -335,10 +339,10 @@ def _check_kept(rows: Split, args: DataArguments) -> None:
         raise UserError(Problem("keep_rows", ", ".join(args.keep_rows), remedy + "correct one of them"))
 
 
-def _limit(split: Split, most: int | None, args: DataArguments) -> Split:
-    """Return the first rows of a split, at most `most` if that is not None, and check that there are any."""
-    if most is not None:
-        split = split.take(most)
+def _limit(split: Split, limit: int | None, args: DataArguments) -> Split:
+    """Return the first `limit` rows of a split, all for None. Raise a `UserError` if it has no rows."""
+    if limit is not None:
+        split = split.take(limit)
     _check_filled(split, args)
     return split
 
@@ -367,17 +371,17 @@ def _check_optional_columns(names: Sequence[str], trains: Sequence[Split], kind:
     logger.warning("%s: has no answers for rewards, unlike other data sets of this stage", listed)
 
 
-def _join(parts: list[Split], most: int | None) -> Split:
-    """Concatenate the rows of several data sets, up to `most` rows if that is not None."""
+def _join(parts: list[Split], limit: int | None) -> Split:
+    """Concatenate the rows of several data sets, and return the first `limit` rows, all for None."""
     types = [part.features or {} for part in parts]
-    # If the messages of one data set call tools, all get their type.
+    # If the messages of any data set call tools, the messages of all data sets get the type `CALLING`.
     calling: dict[str, Any] = {}
     for features in types:
         calling |= {name: CALLING for name in ANSWERED if features.get(name) == CALLING}
     if calling and any(features != types[0] for features in types):
         parts = [part.cast(Features({**part.features, **calling})) for part in parts]
     joined = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return joined if most is None else joined.take(most)
+    return joined if limit is None else joined.take(limit)
 
 
 def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
@@ -388,10 +392,15 @@ def has_calls(conversations: Dataset | Sequence[Mapping[str, Any]]) -> bool:
 
 
 def count_rows(args: DataArguments, kind: Kind, planned: Mapping[str, Any], needed: bool) -> tuple[int, float]:
-    """Return the number of training rows and their approximate mean length in tokens; 0 for an unknown one.
+    """Return the number of training rows and their approximate mean length in tokens, each 0 if it is unknown.
 
-    Nothing is downloaded. `planned` has the numbers of rows of data sets that do not exist yet. If the number is
-    `needed` but unknown, raise a `UserError`.
+    Nothing is downloaded, except for the card of a data set on the Hub.
+
+    Args:
+        args: The data sets.
+        kind: Content of the rows, as for `load_splits`.
+        planned: The number of rows of each data set that an earlier step will write.
+        needed: Whether to raise a `UserError` if the number of rows is unknown.
     """
     names = args.dataset_names
     try:
@@ -459,19 +468,23 @@ def _check_rows_of(args: DataArguments, kind: Kind, streaming: bool, splits: Seq
     plan = plan_columns(rows, args, kind)
     if args.drop_bad_rows:
         return
-    most = min(FIRST_ROWS, len(rows)) if isinstance(rows, Dataset) else FIRST_ROWS
+    limit = FIRST_ROWS
+    if isinstance(rows, Dataset):
+        limit = min(FIRST_ROWS, len(rows))
     row_count = 0
     faults: dict[int, str] = {}
-    for index, row in enumerate(rows.take(most)):
+    for index, row in enumerate(rows.take(limit)):
         row_count += 1
         try:
             plan.read(row)
         except ShapeError as error:
-            faults[int(numbers[index]) if numbers else index] = str(error)
+            # The rows of a stream have no numbers.
+            number = int(numbers[index]) if numbers else index
+            faults[number] = str(error)
     if not faults:
         return
     first = min(faults)
-    if len(faults) == row_count > 1:
+    if row_count > 1 and len(faults) == row_count:
         remedy = f"{faults[first]}; the first {row_count} rows are all like this: {CONVERT}"
     else:
         more = ""

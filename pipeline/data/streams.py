@@ -70,7 +70,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         yielded: How many blocks this process has yielded since.
         start: Places of the lanes at `begin`.
         places: Places of the chunks that are being yielded, by lane.
-        share: This process reads only every n-th lane, and does not know the places of the others.
+        share: This process reads only every `share`-th lane, and does not know the places of the other lanes.
     """
 
     def __init__(
@@ -110,17 +110,23 @@ class PackedStream(torch.utils.data.IterableDataset):
         numbers = count(self.begin + self.process, self.processes)
         # A thread tokenizes the next documents during training.
         with ThreadPoolExecutor(1) as thread:
+            # `yielded` counts a block before it is yielded, so that `state_dict` continues after it.
             for self.yielded, number in enumerate(numbers, start=1):
-                block, lane = divmod(number, self.lanes)
+                # Block 9 of the stream is block 2 of lane 1, if there are four lanes.
+                number_in_lane, lane = divmod(number, self.lanes)
                 if lane not in lanes:
                     lanes[lane] = self._blocks(lane, thread)
-                # Blocks of other processes lie in between if they read this lane as well.
-                yield {"input_ids": next(ids for place, ids in lanes[lane] if place == block)}
+                # If other processes read this lane as well, skip their blocks.
+                for block_number, ids in lanes[lane]:
+                    if block_number == number_in_lane:
+                        yield {"input_ids": ids}
+                        break
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to continue after the last block that was yielded, as JSON."""
         places = {}
         for lane, place in self.places.items():
+            # `start` may contain places of lanes that only other processes read.
             if (lane - self.begin - self.process) % self.share == 0:
                 places[str(lane)] = place
         return {"kind": self.kind, "begin": self.begin + self.yielded * self.processes, "places": places}
@@ -155,8 +161,9 @@ class PackedStream(torch.utils.data.IterableDataset):
         size = self.kind["block_size"]
         place = self.places.get(lane, {"file": 0, "rows": None, "whole": False, "chunk": 0, "block": 0, "rest": []})
         rest = np.array(place["rest"], self.encode.dtype)
-        reader, rows, files = self._open(lane, place)
+        reader, rows, file_count = self._open(lane, place)
         while True:
+            # `place` moves on while the chunk is read.
             place_of_chunk = place
             place = dict(place)
             # Number of files in a row that ended without giving a document.
@@ -168,18 +175,19 @@ class PackedStream(torch.utils.data.IterableDataset):
                 place["rows"] = reader.state_dict()
                 if len(documents) == DOCUMENTS:
                     break
+                # The file ends before the chunk is full, so go to the next one.
                 place |= {"file": place["file"] + 1, "rows": None}
                 empty_files = 0 if next_documents else empty_files + 1
-                # The first of them may have rows: the chunk before may have read it exactly to its end.
-                if empty_files > files:
+                # One more than all files: the first may have rows, if the chunk before has read it exactly to its end.
+                if empty_files > file_count:
                     if place["whole"]:
                         raise UserError(Problem("dataset_name", "the stream", "has no rows to train on"))
                     # The files of this lane are empty, so it reads the files of all lanes.
                     place |= {"file": 0, "whole": True}
                     empty_files = 0
-                reader, rows, files = self._open(lane, place)
+                reader, rows, file_count = self._open(lane, place)
                 # End the chunk with the epoch, so that no document is repeated before all others have been read.
-                if documents and place["file"] % files == 0:
+                if documents and place["file"] % file_count == 0:
                     break
             # Shuffle, tokenize and cut into blocks. The rest that does not fill a block begins the next chunk.
             order = np.random.default_rng([seed, lane, place["chunk"]]).permutation(len(documents))
@@ -198,9 +206,10 @@ class PackedStream(torch.utils.data.IterableDataset):
         epoch, number = divmod(place["file"], len(files))
         if number == 0 and epoch:
             logger.info("stream      lane %d has read its files %d times, and starts over", lane, epoch)
+        # Each epoch has its own order of the lane's files.
         file = int(np.random.default_rng([self.kind["seed"], lane, epoch]).permutation(files)[number])
         reader = self.rows.shard(self.kind["files"], file) if self.kind["files"] > 1 else self.rows
-        # If the file is divided by row groups, the rows before the place are skipped without being read.
+        # With a shard for each row group of a Parquet file, the row groups before the place are not read.
         reader = reader.reshard()
         if place["rows"] is not None:
             reader.load_state_dict(place["rows"])

@@ -16,7 +16,6 @@ All rows are counted here before that, to drop and report those that are too lon
 
 import json
 from collections.abc import Mapping, Sequence
-from operator import add
 from typing import Any
 
 from datasets import Dataset
@@ -66,6 +65,7 @@ def drop_long_prompts(
     if positions is None:
         return split
 
+    # Maximum number of tokens of a prompt.
     room = positions - length - tool_tokens
     fitting = split.filter(
         lambda prompts: [size <= room for size in count_tokens(prompts)], batched=True, input_columns="prompt"
@@ -90,31 +90,35 @@ def drop_long_prompts(
     return fitting
 
 
-def drop_long_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, of: str = "") -> Split:
+def drop_long_pairs(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, prefix: str = "") -> Split:
     """Drop rows with an answer that has more than `max_length` tokens together with its prompt; report their number.
 
-    A row is a pair of answers, or a single one; `of` is a word before that, such as "evaluation ". Nothing is reported
-    for a stream. Raise a `UserError` if no row is left.
+    Nothing is reported for a stream. Raise a `UserError` if no row is left.
+
+    Args:
+        split: Rows with a prompt and a pair of answers, or a single answer.
+        prefix: What the report puts before the word "pairs" or "answers", such as "evaluation ".
     """
     answers = sorted(ANSWER_COLUMNS.intersection(column_names(split)))
     columns = ["prompt", *answers]
 
-    def count(prompts: list[Any], *answers: list[Any]) -> list[int]:
+    def count_tokens(prompts: list[Any], *answers: list[Any]) -> list[int]:
         """Return the number of tokens of each prompt with its longest answer."""
         sizes_by_column = []
         for column in answers:
-            conversations = list(map(add, prompts, column))
+            conversations = [prompt + answer for prompt, answer in zip(prompts, column, strict=True)]
             sizes_by_column.append([len(ids) for ids in _encode(tokenizer, conversations)["input_ids"]])
         return [max(sizes) for sizes in zip(*sizes_by_column, strict=True)]
 
     if not isinstance(split, Dataset):
         return split.filter(
-            lambda *batch: [size <= max_length for size in count(*batch)], input_columns=columns, batched=True
+            lambda *batch: [size <= max_length for size in count_tokens(*batch)], input_columns=columns, batched=True
         )
     lengths: list[int] = []
     for batch in split.select_columns(columns).iter(1000):
-        lengths += count(*(batch[column] for column in columns))
-    report_long_pairs(lengths, max_length, of + ("pairs" if "chosen" in answers else "answers"))
+        lengths += count_tokens(*(batch[column] for column in columns))
+    what = "pairs" if "chosen" in answers else "answers"
+    report_long_pairs(lengths, max_length, f"{prefix}{what}")
     if max(lengths) <= max_length:
         return split
     return split.select([row for row, length in enumerate(lengths) if length <= max_length])
@@ -137,16 +141,17 @@ def report_long_pairs(lengths: Sequence[int], max_length: int, what: str) -> Non
     if min(lengths) > max_length:
         remedy = f"every pair is longer ({min(lengths)} tokens at least) and would be dropped; raise it"
         raise UserError(Problem("max_length", max_length, remedy))
-    longer = sum(length > max_length for length in lengths)
-    if longer:
+    too_long = sum(length > max_length for length in lengths)
+    if too_long:
         limit = f"max_length {max_length} (up to {max(lengths)} tokens)"
-        report_lost(longer, len(lengths), f"{what} are longer than {limit} and are dropped", "raise it")
+        report_lost(too_long, len(lengths), f"{what} are longer than {limit} and are dropped", "raise it")
 
 
 def log_truncated(dataset: Split, args: SFTConfig) -> None:
-    """Log how many tokenized conversations exceed `max_length`, and so lose their end (beginning, with `keep_end`).
+    """Log how many tokenized conversations exceed `max_length`, and so lose their end (their beginning, by `keep_end`).
 
-    Nothing is logged for a stream, whose rows are tokenized later, or if packing continues them in the next sequence.
+    Also log in how many the prompt alone fills `max_length`. Nothing is logged for a stream, whose rows are tokenized
+    later, or if packing continues a long conversation in the next sequence.
     """
     if not isinstance(dataset, Dataset) or TOKENS not in dataset.column_names or args.max_length is None:
         return
@@ -156,11 +161,11 @@ def log_truncated(dataset: Split, args: SFTConfig) -> None:
     for batch in dataset.select_columns(TOKENS).iter(1000):
         lengths += [len(ids) for ids in batch[TOKENS]]
     lost_part = "beginning" if args.truncation_mode == "keep_end" and not args.packing else "end"
-    longer = sum(length > args.max_length for length in lengths)
-    if longer:
+    truncated = sum(length > args.max_length for length in lengths)
+    if truncated:
         what = f"conversations are longer than max_length {args.max_length} (up to {max(lengths)} tokens) and lose "
         remedy = "raise it, or the model does not learn to stop after long answers"
-        report_lost(longer, len(lengths), f"{what}their {lost_part}", remedy)
+        report_lost(truncated, len(lengths), f"{what}their {lost_part}", remedy)
     # A prompt alone may fill the sequence. With `keep_end`, it is the prompt that is cut off.
     if "labels" not in dataset.column_names or lost_part == "beginning":
         return
@@ -218,7 +223,7 @@ def add_tokens(
     def encode_pairs(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         columns = {}
         for side in ("chosen", "rejected"):
-            conversations = list(map(add, batch["prompt"], batch[side]))
+            conversations = [prompt + answer for prompt, answer in zip(batch["prompt"], batch[side], strict=True)]
             columns[f"{side}_ids"] = _encode(tokenizer, conversations)["input_ids"]
         return columns
 
@@ -235,12 +240,12 @@ def add_tokens(
             return _label_by_prefixes(batch["messages"], tokenizer, **options)
         return _label_by_marks(batch["messages"], tokenizer, template, **options)
 
-    if isinstance(split, Dataset):
-        if kind == "preference":
-            return split.map(encode_pairs, batched=True, batch_size=1000, num_proc=num_proc)
-        if kind != "conversation":
-            return split
-    elif kind != "conversation" or not answers_only or template is not None:
+    if isinstance(split, Dataset) and kind == "preference":
+        return split.map(encode_pairs, batched=True, batch_size=1000, num_proc=num_proc)
+    if kind != "conversation":
+        return split
+    trl_finds_labels = not answers_only or template is not None
+    if not isinstance(split, Dataset) and trl_finds_labels:
         return split
     # Each row has its own tools, and a template takes the tools of a single conversation.
     size = 1 if has_tools else 1000
@@ -276,14 +281,14 @@ def _label_by_prefixes(rows: list[Messages], tokenizer: PreTrainedTokenizerBase,
     #   prompt of answer 1  <user> 2 + 3? <end> <assistant>
     #   answer 1                                            5 <eos>
     #
-    # Each answer: the number of its row, and the conversation up to and including it.
+    # For each answer: the number of its row, and the conversation up to the end of the answer.
     row_numbers: list[int] = []
     conversations: list[Messages] = []
     for number, messages in enumerate(rows):
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 row_numbers.append(number)
-                conversations.append(messages[: place + 1])
+                conversations.append(messages[: index + 1])
     prompts = [messages[:-1] for messages in conversations]
     ids = _encode(tokenizer, rows, **options)["input_ids"]
     conversation_ids = _encode(tokenizer, conversations, **options)["input_ids"]

@@ -37,7 +37,7 @@ OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 SINGLE = "judgements"
 """Configuration of the data set whose rows are single answers."""
 WANTED = {"a": (True, False), "b": (False, True), "tie": (True, True), "bad": (False, False)}
-"""Whether answers `a` and `b` are wanted, by what was voted. A skipped pair says nothing."""
+"""Whether answers `a` and `b` are wanted, by the choice of the vote. A skipped pair says nothing."""
 CARD = """\
 # People's preferences between two answers
 
@@ -138,7 +138,8 @@ class Conflict(Exception):
 class VoteLog:
     """The votes of a run. One process appends to them, from any of its threads; a vote is on disk before `add` returns.
 
-    A `UserError` says that another process appends to the file, it cannot be written, or a line is damaged.
+    The constructor raises a `UserError` if another process appends to the file, if the file cannot be written, or if a
+    line is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -151,16 +152,17 @@ class VoteLog:
             # Half a line was written when the process or the machine died: its vote was never confirmed.
             content = self.path.read_bytes()
             whole = _whole_lines(content)
+            # Cut off the half line or, if only its line break is missing, add that.
             self._file.truncate(min(len(whole), len(content)))
             self._file.write(whole[len(content) :])
             os.fsync(self._file.fileno())
             self._by_id = {vote["id"]: vote for vote in read_votes(self.path)}
-            self._held = stack.pop_all()
-        self._count()
+            self._open_files = stack.pop_all()
+        self._update_valid_votes()
 
     def close(self) -> None:
         """Release the file."""
-        self._held.close()
+        self._open_files.close()
 
     def add(self, vote: Vote) -> bool:
         """Append a vote, and return whether it is new. A vote that is sent again, with the same `id`, counts once.
@@ -185,11 +187,11 @@ class VoteLog:
             # Lone surrogates, which UTF-8 cannot encode, stay as they are in JSON's escapes.
             append_line(self._file, json.dumps(vote, ensure_ascii=True).encode())
             self._by_id[vote["id"]] = vote
-            self._count()
+            self._update_valid_votes()
             return True
 
-    def _count(self) -> None:
-        """Find out which votes count: at most one of an annotator on a pair."""
+    def _update_valid_votes(self) -> None:
+        """Update the votes that count: at most one of an annotator on a pair."""
         votes = valid_votes(list(self._by_id.values()))
         self._vote_on_pair = {(vote["annotator"], vote["pair"]): vote for vote in votes}
 
@@ -249,8 +251,8 @@ def update_data_set(folder: Path) -> int:
 
     from pipeline.data.writing import MESSAGES, PREFERENCES, card, table, write_rows
 
-    single = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
-    schemas = {"": PREFERENCES, SINGLE: Features(single).arrow_schema}
+    judgement_types = {"prompt": MESSAGES, "completion": MESSAGES, "label": Value("bool"), "annotator": Value("string")}
+    schemas = {"": PREFERENCES, SINGLE: Features(judgement_types).arrow_schema}
     # Several processes may read the same data, and update them at the same time.
     with lock(folder / ".data.lock"):
         # Read before the votes: if more are added meanwhile, the card's digest shows that it is outdated.
